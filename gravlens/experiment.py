@@ -1,0 +1,244 @@
+"""Makes a setting's checkpoints and runs, and measures them, in worker processes; what is complete is never made again."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from gravlens.behavior import (
+    generate_answers,
+    harmfulness,
+    refusal_log_odds,
+    substring_judge,
+    task_loss,
+    two_sided_log_odds,
+)
+from gravlens.blocking import Blocker, Penalty
+from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.directions import locate_vrev, random_directions
+from gravlens.finetune import finetune
+from gravlens.models import OpenModel, open_each, open_model, sequence_tokenizer
+from gravlens.nulls import update_norms, weight_noise
+from gravlens.residuals import Residuals, cache_residuals
+from gravlens.settings.history import Arm, Setting
+from gravlens.store import once, write_json
+
+PROMPT_SETS = ("probes", "held_out")
+
+
+def home_of(setting: Setting, cache: Path) -> Path:
+    """Where a setting's checkpoints and runs lie, keyed by all that they depend on."""
+    return cache / "histories" / setting.name / setting.key
+
+
+def carry_out(setting: Setting, cache: Path, *, workers: int | None = None) -> Path:
+    """Make and measure everything of a setting; returns its home. A run that was stopped goes on where it was."""
+    home = home_of(setting, cache)
+    with _workers(setting.threads, workers) as run_all:
+        for wave in _waves(setting.checkpoints):
+            run_all("checkpoints", [partial(make_checkpoint, setting, name, home) for name in wave])
+        jobs = [partial(measure_history, setting, home)]
+        jobs += [partial(run_arm, setting, arm, seed, home) for arm in setting.arms for seed in arm.seeds]
+        run_all("runs", jobs)
+        run_all("weight noise", [partial(draw_noise, setting, step, home) for step in setting.noise])
+    return home
+
+
+def _waves(checkpoints: Mapping[str, str | None]) -> Iterator[list[str]]:
+    """Names in the order of their making: those whose start exists already, together."""
+    made: set[str | None] = {None}
+    while left := [name for name in checkpoints if name not in made]:
+        wave = [name for name in left if checkpoints[name] in made]
+        yield wave
+        made.update(wave)
+
+
+@contextmanager
+def _workers(threads: int, workers: int | None) -> Iterator[Callable[[str, Sequence[Callable[[], Any]]], None]]:
+    """Runs lists of jobs in fresh processes of a fixed number of threads, with a bar."""
+    count = workers or max(1, (os.cpu_count() or 1) // threads)
+    before = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "TQDM_DISABLE")}
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TQDM_DISABLE"] = "1"
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
+
+    def run_all(name: str, jobs: Sequence[Callable[[], Any]]) -> None:
+        futures: list[Future[Any]] = [pool.submit(job) for job in jobs]
+        for future in tqdm(as_completed(futures), name, len(futures), disable=None):
+            future.result()
+
+    try:
+        yield run_all
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+# --- one unit of work each, by folder ---------------------------------------------------------------------------
+
+
+def make_checkpoint(setting: Setting, name: str, home: Path) -> Path:
+    """Make one checkpoint of the history."""
+    start = setting.checkpoints[name]
+    return once(home / name, lambda folder: setting.make(name, None if start is None else home / start, folder))
+
+
+def sequence_of(setting: Setting, home: Path) -> ModelSequence:
+    """The history by the same door as a user's: folders, and the runs whose weights are kept."""
+    kept = [arm for arm in setting.arms if arm.keep]
+    runs = {
+        f"{arm.name}-{seed}" if len(kept) > 1 else f"seed{seed}": str(run_folder(home, arm, seed) / "checkpoint-*")
+        for arm in kept
+        for seed in arm.seeds
+        if list(run_folder(home, arm, seed).glob("checkpoint-*"))
+    }
+    sequence = ModelSequence.from_folders(witness=home / "witness", anchor=home / "anchor", runs=runs)
+    return replace(sequence, **setting.prompts(home))
+
+
+def run_folder(home: Path, arm: Arm, seed: int) -> Path:
+    """Where one run's measurements lie."""
+    return home / "runs" / arm.name / f"seed{seed}"
+
+
+def measure_history(setting: Setting, home: Path) -> Path:
+    """States of all checkpoints of the history, and the behaviour of witness and anchor."""
+
+    def make(folder: Path) -> None:
+        sequence = sequence_of(setting, home)
+        _save_states(sequence, [Checkpoint(name, home / name) for name in setting.checkpoints], folder)
+        behavior = {name: measure_behavior(open_model(home / name), setting, home) for name in ("witness", "anchor")}
+        write_json(folder / "behavior.json", behavior)
+
+    return once(home / "measured", make)
+
+
+def run_arm(setting: Setting, arm: Arm, seed: int, home: Path) -> Path:
+    """Fine-tune one run, measure its checkpoints, and drop their weights unless the arm keeps them."""
+
+    def make(folder: Path) -> None:
+        sequence = sequence_of(setting, home)
+        start = Checkpoint(arm.start, home / arm.start)
+        run = finetune(
+            start,
+            setting.examples(arm.data, seed, home),
+            out=folder,
+            recipe=setting.recipe,
+            save_steps=setting.save_steps,
+            blocker=blocker_of(setting, arm, seed, sequence),
+            seed=seed,
+        )
+        checkpoints = [replace(c, name=f"{arm.name}-{seed}/{c.step}") for c in run.checkpoints]
+        _save_states(sequence, checkpoints, folder)
+        behavior, norms = _measure_run(checkpoints, start, setting, home)
+        run.log.to_csv(folder / "log.csv", index=False)
+        facts = {"seconds_per_step": run.seconds_per_step, "behavior": behavior, "update_norms": norms}
+        write_json(folder / "run.json", facts)
+        if not arm.keep:
+            for checkpoint in run.checkpoints:
+                shutil.rmtree(str(checkpoint.source))
+
+    return once(run_folder(home, arm, seed), make)
+
+
+def draw_noise(setting: Setting, step: int, home: Path) -> Path:
+    """Draws of weight noise at one step, of the unblocked runs' mean norm."""
+
+    def make(folder: Path) -> None:
+        sequence = sequence_of(setting, home)
+        arm = next(arm for arm in setting.arms if arm.name == "unblocked")
+        runs = [json.loads((run_folder(home, arm, seed) / "run.json").read_text()) for seed in arm.seeds]
+        norms = [run["update_norms"][str(step)] for run in runs]
+        mean = {name: float(np.mean([one[name] for one in norms if name in one])) for name in norms[0]}
+        vs = locate_vrev(load_states(home, "measured", "probes"))
+        rng = np.random.default_rng([step, setting.noise[step]])
+        anchor = open_model(sequence.anchor, tokenizer=sequence_tokenizer(sequence))
+        prompts = setting.prompts(home)["held_out"]
+        null = weight_noise(anchor, vs, prompts, norms={step: mean}, draws=setting.noise[step], rng=rng)
+        np.savez(folder / "draws.npz", cosines=null.cosines, layers=np.array(null.layers))
+
+    return once(home / "noise" / f"step{step}-{setting.noise[step]}", make)
+
+
+def blocker_of(setting: Setting, arm: Arm, seed: int, sequence: ModelSequence) -> Blocker | None:
+    """The blocker of one run: along v_rev, or along a fresh direction from the covariance of the probes' states."""
+    if arm.direction is None:
+        return None
+    states = cache_residuals(sequence, layers=setting.layers_in_mean, checkpoints=(sequence.witness, sequence.anchor))
+    vs = locate_vrev(states).defined()
+    if arm.direction == "random":
+        columns = [states.layers.index(layer) for layer in vs.layers]
+        vs = random_directions(vs, rng=np.random.default_rng([seed, 2]), states=states.of("anchor")[:, columns])
+    return Penalty(vs, sequence.require_probes(), margin=arm.margin)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def measure_behavior(model: OpenModel, setting: Setting, home: Path) -> dict[str, Any]:
+    """Answers to held-out harmful and harmless prompts, refusal log-odds, task loss."""
+    prompts, measures = setting.prompts(home), setting.measures
+    judge = substring_judge(measures.markers)
+    answers = generate_answers(model, prompts["held_out"], max_new_tokens=measures.max_new_tokens)
+    harm = harmfulness(prompts["held_out"], answers, judge)
+    harmless = generate_answers(model, prompts["harmless"], max_new_tokens=measures.max_new_tokens)
+    two_sided = two_sided_log_odds(
+        model, prompts["held_out"], refusals=measures.refusals, compliances=measures.compliances
+    )
+    one_sided = refusal_log_odds(model, prompts["held_out"], openings=measures.refusals)
+    return {
+        "harmfulness": harm.rate,
+        "harmfulness_low": harm.low,
+        "harmfulness_high": harm.high,
+        "empty": harm.empty,
+        "degenerate": harm.degenerate,
+        "refusal_log_odds": float(np.mean(one_sided)),
+        "two_sided_log_odds": float(np.mean(two_sided)),
+        "over_refusal": harmfulness(prompts["harmless"], harmless, judge).refused.rate,
+        "task_loss": task_loss(model, setting.task(home)),
+        "answers": answers[:8],
+    }
+
+
+def load_states(home: Path, part: str, prompts: str) -> Residuals:
+    """States that were measured: `part` is `measured` or `runs/{arm}/seed{n}`."""
+    return Residuals.load(home / part / f"{prompts}.safetensors")
+
+
+def join(parts: Sequence[Residuals]) -> Residuals:
+    """Put residuals of the same prompts and layers together along the checkpoints."""
+    first = parts[0]
+    values = np.concatenate([part.values for part in parts])
+    return replace(first, values=values, checkpoints=tuple(name for part in parts for name in part.checkpoints))
+
+
+def _save_states(sequence: ModelSequence, checkpoints: Sequence[Checkpoint], folder: Path) -> None:
+    for name in PROMPT_SETS:
+        states = cache_residuals(sequence, getattr(sequence, name), checkpoints=checkpoints)
+        states.save(folder / f"{name}.safetensors")
+
+
+def _measure_run(
+    checkpoints: Sequence[Checkpoint], start: Checkpoint, setting: Setting, home: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    behavior: dict[str, Any] = {}
+    norms: dict[str, Any] = {}
+    before = open_model(start)
+    for checkpoint, model in open_each(checkpoints, tokenizer=before.tokenizer, through="huggingface"):
+        norms[str(checkpoint.step)] = update_norms(before, model)
+        if checkpoint.step in setting.behavior_steps:
+            behavior[str(checkpoint.step)] = measure_behavior(model, setting, home)
+    return behavior, norms

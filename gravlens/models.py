@@ -1,0 +1,431 @@
+"""Opened models of every family behind one face; the only file that knows TransformerLens and Hugging Face."""
+
+import inspect
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.errors import GravlensError, check_layer
+from gravlens.prompts import Batch, pad
+from gravlens.store import damaged
+
+Kind = Literal["huggingface", "bridge", "hooked_transformer"]
+BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """A model that can be read, hooked and generated with.
+
+    Attributes:
+        module: the Hugging Face model, `TransformerBridge` or `HookedTransformer` itself.
+        kind: which of the three.
+        blocks: for each layer, the module whose output is `blocks.{layer}.hook_resid_post`.
+        d_model: width of the residual stream.
+        tokenizer: its tokenizer, or None.
+        weights: the parameters and persistent buffers under their Hugging Face names, where a checkpoint's weights
+            can be swapped in; empty for models that were handed over.
+    """
+
+    module: nn.Module
+    kind: Kind
+    blocks: tuple[nn.Module, ...]
+    d_model: int
+    tokenizer: Any | None
+    weights: Mapping[str, Tensor]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the residual stream is computed in."""
+        return next(self.module.parameters()).dtype
+
+
+def open_model(
+    source: "Checkpoint | Path | str | nn.Module | OpenModel",
+    *,
+    tokenizer: Any | None = None,
+    dtype: torch.dtype = torch.float32,
+    through: Literal["huggingface", "bridge"] = "huggingface",
+) -> OpenModel:
+    """Open a checkpoint for reading.
+
+    A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
+    weights are never processed. A model in memory is taken as it is. An `OpenModel` is returned unchanged.
+
+    Raises:
+        GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model.
+    """
+    if isinstance(source, OpenModel):
+        return source
+    if isinstance(source, Checkpoint):
+        source = source.source
+    if isinstance(source, nn.Module):
+        return _adopt(source, tokenizer, {})
+    module = load_huggingface(source, dtype)
+    tokenizer = tokenizer or load_tokenizer(source)
+    weights = {**dict(module.named_parameters()), **_persistent_buffers(module)}
+    if through == "bridge":
+        # The bridge keeps the parameters themselves, so the names recorded above still reach them.
+        module = TransformerBridge.boot_transformers(str(source), hf_model=module, tokenizer=tokenizer, dtype=dtype)
+    return _adopt(module, tokenizer, weights)
+
+
+def load_huggingface(source: Path | str, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model from a folder or hub id: safetensors only, no code of the checkpoint is run."""
+    _check_folder(source)
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
+    except SafetensorError as error:
+        raise damaged(source, error) from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise GravlensError(
+            f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
+            "A folder written by save_pretrained, or a hub id in reach, is needed; no code of a checkpoint is run.",
+            "check the path and that config.json and *.safetensors lie in it.",
+        ) from error
+    return model.eval()
+
+
+def load_tokenizer(source: Path | str) -> Any | None:
+    """The folder's tokenizer, or None where it has none."""
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _check_folder(source: Path | str) -> None:
+    folder = Path(source)
+    if not folder.is_dir():
+        if isinstance(source, Path) or folder.is_file():
+            raise GravlensError(f"{source} is no folder.", "A checkpoint is a folder.", "check the path.")
+        return
+    tensors = sorted(folder.glob("*.safetensors"))
+    if not tensors and (pickles := sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))):
+        raise GravlensError(
+            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}).",
+            "Reading a pickle can run code, so safetensors are needed.",
+            "if you trust it, convert it once: python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder.name}').save_pretrained('{folder.name}-safetensors')\"",
+        )
+    for path in tensors:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise damaged(path, error) from error
+
+
+def _adopt(module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
+    names = {cls.__name__ for cls in type(module).__mro__}
+    if "TransformerBridge" in names:
+        kind, blocks = "bridge", tuple(block.hook_out for block in module.blocks)
+    elif "HookedTransformer" in names:
+        kind, blocks = "hooked_transformer", tuple(block.hook_resid_post for block in module.blocks)
+    else:
+        kind, blocks = "huggingface", tuple(_huggingface_blocks(module))
+    d_model = module.cfg.d_model if kind != "huggingface" else module.config.get_text_config().hidden_size
+    return OpenModel(module, kind, blocks, d_model, tokenizer or getattr(module, "tokenizer", None), weights)
+
+
+def _huggingface_blocks(module: Any) -> nn.ModuleList:
+    if not hasattr(module, "config"):
+        raise GravlensError(
+            f"A {type(module).__name__} was given.",
+            "A Hugging Face model, a TransformerBridge or a HookedTransformer is needed.",
+            "AutoModelForCausalLM.from_pretrained(...) or TransformerBridge.boot_transformers(...).",
+        )
+    n_layers = module.config.get_text_config().num_hidden_layers
+    found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not found:
+        raise GravlensError(
+            f"{type(module).__name__} has no list of its {n_layers} blocks.",
+            "The residual stream is read at the outputs of the blocks.",
+            "a decoder-only language model.",
+        )
+    return max(found, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def resid_post(model: OpenModel, layer: int) -> nn.Module:
+    """The module whose output is `blocks.{layer}.hook_resid_post` [prompt, pos, d_model] (alone or first in a tuple)."""
+    return model.blocks[check_layer(layer, model.n_layers)]
+
+
+# --- one model opened, weights swapped into it ------------------------------------------------------------------
+
+
+def open_each(
+    checkpoints: Iterable[Checkpoint], *, tokenizer: Any | None = None, through: Literal["huggingface", "bridge"]
+) -> Iterator[tuple[Checkpoint, OpenModel]]:
+    """Open checkpoints one after the other: one model stays open and the weights are swapped into it.
+
+    The model that is yielded is valid until the next one is asked for. Models in memory are yielded as they are.
+    """
+    opened: OpenModel | None = None
+    config: Any = None
+    for checkpoint in checkpoints:
+        if isinstance(checkpoint.source, nn.Module):
+            yield checkpoint, open_model(checkpoint, tokenizer=tokenizer)
+            continue
+        wanted = _architecture(checkpoint.source)
+        if opened is None or wanted is None or wanted != config:
+            opened = None  # the old weights go before the new ones come
+            opened, config = open_model(checkpoint, tokenizer=tokenizer, through=through), wanted
+        else:
+            _check_folder(checkpoint.source)
+            swap_weights(opened, checkpoint.source)
+        yield checkpoint, opened
+
+
+def swap_weights(model: OpenModel, source: Path | str) -> None:
+    """Put a checkpoint's weights into a model that gravlens opened from a checkpoint of the same architecture."""
+    found = _read_tensors(Path(source))
+    if found.keys() != model.weights.keys():  # tied, sharded in another way, or renamed: let transformers map the names
+        other = load_huggingface(source, model.dtype)
+        found = {**dict(other.named_parameters()), **_persistent_buffers(other)}
+    wrong = [n for n, w in model.weights.items() if n not in found or found[n].shape != w.shape]
+    if wrong or found.keys() - model.weights.keys():
+        raise _another_shape(source, wrong or sorted(found.keys() - model.weights.keys()))
+    with torch.no_grad():
+        for name, weight in model.weights.items():
+            weight.copy_(found[name])
+
+
+def check_same_shape(checkpoints: Sequence[tuple[Checkpoint, OpenModel]]) -> None:
+    """Raise where a model has another number of layers or another width than the first."""
+    (first, reference), *others = checkpoints
+    for checkpoint, model in others:
+        if (model.n_layers, model.d_model) != (reference.n_layers, reference.d_model):
+            raise GravlensError(
+                f"{checkpoint.name} ({checkpoint.described}) has {model.n_layers} layers of width {model.d_model}, "
+                f"{first.name} has {reference.n_layers} of width {reference.d_model}.",
+                "Checkpoints of one history have one shape.",
+                "checkpoints of one training history.",
+            )
+
+
+def _another_shape(source: Path | str, names: list[str]) -> GravlensError:
+    return GravlensError(
+        f"The weights of {source} have another shape or name than those before it ({', '.join(names[:3])}).",
+        "Checkpoints of one history have one shape.",
+        "checkpoints of one training history.",
+    )
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    state = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name in state}
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return tensors
+
+
+def _architecture(source: Path | str) -> dict[str, Any] | None:
+    """The configuration without bookkeeping, for telling whether weights can be swapped; None where it is unknown."""
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        return None
+    bookkeeping = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+    return {key: value for key, value in json.loads(path.read_text()).items() if key not in bookkeeping}
+
+
+# --- the tokenizer of a sequence --------------------------------------------------------------------------------
+
+
+def sequence_tokenizer(sequence: ModelSequence) -> Any:
+    """The one tokenizer that all checkpoints are read with; templates never mix silently.
+
+    Raises:
+        GravlensError: no tokenizer is found, witness and anchor have different vocabularies, or different chat
+            templates and `chat_template` makes no choice.
+    """
+    anchor, witness = (_own_tokenizer(sequence, c) for c in (sequence.anchor, sequence.witness))
+    if anchor is None:
+        raise GravlensError(
+            f"The anchor ({sequence.anchor.described}) has no tokenizer.",
+            "Prompts are texts and need one.",
+            "tokenizer.save_pretrained(folder), or from_models(..., tokenizer=tokenizer).",
+        )
+    if witness is not None and witness.get_vocab() != anchor.get_vocab():
+        raise GravlensError(
+            f"Witness and anchor have different vocabularies ({len(witness)} and {len(anchor)} tokens).",
+            "All checkpoints of a history read the same token ids.",
+            "checkpoints of one history, or one tokenizer= for all.",
+        )
+    if sequence.chat_template == "none":
+        return _without_template(anchor)
+    template = getattr(anchor, "chat_template", None)
+    if sequence.chat_template == "own" and witness is not None and witness.chat_template != template:
+        raise GravlensError(
+            "Witness and anchor have different chat templates"
+            + (" (the witness has none)." if not witness.chat_template else "."),
+            "A difference of templates alone makes a large direction, so the choice is yours and is stored.",
+            'chat_template="anchor" (the anchor\'s for all) or "none" (prompts as they are).',
+        )
+    return anchor
+
+
+def _own_tokenizer(sequence: ModelSequence, checkpoint: Checkpoint) -> Any | None:
+    if sequence.tokenizer is not None:
+        return sequence.tokenizer
+    if isinstance(checkpoint.source, nn.Module):
+        return getattr(checkpoint.source, "tokenizer", None)
+    return load_tokenizer(checkpoint.source)
+
+
+def _without_template(tokenizer: Any) -> Any:
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer
+    plain = tokenizer.__class__.from_pretrained(tokenizer.name_or_path)
+    plain.chat_template = None
+    return plain
+
+
+# --- forward passes ---------------------------------------------------------------------------------------------
+
+
+def run_trunk(model: OpenModel, batch: Batch) -> None:
+    """Run the blocks for the sake of hooks on them; logits are not computed where the family allows it."""
+    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
+    if model.kind != "huggingface":
+        model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_type=None)
+        return
+    trunk = _trunk(model.module)
+    if "position_ids" not in inspect.signature(trunk.forward).parameters:
+        del inputs["position_ids"]
+    trunk(**inputs, use_cache=False)
+
+
+def _trunk(module: Any) -> Any:
+    """The decoder without its head. It is called directly: Trainer wraps the whole model's forward in autocast."""
+    module = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return module.base_model
+
+
+def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompt vocab"]:
+    """Next-token logits after each prompt, fp32."""
+    logits: list[Tensor] = [torch.empty(0)] * len(ids)
+    with torch.inference_mode():
+        for rows, batch in _batches(model, ids):
+            inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
+            for row, out in zip(rows, _last_logits(model, inputs), strict=True):
+                logits[row] = out.float().cpu()
+    return torch.stack(logits)
+
+
+def _last_logits(model: OpenModel, inputs: dict[str, Tensor]) -> Float[Tensor, "prompt vocab"]:
+    if model.kind != "huggingface":
+        return model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -1]
+    known = inspect.signature(model.module.forward).parameters
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    inputs = {key: value for key, value in inputs.items() if key in known}
+    return model.module(**inputs, **extra, use_cache=False).logits[:, -1]
+
+
+def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuation of each prompt with the KV cache: new tokens alone, cut before the end-of-sequence token."""
+    eos = None if model.tokenizer is None else model.tokenizer.eos_token_id
+    answers: list[list[int]] = [[]] * len(ids)
+    with torch.inference_mode():
+        for rows, batch in _batches(model, ids):
+            new = _greedy(model, batch, max_new_tokens, eos)[:, batch.input_ids.shape[1] :].tolist()
+            for row, tokens in zip(rows, new, strict=True):
+                answers[row] = tokens[: tokens.index(eos)] if eos in tokens else tokens
+    return answers
+
+
+def _greedy(model: OpenModel, batch: Batch, max_new_tokens: int, eos: int | None) -> Tensor:
+    ids = batch.input_ids.to(model.device)
+    module: Any = model.module
+    if model.kind != "huggingface":
+        return module.generate(
+            ids, max_new_tokens=max_new_tokens, do_sample=False, stop_at_eos=eos is not None, eos_token_id=eos,
+            return_type="tokens", verbose=False,
+        )  # fmt: skip
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0 if eos is None else eos
+    )
+    return module.generate(ids, attention_mask=batch.attention_mask.to(model.device), generation_config=config)
+
+
+def _batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
+    """Left-padded batches of similar length; for TransformerLens models of equal length, so that nothing is padded."""
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    while order:
+        rows = order[:BATCH]
+        if model.kind != "huggingface":
+            rows = [row for row in rows if len(ids[row]) == len(ids[rows[0]])]
+        order = order[len(rows) :]
+        yield rows, pad([ids[row] for row in rows], side="left")
+
+
+def sequence_logprobs(
+    model: OpenModel, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+) -> Float[Tensor, " prompt"]:
+    """log p of each continuation after its prompt, teacher-forced, summed over its tokens in fp64; nats."""
+    totals = torch.zeros(len(prompts), dtype=torch.float64)
+    ids = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
+    with torch.inference_mode():
+        for rows, batch in _batches(model, ids):
+            keep = 1 + max(len(continuations[row]) for row in rows)
+            for row, logits in zip(rows, _end_logits(model, batch, keep), strict=True):
+                tokens = torch.tensor(continuations[row], device=logits.device)
+                logprobs = logits[-1 - len(tokens) : -1].float().log_softmax(-1)
+                totals[row] = logprobs.gather(1, tokens[:, None]).double().sum()
+    return totals
+
+
+def _end_logits(model: OpenModel, batch: Batch, keep: int) -> Float[Tensor, "prompt keep vocab"]:
+    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
+    if model.kind != "huggingface":
+        return model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -keep:]
+    known = inspect.signature(model.module.forward).parameters
+    extra = {"logits_to_keep": keep} if "logits_to_keep" in known else {}
+    inputs = {key: value for key, value in inputs.items() if key in known}
+    return model.module(**inputs, **extra, use_cache=False).logits[:, -keep:]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' own progress bars and notices while something is opened."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

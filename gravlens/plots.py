@@ -1,0 +1,350 @@
+"""Results in, matplotlib Axes out. What is drawn was measured elsewhere; here only means over runs are taken.
+
+Every function draws into `ax`, or into a figure of its own that pyplot never sees, and leaves rcParams alone.
+A notebook shows the returned Axes as a picture; a script saves it with `ax.figure.savefig("name.svg")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from itertools import groupby
+from textwrap import shorten
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.container import Container
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from gravlens.errors import GravlensError
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; dashes tell the nulls apart without colour.
+BLUE, GREY = "#0072B2", "#8A8A8A"
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES: tuple[Any, ...] = ("--", (0, (1, 1.2)), "-.", (0, (5, 1, 1, 1, 1, 1)))
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+}
+LABELS = {
+    "alignment": r"alignment with $v_\mathrm{rev}$ (cosine)",
+    "fraction": "fraction of the way back to the witness",
+    "projection": r"drift along $v_\mathrm{rev}$ (residual units)",
+    "drift_norm": "norm of the drift (residual units)",
+    "alignment_final": r"alignment with $v_\mathrm{rev}$, last step (cosine)",
+    "fraction_final": "fraction of the way back, last step",
+    "harmfulness": "harmful prompts answered (%)",
+    "over_refusal": "harmless prompts refused (%)",
+    "refusal_log_odds": "refusal log-odds (nats)",
+    "task_loss": "held-out task loss (nats per token)",
+    "seconds_per_step": "seconds per step",
+}
+WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line crosses the text
+NOT_RUN: dict[str, Any] = {"va": "center", "color": GREY, "style": "italic", "bbox": WHITE_BOX}
+THIN: dict[str, Any] = {"color": BLUE, "alpha": 0.4, "lw": 0.7, "marker": ".", "ms": 2}
+HOLLOW: dict[str, Any] = {"marker": "o", "ls": "", "mfc": "white", "zorder": 4}
+SHARES = ("harmfulness", "over_refusal")
+WITHOUT_ZERO = ("task_loss", "seconds_per_step")
+UNJUDGED = "drift too small to judge"
+
+
+class HasTable(Protocol):
+    """A result that carries its tidy table, such as a Trajectory."""
+
+    @property
+    def table(self) -> pd.DataFrame: ...
+
+
+class PictureAxes(Axes):
+    """An Axes that a notebook shows as its picture, so that pyplot's global list of figures is not needed."""
+
+    def _repr_png_(self) -> bytes:
+        picture = BytesIO()
+        assert isinstance(self.figure, Figure)  # _axes made it
+        self.figure.savefig(picture, format="png")
+        return picture.getvalue()
+
+
+@rc_context(STYLE)
+def plot_alignment(
+    table: pd.DataFrame | HasTable,
+    *,
+    value: str = "alignment",
+    nulls: pd.DataFrame | None = None,
+    prompts: str = "held_out",
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean over layers against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
+
+    `table` is Trajectory.table; `value` another of its columns ("fraction", "projection", "drift_norm").
+    `nulls` has columns null, step, p99 (of the alignment's mean over layers); where runs differ the highest is drawn.
+    Points whose drift the table does not judge are hollow. GravlensError where there is nothing to draw.
+    """
+    rows = _chosen(table, prompts, value)
+    rows = rows[rows["layer"].isna()]
+    _need(rows, (value,), "a table with rows of layer <NA> (the mean over layers), or plot_layers.")
+    if nulls is not None and value != "alignment":
+        raise GravlensError(f"nulls came with value={value!r}.", "Their p99 is one of alignment.", "nulls=None.")
+    ax = _axes(ax)
+    ax.set_xscale("symlog", linthresh=1, linscale=0.4)
+    ax.axhline(0, color="black", lw=0.7, zorder=0)
+    _draw_runs(ax, rows, value)
+    _draw_mean(ax, rows, value)
+    if nulls is not None:
+        _draw_nulls(ax, nulls)
+    _mark_steps(ax, rows["step"].unique())
+    ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, value))
+    return _legend(ax)
+
+
+@rc_context(STYLE)
+def plot_layers(
+    table: pd.DataFrame | HasTable,
+    *,
+    step: int | Sequence[int] | None = None,
+    prompts: str = "held_out",
+    value: str = "alignment",
+    ax: Axes | None = None,
+) -> Axes:
+    """`value` at each layer, mean ± SEM over runs, one line per step (all steps, or those in `step`), late ones light.
+
+    Undefined layers (without a value, or in Trajectory.undefined) are named under the axis. GravlensError for a step
+    that was not measured.
+    """
+    rows = _chosen(table, prompts, value)
+    rows = rows[rows["layer"].notna()].astype({"layer": int})
+    defined = rows.groupby("layer")[value].transform(lambda column: column.notna().any()).astype(bool)
+    undefined, rows = {*rows.loc[~defined, "layer"], *getattr(table, "undefined", ())}, rows[defined]
+    steps = _steps(rows, step)
+    ax = _axes(ax)
+    ax.axhline(0, color="black", lw=0.7, zorder=0)
+    for at, colour in zip(steps, colormaps["viridis"](np.linspace(0, 0.88, len(steps))), strict=True):
+        _draw_layers(ax, rows[rows["step"] == at], value, f"step {at}", colour)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.set(xlabel="layer" + _left_out(undefined), ylabel=LABELS.get(value, value))
+    return _legend(ax, columns=3)
+
+
+@rc_context(STYLE)
+def plot_effect(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What each intervention does to the score: difference with its 95 % interval, on the range of random directions.
+
+    `table`: condition, layer (<NA>: all layers at once), difference, low, high, random_low, random_high; its
+    attrs["score"] names the axis. Several layers stand side by side; one layer gives a row per condition.
+    """
+    _need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
+    ax = _axes(ax)
+    draw = _effect_by_layer if table["layer"].nunique(dropna=False) > 1 else _effect_by_condition
+    draw(ax, table, table.attrs.get("score", "difference"))
+    ax.plot([], [], color=GREY, alpha=0.35, lw=6, label="random directions")
+    return _legend(ax, side="right" if draw is _effect_by_condition else "left")
+
+
+@rc_context(STYLE)
+def plot_arms(
+    table: pd.DataFrame,
+    *,
+    measure: str = "harmfulness",
+    reference: Mapping[str, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """One `measure` per arm: every run as a small point, mean ± SEM above it, arms in the table's order.
+
+    `table` has columns arm, run and the measure, a row per run; an arm without a value reads "not run".
+    `reference` maps a label (witness, anchor) to a value that is drawn as a dashed line.
+    """
+    _need(table, ("arm", measure))
+    ax = _axes(ax)
+    if measure not in WITHOUT_ZERO:
+        ax.axvline(0, color="black", lw=0.7, zorder=0)
+    for place, (_, rows) in enumerate(table.groupby("arm", sort=False)):
+        _draw_arm(ax, place, rows[measure].dropna())
+    for (label, at), dash, colour in zip((reference or {}).items(), DASHES, CYCLE[1:], strict=False):
+        ax.axvline(at, ls=dash, color=colour, lw=1, zorder=0.5, label=label)
+    _name_rows(ax, table["arm"].unique())
+    if measure in SHARES:
+        ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
+    ax.set_xlabel(LABELS.get(measure, measure))
+    return _legend(ax, side="right")
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    return Figure(figsize=(3.6, 2.9), dpi=200, layout="constrained").add_subplot(axes_class=PictureAxes)
+
+
+def _need(table: pd.DataFrame, columns: Iterable[str], remedy: str = "a table of measured results.") -> None:
+    """A table to draw has rows and these columns."""
+    missing = ", ".join(name for name in columns if name not in table.columns)
+    if missing:
+        have = ", ".join(map(str, table.columns))
+        raise GravlensError(f"The table has no column {missing}.", f"Its columns: {have}.", "one of those.")
+    if table.empty:
+        raise GravlensError("The table has no rows.", "At least one is drawn.", remedy)
+
+
+def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.DataFrame:
+    """The rows that were measured on `prompts`."""
+    table = table if isinstance(table, pd.DataFrame) else table.table
+    _need(table, ("run", "step", "layer", "prompts", value))
+    rows = table[table["prompts"] == prompts]
+    if rows.empty:
+        known = sorted(table["prompts"].unique())
+        raise GravlensError(
+            f"prompts={prompts!r} has no row.", f"Prompts with rows: {known}.", f"prompts={known[0]!r}."
+        )
+    return rows
+
+
+def _steps(rows: pd.DataFrame, step: int | Sequence[int] | None) -> list[int]:
+    known = sorted({int(at) for at in rows["step"]})
+    wanted = known if step is None else [step] if isinstance(step, int) else list(step)
+    absent = [at for at in wanted if at not in known]
+    if absent or not wanted:
+        raise GravlensError(f"step={step!r} was asked for.", f"Steps with a value: {known}.", "one of those.")
+    return wanted
+
+
+def _over_runs(rows: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
+    """Mean and SEM over runs; one run has no SEM and gets no bar."""
+    return rows.groupby(by)[value].agg(["mean", "sem", "count"]).dropna(subset="mean")
+
+
+def _unjudged(rows: pd.DataFrame, value: str) -> pd.DataFrame:
+    """A cosine of almost no drift is noise; other measures need no such mark."""
+    return rows[~rows["judged"].astype(bool)] if value == "alignment" and "judged" in rows else rows[:0]
+
+
+def _draw_runs(ax: Axes, rows: pd.DataFrame, value: str) -> None:
+    for number, (_, run) in enumerate(rows.sort_values("step").groupby("run")):
+        ax.plot(run["step"], run[value], **THIN, label="_" if number else "one run")
+    small = _unjudged(rows, value)
+    if len(small):
+        ax.plot(small["step"], small[value], **HOLLOW, mec=BLUE, ms=3, mew=0.7, label=UNJUDGED)
+
+
+def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
+    mean = _over_runs(rows, "step", value)
+    label = f"mean ± SEM, runs: {rows['run'].nunique()}"
+    ax.errorbar(mean.index, mean["mean"], mean["sem"], color=BLUE, lw=2, marker="o", capsize=2, zorder=3, label=label)
+
+
+def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
+    _need(nulls, ("null", "step", "p99"))
+    rows = nulls[nulls["layer"].isna()] if "layer" in nulls else nulls
+    for number, (name, null) in enumerate(rows.groupby("null", sort=False)):
+        p99 = null.groupby("step")["p99"].max()
+        look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
+        marker = "_" if len(p99) == 1 else ""  # one step makes no line
+        ax.plot(p99.index, p99, marker=marker, ms=12, mew=1.5, label=f"{_words(name)}, p99", **look)
+
+
+def _mark_steps(ax: Axes, steps: np.ndarray) -> None:
+    """Ticks at the steps that were measured, thinned from the last one down so that the labels do not touch."""
+    steps = np.sort(steps)[::-1]
+    places = ax.xaxis.get_transform().transform(steps.astype(float))
+    gap, kept = 0.085 * (places[0] - places[-1]), [0]
+    for index in range(1, len(steps)):
+        if places[kept[-1]] - places[index] > gap:
+            kept.append(index)
+    shown = sorted(int(step) for step in steps[kept])
+    ax.set_xticks(shown, [str(step) for step in shown])
+    ax.set_xticks([], minor=True)
+
+
+def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, label: str, colour: Any) -> None:
+    mean = _over_runs(rows, "layer", value)
+    ax.errorbar(mean.index, mean["mean"], mean["sem"], color=colour, marker="o", capsize=2, label=label)
+    small = mean.loc[mean.index.isin(_unjudged(rows, value)["layer"]), "mean"]
+    if len(small):
+        known = UNJUDGED in ax.get_legend_handles_labels()[1]
+        ax.plot(small.index, small, **HOLLOW, mec=colour, label="_" if known else UNJUDGED)
+
+
+def _left_out(layers: set[int]) -> str:
+    """A line under the axis: 0, 1, 2, 7 reads 0–2, 7 (in a stretch, layer − place is constant)."""
+    stretches = groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0])
+    spans = [[layer for _, layer in stretch] for _, stretch in stretches]
+    names = ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+    return f"\nundefined, left out: {shorten(names, 40, placeholder=' …')}" if names else ""
+
+
+def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
+    """Layers along x, conditions beside each other; <NA> is the place after the last layer."""
+    groups = list(table.groupby("condition", sort=False))
+    beyond = int(table["layer"].max()) + 1
+    ax.axhline(0, color="black", lw=0.7, zorder=0)
+    for number, (name, rows) in enumerate(groups):
+        at = rows["layer"].astype("Float64").fillna(beyond).to_numpy(float) + 0.6 * (number + 0.5) / len(groups) - 0.3
+        colour = CYCLE[number % len(CYCLE)]
+        ax.vlines(at, rows["random_low"], rows["random_high"], color=GREY, alpha=0.35, lw=5)
+        ax.vlines(at, rows["low"], rows["high"], color=colour)
+        ax.plot(at, rows["difference"], "o", color=colour, label=_words(name))
+    layers = sorted(table["layer"].dropna().astype(int).unique())
+    _mark_layers(ax, layers, beyond if table["layer"].isna().any() else None)
+    ax.set(xlabel="layer", ylabel=score)
+
+
+def _mark_layers(ax: Axes, layers: list[int], beyond: int | None) -> None:
+    """At most about a dozen layer numbers, and "all" where an intervention acted on all layers at once."""
+    shown = layers[:: 1 + len(layers) // 13]
+    ticks = {layer: str(layer) for layer in shown} | ({} if beyond is None else {beyond: "all"})
+    ax.set_xticks(list(ticks), list(ticks.values()))
+
+
+def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:
+    places = np.arange(len(table))
+    ax.axvline(0, color="black", lw=0.7, zorder=0)
+    ax.hlines(places, table["random_low"], table["random_high"], color=GREY, alpha=0.35, lw=8)
+    ax.hlines(places, table["low"], table["high"], color=BLUE)
+    ax.plot(table["difference"], places, "o", color=BLUE, label="difference, 95 % interval")
+    _name_rows(ax, table["condition"])
+    ax.set_xlabel(score)
+
+
+def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
+    """The mean stands a little above the row's runs, so that neither hides the other."""
+    if values.empty:
+        ax.text(0.02, place, "not run", transform=ax.get_yaxis_transform(), **NOT_RUN)
+        return
+    known = "one run" in ax.get_legend_handles_labels()[1]
+    runs, mean = ("_", "_") if known else ("one run", "mean ± SEM")
+    ax.plot(values, np.full(len(values), place + 0.18), "o", color=BLUE, alpha=0.4, ms=3, mew=0, label=runs)
+    center, sem = values.agg(["mean", "sem"])
+    ax.errorbar(center, place - 0.12, xerr=sem, color=BLUE, fmt="o", ms=5, capsize=2.5, label=mean)
+
+
+def _name_rows(ax: Axes, names: Iterable[Any]) -> None:
+    """Rows are read from the top."""
+    words = [_words(name) for name in names]
+    ax.set_yticks(range(len(words)), words)
+    ax.set_ylim(len(words) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+
+
+def _words(name: Any) -> str:
+    return str(name).replace("_", " ")
+
+
+def _legend(ax: Axes, *, columns: int = 2, side: str = "left") -> Axes:
+    """Above the axes, where no line can pass behind it, means first; on the right it has the room of the row names."""
+    handles, labels = ax.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda index: not isinstance(handles[index], Container))
+    handles, labels = [handles[index] for index in order], [labels[index] for index in order]
+    place = {"loc": f"lower {side}", "bbox_to_anchor": (float(side == "right"), 1.0)}
+    ax.legend(handles, labels, ncols=columns, borderaxespad=0.3, columnspacing=1.2, **place)
+    return ax

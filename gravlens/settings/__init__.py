@@ -1,0 +1,1 @@
+"""Histories that gravlens can make itself, one per file."""

@@ -1,0 +1,141 @@
+"""How far, and how straight, each run moves along v_rev: alignment, projection, fraction, over runs × steps × layers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from gravlens.directions import Directions
+from gravlens.errors import GravlensError
+from gravlens.residuals import Residuals
+
+# A cosine of a drift shorter than this share of the distance is noise, and is marked as not judged.
+JUDGED_FROM = 0.02
+MEASURES = ("alignment", "projection", "fraction", "drift_norm")
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """The drift of every run, measured along one direction a layer.
+
+    Attributes:
+        table: one row per run × step × layer × prompt set: `run`, `step`, `layer` (<NA> is the mean over
+            `layers_in_mean`), `prompts` (`given`: those the directions were estimated on; `held_out`: others),
+            `alignment` (cosine), `projection` (residual units), `fraction` (projection / distance: 0 the anchor, 1 all
+            the way back), `drift_norm` (residual units), `judged` (the drift is longer than 2 % of the distance).
+        layers_in_mean: layers that the mean is taken over; undefined ones are left out and stand in `undefined`.
+        undefined: layer -> why it has no direction.
+        n_anchors: how many anchors the runs start from; ± over runs of one anchor says nothing about others.
+    """
+
+    table: pd.DataFrame
+    layers_in_mean: tuple[int, ...]
+    undefined: Mapping[int, str] = field(default_factory=dict)
+    n_anchors: int = 1
+
+    def summary(self, prompts: str = "held_out") -> pd.DataFrame:
+        """Mean ± SEM over runs of the layer mean, one row per step: columns (measure, mean | sem | runs)."""
+        rows = self.table[self.table.layer.isna()]
+        chosen = rows[rows.prompts == (prompts if (rows.prompts == prompts).any() else "given")]
+        return chosen.groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])
+
+    def _repr_html_(self) -> str:
+        runs = ", ".join(escape(str(run)) for run in self.table.run.unique())
+        caption = f"<p>runs: {runs}; anchors: {self.n_anchors}; layers in the mean: {list(self.layers_in_mean)}</p>"
+        return caption + self.summary().to_html(float_format="{:.3f}".format)
+
+
+def follow(
+    residuals: Residuals | Sequence[Residuals], directions: Directions, *, layers_in_mean: Sequence[int] | None = None
+) -> Trajectory:
+    """Follow the drift h(θ_t) − h(anchor) of every run along the directions.
+
+    alignment = cos(drift, v), projection = ⟨drift, v⟩, fraction = projection / distance (docs/trajectory.md).
+
+    Args:
+        residuals: of one prompt set or of several; a set is called `given` where it is the directions' own.
+        directions: one direction a layer.
+        layers_in_mean: layers of the mean (default: all of the directions').
+
+    Raises:
+        GravlensError: the residuals hold no run, or no direction is defined.
+    """
+    sets = [residuals] if isinstance(residuals, Residuals) else list(residuals)
+    defined = directions.defined()
+    mean = [layer for layer in (layers_in_mean or directions.layers) if layer in defined.layers]
+    if not mean:
+        raise GravlensError(
+            f"No direction of the layers {list(layers_in_mean or [])} is defined.",
+            f"Defined: {list(defined.layers)}.",
+            "layers_in_mean with one of these.",
+        )
+    table = pd.concat([_follow_set(one, defined, mean) for one in sets], ignore_index=True)
+    undefined = {d.layer: d.undefined for d in directions if d.undefined is not None}
+    return Trajectory(table, tuple(mean), undefined)
+
+
+def drifts(residuals: Residuals, run: str, layers: Sequence[int]) -> Float[np.ndarray, "step layer d_model"]:
+    """h_l(θ_t) − h_l(anchor) of a run, means over the prompts in fp64."""
+    columns = _columns(residuals, layers)
+    anchor = _mean_state(residuals, "anchor")[columns]
+    return np.stack([_mean_state(residuals, f"{run}/{step}")[columns] - anchor for step in residuals.runs[run]])
+
+
+def measure_drift(
+    drift: Float[np.ndarray, "*batch layer d_model"], directions: Directions
+) -> dict[str, Float[np.ndarray, "*batch layer"]]:
+    """The four measures of drifts along directions; the cosine of no drift is NaN."""
+    projection = np.einsum("...ld,ld->...l", drift, directions.vectors.astype(np.float64))
+    norm = np.linalg.norm(drift, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        alignment = projection / norm
+    return {
+        "alignment": alignment,
+        "projection": projection,
+        "fraction": projection / directions.distances,
+        "drift_norm": norm,
+    }
+
+
+def _follow_set(residuals: Residuals, directions: Directions, mean: list[int]) -> pd.DataFrame:
+    if not residuals.runs:
+        raise GravlensError(
+            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
+            "A trajectory needs the checkpoints of at least one run.",
+            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
+        )
+    label = "given" if residuals.prompts == directions.directions[0].prompts else "held_out"
+    frames = []
+    for run, steps in residuals.runs.items():
+        measures = measure_drift(drifts(residuals, run, directions.layers), directions)
+        judged = measures["drift_norm"] > JUDGED_FROM * directions.distances
+        frames.append(_tidy(run, steps, directions.layers, {**measures, "judged": judged}, mean))
+    return pd.concat(frames, ignore_index=True).assign(prompts=label)
+
+
+def _tidy(
+    run: str, steps: Sequence[int], layers: Sequence[int], measures: dict[str, np.ndarray], mean: list[int]
+) -> pd.DataFrame:
+    columns = [layers.index(layer) for layer in mean]
+    per_layer = {name: values.ravel() for name, values in measures.items()}
+    table = pd.DataFrame({"run": run, "step": np.repeat(steps, len(layers)), "layer": list(layers) * len(steps), **per_layer})
+    means = {name: measures[name][:, columns].mean(1) for name in MEASURES}
+    means["judged"] = measures["judged"][:, columns].all(1)
+    layer_mean = pd.DataFrame({"run": run, "step": list(steps), "layer": pd.array([pd.NA] * len(steps), "Int64"), **means})
+    return pd.concat([table.astype({"layer": "Int64"}), layer_mean], ignore_index=True)
+
+
+def _columns(residuals: Residuals, layers: Sequence[int]) -> list[int]:
+    missing = [layer for layer in layers if layer not in residuals.layers]
+    if missing:
+        raise GravlensError(
+            f"The residuals hold no layer {missing}.", f"They hold {list(residuals.layers)}.", "cache those layers too."
+        )
+    return [residuals.layers.index(layer) for layer in layers]
+
+
+def _mean_state(residuals: Residuals, checkpoint: str) -> Float[np.ndarray, "layer d_model"]:
+    return residuals.of(checkpoint).mean(0, dtype=np.float64)
