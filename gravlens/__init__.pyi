@@ -1,7 +1,44 @@
+from .behavior import generate_answers as generate_answers
+from .behavior import harmfulness as harmfulness
+from .behavior import refusal_log_odds as refusal_log_odds
+from .behavior import substring_judge as substring_judge
+from .behavior import task_loss as task_loss
+from .behavior import two_sided_log_odds as two_sided_log_odds
+from .blocking import Penalty as Penalty
 from .checkpoints import Checkpoint as Checkpoint
 from .checkpoints import ModelSequence as ModelSequence
+from .controls import closure as closure
+from .controls import substitute as substitute
+from .directions import Direction as Direction
+from .directions import Directions as Directions
+from .directions import difference_of_means as difference_of_means
+from .directions import direction_from as direction_from
+from .directions import locate_vrev as locate_vrev
+from .directions import random_directions as random_directions
+from .effects import Effect as Effect
+from .effects import causal_effect as causal_effect
 from .errors import GravlensError as GravlensError
+from .finetune import Recipe as Recipe
+from .finetune import finetune as finetune
+from .interventions import Ablate as Ablate
+from .interventions import Steer as Steer
+from .interventions import intervene as intervene
+from .models import OpenModel as OpenModel
+from .models import open_model as open_model
+from .nulls import compare as compare
+from .nulls import isotropic as isotropic
+from .nulls import weight_noise as weight_noise
+from .plots import plot_alignment as plot_alignment
+from .plots import plot_arms as plot_arms
+from .plots import plot_effect as plot_effect
+from .plots import plot_layers as plot_layers
+from .prompts import Example as Example
 from .prompts import PromptSet as PromptSet
+from .reproduce import reproduce as reproduce
+from .residuals import Residuals as Residuals
+from .residuals import cache_residuals as cache_residuals
+from .trajectory import Trajectory as Trajectory
+from .trajectory import follow as follow
 
 __version__: str
 __all__: list[str]

@@ -47,8 +47,9 @@ def refusal_log_odds(
     Raises:
         GravlensError: the model has no tokenizer, or its vocabulary lacks an opening.
     """
-    first = sorted({ids[0] for ids in _openings(model, openings)})
-    logits = final_logits(model, encode(model.tokenizer, PromptSet.of(prompts))).double()
+    ids = encode(model.tokenizer, PromptSet.of(prompts))
+    first = sorted({opening[0] for opening in _openings(model, openings)})
+    logits = final_logits(model, ids).double()
     refusing = torch.zeros(logits.shape[1], dtype=torch.bool)
     refusing[first] = True
     return (logits[:, refusing].logsumexp(1) - logits[:, ~refusing].logsumexp(1)).numpy()

@@ -141,17 +141,17 @@ class ModelSequence:
         table = _read_toml(path)
         here = path.parent
         sequence = cls.from_folders(
-            witness=_relative(here, table["witness"]),
-            anchor=_relative(here, table["anchor"]),
+            witness=_existing(table["witness"], here),
+            anchor=_existing(table["anchor"], here),
             runs={name: _relative_run(here, run) for name, run in table.get("runs", {}).items()},
             chat_template=table.get("chat_template", "own"),
         )
         sets = {
             key: PromptSet.of(
-                here / table[key] if isinstance(table[key], str) else table[key],
+                here / Path(table[key]).expanduser() if isinstance(table[key], str) else table[key],
                 "harmless" if key == "harmless" else "harmful",
             )
-            for key in ("probes", "held_out", "harmless")
+            for key in _PROMPT_KEYS
             if key in table
         }
         return replace(sequence, **sets)
@@ -181,9 +181,9 @@ class ModelSequence:
         return f"<table><caption>ModelSequence</caption>{cells}</table>"
 
 
-def _existing(folder: Path | str) -> Path | str:
-    """A folder that exists, or a hub id (`owner/name` that looks like no path)."""
-    path = Path(folder).expanduser()
+def _existing(folder: Path | str, here: Path = Path()) -> Path | str:
+    """A folder that exists, seen from `here`, or a hub id (`owner/name` that looks like no path)."""
+    path = here / Path(folder).expanduser()
     if path.exists():
         return path
     if isinstance(folder, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder) and not path.parent.exists():
@@ -191,7 +191,7 @@ def _existing(folder: Path | str) -> Path | str:
     raise GravlensError(
         f"The checkpoint {folder} does not exist.",
         "A folder written by save_pretrained is needed (or a hub id, owner/name).",
-        f"check the path; it is looked up from {Path.cwd().name}/.",
+        f"check the path; it is looked up from {here.resolve().name}/.",
     )
 
 
@@ -239,7 +239,8 @@ def _ordered(name: str, checkpoints: list[Checkpoint]) -> tuple[Checkpoint, ...]
 
 # --- SEQUENCE.toml ----------------------------------------------------------------------------------------------
 
-_KEYS = {"witness", "anchor", "runs", "probes", "held_out", "harmless", "chat_template"}
+_PROMPT_KEYS = ("probes", "held_out", "harmless")
+_KEYS = {"witness", "anchor", "runs", "chat_template", *_PROMPT_KEYS}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -259,13 +260,18 @@ def _read_toml(path: Path) -> dict[str, Any]:
         )
     if not isinstance(table.get("runs", {}), dict):
         raise GravlensError(f"{path}: runs is not a table.", "Runs have names.", '[runs]\\nseed0 = "ft/checkpoint-*"')
+    entries = {**table.get("runs", {}), **{key: table[key] for key in _PROMPT_KEYS if key in table}}
+    if wrong := [key for key, entry in entries.items() if not _is_text_or_texts(entry)]:
+        raise GravlensError(f"{path}: {', '.join(wrong)} is no text.", "A text or a list of texts is needed.", remedy)
     return table
 
 
-def _relative(here: Path, source: str) -> Path | str:
-    path = here / Path(source).expanduser()
-    return path if path.exists() else _existing(source)
+def _is_text_or_texts(entry: Any) -> bool:
+    return isinstance(entry, str) or (isinstance(entry, list) and all(isinstance(item, str) for item in entry))
 
 
 def _relative_run(here: Path, run: str | list[str]) -> str | list[Path | str]:
-    return str(here / run) if isinstance(run, str) else [_relative(here, folder) for folder in run]
+    if isinstance(run, str):
+        pattern = os.path.expanduser(run)
+        return pattern if os.path.isabs(pattern) else os.path.join(glob.escape(str(here)), pattern)
+    return [_existing(folder, here) for folder in run]

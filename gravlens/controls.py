@@ -14,12 +14,15 @@ from gravlens.trajectory import drifts
 def substitute(residuals: Residuals, *, witness: str = "witness", anchor: str = "anchor") -> Residuals:
     """The pair of states that `locate_vrev` reads, with another checkpoint as witness or as anchor.
 
-    A *wrong witness* (another initialisation or lineage) shares this anchor, so its baseline is not 0. A *sibling anchor*
-    A′ (this witness, another alignment seed) gives cos(h(θ_t) − h(A), h(W) − h(A′)), which has no anchor in common.
+    A *wrong witness* (another initialisation or lineage) shares this anchor, so its baseline is not 0. A *sibling
+    anchor* A′ (this witness, another alignment seed) gives cos(h(θ_t) − h(A), h(W) − h(A′)): no anchor in common.
     """
     values = np.stack([residuals.of(witness), residuals.of(anchor)])
     sources = residuals.meta.get("sources", {})
-    meta = {**residuals.meta, "sources": {"witness": sources.get(witness, witness), "anchor": sources.get(anchor, anchor)}}
+    meta = {
+        **residuals.meta,
+        "sources": {"witness": sources.get(witness, witness), "anchor": sources.get(anchor, anchor)},
+    }
     return Residuals(values, ("witness", "anchor"), residuals.layers, residuals.prompts, meta)
 
 
@@ -31,7 +34,12 @@ def from_start(residuals: Residuals, *, start: str) -> Residuals:
 
 
 def closure(
-    runs: Residuals, twins: Residuals, directions: Directions, *, pairs: Sequence[tuple[str, str]], layers: Sequence[int]
+    runs: Residuals,
+    twins: Residuals,
+    directions: Directions,
+    *,
+    pairs: Sequence[tuple[str, str]],
+    layers: Sequence[int],
 ) -> pd.DataFrame:
     """How much of the gap between a run and its unaligned twin has closed.
 

@@ -125,7 +125,9 @@ class Directions:
         arrays, meta = read_tensors(path, "directions")
         rows = zip(arrays["vectors"], meta["directions"], strict=True)
         numbers = ("distance", "reliability")  # JSON has no NaN
-        return cls(tuple(Direction(v, **{**m, **{n: np.nan if m[n] is None else m[n] for n in numbers}}) for v, m in rows))
+        return cls(
+            tuple(Direction(v, **{**m, **{n: np.nan if m[n] is None else m[n] for n in numbers}}) for v, m in rows)
+        )
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in ("layer", "distance", "reliability", "estimator", "made from"))
@@ -179,10 +181,19 @@ def locate_vrev(
         layers = None if layer is None else [layer]
         pair = (source.witness, source.anchor)
         source = cache_residuals(source, prompts, layers=layers, checkpoints=pair)
+    elif prompts is not None:
+        raise GravlensError(
+            "Residuals and prompts were given.",
+            "Residuals hold the states of their own prompts.",
+            "locate_vrev(sequence, prompts=...) or locate_vrev(residuals).",
+        )
     witness, anchor = source.of("witness"), source.of("anchor")
     if layer is None:
         return Directions(
-            tuple(_estimate(source, number, witness[:, i], anchor[:, i], estimator) for i, number in enumerate(source.layers))
+            tuple(
+                _estimate(source, number, witness[:, i], anchor[:, i], estimator)
+                for i, number in enumerate(source.layers)
+            )
         )
     if layer not in source.layers:
         raise GravlensError(

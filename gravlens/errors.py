@@ -1,5 +1,7 @@
 """The one exception of gravlens: what was given, what was wanted, what to try."""
 
+from numbers import Integral
+
 
 class GravlensError(ValueError):
     """Bad input, said so that a newcomer can mend it.
@@ -21,10 +23,10 @@ class GravlensError(ValueError):
 
 def check_layer(layer: int, n_layers: int) -> int:
     """Return `layer` where `blocks.{layer}.hook_resid_post` exists, else raise `GravlensError`."""
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < n_layers:
         raise GravlensError(
             f"Layer {layer!r} was asked for.",
             f"Layers are whole numbers from 0 to {n_layers - 1}: layer l is blocks.l.hook_resid_post.",
             f"a layer between 0 and {n_layers - 1} (the last one is {n_layers - 1}, there is no -1).",
         )
-    return layer
+    return int(layer)

@@ -1,4 +1,4 @@
-"""Makes a setting's checkpoints and runs, and measures them, in worker processes; what is complete is never made again."""
+"""Makes and measures a setting's checkpoints and runs in worker processes; what is complete is never made again."""
 
 import json
 import multiprocessing
@@ -159,7 +159,7 @@ def draw_noise(setting: Setting, step: int, home: Path) -> Path:
 
     def make(folder: Path) -> None:
         sequence = sequence_of(setting, home)
-        arm = next(arm for arm in setting.arms if arm.name == "unblocked")
+        arm = unblocked_arm(setting)
         runs = [json.loads((run_folder(home, arm, seed) / "run.json").read_text()) for seed in arm.seeds]
         norms = [run["update_norms"][str(step)] for run in runs]
         mean = {name: float(np.mean([one[name] for one in norms if name in one])) for name in norms[0]}
@@ -170,7 +170,18 @@ def draw_noise(setting: Setting, step: int, home: Path) -> Path:
         null = weight_noise(anchor, vs, prompts, norms={step: mean}, draws=setting.noise[step], rng=rng)
         np.savez(folder / "draws.npz", cosines=null.cosines, layers=np.array(null.layers))
 
-    return once(home / "noise" / f"step{step}-{setting.noise[step]}", make)
+    return once(noise_folder(setting, step, home), make)
+
+
+def noise_folder(setting: Setting, step: int, home: Path) -> Path:
+    """Where the draws of one step lie; they depend on how many there are and on the runs whose norm they have."""
+    runs = len(unblocked_arm(setting).seeds)
+    return home / "noise" / f"step{step}-{setting.noise[step]}-draws-{runs}-runs"
+
+
+def unblocked_arm(setting: Setting) -> Arm:
+    """The arm that everything is held against."""
+    return next(arm for arm in setting.arms if arm.name == "unblocked")
 
 
 def blocker_of(setting: Setting, arm: Arm, seed: int, sequence: ModelSequence) -> Blocker | None:

@@ -58,7 +58,7 @@ def finetune(
     examples: Sequence[Example],
     *,
     out: Path | str,
-    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    recipe: Recipe = Recipe(),
     save_steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     blocker: Blocker | None = None,
     seed: int = 0,
@@ -127,7 +127,8 @@ def _in_order(model: OpenModel, examples: Sequence[Example], recipe: Recipe, see
 
 
 def _arguments(recipe: Recipe, seed: int, scratch: str) -> TrainingArguments:
-    cosine = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    cosine: dict[str, Any] = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    flat: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
     return TrainingArguments(
         output_dir=scratch,
         max_steps=recipe.steps,
@@ -137,8 +138,9 @@ def _arguments(recipe: Recipe, seed: int, scratch: str) -> TrainingArguments:
         adam_beta2=recipe.beta2,
         max_grad_norm=1.0,
         warmup_steps=recipe.warmup_steps,
-        **(cosine if recipe.schedule == "cosine" else {"lr_scheduler_type": "constant_with_warmup"}),
+        **(cosine if recipe.schedule == "cosine" else flat),
         bf16=recipe.bf16,
+        use_cpu=not torch.cuda.is_available(),
         seed=seed,
         train_sampling_strategy="sequential",
         logging_steps=1,

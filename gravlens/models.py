@@ -1,5 +1,6 @@
 """Opened models of every family behind one face; the only file that knows TransformerLens and Hugging Face."""
 
+import copy
 import inspect
 import json
 import logging
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from gravlens.checkpoints import Checkpoint, ModelSequence
@@ -40,7 +41,7 @@ class OpenModel:
             can be swapped in; empty for models that were handed over.
     """
 
-    module: nn.Module
+    module: Any
     kind: Kind
     blocks: tuple[nn.Module, ...]
     d_model: int
@@ -98,27 +99,48 @@ def load_huggingface(source: Path | str, dtype: torch.dtype = torch.float32) -> 
     _check_folder(source)
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except SafetensorError as error:
         raise damaged(source, error) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _not_opened(source, error) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
         raise GravlensError(
-            f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
-            "A folder written by save_pretrained, or a hub id in reach, is needed; no code of a checkpoint is run.",
-            "check the path and that config.json and *.safetensors lie in it.",
-        ) from error
+            f"The weights of {source} lack {', '.join(missing[:3])}.",
+            "Every weight is needed; transformers would draw the missing ones at random.",
+            "save that checkpoint again, whole (model.save_pretrained of a causal language model).",
+        )
     return model.eval()
 
 
 def load_tokenizer(source: Path | str) -> Any | None:
-    """The folder's tokenizer, or None where it has none."""
+    """The tokenizer of a folder or hub id, or None where it has none."""
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
+        if not Path(source).is_dir():
+            _check_reach(source)
         return None
+
+
+def _check_reach(source: Path | str) -> None:
+    try:
+        with quiet():
+            AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_opened(source, error) from error
+
+
+def _not_opened(source: Path | str, error: Exception) -> GravlensError:
+    return GravlensError(
+        f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
+        "A folder written by save_pretrained, or a hub id in reach, is needed; no code of a checkpoint is run.",
+        "check the path and that config.json and *.safetensors lie in it.",
+    )
 
 
 def _check_folder(source: Path | str) -> None:
@@ -132,7 +154,7 @@ def _check_folder(source: Path | str) -> None:
         raise GravlensError(
             f"{folder} holds only pickled weights ({', '.join(pickles[:3])}).",
             "Reading a pickle can run code, so safetensors are needed.",
-            "if you trust it, convert it once: python -c \"from transformers import AutoModelForCausalLM as M; "
+            'if you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder.name}').save_pretrained('{folder.name}-safetensors')\"",
         )
     for path in tensors:
@@ -174,7 +196,7 @@ def _huggingface_blocks(module: Any) -> nn.ModuleList:
 
 
 def resid_post(model: OpenModel, layer: int) -> nn.Module:
-    """The module whose output is `blocks.{layer}.hook_resid_post` [prompt, pos, d_model] (alone or first in a tuple)."""
+    """The module whose output (or its first part) is `blocks.{layer}.hook_resid_post` [prompt, pos, d_model]."""
     return model.blocks[check_layer(layer, model.n_layers)]
 
 
@@ -225,7 +247,7 @@ def check_same_shape(checkpoints: Sequence[tuple[Checkpoint, OpenModel]]) -> Non
         if (model.n_layers, model.d_model) != (reference.n_layers, reference.d_model):
             raise GravlensError(
                 f"{checkpoint.name} ({checkpoint.described}) has {model.n_layers} layers of width {model.d_model}, "
-                f"{first.name} has {reference.n_layers} of width {reference.d_model}.",
+                f"{first.name} ({first.described}) has {reference.n_layers} layers of width {reference.d_model}.",
                 "Checkpoints of one history have one shape.",
                 "checkpoints of one training history.",
             )
@@ -254,11 +276,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _architecture(source: Path | str) -> dict[str, Any] | None:
     """The configuration without bookkeeping, for telling whether weights can be swapped; None where it is unknown."""
-    path = Path(source) / "config.json"
-    if not path.is_file():
+    try:
+        config = json.loads((Path(source) / "config.json").read_text())
+    except (OSError, ValueError):  # loading says what is wrong with it
         return None
     bookkeeping = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-    return {key: value for key, value in json.loads(path.read_text()).items() if key not in bookkeeping}
+    return {key: value for key, value in config.items() if key not in bookkeeping}
 
 
 # --- the tokenizer of a sequence --------------------------------------------------------------------------------
@@ -308,7 +331,7 @@ def _own_tokenizer(sequence: ModelSequence, checkpoint: Checkpoint) -> Any | Non
 def _without_template(tokenizer: Any) -> Any:
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer
-    plain = tokenizer.__class__.from_pretrained(tokenizer.name_or_path)
+    plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     return plain
 
@@ -355,7 +378,10 @@ def _last_logits(model: OpenModel, inputs: dict[str, Tensor]) -> Float[Tensor, "
 
 
 def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuation of each prompt with the KV cache: new tokens alone, cut before the end-of-sequence token."""
+    """Greedy continuation of each prompt: new tokens alone, cut before the end-of-sequence token.
+
+    Hugging Face models use the KV cache, those of TransformerLens read each prefix anew.
+    """
     eos = None if model.tokenizer is None else model.tokenizer.eos_token_id
     answers: list[list[int]] = [[]] * len(ids)
     with torch.inference_mode():
@@ -370,9 +396,11 @@ def _greedy(model: OpenModel, batch: Batch, max_new_tokens: int, eos: int | None
     ids = batch.input_ids.to(model.device)
     module: Any = model.module
     if model.kind != "huggingface":
+        # Their cached answers are wrong: the bridge's cache stays empty where transformers calls it `cache`, and
+        # HookedTransformer counts learned positions twice without a tokenizer (TransformerLens 3.9 to 4.3).
         return module.generate(
             ids, max_new_tokens=max_new_tokens, do_sample=False, stop_at_eos=eos is not None, eos_token_id=eos,
-            return_type="tokens", verbose=False,
+            return_type="tokens", verbose=False, use_past_kv_cache=False,
         )  # fmt: skip
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0 if eos is None else eos

@@ -1,4 +1,4 @@
-"""Nulls: what alignment would be by chance. A null is a function that returns draws; `compare` holds runs against them."""
+"""What alignment would be by chance: a null is a function that returns draws; `compare` holds runs against them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,12 +122,12 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
         )
     mean = [null.layers.index(layer) for layer in trajectory.layers_in_mean]
     rows = []
-    for row in table.itertuples():
-        draws = null.cosines[:, null.steps.index(row.step)]
-        drawn = draws[:, mean].mean(1) if pd.isna(row.layer) else draws[:, null.layers.index(row.layer)]
+    for run, step, layer, alignment in table[["run", "step", "layer", "alignment"]].to_numpy(dtype=object):
+        draws = null.cosines[:, null.steps.index(step)]
+        drawn = draws[:, mean].mean(1) if layer is pd.NA else draws[:, null.layers.index(layer)]
         p99 = float(np.quantile(drawn, 0.99))
-        p_value = (1 + int((drawn >= row.alignment).sum())) / (1 + len(drawn))
-        rows.append((null.name, row.run, row.step, row.layer, row.alignment, p99, p_value, row.alignment > p99))
+        p_value = (1 + int((drawn >= alignment).sum())) / (1 + len(drawn))
+        rows.append((null.name, run, step, layer, alignment, p99, p_value, alignment > p99))
     columns = ["null", "run", "step", "layer", "alignment", "p99", "p_value", "above"]
     return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
 
@@ -138,7 +138,10 @@ def _named(model: OpenModel, norms: Mapping[int, Mapping[str, float]]) -> dict[s
 
 
 def _add_noise(
-    weights: Mapping[str, Tensor], original: Mapping[str, Tensor], norms: Mapping[str, float], generator: torch.Generator
+    weights: Mapping[str, Tensor],
+    original: Mapping[str, Tensor],
+    norms: Mapping[str, float],
+    generator: torch.Generator,
 ) -> None:
     with torch.no_grad():
         for name, weight in weights.items():

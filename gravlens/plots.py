@@ -94,8 +94,7 @@ def plot_alignment(
     Points whose drift the table does not judge are hollow. GravlensError where there is nothing to draw.
     """
     rows = _chosen(table, prompts, value)
-    rows = rows[rows["layer"].isna()]
-    _need(rows, (value,), "a table with rows of layer <NA> (the mean over layers), or plot_layers.")
+    rows = _need(rows[rows["layer"].isna()], (), "plot_layers, or a table with rows of layer <NA>: the mean.")
     if nulls is not None and value != "alignment":
         raise GravlensError(f"nulls came with value={value!r}.", "Their p99 is one of alignment.", "nulls=None.")
     ax = _axes(ax)
@@ -139,13 +138,13 @@ def plot_layers(
 
 
 @rc_context(STYLE)
-def plot_effect(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Axes:
     """What each intervention does to the score: difference with its 95 % interval, on the range of random directions.
 
-    `table`: condition, layer (<NA>: all layers at once), difference, low, high, random_low, random_high; its
-    attrs["score"] names the axis. Several layers stand side by side; one layer gives a row per condition.
+    `table`, or an Effect: condition, layer (<NA>: several at once), difference, low, high, random_low, random_high;
+    its attrs["score"] names the axis. Several layers stand side by side; one layer gives a row per condition.
     """
-    _need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
+    table = _need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
     ax = _axes(ax)
     draw = _effect_by_layer if table["layer"].nunique(dropna=False) > 1 else _effect_by_condition
     draw(ax, table, table.attrs.get("score", "difference"))
@@ -187,20 +186,22 @@ def _axes(ax: Axes | None) -> Axes:
     return Figure(figsize=(3.6, 2.9), dpi=200, layout="constrained").add_subplot(axes_class=PictureAxes)
 
 
-def _need(table: pd.DataFrame, columns: Iterable[str], remedy: str = "a table of measured results.") -> None:
-    """A table to draw has rows and these columns."""
+def _need(
+    table: pd.DataFrame | HasTable, columns: Iterable[str], remedy: str = "a table of measured results."
+) -> pd.DataFrame:
+    """The table of a result, which has rows and these columns."""
+    table = table if isinstance(table, pd.DataFrame) else table.table
     missing = ", ".join(name for name in columns if name not in table.columns)
     if missing:
-        have = ", ".join(map(str, table.columns))
-        raise GravlensError(f"The table has no column {missing}.", f"Its columns: {have}.", "one of those.")
+        raise GravlensError(f"The table has no column {missing}.", f"It has {list(table.columns)}.", "one of those.")
     if table.empty:
         raise GravlensError("The table has no rows.", "At least one is drawn.", remedy)
+    return table
 
 
 def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.DataFrame:
     """The rows that were measured on `prompts`."""
-    table = table if isinstance(table, pd.DataFrame) else table.table
-    _need(table, ("run", "step", "layer", "prompts", value))
+    table = _need(table, ("run", "step", "layer", "prompts", value))
     rows = table[table["prompts"] == prompts]
     if rows.empty:
         known = sorted(table["prompts"].unique())
@@ -249,7 +250,7 @@ def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
     for number, (name, null) in enumerate(rows.groupby("null", sort=False)):
         p99 = null.groupby("step")["p99"].max()
         look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
-        marker = "_" if len(p99) == 1 else ""  # one step makes no line
+        marker = "_" * (len(p99) == 1)  # one step makes no line
         ax.plot(p99.index, p99, marker=marker, ms=12, mew=1.5, label=f"{_words(name)}, p99", **look)
 
 
@@ -321,8 +322,7 @@ def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
     if values.empty:
         ax.text(0.02, place, "not run", transform=ax.get_yaxis_transform(), **NOT_RUN)
         return
-    known = "one run" in ax.get_legend_handles_labels()[1]
-    runs, mean = ("_", "_") if known else ("one run", "mean ± SEM")
+    runs, mean = ("_", "_") if "one run" in ax.get_legend_handles_labels()[1] else ("one run", "mean ± SEM")
     ax.plot(values, np.full(len(values), place + 0.18), "o", color=BLUE, alpha=0.4, ms=3, mew=0, label=runs)
     center, sem = values.agg(["mean", "sem"])
     ax.errorbar(center, place - 0.12, xerr=sem, color=BLUE, fmt="o", ms=5, capsize=2.5, label=mean)

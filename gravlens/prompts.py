@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gravlens.errors import GravlensError
+
 
 class Example(NamedTuple):
     """One supervised pair of a fine-tuning set."""
@@ -75,14 +77,17 @@ def read_rows(path: Path, *keys: str) -> list[dict[str, str]]:
     """Read the rows of a `.jsonl`, `.csv` or `.txt` file and hold each against the wanted keys."""
     if not path.is_file():
         raise GravlensError(f"The prompt file {path} does not exist.", "A file is needed.", "check the path.")
-    lines = path.read_text(encoding="utf-8").splitlines()
     try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+        lines = text.split("\n")  # splitlines would cut at a U+2028 within a prompt
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in lines if line.strip()]
         elif path.suffix == ".csv":
-            rows = list(csv.DictReader(lines))
+            rows = list(csv.DictReader(io.StringIO(text)))
         else:
             rows = [{"prompt": line} for line in lines if line.strip()]
+    except UnicodeDecodeError as error:
+        raise GravlensError(f"{path} is no UTF-8 text ({error}).", "Prompts are text.", "save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise GravlensError(
             f"{path} has a line that is not JSON ({error}).", "JSONL has one object a line.", "mend that line."
@@ -106,7 +111,7 @@ def encode(tokenizer: Any, prompts: PromptSet) -> list[list[int]]:
     """Token ids of each prompt, ready for a reading at its last token.
 
     A tokenizer with a chat template renders a user turn and the template's generation prompt; one without reads
-    the text as it is. Either way there is exactly one BOS where the tokenizer has one.
+    the text as it is. Where the tokenizer or its template writes a BOS there is exactly one, never two.
     """
     if tokenizer is None:
         raise GravlensError(

@@ -139,9 +139,9 @@ def cache_residuals(
 def _layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(n_layers))
-    if not layers:
+    if len(layers) == 0:
         raise GravlensError("No layer was asked for.", f"Layers are 0 to {n_layers - 1}.", "layers=None for all.")
-    return tuple(sorted({check_layer(int(layer), n_layers) for layer in layers}))
+    return tuple(sorted({check_layer(layer, n_layers) for layer in layers}))
 
 
 def read_residuals(
@@ -175,9 +175,8 @@ def residuals_of_batch(
 
         return hook
 
-    with _hooked([(resid_post(model, layer), keep(layer)) for layer in layers]):
-        with suppress(_DeepestLayer):
-            run_trunk(model, batch)
+    with _hooked([(resid_post(model, layer), keep(layer)) for layer in layers]), suppress(_DeepestLayer):
+        run_trunk(model, batch)
     return torch.stack([states[layer] for layer in layers], dim=1)
 
 

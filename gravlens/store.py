@@ -67,10 +67,12 @@ def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], di
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError as error:
-        raise GravlensError(f"{path} does not exist.", f"A file of {kind} is needed.", "check the path.") from error
     except SafetensorError as error:
         raise damaged(path, error) from error
+    except OSError as error:
+        raise GravlensError(
+            f"{path} cannot be read ({error}).", f"A file of {kind} is needed.", "check the path."
+        ) from error
     if header.get("gravlens") != kind or header.get("convention") != CONVENTION:
         raise GravlensError(
             f"{path} holds {header.get('gravlens', 'tensors of another program')!r} "

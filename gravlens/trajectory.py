@@ -1,4 +1,4 @@
-"""How far, and how straight, each run moves along v_rev: alignment, projection, fraction, over runs × steps × layers."""
+"""How far and how straight each run moves along v_rev: alignment, projection, fraction over runs × steps × layers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,10 +65,11 @@ def follow(
     """
     sets = [residuals] if isinstance(residuals, Residuals) else list(residuals)
     defined = directions.defined()
-    mean = [layer for layer in (layers_in_mean or directions.layers) if layer in defined.layers]
+    wanted = directions if layers_in_mean is None else directions.at(layers_in_mean)
+    mean = [direction.layer for direction in wanted if direction.undefined is None]
     if not mean:
         raise GravlensError(
-            f"No direction of the layers {list(layers_in_mean or [])} is defined.",
+            f"No direction of the layers {list(wanted.layers)} is defined.",
             f"Defined: {list(defined.layers)}.",
             "layers_in_mean with one of these.",
         )
@@ -121,10 +122,14 @@ def _tidy(
 ) -> pd.DataFrame:
     columns = [layers.index(layer) for layer in mean]
     per_layer = {name: values.ravel() for name, values in measures.items()}
-    table = pd.DataFrame({"run": run, "step": np.repeat(steps, len(layers)), "layer": list(layers) * len(steps), **per_layer})
+    table = pd.DataFrame(
+        {"run": run, "step": np.repeat(steps, len(layers)), "layer": list(layers) * len(steps), **per_layer}
+    )
     means = {name: measures[name][:, columns].mean(1) for name in MEASURES}
     means["judged"] = measures["judged"][:, columns].all(1)
-    layer_mean = pd.DataFrame({"run": run, "step": list(steps), "layer": pd.array([pd.NA] * len(steps), "Int64"), **means})
+    layer_mean = pd.DataFrame(
+        {"run": run, "step": list(steps), "layer": pd.array([pd.NA] * len(steps), "Int64"), **means}
+    )
     return pd.concat([table.astype({"layer": "Int64"}), layer_mean], ignore_index=True)
 
 

