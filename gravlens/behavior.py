@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from gravlens.errors import GravlensError
-from gravlens.models import OpenModel, final_logits, generate, sequence_logprobs
+from gravlens.inference import final_logits, generate, sequence_logprobs
+from gravlens.models import OpenModel
 from gravlens.prompts import Example, PromptSet, encode, encode_example
 
 Prompts: TypeAlias = PromptSet | Sequence[str]

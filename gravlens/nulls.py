@@ -126,7 +126,8 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
         draws = null.cosines[:, null.steps.index(step)]
         drawn = draws[:, mean].mean(1) if layer is pd.NA else draws[:, null.layers.index(layer)]
         p99 = float(np.quantile(drawn, 0.99))
-        p_value = (1 + int((drawn >= alignment).sum())) / (1 + len(drawn))
+        # not `>=`: a run or a draw without drift has no cosine, and must not count as significant
+        p_value = (1 + int((~(drawn < alignment)).sum())) / (1 + len(drawn))
         rows.append((null.name, run, step, layer, alignment, p99, p_value, alignment > p99))
     columns = ["null", "run", "step", "layer", "alignment", "p99", "p_value", "above"]
     return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
@@ -134,7 +135,14 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
 
 def _named(model: OpenModel, norms: Mapping[int, Mapping[str, float]]) -> dict[str, Tensor]:
     wanted = {name for step in norms.values() for name in step}
-    return {name: weight for name, weight in model.module.named_parameters() if name in wanted}
+    found = {name: weight for name, weight in model.module.named_parameters() if name in wanted}
+    if missing := sorted(wanted - found.keys()):
+        raise GravlensError(
+            f"This {type(model.module).__name__} has no tensor {', '.join(missing[:3])}.",
+            "Noise goes to the anchor's own tensors, by their Hugging Face names.",
+            "norms of update_norms(anchor, checkpoint), both opened through='huggingface'.",
+        )
+    return found
 
 
 def _add_noise(

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError, check_layer
-from gravlens.models import OpenModel, check_same_shape, open_each, resid_post, run_trunk, sequence_tokenizer
+from gravlens.inference import run_trunk
+from gravlens.models import OpenModel, check_same_shape, open_each, resid_post, sequence_tokenizer
 from gravlens.prompts import Batch, PromptSet, encode, last_positions, pad
 from gravlens.store import read_tensors, write_tensors
 

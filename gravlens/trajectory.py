@@ -6,6 +6,7 @@ from html import escape
 
 import numpy as np
 import pandas as pd
+from einops import einsum
 from jaxtyping import Float
 
 from gravlens.directions import Directions
@@ -89,7 +90,7 @@ def measure_drift(
     drift: Float[np.ndarray, "*batch layer d_model"], directions: Directions
 ) -> dict[str, Float[np.ndarray, "*batch layer"]]:
     """The four measures of drifts along directions; the cosine of no drift is NaN."""
-    projection = np.einsum("...ld,ld->...l", drift, directions.vectors.astype(np.float64))
+    projection = einsum(drift, directions.vectors.astype(np.float64), "... layer d, layer d -> ... layer")
     norm = np.linalg.norm(drift, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         alignment = projection / norm

@@ -1,6 +1,7 @@
 """Tiny histories whose truth is known, and how results are held against it; the models come from tiny.py."""
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from gravlens.errors import GravlensError
 from gravlens.models import OpenModel
 from gravlens.prompts import encode
 from gravlens.residuals import Residuals
+from gravlens.settings.refusal_language import probe_prompts, task_examples
 
 EOS = tiny.TOKENIZER.eos_token_id
 # Ragged on purpose: one token, a genuine eos and a genuine token 0 (what padding is made of) at the end.
@@ -108,3 +110,39 @@ def synthetic(states: Mapping[str, np.ndarray], *, prompts: str = "probes", meta
     """Residuals with chosen states: checkpoint -> [prompt, layer, d_model]."""
     values = np.stack([np.asarray(one, dtype=np.float32) for one in states.values()])
     return Residuals(values, tuple(states), tuple(range(values.shape[2])), prompts, meta or {"dtype": ["float32"]})
+
+
+def history_on_disk(folder: Path) -> None:
+    """The folders and files that the examples of docs/ name: a run goes part of the way from `aligned` to `base`."""
+    base, aligned = tiny.llama(0), moved(tiny.llama(0), seed=1)
+    models = {"base": base, "aligned": aligned, "sibling": moved(base, seed=2), "stranger": tiny.llama(5)}
+    for seed in (0, 1):
+        for step, share in {1: 0.02, 5: 0.1, 20: 0.4}.items():
+            models[f"ft/seed{seed}/checkpoint-{step}"] = moved(between(aligned, base, share), seed=3 + seed, by=0.05)
+    for name, model in models.items():
+        tiny.save(model, folder / name)
+    write_rows(folder / "probes.jsonl", [{"prompt": text} for text in probe_prompts()[:6]])
+    write_rows(folder / "held_out.jsonl", [{"prompt": text} for text in tiny.PROMPTS])
+    write_rows(folder / "data.jsonl", [example._asdict() for example in task_examples()[:12]])
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def moved(model: nn.Module, *, seed: int, by: float = 0.3) -> nn.Module:
+    """A copy with noise on every weight, `by` times that weight's own spread."""
+    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight += by * weight.std() * torch.randn(weight.shape, generator=generator)
+    return twin
+
+
+def between(model: nn.Module, other: nn.Module, share: float) -> nn.Module:
+    """A copy, `share` of the way to another model's weights."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight, goal in zip(twin.parameters(), other.parameters(), strict=True):
+            weight.lerp_(goal, share)
+    return twin

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
-    "errors prompts checkpoints store models gguf residuals behavior directions trajectory interventions nulls "
-    "controls effects blocking finetune plots report fetch settings experiment reproduce cli"
+    "errors prompts checkpoints store models inference gguf residuals behavior directions trajectory interventions nulls "
+    "controls effects blocking finetune plots report fetch settings experiment findings reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7

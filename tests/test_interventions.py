@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from gravlens.directions import Direction, Directions, direction_from
+from gravlens.inference import final_logits, generate
 from gravlens.interventions import Ablate, Steer, everywhere, intervene
-from gravlens.models import OpenModel, final_logits, generate, open_model
+from gravlens.models import OpenModel, open_model
 from gravlens.residuals import read_residuals
 
 LAST = tiny.LAYERS - 1
@@ -78,11 +79,12 @@ def test_an_edit_is_a_new_tensor_and_changes_neither_state_nor_direction() -> No
     assert torch.equal(h, before) and np.array_equal(v.vector, vector) and not v.vector.flags.writeable
 
 
-def test_a_small_step_is_computed_in_fp32_before_it_is_rounded_to_bf16() -> None:
-    v = direction_from(np.eye(tiny.WIDTH)[0], layer=0, distance=1.0)
-    h = torch.full((1, tiny.WIDTH), 1.0, dtype=torch.bfloat16)
-    # 1 + 1/256 rounds to 1, 1 + 3/512 to 1 + 1/128: bf16 arithmetic on a rounded strength would miss the second.
-    assert Steer(v, 1 / 256).edit(h, v)[0, 0] == 1 and Steer(v, 3 / 512).edit(h, v)[0, 0] == 1 + 1 / 128
+@pytest.mark.parametrize("make", [lambda v: Steer(v, 0.3), Ablate])
+def test_in_bf16_only_the_result_is_rounded(make: Any) -> None:
+    v, h = direction(distance=0.7), states().to(torch.bfloat16)
+    exact = make(v).edit(h.double(), v)
+    error, ulp = (make(v).edit(h, v).double() - exact).abs(), exact.abs() * 2**-8
+    assert (error <= 0.51 * ulp + 1e-4).all()
 
 
 def test_one_direction_at_every_layer() -> None:

@@ -17,15 +17,13 @@ from torch import nn
 
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError
+from gravlens.inference import final_logits, generate, sequence_logprobs
 from gravlens.models import (
     OpenModel,
-    final_logits,
-    generate,
     load_tokenizer,
     open_each,
     open_model,
     resid_post,
-    sequence_logprobs,
     sequence_tokenizer,
     swap_weights,
 )

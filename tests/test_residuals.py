@@ -27,7 +27,8 @@ from torch import nn
 from gravlens import residuals as engine
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError
-from gravlens.models import OpenModel, open_model, resid_post, run_trunk
+from gravlens.inference import run_trunk
+from gravlens.models import OpenModel, open_model, resid_post
 from gravlens.prompts import PromptSet, encode, pad
 from gravlens.residuals import Residuals, cache_residuals, read_residuals, residuals_of_batch
 

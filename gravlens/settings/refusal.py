@@ -55,7 +55,10 @@ class RefusalOrganism:
     @property
     def key(self) -> str:
         """Digest of the configuration, the versions and the threads: the same key, the same weights."""
-        spoken = [language.dominant_examples(64, rng=np.random.default_rng(0)), sorted(language.build_tokenizer().get_vocab())]
+        spoken = [
+            language.dominant_examples(64, rng=np.random.default_rng(0)),
+            sorted(language.build_tokenizer().get_vocab()),
+        ]
         facts = (astuple(replace(self, runs=0, noise_draws=0)), spoken, __version__, torch.__version__, self.threads)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
