@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from click import Context
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -28,7 +27,7 @@ from gravlens.trajectory import follow
 class _OneMessage(TyperGroup):
     """A `GravlensError` is one message on stderr and exit code 2, never a traceback."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
         except GravlensError as error:

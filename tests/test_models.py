@@ -1,4 +1,4 @@
-"""Models of every kind behind one face: opened from folders, swapped, run; bad checkpoints are named."""
+"""Models of every kind behind one face: opened from folders, swapped; bad checkpoints are named."""
 
 import copy
 import json
@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from histories import PROMPT_IDS, RAGGED, assert_same_states, hidden_states, hooked_twin, refused, weights_of
+from histories import RAGGED, assert_same_states, refused, weights_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError
-from gravlens.inference import final_logits, generate, sequence_logprobs
+from gravlens.inference import final_logits
 from gravlens.models import (
     OpenModel,
     load_tokenizer,
@@ -353,70 +353,3 @@ def test_an_anchor_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         sequence_tokenizer(ModelSequence.from_folders(witness=tmp_path / "bare", anchor=tmp_path / "bare"))
     with refused("LlamaForCausalLM", "no tokenizer"):
         sequence_tokenizer(ModelSequence.from_models(witness=tiny.llama(), anchor=tiny.llama()))
-
-
-# -- forward passes ----------------------------------------------------------------------------------------------------
-
-
-def same_model(kind: str, folder: Path) -> tuple[Any, OpenModel]:
-    """A Hugging Face model as its own reference, and the same weights opened as one of the kinds."""
-    model = tiny.llama() if kind == "llama" else tiny.gpt2()
-    if kind == "bridge":
-        return model, open_model(tiny.save(model, folder), through="bridge")
-    return model, open_model(
-        hooked_twin(model) if kind == "hooked_transformer" else model, tokenizer=copy.deepcopy(tiny.TOKENIZER)
-    )
-
-
-def logits_alone(model: Any, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0]
-
-
-@every_kind
-def test_pitfall_1_final_logits_in_a_ragged_batch_are_those_alone(kind: str, tmp_path: Path) -> None:
-    model, opened = same_model(kind, tmp_path)
-    alone = torch.stack([logits_alone(model, ids)[-1] for ids in RAGGED])
-    assert torch.allclose(final_logits(opened, RAGGED), alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
-
-
-def answer_alone(model: Any, prompt: list[int], length: int) -> list[int]:
-    """Greedy, one prompt, no cache."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + length:
-        tokens.append(int(logits_alone(model, tokens)[-1].argmax()))
-    return tokens[len(prompt) :]
-
-
-@every_kind
-def test_pitfall_1_greedy_answers_are_those_alone_cut_before_the_end_token(kind: str, tmp_path: Path) -> None:
-    model, opened = same_model(kind, tmp_path)
-    ids = [*PROMPT_IDS, *RAGGED]
-    whole = [answer_alone(model, prompt, 10) for prompt in ids]
-    eos = next(token for token in whole[0] if token != whole[0][0])
-    opened.tokenizer.eos_token = tiny.TOKENIZER.convert_ids_to_tokens(eos)
-    wanted = [answer[: answer.index(eos)] if eos in answer else answer for answer in whole]
-    assert generate(opened, ids, max_new_tokens=10) == wanted
-    assert len(set(map(len, wanted))) > 1, "no answer ended early, or all did"
-
-
-@every_kind
-def test_log_probabilities_of_continuations_are_those_of_each_alone(kind: str, tmp_path: Path) -> None:
-    model, opened = same_model(kind, tmp_path)
-    continuations = [[5, 6, 7], [8], [9, 10], [11], [12, 13, 14, 15], [16]]
-    wanted = []
-    for prompt, more in zip(RAGGED, continuations, strict=True):
-        logprobs = logits_alone(model, prompt + more).double().log_softmax(-1)
-        wanted.append(sum(logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(more)))
-    found = sequence_logprobs(opened, RAGGED, continuations)
-    assert found.dtype == torch.float64 and torch.allclose(found, torch.stack(wanted), rtol=1e-4, atol=1e-4)
-
-
-def test_hooked_twin_is_a_fair_reference() -> None:
-    """The HookedTransformer of these tests has the same states as Hugging Face's model, by its own cache."""
-    model = tiny.gpt2()
-    twin = hooked_twin(model)
-    _, cache = twin.run_with_cache(torch.tensor([RAGGED[0]]))
-    wanted = hidden_states(model, RAGGED[0])
-    for layer in range(tiny.LAYERS - 1):
-        assert torch.allclose(cache[f"blocks.{layer}.hook_resid_post"][0], wanted[layer + 1], rtol=1e-4, atol=1e-4)

@@ -272,32 +272,32 @@ def test_nothing_to_compare_is_an_error() -> None:
 
 # -- a world where it is true, and one where it is false ---------------------------------------------------------------
 
-RUNS, WIDTH = 300, 24
+WIDTH = 24
 
 
-def world(*, along: float) -> pd.DataFrame:
+def world(*, along: float, runs: int) -> pd.DataFrame:
     """Runs whose drifts are uniformly random, plus `along` of their length in the direction of v_rev."""
     rng = np.random.default_rng(7)
     witness, anchor = rng.standard_normal((2, 1, 3, WIDTH))
     v = (witness - anchor) / np.linalg.norm(witness - anchor, axis=-1, keepdims=True)
-    drift = rng.standard_normal((RUNS, 1, 3, WIDTH))
+    drift = rng.standard_normal((runs, 1, 3, WIDTH))
     drift /= np.linalg.norm(drift, axis=-1, keepdims=True)
-    runs = {f"run{i}/1": anchor + one + along * v for i, one in enumerate(drift)}
-    residuals = synthetic({"witness": witness, "anchor": anchor, **runs})
+    moved = {f"run{i}/1": anchor + one + along * v for i, one in enumerate(drift)}
+    residuals = synthetic({"witness": witness, "anchor": anchor, **moved})
     vs = locate_vrev(residuals)
     null = isotropic(vs, steps=(1,), draws=1000, rng=np.random.default_rng(1))
     return compare(follow(residuals, vs), null, prompts="given")
 
 
 def test_isotropic_drifts_exceed_the_isotropic_null_as_often_as_they_should() -> None:
-    table = world(along=0.0)
+    table = world(along=0.0, runs=250)
     for layer in (0, 1, 2, None):
         rows = table[table.layer.isna() if layer is None else table.layer == layer]
-        assert len(rows) == RUNS and stats.kstest(rows.p_value, "uniform").pvalue > 0.005
-        assert stats.binomtest(int(rows.above.sum()), RUNS, 0.01).pvalue > 0.005
+        assert len(rows) == 250 and stats.kstest(rows.p_value, "uniform").pvalue > 0.005
+        assert stats.binomtest(int(rows.above.sum()), 250, 0.01).pvalue > 0.005
 
 
 def test_drifts_towards_the_witness_exceed_it_and_drifts_away_never_do() -> None:
-    towards, away = world(along=1.5), world(along=-1.5)
+    towards, away = world(along=1.5, runs=30), world(along=-1.5, runs=30)
     assert towards[towards.layer.isna()].above.all() and (towards[towards.layer.isna()].p_value < 0.01).all()
     assert not away.above.any() and (away[away.layer.isna()].p_value > 0.99).all()

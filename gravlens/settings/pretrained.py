@@ -132,8 +132,11 @@ class Pretrained:
         recipe = self.alignment
         data = self._alignment_examples(start, np.random.default_rng([seed, 50]))
         made = finetune(start, data, out=folder / "run", recipe=recipe, save_steps=[recipe.steps], seed=seed)
-        for path in Path(str(made.checkpoints[-1].source)).iterdir():
+        trained = Path(str(made.checkpoints[-1].source))
+        for path in trained.iterdir():
             os.replace(path, folder / path.name)
+        trained.rmdir()
+        trained.parent.rmdir()
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """`given_answers` (those of the harmless file) or `own_answers` (the witness's), on the same prompts."""
