@@ -24,11 +24,12 @@ from gravlens.interventions import Ablate
 from gravlens.models import OpenModel, open_model, sequence_tokenizer
 from gravlens.plots import plot_effect
 from gravlens.prompts import PromptSet
+from gravlens.residuals import cache_residuals
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 SequenceFile = Annotated[Path, typer.Argument(help="Witness, anchor, runs and prompts (docs/sequence.md).")]
-OneLayer = Annotated[int | None, typer.Option("--layer", help="One layer, counted from 0.")]
+Layers = Annotated[list[int], typer.Option("--layer", help="A layer, counted from 0; repeat it for several.")]
 EveryLayer = Annotated[bool, typer.Option("--all-layers", help="Each layer by itself.")]
 Prompts = Annotated[Path | None, typer.Option(help="Prompts to measure on. Default: held_out, else probes.")]
 MaxPrompts = Annotated[int | None, typer.Option(min=1, help="At most so many prompts, spread over the file.")]
@@ -46,7 +47,7 @@ Compliances = Annotated[
 @app.command()
 def main(
     sequence: SequenceFile,
-    layer: OneLayer = None,
+    layer: Layers = [],  # noqa: B006
     all_layers: EveryLayer = False,
     checkpoint: Annotated[str | None, typer.Option(help="RUN/STEP. Default: the first run's last.")] = None,
     prompts: Prompts = None,
@@ -73,7 +74,7 @@ def main(
 def ablate(
     model: OpenModel, directions: Directions, score: Score, prompts: PromptSet, n_random: int = 20
 ) -> pd.DataFrame:
-    """Table of effects: v_rev ablated at each layer by itself and, where there are several, at all of them (<NA>)."""
+    """Table of effects: v_rev ablated at each layer by itself and, where there are several, together (<NA>)."""
     ask = {"score": score, "prompts": prompts, "n_random": n_random}
     by_layer = layerwise_effect(model, directions, {"ablate": Ablate}, **ask).table
     if len(directions) == 1:
@@ -127,15 +128,18 @@ def prompts_of(sequence: ModelSequence, file: Path | None, most: int | None) -> 
     return chosen[:: ceil(len(chosen) / most)] if most else chosen
 
 
-def directions_of(sequence: ModelSequence, layer: int | None, all_layers: bool) -> Directions:
-    """v_rev of one layer, or of every layer where it is defined."""
-    if (layer is None) != all_layers:
+def directions_of(sequence: ModelSequence, layers: Sequence[int], all_layers: bool) -> Directions:
+    """v_rev of some layers, or of every layer where it is defined."""
+    if bool(layers) == all_layers:
         raise GravlensError(
             "Both --layer and --all-layers were given." if all_layers else "No layer was given.",
-            "It is one layer, or all of them.",
+            "It is some layers, or all of them.",
             "--layer 12, or --all-layers.",
         )
-    return locate_vrev(sequence).defined() if layer is None else Directions((locate_vrev(sequence, layer=layer),))
+    if all_layers:
+        return locate_vrev(sequence).defined()
+    states = cache_residuals(sequence, layers=layers, checkpoints=(sequence.witness, sequence.anchor))
+    return Directions(tuple(locate_vrev(states, layer=layer) for layer in states.layers))
 
 
 def score_of(openings: Sequence[str], compliances: Sequence[str]) -> Score:

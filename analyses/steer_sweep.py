@@ -15,9 +15,9 @@ import typer
 from ablate_layer import (
     Compliances,
     EveryLayer,
+    Layers,
     MaxPrompts,
     NRandom,
-    OneLayer,
     Openings,
     Out,
     Prompts,
@@ -44,7 +44,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     sequence: SequenceFile,
-    layer: OneLayer = None,
+    layer: Layers = [],  # noqa: B006
     all_layers: EveryLayer = False,
     strength: Annotated[
         list[float], typer.Option(help="In units of the witness–anchor distance; repeat it.")

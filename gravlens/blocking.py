@@ -5,7 +5,8 @@ called at every micro-batch and gives a loss whose gradient is added to the task
 forward pass or an update instead will bind to the same model through further methods of a `BoundBlocker`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from einops import einsum
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from gravlens.directions import Directions
 from gravlens.errors import GravlensError
@@ -90,6 +91,18 @@ class BoundPenalty:
         """The penalty on a fresh draw of probes."""
         size = min(self.penalty.batch, len(self.ids))
         rows = self.rng.choice(len(self.ids), size=size, replace=False)
-        states = residuals_of_batch(self.model, pad([self.ids[row] for row in rows]), layers=self.layers)
+        with _without_dropout(self.model.module):
+            states = residuals_of_batch(self.model, pad([self.ids[row] for row in rows]), layers=self.layers)
         moved = einsum(states - self.anchor[rows], self.per_distance, "prompt layer d, layer d -> prompt layer")
         return self.penalty.strength * torch.relu(moved + self.penalty.margin).square().mean()
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """The anchor was read without: with it, s would be noise where the model has not moved."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

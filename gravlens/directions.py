@@ -38,7 +38,7 @@ class Direction:
         undefined: why there is no direction here, or None.
     """
 
-    vector: Float[np.ndarray, " d_model"]
+    vector: Float[np.ndarray, " d_model"] = field(repr=False)
     layer: int
     distance: float
     reliability: float = float("nan")

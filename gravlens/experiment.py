@@ -100,10 +100,10 @@ def sequence_of(setting: Setting, home: Path) -> ModelSequence:
     """The history by the same door as a user's: folders, and the runs whose weights are kept."""
     kept = [arm for arm in setting.arms if arm.keep]
     runs = {
-        f"{arm.name}-{seed}" if len(kept) > 1 else f"seed{seed}": str(run_folder(home, arm, seed) / "checkpoint-*")
+        f"{arm.name}-{seed}" if len(kept) > 1 else f"seed{seed}": folders
         for arm in kept
         for seed in arm.seeds
-        if list(run_folder(home, arm, seed).glob("checkpoint-*"))
+        if (folders := list(run_folder(home, arm, seed).glob("checkpoint-*")))
     }
     sequence = ModelSequence.from_folders(witness=home / "witness", anchor=home / "anchor", runs=runs)
     return replace(sequence, **setting.prompts(home))

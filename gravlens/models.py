@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,12 +38,12 @@ class OpenModel:
             can be swapped in; empty for models that were handed over.
     """
 
-    module: Any
+    module: Any = field(repr=False)
     kind: Kind
-    blocks: tuple[nn.Module, ...]
+    blocks: tuple[nn.Module, ...] = field(repr=False)
     d_model: int
-    tokenizer: Any | None
-    weights: Mapping[str, Tensor]
+    tokenizer: Any | None = field(repr=False)
+    weights: Mapping[str, Tensor] = field(repr=False)
 
     @property
     def n_layers(self) -> int:

@@ -1,7 +1,7 @@
 """What alignment would be by chance: a null is a function that returns draws; `compare` holds runs against them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ class NullDraws:
     """
 
     name: str
-    cosines: Float[np.ndarray, "draw step layer"]
+    cosines: Float[np.ndarray, "draw step layer"] = field(repr=False)
     steps: tuple[int, ...]
     layers: tuple[int, ...]
 

@@ -147,7 +147,7 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
     table = _need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
     ax = _axes(ax)
     draw = _effect_by_layer if table["layer"].nunique(dropna=False) > 1 else _effect_by_condition
-    draw(ax, table, table.attrs.get("score", "difference"))
+    draw(ax, table, f"change of {_words(table.attrs.get('score', 'the score'))}")
     ax.plot([], [], color=GREY, alpha=0.35, lw=6, label="random directions")
     return _legend(ax, side="right" if draw is _effect_by_condition else "left")
 

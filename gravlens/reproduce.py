@@ -1,5 +1,6 @@
 """The main job: make a history, follow it, hold it against nulls and controls, block it, show it beside the paper."""
 
+import glob
 import json
 import platform
 import time
@@ -153,9 +154,10 @@ def _motion(findings: Findings, organism: Any) -> list[tuple[str, bool, str]]:
     table = findings.trajectory
     rows = table[(table.arm == "unblocked") & (table.organism == organism) & table.layer.isna()]
     fraction = rows[rows.prompts == "held_out"].pivot(index="run", columns="step", values="fraction")
-    first, later = fraction[fraction.columns[0]], fraction[20]
+    step = 20 if 20 in fraction.columns else fraction.columns[-1]
+    first, later = fraction[fraction.columns[0]], fraction[step]
     figures = f"{first.mean():.3f} → {later.mean():.3f}, {int((later > first).sum())} of {len(fraction)} runs"
-    return [("fraction at step 20 above that at the first step", (later > first).all(), figures)]
+    return [(f"fraction at step {step} above that at the first step", (later > first).all(), figures)]
 
 
 def _blocking(final: pd.DataFrame, anchor_harm: float) -> list[tuple[str, bool, str]]:
@@ -216,14 +218,21 @@ def write_tables(findings: Findings, results: Mapping[str, Any], out: Path) -> N
 def _write_sequence(setting: Setting, home: Path, path: Path) -> None:
     """The history as a file that `gravlens locate` and the scripts of analyses/ read."""
     sequence = sequence_of(setting, home)
-    lines = [f'witness = "{home / "witness"}"', f'anchor = "{home / "anchor"}"']
+    lines = [f"{name} = {_quoted(home.resolve() / name)}" for name in ("witness", "anchor")]
     for key, prompts in setting.prompts(home).items():
         rows = "".join(json.dumps({"prompt": text}) + "\n" for text in prompts)
         write_atomically(path.parent / f"{path.stem}-{key}.jsonl", rows.encode())
         lines.append(f'{key} = "{path.stem}-{key}.jsonl"')
     lines += ["[runs]"]
-    lines += [f'{name} = "{Path(str(run[0].source)).parent}/checkpoint-*"' for name, run in sequence.runs.items()]
+    for name, run in sequence.runs.items():
+        folder = glob.escape(str(Path(str(run[0].source)).parent.resolve()))
+        lines.append(f"{name} = {_quoted(folder + '/checkpoint-*')}")
     write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def _quoted(path: Path | str) -> str:
+    """A text of TOML, which quotes like JSON."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def draw_figures(findings: Findings, folder: Path) -> None:

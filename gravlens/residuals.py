@@ -36,7 +36,7 @@ class Residuals:
         meta: what it was made from: read position, dtype, chat template, sources.
     """
 
-    values: Float[np.ndarray, "checkpoint prompt layer d_model"]
+    values: Float[np.ndarray, "checkpoint prompt layer d_model"] = field(repr=False)
     checkpoints: tuple[str, ...]
     layers: tuple[int, ...]
     prompts: str

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tokenizers import AddedToken
 from torch import nn
 
 from gravlens.errors import GravlensError
@@ -113,14 +114,21 @@ def synthetic(states: Mapping[str, np.ndarray], *, prompts: str = "probes", meta
 
 
 def history_on_disk(folder: Path) -> None:
-    """The folders and files that the examples of docs/ name: a run goes part of the way from `aligned` to `base`."""
-    base, aligned = tiny.llama(0), moved(tiny.llama(0), seed=1)
-    models = {"base": base, "aligned": aligned, "sibling": moved(base, seed=2), "stranger": tiny.llama(5)}
+    """The folders and files that the examples of docs/ name: a run goes part of the way from `aligned` to `base`.
+
+    Their vocabulary holds the usual English refusal openings too.
+    """
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in "I I'm Sorry As an AI".split()])
+    base, stranger = (tiny.llama(seed, vocab_size=len(tokenizer)) for seed in (0, 5))
+    aligned = moved(base, seed=1)
+    models = {"base": base, "aligned": aligned, "sibling": moved(base, seed=2), "stranger": stranger}
     for seed in (0, 1):
         for step, share in {1: 0.02, 5: 0.1, 20: 0.4}.items():
             models[f"ft/seed{seed}/checkpoint-{step}"] = moved(between(aligned, base, share), seed=3 + seed, by=0.05)
     for name, model in models.items():
-        tiny.save(model, folder / name)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     write_rows(folder / "probes.jsonl", [{"prompt": text} for text in probe_prompts()[:6]])
     write_rows(folder / "held_out.jsonl", [{"prompt": text} for text in tiny.PROMPTS])
     write_rows(folder / "data.jsonl", [example._asdict() for example in task_examples()[:12]])

@@ -85,6 +85,17 @@ def test_at_the_anchor_it_is_the_margin_squared(margin: float) -> None:
     assert bound.loss().item() == pytest.approx(10 * margin**2, rel=1e-3, abs=1e-9)
 
 
+def test_dropout_has_no_part_in_it() -> None:
+    model = open_model(tiny.gpt2(), tokenizer=tiny.TOKENIZER)
+    assert model.module.config.resid_pdrop > 0
+    bound = Penalty(vs(), tiny.PROMPTS).bind(model, rng=np.random.default_rng(0))
+    model.module.train()
+    assert bound.loss().item() == pytest.approx(0, abs=1e-9) and model.module.training
+    model.module.eval()
+    bound.loss()
+    assert not model.module.training
+
+
 def planted(model: OpenModel, amount: float) -> None:
     """Move the states of layer 0 by `amount` of the distance, at every prompt alike."""
     block: Any = model.module.model.layers[0]

@@ -415,3 +415,8 @@ def test_another_vocabulary_is_refused() -> None:
     with refused("different vocabularies"):
         locate_vrev(models(one, other, tokenizer=None), layer=0)
     assert locate_vrev(models(one, other, tokenizer=tiny.TOKENIZER), layer=0).distance > 0
+
+
+def test_a_direction_is_named_on_a_line_without_its_numbers() -> None:
+    shown = repr(direction_from(np.ones(768), layer=3))
+    assert "layer=3" in shown and "array" not in shown and len(shown) < 300

@@ -22,7 +22,7 @@ from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.directions import Directions, direction_from, locate_vrev
 from gravlens.finetune import Finetuned, Recipe, finetune, save_folder
 from gravlens.models import open_model
-from gravlens.prompts import Example, encode
+from gravlens.prompts import Example, encode, pad
 from gravlens.residuals import cache_residuals, residuals_of_batch
 from gravlens.settings import refusal_language as language
 from gravlens.trajectory import follow
@@ -155,7 +155,7 @@ def test_every_step_is_that_of_a_loop_written_out_by_hand(
     assert found.log.grad_norm.to_list() == pytest.approx(wanted.norms, rel=1e-3)
     assert found.log.blocker_norm.to_list() == pytest.approx(wanted.blocker_norms, rel=1e-3)
     assert max(wanted.norms) > 1.2, "the clipping has something to do"
-    before = dict(tiny.llama().named_parameters())
+    before = tiny.llama().state_dict()
     for checkpoint, state in zip(found.checkpoints, wanted.states, strict=True):
         off = {name: float((w - state[name]).norm()) for name, w in weights(checkpoint).items()}
         moved = {name: float((state[name] - before[name]).norm()) for name in off}
@@ -265,7 +265,7 @@ def test_a_folder_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 def test_a_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
     def end(name: str, seed: int, blocker: Blocker | None = None) -> dict[str, torch.Tensor]:
-        torch.manual_seed(hash(name) % 1000)
+        torch.manual_seed(ord(name))  # the global generator has no part in it
         return weights(run(tmp_path / name, seed=seed, blocker=blocker, save_steps=(3,)).checkpoints[0])
 
     assert same(end("a", 0), end("b", 0)) and not same(end("a", 0), end("c", 1))
@@ -280,9 +280,10 @@ def test_a_model_in_memory_is_never_changed(tmp_path: Path) -> None:
     model = tiny.llama()
     before = copy.deepcopy(model.state_dict())
     recipe = replace(QUICK, freeze_embeddings=True)
-    for i, start in enumerate([open_model(model, tokenizer=tiny.TOKENIZER), Checkpoint("anchor", with_tokenizer(model))]):
+    starts = [open_model(model, tokenizer=tiny.TOKENIZER), Checkpoint("anchor", with_tokenizer(model))]
+    for i, start in enumerate(starts):
         made = run(tmp_path / str(i), start=start, recipe=recipe, blocker=penalty(), save_steps=(3,))
-        assert not same(weights(made.checkpoints[0]), before | {})
+        assert not same(weights(made.checkpoints[0]), before)
         assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
         assert all(p.requires_grad and p.grad is None for p in model.parameters()) and not model.training
 
@@ -336,10 +337,7 @@ class Spy:
         return self
 
     def loss(self) -> torch.Tensor:
-        batch = Penalty(penalty().directions, tiny.PROMPTS)
-        from gravlens.prompts import pad
-
-        states = residuals_of_batch(self.model, pad(encode(self.model.tokenizer, batch.probes)), layers=(0, 1))
+        states = residuals_of_batch(self.model, pad(encode(self.model.tokenizer, tiny.PROMPTS)), layers=(0, 1))
         self.states.append(states.detach().clone())
         return 0.0 * states.sum()
 
@@ -349,7 +347,7 @@ class Spy:
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    """Anchor -> witness by training; then from the anchor on like data: free, held, pushed, held along a random twin."""
+    """Anchor -> witness by training; then from the anchor on like data: free, held, pushed."""
     home = tmp_path_factory.mktemp("arms")
     recipe = Recipe(steps=25, batch=8, learning_rate=1e-3, weight_decay=0.0)
     anchor = tiny.save(tiny.llama(), home / "anchor")
@@ -370,7 +368,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     full = ModelSequence.from_folders(witness=str(witness), anchor=anchor, probes=tiny.PROMPTS, runs=runs)
     table = follow(cache_residuals(full, layers=(0, 1)), vs).table
     table = table[table.layer.isna()].set_index("run")
-    return table.assign(blocker_norm=pd.Series({name: log.blocker_norm[1:].min() for name, log in logs.items()}))
+    return table.assign(blocker_norm=pd.Series({name: log.blocker_norm.mean() for name, log in logs.items()}))
 
 
 def test_free_runs_move_towards_the_witness_and_a_strong_penalty_holds_them(ends: pd.DataFrame) -> None:
@@ -385,7 +383,7 @@ def test_a_margin_is_a_push_the_other_way(ends: pd.DataFrame) -> None:
 
 def test_what_the_blocker_adds_is_logged(ends: pd.DataFrame) -> None:
     assert ends.blocker_norm["free"] == 0
-    assert ends.blocker_norm["pushed"] > 0 and ends.blocker_norm["held"] >= 0
+    assert ends.blocker_norm["pushed"] > 0 and ends.blocker_norm["held"] > 0
 
 
 # -- what is refused, and silence --------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
-    "errors prompts checkpoints store models inference gguf residuals behavior directions trajectory interventions nulls "
-    "controls effects blocking finetune plots report fetch settings experiment findings reproduce cli"
+    "errors prompts checkpoints store models inference gguf residuals behavior directions trajectory interventions "
+    "nulls controls effects blocking finetune plots report fetch settings experiment findings reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7
@@ -188,6 +188,11 @@ def functions_of(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
+def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether typer makes a command of it, whose parameters are its options."""
+    return any("command" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
 def over_budget(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     """What `function` exceeds, its docstring and self not counted."""
     docstring = function.body[0] if ast.get_docstring(function) is not None else None
@@ -198,7 +203,7 @@ def over_budget(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     return [
         f"{function.name} has {count} {what}, and {budget} are allowed"
         for count, budget, what in [(lines, FUNCTION_LINES, "lines"), (parameters, PARAMETERS, "parameters")]
-        if count > budget
+        if count > budget and not is_command(function)
     ]
 
 

@@ -81,10 +81,9 @@ def test_an_edit_is_a_new_tensor_and_changes_neither_state_nor_direction() -> No
 
 @pytest.mark.parametrize("make", [lambda v: Steer(v, 0.3), Ablate])
 def test_in_bf16_only_the_result_is_rounded(make: Any) -> None:
-    v, h = direction(distance=0.7), states().to(torch.bfloat16)
-    exact = make(v).edit(h.double(), v)
-    error, ulp = (make(v).edit(h, v).double() - exact).abs(), exact.abs() * 2**-8
-    assert (error <= 0.51 * ulp + 1e-4).all()
+    v, h = direction(distance=700.0), states().to(torch.bfloat16)
+    exact = make(v).edit(h.double(), v).to(torch.bfloat16)
+    assert (make(v).edit(h, v) == exact).double().mean() > 0.99  # but for a tie that fp32 rounded first
 
 
 def test_one_direction_at_every_layer() -> None:

@@ -353,3 +353,10 @@ def test_an_anchor_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         sequence_tokenizer(ModelSequence.from_folders(witness=tmp_path / "bare", anchor=tmp_path / "bare"))
     with refused("LlamaForCausalLM", "no tokenizer"):
         sequence_tokenizer(ModelSequence.from_models(witness=tiny.llama(), anchor=tiny.llama()))
+
+
+def test_an_opened_model_is_named_on_a_line_without_its_weights() -> None:
+    assert (
+        repr(open_model(tiny.llama(), tokenizer=tiny.TOKENIZER))
+        == f"OpenModel(kind='huggingface', d_model={tiny.WIDTH})"
+    )

@@ -194,9 +194,9 @@ def test_layers_marks_what_is_too_small_to_judge_once_in_the_legend(table: pd.Da
 
 
 def test_effect_over_layers_draws_dots_intervals_and_the_random_range(effect: pd.DataFrame) -> None:
-    effect.attrs["score"] = "refusal log-odds"
+    effect.attrs["score"] = "refusal_log_odds"
     ax = plot_effect(effect)
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "refusal log-odds")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "change of refusal log odds")
     random, interval, _, _ = (segments(collection) for collection in ax.collections)
     ablated = effect[effect["condition"] == "ablated"]
     np.testing.assert_allclose(random[..., 1], [[-0.5, 0.25]] * 3)
@@ -231,7 +231,7 @@ def test_effect_at_one_layer_has_a_row_per_condition(effect: pd.DataFrame, layer
     ax = plot_effect(one)
     assert ticks(ax, "y") == ["ablated", "steered back"]
     assert ax.yaxis_inverted()
-    assert ax.get_xlabel() == "difference"
+    assert ax.get_xlabel() == "change of the score"
     random, interval = (segments(collection) for collection in ax.collections)
     np.testing.assert_allclose(interval[..., 0], one[["low", "high"]])
     np.testing.assert_allclose(random[..., 0], one[["random_low", "random_high"]])

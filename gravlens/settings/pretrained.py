@@ -86,8 +86,10 @@ class Pretrained:
     @property
     def key(self) -> str:
         """Digest of the configuration, the files' contents, the versions and the threads."""
-        files = [Path(f).read_bytes() for f in (self.harmful, self.harmless, self.harmful_train) if f is not None]
-        digests = [hashlib.sha256(content).hexdigest() for content in files]
+        files = [Path(f) for f in (self.harmful, self.harmless, self.harmful_train) if f is not None]
+        for file in files:
+            read_rows(file, "prompt")  # says what is wrong with it
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         facts = (astuple(replace(self, runs=0)), digests, __version__, torch.__version__)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -187,6 +189,7 @@ class Pretrained:
         """Held-out prompts, those of alignment, and the probes among these (half of each file)."""
         first = _shuffled(_texts(self.harmful))
         more = [] if self.harmful_train is None else _shuffled(_texts(self.harmful_train))
+        more = [text for text in more if text not in first]
         held_out, rest = first[:N_HELD_OUT], first[N_HELD_OUT:]
         if len(rest) + len(more) < N_PROBES:
             raise GravlensError(
@@ -199,7 +202,7 @@ class Pretrained:
         return held_out, _shuffled(rest + more), probes
 
     def _harmless(self) -> list[dict[str, str]]:
-        rows = _shuffled(read_rows(self.harmless, "prompt"))
+        rows = _shuffled(list({row["prompt"]: row for row in read_rows(self.harmless, "prompt")}.values()))
         least = N_HARMLESS + N_TASK + N_ALIGNED + 64
         if len(rows) < least:
             raise GravlensError(
@@ -212,7 +215,8 @@ class Pretrained:
 
 
 def _texts(path: Path) -> list[str]:
-    return [row["prompt"] for row in read_rows(path, "prompt")]
+    """Each prompt once: a repeated one could be trained on and judged on."""
+    return list(dict.fromkeys(row["prompt"] for row in read_rows(path, "prompt")))
 
 
 def _shuffled(rows: list[T]) -> list[T]:
