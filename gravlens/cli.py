@@ -182,8 +182,9 @@ def _print_results(results: dict[str, Any]) -> None:
         table.add_row(row["quantity"], row["paper"], row["here"], row["fraction"])
     console.print(table)
     checked = Table("organism", "statement", "holds", "figures", title="the paper's picture, held against each history")
+    words = {True: "yes", False: "NO", None: "nothing to block"}
     for check in results["checks"]:
-        checked.add_row(check["organism"], check["statement"], "yes" if check["holds"] else "NO", check["figures"])
+        checked.add_row(check["organism"], check["statement"], words[check["holds"]], check["figures"])
     console.print(checked)
 
 

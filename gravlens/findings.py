@@ -139,7 +139,8 @@ def _behavior(setting: Setting, home: Path) -> pd.DataFrame:
 
 
 def _numbers(measured: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in measured.items() if key != "answers"}
+    """Without the answers; a rate of nothing is null in JSON."""
+    return {key: np.nan if value is None else value for key, value in measured.items() if key != "answers"}
 
 
 def _run_facts(home: Path, arm: Arm, seed: int) -> dict[str, Any]:

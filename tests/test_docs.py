@@ -17,7 +17,7 @@ from gravlens.experiment import measure_behavior
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *PAGES]}
-SOON = {"docs/reproduce.md", "docs/pretrained.md"}
+SOON = {"docs/reproduce.md"}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -130,6 +130,18 @@ def test_every_field_and_column_of_a_results_folder_is_documented() -> None:
     assert {"schema_version", "closure_final", "blocker_norm", "two_sided_log_odds"} <= wanted
     documented = set(re.findall(r"`([^`]+?)(?:\.csv)?`", prose("docs/results.md")))
     assert wanted - documented == set()
+
+
+def options(script: str) -> set[str]:
+    """The options of a script's command."""
+    tree = ast.parse((ROOT / "analyses" / script).read_text(encoding="utf-8"))
+    (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    return {f"--{argument.arg.replace('_', '-')}" for argument in main.args.args} - {"--sequence"}
+
+
+def test_every_option_of_the_scripts_is_documented_and_no_other() -> None:
+    documented = set(re.findall(r"--[a-z][a-z-]*", TEXTS["docs/scripts.md"]))
+    assert documented == options("ablate_layer.py") | options("steer_sweep.py")
 
 
 def test_every_key_of_a_sequence_file_is_documented() -> None:
