@@ -1,5 +1,6 @@
 """The command line: parse, call, write."""
 
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,7 +77,8 @@ def reproduce_command(
         chosen = {"pretrained": _pretrained(model, harmful, harmless, runs=runs, threads=threads, quick=quick)}
     results = reproduce(chosen, out, cache=cache_folder(), workers=workers or None)
     _print_results(results)
-    console.print(f"\nReport: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}")
+    written = f"\nReport: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}"
+    console.print(written, markup=False, soft_wrap=True)
 
 
 def _organisms(organisms: int, runs: int, quick: bool) -> dict[str, Setting]:
@@ -128,7 +130,7 @@ def fetch(what: Annotated[Literal["smollm2", "prompts"], typer.Argument(help="We
             files = fetch_prompts()
             lines = [files.harmful, files.harmful_train, files.harmless]
     for line in lines:
-        console.print(str(line), soft_wrap=True, highlight=False)
+        console.print(str(line), markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -146,7 +148,7 @@ def locate(
     console.print(table)
     if out is not None:
         (found[0] if layer is not None else locate_vrev(history)).save(out)
-        console.print(f"written to {out}")
+        console.print(f"written to {out}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -170,9 +172,13 @@ def trajectory(
         return
     table = Table("step", "alignment", "fraction", "runs", title="motion along v_rev, mean over layers")
     for step, row in summary.iterrows():
-        cells = [f"{row[m, 'mean']:.3f} ± {row[m, 'sem']:.3f}" for m in ("alignment", "fraction")]
+        cells = [_mean_sem(row[measure, "mean"], row[measure, "sem"]) for measure in ("alignment", "fraction")]
         table.add_row(str(step), *cells, str(int(row["alignment", "count"])))
     console.print(table)
+
+
+def _mean_sem(mean: float, sem: float) -> str:
+    return f"{mean:.3f}" + ("" if isnan(sem) else f" ± {sem:.3f}")
 
 
 def _print_results(results: dict[str, Any]) -> None:

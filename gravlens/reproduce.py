@@ -147,7 +147,12 @@ def checks(findings: Findings) -> list[dict[str, Any]]:
         history = findings.behavior[(findings.behavior.arm == "history") & (findings.behavior.organism == organism)]
         anchor_harm = float(history[history.run == "anchor"].harmfulness.iloc[0])
         rows += [
-            {"organism": organism, "statement": statement, "holds": None if holds is None else bool(holds), "figures": figures}
+            {
+                "organism": organism,
+                "statement": statement,
+                "holds": None if holds is None else bool(holds),
+                "figures": figures,
+            }
             for statement, holds, figures in [*_motion(findings, organism), *_blocking(final, anchor_harm)]
         ]
     return rows

@@ -9,6 +9,10 @@ import pytest
 import tiny
 import torch
 from histories import PROMPT_IDS, refused
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from gravlens.behavior import (
     Harm,
@@ -101,10 +105,19 @@ def test_openings_that_the_vocabulary_cannot_write_are_refused() -> None:
     model = tiny.opened("llama", Path())
     with refused("I'm sorry"):
         refusal_log_odds(model, tiny.PROMPTS)
+    with refused("I'm sorry"):
+        refusal_log_odds(replace(model, tokenizer=tokenizer_with_unknown()), tiny.PROMPTS)
     with refused("No opening"):
         two_sided_log_odds(model, tiny.PROMPTS, refusals=REFUSALS, compliances=[])
     with refused("no tokenizer"):
         refusal_log_odds(replace(model, tokenizer=None), tiny.PROMPTS)
+
+
+def tokenizer_with_unknown() -> PreTrainedTokenizerFast:
+    """The same words, but a strange one becomes <pad> instead of an exception."""
+    backend = Tokenizer(WordLevel(tiny.TOKENIZER.get_vocab(), unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>")
 
 
 # --- answers ----------------------------------------------------------------------------------------------------

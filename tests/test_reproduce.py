@@ -154,7 +154,9 @@ def test_every_number_is_finite_and_what_is_missing_has_a_reason(each: Done) -> 
         elif not path.endswith(("/sem", "/layer")):
             # a tiny model may say nothing but nonsense, which is counted apart; steps and arms may be absent
             absent = "/summary/step_20" in path or path.startswith(("/arms/", "/controls/"))
-            assert re.search("harmfulness|over_refusal", path) or (absent and each.setting.name == "pretrained"), path
+            assert re.search("harmfulness|over_refusal|holds", path) or (
+                absent and each.setting.name == "pretrained"
+            ), path
 
 
 def test_what_is_returned_is_what_is_written(each: Done) -> None:
@@ -252,10 +254,11 @@ def test_arms_hold_the_behaviour_that_was_measured_at_the_last_step(each: Done) 
         log = pd.read_csv(each.home / f"runs/{row['arm']}/seed{row['seed']}/log.csv")
         assert row["seconds_per_step"] == pytest.approx(facts["seconds_per_step"])
         assert row["blocker_norm"] == pytest.approx(log.blocker_norm.mean())
-        assert (row["blocker_norm"] > 0) == row["arm"].startswith("penalty")
+        assert row["blocker_norm"] >= 0 if row["arm"].startswith("penalty") else row["blocker_norm"] == 0
         for name in ("harmfulness", "refusal_log_odds", "over_refusal", "task_loss", "two_sided_log_odds", "empty"):
             wanted = facts["behavior"][last][name]
             assert row[name] == pytest.approx(math.nan if wanted is None else wanted, nan_ok=True)
+    assert (arms[arms.arm == "penalty"].blocker_norm > 0).all()
     history = behavior[behavior.arm == "history"].set_index("run")
     measured = json.loads((each.home / "measured/behavior.json").read_text())
     assert set(history.index) == {"witness", "anchor"}
@@ -313,7 +316,7 @@ def test_the_folder_holds_tables_figures_and_a_page_that_stands_alone(each: Done
         start = path.read_bytes()[:200]
         assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<?xml" in start
     page = (each.out / "report.html").read_text()
-    assert not re.search(r"(src|href)=[\"']?(?!data:|#)", page)
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)", page)
     svg = base64.b64encode((each.out / "figures" / "alignment.svg").read_bytes()).decode()
     assert svg in page
     assert {p.name for p in each.out.glob("SEQUENCE*")} == {
