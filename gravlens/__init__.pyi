@@ -8,6 +8,7 @@ from .blocking import Penalty as Penalty
 from .checkpoints import Checkpoint as Checkpoint
 from .checkpoints import ModelSequence as ModelSequence
 from .controls import closure as closure
+from .controls import from_start as from_start
 from .controls import substitute as substitute
 from .directions import Direction as Direction
 from .directions import Directions as Directions
@@ -17,6 +18,7 @@ from .directions import locate_vrev as locate_vrev
 from .directions import random_directions as random_directions
 from .effects import Effect as Effect
 from .effects import causal_effect as causal_effect
+from .effects import layerwise_effect as layerwise_effect
 from .errors import GravlensError as GravlensError
 from .finetune import Recipe as Recipe
 from .finetune import finetune as finetune
@@ -25,8 +27,11 @@ from .interventions import Steer as Steer
 from .interventions import intervene as intervene
 from .models import OpenModel as OpenModel
 from .models import open_model as open_model
+from .models import sequence_tokenizer as sequence_tokenizer
+from .nulls import NullDraws as NullDraws
 from .nulls import compare as compare
 from .nulls import isotropic as isotropic
+from .nulls import update_norms as update_norms
 from .nulls import weight_noise as weight_noise
 from .plots import plot_alignment as plot_alignment
 from .plots import plot_arms as plot_arms
@@ -34,6 +39,7 @@ from .plots import plot_effect as plot_effect
 from .plots import plot_layers as plot_layers
 from .prompts import Example as Example
 from .prompts import PromptSet as PromptSet
+from .prompts import read_examples as read_examples
 from .reproduce import reproduce as reproduce
 from .residuals import Residuals as Residuals
 from .residuals import cache_residuals as cache_residuals

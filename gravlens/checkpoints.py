@@ -82,6 +82,7 @@ class ModelSequence:
         runs: Mapping[str, str | Path | Sequence[Path | str]] | None = None,
         probes: Prompts | None = None,
         held_out: Prompts | None = None,
+        harmless: Prompts | None = None,
         chat_template: ChatTemplate = "own",
     ) -> "ModelSequence":
         """A history on disk; nothing is opened yet.
@@ -92,7 +93,8 @@ class ModelSequence:
             runs: run name -> a pattern (`"ft/checkpoint-*"`) or a list of folders; ordered by the last number in
                 each folder's name, which is the step.
             probes: prompts: a list, a `PromptSet`, or a file.
-            held_out: likewise.
+            held_out: likewise, other prompts to judge on.
+            harmless: likewise, for over-refusal.
             chat_template: see `ModelSequence`.
 
         Raises:
@@ -104,6 +106,7 @@ class ModelSequence:
             runs={name: _run_of_folders(name, folders) for name, folders in (runs or {}).items()},
             probes=None if probes is None else PromptSet.of(probes, "harmful"),
             held_out=None if held_out is None else PromptSet.of(held_out, "harmful"),
+            harmless=None if harmless is None else PromptSet.of(harmless, "harmless"),
             chat_template=chat_template,
         )
 

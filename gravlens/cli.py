@@ -28,7 +28,7 @@ from gravlens.trajectory import follow
 class _OneMessage(TyperGroup):
     """A `GravlensError` is one message on stderr and exit code 2, never a traceback."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except GravlensError as error:

@@ -1,7 +1,7 @@
 """Directions in the residual stream, and `locate_vrev`: from the anchor towards the witness."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any, overload
@@ -280,5 +280,6 @@ def random_directions(
             centred = states[:, i].astype(np.float64) - states[:, i].mean(0, dtype=np.float64)
             vector = rng.standard_normal(len(centred)) @ centred
         name = "isotropic" if states is None else "covariance_matched"
-        twins.append(direction_from(vector, layer=direction.layer, distance=direction.distance, name=name))
+        twin = direction_from(vector, layer=direction.layer, distance=direction.distance, name=name)
+        twins.append(replace(twin, prompts=direction.prompts))
     return Directions(tuple(twins))

@@ -81,7 +81,7 @@ def causal_effect(
     measure = partial(_scores, opened, score, prompts)
     baseline = measure(())
     rows, random, differences = [], {}, {}
-    with tqdm(total=len(conditions) * (1 + n_random), desc="effects", leave=False, disable=None) as bar:
+    with tqdm(total=len(conditions) * (1 + n_random), desc="effects", leave=False) as bar:
         for name, condition in conditions.items():
             together = tuple(condition) if isinstance(condition, Sequence) else (condition,)
             differences[name] = measure(together) - baseline

@@ -76,7 +76,7 @@ def _workers(threads: int, workers: int | None) -> Iterator[Callable[[str, Seque
 
     def run_all(name: str, jobs: Sequence[Callable[[], Any]]) -> None:
         futures: list[Future[Any]] = [pool.submit(job) for job in jobs]
-        for future in tqdm(as_completed(futures), name, len(futures), disable=None):
+        for future in tqdm(as_completed(futures), name, len(futures)):
             future.result()
 
     try:

@@ -87,7 +87,7 @@ def weight_noise(
     original = {name: weight.detach().clone() for name, weight in _named(model, norms).items()}
     cosines = np.empty((draws, len(norms), len(defined)))
     try:
-        for column, step in enumerate(tqdm(norms, "weight noise", leave=False, disable=None)):
+        for column, step in enumerate(tqdm(norms, "weight noise", leave=False)):
             for draw in range(draws):
                 _add_noise(_named(model, norms), original, norms[step], generator)
                 drift = _mean_states(model, ids, defined.layers) - start

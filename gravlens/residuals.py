@@ -120,7 +120,7 @@ def cache_residuals(
     shapes: list[tuple[Checkpoint, OpenModel]] = []
     dtypes: set[str] = set()
     for checkpoint, model in tqdm(
-        open_each(wanted, tokenizer=tokenizer, through=through), "residuals", len(wanted), leave=False, disable=None
+        open_each(wanted, tokenizer=tokenizer, through=through), "residuals", len(wanted), leave=False
     ):
         if not shapes or shapes[0][1] is not model:
             shapes = [*shapes[:1], (checkpoint, model)]

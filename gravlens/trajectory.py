@@ -74,6 +74,13 @@ def follow(
             f"Defined: {list(defined.layers)}.",
             "layers_in_mean with one of these.",
         )
+    given = [one.prompts == defined.directions[0].prompts for one in sets]
+    if len(set(given)) < len(sets):
+        raise GravlensError(
+            f"{len(sets)} sets of residuals were given, {sum(given)} of them on the directions' own prompts.",
+            "One set is given (the directions' own prompts), one held out; two of a kind would count a run twice.",
+            "follow(…) for each set by itself.",
+        )
     table = pd.concat([_follow_set(one, defined, mean) for one in sets], ignore_index=True)
     undefined = {d.layer: d.undefined for d in directions if d.undefined is not None}
     return Trajectory(table, tuple(mean), undefined)
