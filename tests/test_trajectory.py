@@ -151,7 +151,7 @@ def test_undefined_layers_are_left_out_of_the_mean_and_listed() -> None:
 
 def test_two_sets_of_a_kind_are_refused_since_they_would_count_a_run_twice() -> None:
     one, other = (history({"r/1": (0.1, 0.2)}, prompts=name) for name in ("new", "newer"))
-    with refused("2 sets of residuals", "held out"):
+    with refused("2 sets of residuals"):
         follow([one, other], locate_vrev(history({})))
 
 
