@@ -92,7 +92,7 @@ def test_ablating_one_layer_of_the_last_checkpoint(history: Path, tmp_path: Path
     assert table["baseline"].item() == pytest.approx(score(tuned).mean(), abs=1e-4)
     assert table["with_intervention"].item() == pytest.approx(ablated_by_hand(tuned), abs=1e-4)
     assert (tmp_path / "new" / "ablate_layer.png").read_bytes().startswith(b"\x89PNG")
-    assert result.output.startswith(f"seed0/20, {len(tiny.PROMPTS)} prompts; refusal_log_odds of the anchor: ")
+    assert result.stdout.startswith(f"seed0/20, {len(tiny.PROMPTS)} prompts; refusal_log_odds of the anchor: ")
     anchor = score(opened(history, "anchor")).mean()
     assert f"of the anchor: {anchor:+.2f}" in result.output
 
@@ -106,7 +106,13 @@ def test_ablating_every_defined_layer_and_all_at_once(history: Path, tmp_path: P
     )  # 0 is undefined
     assert table["baseline"].to_numpy() == pytest.approx(score(opened(history, "ft/checkpoint-5")).mean(), abs=1e-4)
     assert table["difference"].nunique() == 3
-    assert result.output.startswith("seed0/5") and "largest rise of 3" in result.output
+    assert result.stdout.startswith("seed0/5") and "largest rise of 3" in result.output
+
+
+def test_some_layers_by_themselves_and_together(history: Path, tmp_path: Path) -> None:
+    result = ran(ablate_layer, history, "--layer", "2", "--layer", "1", "--out", str(tmp_path), *OWN, *FEW)
+    assert result.exit_code == 0, result.output
+    assert pd.read_csv(tmp_path / "ablate_layer.csv")["layer"].fillna(-1).tolist() == [1, 2, -1]
 
 
 # --- steer_sweep ------------------------------------------------------------------------------------------------

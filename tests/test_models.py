@@ -285,6 +285,16 @@ def test_pitfall_9_a_pickle_beside_safetensors_is_left_alone(tmp_path: Path) -> 
     assert open_model(folder).n_layers == tiny.LAYERS and not fired.exists()
 
 
+def test_pitfall_9_pickled_weights_beside_foreign_safetensors_are_refused(tmp_path: Path) -> None:
+    model = tiny.llama()
+    folder = tiny.save(model, tmp_path / "adapted")
+    weights_of(folder).unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")  # harmless, and transformers would read it
+    save_file({"some.lora_A.weight": torch.ones(2)}, folder / "other_model.safetensors", {"format": "pt"})
+    with refused(str(folder)):
+        open_model(folder)
+
+
 def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     folder, fired = tiny.save(tiny.llama(), tmp_path / "remote"), tmp_path / "fired"
     (folder / "theirs.py").write_text(f"open({str(fired)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
