@@ -168,11 +168,12 @@ def test_the_same_weights_read_in_two_ways_make_no_direction(tmp_path: Path) -> 
 
 def test_the_floor_hides_nothing_a_little_above_it() -> None:
     anchor = tiny.gpt2()
-    states = read_residuals(open_model(anchor), PROMPT_IDS, layers=[AT])
-    edge = float(floor(states)[0])
-    found = [locate_vrev(models(plant(anchor, planted_vector(length=by * edge), AT), anchor))[AT] for by in (0.3, 30)]
-    assert found[0].undefined and found[1].undefined is None
-    assert cosine(found[1].vector, TRUTH) > 0.99
+    norm = float(read_residuals(open_model(anchor), PROMPT_IDS, layers=[AT]).norm(dim=-1).mean())
+    below, above = (
+        locate_vrev(models(plant(anchor, planted_vector(length=by * norm), AT), anchor)) for by in (5e-7, 5e-5)
+    )
+    assert below[AT].undefined and above[AT].undefined is None
+    assert cosine(above[AT].vector, TRUTH) > 0.99
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,15 @@ def test_reliability_is_the_split_half_cosine_stepped_up() -> None:
 def test_one_prompt_has_no_reliability() -> None:
     v = locate_vrev(noisy(moved=10.0, prompts=1), layer=0)
     assert math.isnan(v.reliability) and v.undefined is None
+
+
+def test_one_layer_of_residuals_is_that_of_all() -> None:
+    residuals = cache_residuals(models(tiny.llama(0), tiny.llama(1)), layers=[0, 2])
+    vs = locate_vrev(residuals)
+    for layer in (0, 2):
+        v = locate_vrev(residuals, layer=layer)
+        assert v.layer == layer and np.array_equal(v.vector, vs[layer].vector) and v.distance == vs[layer].distance
+    assert not np.allclose(vs[0].vector, vs[2].vector)
 
 
 def test_an_estimator_of_ones_own_is_used_and_named() -> None:

@@ -23,6 +23,7 @@ from histories import (
     synthetic,
 )
 from torch import nn
+from transformers import BloomConfig, BloomForCausalLM
 
 from gravlens import residuals as engine
 from gravlens.checkpoints import Checkpoint, ModelSequence
@@ -74,6 +75,16 @@ def test_pitfall_5_the_last_layer_is_read_before_the_final_norm(name: str, tmp_p
     # A norm forgets length. Hugging Face's model without its norm does not.
     norm.forward = lambda hidden: hidden
     assert_same_states(found, torch.stack([hidden_states(model, ids)[-1][-1] for ids in PROMPT_IDS]))
+
+
+def test_a_family_that_takes_no_positions_is_read_too() -> None:
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=tiny.WIDTH, n_layer=tiny.LAYERS, n_head=4, initializer_range=0.2
+    )
+    model = BloomForCausalLM(config).eval()
+    found = read_residuals(open_model(model), RAGGED, layers=range(LAST))
+    assert_same_states(found, reference(model, RAGGED, range(LAST)))
 
 
 def test_a_hooked_transformer_is_read_as_by_its_own_cache() -> None:
@@ -264,6 +275,14 @@ def test_a_pass_stops_at_the_deepest_layer_and_computes_no_logits(kind: str, tmp
         runs.update(dict.fromkeys(parts, 0))
         read_residuals(opened, RAGGED, layers=[deepest])
         assert list(runs.values()) == [1] * (deepest + 1) + [0] * (LAST - deepest) + [0, 0]
+
+
+def test_the_whole_models_forward_is_not_called_for_trainer_puts_it_under_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.llama()
+    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("the whole model was called"))
+    read_residuals(open_model(model), RAGGED, layers=ALL)
 
 
 @every_kind
