@@ -20,7 +20,7 @@ from gravlens.report import paper_table
 from gravlens.reproduce import reproduce
 from gravlens.residuals import cache_residuals
 from gravlens.settings.history import Setting
-from gravlens.settings.pretrained import CHATML, Pretrained
+from gravlens.settings.pretrained import CHATML, Pretrained, inner_layers
 from gravlens.settings.refusal import RefusalOrganism
 from gravlens.trajectory import follow
 
@@ -104,6 +104,8 @@ def _pretrained(
     elif Path(source).is_dir():
         source = Path(source)
     extra: dict[str, Any] = {"threads": threads} if threads else {}
+    if model:
+        extra["layers_in_mean"] = inner_layers(source)
     if quick:
         extra |= {
             "alignment": Recipe(40, 8, 2e-5, weight_decay=0.0, bf16=True, freeze_embeddings=True),

@@ -20,7 +20,7 @@ from gravlens.cli import app
 from gravlens.directions import Directions
 from gravlens.fetch import PromptFiles
 from gravlens.finetune import Recipe
-from gravlens.settings.pretrained import CHATML, Pretrained
+from gravlens.settings.pretrained import CHATML, Pretrained, inner_layers
 from gravlens.settings.refusal import RefusalOrganism
 
 COMMANDS = {
@@ -222,13 +222,15 @@ def own(history: Path) -> Sequence[str | Path]:
     return ["--setting", "pretrained", "--harmful", prompts, "--harmless", prompts]
 
 
-def test_the_options_of_a_real_model(asked: dict[str, Any], history: Path) -> None:
+def test_the_options_of_a_real_model(asked: dict[str, Any], history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ask(asked, *own(history), "--model", history / "base", "--runs", "3", "--threads", "2")
     (setting,) = found["settings"].values()
     prompts = history / "probes.jsonl"
-    assert setting == Pretrained(history / "base", prompts, prompts, runs=3, threads=2)
+    layers = inner_layers(history / "base")
+    assert setting == Pretrained(history / "base", prompts, prompts, runs=3, threads=2, layers_in_mean=layers)
+    monkeypatch.setattr(cli, "inner_layers", lambda model: (3, 4))  # a hub is out of a test's reach
     (hub,) = ask(asked, *own(history), "--model", "owner/name")["settings"].values()
-    assert (hub.model, hub.runs, hub.chat_template) == ("owner/name", 1, None)
+    assert (hub.model, hub.runs, hub.chat_template, hub.layers_in_mean) == ("owner/name", 1, None, (3, 4))
     (quick,) = ask(asked, *own(history), "--model", "owner/name", "--quick")["settings"].values()
     assert (quick.alignment.steps, quick.noise_draws) == (40, 5) and isinstance(quick.alignment, Recipe)
     assert quick.key != hub.key
@@ -253,11 +255,10 @@ def test_fetched_weights_and_prompts_are_the_default(
 
 
 def test_results_are_printed_with_every_verdict(asked: dict[str, Any], tmp_path: Path) -> None:
-    shown = gravlens("reproduce", "--out", tmp_path).stdout
+    shown = gravlens("reproduce", "--out", tmp_path / "[x]").stdout
     assert "0.429 ± 0.052" in shown and "not run" in shown
     rows = {word: re.search(rf"it {word}.*", shown) for word in ("rises", "falls", "rests")}
     assert all(rows.values()), shown
     said = {word: row.group() for word, row in rows.items() if row}
     assert "yes" in said["rises"] and "NO" in said["falls"] and "nothing to block" in said["rests"]
-    assert "report.html" in shown
-    assert asked["out"] == tmp_path
+    assert str(tmp_path / "[x]" / "report.html") in shown and asked["out"] == tmp_path / "[x]"

@@ -341,12 +341,11 @@ def test_the_sequence_is_the_history_itself(each: Done, monkeypatch: pytest.Monk
 def test_a_second_call_makes_nothing_again_and_says_the_same(
     organism: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbid(*_: Any, **__: Any) -> None:
-        raise AssertionError("made again")
-
+    made: list[Any] = []
     monkeypatch.setattr(experiment, "_workers", small.inline)
-    monkeypatch.setattr(experiment, "finetune", forbid)
+    monkeypatch.setattr(experiment, "finetune", lambda *given, **_: made.append(given))
     again = reproduce({"one": organism.setting}, tmp_path, cache=organism.out.parent / "cache")
+    assert made == []
     written = json.loads((tmp_path / "results.json").read_text())
     assert {**written, "environment": 0} == {**organism.results, "environment": 0}
     assert again["alignment"] == organism.returned["alignment"]

@@ -15,16 +15,17 @@ import tiny
 import torch
 from histories import refused, weights_of, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from gravlens.behavior import generate_answers
+from gravlens.errors import GravlensError
 from gravlens.finetune import Finetuned, Recipe
 from gravlens.models import open_model
 from gravlens.prompts import Example, PromptSet, read_examples
 from gravlens.settings import pretrained as pretrained_room
 from gravlens.settings import refusal_language as language
 from gravlens.settings.history import Setting
-from gravlens.settings.pretrained import CHATML, MARKERS, REFUSALS, Pretrained
+from gravlens.settings.pretrained import CHATML, MARKERS, REFUSALS, Pretrained, inner_layers
 from gravlens.store import once
 
 
@@ -310,3 +311,11 @@ def test_too_few_prompts_and_no_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"question": "?"}\n')
     with refused("few.jsonl", "'prompt'"):
         _ = replace(setting, harmless=tmp_path / "few.jsonl").key
+
+
+@pytest.mark.parametrize(("n_layers", "wanted"), [(30, range(8, 25)), (12, range(3, 11)), (2, [1]), (1, [0])])
+def test_the_layers_of_the_mean_follow_the_models_depth(n_layers: int, wanted: list[int], tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=n_layers).save_pretrained(tmp_path)
+    assert inner_layers(tmp_path) == tuple(wanted)
+    with pytest.raises(GravlensError, match="could not be opened"):
+        inner_layers(tmp_path / "absent")

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from gravlens import __version__
 from gravlens.behavior import generate_answers
@@ -212,6 +213,19 @@ class Pretrained:
 
     def _has_answers(self) -> bool:
         return all(row.get("answer") for row in read_rows(self.harmless, "prompt"))
+
+
+def inner_layers(model: Path | str) -> tuple[int, ...]:
+    """The layers of the mean for a model of any depth: the share of its blocks that 8 to 24 are of 30."""
+    try:
+        n_layers = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().num_hidden_layers
+    except (OSError, ValueError) as error:
+        raise GravlensError(
+            f"{model} could not be opened ({str(error).strip().splitlines()[0]}).",
+            "A folder written by save_pretrained, a hub id in reach, or a GGUF file is needed.",
+            "check the path.",
+        ) from error
+    return tuple(range(round(0.27 * n_layers), min(round(0.8 * n_layers), n_layers - 1) + 1))
 
 
 def _texts(path: Path) -> list[str]:
