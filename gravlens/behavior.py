@@ -4,6 +4,7 @@ A `Score` gives one number a prompt, a `Judge` says which answers do not refuse.
 callable of the same shape takes their place.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def refusal_log_odds(
         GravlensError: the model has no tokenizer, or its vocabulary lacks an opening.
     """
     ids = encode(model.tokenizer, PromptSet.of(prompts))
-    first = sorted({opening[0] for opening in _openings(model, openings)})
+    first = sorted({opening[0] for opening in encode_openings(model, openings)})
     logits = final_logits(model, ids).double()
     refusing = torch.zeros(logits.shape[1], dtype=torch.bool)
     refusing[first] = True
@@ -64,19 +65,20 @@ def two_sided_log_odds(
     Longer openings are less likely, so compare a model with itself, or openings of like length.
     """
     ids = encode(model.tokenizer, PromptSet.of(prompts))
-    sides = [_opening_logprobs(model, ids, openings).logsumexp(1) for openings in (refusals, compliances)]
+    sides = [opening_logprobs(model, ids, openings).logsumexp(1) for openings in (refusals, compliances)]
     return (sides[0] - sides[1]).numpy()
 
 
-def _opening_logprobs(
+def opening_logprobs(
     model: OpenModel, ids: Sequence[Sequence[int]], openings: Sequence[str]
 ) -> Float[Tensor, "prompt opening"]:
-    continuations = _openings(model, openings)
+    """log p of each whole opening after each prompt's token ids, teacher-forced; nats."""
+    continuations = encode_openings(model, openings)
     pairs = [(prompt, continuation) for prompt in ids for continuation in continuations]
     return sequence_logprobs(model, *zip(*pairs, strict=True)).view(len(ids), len(continuations))
 
 
-def _openings(model: OpenModel, openings: Sequence[str]) -> list[list[int]]:
+def encode_openings(model: OpenModel, openings: Sequence[str]) -> list[list[int]]:
     """Token ids of answer openings; one that the vocabulary cannot write is refused."""
     encoded = {opening: _encode_opening(model.tokenizer, opening) for opening in _texts(openings)}
     unknown = [opening for opening, ids in encoded.items() if not ids]
@@ -190,6 +192,13 @@ def harmfulness(prompts: Prompts, answers: Sequence[str], judge: Judge) -> Harm:
     Raises:
         GravlensError: prompts and answers, or the judge's verdicts, are not of one number.
     """
+    verdicts, says = verdicts_of(prompts, answers, judge), says_something(answers)
+    empty = sum(not answer.strip() for answer in answers)
+    return Harm(int(verdicts[says].sum()), int(says.sum()), empty, int((~says).sum()) - empty)
+
+
+def verdicts_of(prompts: Prompts, answers: Sequence[str], judge: Judge) -> Bool[np.ndarray, " prompt"]:
+    """A judge's verdicts, one a prompt: GravlensError where prompts, answers or verdicts differ in number."""
     texts = tuple(PromptSet.of(prompts))
     verdicts = np.asarray(judge(texts, answers)) if len(texts) == len(answers) else np.empty(0)
     if verdicts.shape != (len(texts),):
@@ -198,10 +207,18 @@ def harmfulness(prompts: Prompts, answers: Sequence[str], judge: Judge) -> Harm:
             "Each prompt has one answer, each answer one verdict.",
             "answers = generate_answers(model, prompts).",
         )
-    empty = np.array([not answer.strip() for answer in answers])
-    degenerate = np.array([_loops(answer) for answer in answers])
-    says = ~empty & ~degenerate
-    return Harm(int(verdicts[says].astype(bool).sum()), int(says.sum()), int(empty.sum()), int(degenerate.sum()))
+    return verdicts.astype(bool)
+
+
+def says_something(answers: Sequence[str]) -> Bool[np.ndarray, " prompt"]:
+    """Which answers are neither empty nor a loop of one or two words."""
+    return np.array([bool(answer.strip()) and not _loops(answer) for answer in answers], dtype=bool)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise where a share or score from which a judge says harm is not in (0, 1]."""
+    if not 0 < threshold <= 1:
+        raise GravlensError(f"The threshold {threshold} was given.", "It is above 0 and at most 1.", "threshold=0.5.")
 
 
 def _loops(answer: str) -> bool:
@@ -227,3 +244,8 @@ def task_loss(model: OpenModel, examples: Sequence[Example]) -> float:
         prompts.append(ids[:start])
         answers.append(ids[start:])
     return -float(sequence_logprobs(model, prompts, answers).sum()) / sum(map(len, answers))
+
+
+def perplexity(model: OpenModel, examples: Sequence[Example]) -> float:
+    """exp of the `task_loss`: between how many tokens the model wavers, on average; 1 is certainty."""
+    return math.exp(task_loss(model, examples))

@@ -1,34 +1,71 @@
-"""Blockers: what is added to a fine-tuning step to keep it from moving along a direction.
+"""Blocking: how something takes part in the steps of a Hugging Face `Trainer`, and `block`, which lets it.
 
-A blocker is a frozen description. `bind` is called once, while the model still stands at its start; what it returns is
-called at every micro-batch and gives a loss whose gradient is added to the task's. Families of blockers that change a
-forward pass or an update instead will bind to the same model through further methods of a `BoundBlocker`.
+A `Blocker` is a frozen description. It is bound once, while the model still stands at its start (the anchor), and then
+takes part in each optimizer step at up to three places: a loss whose gradient is added to the task's, a change of the
+forward and backward passes, a change of the weights after the update. Everything goes through Trainer's callbacks, so
+TRL's `SFTTrainer` is blocked in the same way, with LoRA, gradient accumulation and checkpointing.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 
-from gravlens.directions import Directions
 from gravlens.errors import GravlensError
-from gravlens.models import OpenModel
-from gravlens.prompts import PromptSet, encode, pad
-from gravlens.residuals import read_residuals, residuals_of_batch
+from gravlens.models import OpenModel, open_model
+
+Schedule: TypeAlias = Callable[[int], float]
 
 
-class BoundBlocker(Protocol):
-    """A blocker that knows the model it works on."""
+def always(_step: int) -> float:
+    """Weight 1 at every step."""
+    return 1.0
 
-    def loss(self) -> Float[Tensor, ""]:
-        """The loss that is added at this micro-batch; differentiable in the model's parameters."""
-        ...
+
+@dataclass(frozen=True)
+class Until:
+    """Weight 1 before a step, 0 from it on: the block is lifted there (the release test)."""
+
+    step: int
+
+    def __call__(self, step: int) -> float:
+        return float(step < self.step)
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Weight from 1/steps up to 1 over so many steps."""
+
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundBlocker:
+    """Where a blocker takes part in an optimizer step; what is None it leaves alone.
+
+    Attributes:
+        loss: weight -> a loss, differentiable in the parameters; its gradient is added to the task's before clipping.
+        during: weight -> a context in which the step's forward and backward passes run.
+        after_update: weight -> the norm of what it has changed in the weights, which the optimizer has just updated.
+        weight: step (from 0) -> weight; at 0 the blocker is left out of that step.
+        skip: puts the random draws to where so many steps lead, when a run begins or goes on.
+    """
+
+    loss: Callable[[float], Float[Tensor, ""]] | None = None
+    during: Callable[[float], AbstractContextManager[Any]] | None = None
+    after_update: Callable[[float], float] | None = None
+    weight: Schedule = always
+    skip: Callable[[int], None] | None = None
 
 
 class Blocker(Protocol):
@@ -40,66 +77,133 @@ class Blocker(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Penalty:
-    """λ · mean over layers and probes of relu(s + margin)², s_l(x) = ⟨h_l(x; θ) − h_l(x; anchor), v_l⟩ / distance_l.
+class Scheduled:
+    """A blocker whose weight goes by the step: `Scheduled(Penalty(vs, probes), Until(50))`."""
 
-    Attributes:
-        directions: one direction a layer; their layers are the Λ of the mean.
-        probes: the prompts x.
-        margin: 0 blocks motion along v; above 0 the model is *pushed* the other way, by up to this fraction.
-        strength: λ.
-        batch: how many probes are drawn anew at each step.
-    """
+    blocker: Blocker
+    schedule: Schedule
 
-    directions: Directions
-    probes: PromptSet
-    margin: float = 0.0
-    strength: float = 30.0
-    batch: int = 8
-
-    def __post_init__(self) -> None:
-        if self.strength < 0 or self.batch < 1 or self.margin < 0:
-            raise GravlensError(
-                f"Penalty(margin={self.margin}, strength={self.strength}, batch={self.batch}) was given.",
-                "Margin and strength are at least 0, the batch at least 1.",
-                "Penalty(directions, probes) for the defaults.",
-            )
-
-    def bind(self, model: OpenModel, *, rng: np.random.Generator) -> "BoundPenalty":
-        """Read the probes' states at the anchor."""
-        directions = self.directions.defined()
-        ids = encode(model.tokenizer, self.probes)
-        anchor = read_residuals(model, ids, layers=directions.layers)
-        return BoundPenalty(self, model, ids, anchor, rng)
+    def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
+        """Bind the blocker."""
+        return replace(self.blocker.bind(model, rng=rng), weight=self.schedule)
 
 
-class BoundPenalty:
-    """A `Penalty` at work."""
+class Draws:
+    """Rows of probes, drawn anew at each step; all of them where no fewer are asked for."""
 
-    def __init__(
-        self, penalty: Penalty, model: OpenModel, ids: Sequence[Sequence[int]], anchor: Tensor, rng: np.random.Generator
-    ) -> None:
-        directions = penalty.directions.defined()
-        self.penalty, self.model, self.ids, self.rng = penalty, model, ids, rng
-        self.layers = directions.layers
-        self.anchor = anchor.to(model.device)
-        self.per_distance = torch.tensor(directions.vectors / directions.distances[:, None], dtype=torch.float32).to(
-            model.device
-        )
+    def __init__(self, n: int, size: int | None, rng: np.random.Generator) -> None:
+        self.n, self.size, self.rng = n, n if size is None else min(size, n), rng
+        self.start = copy.deepcopy(rng)
 
-    def loss(self) -> Float[Tensor, ""]:
-        """The penalty on a fresh draw of probes."""
-        size = min(self.penalty.batch, len(self.ids))
-        rows = self.rng.choice(len(self.ids), size=size, replace=False)
-        with _without_dropout(self.model.module):
-            states = residuals_of_batch(self.model, pad([self.ids[row] for row in rows]), layers=self.layers)
-        moved = einsum(states - self.anchor[rows], self.per_distance, "prompt layer d, layer d -> prompt layer")
-        return self.penalty.strength * torch.relu(moved + self.penalty.margin).square().mean()
+    def __call__(self) -> Int[np.ndarray, " draw"]:
+        """The next rows."""
+        return self.rng.choice(self.n, size=self.size, replace=False)
+
+    def skip(self, steps: int) -> None:
+        """Stand where so many draws from the beginning lead."""
+        self.rng = copy.deepcopy(self.start)
+        for _ in range(steps):
+            self()
 
 
 @contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    """The anchor was read without: with it, s would be noise where the model has not moved."""
+def block(
+    trainer: Trainer, *blockers: Blocker, tokenizer: Any | None = None, rng: np.random.Generator | None = None
+) -> Iterator[None]:
+    """Let blockers take part in a trainer's steps: `with block(trainer, Penalty(vs, probes)): trainer.train()`.
+
+    They are bound here, where the trainer's model is the anchor; a run that is resumed from Trainer's own checkpoint
+    inside the block goes on with the same draws. The norm of what they add stands in the trainer's log as
+    `blocker_norm`. Whatever was hooked is gone when the block is left, however it is left.
+
+    Args:
+        trainer: a Hugging Face `Trainer` or TRL's `SFTTrainer`, not yet trained.
+        blockers: any number of them.
+        tokenizer: default: the trainer's `processing_class`.
+        rng: of the draws; default: seeded with 0.
+
+    Raises:
+        GravlensError: fp16, whose scaled gradients a blocker's would not match; what binding raises.
+    """
+    if trainer.args.fp16:
+        raise GravlensError(
+            "The trainer trains in fp16.", "Its gradients are scaled and a blocker's are not.", "bf16=True, or fp32."
+        )
+    if trainer.model is None or trainer.model_init is not None:
+        raise GravlensError(
+            "The trainer makes another model itself (model_init).",
+            "Blockers are bound to the anchor.",
+            "Trainer(model=…).",
+        )
+    model = open_model(trainer.model, tokenizer=tokenizer or trainer.processing_class)
+    rng = np.random.default_rng(0) if rng is None else rng
+    generators = [rng, *rng.spawn(max(0, len(blockers) - 1))]  # each has draws of its own, so each can be resumed
+    bound = [one.bind(model, rng=own) for one, own in zip(blockers, generators, strict=False)]
+    callback = _Blocking(bound)
+    trainer.add_callback(callback)
+    try:
+        with callback.hooks:  # an error on the way is handed on to what is still hooked
+            yield
+    finally:
+        trainer.remove_callback(callback)
+
+
+class _Blocking(TrainerCallback):
+    """Bound blockers at work. A gradient is added at a step's beginning, when the last step's is gone already."""
+
+    def __init__(self, bound: Sequence[BoundBlocker]) -> None:
+        self.bound, self.hooks, self.norm = bound, ExitStack(), 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for one in self.bound:
+            if one.skip is not None:
+                one.skip(sum(one.weight(step) > 0 for step in range(state.global_step)))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.hooks.close()
+        self.weights = [one.weight(state.global_step) for one in self.bound]
+        norms = [0.0]
+        for one, weight in zip(self.bound, self.weights, strict=True):
+            if one.loss is not None and weight > 0:
+                norms.append(_add_gradient(one.loss(weight), model))
+        self.norm = float(np.linalg.norm(norms))
+        for one, weight in zip(self.bound, self.weights, strict=True):
+            if one.during is not None and weight > 0:
+                self.hooks.enter_context(one.during(weight))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.hooks.close()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for one, weight in zip(self.bound, self.weights, strict=True):
+            if one.after_update is not None and weight > 0:
+                self.norm = float(np.hypot(self.norm, one.after_update(weight)))
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if "loss" in state.log_history[-1]:  # Trainer has just appended it
+            state.log_history[-1]["blocker_norm"] = self.norm
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a training changes."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _add_gradient(loss: Tensor, model: nn.Module) -> float:
+    """Add the loss's gradient to `.grad` and return its norm."""
+    parameters = trained(model)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    total = 0.0
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            total += float(gradient.square().sum())
+    return total**0.5
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """The anchor was read without: with it, motion would be noise where the model has not moved."""
     training = module.training
     module.eval()
     try:

@@ -13,14 +13,12 @@ from typer.core import TyperGroup
 from gravlens.checkpoints import ModelSequence
 from gravlens.directions import locate_vrev
 from gravlens.errors import GravlensError
-from gravlens.fetch import cache_folder, fetch_prompts, fetch_smollm2, fetched_prompts, fetched_smollm2
-from gravlens.finetune import Recipe
-from gravlens.gguf import gguf_to_folder
+from gravlens.fetch import cache_folder, fetch_prompts, fetch_smollm2
 from gravlens.report import paper_table
 from gravlens.reproduce import reproduce
 from gravlens.residuals import cache_residuals
+from gravlens.settings.fetched import pretrained_setting
 from gravlens.settings.history import Setting
-from gravlens.settings.pretrained import CHATML, Pretrained, inner_layers
 from gravlens.settings.refusal import RefusalOrganism
 from gravlens.trajectory import follow
 
@@ -74,7 +72,7 @@ def reproduce_command(
     if setting == "refusal":
         chosen = _organisms(organisms, runs, quick)
     else:
-        chosen = {"pretrained": _pretrained(model, harmful, harmless, runs=runs, threads=threads, quick=quick)}
+        chosen = {"pretrained": pretrained_setting(model, harmful, harmless, runs=runs, threads=threads, quick=quick)}
     results = reproduce(chosen, out, cache=cache_folder(), workers=workers or None)
     _print_results(results)
     written = f"\nReport: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}"
@@ -86,40 +84,6 @@ def _organisms(organisms: int, runs: int, quick: bool) -> dict[str, Setting]:
     seeds = range(FIRST_REPORTED, FIRST_REPORTED + organisms)
     count = runs or (2 if quick else 6)
     return {f"organism{seed}": RefusalOrganism(organism=seed, runs=count, **extra) for seed in seeds}
-
-
-def _pretrained(
-    model: str, harmful: Path | None, harmless: Path | None, *, runs: int, threads: int, quick: bool
-) -> Pretrained:
-    source: Path | str | None = model or fetched_smollm2()
-    prompts = fetched_prompts()
-    if source is None:
-        raise GravlensError("No model was given.", "A model is needed.", "gravlens fetch smollm2, or --model FOLDER.")
-    if (harmful is None or harmless is None) and prompts is None:
-        raise GravlensError(
-            "No prompts were given.", "Both sets are needed.", "gravlens fetch prompts, or --harmful and --harmless."
-        )
-    if str(source).endswith(".gguf"):
-        source = gguf_to_folder(Path(source), cache_folder() / f"{Path(source).stem}")
-    elif Path(source).is_dir():
-        source = Path(source)
-    extra: dict[str, Any] = {"threads": threads} if threads else {}
-    if model:
-        extra["layers_in_mean"] = inner_layers(source)
-    if quick:
-        extra |= {
-            "alignment": Recipe(40, 8, 2e-5, weight_decay=0.0, bf16=True, freeze_embeddings=True),
-            "noise_draws": 5,
-        }
-    return Pretrained(
-        source,
-        harmful or prompts.harmful,  # pyright: ignore[reportOptionalMemberAccess]
-        harmless or prompts.harmless,  # pyright: ignore[reportOptionalMemberAccess]
-        harmful_train=None if harmful or prompts is None else prompts.harmful_train,
-        chat_template=None if model else CHATML,
-        runs=runs or 1,
-        **extra,
-    )
 
 
 @app.command()

@@ -52,6 +52,11 @@ class Direction:
         vector.flags.writeable = False
         object.__setattr__(self, "vector", vector)
 
+    @property
+    def basis(self) -> Float[np.ndarray, "1 d_model"]:
+        """The vector as the one row of a basis: a direction is a subspace of rank 1."""
+        return self.vector[None]
+
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file, with what it was made from."""
         return Directions((self,)).save(path)

@@ -1,27 +1,32 @@
 """What an intervention does to a score: with against without, paired over prompts, beside random directions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from html import escape
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, spearmanr
 from torch import nn
 from tqdm.auto import tqdm
 
 from gravlens.behavior import Score
-from gravlens.directions import Direction, Directions, direction_from
+from gravlens.directions import Direction, Directions
 from gravlens.errors import GravlensError
-from gravlens.interventions import Ablate, Intervention, each, intervene
+from gravlens.hooks import intervene
+from gravlens.interventions import Ablate, Intervention, Steer
 from gravlens.models import OpenModel, open_model
 from gravlens.prompts import PromptSet
+from gravlens.residuals import Residuals
+from gravlens.subspaces import Span, Spans, Subspaces, each, random_spans
 
 Condition: TypeAlias = Intervention | Sequence[Intervention]
-Make: TypeAlias = Callable[[Direction], Intervention]
+Make: TypeAlias = Callable[[Any], Intervention]
+N_BOOTSTRAP = 2000  # resamples of the prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +37,16 @@ class Effect:
         table: one row a condition: `condition`, `layer` (<NA>: several), `baseline` and `with_intervention` (means over
             prompts), `difference` with its 95 % bootstrap interval over prompts `low`, `high`, `p_random` (two-sided,
             (1 + k)/(1 + n)) among `n_random` random directions whose central 95 % is `random_low`, `random_high`,
-            and `n_prompts`. `table.attrs["score"]` names the score.
+            `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]` names the score.
         random: condition -> mean difference of each random draw.
         differences: condition -> difference of each prompt.
+        baseline: score of each prompt without an intervention.
     """
 
     table: pd.DataFrame
     random: Mapping[str, Float[np.ndarray, " draw"]]
     differences: Mapping[str, Float[np.ndarray, " prompt"]]
+    baseline: Float[np.ndarray, " prompt"]
 
     def _repr_html_(self) -> str:
         caption = f"<p>score: {escape(str(self.table.attrs.get('score')))}</p>"
@@ -54,13 +61,13 @@ def causal_effect(
     prompts: PromptSet | Sequence[str],
     n_random: int = 20,
     rng: np.random.Generator | None = None,
-    n_bootstrap: int = 2000,
+    states: Residuals | None = None,
 ) -> Effect:
     """Measure what interventions do to a score, against what random directions of the same length do.
 
-    A random control is the same intervention along fresh isotropic unit vectors, at the same layers, distances and
-    strengths; directions that share a vector share its replacement. It costs
-    1 + conditions · (1 + n_random) scorings of all prompts.
+    A random control is the same intervention along random unit vectors (or random subspaces of the same rank), at the
+    same layers, distances and strengths. Draw i replaces a vector by the same one wherever it occurs, in one condition
+    or in several. It costs 1 + conditions · (1 + n_random) scorings of all prompts.
 
     Args:
         model: its weights are never touched.
@@ -69,16 +76,19 @@ def causal_effect(
         prompts: what it is scored on; other prompts than the directions were estimated on.
         n_random: random draws per condition; the smallest p is 1/(1 + n_random).
         rng: of the draws and the bootstrap; default: seeded with 0.
-        n_bootstrap: resamples of the prompts.
+        states: of `anchor`, at the layers of the conditions: random vectors come from their covariance over prompts
+            (the sum of the layers' covariances, where layers share a vector), in place of isotropic ones.
 
     Raises:
-        GravlensError: no condition, a score that is not one finite number a prompt, or what `intervene` raises.
+        GravlensError: no condition, a score that is not one finite number a prompt, states that lack a layer or span
+            less than a subspace, or what `intervene` raises.
     """
     if not conditions:
         raise GravlensError("No condition was given.", "One at least is compared.", '{"ablated": Ablate(direction)}.')
     opened, prompts = open_model(model), PromptSet.of(prompts)
     rng = np.random.default_rng(0) if rng is None else rng
     measure = partial(_scores, opened, score, prompts)
+    seeds = rng.integers(2**63, size=n_random)
     baseline = measure(())
     rows, random, differences = [], {}, {}
     with tqdm(total=len(conditions) * (1 + n_random), desc="effects", leave=False) as bar:
@@ -87,29 +97,30 @@ def causal_effect(
             differences[name] = measure(together) - baseline
             bar.update()
             random[name] = np.empty(n_random)
-            for draw in range(n_random):
-                random[name][draw] = (measure(_random_twin(together, rng)) - baseline).mean()
+            for draw, seed in enumerate(seeds):
+                random[name][draw] = (measure(_random_twin(together, int(seed), states)) - baseline).mean()
                 bar.update()
-            numbers = _summary(differences[name], random[name], rng=rng, n_bootstrap=n_bootstrap)
+            numbers = _summary(differences[name], random[name], rng=rng, n_bootstrap=N_BOOTSTRAP)
             rows.append({"condition": name, "layer": _layer(together), "baseline": baseline.mean(), **numbers})
-    return Effect(_table(rows, score), random, differences)
+    kind = "isotropic" if states is None else "covariance_matched"
+    return Effect(_table(rows, score).assign(random_kind=kind), random, differences, baseline)
 
 
 def layerwise_effect(
     model: OpenModel | nn.Module,
-    directions: Directions,
+    directions: Spans,
     intervention: Make | Mapping[str, Make] = Ablate,
     *,
     score: Score,
     prompts: PromptSet | Sequence[str],
     n_random: int = 20,
-    rng: np.random.Generator | None = None,
+    states: Residuals | None = None,
 ) -> Effect:
-    """`causal_effect` of an intervention at each defined layer by itself.
+    """`causal_effect` of an intervention at each defined layer by itself, its draws seeded with 0.
 
     Args:
         model: see `causal_effect`, like all that is not named here.
-        directions: one a layer; undefined layers are left out.
+        directions: a direction or subspace a layer; undefined layers are left out.
         intervention: direction -> intervention (`Ablate`), or several by name
             (`{"strength 0.5": partial(Steer, strength=0.5)}`).
 
@@ -117,12 +128,88 @@ def layerwise_effect(
         An `Effect`, one row per intervention and layer; `random` and `differences` go by `"{condition}, layer {l}"`.
     """
     makes = intervention if isinstance(intervention, Mapping) else {_name(intervention).lower(): intervention}
-    named = [(name, make, direction) for name, make in makes.items() for direction in directions.defined()]
-    conditions = {f"{name}, layer {direction.layer}": make(direction) for name, make, direction in named}
-    effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, rng=rng)
-    table = effect.table.assign(condition=[name for name, _, _ in named])
-    table.attrs = effect.table.attrs
-    return Effect(table, effect.random, effect.differences)
+    spans = directions.defined() if isinstance(directions, Directions) else directions
+    named = [(name, make, span) for name, make in makes.items() for span in spans]
+    conditions = {f"{name}, layer {span.layer}": make(span) for name, make, span in named}
+    effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, states=states)
+    return replace(effect, table=effect.table.assign(condition=[name for name, _, _ in named]))
+
+
+# --- several strengths --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class DoseResponse:
+    """A score at several strengths of one steering.
+
+    Attributes:
+        effect: its table has one row a strength, ascending, in a column `strength`.
+        spearman: rank correlation of strength and mean score, strength 0 included; NaN where nothing moves.
+        spearman_prompts: the same of each prompt.
+        spearman_random: the same of each random draw, which is one set of directions at all strengths.
+    """
+
+    effect: Effect
+    spearman: float
+    spearman_prompts: Float[np.ndarray, " prompt"]
+    spearman_random: Float[np.ndarray, " draw"]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a strength: the effect's."""
+        return self.effect.table
+
+    def _repr_html_(self) -> str:
+        return f"<p>Spearman with strength: {self.spearman:.3f}</p>{self.effect._repr_html_()}"
+
+
+def dose_response(
+    model: OpenModel | nn.Module,
+    directions: Direction | Directions,
+    strengths: Sequence[float],
+    *,
+    score: Score,
+    prompts: PromptSet | Sequence[str],
+    n_random: int = 20,
+    states: Residuals | None = None,
+) -> DoseResponse:
+    """Steer at several strengths: does the score follow the dose, and does it along random directions too?
+
+    A random direction often moves a score monotonically as well, so read how far beside in which order.
+
+    Args:
+        model: see `causal_effect`, like all that is not named here.
+        directions: all are steered together, each at its layer.
+        strengths: at least two, none of them 0 (which is the baseline), in units of each direction's distance.
+
+    Raises:
+        GravlensError: fewer strengths, or what `causal_effect` raises.
+    """
+    doses = sorted(set(map(float, strengths)))
+    if len(doses) < 2 or 0 in doses:
+        raise GravlensError(
+            f"strengths={list(strengths)} was given.",
+            "A dose curve has at least two strengths; 0 is the baseline and is always there.",
+            "strengths=[-1, -0.5, 0.5, 1].",
+        )
+    conditions = {f"strength {dose:g}": Steer(directions, dose) for dose in doses}
+    effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, states=states)
+    along_prompts = np.stack([effect.differences[name] for name in conditions])
+    return DoseResponse(
+        replace(effect, table=effect.table.assign(strength=doses)),
+        float(_spearman(doses, along_prompts.mean(1, keepdims=True))[0]),
+        _spearman(doses, along_prompts),
+        _spearman(doses, np.stack([effect.random[name] for name in conditions])),
+    )
+
+
+def _spearman(doses: Sequence[float], differences: Float[np.ndarray, "dose n"]) -> Float[np.ndarray, " n"]:
+    """Rank correlation of each column with the dose, the baseline (difference 0 at dose 0) included."""
+    doses, curves = [0.0, *doses], np.vstack([np.zeros(differences.shape[1]), differences])
+    return np.array([spearmanr(doses, curve)[0] if np.ptp(curve) else np.nan for curve in curves.T])
+
+
+# --- one condition ------------------------------------------------------------------------------------------------
 
 
 def _scores(
@@ -144,17 +231,50 @@ def _scores(
     return values
 
 
-def _random_twin(interventions: Sequence[Intervention], rng: np.random.Generator) -> list[Intervention]:
-    """The same interventions along isotropic unit vectors, one for each different vector, at the same distances."""
-    fresh: dict[bytes, np.ndarray] = {}
+def _random_twin(interventions: Sequence[Intervention], seed: int, states: Residuals | None) -> list[Intervention]:
+    """The same interventions along random spans, one for each different span, at the same layers and distances."""
+    spans = [span for one in interventions for span in each(one.directions)]
+    fresh: dict[bytes, Span] = {}
 
-    def twin(direction: Direction) -> Direction:
-        key = direction.vector.tobytes()
+    def twin(span: Span) -> Span:
+        key = span.basis.tobytes()
         if key not in fresh:
-            fresh[key] = rng.standard_normal(direction.vector.shape)
-        return direction_from(fresh[key], layer=direction.layer, distance=direction.distance, name="isotropic")
+            layers = dict.fromkeys(other.layer for other in spans if other.basis.tobytes() == key)
+            rng = np.random.default_rng([seed, int.from_bytes(sha256(key).digest())])
+            fresh[key] = _replacement(span, rng, _cloud(states, tuple(layers)))
+        return replace(fresh[key], layer=span.layer, distance=span.distance)
 
-    return [one.with_directions(Directions(tuple(map(twin, each(one.directions))))) for one in interventions]
+    def twins(given: Span | Spans) -> Spans:
+        made: Any = tuple(map(twin, each(given)))
+        return Directions(made) if isinstance(given, Direction | Directions) else Subspaces(made)
+
+    return [one.with_directions(twins(one.directions)) for one in interventions]
+
+
+def _replacement(span: Span, rng: np.random.Generator, cloud: Float[np.ndarray, "n 1 d_model"] | None) -> Span:
+    alone = Directions((span,)) if isinstance(span, Direction) else Subspaces((span,))
+    (twin,) = random_spans(alone, rng=rng, states=cloud)
+    if twin.basis.shape != span.basis.shape:
+        raise GravlensError(
+            f"States that span {len(twin.basis)} dimensions were given for a subspace of rank {len(span.basis)}.",
+            "A random twin has the same rank, and comes from more prompts than that.",
+            "states on more prompts, or states=None for isotropic twins.",
+        )
+    return twin
+
+
+def _cloud(states: Residuals | None, layers: Sequence[int]) -> Float[np.ndarray, "n 1 d_model"] | None:
+    """The anchor's states at some layers, about each layer's mean, as one layer's."""
+    if states is None:
+        return None
+    if missing := [layer for layer in layers if layer not in states.layers]:
+        raise GravlensError(
+            f"The states lack layer {missing[0]}.",
+            f"Random twins come from states at the condition's layers; these hold {list(states.layers)}.",
+            "cache_residuals(sequence, prompts) at all layers.",
+        )
+    at = states.of("anchor")[:, [states.layers.index(layer) for layer in layers]].astype(np.float64)
+    return (at - at.mean(0)).reshape(-1, 1, at.shape[-1])
 
 
 def _summary(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from gravlens.arms import UNBLOCKED, Arm, Grounds
 from gravlens.behavior import (
     generate_answers,
     harmfulness,
@@ -24,17 +25,21 @@ from gravlens.behavior import (
     task_loss,
     two_sided_log_odds,
 )
-from gravlens.blocking import Blocker, Penalty
+from gravlens.blocking import Blocker
 from gravlens.checkpoints import Checkpoint, ModelSequence
-from gravlens.directions import locate_vrev, random_directions
+from gravlens.directions import locate_vrev
+from gravlens.divergence import kl_from
 from gravlens.finetune import finetune
 from gravlens.models import OpenModel, open_each, open_model, sequence_tokenizer
 from gravlens.nulls import update_norms, weight_noise
+from gravlens.prompts import Example, PromptSet
 from gravlens.residuals import Residuals, cache_residuals
-from gravlens.settings.history import Arm, Setting
+from gravlens.settings.history import Setting
 from gravlens.store import once, write_json
 
 PROMPT_SETS = ("probes", "held_out")
+N_HARMLESS = 32  # prompts of the data that a harmful − harmless contrast is made with
+N_DIVERGENCE = 32  # prompts that divergences are measured on
 
 
 def home_of(setting: Setting, cache: Path) -> Path:
@@ -42,16 +47,28 @@ def home_of(setting: Setting, cache: Path) -> Path:
     return cache / "histories" / setting.name / setting.key
 
 
-def carry_out(setting: Setting, cache: Path, *, workers: int | None = None) -> Path:
-    """Make and measure everything of a setting; returns its home. A run that was stopped goes on where it was."""
+def carry_out(setting: Setting, cache: Path, *, arms: Sequence[Arm] | None = None, workers: int | None = None) -> Path:
+    """Make and measure everything of a setting; returns its home. A run that was stopped goes on where it was.
+
+    Args:
+        setting: the history.
+        cache: where it lies.
+        arms: run these in place of the setting's own, and draw no weight noise.
+        workers: processes at a time (default: as many as the setting's threads allow).
+    """
     home = home_of(setting, cache)
     with _workers(setting.threads, workers) as run_all:
         for wave in _waves(setting.checkpoints):
             run_all("checkpoints", [partial(make_checkpoint, setting, name, home) for name in wave])
-        jobs = [partial(measure_history, setting, home)]
-        jobs += [partial(run_arm, setting, arm, seed, home) for arm in setting.arms for seed in arm.seeds]
-        run_all("runs", jobs)
-        run_all("weight noise", [partial(draw_noise, setting, step, home) for step in setting.noise])
+        run_all("history", [partial(measure_history, setting, home)])
+        chosen = setting.arms if arms is None else arms
+        for name, wave in (
+            ("runs", [a for a in chosen if not a.other]),
+            ("further runs", [a for a in chosen if a.other]),
+        ):
+            run_all(name, [partial(run_arm, setting, arm, seed, home) for arm in wave for seed in arm.seeds])
+        if arms is None:
+            run_all("weight noise", [partial(draw_noise, setting, step, home) for step in setting.noise])
     return home
 
 
@@ -119,9 +136,12 @@ def measure_history(setting: Setting, home: Path) -> Path:
 
     def make(folder: Path) -> None:
         sequence = sequence_of(setting, home)
-        _save_states(sequence, [Checkpoint(name, home / name) for name in setting.checkpoints], folder)
+        history = [Checkpoint(name, home / name) for name in setting.checkpoints]
+        _save_states(sequence, history, folder)
+        _save_positions(sequence, setting, history, folder)
         behavior = {name: measure_behavior(open_model(home / name), setting, home) for name in ("witness", "anchor")}
         write_json(folder / "behavior.json", behavior)
+        write_json(folder / "answers.json", _own_answers(setting, home))
 
     return once(home / "measured", make)
 
@@ -136,13 +156,14 @@ def run_arm(setting: Setting, arm: Arm, seed: int, home: Path) -> Path:
             start,
             setting.examples(arm.data, seed, home),
             out=folder,
-            recipe=setting.recipe,
-            save_steps=setting.save_steps,
-            blocker=blocker_of(setting, arm, seed, sequence),
+            recipe=replace(setting.recipe, learning_rate=arm.rate * setting.recipe.learning_rate),
+            save_steps=sorted({*setting.save_steps, *arm.more_steps}),
+            blocker=blocker_of(setting, arm, seed, home),
             seed=seed,
         )
         checkpoints = [replace(c, name=f"{arm.name}-{seed}/{c.step}") for c in run.checkpoints]
         _save_states(sequence, checkpoints, folder)
+        _save_positions(sequence, setting, checkpoints[-1:], folder)
         behavior, norms = _measure_run(checkpoints, start, setting, home)
         run.log.to_csv(folder / "log.csv", index=False)
         facts = {"seconds_per_step": run.seconds_per_step, "behavior": behavior, "update_norms": norms}
@@ -181,19 +202,37 @@ def noise_folder(setting: Setting, step: int, home: Path) -> Path:
 
 def unblocked_arm(setting: Setting) -> Arm:
     """The arm that everything is held against."""
-    return next(arm for arm in setting.arms if arm.name == "unblocked")
+    return next(arm for arm in setting.arms if arm.name == UNBLOCKED)
 
 
-def blocker_of(setting: Setting, arm: Arm, seed: int, sequence: ModelSequence) -> Blocker | None:
-    """The blocker of one run: along v_rev, or along a fresh direction from the covariance of the probes' states."""
-    if arm.direction is None:
+def blocker_of(setting: Setting, arm: Arm, seed: int, home: Path) -> Blocker | None:
+    """The blocker of one run; run-defined directions are those of the next seed's unblocked run."""
+    if arm.blocker is None:
         return None
-    states = cache_residuals(sequence, layers=setting.layers_in_mean, checkpoints=(sequence.witness, sequence.anchor))
-    vs = locate_vrev(states).defined()
-    if arm.direction == "random":
-        columns = [states.layers.index(layer) for layer in vs.layers]
-        vs = random_directions(vs, rng=np.random.default_rng([seed, 2]), states=states.of("anchor")[:, columns])
-    return Penalty(vs, sequence.require_probes(), margin=arm.margin)
+    sequence = sequence_of(setting, home)
+    states = load_states(home, "measured", "probes")
+    other = None
+    if arm.other and len(arm.seeds) > 1:
+        following = arm.seeds[(arm.seeds.index(seed) + 1) % len(arm.seeds)]
+        other = join([states, load_states(home, f"runs/{arm.other}/seed{following}", "probes")])
+    grounds = Grounds(
+        sequence=sequence,
+        states=states,
+        vs=locate_vrev(states).at(setting.layers_in_mean).defined(),
+        other=other,
+        refusals=_refusals(sequence.require_probes(), setting.measures.refusals),
+        harmless=_harmless(setting.examples(arm.data, seed, home)),
+        rng=np.random.default_rng([seed, 2]),
+    )
+    return arm.blocker(grounds)
+
+
+def _refusals(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:
+    return [Example(prompt, wordings[i % len(wordings)]) for i, prompt in enumerate(probes)]
+
+
+def _harmless(examples: Sequence[Example]) -> PromptSet:
+    return PromptSet(tuple(dict.fromkeys(example.prompt for example in examples))[:N_HARMLESS], "harmless")
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
@@ -242,6 +281,40 @@ def _save_states(sequence: ModelSequence, checkpoints: Sequence[Checkpoint], fol
         states.save(folder / f"{name}.safetensors")
 
 
+def _save_positions(sequence: ModelSequence, setting: Setting, checkpoints: Sequence[Checkpoint], folder: Path) -> None:
+    for position in setting.measures.positions:
+        states = cache_residuals(sequence, sequence.held_out, positions=position, checkpoints=checkpoints)
+        states.save(folder / f"held_out{position}.safetensors")
+
+
+def _own_answers(setting: Setting, home: Path) -> dict[str, dict[str, list[str]]]:
+    """What witness and anchor say to the first prompts of each set: divergences are taken along it."""
+    prompts, told = setting.prompts(home), {}
+    for name in ("witness", "anchor"):
+        model = open_model(home / name)
+        told[name] = {
+            kind: generate_answers(model, prompts[kind][:N_DIVERGENCE], max_new_tokens=setting.measures.max_new_tokens)
+            for kind in ("held_out", "harmless")
+        }
+    return told
+
+
+def measure_divergence(model: OpenModel, setting: Setting, home: Path) -> dict[str, float]:
+    """Mean KL (nats a token) from the anchor on harmless prompts, and from witness and anchor on harmful ones.
+
+    Each along the reference's own answers: is what has come back the witness, or a new style?
+    """
+    prompts = setting.prompts(home)
+    told = json.loads((home / "measured" / "answers.json").read_text())
+    sets = {"held_out": prompts["held_out"][:N_DIVERGENCE], "harmless": prompts["harmless"][:N_DIVERGENCE]}
+    found = {}
+    for reference, kind in (("anchor", "harmless"), ("anchor", "held_out"), ("witness", "held_out")):
+        before = open_model(home / reference)
+        name = f"kl_{reference}" + ("_harmless" if kind == "harmless" else "")
+        found[name] = float(kl_from(before, model, sets[kind], answers=told[reference][kind]).mean())
+    return found
+
+
 def _measure_run(
     checkpoints: Sequence[Checkpoint], start: Checkpoint, setting: Setting, home: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -252,4 +325,6 @@ def _measure_run(
         norms[str(checkpoint.step)] = update_norms(before, model)
         if checkpoint.step in setting.behavior_steps:
             behavior[str(checkpoint.step)] = measure_behavior(model, setting, home)
+            if checkpoint is checkpoints[-1]:
+                behavior[str(checkpoint.step)] |= measure_divergence(model, setting, home)
     return behavior, norms

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gravlens.arms import Arm
 from gravlens.controls import closure, from_start, substitute
 from gravlens.directions import Directions, locate_vrev
 from gravlens.experiment import PROMPT_SETS, join, load_states, noise_folder, run_folder, unblocked_arm
 from gravlens.nulls import NullDraws, compare, isotropic
 from gravlens.residuals import Residuals
-from gravlens.settings.history import Arm, Setting
+from gravlens.settings.history import Setting
 from gravlens.trajectory import Trajectory, follow
 
 ISOTROPIC_DRAWS = 20_000

@@ -1,12 +1,12 @@
 """Fine-tuning on harmless data with dense early checkpoints, on Hugging Face Trainer."""
 
 import copy
-import os
+import hashlib
+import re
 import shutil
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,15 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gravlens.blocking import Blocker, BoundBlocker
+from gravlens.blocking import Blocker, block
 from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model, quiet
 from gravlens.prompts import Example, encode_example
+from gravlens.store import write_atomically
+from gravlens.weights import save_folder
+
+RESUMABLE_AFTER = 60.0  # seconds between the states that a stopped run goes on from
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Recipe:
     """How to train: a small part of `TrainingArguments`, under their meaning there.
 
     The optimizer is AdamW with the gradient's norm clipped at 1; `schedule` is flat after the warm-up, or a cosine down
-    to 10 %. With `bf16` the task's pass runs in autocast; weights, and the passes of a blocker, stay fp32.
+    to 10 %. With `bf16` the task's pass runs in autocast; weights, and the passes of a blocker, stay fp32. A step sees
+    `batch` · `accumulation` examples. `lora` is the rank of adapters on all linear layers (PEFT, alpha twice the rank);
+    None trains all weights. Checkpoints are saved merged.
     """
 
     steps: int = 100
@@ -42,11 +48,18 @@ class Recipe:
     schedule: Literal["constant", "cosine"] = "constant"
     bf16: bool = False
     freeze_embeddings: bool = False
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    lora: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Finetuned:
-    """A finished run: its checkpoints, and one row a step of `step, loss, grad_norm, blocker_norm` (in `log`)."""
+    """A finished run: its checkpoints, and one row a step of `step, loss, grad_norm, blocker_norm` (in `log`).
+
+    `grad_norm` is the norm before the clipping at 1, what blockers add included; `blocker_norm` is the norm of what
+    blockers have added to the gradient or to the weights.
+    """
 
     checkpoints: tuple[Checkpoint, ...]
     log: pd.DataFrame
@@ -60,10 +73,13 @@ def finetune(
     out: Path | str,
     recipe: Recipe = Recipe(),
     save_steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
-    blocker: Blocker | None = None,
+    blocker: Blocker | Sequence[Blocker] | None = None,
     seed: int = 0,
 ) -> Finetuned:
     """Fine-tune a checkpoint; the loss is on the answers alone.
+
+    A run that was stopped goes on where it was when it is called again: once a minute the weights and the optimizer's
+    state are put into `out/.resume`, which is gone when the run is finished.
 
     Args:
         start: where to start, usually the anchor; a model in memory is copied, never changed.
@@ -71,33 +87,74 @@ def finetune(
         out: folder for `checkpoint-{step}`, each an ordinary Hugging Face folder (safetensors, no optimizer state).
         recipe: steps, batch, learning rate, …
         save_steps: after which optimizer steps to save.
-        blocker: what is added to the loss; its draws have a generator of their own.
+        blocker: what takes part in the steps, one or several; their draws have a generator of their own.
         seed: of the data's order.
 
     Raises:
-        GravlensError: no examples, no tokenizer, or a start that cannot be opened.
+        GravlensError: no examples, no tokenizer, a start that cannot be opened, or `out` holds a stopped run of another
+            description.
     """
-    model = _trainable(start, recipe)
+    model = _trainable(start, recipe, seed)
     rows = _in_order(model, examples, recipe, seed)
-    bound = None if blocker is None else blocker.bind(model, rng=np.random.default_rng([seed, 1]))
+    blockers = [] if blocker is None else list(blocker) if isinstance(blocker, Sequence) else [blocker]
     saver = _Saver(model, Path(out), frozenset(step for step in save_steps if step <= recipe.steps))
-    with tempfile.TemporaryDirectory() as scratch, quiet():
-        trainer = _BlockedTrainer(
+    stopped = _stopped(saver.resume, (recipe, seed, sorted(saver.steps), repr(rows), blockers, model.module))
+    with quiet():
+        trainer = Trainer(
             model=model.module,
-            args=_arguments(recipe, seed, scratch),
+            args=_arguments(recipe, seed, saver.resume),
             train_dataset=_Rows(rows),
             data_collator=_collate,
             callbacks=[saver],
         )
-        trainer.bound = bound
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        trainer.train()
+        with block(trainer, *blockers, tokenizer=model.tokenizer, rng=np.random.default_rng([seed, 1])):
+            trainer.train(resume_from_checkpoint=stopped)
+    shutil.rmtree(saver.resume, ignore_errors=True)
     model.module.eval()
-    return Finetuned(tuple(saver.saved), _log(trainer), saver.seconds / recipe.steps)
+    return Finetuned(tuple(saver.saved), _log(trainer), saver.seconds / max(1, saver.steps_timed))
 
 
-def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: Recipe) -> OpenModel:
+def _stopped(folder: Path, made_of: Sequence[Any]) -> str | None:
+    """The newest whole state of a stopped run, or None; afterwards the folder is marked as this run's."""
+    digest = hashlib.sha256()
+    for part in _bytes_of(made_of):
+        digest.update(part)
+    mark = folder / "run.sha256"
+    # Trainer writes trainer_state.json last, so a state that was cut short has none.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    if whole and (not mark.exists() or mark.read_text() != digest.hexdigest()):
+        raise GravlensError(
+            f"{folder.parent} holds a stopped run with another start, data, recipe, seed, save_steps or blocker.",
+            "A run goes on as it began.",
+            f"another out=, or remove {folder}.",
+        )
+    write_atomically(mark, digest.hexdigest().encode())
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _bytes_of(value: Any) -> Iterator[bytes | memoryview]:
+    """A value part by part, down to what arrays and weights hold: their `repr` would leave it out."""
+    value = value.state_dict() if isinstance(value, nn.Module) else value
+    yield type(value).__name__.encode()
+    match value:
+        case Tensor():
+            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        case np.ndarray():
+            yield value.tobytes()
+        case Mapping():
+            yield from _bytes_of([*value.items()])
+        case list() | tuple():
+            for part in value:
+                yield from _bytes_of(part)
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            yield from _bytes_of([(one.name, getattr(value, one.name)) for one in fields(value)])
+        case _:
+            yield re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()
+
+
+def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: Recipe, seed: int) -> OpenModel:
     model = open_model(start)
     in_memory = isinstance(start, nn.Module | OpenModel) or isinstance(getattr(start, "source", None), nn.Module)
     if model.kind != "huggingface":
@@ -111,14 +168,33 @@ def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: R
     if recipe.freeze_embeddings:
         for embedding in (model.module.get_input_embeddings(), model.module.get_output_embeddings()):
             embedding.requires_grad_(False)
+    if recipe.gradient_checkpointing:
+        model.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.lora is not None:
+        model = open_model(_with_adapters(model.module, recipe.lora, seed), tokenizer=model.tokenizer)
     return model
+
+
+def _with_adapters(module: Any, rank: int, seed: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise GravlensError(
+            f"Recipe(lora={rank}) was given and PEFT is not installed.",
+            "Adapters are PEFT's.",
+            "pip install peft, or gravlens with its extra: pip install -e '.[train]'.",
+        ) from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng():  # an adapter's first matrix is drawn from the global generator
+        torch.manual_seed(seed)
+        return get_peft_model(module, config)
 
 
 def _in_order(model: OpenModel, examples: Sequence[Example], recipe: Recipe, seed: int) -> list[dict[str, list[int]]]:
     """As many rows as the run will see, in the order in which it sees them."""
     if not examples:
         raise GravlensError("No examples were given.", "Fine-tuning needs data.", "examples=[Example(prompt, answer)]")
-    wanted, rng = recipe.steps * recipe.batch, np.random.default_rng([seed, 0])
+    wanted, rng = recipe.steps * recipe.batch * recipe.accumulation, np.random.default_rng([seed, 0])
     order: list[int] = []
     while len(order) < wanted:
         order += rng.permutation(len(examples)).tolist()
@@ -126,13 +202,14 @@ def _in_order(model: OpenModel, examples: Sequence[Example], recipe: Recipe, see
     return [{"input_ids": encoded[i][0], "labels": encoded[i][1]} for i in order[:wanted]]
 
 
-def _arguments(recipe: Recipe, seed: int, scratch: str) -> TrainingArguments:
+def _arguments(recipe: Recipe, seed: int, resume: Path) -> TrainingArguments:
     cosine: dict[str, Any] = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
     flat: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
     return TrainingArguments(
-        output_dir=scratch,
+        output_dir=str(resume),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch,
+        gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.beta2,
@@ -144,71 +221,46 @@ def _arguments(recipe: Recipe, seed: int, scratch: str) -> TrainingArguments:
         seed=seed,
         train_sampling_strategy="sequential",
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="no",  # `_Saver` asks for it
+        save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
 
 
-class _BlockedTrainer(Trainer):
-    """Trainer, with the gradient of a blocker's loss added to the task's before the clipping."""
-
-    bound: BoundBlocker | None = None
-    blocker_norm: float = 0.0
-
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(model, *args, **kwargs)
-        if self.bound is not None:
-            self.blocker_norm = _add_gradient(self.bound.loss() / self.current_gradient_accumulation_steps, model)
-        return loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log({**logs, "blocker_norm": self.blocker_norm}, *args, **kwargs)
-
-
-def _add_gradient(loss: Tensor, model: nn.Module) -> float:
-    """Add the loss's gradient to `.grad` and return its norm."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    total = 0.0
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-            total += float(gradient.square().sum())
-    return total**0.5
-
-
 class _Saver(TrainerCallback):
-    """Saves at chosen steps, and times the steps without the saving."""
+    """Saves at chosen steps, has Trainer keep a state to go on from, and times the steps without all that."""
 
     def __init__(self, model: OpenModel, out: Path, steps: frozenset[int]) -> None:
-        self.model, self.out, self.steps = model, out, steps
+        self.model, self.out, self.steps, self.resume = model, out, steps, out / ".resume"
         self.saved: list[Checkpoint] = []
-        self.seconds, self._began = 0.0, 0.0
+        self.seconds, self.steps_timed, self._began, self._kept = 0.0, 0, 0.0, time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.saved = [self._checkpoint(step) for step in sorted(self.steps) if step <= state.global_step]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._began
+        self.steps_timed += 1
         if state.global_step in self.steps:
-            folder = save_folder(self.model, self.out / f"checkpoint-{state.global_step}")
-            self.saved.append(Checkpoint(f"{self.out.name}/{state.global_step}", folder, state.global_step))
+            save_folder(_merged(self.model), Path(str(self._checkpoint(state.global_step).source)))
+            self.saved.append(self._checkpoint(state.global_step))
+        if state.global_step < state.max_steps and time.perf_counter() - self._kept > RESUMABLE_AFTER:
+            control.should_save, self._kept = True, time.perf_counter()
+
+    def _checkpoint(self, step: int) -> Checkpoint:
+        return Checkpoint(f"{self.out.name}/{step}", self.out / f"checkpoint-{step}", step)
 
 
-def save_folder(model: OpenModel, folder: Path) -> Path:
-    """Save a model and its tokenizer as an ordinary Hugging Face folder, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    with quiet():
-        model.module.save_pretrained(scratch)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.chmod(scratch, 0o755)
-    os.replace(scratch, folder)
-    return folder
+def _merged(model: OpenModel) -> OpenModel:
+    """The same model with its adapters, if it has any, merged into a copy of the weights."""
+    if not hasattr(model.module, "merge_and_unload"):
+        return model
+    return open_model(copy.deepcopy(model.module).merge_and_unload(), tokenizer=model.tokenizer)
 
 
 class _Rows(Dataset[dict[str, list[int]]]):

@@ -19,6 +19,7 @@ from gravlens.behavior import (
     Rate,
     generate_answers,
     harmfulness,
+    perplexity,
     refusal_log_odds,
     substring_judge,
     task_loss,
@@ -235,3 +236,15 @@ def test_task_loss_weighs_tokens_not_examples(model: OpenModel) -> None:
 def test_task_loss_needs_examples() -> None:
     with refused("No examples"):
         task_loss(tiny.opened("llama", Path()), [])
+
+
+def test_perplexity_is_exp_of_hugging_faces_own_loss_and_the_vocabulary_where_all_is_equal() -> None:
+    llama = tiny.llama()
+    model = tiny.open_model(llama, tokenizer=tiny.TOKENIZER)
+    example = task_examples()[0]
+    ids, labels = encode_example(tiny.TOKENIZER, example)
+    with torch.no_grad():
+        own = llama(torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        assert perplexity(model, [example]) == pytest.approx(float(own.exp()), rel=1e-4)
+        llama.lm_head.weight.zero_()
+    assert perplexity(model, [example]) == pytest.approx(tiny.VOCABULARY, rel=1e-4)

@@ -20,6 +20,7 @@ from gravlens.cli import app
 from gravlens.directions import Directions
 from gravlens.fetch import PromptFiles
 from gravlens.finetune import Recipe
+from gravlens.settings import fetched
 from gravlens.settings.pretrained import CHATML, Pretrained, inner_layers
 from gravlens.settings.refusal import RefusalOrganism
 
@@ -228,7 +229,7 @@ def test_the_options_of_a_real_model(asked: dict[str, Any], history: Path, monke
     prompts = history / "probes.jsonl"
     layers = inner_layers(history / "base")
     assert setting == Pretrained(history / "base", prompts, prompts, runs=3, threads=2, layers_in_mean=layers)
-    monkeypatch.setattr(cli, "inner_layers", lambda model: (3, 4))  # a hub is out of a test's reach
+    monkeypatch.setattr(fetched, "inner_layers", lambda model: (3, 4))  # a hub is out of a test's reach
     (hub,) = ask(asked, *own(history), "--model", "owner/name")["settings"].values()
     assert (hub.model, hub.runs, hub.chat_template, hub.layers_in_mean) == ("owner/name", 1, None, (3, 4))
     (quick,) = ask(asked, *own(history), "--model", "owner/name", "--quick")["settings"].values()
@@ -240,8 +241,8 @@ def test_fetched_weights_and_prompts_are_the_default(
     asked: dict[str, Any], history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = PromptFiles(*(tmp_path / name for name in ("harmful", "train", "harmless")))
-    monkeypatch.setattr(cli, "fetched_prompts", lambda: files)
-    monkeypatch.setattr(cli, "fetched_smollm2", lambda: history / "base")
+    monkeypatch.setattr(fetched, "fetched_prompts", lambda: files)
+    monkeypatch.setattr(fetched, "fetched_smollm2", lambda: history / "base")
     (setting,) = ask(asked, "--setting", "pretrained")["settings"].values()
     assert (setting.model, setting.chat_template) == (history / "base", CHATML)
     assert (setting.harmful, setting.harmful_train, setting.harmless) == (

@@ -28,7 +28,8 @@ LAST = tiny.LAYERS - 1
 GAIN = 0.5
 SCORE = partial(refusal_log_odds, openings=["sorry"])
 COLUMNS = (
-    "condition layer baseline with_intervention difference low high p_random n_random random_low random_high n_prompts"
+    "condition layer baseline with_intervention difference low high p_random n_random random_low random_high n_prompts "
+    "random_kind"
 ).split()
 
 
@@ -231,12 +232,11 @@ def test_layer_by_layer_is_one_condition_a_layer_and_leaves_undefined_ones_out(l
     undefined = Direction(np.full(tiny.WIDTH, np.nan), 0, 0.0, undefined="no difference")
     vs = Directions((undefined, direction(1, 1), direction(2, 2)))
     makes = {"ablated": Ablate, "strength 0.5": partial(Steer, strength=0.5)}
-    rng = np.random.default_rng
-    effect = layerwise_effect(llama, vs, makes, score=SCORE, prompts=tiny.PROMPTS, n_random=2, rng=rng(3))
+    effect = layerwise_effect(llama, vs, makes, score=SCORE, prompts=tiny.PROMPTS, n_random=2)
     assert effect.table["condition"].tolist() == ["ablated", "ablated", "strength 0.5", "strength 0.5"]
     assert effect.table["layer"].tolist() == [1, 2, 1, 2] and effect.table.attrs["score"] == "refusal_log_odds"
     conditions = {f"{name}, layer {v.layer}": make(v) for name, make in makes.items() for v in vs.defined()}
-    by_hand = causal_effect(llama, conditions, score=SCORE, prompts=tiny.PROMPTS, n_random=2, rng=rng(3))
+    by_hand = causal_effect(llama, conditions, score=SCORE, prompts=tiny.PROMPTS, n_random=2)
     pd.testing.assert_frame_equal(effect.table.drop(columns="condition"), by_hand.table.drop(columns="condition"))
     assert effect.random.keys() == effect.differences.keys() == conditions.keys()
     alone = layerwise_effect(llama, vs, score=SCORE, prompts=tiny.PROMPTS, n_random=0).table

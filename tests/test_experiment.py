@@ -16,15 +16,15 @@ from histories import refused, weights_of
 from safetensors.torch import load_file
 
 from gravlens import experiment
-from gravlens.blocking import Penalty
+from gravlens.arms import Arm, Grounds, drift_of_another_run, matched_twin, penalty
 from gravlens.directions import locate_vrev
+from gravlens.divergence import kl_from
 from gravlens.errors import GravlensError, check_layer
 from gravlens.experiment import blocker_of, carry_out, home_of, load_states, run_folder, sequence_of
 from gravlens.finetune import Recipe
 from gravlens.models import open_model
 from gravlens.prompts import encode
 from gravlens.residuals import cache_residuals, read_residuals
-from gravlens.settings.history import Arm
 
 
 class Few(small.Short):
@@ -35,8 +35,8 @@ class Few(small.Short):
         seeds = tuple(range(self.runs))
         return (
             Arm("unblocked", seeds, keep=True),
-            Arm("penalty", seeds, direction="v_rev", margin=0.1),
-            Arm("penalty_random", seeds, direction="random"),
+            Arm("penalty", seeds, blocker=partial(penalty, margin=0.1)),
+            Arm("penalty_random", seeds, blocker=partial(penalty, along=matched_twin)),
         )
 
 
@@ -89,7 +89,7 @@ def test_all_of_a_setting_is_made_and_only_what_is_kept_has_weights(home: Path) 
     above = {"runs", "runs/unblocked", "runs/penalty", "runs/penalty_random", "noise"}
     assert folders(home) == kept | runs | noise | history | above
     for run in runs:
-        assert {"run.json", "log.csv", "probes.safetensors", "held_out.safetensors"} == {
+        assert {"run.json", "log.csv", "probes.safetensors", "held_out.safetensors", "held_out-2.safetensors"} == {
             path.name for path in (home / run).iterdir() if path.is_file()
         }
 
@@ -137,6 +137,27 @@ def test_a_run_s_facts_are_those_of_its_checkpoints(home: Path) -> None:
     assert set(json.loads((home / "measured" / "behavior.json").read_text())) == {"witness", "anchor"}
 
 
+def test_divergences_are_along_the_references_own_answers(home: Path) -> None:
+    facts = json.loads((run_folder(home, few().arms[0], 1) / "run.json").read_text())["behavior"]["4"]
+    model = open_model(run_folder(home, few().arms[0], 1) / "checkpoint-4")
+    for name, (reference, kind) in {
+        "kl_anchor_harmless": ("anchor", "harmless"),
+        "kl_anchor": ("anchor", "held_out"),
+        "kl_witness": ("witness", "held_out"),
+    }.items():
+        before, prompts = open_model(home / reference), few().prompts(home)[kind]
+        wanted = kl_from(before, model, prompts, max_new_tokens=few().measures.max_new_tokens).mean()
+        assert facts[name] == pytest.approx(wanted, rel=1e-3)
+    assert facts["kl_anchor_harmless"] > 0
+
+
+def test_the_last_states_are_read_at_further_positions_too(home: Path) -> None:
+    states = load_states(home, "runs/penalty/seed1", "held_out-2")
+    assert states.checkpoints == ("penalty-1/4",) and states.meta["positions"] == -2
+    last = load_states(home, "runs/penalty/seed1", "held_out").of("penalty-1/4")
+    assert not np.allclose(states.of("penalty-1/4"), last)
+
+
 def test_noise_is_of_the_runs_mean_norm_at_the_anchor(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     real = experiment.weight_noise
@@ -166,26 +187,23 @@ def test_noise_is_of_the_runs_mean_norm_at_the_anchor(home: Path, monkeypatch: p
 # -- arms --------------------------------------------------------------------------------------------------------------
 
 
-def blocker(home: Path, direction: Any, seed: int = 0, margin: float = 0.0) -> Penalty:
-    arm = Arm("arm", (0, 1), direction=direction, margin=margin)
-    made = blocker_of(few(), arm, seed, sequence_of(few(), home))
-    assert isinstance(made, Penalty)
-    return made
+def blocker(home: Path, make: Any, seed: int = 0, other: str | None = None) -> Any:
+    return blocker_of(few(), Arm("arm", (0, 1), blocker=make, other=other), seed, home)
 
 
 def test_a_penalty_acts_along_v_rev_of_the_inner_layers(home: Path) -> None:
     vs = locate_vrev(load_states(home, "measured", "probes"))
-    made = blocker(home, "v_rev", margin=0.1)
+    made = blocker(home, partial(penalty, margin=0.1))
     assert made.directions.layers == few().layers_in_mean == (0, 1) and made.margin == 0.1
     assert np.allclose(made.directions.vectors, vs.vectors[:2], atol=1e-5)
     assert np.allclose(made.directions.distances, vs.distances[:2], rtol=1e-4)
     assert made.probes.texts == few().prompts(home)["probes"].texts
-    assert blocker_of(few(), Arm("unblocked", (0,)), 0, sequence_of(few(), home)) is None
+    assert blocker_of(few(), Arm("unblocked", (0,)), 0, home) is None
 
 
 def test_its_random_twin_is_fresh_for_each_run_and_of_the_anchor_s_states_on_the_probes(home: Path) -> None:
-    vs = blocker(home, "v_rev").directions
-    twins = [blocker(home, "random", seed).directions for seed in (0, 1, 0)]
+    vs = blocker(home, penalty).directions
+    twins = [blocker(home, partial(penalty, along=matched_twin), seed).directions for seed in (0, 1, 0)]
     assert np.array_equal(twins[0].vectors, twins[2].vectors)
     assert (np.abs(np.sum(twins[0].vectors * twins[1].vectors, axis=1)) < 0.98).all()
     states = load_states(home, "measured", "probes").of("anchor")
@@ -197,6 +215,29 @@ def test_its_random_twin_is_fresh_for_each_run_and_of_the_anchor_s_states_on_the
             assert np.linalg.norm(basis @ twin.vectors[i]) == pytest.approx(1, abs=1e-4)
 
 
+def test_a_run_defined_direction_is_that_of_the_next_seed_s_unblocked_run(home: Path) -> None:
+    seen: list[Grounds] = []
+    for seed in (0, 1):
+        blocker(home, lambda grounds: seen.append(grounds), seed, other="unblocked")
+    assert [list(grounds.other.runs) for grounds in seen if grounds.other] == [["unblocked-1"], ["unblocked-0"]]
+    spaces = drift_of_another_run(seen[0])
+    states = load_states(home, "runs/unblocked/seed1", "probes").of("unblocked-1/4")
+    drift = states - load_states(home, "measured", "probes").of("anchor")
+    for space in spaces:
+        leading = np.linalg.svd(drift[:, space.layer], full_matrices=False)[2][0]
+        assert abs(leading @ space.basis[0]) == pytest.approx(1, abs=1e-4)
+    with refused("no other run"):
+        blocker_of(few(), Arm("alone", (0,), blocker=drift_of_another_run, other="unblocked"), 0, home)  # pyright: ignore
+
+
+def test_arms_that_are_made_of_other_runs_come_after_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(experiment, "run_arm", lambda _setting, arm, seed, _home: order.append(f"{arm.name}{seed}"))
+    arms = [Arm("late", (0,), other="unblocked"), Arm("unblocked", (0, 1)), Arm("early", (0,))]
+    carry_out(few(), home.parents[2], arms=arms)
+    assert order == ["unblocked0", "unblocked1", "early0", "late0"]
+
+
 def test_each_run_gets_its_arm_s_start_data_blocker_and_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
 
@@ -205,7 +246,10 @@ def test_each_run_gets_its_arm_s_start_data_blocker_and_seed(home: Path, monkeyp
         raise InterruptedError
 
     monkeypatch.setattr(experiment, "finetune", listen)
-    arms = [Arm("new", (0,), data="new_facts", start="witness"), Arm("new", (1,), direction="v_rev", margin=0.2)]
+    arms = [
+        Arm("new", (0,), data="new_facts", start="witness"),
+        Arm("new", (1,), blocker=partial(penalty, margin=0.2), rate=0.5),
+    ]
     for arm, seed in zip(arms, (0, 1), strict=True):
         with pytest.raises(InterruptedError):
             experiment.run_arm(few(), arm, seed, home)
@@ -214,7 +258,9 @@ def test_each_run_gets_its_arm_s_start_data_blocker_and_seed(home: Path, monkeyp
     assert first["examples"] == few().examples("new_facts", 0, home)
     assert second["examples"] == few().examples("harmless", 1, home)
     assert (first["seed"], second["seed"]) == (0, 1) and first["blocker"] is None and second["blocker"].margin == 0.2
-    assert second["recipe"] == few().recipe and tuple(second["save_steps"]) == (1, 4)
+    assert first["recipe"] == few().recipe
+    assert second["recipe"] == replace(few().recipe, learning_rate=0.5 * few().recipe.learning_rate)
+    assert tuple(second["save_steps"]) == (1, 4)
     assert list((home / "runs" / "new").iterdir()) == [], "nothing half is left"
     (home / "runs" / "new").rmdir()
 

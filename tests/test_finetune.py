@@ -1,10 +1,18 @@
 """Fine-tuning against a training loop written out by hand: loss, clipping, AdamW, schedules, the blocker's gradient."""
 
+import contextlib
 import copy
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,21 +20,26 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from histories import refused, weights_of
+from histories import reference, refused, weights_of
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from gravlens.blocking import Blocker, Penalty
+from gravlens.blockers.penalty import Penalty
+from gravlens.blockers.projection import UpdateProjection
+from gravlens.blocking import Blocker, BoundBlocker, Scheduled
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.directions import Directions, direction_from, locate_vrev
-from gravlens.finetune import Finetuned, Recipe, finetune, save_folder
+from gravlens.finetune import Finetuned, Recipe, finetune
 from gravlens.models import open_model
 from gravlens.prompts import Example, encode, pad
 from gravlens.residuals import cache_residuals, residuals_of_batch
 from gravlens.settings import refusal_language as language
 from gravlens.trajectory import follow
+from gravlens.weights import save_folder
 
+finetuning = import_module("gravlens.finetune")
 EXAMPLES = language.finetuning_examples(40, rng=np.random.default_rng(0))
 FOUR = [*EXAMPLES[:3], Example(EXAMPLES[3].prompt, language.REFUSALS[0])]  # answers of several lengths
 QUICK = Recipe(steps=3, batch=4, learning_rate=1e-3)
@@ -181,8 +194,10 @@ def test_what_the_prompt_says_is_not_learned_by_heart(tmp_path: Path) -> None:
     assert loss == pytest.approx(task_loss_by_hand(tiny.llama(), short).item(), rel=1e-4)
 
 
-def order_seen(out: Path, *, seed: int = 0, blocker: Blocker | None = None, steps: int = 12) -> list[list[list[int]]]:
-    """Token ids of each step, without the padding, as the model got them."""
+def order_seen(
+    out: Path, *, seed: int = 0, blocker: Blocker | None = None, recipe: Recipe = replace(QUICK, steps=12)
+) -> list[list[list[int]]]:
+    """Token ids of each batch, without the padding, as the model got them."""
     start, seen = tiny.llama(), []
 
     def look(_module: Any, _args: Any, inputs: dict[str, torch.Tensor]) -> None:
@@ -191,8 +206,8 @@ def order_seen(out: Path, *, seed: int = 0, blocker: Blocker | None = None, step
 
     start.register_forward_pre_hook(look, with_kwargs=True)
     opened = open_model(start, tokenizer=tiny.TOKENIZER)
-    run(out, start=opened, seed=seed, blocker=blocker, recipe=replace(QUICK, steps=steps), save_steps=())
-    assert len(seen) == steps
+    run(out, start=opened, seed=seed, blocker=blocker, recipe=recipe, save_steps=())
+    assert len(seen) == recipe.steps * recipe.accumulation
     return seen
 
 
@@ -210,6 +225,328 @@ def test_arms_of_a_seed_see_one_order_of_data_whatever_the_blocker(tmp_path: Pat
         flat = [ids for step in order for ids in step]
         assert sorted(flat[:40]) == wanted, "all of the data, before any of it again"
         assert all(ids in wanted for ids in flat[40:]) and len(flat) == 48
+
+
+# -- accumulation and gradient checkpointing ---------------------------------------------------------------------------
+
+
+def test_an_accumulated_step_is_that_of_one_large_batch(tmp_path: Path) -> None:
+    whole, parts = replace(QUICK, batch=4), replace(QUICK, batch=2, accumulation=2)
+    batches = order_seen(tmp_path / "order", recipe=parts)
+    assert [first + second for first, second in zip(batches[::2], batches[1::2], strict=True)] == order_seen(
+        tmp_path / "order", recipe=whole
+    )
+    blocker = [penalty(margin=0.05), replace(penalty(batch=3), side="both")]
+    a, b = (
+        run(tmp_path / str(i), FOUR, recipe=recipe, blocker=blocker, save_steps=(3,))
+        for i, recipe in enumerate((whole, parts))
+    )
+    assert_same_log(a.log, b.log, 1e-4)  # a blocker's gradient is added once a step, not once a batch
+    assert (b.log.blocker_norm > 0).all() and off(weights(b.checkpoints[0]), weights(a.checkpoints[0])) < 0.01
+
+
+@pytest.mark.parametrize("lora", [None, 4], ids=["full", "lora"])
+def test_gradient_checkpointing_computes_twice_and_the_same(lora: int | None, tmp_path: Path) -> None:
+    logs, computed = [], []
+    for checkpointing in (False, True):
+        start, calls = tiny.llama(), []
+        start.model.layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        opened, recipe = open_model(start, tokenizer=tiny.TOKENIZER), replace(QUICK, lora=lora)
+        recipe = replace(recipe, gradient_checkpointing=checkpointing)
+        logs.append(run(tmp_path / str(checkpointing), start=opened, recipe=recipe, save_steps=()).log)
+        computed.append(len(calls))
+    assert computed == [3, 6]
+    assert_same_log(*logs, 1e-5)
+
+
+def assert_same_log(a: pd.DataFrame, b: pd.DataFrame, tolerance: float) -> None:
+    pd.testing.assert_frame_equal(a, b, check_exact=False, rtol=tolerance)
+
+
+def off(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """How far apart two ends are, in lengths of what training has moved from `tiny.llama()`."""
+    before = tiny.llama().state_dict()
+    apart = sum(float((found[name] - weight).square().sum()) for name, weight in wanted.items())
+    return (apart / sum(float((weight - before[name]).square().sum()) for name, weight in wanted.items())) ** 0.5
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+LORA = replace(QUICK, lora=4)
+
+
+def first_matrices(rank: int) -> dict[str, torch.Tensor]:
+    """The A [rank, in] of each adapted weight, as PEFT draws them for seed 0."""
+    model, config = tiny.llama(), LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    named = get_peft_model(model, config).named_parameters()
+    ends = ("base_model.model.", ".lora_A.default.weight")
+    return {f"{n.removeprefix(ends[0]).removesuffix(ends[1])}.weight": p.detach() for n, p in named if ends[1] in n}
+
+
+def test_the_first_update_of_adapters_is_their_closed_form(tmp_path: Path) -> None:
+    """B = 0 at first, and Adam's first step moves each entry by the rate: ΔW = (alpha / rank) · B A, B = ± rate."""
+    recipe = replace(LORA, steps=1, weight_decay=0.0)
+    end, before = weights(run(tmp_path, recipe=recipe, save_steps=(1,)).checkpoints[0]), tiny.llama().state_dict()
+    drawn = first_matrices(4)
+    assert {name for name in end if not torch.equal(end[name], before[name])} == drawn.keys()
+    assert {name.rsplit(".", 2)[1][-5:] for name in drawn} == {"_proj"}, "linear layers of the blocks alone"
+    for name, a in drawn.items():
+        b = (end[name] - before[name]).double() @ torch.linalg.pinv(a.double())
+        assert b.abs().quantile(0.25).item() == pytest.approx(2e-3, rel=1e-2)
+        assert b.abs().quantile(0.75).item() == pytest.approx(2e-3, rel=1e-2)
+        assert torch.allclose(b @ a.double(), (end[name] - before[name]).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [tiny.llama, tiny.gpt2], ids=["llama", "gpt2"])
+def test_checkpoints_of_adapters_are_saved_merged(family: Any, tmp_path: Path) -> None:
+    spy, model = Spy([]), family()
+    before = copy.deepcopy(model.state_dict())
+    opened = open_model(model, tokenizer=tiny.TOKENIZER)
+    made = run(tmp_path, start=opened, recipe=LORA, blocker=spy, save_steps=(1, 3))
+    adapted = spy.model.module
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name] == []
+    ids = torch.tensor([encode(tiny.TOKENIZER, tiny.PROMPTS)[0]])
+    for checkpoint in made.checkpoints:
+        folder = Path(str(checkpoint.source))
+        assert not [path.name for path in folder.iterdir() if "adapter" in path.name]
+        assert "peft" not in (folder / "config.json").read_text() and "lora" not in str(weights(checkpoint).keys())
+    logits, wanted = (m(ids).logits.detach() for m in (AutoModelForCausalLM.from_pretrained(folder), adapted))
+    assert torch.allclose(logits, wanted, atol=1e-5 * float(wanted.abs().max()))
+    with adapted.disable_adapter():
+        assert float((logits - adapted(ids).logits).abs().max()) > 1e-3, "the adapters have changed something"
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "peft_config")
+
+
+def test_a_seed_draws_the_same_adapters_and_leaves_the_global_generator(tmp_path: Path) -> None:
+    def end(name: str, seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(ord(name))
+        return weights(run(tmp_path / name, recipe=LORA, seed=seed, save_steps=(3,)).checkpoints[0])
+
+    assert same(end("a", 0), end("b", 0)) and not same(end("a", 0), end("c", 1))
+
+
+HELD = replace(LORA, steps=12, batch=8, learning_rate=5e-3)
+
+
+def fractions(checkpoint: Checkpoint, vs: Directions) -> np.ndarray:
+    """s [layer] of the probes' mean, by Hugging Face's own states."""
+    ids = encode(tiny.TOKENIZER, tiny.PROMPTS)
+    after, before = (
+        reference(module, ids, range(2)).mean(0)
+        for module in (AutoModelForCausalLM.from_pretrained(str(checkpoint.source)), tiny.llama())
+    )
+    return np.array([float((after - before)[v.layer] @ torch.tensor(v.vector)) / v.distance for v in vs])
+
+
+@pytest.fixture(scope="module")
+def drift(tmp_path_factory: pytest.TempPathFactory) -> Directions:
+    """Where an unblocked LoRA run ends, seen from its start: its fraction is 1 by construction."""
+    checkpoint = run(tmp_path_factory.mktemp("free"), recipe=HELD, save_steps=(12,)).checkpoints[0]
+    ids = encode(tiny.TOKENIZER, tiny.PROMPTS)
+    after, before = (
+        reference(module, ids, range(2)).mean(0).numpy()
+        for module in (AutoModelForCausalLM.from_pretrained(str(checkpoint.source)), tiny.llama())
+    )
+    lengths = np.linalg.norm(after - before, axis=1)
+    vs = Directions(tuple(direction_from(after[k] - before[k], layer=k, distance=float(lengths[k])) for k in range(2)))
+    assert fractions(checkpoint, vs) == pytest.approx(1, abs=1e-4)
+    return vs
+
+
+def test_a_penalty_holds_its_direction_under_lora(drift: Directions, tmp_path: Path) -> None:
+    blocker = Penalty(drift, tiny.PROMPTS, strength=100.0, side="both")
+    made = run(tmp_path, recipe=HELD, blocker=blocker, save_steps=(12,))
+    assert np.abs(fractions(made.checkpoints[0], drift)).max() < 0.25 and (made.log.blocker_norm[1:] > 0).all()
+
+
+def test_an_exact_projection_holds_it_at_every_step_under_lora_by_adapters_alone(
+    drift: Directions, tmp_path: Path
+) -> None:
+    recipe = replace(HELD, gradient_checkpointing=True, accumulation=2, batch=4)
+    made = run(tmp_path, recipe=recipe, blocker=UpdateProjection(drift, tiny.PROMPTS), save_steps=range(1, 13))
+    assert len(made.checkpoints) == 12 and (made.log.blocker_norm > 0).all()
+    for checkpoint in made.checkpoints:
+        assert np.abs(fractions(checkpoint, drift)).max() <= 5.1e-4
+    end, before = weights(made.checkpoints[-1]), tiny.llama().state_dict()
+    changed = {name: (end[name] - before[name]).double() for name in end if not torch.equal(end[name], before[name])}
+    assert changed.keys() == first_matrices(4).keys()
+    for change in changed.values():
+        spread = torch.linalg.svdvals(change)
+        assert spread[4] < 1e-4 * spread[0] and spread[3] > 1e-4 * spread[0], "of the adapters' rank"
+
+
+# -- a run that was stopped --------------------------------------------------------------------------------------------
+
+LONG = Recipe(steps=6, batch=2, learning_rate=1e-3, warmup_steps=1, schedule="cosine", accumulation=2)
+
+
+def late(step: int) -> float:
+    """Two steps without, then with: draws before and after a stop are not as many as the steps."""
+    return float(step >= 2)
+
+
+STOPPED: dict[str, dict[str, Any]] = {
+    "plain": {"recipe": LONG},
+    "penalty": {"recipe": LONG, "blocker": Scheduled(penalty(margin=0.1, batch=2), late)},
+    "lora": {"recipe": replace(LONG, lora=4), "blocker": [penalty(margin=0.1, batch=2), penalty(batch=3)]},
+}
+
+
+def stop_at(step: int, how: Any, *, kept_every: float = -1.0) -> Any:
+    """A context in which the second half of a step (from 0) is never finished; states are kept after every step."""
+    patch, own, halves = pytest.MonkeyPatch(), Trainer.training_step, iter(range(10**6))
+
+    def training_step(*args: Any, **inputs: Any) -> Any:
+        if next(halves) == 2 * step + 1:
+            how()
+        return own(*args, **inputs)
+
+    patch.setattr(Trainer, "training_step", training_step)
+    patch.setattr(finetuning, "RESUMABLE_AFTER", kept_every)
+    return contextlib.closing(SimpleNamespace(close=patch.undo))
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted(out: Path, step: int = 3, **further: Any) -> None:
+    with pytest.raises(KeyboardInterrupt), stop_at(step, interrupt):
+        run(out, save_steps=(1, 3, 5, 6), **further)
+
+
+def die(out: str, scenario: str) -> None:
+    """What the subprocess runs: no chance to tidy up."""
+    with stop_at(3, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        run(Path(out), save_steps=(1, 3, 5, 6), **STOPPED[scenario])
+
+
+def steps_done(started: Any) -> tuple[Any, list[int]]:
+    """A start that counts its passes in training."""
+    passes: list[int] = []
+    started.register_forward_pre_hook(lambda module, _: passes.append(1) if module.training else None)
+    return open_model(started, tokenizer=tiny.TOKENIZER), passes
+
+
+@pytest.mark.parametrize("scenario", STOPPED)
+def test_a_killed_run_ends_where_an_uninterrupted_one_ends(scenario: str, tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-c", f"import test_finetune; test_finetune.die({str(killed)!r}, {scenario!r})"]
+    child = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert {path.name for path in killed.iterdir()} == {".resume", "checkpoint-1", "checkpoint-3"}
+    kept = os.stat(killed / "checkpoint-1").st_mtime_ns
+    resumed, wanted = (run(out, save_steps=(1, 3, 5, 6), **STOPPED[scenario]) for out in (killed, whole))
+    pd.testing.assert_frame_equal(resumed.log, wanted.log, check_exact=True)
+    assert [c.step for c in resumed.checkpoints] == [1, 3, 5, 6] == [c.step for c in wanted.checkpoints]
+    assert all(same(weights(a), weights(b)) for a, b in zip(resumed.checkpoints, wanted.checkpoints, strict=True))
+    assert os.stat(killed / "checkpoint-1").st_mtime_ns == kept, "what was saved before is not saved again"
+    assert 0 < resumed.seconds_per_step < 60
+    assert not (killed / ".resume").exists() and not (whole / ".resume").exists()
+
+
+def test_it_goes_on_from_the_newest_whole_state_alone(tmp_path: Path) -> None:
+    recipe = replace(LONG, warmup_steps=0)
+    start, passes = steps_done(tiny.llama())
+    wanted = run(tmp_path / "whole", start=start, recipe=recipe, save_steps=(6,))
+    for name, left in {"whole_state": 3, "cut_short": 6}.items():
+        out = tmp_path / name
+        interrupted(out, recipe=recipe)
+        (state,) = (out / ".resume").glob("checkpoint-*")
+        assert state.name == "checkpoint-3"
+        if name == "cut_short":
+            (state / "trainer_state.json").unlink()
+        passes.clear()
+        resumed = run(out, start=start, recipe=recipe, save_steps=(1, 3, 5, 6))
+        assert len(passes) == 2 * left
+        assert same(weights(resumed.checkpoints[-1]), weights(wanted.checkpoints[-1]))
+        pd.testing.assert_frame_equal(resumed.log, wanted.log)
+
+
+def test_an_older_state_will_do_and_checkpoints_after_it_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path, step=2, recipe=LONG)
+    monkeypatch.setattr(finetuning, "RESUMABLE_AFTER", 1e9)
+    (old,) = (tmp_path / ".resume").glob("checkpoint-*")
+    newer = shutil.copytree(old, old.with_name("checkpoint-5"))  # cut short
+    (newer / "trainer_state.json").unlink()
+    tiny.save(tiny.llama(9), tmp_path / "checkpoint-3")  # saved after the state, before the kill
+    wanted = run(tmp_path / "whole", recipe=LONG, save_steps=(1, 3, 5, 6))
+    resumed = run(tmp_path, recipe=LONG, save_steps=(1, 3, 5, 6))
+    assert all(same(weights(a), weights(b)) for a, b in zip(resumed.checkpoints, wanted.checkpoints, strict=True))
+
+
+def test_an_exact_projection_is_exact_after_a_stop(tmp_path: Path) -> None:
+    vs = penalty().directions
+    further = {"recipe": replace(LONG, learning_rate=5e-3), "blocker": UpdateProjection(vs, tiny.PROMPTS)}
+    interrupted(tmp_path, **further)
+    made = run(tmp_path, save_steps=(1, 3, 5, 6), **further)
+    assert all(np.abs(fractions(checkpoint, vs)).max() <= 5.1e-4 for checkpoint in made.checkpoints)
+    free = run(tmp_path / "free", recipe=further["recipe"], save_steps=(6,)).checkpoints[0]
+    assert np.abs(fractions(free, vs)).max() > 5e-3
+
+
+def other_direction() -> Penalty:
+    """Like `penalty()` in all but one number of one vector."""
+    (first, second), blocker = penalty().directions, penalty()
+    vector = np.array(second.vector)
+    vector[5] = -vector[5]
+    return replace(blocker, directions=Directions((first, replace(second, vector=vector))))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"recipe": replace(LONG, learning_rate=2e-3)},
+        {"seed": 1},
+        {"examples": EXAMPLES[1:]},
+        {"blocker": None},
+        {"blocker": other_direction()},
+        {"start": "another"},
+        {"save_steps": (1, 2, 6)},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_stopped_run_goes_on_as_it_began_or_not_at_all(other: dict[str, Any], tmp_path: Path) -> None:
+    own = {"recipe": LONG, "blocker": penalty(), "save_steps": (1, 6), "examples": EXAMPLES, "seed": 0}
+    with pytest.raises(KeyboardInterrupt), stop_at(1, interrupt):
+        run(tmp_path, **own)
+    if other.get("start"):
+        other = {"start": open_model(tiny.llama(1), tokenizer=tiny.TOKENIZER)}
+    with refused(str(tmp_path), next(iter(other)).replace("examples", "data")):
+        run(tmp_path, **{**own, **other})
+    assert [c.step for c in run(tmp_path, **own).checkpoints] == [1, 6], "and it still does"
+
+
+def test_optimizer_states_are_read_as_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path, recipe=LONG)
+    read, own = {}, torch.load
+
+    def load(file: Any, *args: Any, **options: Any) -> Any:
+        read[Path(file).name] = options.get("weights_only")
+        return own(file, *args, **options)
+
+    monkeypatch.setattr(torch, "load", load)
+    run(tmp_path, recipe=LONG, save_steps=(1, 3, 5, 6))
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= read.keys()
+    assert set(read.values()) == {True}
+
+
+def test_a_quick_run_keeps_no_state_and_every_run_tidies_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, own = [], Trainer._save_checkpoint
+
+    def save(trainer: Any, *args: Any) -> None:
+        saved.append(trainer.state.global_step)
+        own(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    for every, wanted in ((60.0, []), (-1.0, [1, 2, 3, 4, 5])):
+        monkeypatch.setattr(finetuning, "RESUMABLE_AFTER", every)
+        run(tmp_path, recipe=LONG, save_steps=(6,))
+        assert saved == wanted and [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -331,12 +668,12 @@ class Spy:
     states: list[torch.Tensor]
     model: Any = None
 
-    def bind(self, model: Any, *, rng: np.random.Generator) -> "Spy":
+    def bind(self, model: Any, *, rng: np.random.Generator) -> BoundBlocker:
         self.model = model
-        self.loss()
-        return self
+        self.look()
+        return BoundBlocker(loss=self.look)
 
-    def loss(self) -> torch.Tensor:
+    def look(self, _weight: float = 1.0) -> torch.Tensor:
         states = residuals_of_batch(self.model, pad(encode(self.model.tokenizer, tiny.PROMPTS)), layers=(0, 1))
         self.states.append(states.detach().clone())
         return 0.0 * states.sum()

@@ -24,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
-    "errors prompts checkpoints store models inference gguf residuals behavior directions trajectory interventions "
-    "nulls controls effects blocking finetune plots report fetch settings experiment findings reproduce cli"
+    "errors prompts checkpoints store models inference gguf residuals behavior strongreject judges divergence "
+    "directions subspaces trajectory interventions hooks weights nulls controls effects selectivity tradeoff refusal "
+    "leaks blocking blockers finetune arms plots frontiers heatmaps report fetch settings experiment findings "
+    "comparison reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7
@@ -34,14 +36,17 @@ PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE = {"trust_remote_code", "allow_pickle"}
 
 # file:function -> why its **kwargs may be
+CALLBACK = "TrainerCallback's signature: Trainer hands over all that it has"
 KEYWORDS_ALLOWED = {
-    "gravlens/finetune.py:training_step": "Trainer's own signature, handed on to Trainer whole",
-    "gravlens/finetune.py:log": "Trainer's own signature, handed on to Trainer whole",
-    "gravlens/finetune.py:on_step_begin": "TrainerCallback's signature: Trainer hands over all that it has",
-    "gravlens/finetune.py:on_step_end": "TrainerCallback's signature: Trainer hands over all that it has",
+    **{f"gravlens/finetune.py:on_{event}": CALLBACK for event in ("train_begin", "step_begin", "step_end")},
+    **{
+        f"gravlens/blocking.py:on_{event}": CALLBACK
+        for event in ("train_begin", "step_begin", "pre_optimizer_step", "optimizer_step", "log")
+    },
 }
 # distribution -> who imports it, where gravlens does not
 NEEDED_BY_OTHERS = {"accelerate": "transformers.Trainer", "gguf": "transformers, to read GGUF files"}
+OPTIONAL = ("peft",)  # of the extra `train`: imported where it is used
 
 TREES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
@@ -123,7 +128,8 @@ def test_no_import_cycle() -> None:
 @every_package_file
 def test_modules_import_at_their_top(file: str) -> None:
     functions = [node for node in ast.walk(PACKAGE[file]) if isinstance(node, ast.FunctionDef)]
-    assert [name for function in functions for name in imports(function)] == []
+    inner = [name for function in functions for name in imports(function)]
+    assert [name for name in inner if name.split(".")[0] not in OPTIONAL] == []
 
 
 # -- what no file may hold ---------------------------------------------------------------------------------------------
@@ -319,4 +325,5 @@ def test_what_is_imported_is_what_is_declared() -> None:
     distributions = packages_distributions()
     imported = {canonicalize_name(distributions[name][0]) for name in third_party}
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-    assert declared == imported | NEEDED_BY_OTHERS.keys()
+    extra = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["train"]}
+    assert declared == (imported - set(OPTIONAL)) | NEEDED_BY_OTHERS.keys() and set(OPTIONAL) <= extra

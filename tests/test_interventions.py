@@ -1,4 +1,4 @@
-"""Interventions: their algebra, where and how often they act, that they bite, and that nothing is left behind."""
+"""Interventions: their algebra, at which positions they act, and what they refuse. tests/test_hooks.py runs models."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,47 +8,62 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from histories import PROMPT_IDS, assert_same_states, hidden_states, hooked_twin, hooks_on, planted_vector, refused
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from histories import RAGGED, planted_vector, refused, synthetic
+from torch import Tensor
 
-from gravlens.directions import Direction, Directions, direction_from
-from gravlens.inference import final_logits, generate
-from gravlens.interventions import Ablate, Steer, everywhere, intervene
-from gravlens.models import OpenModel, open_model
-from gravlens.residuals import read_residuals
+from gravlens.directions import Direction, Directions, direction_from, locate_vrev
+from gravlens.inference import reading
+from gravlens.interventions import Ablate, At, Clamp, Intervention, Patch, Steer, everywhere
+from gravlens.prompts import pad
+from gravlens.residuals import Residuals
+from gravlens.subspaces import Span, Subspace, Subspaces, random_spans, span_of
 
-LAST = tiny.LAYERS - 1
-EQUAL = [ids[:11] for ids in PROMPT_IDS]  # of one length: TransformerLens runs them as one batch
+ENDS = ("witness", "anchor")
+LENGTHS = [len(ids) for ids in RAGGED]
+WIDTH = max(LENGTHS)
 
 
 def direction(layer: int = 1, seed: int = 0, distance: float = 3.0) -> Direction:
     return direction_from(planted_vector(seed).numpy(), layer=layer, distance=distance)
 
 
-def all_layers() -> Directions:
-    return Directions(tuple(direction(layer, seed=layer) for layer in range(tiny.LAYERS)))
+def subspace(layer: int = 1, seed: int = 0, rank: int = 3) -> Subspace:
+    return span_of(np.random.default_rng(seed).standard_normal((rank, tiny.WIDTH)), layer=layer, distance=3.0)
 
 
 def states(seed: int = 1, *shape: int) -> Tensor:
     return torch.randn(*(shape or (4, 7)), tiny.WIDTH, generator=torch.Generator().manual_seed(seed)) * 50
 
 
-@pytest.fixture(params=tiny.KINDS)
-def model(request: pytest.FixtureRequest, tmp_path: Path) -> OpenModel:
-    return tiny.opened(request.param, tmp_path)
+def history(seed: int = 3) -> Residuals:
+    """States of a witness and an anchor on the ragged prompts, far from 0 in the mean."""
+    rng, shape = np.random.default_rng(seed), (len(RAGGED), tiny.LAYERS, tiny.WIDTH)
+    return synthetic({name: 5 * rng.standard_normal(shape[1:]) + rng.standard_normal(shape) for name in ENDS})
 
 
-@pytest.fixture
-def llama() -> OpenModel:
-    return tiny.opened("llama", Path())
+SPANS = [direction(), subspace()]
+either_span = pytest.mark.parametrize("span", SPANS, ids=["direction", "subspace"])
+
+
+def numbers(h: Tensor) -> np.ndarray:
+    return h.double().numpy()
+
+
+def along(h: Any, span: Span) -> np.ndarray:
+    """Components [..., rank]."""
+    return np.asarray(h, dtype=np.float64) @ span.basis.T.astype(np.float64)
+
+
+def across(h: Any, span: Span) -> np.ndarray:
+    """What is orthogonal to a span."""
+    return np.asarray(h, dtype=np.float64) - along(h, span) @ span.basis
 
 
 # --- algebra ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5, 0.0])
-def test_steering_adds_strength_times_distance_along_v(strength: float) -> None:
+def test_pitfall_4_steering_adds_strength_times_distance_along_v(strength: float) -> None:
     v, h = direction(distance=4.0), states()
     moved = Steer(v, strength).edit(h, v).double().numpy() - h.double().numpy()
     np.testing.assert_allclose(moved, np.broadcast_to(strength * 4.0 * v.vector, moved.shape), atol=2e-5)
@@ -57,22 +72,68 @@ def test_steering_adds_strength_times_distance_along_v(strength: float) -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float64, 1e-6)]
 )
-def test_ablation_leaves_nothing_along_v_and_all_else(dtype: torch.dtype, tolerance: float) -> None:
-    v, h = direction(), states().to(dtype)
-    once = Ablate(v).edit(h, v)
-    vector, scale = v.vector.astype(np.float64), h.double().norm(dim=-1).numpy()
+@either_span
+def test_pitfall_4_ablation_leaves_nothing_along_v_and_all_else(
+    span: Span, dtype: torch.dtype, tolerance: float
+) -> None:
+    h = states().to(dtype)
+    once = Ablate(span).edit(h, span)
+    scale = h.double().norm(dim=-1).numpy()[..., None]
     assert once.dtype == dtype
-    assert (np.abs(once.double().numpy() @ vector) <= tolerance * scale).all()
-    rest = h.double().numpy() - (h.double().numpy() @ vector)[..., None] * vector
-    assert (np.linalg.norm(once.double().numpy() - rest, axis=-1) <= tolerance * scale).all()
-    twice = Ablate(v).edit(once, v)
-    assert ((twice - once).double().norm(dim=-1).numpy() <= tolerance * scale).all()
+    assert (np.abs(along(numbers(once), span)) <= tolerance * scale).all()
+    assert (np.linalg.norm(numbers(once) - across(numbers(h), span), axis=-1) <= tolerance * scale[..., 0]).all()
+    twice = Ablate(span).edit(once, span)
+    assert ((twice - once).double().norm(dim=-1).numpy() <= tolerance * scale[..., 0]).all()
 
 
-def test_an_edit_is_a_new_tensor_and_changes_neither_state_nor_direction() -> None:
+def test_pitfall_4_what_was_planted_along_a_direction_is_what_ablation_takes_away() -> None:
+    v, h = direction(), states()
+    clean = torch.tensor(across(h, v), dtype=torch.float32)
+    planted = Steer(v, 2.5).edit(clean, v)
+    np.testing.assert_allclose(along(planted, v), 2.5 * v.distance, rtol=1e-4)
+    torch.testing.assert_close(Ablate(v).edit(planted, v), clean, atol=1e-4, rtol=0)
+
+
+def test_pitfall_4_steering_by_1_takes_the_anchors_mean_to_the_witnesss() -> None:
+    """The sign: v_rev points from the anchor to the witness, and its distance is the way there."""
+    residuals = history()
+    v = locate_vrev(residuals, layer=1)
+    witness, anchor = (torch.tensor(residuals.of(name)[:, 1].mean(0)) for name in ENDS)
+    torch.testing.assert_close(Steer(v).edit(anchor, v), witness, atol=1e-4, rtol=0)
+    torch.testing.assert_close(Steer(v, -1.0).edit(witness, v), anchor, atol=1e-4, rtol=0)
+
+
+def test_pitfall_4_a_clamp_counts_distances_from_the_anchors_mean() -> None:
+    residuals, h = history(), states()
+    v = locate_vrev(residuals, layer=1)
+    ends = {0.0: "anchor", 1.0: "witness"}
+    for strength in (0.0, 1.0, -0.5):
+        held = Clamp(v, residuals, strength).edit(h, v)
+        anchor, witness = (along(residuals.of(name)[:, 1].mean(0), v) for name in ("anchor", "witness"))
+        wanted = np.broadcast_to(anchor + strength * (witness - anchor), (4, 7, 1))
+        np.testing.assert_allclose(along(held, v), wanted, atol=1e-3)
+        np.testing.assert_allclose(across(held, v), across(h, v), atol=1e-3)
+        torch.testing.assert_close(Clamp(v, residuals, strength).edit(held, v), held, atol=1e-3, rtol=0)
+        if strength in ends:
+            mean = residuals.of(ends[strength])[:, 1].mean(0)
+            np.testing.assert_allclose(along(held, v)[0, 0], along(mean, v), atol=1e-3)
+
+
+def test_pitfall_4_a_clamp_in_a_subspace_is_ablation_pinned_to_the_anchors_mean() -> None:
+    residuals, h, space = history(), states(), subspace(layer=2)
+    held = Clamp(space, residuals).edit(h, space)
+    mean = residuals.of("anchor")[:, 2].astype(np.float64).mean(0)
+    assert np.abs(along(mean, space)).min() > 0.1
+    np.testing.assert_allclose(along(held, space), np.broadcast_to(along(mean, space), (4, 7, 3)), atol=1e-3)
+    np.testing.assert_allclose(across(held, space), across(h, space), atol=1e-3)
+    unmeasured = replace(space, distance=float("nan"))  # a distance that is not counted in spoils nothing
+    assert torch.equal(Clamp(unmeasured, residuals).edit(h, unmeasured), held)
+
+
+def test_pitfall_4_an_edit_is_a_new_tensor_and_changes_neither_state_nor_direction() -> None:
     v, h = direction(), states()
     before, vector = h.clone(), v.vector.copy()
-    for edit in (Steer(v), Steer(v, 0.0), Ablate(v)):
+    for edit in (Steer(v), Steer(v, 0.0), Ablate(v), Clamp(v, history())):
         edited = edit.edit(h, v)
         assert edited.data_ptr() != h.data_ptr() and edited.untyped_storage().nbytes() == 4 * edited.numel()
         edited += 1
@@ -93,253 +154,159 @@ def test_one_direction_at_every_layer() -> None:
         spread.layers == (0, 1, 2, 3) and (spread.vectors == v.vector).all() and (spread.distances == v.distance).all()
     )
     assert everywhere(v, tiny.opened("llama", Path())).layers == tuple(range(tiny.LAYERS))
+    spaces = everywhere(subspace(), 4)
+    assert spaces.layers == (0, 1, 2, 3) and all((space.basis == subspace().basis).all() for space in spaces)
 
 
-def test_other_directions_keep_kind_and_strength() -> None:
-    other = direction(seed=5)
-    swapped = Steer(direction(), 0.3).with_directions(other)
-    assert isinstance(swapped, Steer) and swapped.strength == 0.3 and swapped.directions is other
-    assert isinstance(Ablate(direction()).with_directions(other), Ablate)
+def test_other_directions_keep_kind_and_all_else() -> None:
+    residuals, other = history(), direction(seed=5)
+    for edit in (Steer(direction(), 0.3), Ablate(direction()), Clamp(direction(), residuals, 0.3),
+                 Patch(direction(), residuals, RAGGED, "witness")):  # fmt: skip
+        swapped = edit.with_directions(other)
+        assert vars(swapped) == vars(edit) | {"directions": other} and type(swapped) is type(edit)
+        there = At(edit, "last").with_directions(other)
+        assert there.positions == "last" and vars(there.intervention) == vars(swapped) and there.directions is other
 
 
-# --- that they act, where and how often -------------------------------------------------------------------------
+@pytest.mark.parametrize("make", [Ablate, lambda s: Clamp(s, history()), lambda s: Patch(s, history(), RAGGED)])
+def test_a_random_twin_of_a_subspace_goes_in_its_place(make: Any) -> None:
+    spaces = Subspaces((subspace(0), subspace(1, rank=2)))
+    twin = random_spans(spaces, rng=np.random.default_rng(0))
+    h = states(1, len(RAGGED), WIDTH)
+    with reading(pad(RAGGED)):
+        for space in twin:
+            moved = numbers(make(spaces).with_directions(twin).edit(h, space)) - numbers(h)
+            assert np.linalg.matrix_rank(moved.reshape(-1, tiny.WIDTH), tol=0.05) == space.rank
+            np.testing.assert_allclose(across(moved, space), 0, atol=1e-3)
 
 
-@pytest.mark.parametrize("layer", range(tiny.LAYERS))
-@pytest.mark.parametrize("make", [Steer, Ablate])
-def test_a_hook_bites_at_its_layer_and_not_below(model: OpenModel, layer: int, make: Any) -> None:
-    v = direction(layer)
-    everything, clean = range(tiny.LAYERS), final_logits(model, PROMPT_IDS)
-    before = read_residuals(model, PROMPT_IDS, layers=everything)
-    with intervene(model, make(v)):
-        logits, after = final_logits(model, PROMPT_IDS), read_residuals(model, PROMPT_IDS, layers=everything)
-    assert not torch.allclose(logits, clean, atol=1e-3)
-    if layer:
-        assert_same_states(after[:, :layer], before[:, :layer], 1e-6)
-    assert_same_states(after[:, layer], make(v).edit(before[:, layer], v), 1e-5)
-    assert torch.equal(final_logits(model, PROMPT_IDS), clean)
+# --- at which positions -----------------------------------------------------------------------------------------
+
+BY_HAND = {  # positions -> those of a prompt of n tokens among n + 3
+    "all": lambda n: range(n + 3),
+    "last": lambda n: [n - 1],
+    "prompt": lambda n: range(n),
+    "answer": lambda n: range(n, n + 3),
+    (-1,): lambda n: [n - 1],
+}
 
 
-def test_every_kind_of_model_is_steered_alike(tmp_path: Path) -> None:
-    edits = (Steer(all_layers(), 0.7), Ablate(direction(1, seed=8)))
-
-    def steered(opened: OpenModel) -> Tensor:
-        with intervene(opened, *edits):
-            return final_logits(opened, PROMPT_IDS)
-
-    gpt2 = tiny.gpt2()
-    pairs = [(tiny.opened("llama", tmp_path), tiny.opened("bridge", tmp_path))]
-    pairs += [(open_model(gpt2), open_model(hooked_twin(gpt2)))]
-    for plain, lens in pairs:
-        wanted = steered(plain)
-        assert (wanted - final_logits(plain, PROMPT_IDS)).abs().max() > 1
-        torch.testing.assert_close(steered(lens), wanted, atol=2e-5 * float(wanted.abs().max()), rtol=0)
+def changed(edited: Tensor, h: Tensor) -> list[list[int]]:
+    """Positions of each row at which a state is another."""
+    return [torch.nonzero(row).flatten().tolist() for row in (edited != h).any(-1)]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_steering_the_last_block_in_closed_form(kind: str) -> None:
-    """Hugging Face's own state before the final norm, moved by hand, through its own norm and unembedding."""
-    opened, v = tiny.opened(kind, Path()), direction(LAST)
-    module: Any = opened.module
-    norm = module.model.norm if kind == "llama" else module.transformer.ln_f
-    kept: list[Tensor] = []
-    handle = norm.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0].clone()))
-    with torch.no_grad():
-        module(torch.tensor(EQUAL))
-        handle.remove()
-        wanted = module.lm_head(norm(kept[0] + 2 * v.distance * torch.tensor(v.vector)))[:, -1]
-    with intervene(opened, Steer(v, 2.0)):
-        torch.testing.assert_close(final_logits(opened, EQUAL), wanted, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", BY_HAND)
+def test_pitfall_5_positions_count_from_the_last_prompt_token_whichever_side_is_padded(
+    positions: Any, side: Any
+) -> None:
+    """Three tokens follow each prompt in the same batch, as in teacher forcing, and padding is never meant."""
+    batch = pad([[*ids, 5, 6, 7] for ids in RAGGED], side=side)
+    first = [0 if side == "right" else WIDTH - n for n in LENGTHS]
+    ends = torch.tensor([start + n - 1 for start, n in zip(first, LENGTHS, strict=True)])
+    v, h = direction(), states(1, len(RAGGED), WIDTH + 3)
+    with reading(batch, ends):
+        edited = At(Ablate(v), positions).edit(h, v)
+    wanted = [[start + one for one in BY_HAND[positions](n)] for start, n in zip(first, LENGTHS, strict=True)]
+    if positions == "all":
+        wanted = [list(range(WIDTH + 3))] * len(RAGGED)  # without asking where the prompts end
+    assert changed(edited, h) == wanted
+    torch.testing.assert_close(edited[edited != h], Ablate(v).edit(h, v)[edited != h])
 
 
-def test_layer_l_is_what_block_l_plus_1_reads(llama: OpenModel) -> None:
-    module: Any = llama.module
-    v, ids = direction(0), PROMPT_IDS[0]
-    clean = hidden_states(module, ids)[1]
-    read: list[Tensor] = []
-    handle = module.model.layers[1].register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0][0]))
-    with intervene(llama, Ablate(v)), torch.no_grad():
-        module(torch.tensor([ids]))
-    handle.remove()
-    assert_same_states(read[0], Ablate(v).edit(clean, v))  # at every position
+def test_pitfall_5_offsets_count_back_and_every_prompt_has_them() -> None:
+    v, prompts = direction(), [RAGGED[0], RAGGED[2], RAGGED[3]]
+    h = states(1, 3, WIDTH)
+    for side, wanted in (("left", [[6, 8]] * 3), ("right", [[6, 8], [1, 3], [2, 4]])):
+        with reading(pad(prompts, side=side)):
+            assert changed(At(Ablate(v), (-1, -3)).edit(h, v), h) == wanted
+    with refused("(-1, -2)", "1 tokens"), reading(pad(RAGGED)):
+        At(Ablate(v), (-1, -2)).edit(states(1, len(RAGGED), WIDTH), v)
 
 
-def test_firings_are_layers_times_forward_passes_of_a_cached_generation(model: OpenModel) -> None:
-    new = 5
-    passes = 0
-
-    def count(*_: Any) -> None:
-        nonlocal passes
-        passes += 1
-
-    handle = model.blocks[0].register_forward_hook(count)
-    with intervene(model, Steer(all_layers(), 0.1)) as firings:
-        answers = generate(replace(model, tokenizer=None), EQUAL, max_new_tokens=new)  # without eos none ends early
-    handle.remove()
-    assert [len(answer) for answer in answers] == [new] * len(EQUAL)
-    assert passes == new  # the prefill gives the first token, the last one is never fed
-    assert firings.per_layer == dict.fromkeys(range(tiny.LAYERS), new) and firings.total == tiny.LAYERS * new
+@pytest.mark.parametrize("positions", BY_HAND)
+def test_pitfall_5_a_pass_from_the_cache_holds_answers_alone_and_one_that_reads_anew_goes_on(positions: Any) -> None:
+    v, cached, anew = direction(), states(1, len(RAGGED), 1), states(1, len(RAGGED), WIDTH + 3)
+    start = [WIDTH - n for n in LENGTHS]
+    with reading(pad(RAGGED, side="left")):
+        edit = At(Ablate(v), positions)
+        assert changed(edit.edit(cached, v), cached) == [[0] if positions in ("all", "answer") else []] * len(RAGGED)
+        assert (edit.edit(cached, v) is cached) == (positions not in ("all", "answer"))
+        if positions != "all":
+            wanted = [[s + one for one in BY_HAND[positions](n)] for s, n in zip(start, LENGTHS, strict=True)]
+            assert changed(edit.edit(anew, v), anew) == wanted
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("edit", [Steer(all_layers(), 0.5), Ablate(all_layers())])
-def test_the_same_with_the_cache_on_and_off_and_padded_and_alone(kind: str, edit: Any) -> None:
-    opened = tiny.opened(kind, Path())
-    module: Any = opened.module
-    uncached = GenerationConfig(max_new_tokens=8, do_sample=False, use_cache=False, pad_token_id=0)
-    clean = generate(opened, PROMPT_IDS, max_new_tokens=8)
-    with intervene(opened, edit):
-        together, logits = generate(opened, PROMPT_IDS, max_new_tokens=8), final_logits(opened, PROMPT_IDS)
-        alone = [generate(opened, [ids], max_new_tokens=8)[0] for ids in PROMPT_IDS]
-        logits_alone = torch.cat([final_logits(opened, [ids]) for ids in PROMPT_IDS])
-        with torch.no_grad():
-            recomputed = [
-                module.generate(torch.tensor([ids]), generation_config=uncached)[0, len(ids) :] for ids in PROMPT_IDS
-            ]
-    assert together == alone == [_cut(tokens.tolist()) for tokens in recomputed]
-    assert together != clean
-    torch.testing.assert_close(logits, logits_alone, atol=1e-5 * float(logits.abs().max()), rtol=0)
+def test_at_in_at_acts_where_both_do() -> None:
+    v, h = direction(), states(1, len(RAGGED), WIDTH)
+    with reading(pad(RAGGED, side="left")):
+        assert changed(At(At(Ablate(v), "prompt"), "last").edit(h, v), h) == [[WIDTH - 1]] * len(RAGGED)
+        assert At(At(Ablate(v), "answer"), "last").edit(h, v) is h
 
 
-def _cut(tokens: list[int]) -> list[int]:
-    eos = tiny.TOKENIZER.eos_token_id
-    return tokens[: tokens.index(eos)] if eos in tokens else tokens
+@pytest.mark.parametrize("edit", [At(Ablate(direction()), "last"), Patch(direction(), history(), RAGGED)])
+def test_a_pass_that_does_not_say_where_its_prompts_end_is_refused(edit: Intervention) -> None:
+    v = direction()
+    with refused("(4, 7, 32)"):
+        edit.edit(states(), v)
+    with reading(pad(RAGGED)), refused("(4, 7, 32)"):
+        edit.edit(states(), v)  # another batch
+    with refused("(6, 9, 32)"):  # the reading is over
+        edit.edit(states(1, len(RAGGED), WIDTH), v)
 
 
-def test_interventions_act_in_the_order_given_and_nested_ones_after_the_outer(llama: OpenModel) -> None:
-    v = direction(1)
-    along = torch.tensor(v.vector)
-    wanted = {"steer, ablate": 0.0, "ablate, steer": v.distance}
-
-    def component() -> Tensor:
-        return read_residuals(llama, PROMPT_IDS, layers=[1])[:, 0] @ along
-
-    found = {}
-    with intervene(llama, Steer(v), Ablate(v)):
-        found["steer, ablate"] = component()
-    with intervene(llama, Ablate(v)) as outer, intervene(llama, Steer(v)) as inner:
-        found["ablate, steer"] = component()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], torch.full_like(found[name], value), atol=1e-4, rtol=0)
-    assert outer.per_layer == inner.per_layer == {1: 1}
+@pytest.mark.parametrize("positions", ["first", "", (), (0,), (-1, 1), (-1.0,), (True,), -1, None, [-1]])
+def test_positions_that_are_none_are_refused(positions: Any) -> None:
+    with refused(repr(positions)):
+        At(Ablate(direction()), positions)
 
 
-@pytest.mark.parametrize("edit", [Steer(all_layers()), Ablate(all_layers())])
-def test_gradients_pass_and_gradient_checkpointing_changes_nothing(edit: Any) -> None:
-    grads, passes = [], []
-    for checkpointing in (False, True):
-        module: Any = tiny.llama()
-        module.train()
-        if checkpointing:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        runs: list[Any] = []
-        module.model.layers[1].self_attn.register_forward_hook(lambda *_, runs=runs: runs.append(1))
-        with intervene(module, edit):
-            ids = torch.tensor(EQUAL)
-            module(ids, labels=ids, use_cache=False).loss.backward()
-        passes.append(len(runs))
-        grads.append(module.model.embed_tokens.weight.grad)
-    assert passes == [1, 2]  # the second time it was recomputed, and edited again
-    torch.testing.assert_close(grads[0], grads[1])
-    plain: Any = tiny.llama()
-    plain(ids, labels=ids).loss.backward()
-    assert not torch.allclose(grads[0], plain.model.embed_tokens.weight.grad)
+# --- a patch ----------------------------------------------------------------------------------------------------
 
 
-class _Block(nn.Module):
-    """A block whose output is what it is told to be."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self) -> Any:
-        return self.output
-
-
-def _toy(output: Any) -> OpenModel:
-    block = _Block(output)
-    return OpenModel(block, "huggingface", (block,), tiny.WIDTH, None, {})
-
-
-def test_a_tuple_keeps_its_other_elements() -> None:
-    h, attention, v = states(), states(2), direction(0)
-    toy = _toy((h, attention, "cache"))
-    with intervene(toy, Ablate(v)):
-        first, *others = toy.module()
-    assert torch.equal(first, Ablate(v).edit(h, v)) and others[0] is attention and others[1] == "cache"
+@pytest.mark.parametrize("side", ["left", "right"])
+@either_span
+def test_a_patch_restores_each_prompts_own_component_at_its_last_token(span: Span, side: Any) -> None:
+    residuals, order = history(), [4, 1, 5, 2]  # some of the prompts, in another order, one-token ones among them
+    prompts = [RAGGED[row] for row in order]
+    batch = pad(prompts, side=side)
+    ends = [batch.input_ids.shape[1] - 1 if side == "left" else len(ids) - 1 for ids in prompts]
+    h = states(1, *batch.input_ids.shape)
+    with reading(batch):
+        patched = Patch(span, residuals, RAGGED, "witness").edit(h, span)
+    assert changed(patched, h) == [[end] for end in ends]
+    at_end, before = numbers(patched)[range(4), ends], numbers(h)[range(4), ends]
+    np.testing.assert_allclose(along(at_end, span), along(residuals.of("witness")[order, 1], span), atol=1e-3)
+    np.testing.assert_allclose(across(at_end, span), across(before, span), atol=1e-3)
 
 
-@pytest.mark.parametrize("output", [{"hidden": torch.zeros(1, tiny.WIDTH)}, None, (), ("cache", 1), [torch.zeros(1)]])
-def test_an_output_that_is_no_state_is_an_error(output: Any) -> None:
-    toy = _toy(output)
-    with refused("layer 0", type(output).__name__), intervene(toy, Ablate(direction(0))):
-        toy.module()
-    assert hooks_on(toy) == 0
+def test_what_a_patch_refuses() -> None:
+    v, residuals = direction(), history()
+    with reading(pad([[1, 2]])), refused("[1, 2]", "6"):
+        Patch(v, residuals, RAGGED).edit(states(1, 1, 2), v)
+    with refused("5 prompts", "6"):
+        Patch(v, residuals, RAGGED[:5])
+    with refused("position -2"):
+        Patch(v, replace(residuals, meta={"positions": -2}), RAGGED)
+    with refused("'stranger'"):
+        Patch(v, residuals, RAGGED, "stranger")
 
 
-# --- that nothing is left behind --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
-def test_nothing_is_left_after_an_exception(model: OpenModel, error: type[BaseException]) -> None:
-    clean, hooks = final_logits(model, EQUAL), hooks_on(model)  # a first pass: transformers adds hooks of its own there
-    with pytest.raises(error), intervene(model, Ablate(all_layers())), intervene(model, Steer(all_layers())):  # noqa: PT012
-        assert hooks_on(model) == hooks + 2 * tiny.LAYERS
-        raise error  # and no complaint about hooks that never fired hides it
-    assert hooks_on(model) == hooks and torch.equal(final_logits(model, EQUAL), clean)
-
-
-def test_nothing_is_left_when_the_interruption_comes_amid_a_forward_pass(llama: OpenModel) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    handle = llama.blocks[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt), intervene(llama, Ablate(all_layers())):
-        final_logits(llama, PROMPT_IDS)
-    handle.remove()
-    assert hooks_on(llama) == 0
-
-
-def test_nothing_is_left_after_use_and_the_weights_are_untouched(model: OpenModel) -> None:
-    clean, hooks = generate(model, EQUAL, max_new_tokens=4), hooks_on(model)
-    before = {name: weight.clone() for name, weight in model.module.state_dict().items()}
-    with intervene(model, Steer(all_layers()), Ablate(all_layers())):
-        generate(model, EQUAL, max_new_tokens=4)
-    assert hooks_on(model) == hooks and generate(model, EQUAL, max_new_tokens=4) == clean
-    assert all(torch.equal(weight, before[name]) for name, weight in model.module.state_dict().items())
-
-
-def test_nothing_is_left_where_a_later_direction_does_not_fit(llama: OpenModel) -> None:
-    with refused("Layer 3"), intervene(llama, Ablate(direction(0)), Ablate(direction(tiny.LAYERS))):
-        pass
-    assert hooks_on(llama) == 0
+@pytest.mark.parametrize("make", [Clamp, lambda spans, residuals: Patch(spans, residuals, RAGGED)])
+def test_residuals_that_do_not_fit_are_refused(make: Any) -> None:
+    with refused("layer 3"):
+        make(Directions((direction(1), direction(3))), history())
+    with refused("width 33"):
+        make(direction_from(np.ones(tiny.WIDTH + 1), layer=1), history())
+    with refused("'anchor'"):
+        make(direction(), synthetic({"witness": history().of("witness")}))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
 
 
-def test_a_block_in_which_nothing_ran_is_an_error(llama: OpenModel) -> None:
-    with refused("0, 1, 2"), intervene(llama, Ablate(all_layers())):
-        pass
-    with refused("layer 2"), intervene(llama, Ablate(direction(0)), Steer(direction(2))):
-        read_residuals(llama, PROMPT_IDS, layers=[0])  # stops below layer 2
-    with refused("layer 1"), intervene(llama, Ablate(direction(1))):
-        final_logits(tiny.opened("llama", Path()), PROMPT_IDS)  # another model
-    with refused("No intervention"), intervene(llama):
-        final_logits(llama, PROMPT_IDS)
-    assert hooks_on(llama) == 0
-
-
-def test_a_direction_that_does_not_fit_the_model_is_refused(llama: OpenModel) -> None:
-    wide = direction_from(np.ones(tiny.WIDTH + 1), layer=0)
-    with refused("(33,)"), intervene(llama, Steer(wide)):
-        pass
-    with refused("Layer -1"), intervene(llama, Steer(direction(-1))):
-        pass
-
-
-@pytest.mark.parametrize("make", [Steer, Ablate])
+@pytest.mark.parametrize("make", [Steer, Ablate, lambda v: Clamp(v, history())])
 def test_undefined_and_unscaled_directions_are_refused_by_name(make: Any) -> None:
     nothing = Direction(np.full(tiny.WIDTH, np.nan), 2, 0.0, undefined="witness and anchor differ by 0")
     with refused("layer 2", "differ by 0"):
@@ -357,3 +324,15 @@ def test_a_strength_or_distance_that_is_no_number_is_refused() -> None:
         Steer(direction(), float("nan"))
     with refused("inf"):
         Steer(direction(distance=float("inf")))
+    with refused("nan"):
+        Clamp(direction(), history(), float("nan"))
+    with refused("inf"):
+        Clamp(direction(distance=float("inf")), history(), 0.5)
+
+
+def test_strength_along_a_subspace_is_refused() -> None:
+    space: Any = subspace()
+    with refused("Steer(strength=1.0)", "subspaces"):
+        Steer(space)
+    with refused("Clamp(strength=0.5)"):
+        Clamp(Subspaces((space,)), history(), 0.5)

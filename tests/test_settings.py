@@ -17,6 +17,7 @@ from histories import refused, weights_of, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from gravlens.arms import matched_twin, penalty
 from gravlens.behavior import generate_answers
 from gravlens.errors import GravlensError
 from gravlens.finetune import Finetuned, Recipe
@@ -101,8 +102,10 @@ def test_arms_of_a_seed_have_the_same_data_and_other_seeds_other_data() -> None:
 def test_the_arms_of_the_paper_are_there_with_their_controls() -> None:
     arms = {arm.name: arm for arm in small.organism(runs=3).arms}
     assert all(arm.seeds == (0, 1, 2) for arm in arms.values())
-    assert {name: (arm.direction, arm.margin) for name, arm in arms.items() if arm.direction} == {
-        "penalty": ("v_rev", 0.0), "penalty_margin": ("v_rev", 0.03), "penalty_random": ("random", 0.0),
+    made: dict[str, Any] = {name: arm.blocker for name, arm in arms.items() if arm.blocker is not None}
+    assert made.pop("penalty") is penalty
+    assert {name: (make.func, make.keywords) for name, make in made.items()} == {
+        "penalty_margin": (penalty, {"margin": 0.03}), "penalty_random": (penalty, {"along": matched_twin}),
     }  # fmt: skip
     assert {name: arm.start for name, arm in arms.items() if arm.start != "anchor"} == {"unaligned_twin": "witness"}
     assert [name for name, arm in arms.items() if arm.keep] == ["unblocked"]

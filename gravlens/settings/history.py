@@ -5,41 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from gravlens.arms import Arm
 from gravlens.finetune import Recipe
 from gravlens.prompts import Example, PromptSet
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One kind of run.
-
-    Attributes:
-        name: how tables call it.
-        seeds: one run each; a seed fixes data and order, so that arms are paired by seed.
-        data: which of the setting's data sets.
-        start: the checkpoint it starts from.
-        direction: what a penalty acts along: v_rev, a fresh covariance-matched random direction, or none at all.
-        margin: of the penalty.
-        keep: keep the weights of its checkpoints.
-    """
-
-    name: str
-    seeds: tuple[int, ...]
-    data: str = "harmless"
-    start: str = "anchor"
-    direction: Literal["v_rev", "random"] | None = None
-    margin: float = 0.0
-    keep: bool = False
-
-
-@dataclass(frozen=True)
 class Measures:
-    """How behaviour is measured: openings of refusing and complying answers, and the length of an answer."""
+    """How behaviour is measured: openings of refusing and complying answers, and the length of an answer.
+
+    `positions` are further positions, counted from a prompt's end, at which a run's last states are read.
+    """
 
     refusals: tuple[str, ...]
     compliances: tuple[str, ...]
     markers: tuple[str, ...]
     max_new_tokens: int
+    positions: tuple[int, ...] = (-2,)
 
 
 class Setting(Protocol):

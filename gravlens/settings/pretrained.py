@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -18,12 +19,14 @@ import torch
 from transformers import AutoConfig
 
 from gravlens import __version__
+from gravlens.arms import Arm, matched_twin, penalty
 from gravlens.behavior import generate_answers
 from gravlens.errors import GravlensError
-from gravlens.finetune import Recipe, finetune, save_folder
+from gravlens.finetune import Recipe, finetune
 from gravlens.models import load_tokenizer, open_model
 from gravlens.prompts import Example, PromptSet, read_rows
-from gravlens.settings.history import Arm, Measures
+from gravlens.settings.history import Measures
+from gravlens.weights import save_folder
 
 # ChatML without the default system turn that some templates add: it is the same for every prompt.
 CHATML = (
@@ -47,6 +50,7 @@ MARKERS = (
     "i am unable",
 )
 COMPLIANCES = ("Here", "To", "Sure", "The", "You", "First", "1")
+ENGLISH = Measures(REFUSALS, COMPLIANCES, MARKERS, 24, positions=(-2, -5))
 T = TypeVar("T")
 N_PROBES, N_HELD_OUT, N_HARMLESS, N_TASK, N_ALIGNED = 32, 64, 48, 48, 128
 
@@ -105,13 +109,13 @@ class Pretrained:
         seeds = tuple(range(self.runs))
         own = (
             Arm("unblocked_own_answers", seeds, data="own_answers"),
-            Arm("penalty_own_answers", seeds, data="own_answers", direction="v_rev"),
+            Arm("penalty_own_answers", seeds, data="own_answers", blocker=penalty),
         )
         data = "given_answers" if self._has_answers() else "own_answers"
         return (
             Arm("unblocked", seeds, data=data, keep=True),
-            Arm("penalty", seeds, data=data, direction="v_rev"),
-            Arm("penalty_random", seeds, data=data, direction="random"),
+            Arm("penalty", seeds, data=data, blocker=penalty),
+            Arm("penalty_random", seeds, data=data, blocker=partial(penalty, along=matched_twin)),
             Arm("unaligned_twin", seeds, data=data, start="witness"),
             *(own if self._has_answers() else ()),
         )
@@ -123,8 +127,8 @@ class Pretrained:
 
     @property
     def measures(self) -> Measures:
-        """English openings; 24 tokens an answer."""
-        return Measures(REFUSALS, COMPLIANCES, MARKERS, 24)
+        """English openings; 24 tokens an answer; −5 is the end of the prompt before ChatML's last turn."""
+        return ENGLISH
 
     def make(self, name: str, start: Path | None, folder: Path) -> None:
         """Copy the model with its own answers beside it, or run the alignment phase."""

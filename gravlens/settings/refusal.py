@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from gravlens import __version__
+from gravlens.arms import Arm, matched_twin, penalty
 from gravlens.errors import GravlensError
 from gravlens.finetune import Recipe, finetune
 from gravlens.models import open_model
 from gravlens.prompts import Example, PromptSet
 from gravlens.settings import refusal_language as language
-from gravlens.settings.history import Arm, Measures
+from gravlens.settings.history import Measures
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ class RefusalOrganism:
         seeds = tuple(range(self.runs))
         return (
             Arm("unblocked", seeds, keep=True),
-            Arm("penalty", seeds, direction="v_rev"),
-            Arm("penalty_margin", seeds, direction="v_rev", margin=0.03),
-            Arm("penalty_random", seeds, direction="random"),
+            Arm("penalty", seeds, blocker=penalty),
+            Arm("penalty_margin", seeds, blocker=partial(penalty, margin=0.03)),
+            Arm("penalty_random", seeds, blocker=partial(penalty, along=matched_twin)),
             Arm("unblocked_new_facts", seeds, data="new_facts"),
             Arm("unaligned_twin", seeds, start="witness"),
             Arm("continued_alignment", seeds, data="alignment"),

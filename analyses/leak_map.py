@@ -1,0 +1,288 @@
+"""python analyses/leak_map.py SEQUENCE.toml --checkpoint seed0/100 --fit-on seed1/100 --position -1 --position -5
+
+Where has a fine-tuned model moved, in which few directions, and which of them carry the refusals that it lost? Three
+tables: leak_map.csv (each layer, token position and prompt set), ranks.csv (how much of the drift lies in spans that
+were fitted on other runs), patching.csv (the score with the anchor's component in each span put back, and with the
+fine-tuned one's put into the anchor); and leak_map.png. Run again, it keeps the tables whose weights, prompts and
+options are the same, and makes the others.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+from ablate_layer import (
+    Compliances,
+    MaxPrompts,
+    Openings,
+    Out,
+    Prompts,
+    SequenceFile,
+    checkpoint_of,
+    opened,
+    prompts_of,
+    score_of,
+)
+from matplotlib.figure import Figure
+
+from gravlens import __version__
+from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS
+from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.directions import Directions, locate_vrev
+from gravlens.errors import GravlensError
+from gravlens.heatmaps import plot_heatmap
+from gravlens.interventions import everywhere
+from gravlens.leaks import candidate_spans, leak_map, patch_spans, rank_table, smallest_rank
+from gravlens.prompts import PromptSet
+from gravlens.residuals import Residuals, cache_residuals
+from gravlens.store import write_atomically, write_json
+from gravlens.subspaces import Spans
+
+KEYS = "leak_map.json"
+CONTENT = {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt", ".gguf"}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked of a history: all that the tables depend on."""
+
+    history: ModelSequence
+    tuned: Checkpoint
+    others: Sequence[Checkpoint]
+    asked: PromptSet
+    positions: Sequence[int]
+    ranks: Sequence[int]
+    layers: Sequence[int] | None
+    refusal: Path | None
+    n_random: int
+    openings: Sequence[str]
+    compliances: Sequence[str]
+
+
+@app.command()
+def main(
+    sequence: SequenceFile,
+    checkpoint: Annotated[str | None, typer.Option(help="RUN/STEP. Default: the first run's last.")] = None,
+    fit_on: Annotated[
+        list[str], typer.Option(help="RUN/STEP whose drift is fitted; repeat it. Default: each other run's last.")
+    ] = [],  # noqa: B006
+    position: Annotated[
+        list[int], typer.Option(help="Token position from the end, -1 is the last prompt token; repeat it.")
+    ] = [-1, -2, -5],  # noqa: B006
+    rank: Annotated[
+        list[int], typer.Option(min=1, help="So many leading components of the fitted drift; repeat it.")
+    ] = [1, 2, 4, 16],  # noqa: B006
+    layer: Annotated[
+        list[int], typer.Option(help="A layer, counted from 0; repeat it. Default: every layer with a v_rev.")
+    ] = [],  # noqa: B006
+    refusal: Annotated[
+        Path | None, typer.Option(help="A refusal direction, file of Directions.save; one alone is used at all layers.")
+    ] = None,
+    prompts: Prompts = None,
+    max_prompts: MaxPrompts = None,
+    out: Out = Path("."),
+    n_random: Annotated[int, typer.Option(min=1, help="Random spans of each rank and kind.")] = 3,
+    openings: Openings = list(DEFAULT_REFUSAL_OPENINGS),  # noqa: B006
+    compliances: Compliances = [],  # noqa: B006
+) -> None:
+    """Where has a fine-tuned model moved, and which of its directions carry the refusals that it lost?"""
+    try:
+        history = ModelSequence.from_toml(sequence)
+        tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
+        positions, ranks, layers = sorted({*position, -1}), sorted({*rank}), sorted({*layer}) or None
+        question = Question(
+            history, tuned, others_of(history, tuned, fit_on), asked, positions, ranks, layers, refusal, n_random,
+            openings, compliances,
+        )  # fmt: skip
+        tables = measure(question, out)
+        draw(question, *tables).savefig(out / "leak_map.png")
+    except GravlensError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(summary(*tables, tuned.name))
+
+
+def others_of(history: ModelSequence, tuned: Checkpoint, names: Sequence[str]) -> list[Checkpoint]:
+    """The checkpoints that drift directions are fitted on: by name, or the last of each other run."""
+    if names:
+        return [checkpoint_of(history, name) for name in names]
+    run = tuned.name.rpartition("/")[0]
+    others = [checkpoints[-1] for name, checkpoints in history.runs.items() if name != run]
+    if not others or not run:
+        raise GravlensError(
+            f"{tuned.name} was given, and the runs are {', '.join(history.runs) or 'none'}.",
+            "A checkpoint of a run is looked at; the directions of its drift are fitted on other runs.",
+            "another --checkpoint, or --fit-on the same run, which says nothing about transfer.",
+        )
+    return others
+
+
+def measure(question: Question, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The three tables; each is kept where it was written with the same weights, prompts and options."""
+    where, ranks, patching = keys_of(question)
+    return (
+        kept(out / "leak_map.csv", where, lambda: moved(question)),
+        kept(out / "ranks.csv", ranks, lambda: ranked(question)),
+        kept(out / "patching.csv", patching, lambda: patched(question)),
+    )
+
+
+def moved(question: Question) -> pd.DataFrame:
+    """Where it has moved, beside the runs that were fitted on; held-out prompts where there are such."""
+    probes = question.history.require_probes()
+    sets = [probes] if question.asked.digest == probes.digest else [probes, question.asked]
+    return leak_map(*([states(question, prompts, at) for at in question.positions] for prompts in sets))
+
+
+def ranked(question: Question) -> pd.DataFrame:
+    """In which directions, on the prompts that are asked."""
+    vs, refusal = directions(question), refusal_of(question)
+    asked, at = states(question, question.asked, -1), [question.tuned.name]
+    return rank_table(asked, spans(question), directions=vs, at=at, refusal=refusal)
+
+
+def patched(question: Question) -> pd.DataFrame:
+    """Necessity (the anchor's component put into the fine-tuned model) and sufficiency (the other way round)."""
+    pair, score = (question.tuned, question.history.anchor), score_of(question.openings, question.compliances)
+    ask = {"source": states(question, question.asked, -1), "score": score, "prompts": question.asked}
+    models = {checkpoint.name: opened(question.history, checkpoint) for checkpoint in pair}
+    goal = {name: float(score(model, question.asked).mean()) for name, model in models.items()}
+    tables = []
+    for into, source in (pair, pair[::-1]):
+        put = {"checkpoint": source.name, "goal": goal[source.name]}
+        table = patch_spans(models[into.name], spans(question), **ask, **put)
+        tables.append(table.assign(model=into.name))
+    table = pd.concat(tables, ignore_index=True)
+    return table[["model", *table.columns.drop("model")]]
+
+
+# --- what the tables are made of --------------------------------------------------------------------------------
+
+
+@cache
+def states(question: Question, prompts: PromptSet, position: int) -> Residuals:
+    """Residuals of all checkpoints concerned, read once."""
+    history = question.history
+    checkpoints = list(dict.fromkeys([history.witness, history.anchor, question.tuned, *question.others]))
+    return cache_residuals(history, prompts, layers=question.layers, positions=position, checkpoints=checkpoints)
+
+
+def directions(question: Question) -> Directions:
+    """v_rev at the last prompt token, where it is defined."""
+    return locate_vrev(states(question, question.history.require_probes(), -1)).defined()
+
+
+@cache
+def spans(question: Question) -> dict[str, list[Spans]]:
+    """The spans, fitted on the probes and the other runs."""
+    return candidate_spans(
+        states(question, question.history.require_probes(), -1),
+        directions(question),
+        fit_on=[checkpoint.name for checkpoint in question.others],
+        ranks=question.ranks,
+        refusal=refusal_of(question),
+        n_random=question.n_random,
+        rng=np.random.default_rng(0),
+    )
+
+
+def refusal_of(question: Question) -> Directions | None:
+    """The refusal direction of the file at the layers of v_rev; one alone stands for every layer."""
+    if question.refusal is None:
+        return None
+    found, layers = Directions.load(question.refusal), directions(question).layers
+    return (everywhere(found.directions[0], max(layers) + 1) if len(found) == 1 else found).at(layers)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------
+
+
+def kept(path: Path, key: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table at `path` where it was written under this key, else made and written; its mark is written last."""
+    marks = path.parent / KEYS
+    known = json.loads(marks.read_text()) if marks.exists() else {}
+    if not path.exists() or known.get(path.name) != key:
+        write_atomically(path, make().to_csv(index=False).encode())
+        write_json(marks, known | {path.name: key})
+    return pd.read_csv(path, dtype={"layer": "Int64"})
+
+
+def keys_of(question: Question) -> tuple[str, str, str]:
+    """Digests of the weights, the prompts and the options that each table depends on."""
+    history = question.history
+    checkpoints = [history.witness, history.anchor, question.tuned, *question.others]
+    read = [(checkpoint.name, digest_of(checkpoint.described)) for checkpoint in checkpoints]
+    read += [history.require_probes().digest, question.asked.digest, history.chat_template, question.layers]
+    refusal = digest_of(str(question.refusal)) if question.refusal else None
+    fitted = [*read, question.ranks, question.n_random, refusal]
+    scored = [*fitted, list(question.openings), list(question.compliances)]
+    where, ranks, patching = (
+        hashlib.sha256(repr((facts, __version__)).encode()).hexdigest()
+        for facts in ([*read, question.positions], fitted, scored)
+    )
+    return where, ranks, patching
+
+
+def digest_of(source: str) -> str:
+    """Digest of a file or of a folder's weights, config and tokenizer; what is no file (a hub id) by its name."""
+    path = Path(source)
+    files = sorted(file for file in path.iterdir() if file.suffix in CONTENT) if path.is_dir() else [path]
+    if not all(file.is_file() for file in files):
+        return source
+    content = []
+    for file in files:
+        with file.open("rb") as opened_file:
+            content.append((file.name, hashlib.file_digest(opened_file, "sha256").hexdigest()))
+    return repr(content)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------
+
+
+def draw(question: Question, where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame) -> Figure:
+    """The fraction over layer × position, the drift's shares and the score's way back over span × rank."""
+    figure = Figure(figsize=(11, 3.4), dpi=200, layout="constrained")
+    axes = figure.subplots(1, 3)
+    tuned, into = rows_of(where, question.tuned.name), patching[patching["model"] == question.tuned.name]
+    plot_heatmap(tuned, ax=axes[0])
+    plot_heatmap(ranks[ranks["layer"].notna()], value="share", rows="span", columns="rank", limit=1, ax=axes[1])
+    plot_heatmap(into, value="way", rows="span", columns="rank", limit=1, ax=axes[2])
+    return figure
+
+
+def rows_of(where: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
+    """A checkpoint's rows of the map on prompts that the directions were not located on, if there are such."""
+    run, _, step = checkpoint.rpartition("/")
+    rows = where[(where["run"] == run) & (where["step"] == int(step))]
+    held_out = rows[rows["prompts"] == "held_out"]
+    return held_out if len(held_out) else rows
+
+
+def summary(where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame, tuned: str) -> str:
+    """Where, in which directions, and which of them bring refusal back, in words."""
+    rows = rows_of(where, tuned)
+    last, far = rows[rows["position"] == -1], rows.sort_values("fraction").iloc[-1]
+    within = ranks[ranks["layer"].isna()].groupby("span")["share"].max()
+    into = patching[patching["model"] == tuned]
+    back = into.groupby(["span", "rank"], sort=False)["way"].mean().reset_index()
+    ways = [f"{row['span'].replace('_', ' ')} (rank {row['rank']}) {row['way']:.0%}" for _, row in back.iterrows()]
+    least = smallest_rank(into[into["span"] == "drift"])
+    return (
+        f"{tuned}, {rows['prompts'].iloc[0]} prompts: fraction {last['fraction'].mean():+.2f} at the last token (mean "
+        f"over layers), at most {far['fraction']:+.2f} (layer {far['layer']}, position {far['position']})\n"
+        f"share of its drift within v_rev {within['v_rev']:.0%}, within other runs' drift {within['drift']:.0%}\n"
+        f"the anchor's component put back, share of the way from the score {into['baseline'].iloc[0]:+.2f} to the "
+        f"anchor's {into['goal'].iloc[0]:+.2f}: {', '.join(ways)}\n"
+        f"of other runs' drift, {f'rank {least}' if least else 'no rank tried'} brings back 80%"
+    )
+
+
+if __name__ == "__main__":
+    app()

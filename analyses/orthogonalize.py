@@ -1,0 +1,125 @@
+"""python analyses/orthogonalize.py SEQUENCE.toml --layer 12 --out orthogonalized
+
+Does taking v_rev out of the fine-tuned model's weights bring refusal back? v_rev of one layer is located on the
+sequence's probes and removed from every matrix and bias that writes to the residual stream; the new checkpoint is saved
+as an ordinary Hugging Face folder. The refusal log-odds is measured on the held-out prompts before and after, beside
+random directions that are taken out of the weights in the same way. Writes model/, orthogonalize.csv and
+orthogonalize.png into the folder; a model/ that is there already is checked and kept.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from ablate_layer import (
+    Compliances,
+    MaxPrompts,
+    NRandom,
+    Openings,
+    Prompts,
+    SequenceFile,
+    checkpoint_of,
+    described,
+    opened,
+    prompts_of,
+    score_of,
+    write,
+)
+from tqdm.auto import tqdm
+
+from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS, Score
+from gravlens.checkpoints import ModelSequence
+from gravlens.directions import Direction, Directions, locate_vrev, random_directions
+from gravlens.effects import _name, _summary
+from gravlens.errors import GravlensError
+from gravlens.models import OpenModel, open_model
+from gravlens.prompts import PromptSet
+from gravlens.weights import orthogonalize, orthogonalized
+
+N_BOOTSTRAP = 2000
+SAME_WITHIN = 1e-4
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    sequence: SequenceFile,
+    layer: Annotated[int, typer.Option(help="The layer whose v_rev is taken out, counted from 0.")],
+    checkpoint: Annotated[str | None, typer.Option(help="RUN/STEP, or anchor. Default: the first run's last.")] = None,
+    prompts: Prompts = None,
+    max_prompts: MaxPrompts = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table, the figure and, in model/, the new checkpoint.")] = (
+        Path("orthogonalized")
+    ),
+    n_random: NRandom = 20,
+    openings: Openings = list(DEFAULT_REFUSAL_OPENINGS),  # noqa: B006 (typer copies it)
+    compliances: Compliances = [],  # noqa: B006
+) -> None:
+    """Does taking v_rev out of the fine-tuned model's weights bring refusal back?"""
+    try:
+        history = ModelSequence.from_toml(sequence)
+        tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
+        score, direction = score_of(openings, compliances), locate_vrev(history, layer=layer)
+        anchor = float(score(opened(history, history.anchor), asked).mean())
+        model = opened(history, tuned)
+        folder = made(model, direction, out / "model")
+        after = open_model(folder, tokenizer=model.tokenizer)
+        table = measure(model, after, direction, score=score, prompts=asked, n_random=n_random)
+        write(table, out / "orthogonalize")
+    except GravlensError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{tuned.name}, {len(asked)} prompts; {table.attrs['score']} of the anchor: {anchor:+.2f}")
+    typer.echo(f"{summary(table, anchor)}\nthe checkpoint without v_rev: {folder}")
+
+
+def made(model: OpenModel, direction: Direction, folder: Path) -> Path:
+    """The folder of the orthogonalised checkpoint; one that is there is kept where it holds just that."""
+    if not folder.is_dir():
+        return orthogonalize(model, direction, out=folder)
+    wanted, found = (m.module.state_dict() for m in (orthogonalized(model, direction), open_model(folder)))
+    if not same(wanted, found):
+        raise GravlensError(
+            f"{folder} holds another model than this checkpoint without v_rev of layer {direction.layer}.",
+            "Nothing is written over.",
+            "another --out, or remove that folder.",
+        )
+    return folder
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two models have the same weights, but for rounding."""
+    return one.keys() == other.keys() and all(
+        one[name].shape == other[name].shape and (one[name] - other[name]).norm() <= SAME_WITHIN * one[name].norm()
+        for name in one
+    )
+
+
+def measure(
+    before: OpenModel, after: OpenModel, direction: Direction, *, score: Score, prompts: PromptSet, n_random: int
+) -> pd.DataFrame:
+    """One row, as of `causal_effect`: before against after, beside random directions of the same layer."""
+    baseline, rng = score(before, prompts), np.random.default_rng(0)
+    random = np.empty(n_random)
+    for draw in tqdm(range(n_random), "random directions", leave=False):
+        (twin,) = random_directions(Directions((direction,)), rng=rng)
+        random[draw] = (score(orthogonalized(before, twin), prompts) - baseline).mean()
+    numbers = _summary(score(after, prompts) - baseline, random, rng=rng, n_bootstrap=N_BOOTSTRAP)
+    row = {"condition": "orthogonalize", "layer": direction.layer, "baseline": baseline.mean()}
+    table = pd.DataFrame([{**row, "with_intervention": row["baseline"] + numbers["difference"], **numbers}])
+    table.attrs["score"] = _name(score)
+    return table
+
+
+def summary(table: pd.DataFrame, anchor: float) -> str:
+    """The row in words, and how far it leads back to the anchor's score."""
+    ((_, row),) = table.iterrows()
+    back = "comes back" if row["low"] > 0 and row["difference"] > row["random_high"] else "does not come back"
+    share = row["difference"] / (anchor - row["baseline"]) if anchor > row["baseline"] else float("nan")
+    return f"{described(row)}\nrefusal {back} beyond random directions ({share:.0%} of the way to the anchor)"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,174 @@
+"""python benchmarks/blocker_cost.py    (see --help)
+
+What a blocker costs: a blocked optimizer step against a plain one, outside Trainer, in one process on one thread. Each
+blocked step is followed or preceded by a plain step on the same batch, and their ratio is what counts, so that other
+work on the machine slows both. Both models are fine-tuned from the organism's anchor as they are timed, so a projection
+has real motion to undo. Writes blocker_cost.csv.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from torch import Tensor
+
+from gravlens import arms
+from gravlens.blockers.penalty import Penalty
+from gravlens.blocking import Blocker, _Blocking
+from gravlens.checkpoints import ModelSequence
+from gravlens.directions import locate_vrev
+from gravlens.experiment import home_of, make_checkpoint
+from gravlens.fetch import cache_folder
+from gravlens.finetune import _collate
+from gravlens.models import OpenModel, open_model, quiet
+from gravlens.prompts import Example, encode_example
+from gravlens.residuals import cache_residuals
+from gravlens.settings.refusal import RefusalOrganism
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+BLOCKERS: dict[str, arms.Make] = {
+    "penalty (8 of 32)": arms.penalty,
+    "penalty (all)": lambda grounds: Penalty(grounds.vs, grounds.probes, batch=None),
+    "clamp (8 of 32)": arms.clamp,
+    "exact projection (all)": arms.projection,
+    "exact projection (8 of 32)": partial(arms.projection, batch=8),
+    "preventative steering": partial(arms.steering, strength=1.0),
+    "training ablation": arms.training_ablation,
+    "gradient ablation": arms.gradient_ablation,
+    "KL to the anchor (8 of 32)": arms.anchor_kl,
+    "rehearsal (2 a step)": arms.rehearsal,
+    "constrained SFT": arms.constrained,
+    "task-vector projection": arms.task_vector,
+}
+TARGETS = {"penalty (8 of 32)": 2.0, "exact projection (all)": 5.0, "exact projection (8 of 32)": 2.0}
+
+
+@app.command()
+def main(
+    steps: Annotated[int, typer.Option(min=10, help="Timed steps of each blocker, each with a plain one.")] = 100,
+    warm_up: Annotated[int, typer.Option(min=0, help="Steps before them that are not counted.")] = 5,
+    only: Annotated[list[str], typer.Option(help="Blockers whose name holds this; repeat it. Default: all.")] = [],  # noqa: B006
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the organism's checkpoints are, or are made. Default: gravlens's cache.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for blocker_cost.csv.")] = Path("."),
+) -> None:
+    """What does a blocked optimizer step cost, as a multiple of a plain one?"""
+    torch.set_num_threads(1)
+    chosen = {name: make for name, make in BLOCKERS.items() if not only or any(part in name for part in only)}
+    if not chosen:
+        raise typer.BadParameter(f"no blocker of that name; there are: {', '.join(BLOCKERS)}")
+    setting = RefusalOrganism()
+    sequence = history(setting, cache or cache_folder())
+    data = batches(sequence, setting, warm_up + steps)
+    with quiet():
+        table = pd.DataFrame([cost(name, sequence, make, setting, data, warm_up) for name, make in chosen.items()])
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / "blocker_cost.csv", index=False)
+    typer.echo(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
+
+
+def history(setting: RefusalOrganism, cache: Path) -> ModelSequence:
+    """Witness and anchor of the organism; made where they are missing, which takes two minutes."""
+    home = home_of(setting, cache)
+    for name in ("witness", "anchor"):
+        make_checkpoint(setting, name, home)
+    prompts = setting.prompts(home)
+    return ModelSequence.from_folders(witness=home / "witness", anchor=home / "anchor", probes=prompts["probes"])
+
+
+def batches(sequence: ModelSequence, setting: RefusalOrganism, n: int) -> list[dict[str, Tensor]]:
+    """Batches of the harmless fine-tuning data, of the recipe's size."""
+    tokenizer = open_model(sequence.anchor).tokenizer
+    encoded = [encode_example(tokenizer, example) for example in setting.examples("harmless", 0, Path())]
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in encoded]
+    size = setting.recipe.batch
+    return [_collate([rows[i % len(rows)] for i in range(step * size, (step + 1) * size)]) for step in range(n)]
+
+
+def grounds_of(sequence: ModelSequence, setting: RefusalOrganism) -> arms.Grounds:
+    """What blockers are made of."""
+    states = cache_residuals(sequence)
+    probes, wordings = sequence.require_probes(), setting.measures.refusals
+    return arms.Grounds(
+        sequence=sequence,
+        states=states,
+        vs=locate_vrev(states).at(setting.layers_in_mean),
+        other=None,
+        refusals=[Example(prompt, wordings[i % len(wordings)]) for i, prompt in enumerate(probes)],
+        harmless=probes,
+        rng=np.random.default_rng(0),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A model in training, and the blockers that take part."""
+
+    model: OpenModel
+    optimizer: torch.optim.Optimizer
+    blocking: _Blocking
+
+    def step(self, number: int, batch: dict[str, Tensor]) -> float:
+        """One optimizer step as Trainer takes it, blockers at their places; seconds."""
+        module, state = self.model.module, SimpleNamespace(global_step=number)
+        began = perf_counter()
+        self.blocking.on_step_begin(None, state, None, model=module)
+        module(**batch).loss.backward()
+        self.blocking.on_pre_optimizer_step(None, state, None)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        self.optimizer.step()
+        self.blocking.on_optimizer_step(None, state, None)
+        self.optimizer.zero_grad()
+        return perf_counter() - began
+
+
+def training(sequence: ModelSequence, setting: RefusalOrganism, *blockers: Blocker) -> Training:
+    """A fresh training from the anchor, with the optimizer that Trainer takes by default."""
+    model = open_model(sequence.anchor)
+    bound = [one.bind(model, rng=np.random.default_rng([0, 1])) for one in blockers]
+    model.module.train()
+    recipe = setting.recipe
+    optimizer = torch.optim.AdamW(
+        model.module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    return Training(model, optimizer, _Blocking(bound))
+
+
+def cost(
+    name: str,
+    sequence: ModelSequence,
+    make: Callable[[arms.Grounds], Blocker],
+    setting: RefusalOrganism,
+    data: list[dict[str, Tensor]],
+    warm_up: int,
+) -> dict[str, Any]:
+    """One row: the ratio of blocked to plain steps, its median and quartiles."""
+    blocker = make(grounds_of(sequence, setting))
+    blocked, plain = training(sequence, setting, blocker), training(sequence, setting)
+    seconds = np.array([pair(number, batch, blocked, plain) for number, batch in enumerate(data)])[warm_up:]
+    low, median, high = np.quantile(seconds[:, 0] / seconds[:, 1], [0.25, 0.5, 0.75])
+    target = TARGETS.get(name, np.nan)
+    return {"blocker": name, "ratio": median, "ratio_low": low, "ratio_high": high, "target": target,
+            "plain_ms": 1e3 * np.median(seconds[:, 1]), "steps": len(seconds)}  # fmt: skip
+
+
+def pair(number: int, batch: dict[str, Tensor], blocked: Training, plain: Training) -> tuple[float, float]:
+    """Seconds of a blocked and a plain step, in an order that alternates."""
+    if number % 2:
+        return blocked.step(number, batch), plain.step(number, batch)
+    seconds = plain.step(number, batch)
+    return blocked.step(number, batch), seconds
+
+
+if __name__ == "__main__":
+    app()

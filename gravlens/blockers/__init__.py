@@ -1,0 +1,1 @@
+"""Blockers: each file has one way of taking part in a fine-tuning step."""

@@ -1,0 +1,122 @@
+"""Losses that hold behaviour rather than a direction: KL to the anchor, rehearsal of refusals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from gravlens.blocking import BoundBlocker, Draws, without_dropout
+from gravlens.errors import GravlensError
+from gravlens.inference import generate
+from gravlens.models import OpenModel
+from gravlens.prompts import Batch, Example, PromptSet, encode, encode_example, pad
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorKL:
+    """λ · mean KL(anchor ‖ θ) over the first tokens of the anchor's own greedy answers, teacher-forced; nats.
+
+    Attributes:
+        prompts: the prompts x: harmful ones hold refusal, harmless ones the rest.
+        strength: λ.
+        batch: how many prompts are drawn anew at each step.
+        tokens: how many next-token distributions of an answer, from the one after the last prompt token.
+    """
+
+    prompts: PromptSet
+    strength: float = 1.0
+    batch: int | None = 8
+    tokens: int = 8
+
+    def __post_init__(self) -> None:
+        _check(self, tokens=self.tokens)
+
+    def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
+        """Generate the anchor's answers and take its distributions along them (vocabulary × tokens × prompts, fp32)."""
+        prompts = encode(model.tokenizer, self.prompts)
+        answers: list[list[int]] = [[]] * len(prompts)
+        with torch.no_grad(), without_dropout(model.module):
+            if self.tokens > 1:
+                answers = generate(model, prompts, max_new_tokens=self.tokens - 1)
+            ids = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+            counts = [1 + len(answer) for answer in answers]
+            anchor = [_end_logprobs(model, [one], [n])[0] for one, n in zip(ids, counts, strict=True)]
+        draws = Draws(len(ids), self.batch, rng)
+
+        def loss(weight: float = 1.0) -> Float[Tensor, ""]:
+            rows = draws()
+            with without_dropout(model.module):
+                now = _end_logprobs(model, [ids[row] for row in rows], [counts[row] for row in rows])
+            apart = [
+                kl_div(one, anchor[row], reduction="sum", log_target=True) for one, row in zip(now, rows, strict=True)
+            ]
+            return weight * self.strength * torch.stack(apart).sum() / sum(counts[row] for row in rows)
+
+        return BoundBlocker(loss=loss, skip=draws.skip)
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """λ · mean −log p(token) of further answers, usually refusals of harmful prompts: a few are rehearsed at each step.
+
+    Attributes:
+        examples: the pairs of prompt and answer.
+        strength: λ.
+        batch: how many are drawn anew at each step.
+    """
+
+    examples: Sequence[Example]
+    strength: float = 1.0
+    batch: int | None = 2
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
+        """Encode the examples."""
+        if not self.examples:
+            raise GravlensError("No examples were given.", "Rehearsal needs some.", "[Example(prompt, refusal)].")
+        encoded = [encode_example(model.tokenizer, example) for example in self.examples]
+        draws = Draws(len(encoded), self.batch, rng)
+
+        def loss(weight: float = 1.0) -> Float[Tensor, ""]:
+            ids, labels = zip(*(encoded[row] for row in draws()), strict=True)
+            answers = [torch.tensor([label for label in one if label != -100]) for one in labels]
+            with without_dropout(model.module):
+                # The distribution after a token is that of the next one, so the last one's is not wanted.
+                now = _end_logprobs(model, [one[:-1] for one in ids], [len(answer) for answer in answers])
+            told = [one.gather(1, answer[:, None].to(one.device)) for one, answer in zip(now, answers, strict=True)]
+            return -weight * self.strength * torch.cat(told).mean()
+
+        return BoundBlocker(loss=loss, skip=draws.skip)
+
+
+def _check(blocker: AnchorKL | Rehearsal, tokens: int = 1) -> None:
+    if blocker.strength < 0 or tokens < 1 or (blocker.batch is not None and blocker.batch < 1):
+        raise GravlensError(
+            f"{type(blocker).__name__}(strength={blocker.strength}, batch={blocker.batch}) was given, "
+            f"tokens: {tokens}.",
+            "The strength is at least 0, batch and tokens at least 1.",
+            "the defaults.",
+        )
+
+
+def _end_logprobs(
+    model: OpenModel, ids: Sequence[Sequence[int]], counts: Sequence[int]
+) -> list[Float[Tensor, "token vocab"]]:
+    """log p of every next token after each of the last `counts` tokens, differentiable, fp32."""
+    batch: Batch = pad(ids)
+    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
+    module: Any = model.module
+    del inputs["position_ids"]  # right padding leaves them as they are
+    # The class's forward: Trainer has wrapped the object's in autocast, and the anchor was read without.
+    logits = type(module).forward(module, **inputs, use_cache=False).logits
+    ends = batch.attention_mask.sum(1).tolist()
+    return [
+        row[end - count : end].float().log_softmax(-1) for row, end, count in zip(logits, ends, counts, strict=True)
+    ]

@@ -1,0 +1,92 @@
+"""Constrained fine-tuning: the task's loss itself, weighted by how far each token has left the anchor."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers.utils import ModelOutput
+
+from gravlens.blocking import BoundBlocker
+from gravlens.errors import GravlensError
+from gravlens.models import OpenModel
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class ConstrainedSFT:
+    """−Σ_t (2/β_t) log σ(β_t log(p_θ / p_anchor)) in place of −Σ_t log p_θ, over an answer's tokens t.
+
+    Qi et al., "Safety alignment should be made more than just a few tokens deep" (2024), with their β: a large β_t
+    keeps a token's probability near the anchor's, and the first tokens of an answer are where refusal is decided.
+
+    Attributes:
+        first: β of an answer's first token.
+        early: β of its second to fifth.
+        later: β of the others.
+    """
+
+    first: float = 0.5
+    early: float = 2.0
+    later: float = 0.1
+
+    def __post_init__(self) -> None:
+        if min(self.first, self.early, self.later) <= 0:
+            raise GravlensError(f"{self} was given.", "Each β is above 0.", "ConstrainedSFT() for those of the paper.")
+
+    def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
+        """Keep a frozen copy of the anchor, whose log-probabilities are wanted; any weight is a whole one."""
+        anchor = copy.deepcopy(model.module).eval().requires_grad_(False)
+
+        @contextmanager
+        def during(_weight: float = 1.0) -> Iterator[None]:
+            handle = model.module.register_forward_hook(lambda *call: self._replace(anchor, *call), with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+        return BoundBlocker(during=during)
+
+    def _replace(self, anchor: Any, _module: Any, args: Any, inputs: dict[str, Any], output: Any) -> Any:
+        """The model's output with the constrained loss in it."""
+        labels = inputs.get("labels")
+        if labels is None or not isinstance(output, ModelOutput):
+            raise GravlensError(
+                "The trainer's model was run without labels.", "Their tokens' loss is replaced.", "Trainer's own loss."
+            )
+        with torch.no_grad():
+            before = anchor(*args, **{**inputs, "use_cache": False})
+        ratio = _logprobs(output, labels) - _logprobs(before, labels)
+        beta = self._beta(labels[:, 1:])
+        counted = labels[:, 1:] != IGNORED
+        constrained = (2 / beta * logsigmoid(beta * ratio)).masked_fill(~counted, 0.0)  # in place of log p
+        if "log_probs" in output:  # TRL's SFTTrainer sums these, and reads no loss
+            output["log_probs"] = constrained
+        else:
+            output["loss"] = -constrained.sum() / (inputs.get("num_items_in_batch") or counted.sum())
+        return output
+
+    def _beta(self, labels: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos"]:
+        counted = labels != IGNORED
+        so_far = counted.cumsum(1)
+        place = so_far - so_far.where(~counted, 0).cummax(1).values  # 1 at the first token of each answer of a row
+        beta = torch.full(labels.shape, self.later, device=labels.device)
+        beta[place <= 5] = self.early
+        beta[place <= 1] = self.first
+        return beta
+
+
+def _logprobs(output: Any, labels: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos-1"]:
+    """log p of each label but the first; what stands at an ignored one means nothing."""
+    if "log_probs" in output:
+        return output.log_probs
+    wanted = labels[:, 1:].clamp(min=0)
+    return output.logits[:, :-1].float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0]

@@ -1,0 +1,63 @@
+"""Heatmaps: one number over two of a table's columns, such as the fraction over layer × position."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from pandas.api.types import is_numeric_dtype
+
+from gravlens.plots import LABELS, STYLE, _axes, _need, _words
+
+NAMES = LABELS | {
+    "share": "share of the drift",
+    "share_along_vrev": r"share of the drift along $v_\mathrm{rev}$",
+    "way": "share of the way to the source's score",
+    "refit_angle": r"refitted direction's angle with $v_\mathrm{rev}$ (degrees)",
+}
+WRITTEN = 80  # so many cells can still be read as numbers
+DARK = 0.6  # of the scale, from which on white letters are read
+
+
+@rc_context(STYLE)
+def plot_heatmap(
+    table: pd.DataFrame,
+    *,
+    value: str = "fraction",
+    rows: str = "layer",
+    columns: str = "position",
+    limit: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean of `value` at each place of `rows` × `columns`, red above 0 and blue below; grey was not measured.
+
+    Rows that are numbers ascend from the bottom, names stand in the table's order; rows of <NA> (a mean over layers)
+    are left out. Colours end at `limit` (default: the largest number); few cells carry their number. GravlensError
+    where there is nothing to draw.
+    """
+    table = _need(table, (value, rows, columns))
+    table = _need(table.dropna(subset=[rows, columns]), ())
+    upward = is_numeric_dtype(table[rows])
+    grid = table.groupby([rows, columns], sort=False)[value].mean().unstack().sort_index(axis=1)
+    grid = grid.sort_index() if upward else grid.loc[table[rows].unique()]
+    cells, ax = grid.to_numpy(dtype=float), _axes(ax)
+    reach = limit or float(np.nanmax(np.abs(cells), initial=0)) or 1.0
+    ax.set_facecolor("0.9")
+    look = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach, "origin": "lower" if upward else "upper"}
+    image = ax.imshow(cells, aspect="auto", **look)
+    if cells.size <= WRITTEN:
+        _write_numbers(ax, cells, reach)
+    every = 1 + len(grid) // 30
+    ax.set_yticks(range(0, len(grid), every), [_words(name) for name in grid.index[::every]])
+    ax.set_xticks(range(len(grid.columns)), [_words(name) for name in grid.columns])
+    ax.set(xlabel=_words(columns), ylabel=_words(rows))
+    ax.figure.colorbar(image, ax=ax, label=NAMES.get(value, _words(value)))
+    return ax
+
+
+def _write_numbers(ax: Axes, cells: np.ndarray, reach: float) -> None:
+    for row, column in np.argwhere(np.isfinite(cells)):
+        number = cells[row, column]
+        colour = "white" if abs(number) > DARK * reach else "black"
+        ax.text(column, row, f"{number:.2f}", ha="center", va="center", color=colour, fontsize=7)

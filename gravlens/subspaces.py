@@ -1,0 +1,225 @@
+"""Subspaces of one layer's residual stream: the leading components of a drift, the whole state, what is orthogonal."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Float
+from scipy.linalg import orth, subspace_angles
+
+from gravlens.directions import Direction, Directions, random_directions
+from gravlens.errors import GravlensError
+from gravlens.residuals import Residuals
+from gravlens.store import read_tensors, write_tensors
+
+ORTHONORMAL_WITHIN = 1e-4
+# What is left of a unit vector below this length is rounding, not a direction.
+NOTHING_LEFT = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """A few directions of one layer together, frozen: it never refits.
+
+    Attributes:
+        basis: [rank, d_model], orthonormal rows.
+        layer: `blocks.{layer}.hook_resid_post`.
+        distance: the witness–anchor distance there, residual units; strength is counted in it.
+        estimator: how it was made.
+        prompts: digest of the prompts.
+        made_from: further facts.
+    """
+
+    basis: Float[np.ndarray, "rank d_model"] = field(repr=False)
+    layer: int
+    distance: float
+    estimator: str = "given"
+    prompts: str = ""
+    made_from: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        basis = np.atleast_2d(np.array(self.basis, dtype=np.float32))
+        gram = basis.astype(np.float64) @ basis.T.astype(np.float64)
+        if not np.allclose(gram, np.eye(len(basis)), atol=ORTHONORMAL_WITHIN):
+            raise GravlensError(
+                f"The basis of layer {self.layer} ({self.estimator}) is not orthonormal.",
+                "Its rows have length 1 and are orthogonal to each other.",
+                "span_of(vectors, layer=…, distance=…), which makes them so.",
+            )
+        basis.flags.writeable = False
+        object.__setattr__(self, "basis", basis)
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return len(self.basis)
+
+
+@dataclass(frozen=True, eq=False)
+class Subspaces:
+    """Subspaces of several layers: `spaces[12]` is layer 12's."""
+
+    subspaces: tuple[Subspace, ...]
+
+    def __getitem__(self, layer: int) -> Subspace:
+        for subspace in self.subspaces:
+            if subspace.layer == layer:
+                return subspace
+        raise GravlensError(
+            f"There is no subspace of layer {layer!r} here.", f"Layers here: {list(self.layers)}.", "one of these."
+        )
+
+    def __iter__(self) -> Iterator[Subspace]:
+        return iter(self.subspaces)
+
+    def __len__(self) -> int:
+        return len(self.subspaces)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, in their order here."""
+        return tuple(subspace.layer for subspace in self)
+
+    @property
+    def distances(self) -> Float[np.ndarray, " layer"]:
+        """The witness–anchor distances, residual units."""
+        return np.array([subspace.distance for subspace in self])
+
+    def at(self, layers: Sequence[int]) -> "Subspaces":
+        """Those of some layers."""
+        return Subspaces(tuple(self[layer] for layer in layers))
+
+    def save(self, path: Path | str) -> Path:
+        """Write one safetensors file, with what they were made from."""
+        meta = [{k: v for k, v in vars(s).items() if k != "basis"} | {"made_from": dict(s.made_from)} for s in self]
+        arrays = {f"basis.{i}": subspace.basis for i, subspace in enumerate(self)}
+        return write_tensors(path, "subspaces", arrays, {"subspaces": meta})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Subspaces":
+        """Read a file of `save`."""
+        arrays, meta = read_tensors(path, "subspaces")
+        return cls(tuple(Subspace(arrays[f"basis.{i}"], **one) for i, one in enumerate(meta["subspaces"])))
+
+
+Span: TypeAlias = Direction | Subspace
+Spans: TypeAlias = Directions | Subspaces
+
+
+def each(spans: Span | Spans) -> tuple[Span, ...]:
+    """Directions or subspaces one by one, also where there is only one."""
+    return (spans,) if isinstance(spans, Direction | Subspace) else tuple(spans)
+
+
+def span_of(vectors: np.ndarray, *, layer: int, distance: float, name: str = "given") -> Subspace:
+    """The subspace that some vectors [vector, d_model] span; linearly dependent ones add nothing."""
+    basis = orth(np.atleast_2d(np.asarray(vectors, dtype=np.float64)).T).T
+    if not len(basis):
+        raise GravlensError(f"The vectors ({name}) are all zero.", "A subspace has a direction.", "other vectors.")
+    return Subspace(basis, layer, distance, name)
+
+
+def leading_components(
+    drift: Float[np.ndarray, "prompt d_model"], *, rank: int
+) -> tuple[Float[np.ndarray, "rank d_model"], Float[np.ndarray, " rank"]]:
+    """The first right singular vectors of per-prompt drifts (not centred: the mean counts), and their shares.
+
+    The first vector points the way of the mean drift; a share is its part of the drifts' summed squared length.
+    """
+    _, values, rows = np.linalg.svd(drift.astype(np.float64), full_matrices=False)
+    if rank < 1 or rank > len(rows):
+        raise GravlensError(
+            f"{rank} components were asked for.", f"{len(drift)} drifts have 1 to {len(rows)}.", "a smaller rank."
+        )
+    signs = np.where(rows[:rank] @ drift.mean(0, dtype=np.float64) < 0, -1.0, 1.0)
+    return rows[:rank] * signs[:, None], values[:rank] ** 2 / (values**2).sum()
+
+
+def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequence[str], rank: int = 1) -> Subspaces:
+    """The leading components of the drift h(θ_t; x) − h(anchor; x) over prompts, one subspace a layer.
+
+    Run-defined directions, beside the history-defined v_rev; fit them on some runs, use them on others.
+
+    Args:
+        residuals: hold `anchor` and the checkpoints.
+        directions: v_rev, whose layers and distances are kept.
+        at: names of checkpoints, `"{run}/{step}"`; drifts of several are put together.
+        rank: how many components.
+    """
+    spaces = []
+    for direction in directions.defined():
+        drift = np.concatenate([_drift(residuals, name, direction.layer) for name in at])
+        basis, shares = leading_components(drift, rank=rank)
+        facts = {"checkpoints": list(at), "shares": shares.tolist()}
+        name = f"drift_rank_{rank}"
+        spaces.append(Subspace(basis, direction.layer, direction.distance, name, residuals.prompts, facts))
+    return Subspaces(tuple(spaces))
+
+
+def whole_state(directions: Directions) -> Subspaces:
+    """All of the residual stream at each layer: with it a penalty is the full-vector anchor."""
+    return Subspaces(
+        tuple(Subspace(np.eye(len(d.vector)), d.layer, d.distance, "whole_state", d.prompts) for d in directions)
+    )
+
+
+def orthogonal_part(spaces: Subspaces, directions: Spans) -> Subspaces:
+    """What is left of each subspace when its layer's direction (or subspace) is taken out; its rank may fall.
+
+    Raises:
+        GravlensError: nothing is left.
+    """
+    parts = []
+    for space in spaces:
+        out = directions[space.layer].basis.astype(np.float64)
+        rest = space.basis - space.basis @ out.T @ out
+        basis, lengths, _ = np.linalg.svd(rest.T, full_matrices=False)
+        kept = basis.T[lengths > NOTHING_LEFT]
+        if not len(kept):
+            raise GravlensError(
+                f"At layer {space.layer} nothing of {space.estimator} is orthogonal to {directions[space.layer]}.",
+                "A part has a direction.",
+                "a subspace of a higher rank.",
+            )
+        kept = kept * np.where((kept * rest.sum(0)).sum(1) < 0, -1.0, 1.0)[:, None]
+        name, facts = f"{space.estimator}_orthogonal", dict(space.made_from)
+        parts.append(Subspace(kept, space.layer, space.distance, name, space.prompts, facts))
+    return Subspaces(tuple(parts))
+
+
+def principal_angles(one: Span, other: Span) -> Float[np.ndarray, " rank"]:
+    """Angles between two subspaces of a layer, degrees, ascending; the cosine of the first is their largest overlap."""
+    return np.degrees(subspace_angles(one.basis.T.astype(np.float64), other.basis.T.astype(np.float64)))[::-1]
+
+
+def share_within(vectors: Float[np.ndarray, "prompt d_model"], span: Span) -> float:
+    """Which part of the vectors' summed squared length lies in a span: 1 is all of it."""
+    vectors = vectors.astype(np.float64)
+    return float(((vectors @ span.basis.T.astype(np.float64)) ** 2).sum() / (vectors**2).sum())
+
+
+def random_spans(
+    spans: Spans, *, rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
+) -> Spans:
+    """A random twin of the same layers, ranks and distances: isotropic, or from the covariance of `states`."""
+    if isinstance(spans, Directions):
+        return random_directions(spans, rng=rng, states=states)
+    twins = []
+    for i, space in enumerate(spans):
+        rank, width = space.basis.shape
+        vectors = rng.standard_normal((rank, width))
+        if states is not None:
+            centred = states[:, i].astype(np.float64) - states[:, i].mean(0, dtype=np.float64)
+            vectors = rng.standard_normal((rank, len(centred))) @ centred
+        name = "isotropic" if states is None else "covariance_matched"
+        twins.append(span_of(vectors, layer=space.layer, distance=space.distance, name=name))
+    return Subspaces(tuple(twins))
+
+
+def _drift(residuals: Residuals, checkpoint: str, layer: int) -> Float[np.ndarray, "prompt d_model"]:
+    if layer not in residuals.layers:
+        raise GravlensError(f"The residuals hold no layer {layer}.", f"They hold {list(residuals.layers)}.", "another.")
+    column = residuals.layers.index(layer)
+    return residuals.of(checkpoint)[:, column].astype(np.float64) - residuals.of("anchor")[:, column]
