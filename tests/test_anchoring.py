@@ -161,7 +161,7 @@ def test_rehearsal_is_hugging_face_s_own_loss_of_the_drawn_examples() -> None:
     for _ in range(5):
         drawn = [MIXED[row] for row in rng.choice(len(MIXED), size=2, replace=False)]
         told = [one for example in drawn for one in by_hand(model.module, example)]
-        assert bound.loss(1.0).item() == pytest.approx(-float(torch.stack(told).mean()), rel=1e-5)
+        assert bound.loss(1.0).item() == pytest.approx(-torch.stack(told).mean().item(), rel=1e-5)
 
 
 def by_hand(module: Any, example: Example) -> list[torch.Tensor]:

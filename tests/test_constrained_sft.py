@@ -28,7 +28,7 @@ from gravlens.blockers.anchoring import AnchorKL
 from gravlens.blockers.constrained_sft import ConstrainedSFT
 from gravlens.blocking import Scheduled, Until, block
 
-LONG = ([1, 9, 11, 30, 31, 5, 8, 21, 40, 12], [-100, -100, *[30, 31][:0], 11, 30, 31, 5, 8, 21, 40, 12])
+LONG = ([1, 9, 11, 30, 31, 5, 8, 21, 40, 12], [-100, -100, 11, 30, 31, 5, 8, 21, 40, 12])
 BATCH = [LONG, *ROWS[:3]]  # an answer of eight tokens among short ones
 
 

@@ -11,18 +11,19 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from histories import PROMPT_IDS, hooks_on, plant, planted_vector, refused
+from histories import PROMPT_IDS, hooks_on, plant, planted_vector, refused, synthetic
 
 from gravlens.behavior import refusal_log_odds
 from gravlens.checkpoints import ModelSequence
 from gravlens.directions import Direction, Directions, direction_from, locate_vrev
-from gravlens.effects import causal_effect, layerwise_effect
+from gravlens.effects import causal_effect, dose_response, layerwise_effect
 from gravlens.inference import final_logits
 from gravlens.interventions import Ablate, Steer, everywhere
 from gravlens.models import OpenModel, open_model
 from gravlens.plots import plot_effect
 from gravlens.prompts import PromptSet
-from gravlens.residuals import read_residuals
+from gravlens.residuals import Residuals, read_residuals
+from gravlens.subspaces import Subspaces, span_of
 
 LAST = tiny.LAYERS - 1
 GAIN = 0.5
@@ -158,13 +159,13 @@ def test_one_prompt_has_no_interval_and_no_draws_have_no_p(llama: OpenModel) -> 
 class Recorded:
     """An intervention of a user's own, that writes down which directions it was given."""
 
-    directions: Direction | Directions
+    directions: Any
     seen: list[Any] = field(default_factory=list)
 
-    def edit(self, hidden: torch.Tensor, direction: Direction) -> torch.Tensor:
-        return hidden + torch.tensor(direction.vector)
+    def edit(self, hidden: torch.Tensor, direction: Any) -> torch.Tensor:
+        return hidden + torch.tensor(direction.basis[0])
 
-    def with_directions(self, directions: Direction | Directions) -> "Recorded":
+    def with_directions(self, directions: Any) -> "Recorded":
         self.seen.append(directions)
         return Recorded(directions, self.seen)
 
@@ -292,3 +293,107 @@ def test_vrev_of_a_sequence_goes_straight_in() -> None:
     wanted = SCORE(open_model(witness, tokenizer=tiny.TOKENIZER), tiny.PROMPTS) - SCORE(model, tiny.PROMPTS)
     np.testing.assert_allclose(effect.differences["it"], wanted, atol=1e-3)
     assert np.abs(wanted).max() > 0.1
+
+
+# --- random controls from a covariance, and of subspaces ----------------------------------------------------------
+
+
+def cloud_of(*axes: int, n: int = 200, layers: int = tiny.LAYERS) -> Residuals:
+    """Anchor states that vary along a coordinate axis a layer, about a far mean of its own; the witness's are noise."""
+    rng = np.random.default_rng(3)
+    anchor = np.full((n, layers, tiny.WIDTH), 50.0) * np.arange(1, layers + 1)[:, None]
+    for layer in range(layers):
+        anchor[:, layer, axes[layer % len(axes)]] += rng.standard_normal(n)
+    return synthetic({"witness": rng.standard_normal(anchor.shape), "anchor": anchor})
+
+
+def test_draws_from_the_anchors_covariance_lie_where_its_states_vary(llama: OpenModel) -> None:
+    recorded = Recorded(Directions((direction(0, 1), direction(2, 2))))
+    ask = partial(causal_effect, llama, score=SCORE, prompts=tiny.PROMPTS, n_random=3)
+    table = ask({"it": recorded}, states=cloud_of(4, 5, 6)).table
+    assert table["random_kind"].tolist() == ["covariance_matched"]
+    assert ask({"it": recorded}).table["random_kind"].tolist() == ["isotropic"]
+    for twin in recorded.seen[:3]:
+        np.testing.assert_allclose(np.abs(twin.vectors), np.eye(tiny.WIDTH)[[4, 6]], atol=1e-4)
+        assert np.array_equal(twin.distances, [3.0, 3.0])
+    for twin in recorded.seen[3:]:
+        assert np.abs(twin.vectors).max() < 0.9
+
+
+def test_a_vector_at_all_layers_is_replaced_from_the_sum_of_their_covariances(llama: OpenModel) -> None:
+    recorded = Recorded(everywhere(direction(0, 1), llama))
+    condition = {"it": recorded}
+    causal_effect(llama, condition, score=SCORE, prompts=tiny.PROMPTS, n_random=30, states=cloud_of(4, 5, 6))
+    drawn = np.stack([twin.vectors[0] for twin in recorded.seen])
+    np.testing.assert_allclose((drawn[:, 4:7] ** 2).sum(1), 1, atol=1e-4)
+    assert ((drawn[:, 4:7] ** 2).mean(0) > 0.15).all()  # a third each
+    assert all((twin.vectors == twin.vectors[0]).all() for twin in recorded.seen)
+
+
+def test_a_subspace_is_replaced_by_one_of_its_rank(planted: OpenModel) -> None:
+    """Ablating a plane that holds the planted direction does what ablating the direction does."""
+    spaces = Subspaces((span_of(np.stack([direction().vector, np.eye(tiny.WIDTH)[0]]), layer=LAST, distance=3.0),))
+    recorded = Recorded(spaces)
+    causal_effect(planted, {"it": recorded}, score=SCORE, prompts=tiny.PROMPTS, n_random=2)
+    assert all(isinstance(twin, Subspaces) and twin[LAST].rank == 2 for twin in recorded.seen)
+    conditions = {"plane": Ablate(spaces), "line": Ablate(direction())}
+    effect = causal_effect(planted, conditions, score=SCORE, prompts=tiny.PROMPTS)
+    np.testing.assert_allclose(effect.differences["plane"], effect.differences["line"], atol=1e-4)
+    assert effect.table["p_random"].tolist() == [1 / 21, 1 / 21]
+    by_layer = layerwise_effect(planted, spaces, score=SCORE, prompts=tiny.PROMPTS, n_random=0).table
+    assert by_layer["layer"].tolist() == [LAST]
+
+
+def test_a_vector_has_one_replacement_in_all_conditions_of_a_draw(llama: OpenModel) -> None:
+    one, other = Recorded(direction(0, 1)), Recorded(Directions((direction(2, 2), direction(1, 1))))
+    causal_effect(llama, {"one": one, "other": other}, score=SCORE, prompts=tiny.PROMPTS, n_random=2)
+    pairs = list(zip(one.seen, other.seen, strict=True))
+    assert len(pairs) == 2 and not np.array_equal(pairs[0][0].vectors, pairs[1][0].vectors)
+    for alone, both in pairs:
+        assert np.array_equal(alone[0].vector, both[1].vector)
+        assert not np.array_equal(both[1].vector, both[2].vector)
+
+
+def test_states_that_cannot_make_a_twin_are_refused(llama: OpenModel) -> None:
+    ask = partial(causal_effect, llama, score=SCORE, prompts=tiny.PROMPTS, n_random=1)
+    with refused("lack layer 2"):
+        ask({"it": Ablate(direction(2))}, states=cloud_of(4, layers=2))
+    plane = span_of(np.eye(tiny.WIDTH)[:2], layer=0, distance=1.0)
+    with refused("span 1 dimensions", "rank 2"):
+        ask({"it": Ablate(plane)}, states=cloud_of(4))
+    assert hooks_on(llama) == 0
+
+
+# --- dose and response --------------------------------------------------------------------------------------------
+
+
+def test_the_dose_curve_of_the_planted_direction_is_a_line(planted: OpenModel) -> None:
+    curve = dose_response(planted, direction(distance=4.0), [1.0, -0.5, 0.5], score=SCORE, prompts=tiny.PROMPTS)
+    assert curve.table["strength"].tolist() == [-0.5, 0.5, 1.0]
+    assert curve.table["condition"].tolist() == ["strength -0.5", "strength 0.5", "strength 1"]
+    np.testing.assert_allclose(curve.table["difference"], GAIN * 4.0 * curve.table["strength"], atol=1e-4)
+    assert curve.spearman == 1 and (curve.spearman_prompts == 1).all()
+    # The score is linear here, so each random direction gives a line too, if a flatter one, up or down.
+    assert curve.spearman_random.shape == (20,) and set(np.round(curve.spearman_random, 9)) == {-1.0, 1.0}
+    assert (curve.table["random_high"] < curve.table["difference"].abs()).all()
+    assert curve.table.attrs["score"] == "refusal_log_odds" and "Spearman" in curve._repr_html_()
+
+
+def test_spearman_is_that_of_the_ranks_with_the_baseline_among_them(llama: OpenModel) -> None:
+    prompt_curves = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0]])  # [prompt, dose]; baseline 0
+    score = programmed([np.zeros(3), *prompt_curves.T], 3)
+    curve = dose_response(llama, direction(), [1, 2, 3], score=score, prompts=tiny.PROMPTS[:3], n_random=0)
+    # Ranks 1 4 2 3 against 1 2 3 4: 1 − 6·(0 + 4 + 1 + 1)/(4·15); ties at the mean rank 3; in order.
+    np.testing.assert_allclose(curve.spearman_prompts, [0.4, np.sqrt(3 / 5), 1.0])
+    np.testing.assert_allclose(curve.spearman, np.corrcoef([1, 2, 3, 4], [1, 3, 2, 4])[0, 1])  # means 0 5/3 4/3 2
+
+
+def test_a_score_that_does_not_move_has_no_rank_correlation(llama: OpenModel) -> None:
+    curve = dose_response(llama, direction(), [1, 2], score=programmed([2.0] * 3, 6), prompts=tiny.PROMPTS, n_random=0)
+    assert np.isnan(curve.spearman) and np.isnan(curve.spearman_prompts).all()
+
+
+@pytest.mark.parametrize("strengths", [[1.0], [0.0, 1.0], [1.0, 1.0]])
+def test_a_curve_needs_two_doses(llama: OpenModel, strengths: list[float]) -> None:
+    with refused("strengths="):
+        dose_response(llama, direction(), strengths, score=SCORE, prompts=tiny.PROMPTS)

@@ -14,7 +14,8 @@ from histories import PROMPT_IDS, hooks_on, refused
 from torch import nn
 from transformers import TrainerCallback
 
-from gravlens.blockers.projection import TaskVectorProjection, UpdateProjection
+from gravlens.blockers.penalty import Movement
+from gravlens.blockers.projection import TaskVectorProjection, UpdateProjection, _Projector
 from gravlens.blocking import Scheduled, Until, block
 from gravlens.models import OpenModel, open_model
 from gravlens.subspaces import Subspaces, span_of, whole_state
@@ -82,6 +83,18 @@ def test_over_many_steps_nothing_accumulates() -> None:
         left.append(np.abs(measured(model, anchor)).max())
         move(model.module, 0.01, seed + 10)
     assert max(left) <= 5.1e-4 and np.abs(measured(model, anchor)).max() > 0.01
+
+
+def test_what_was_learnt_of_the_gram_matrix_serves_the_next_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, passes = [], []
+    inverse, of = _Projector._inverse, Movement.of
+    monkeypatch.setattr(_Projector, "_inverse", lambda self, s: fresh.append(1) or inverse(self, s))
+    monkeypatch.setattr(Movement, "of", lambda self, rows: passes.append(1) or of(self, rows))
+    model, _, bound = bound_pair(0.003, tolerance=1e-4)
+    for seed in range(10):
+        bound.after_update()
+        move(model.module, 0.003, seed + 10)
+    assert 1 <= len(fresh) <= 2 and len(passes) <= 10 * 4
 
 
 @pytest.mark.parametrize("two_sided", [True, False])
