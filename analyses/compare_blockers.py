@@ -7,7 +7,6 @@ loss) and prints the table and its orderings.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -65,12 +64,18 @@ def main(
 ) -> None:
     """Which blocker holds the harm, which holds v_rev, at what cost?"""
     try:
-        recipe = Recipe(steps, 8, learning_rate, weight_decay=0.0, lora=lora or None)
-        chosen = settings_of(sequence, data, organism, pretrained, runs=runs, threads=threads)
+        if (sequence is None) != (data is None) or sum([sequence is not None, bool(organism), pretrained]) != 1:
+            raise GravlensError(
+                "It is not clear what to compare on.",
+                "One of: SEQUENCE.toml with --data, --organism, --pretrained.",
+                "--organism 4, which takes some minutes.",
+            )
+        chosen = settings_of(organism, pretrained, runs=runs, threads=threads)
         if sequence is not None and data is not None:
-            measures = measures_of(openings, compliances)
-            given = GivenHistory(sequence, data, runs=runs, layers=tuple(layer), recipe=recipe, measures=measures)
-            chosen = {"given": replace(given, threads=threads or given.threads)}
+            recipe = Recipe(steps, 8, learning_rate, weight_decay=0.0, lora=lora or None)
+            own = {"layers": tuple(layer), "recipe": recipe, "measures": measures_of(openings, compliances)}
+            threads = threads or GivenHistory.threads
+            chosen["given"] = GivenHistory(sequence, data, runs=runs, threads=threads, **own)
         tables, layers = [], []
         for name, setting in chosen.items():
             arms = arms_of(setting, runs, arm, doses)
@@ -81,25 +86,13 @@ def main(
         raise typer.BadParameter(str(error)) from error
     table = pd.concat(tables, ignore_index=True)
     write(table, pd.concat(layers, ignore_index=True), out)
-    for part, rows in table.groupby("data", sort=False):
-        typer.echo(f"\n{part}: mean over {rows.organism.nunique()} histories and their runs\n")
-        typer.echo(rows.groupby("blocker", sort=False)[SHOWN].mean().to_string(float_format="{:.3f}".format))
-        typer.echo("\n" + "\n".join(orderings(rows)))
+    tell(table)
 
 
-def settings_of(
-    sequence: Path | None, data: Path | None, organisms: Sequence[int], pretrained: bool, *, runs: int, threads: int
-) -> dict[str, Setting]:
-    """The histories that were asked for, by name; a user's own is made by the caller."""
-    if (sequence is None) != (data is None) or sum([sequence is not None, bool(organisms), pretrained]) != 1:
-        raise GravlensError(
-            "It is not clear what to compare on.",
-            "One of: SEQUENCE.toml with --data, --organism, --pretrained.",
-            "--organism 4, which takes some minutes.",
-        )
-    if pretrained:
-        return {"pretrained": pretrained_setting(runs=runs, threads=threads)}
-    return {f"organism{seed}": RefusalOrganism(organism=seed, runs=runs) for seed in organisms}
+def settings_of(organisms: Sequence[int], pretrained: bool, *, runs: int, threads: int) -> dict[str, Setting]:
+    """The histories that gravlens makes itself, of those that were asked for, by name."""
+    chosen: dict[str, Setting] = {f"organism{seed}": RefusalOrganism(organism=seed, runs=runs) for seed in organisms}
+    return chosen | ({"pretrained": pretrained_setting(runs=runs, threads=threads)} if pretrained else {})
 
 
 def measures_of(openings: Sequence[str], compliances: Sequence[str]) -> Measures:
@@ -135,6 +128,14 @@ def write(table: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
         figure = plot_frontier(rows, twins=twins).figure
         assert isinstance(figure, Figure)
         figure.savefig(out / ("blockers.png" if len(parts) == 1 else f"blockers_{name}.png"))
+
+
+def tell(table: pd.DataFrame) -> None:
+    """Means over histories and runs, and in how many runs each arm was lower than the unblocked one."""
+    for part, rows in table.groupby("data", sort=False):
+        typer.echo(f"\n{part}: mean over {rows.organism.nunique()} histories and their runs\n")
+        typer.echo(rows.groupby("blocker", sort=False)[SHOWN].mean().to_string(float_format="{:.3f}".format))
+        typer.echo("\n" + "\n".join(orderings(rows)))
 
 
 if __name__ == "__main__":

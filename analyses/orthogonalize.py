@@ -33,13 +33,12 @@ from tqdm.auto import tqdm
 from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS, Score
 from gravlens.checkpoints import ModelSequence
 from gravlens.directions import Direction, Directions, locate_vrev, random_directions
-from gravlens.effects import _name, _summary
+from gravlens.effects import name_of, summarise
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model
 from gravlens.prompts import PromptSet
 from gravlens.weights import orthogonalize, orthogonalized
 
-N_BOOTSTRAP = 2000
 SAME_WITHIN = 1e-4
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -106,10 +105,10 @@ def measure(
     for draw in tqdm(range(n_random), "random directions", leave=False):
         (twin,) = random_directions(Directions((direction,)), rng=rng)
         random[draw] = (score(orthogonalized(before, twin), prompts) - baseline).mean()
-    numbers = _summary(score(after, prompts) - baseline, random, rng=rng, n_bootstrap=N_BOOTSTRAP)
+    numbers = summarise(score(after, prompts) - baseline, random, rng=rng)
     row = {"condition": "orthogonalize", "layer": direction.layer, "baseline": baseline.mean()}
     table = pd.DataFrame([{**row, "with_intervention": row["baseline"] + numbers["difference"], **numbers}])
-    table.attrs["score"] = _name(score)
+    table.attrs["score"] = name_of(score)
     return table
 
 

@@ -27,11 +27,11 @@ from gravlens.blockers.projection import UpdateProjection
 from gravlens.blocking import Blocker, _Blocking
 from gravlens.checkpoints import ModelSequence
 from gravlens.directions import locate_vrev
-from gravlens.experiment import home_of, make_checkpoint
+from gravlens.experiment import home_of, make_checkpoint, refusals_of
 from gravlens.fetch import cache_folder
 from gravlens.finetune import _collate
 from gravlens.models import OpenModel, open_model, quiet
-from gravlens.prompts import Example, encode_example
+from gravlens.prompts import encode_example
 from gravlens.residuals import cache_residuals
 from gravlens.settings.refusal import RefusalOrganism
 
@@ -110,13 +110,13 @@ def batches(sequence: ModelSequence, setting: RefusalOrganism, n: int) -> list[d
 def grounds_of(sequence: ModelSequence, setting: RefusalOrganism) -> arms.Grounds:
     """What blockers are made of."""
     states = cache_residuals(sequence)
-    probes, wordings = sequence.require_probes(), setting.measures.refusals
+    probes = sequence.require_probes()
     return arms.Grounds(
         sequence=sequence,
         states=states,
         vs=locate_vrev(states).at(setting.layers_in_mean),
         other=None,
-        refusals=[Example(prompt, wordings[i % len(wordings)]) for i, prompt in enumerate(probes)],
+        refusals=refusals_of(probes, setting.measures.refusals),
         harmless=probes,
         rng=np.random.default_rng(0),
     )

@@ -1,7 +1,7 @@
 """Arms: kinds of fine-tuning runs, and what their blockers are made of."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -14,10 +14,12 @@ from gravlens.blockers.penalty import Penalty
 from gravlens.blockers.projection import TaskVectorProjection, UpdateProjection
 from gravlens.blocking import Blocker, Scheduled, Until
 from gravlens.checkpoints import ModelSequence
-from gravlens.directions import Directions, difference_of_means, direction_from
+from gravlens.directions import Directions
 from gravlens.errors import GravlensError
+from gravlens.models import open_model, sequence_tokenizer
 from gravlens.prompts import Example, PromptSet
-from gravlens.residuals import Residuals, cache_residuals
+from gravlens.refusal import refusal_candidates
+from gravlens.residuals import Residuals
 from gravlens.subspaces import Spans, Subspaces, drift_subspaces, orthogonal_part, random_spans, whole_state
 
 UNBLOCKED = "unblocked"
@@ -129,14 +131,9 @@ def everything(grounds: Grounds) -> Subspaces:
 
 def harmful_minus_harmless(grounds: Grounds) -> Directions:
     """The anchor's difference of means between the probes and harmless prompts, a layer each (Arditi et al. 2024)."""
-    anchor = grounds.sequence.anchor
-    harmless = cache_residuals(grounds.sequence, grounds.harmless, layers=grounds.vs.layers, checkpoints=[anchor])
-    apart = []
-    for i, v in enumerate(grounds.vs):
-        harmful = grounds.states.of("anchor")[:, grounds.states.layers.index(v.layer)]
-        vector = difference_of_means(harmful, harmless.of("anchor")[:, i])
-        apart.append(direction_from(vector, layer=v.layer, distance=v.distance, name="harmful_minus_harmless"))
-    return Directions(tuple(apart))
+    anchor = open_model(grounds.sequence.anchor, tokenizer=sequence_tokenizer(grounds.sequence))
+    found = Directions(refusal_candidates(anchor, harmful=grounds.probes, harmless=grounds.harmless))
+    return Directions(tuple(replace(found[v.layer], distance=v.distance) for v in grounds.vs))
 
 
 # --- with what ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Blockers beside each other: one row a run, per layer, against the unblocked run of the same seed."""
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import pandas as pd
 
 from gravlens.arms import UNBLOCKED, Arm
 from gravlens.directions import Directions, locate_vrev
-from gravlens.experiment import join, load_states, run_folder
+from gravlens.experiment import load_states, run_folder
+from gravlens.findings import follow_arm, numbers, run_facts
 from gravlens.settings.history import Setting
-from gravlens.trajectory import follow
 
 CLIP = 1.0  # of the gradient's norm, in gravlens.finetune
 BEHAVIOR = ("harmfulness", "refusal_log_odds", "two_sided_log_odds", "over_refusal", "task_loss", "empty", "degenerate")
@@ -65,21 +65,15 @@ def _blocker(arm: Arm) -> str:
 
 
 def _followed(setting: Setting, home: Path, arm: Arm, seed: int, vs: Directions) -> pd.DataFrame:
-    part = str(run_folder(home, arm, seed).relative_to(home))
-    sets = [
-        join([load_states(home, "measured", name), load_states(home, part, name)]) for name in ("probes", "held_out")
-    ]
-    return follow(sets, vs, layers_in_mean=setting.layers_in_mean).table
+    return follow_arm(setting, replace(arm, seeds=(seed,)), home, vs).table
 
 
 def _row(setting: Setting, home: Path, arm: Arm, seed: int, vs: Directions) -> dict[str, Any]:
-    folder = run_folder(home, arm, seed)
-    facts = json.loads((folder / "run.json").read_text())
-    log = pd.read_csv(folder / "log.csv")
+    facts, log = run_facts(home, arm, seed), pd.read_csv(run_folder(home, arm, seed) / "log.csv")
     table = _followed(setting, home, arm, seed, vs)
     last = table[table.layer.isna() & (table.step == table.step.max())].set_index("prompts")
     layers = table[table.layer.notna() & (table.prompts == "given")]
-    measured = {k: np.nan if v is None else v for k, v in facts["behavior"][str(setting.recipe.steps)].items()}
+    measured = numbers(facts["behavior"][str(setting.recipe.steps)])
     lengths = table[table.layer.notna() & (table.prompts == "held_out") & (table.step == table.step.max())]
     return {
         "blocker": _blocker(arm),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gravlens.behavior import Prompts
 from gravlens.errors import GravlensError
-from gravlens.inference import _batches, _end_logits, generate, sequence_logprobs
+from gravlens.inference import batches, end_logits, generate, sequence_logprobs
 from gravlens.models import OpenModel
 from gravlens.prompts import PromptSet, encode
 
@@ -67,10 +67,10 @@ def _answer_logprobs(model: OpenModel, prompts: Ids, answers: Ids) -> Iterator[t
     size = max(1, POSITIONS // (1 + max(map(len, answers))))
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        for chosen, batch in _batches(model, [ids[row] for row in part]):
+        for chosen, batch in batches(model, [ids[row] for row in part]):
             rows = [part[index] for index in chosen]
             lengths = [len(answers[row]) for row in rows]
-            logits = _end_logits(model, batch, torch.tensor(lengths))
+            logits = end_logits(model, batch, torch.tensor(lengths))
             for row, length, own in zip(rows, lengths, logits, strict=True):
                 yield row, own[-1 - length :].float().log_softmax(-1)
 

@@ -100,7 +100,7 @@ def causal_effect(
             for draw, seed in enumerate(seeds):
                 random[name][draw] = (measure(_random_twin(together, int(seed), states)) - baseline).mean()
                 bar.update()
-            numbers = _summary(differences[name], random[name], rng=rng, n_bootstrap=N_BOOTSTRAP)
+            numbers = summarise(differences[name], random[name], rng=rng)
             rows.append({"condition": name, "layer": _layer(together), "baseline": baseline.mean(), **numbers})
     kind = "isotropic" if states is None else "covariance_matched"
     return Effect(_table(rows, score).assign(random_kind=kind), random, differences, baseline)
@@ -127,7 +127,7 @@ def layerwise_effect(
     Returns:
         An `Effect`, one row per intervention and layer; `random` and `differences` go by `"{condition}, layer {l}"`.
     """
-    makes = intervention if isinstance(intervention, Mapping) else {_name(intervention).lower(): intervention}
+    makes = intervention if isinstance(intervention, Mapping) else {name_of(intervention).lower(): intervention}
     spans = directions.defined() if isinstance(directions, Directions) else directions
     named = [(name, make, span) for name, make in makes.items() for span in spans]
     conditions = {f"{name}, layer {span.layer}": make(span) for name, make, span in named}
@@ -224,7 +224,7 @@ def _scores(
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (len(prompts),) or not np.isfinite(values).all():
         raise GravlensError(
-            f"The score {_name(score)} gave {int(np.isfinite(values).sum())} finite numbers of shape {values.shape}.",
+            f"The score {name_of(score)} gave {int(np.isfinite(values).sum())} finite numbers of shape {values.shape}.",
             f"A score gives one finite number for each of the {len(prompts)} prompts.",
             "refusal_log_odds, or a function (model, prompts) -> array.",
         )
@@ -277,17 +277,14 @@ def _cloud(states: Residuals | None, layers: Sequence[int]) -> Float[np.ndarray,
     return (at - at.mean(0)).reshape(-1, 1, at.shape[-1])
 
 
-def _summary(
-    differences: Float[np.ndarray, " prompt"],
-    random: Float[np.ndarray, " draw"],
-    *,
-    rng: np.random.Generator,
-    n_bootstrap: int,
+def summarise(
+    differences: Float[np.ndarray, " prompt"], random: Float[np.ndarray, " draw"], *, rng: np.random.Generator
 ) -> dict[str, float]:
+    """The mean difference, its interval over prompts, and where it stands among random draws: columns of `Effect`."""
     difference, nan = float(differences.mean()), float("nan")
     low, high, p, random_low, random_high = (nan,) * 5
     if len(differences) > 1:  # one prompt has no interval
-        resampled = bootstrap((differences,), np.mean, n_resamples=n_bootstrap, method="percentile", rng=rng)
+        resampled = bootstrap((differences,), np.mean, n_resamples=N_BOOTSTRAP, method="percentile", rng=rng)
         low, high = map(float, resampled.confidence_interval)
     if len(random):
         p = (1 + int((np.abs(random) >= abs(difference)).sum())) / (1 + len(random))
@@ -301,7 +298,7 @@ def _summary(
 def _table(rows: Sequence[Mapping[str, Any]], score: Score) -> pd.DataFrame:
     table = pd.DataFrame(rows).astype({"layer": "Int64"})
     table.insert(3, "with_intervention", table["baseline"] + table["difference"])
-    table.attrs["score"] = _name(score)
+    table.attrs["score"] = name_of(score)
     return table
 
 
@@ -310,7 +307,7 @@ def _layer(interventions: Sequence[Intervention]) -> Any:
     return layers.pop() if len(layers) == 1 else pd.NA
 
 
-def _name(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., Any]) -> str:
     """A function's name, also where some of its arguments are filled in."""
     function = function.func if isinstance(function, partial) else function
     return getattr(function, "__name__", type(function).__name__)

@@ -139,9 +139,9 @@ def measure_history(setting: Setting, home: Path) -> Path:
         history = [Checkpoint(name, home / name) for name in setting.checkpoints]
         _save_states(sequence, history, folder)
         _save_positions(sequence, setting, history, folder)
-        behavior = {name: measure_behavior(open_model(home / name), setting, home) for name in ("witness", "anchor")}
-        write_json(folder / "behavior.json", behavior)
-        write_json(folder / "answers.json", _own_answers(setting, home))
+        ends = {name: open_model(home / name) for name in ("witness", "anchor")}
+        write_json(folder / "behavior.json", {name: measure_behavior(end, setting, home) for name, end in ends.items()})
+        write_json(folder / "answers.json", {name: _own_answers(end, setting, home) for name, end in ends.items()})
 
     return once(home / "measured", make)
 
@@ -220,14 +220,15 @@ def blocker_of(setting: Setting, arm: Arm, seed: int, home: Path) -> Blocker | N
         states=states,
         vs=locate_vrev(states).at(setting.layers_in_mean).defined(),
         other=other,
-        refusals=_refusals(sequence.require_probes(), setting.measures.refusals),
+        refusals=refusals_of(sequence.require_probes(), setting.measures.refusals),
         harmless=_harmless(setting.examples(arm.data, seed, home)),
         rng=np.random.default_rng([seed, 2]),
     )
     return arm.blocker(grounds)
 
 
-def _refusals(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:
+def refusals_of(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:
+    """The probes, refused in each wording in turn."""
     return [Example(prompt, wordings[i % len(wordings)]) for i, prompt in enumerate(probes)]
 
 
@@ -287,16 +288,11 @@ def _save_positions(sequence: ModelSequence, setting: Setting, checkpoints: Sequ
         states.save(folder / f"held_out{position}.safetensors")
 
 
-def _own_answers(setting: Setting, home: Path) -> dict[str, dict[str, list[str]]]:
-    """What witness and anchor say to the first prompts of each set: divergences are taken along it."""
-    prompts, told = setting.prompts(home), {}
-    for name in ("witness", "anchor"):
-        model = open_model(home / name)
-        told[name] = {
-            kind: generate_answers(model, prompts[kind][:N_DIVERGENCE], max_new_tokens=setting.measures.max_new_tokens)
-            for kind in ("held_out", "harmless")
-        }
-    return told
+def _own_answers(model: OpenModel, setting: Setting, home: Path) -> dict[str, list[str]]:
+    """What witness or anchor says to the first prompts of each set: divergences are taken along it."""
+    prompts, length = setting.prompts(home), setting.measures.max_new_tokens
+    first = {"held_out": prompts["held_out"][:N_DIVERGENCE], "harmless": prompts["harmless"][:N_DIVERGENCE]}
+    return {kind: generate_answers(model, some, max_new_tokens=length) for kind, some in first.items()}
 
 
 def measure_divergence(model: OpenModel, setting: Setting, home: Path) -> dict[str, float]:
@@ -307,12 +303,16 @@ def measure_divergence(model: OpenModel, setting: Setting, home: Path) -> dict[s
     prompts = setting.prompts(home)
     told = json.loads((home / "measured" / "answers.json").read_text())
     sets = {"held_out": prompts["held_out"][:N_DIVERGENCE], "harmless": prompts["harmless"][:N_DIVERGENCE]}
-    found = {}
-    for reference, kind in (("anchor", "harmless"), ("anchor", "held_out"), ("witness", "held_out")):
-        before = open_model(home / reference)
-        name = f"kl_{reference}" + ("_harmless" if kind == "harmless" else "")
-        found[name] = float(kl_from(before, model, sets[kind], answers=told[reference][kind]).mean())
-    return found
+    ends = {name: open_model(home / name) for name in ("witness", "anchor")}
+
+    def apart(name: str, kind: str) -> float:
+        return float(kl_from(ends[name], model, sets[kind], answers=told[name][kind]).mean())
+
+    return {
+        "kl_anchor_harmless": apart("anchor", "harmless"),
+        "kl_anchor": apart("anchor", "held_out"),
+        "kl_witness": apart("witness", "held_out"),
+    }
 
 
 def _measure_run(

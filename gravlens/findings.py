@@ -48,7 +48,7 @@ class Findings:
 def findings_of(setting: Setting, home: Path, *, organism: str) -> Findings:
     """Read what `carry_out` left and put it into tables."""
     vs = locate_vrev(load_states(home, "measured", "probes"))
-    follows = {arm.name: _follow(setting, arm, home, vs) for arm in setting.arms}
+    follows = {arm.name: follow_arm(setting, arm, home, vs) for arm in setting.arms}
     trajectory = pd.concat([t.table.assign(arm=name) for name, t in follows.items()], ignore_index=True)
     behavior = _behavior(setting, home)
     tables = {
@@ -73,7 +73,8 @@ def _states(setting: Setting, arm: Arm, home: Path, prompts: str) -> Residuals:
     return states if arm.start == "anchor" else from_start(states, start=arm.start)
 
 
-def _follow(setting: Setting, arm: Arm, home: Path, vs: Directions) -> Trajectory:
+def follow_arm(setting: Setting, arm: Arm, home: Path, vs: Directions) -> Trajectory:
+    """The runs of an arm along v_rev, on probes and held-out prompts."""
     states = [_states(setting, arm, home, prompts) for prompts in PROMPT_SETS]
     return follow(states, vs, layers_in_mean=setting.layers_in_mean)
 
@@ -94,7 +95,7 @@ def _controls(setting: Setting, home: Path, vs: Directions, follows: dict[str, T
     for control, swap in swaps.items():
         if control in setting.checkpoints:
             other = locate_vrev(substitute(measured, **swap))
-            frames.append(final_rows(_follow(setting, arm, home, other).table).assign(control=control))
+            frames.append(final_rows(follow_arm(setting, arm, home, other).table).assign(control=control))
     for control in ("unaligned_twin", "continued_alignment"):
         if control in follows:
             frames.append(final_rows(follows[control].table).assign(control=control))
@@ -127,24 +128,25 @@ def _closures(setting: Setting, home: Path, vs: Directions, follows: dict[str, T
 def _behavior(setting: Setting, home: Path) -> pd.DataFrame:
     history = json.loads((home / "measured" / "behavior.json").read_text())
     rows: list[dict[str, Any]] = [
-        {"arm": "history", "run": name, "step": 0, **_numbers(m)} for name, m in history.items()
+        {"arm": "history", "run": name, "step": 0, **numbers(m)} for name, m in history.items()
     ]
     for arm in setting.arms:
         for seed in arm.seeds:
-            measured = _run_facts(home, arm, seed)["behavior"]
+            measured = run_facts(home, arm, seed)["behavior"]
             rows += [
-                {"arm": arm.name, "run": f"{arm.name}-{seed}", "step": int(step), **_numbers(m)}
+                {"arm": arm.name, "run": f"{arm.name}-{seed}", "step": int(step), **numbers(m)}
                 for step, m in measured.items()
             ]
     return pd.DataFrame(rows)
 
 
-def _numbers(measured: dict[str, Any]) -> dict[str, float]:
+def numbers(measured: dict[str, Any]) -> dict[str, float]:
     """Without the answers; a rate of nothing is null in JSON."""
     return {key: np.nan if value is None else value for key, value in measured.items() if key != "answers"}
 
 
-def _run_facts(home: Path, arm: Arm, seed: int) -> dict[str, Any]:
+def run_facts(home: Path, arm: Arm, seed: int) -> dict[str, Any]:
+    """What `run_arm` left in a run's `run.json`."""
     return json.loads((run_folder(home, arm, seed) / "run.json").read_text())
 
 
@@ -160,7 +162,7 @@ def _arms(setting: Setting, home: Path, follows: dict[str, Trajectory], behavior
                 "arm": arm.name,
                 "run": [f"{arm.name}-{seed}" for seed in arm.seeds],
                 "seed": arm.seeds,
-                "seconds_per_step": [_run_facts(home, arm, seed)["seconds_per_step"] for seed in arm.seeds],
+                "seconds_per_step": [run_facts(home, arm, seed)["seconds_per_step"] for seed in arm.seeds],
                 "blocker_norm": [log.blocker_norm.mean() for log in logs],
             }
         ).set_index("run")

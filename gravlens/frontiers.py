@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from gravlens.arms import UNBLOCKED
 from gravlens.errors import GravlensError
 from gravlens.plots import BLUE, CYCLE, GREY, LABELS, SHARES, STYLE, PictureAxes
 
-UNBLOCKED = "unblocked"
 OFFSETS = ((3, 3), (-9, 3), (3, -8), (-9, -8), (8, 0), (-14, 0), (0, 7), (0, -12))
 
 

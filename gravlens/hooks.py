@@ -50,7 +50,7 @@ def intervene(model: OpenModel | nn.Module, *interventions: Intervention) -> Ite
     """
     opened = open_model(model)
     edits = [(edit, direction) for edit in interventions for direction in each(edit.directions)]
-    firings = Firings([_check_fit(direction, opened) for _, direction in edits])
+    firings = Firings([check_fit(direction, opened) for _, direction in edits])
     with ExitStack() as hooks:
         for number, (edit, direction) in enumerate(edits):
             hook = _hook(edit, direction, firings, number)
@@ -87,7 +87,8 @@ def _silence(edits: Sequence[tuple[Intervention, Span]], silent: Sequence[tuple[
     )
 
 
-def _check_fit(span: Span, model: OpenModel) -> int:
+def check_fit(span: Span, model: OpenModel) -> int:
+    """The layer of a span; raises where a model has no such layer or another width."""
     layer = check_layer(span.layer, model.n_layers)
     if span.basis.shape[1:] != (model.d_model,):
         raise GravlensError(

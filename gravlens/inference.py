@@ -139,8 +139,8 @@ def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor
     """Next-token logits after each prompt, fp32."""
     logits: list[Tensor] = [torch.empty(0)] * len(ids)
     with torch.inference_mode():
-        for rows, batch in _batches(model, ids):
-            for row, out in zip(rows, _end_logits(model, batch)[:, -1], strict=True):
+        for rows, batch in batches(model, ids):
+            for row, out in zip(rows, end_logits(model, batch)[:, -1], strict=True):
                 logits[row] = out.float().cpu()
     return torch.stack(logits)
 
@@ -153,7 +153,7 @@ def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: 
     eos = None if model.tokenizer is None else model.tokenizer.eos_token_id
     answers: list[list[int]] = [[]] * len(ids)
     with torch.inference_mode():
-        for rows, batch in _batches(model, ids):
+        for rows, batch in batches(model, ids):
             if model.kind == "huggingface" and batch.input_ids.shape[1] == 1:
                 batch = Batch(*(widen(part, (1, 0)) for part in batch))  # else a cached pass looks like the prefill
             with reading(batch):
@@ -179,7 +179,7 @@ def _greedy(model: OpenModel, batch: Batch, max_new_tokens: int, eos: int | None
     return module.generate(ids, attention_mask=batch.attention_mask.to(model.device), generation_config=config)
 
 
-def _batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
+def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
     """Left-padded batches of similar length; for TransformerLens models of equal length, so that nothing is padded."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     while order:
@@ -197,16 +197,16 @@ def sequence_logprobs(
     totals = torch.zeros(len(prompts), dtype=torch.float64)
     ids = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
     with torch.inference_mode():
-        for rows, batch in _batches(model, ids):
+        for rows, batch in batches(model, ids):
             lengths = torch.tensor([len(continuations[row]) for row in rows])
-            for row, logits in zip(rows, _end_logits(model, batch, lengths), strict=True):
+            for row, logits in zip(rows, end_logits(model, batch, lengths), strict=True):
                 tokens = torch.tensor(continuations[row], device=logits.device)
                 logprobs = logits[-1 - len(tokens) : -1].float().log_softmax(-1)
                 totals[row] = logprobs.gather(1, tokens[:, None]).double().sum()
     return totals
 
 
-def _end_logits(
+def end_logits(
     model: OpenModel, batch: Batch, answers: Int[Tensor, " prompt"] | None = None
 ) -> Float[Tensor, "prompt keep vocab"]:
     """Logits from the last prompt token on; `answers` says how many tokens of each row come after it."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from torch import nn
 
 from gravlens.behavior import Score
@@ -25,7 +24,7 @@ from gravlens.subspaces import (
     share_within,
     whole_state,
 )
-from gravlens.trajectory import JUDGED_FROM, measure_drift
+from gravlens.trajectory import JUDGED_FROM, drift_per_prompt, measure_drift
 
 # A drift closer to v_rev than this (degrees) has no part orthogonal to it but rounding.
 NO_ANGLE = 0.1
@@ -74,8 +73,8 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
 
 
 def _leaks(residuals: Residuals, checkpoint: str, vs: Directions) -> pd.DataFrame:
-    drift = _difference(residuals, checkpoint, "anchor", vs.layers)
-    to_witness = _difference(residuals, "witness", checkpoint, vs.layers)
+    drift = drift_per_prompt(residuals, checkpoint, vs.layers)
+    to_witness = drift_per_prompt(residuals, "witness", vs.layers, start=checkpoint)
     mean, each_prompt = measure_drift(drift.mean(0), vs), measure_drift(drift, vs)
     refit = np.clip(measure_drift(to_witness.mean(0), vs)["alignment"], -1, 1)
     with np.errstate(invalid="ignore"):  # no drift has no share along v_rev
@@ -109,17 +108,6 @@ def _checkpoints_of_runs(residuals: Residuals) -> list[str]:
             'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
         )
     return names
-
-
-def _difference(
-    residuals: Residuals, one: str, other: str, layers: Sequence[int]
-) -> Float[np.ndarray, "prompt layer d_model"]:
-    if missing := set(layers) - set(residuals.layers):
-        raise GravlensError(
-            f"The residuals hold no layer {sorted(missing)}.", f"They hold {list(residuals.layers)}.", "cache those."
-        )
-    columns = [residuals.layers.index(layer) for layer in layers]
-    return residuals.of(one)[:, columns].astype(np.float64) - residuals.of(other)[:, columns]
 
 
 # --- in which directions ------------------------------------------------------------------------------------------
@@ -215,7 +203,7 @@ def rank_of(spans: Spans) -> int:
 def _ranks(
     residuals: Residuals, checkpoint: str, spans: Spans, directions: Directions, refusal: Directions | None
 ) -> pd.DataFrame:
-    drift = _difference(residuals, checkpoint, "anchor", spans.layers)
+    drift = drift_per_prompt(residuals, checkpoint, spans.layers)
     return pd.DataFrame(
         {
             "layer": span.layer,

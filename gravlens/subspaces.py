@@ -13,6 +13,7 @@ from gravlens.directions import Direction, Directions, random_directions
 from gravlens.errors import GravlensError
 from gravlens.residuals import Residuals
 from gravlens.store import read_tensors, write_tensors
+from gravlens.trajectory import drift_per_prompt
 
 ORTHONORMAL_WITHIN = 1e-4
 # What is left of a unit vector below this length is rounding, not a direction.
@@ -221,5 +222,4 @@ def random_spans(
 def _drift(residuals: Residuals, checkpoint: str, layer: int) -> Float[np.ndarray, "prompt d_model"]:
     if layer not in residuals.layers:
         raise GravlensError(f"The residuals hold no layer {layer}.", f"They hold {list(residuals.layers)}.", "another.")
-    column = residuals.layers.index(layer)
-    return residuals.of(checkpoint)[:, column].astype(np.float64) - residuals.of("anchor")[:, column]
+    return drift_per_prompt(residuals, checkpoint, [layer])[:, 0]

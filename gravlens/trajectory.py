@@ -93,6 +93,14 @@ def drifts(residuals: Residuals, run: str, layers: Sequence[int]) -> Float[np.nd
     return np.stack([_mean_state(residuals, f"{run}/{step}")[columns] - anchor for step in residuals.runs[run]])
 
 
+def drift_per_prompt(
+    residuals: Residuals, checkpoint: str, layers: Sequence[int], *, start: str = "anchor"
+) -> Float[np.ndarray, "prompt layer d_model"]:
+    """h_l(x; checkpoint) − h_l(x; start) of each prompt x, in fp64."""
+    columns = _columns(residuals, layers)
+    return residuals.of(checkpoint)[:, columns].astype(np.float64) - residuals.of(start)[:, columns]
+
+
 def measure_drift(
     drift: Float[np.ndarray, "*batch layer d_model"], directions: Directions
 ) -> dict[str, Float[np.ndarray, "*batch layer"]]:

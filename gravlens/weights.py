@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gravlens.checkpoints import Checkpoint
 from gravlens.directions import Direction
-from gravlens.errors import GravlensError, check_layer
+from gravlens.errors import GravlensError
+from gravlens.hooks import check_fit
 from gravlens.interventions import Ablate
 from gravlens.models import OpenModel, open_model, quiet
 from gravlens.prompts import pad
@@ -139,13 +140,7 @@ def _vector_of(direction: Direction, model: OpenModel) -> Float[Tensor, " d_mode
             "name the layer: directions[12], or locate_vrev(sequence, layer=12).",
         )
     Ablate(direction)  # an undefined direction, or one that is not of unit length, is refused in the same words
-    check_layer(direction.layer, model.n_layers)
-    if direction.vector.shape != (model.d_model,):
-        raise GravlensError(
-            f"The direction of layer {direction.layer} has the shape {direction.vector.shape}.",
-            f"This model's residual stream has width {model.d_model}.",
-            "a direction that was located in this model's history.",
-        )
+    check_fit(direction, model)
     vector = torch.tensor(direction.vector, dtype=torch.float64)
     return (vector / vector.norm()).to(model.device, model.dtype)
 

@@ -134,6 +134,20 @@ def history_on_disk(folder: Path) -> None:
     write_rows(folder / "data.jsonl", [example._asdict() for example in task_examples()[:12]])
 
 
+def sequence_on_disk(folder: Path, models: Mapping[str, nn.Module], runs: Mapping[str, str] | None = None) -> Path:
+    """Tiny checkpoints, `witness` and `anchor` among them, prompts, and the SEQUENCE.toml that names them."""
+    for name, model in models.items():
+        tiny.save(model, folder / name)
+    write_rows(folder / "probes.jsonl", [{"prompt": text} for text in probe_prompts()[:6]])
+    write_rows(folder / "held_out.jsonl", [{"prompt": text} for text in tiny.PROMPTS])
+    lines = [f'{name} = "{pattern}"' for name, pattern in (runs or {"seed0": "ft/checkpoint-*"}).items()]
+    (folder / "SEQUENCE.toml").write_text(
+        'witness = "witness"\nanchor = "anchor"\nprobes = "probes.jsonl"\nheld_out = "held_out.jsonl"\n'
+        "[runs]\n" + "\n".join(lines) + "\n"
+    )
+    return folder
+
+
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

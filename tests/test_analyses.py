@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from histories import between, plant, planted_vector, write_rows
+from histories import between, plant, planted_vector, sequence_on_disk
 from typer.testing import CliRunner, Result
 
 from gravlens.behavior import refusal_log_odds, two_sided_log_odds
 from gravlens.inference import final_logits
 from gravlens.models import OpenModel, open_model
 from gravlens.prompts import encode
-from gravlens.settings.refusal_language import OPENINGS, REFUSALS, probe_prompts
+from gravlens.settings.refusal_language import OPENINGS, REFUSALS
 
 ANALYSES = Path(__file__).resolve().parents[1] / "analyses"
 sys.path.append(str(ANALYSES))  # steer_sweep imports its neighbour, as it does when it is run as a script
@@ -40,15 +40,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
     witness = plant(anchor, planted_vector(4, length=6.0), layer=LAYER)
     models = {"witness": witness, "anchor": anchor}
     models |= {f"ft/checkpoint-{step}": between(anchor, witness, SHARE * step / 20) for step in (5, 20)}
-    for name, model in models.items():
-        tiny.save(model, folder / name)
-    write_rows(folder / "probes.jsonl", [{"prompt": text} for text in probe_prompts()[:6]])
-    write_rows(folder / "held_out.jsonl", [{"prompt": text} for text in tiny.PROMPTS])
-    (folder / "SEQUENCE.toml").write_text(
-        'witness = "witness"\nanchor = "anchor"\nprobes = "probes.jsonl"\nheld_out = "held_out.jsonl"\n'
-        '[runs]\nseed0 = "ft/checkpoint-*"\n'
-    )
-    return folder
+    return sequence_on_disk(folder, models)
 
 
 def ran(script: object, history: Path, *options: str) -> Result:

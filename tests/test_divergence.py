@@ -108,7 +108,7 @@ def test_small_passes_give_the_same_and_hold_no_more_positions_than_told(monkeyp
     pair = [tiny.opened("llama", Path(), seed) for seed in (0, 1)]
     whole = kl_from(*pair, tiny.PROMPTS, answers=ANSWERS)
     sizes: list[int] = []
-    own = divergence._end_logits
+    own = divergence.end_logits
 
     def counted(*given: Any) -> torch.Tensor:
         logits = own(*given)
@@ -116,7 +116,7 @@ def test_small_passes_give_the_same_and_hold_no_more_positions_than_told(monkeyp
         return logits
 
     monkeypatch.setattr(divergence, "POSITIONS", 20)
-    monkeypatch.setattr(divergence, "_end_logits", counted)
+    monkeypatch.setattr(divergence, "end_logits", counted)
     np.testing.assert_allclose(kl_from(*pair, tiny.PROMPTS, answers=ANSWERS), whole, rtol=1e-5)
     assert max(sizes) <= 20 and len(sizes) == 2 * 3
 

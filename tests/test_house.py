@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
     "errors prompts checkpoints store models inference gguf residuals behavior strongreject judges divergence "
-    "directions subspaces trajectory interventions hooks weights nulls controls effects selectivity tradeoff refusal "
+    "directions trajectory subspaces interventions hooks weights nulls controls effects selectivity tradeoff refusal "
     "leaks blocking blockers finetune arms plots frontiers heatmaps report fetch settings experiment findings "
     "comparison reproduce cli"
 ).split()

@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from histories import between, hidden_states, moved, plant, planted_vector, write_rows
+from histories import between, hidden_states, moved, plant, planted_vector, sequence_on_disk, write_rows
 from typer.testing import CliRunner, Result
 
 from gravlens.behavior import refusal_log_odds
 from gravlens.directions import Directions, direction_from
 from gravlens.models import open_model
 from gravlens.prompts import PromptSet, encode
-from gravlens.settings.refusal_language import REFUSALS, probe_prompts
+from gravlens.settings.refusal_language import REFUSALS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "analyses" / "leak_map.py"
 sys.path.append(str(SCRIPT.parent))  # it imports its neighbour, as it does when it is run as a script
@@ -46,15 +46,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "b":
             last = plant(last, planted_vector(9, length=3.0), layer=LAYER)
         models |= {f"{name}/checkpoint-5": moved(anchor, seed=seed, by=0.05), f"{name}/checkpoint-20": last}
-    for name, model in models.items():
-        tiny.save(model, folder / name)
-    write_rows(folder / "probes.jsonl", [{"prompt": text} for text in probe_prompts()[:6]])
-    write_rows(folder / "held_out.jsonl", [{"prompt": text} for text in tiny.PROMPTS])
-    (folder / "SEQUENCE.toml").write_text(
-        'witness = "witness"\nanchor = "anchor"\nprobes = "probes.jsonl"\nheld_out = "held_out.jsonl"\n'
-        '[runs]\na = "a/checkpoint-*"\nb = "b/checkpoint-*"\n'
-    )
-    return folder
+    return sequence_on_disk(folder, models, runs={"a": "a/checkpoint-*", "b": "b/checkpoint-*"})
 
 
 @pytest.fixture

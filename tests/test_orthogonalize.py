@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from histories import between, plant, planted_vector, weights_of, write_rows
+from histories import between, plant, planted_vector, sequence_on_disk, weights_of
 from typer.testing import CliRunner, Result
 
 from gravlens.behavior import refusal_log_odds
 from gravlens.directions import Directions, direction_from, random_directions
 from gravlens.models import OpenModel, open_model
-from gravlens.settings.refusal_language import REFUSALS, probe_prompts
+from gravlens.settings.refusal_language import REFUSALS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "analyses" / "orthogonalize.py"
 sys.path.append(str(SCRIPT.parent))  # it imports its neighbour, as it does when it is run as a script
@@ -38,15 +38,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
     witness = plant(anchor, planted_vector(4, length=6.0), layer=LAYER)
     models = {"witness": witness, "anchor": anchor}
     models |= {f"ft/checkpoint-{step}": between(anchor, witness, 0.02 * step) for step in (5, 20)}
-    for name, model in models.items():
-        tiny.save(model, folder / name)
-    write_rows(folder / "probes.jsonl", [{"prompt": text} for text in probe_prompts()[:6]])
-    write_rows(folder / "held_out.jsonl", [{"prompt": text} for text in tiny.PROMPTS])
-    (folder / "SEQUENCE.toml").write_text(
-        'witness = "witness"\nanchor = "anchor"\nprobes = "probes.jsonl"\nheld_out = "held_out.jsonl"\n'
-        '[runs]\nseed0 = "ft/checkpoint-*"\n'
-    )
-    return folder
+    return sequence_on_disk(folder, models)
 
 
 def ran(history: Path, out: Path, *options: str) -> Result:
