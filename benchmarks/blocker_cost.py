@@ -44,6 +44,9 @@ BLOCKERS: dict[str, arms.Make] = {
     "exact projection (all)": arms.projection,
     "exact projection (all, to .0009)": lambda grounds: UpdateProjection(grounds.vs, grounds.probes, tolerance=9e-4),
     "exact projection (8 of 32)": partial(arms.projection, batch=8),
+    "two-move projection (8 of 32)": lambda grounds: UpdateProjection(
+        grounds.vs, grounds.probes, batch=8, iterations=2
+    ),
     "one-move projection (8 of 32)": lambda grounds: UpdateProjection(
         grounds.vs, grounds.probes, batch=8, iterations=1
     ),
@@ -60,6 +63,7 @@ TARGETS = {
     "exact projection (all)": 5.0,
     "exact projection (all, to .0009)": 5.0,
     "exact projection (8 of 32)": 2.0,
+    "two-move projection (8 of 32)": 2.0,
     "one-move projection (8 of 32)": 2.0,
 }
 

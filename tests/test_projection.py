@@ -87,8 +87,8 @@ def test_over_many_steps_nothing_accumulates() -> None:
 
 def test_what_was_learnt_of_the_gram_matrix_serves_the_next_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, passes = [], []
-    inverse, of = _Projector._inverse, Movement.of
-    monkeypatch.setattr(_Projector, "_inverse", lambda self, s: fresh.append(1) or inverse(self, s))
+    inverse, of = _Projector._fresh_inverse, Movement.of
+    monkeypatch.setattr(_Projector, "_fresh_inverse", lambda self: fresh.append(1) or inverse(self))
     monkeypatch.setattr(Movement, "of", lambda self, rows: passes.append(1) or of(self, rows))
     model, _, bound = bound_pair(0.003, tolerance=1e-4)
     for seed in range(10):

@@ -26,18 +26,20 @@ class UpdateProjection:
 
     With s_l the mean over probes of ⟨h_l(x; θ) − h_l(x; anchor), v_l⟩ / distance_l, G its gradients (one row a layer)
     and c = s (or relu(s), one-sided), the updated weights are moved by −Gᵀ (G Gᵀ + εI)⁻¹ c, and again until
-    |c| ≤ `tolerance` at every layer. To first order the first move is the projection of the update, with feedback from
-    what has accumulated; the further ones remove what is of second order. The Gram matrix of an earlier step serves
-    until it no longer shrinks c well.
+    |c| ≤ `tolerance` at every layer. With fresh gradients the first move is, to first order, the projection of the
+    update, with feedback from what has accumulated; the further ones remove what is of second order. The gradients are
+    kept (so many copies of the trained weights as there are layers) and serve later steps until they no longer shrink c
+    well; moves along kept gradients hold the same motion by a slightly longer way. What they lack is learnt from what
+    each move did (Broyden's update of the inverse), so that most steps need no backward pass.
 
     Attributes:
         directions: a direction, or a subspace of rank 1, a layer.
         probes: the prompts x; they should not be those that are judged on.
         two_sided: hold s at 0, not only at most 0.
         batch: None: all probes, exact; a number: so many drawn anew at each step, whose own mean is then held and the
-            others' only on average.
+            others' only on average (gradients are of all probes all the same).
         tolerance: of |c|, as a fraction of the distance.
-        iterations: at most so many moves a step.
+        iterations: at most so many moves a step; with few, `tolerance` is a hope.
     """
 
     directions: Spans
@@ -71,29 +73,35 @@ class UpdateProjection:
 
 
 class _Projector:
+    """Moves weights along kept gradients; each parameter's are one tensor [layer, *shape] on its own device."""
+
     def __init__(self, projection: UpdateProjection, movement: Movement, parameters: list[nn.Parameter]) -> None:
         self.projection, self.movement, self.parameters = projection, movement, parameters
+        self.gradients: list[Tensor] = []
         self.inverse: Tensor | None = None
 
+    @torch.no_grad()
     def project(self, rows: np.ndarray, weight: float) -> float:
         """Move the weights until the rows' mean is held; `weight` 1 removes all of the motion, 0.5 half of it."""
         moved_by = [torch.zeros_like(parameter) for parameter in self.parameters]
         target, before, pushed, last = None, float("inf"), None, None
         for _ in range(self.projection.iterations):
-            with torch.enable_grad():
-                s = self.movement.of(rows)[..., 0].mean(0)
-            c = s.detach() if self.projection.two_sided else torch.relu(s.detach())
+            s = self._motion(rows)
+            c = s if self.projection.two_sided else torch.relu(s)
             target = (1 - weight) * c if target is None else target
             left = float((c - target).abs().max())
             if left <= self.projection.tolerance:
                 break
             if pushed is not None and last is not None:
-                self._learn(pushed, last - s.detach())
+                self._learn(pushed, last - s)
             if self.inverse is None or left > SHRINKS * before:
-                self.inverse = self._inverse(s)
-            before, last, pushed = left, s.detach(), self.inverse @ (c - target)
-            self._move(torch.autograd.grad(s, self.parameters, pushed, allow_unused=True), moved_by)
+                self.inverse = self._fresh_inverse()
+            before, last, pushed = left, s, self.inverse @ (c - target)
+            self._move(pushed, moved_by)
         return float(sum(float(change.square().sum()) for change in moved_by)) ** 0.5
+
+    def _motion(self, rows: np.ndarray) -> Float[Tensor, " layer"]:
+        return self.movement.of(rows)[..., 0].mean(0)
 
     def _learn(self, pushed: Float[Tensor, " layer"], answer: Float[Tensor, " layer"]) -> None:
         """Broyden's update: the inverse now gives for the motion that was seen the push that made it."""
@@ -103,24 +111,27 @@ class _Projector:
         if scale.abs() > RIDGE * pushed.square().sum():
             self.inverse = self.inverse + torch.outer(pushed - seen, pushed @ self.inverse) / scale
 
-    def _move(self, gradients: tuple[Tensor | None, ...], moved_by: list[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, gradient, moved in zip(self.parameters, gradients, moved_by, strict=True):
-                if gradient is not None:
-                    parameter -= gradient
-                    moved -= gradient
+    def _move(self, push: Float[Tensor, " layer"], moved_by: list[Tensor]) -> None:
+        for parameter, gradient, moved in zip(self.parameters, self.gradients, moved_by, strict=True):
+            step = torch.tensordot(push.to(gradient), gradient, dims=1)
+            parameter -= step
+            moved -= step
 
-    def _inverse(self, s: Float[Tensor, " layer"]) -> Float[Tensor, "layer layer"]:
-        """(G Gᵀ + εI)⁻¹, one backward pass a layer."""
-        rows = [torch.autograd.grad(one, self.parameters, retain_graph=True, allow_unused=True) for one in s]
-        gram = torch.zeros(len(s), len(s), dtype=torch.float64)
-        for i, row in enumerate(rows):
-            for j in range(i + 1):
-                pairs = zip(row, rows[j], strict=True)
-                dots = [torch.dot(a.flatten(), b.flatten()) for a, b in pairs if a is not None and b is not None]
-                gram[i, j] = gram[j, i] = float(torch.stack(dots).sum())
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(s), dtype=torch.float64)
-        return torch.linalg.inv(gram + ridge).to(s.dtype).to(s.device)
+    def _fresh_inverse(self) -> Float[Tensor, "layer layer"]:
+        """(G Gᵀ + εI)⁻¹ of all probes at the weights as they are, one backward pass a layer; G is kept."""
+        with torch.enable_grad():
+            terms = list(self._motion(np.arange(len(self.movement.ids))))
+        self.gradients = [parameter.new_zeros(len(terms), *parameter.shape) for parameter in self.parameters]
+        for layer, s in enumerate(terms):
+            rows = torch.autograd.grad(s, self.parameters, retain_graph=s is not terms[-1], allow_unused=True)
+            for kept, row in zip(self.gradients, rows, strict=True):
+                if row is not None:
+                    kept[layer] = row
+        flat = (gradient.flatten(1) for gradient in self.gradients)
+        gram = sum((one @ one.T).double().cpu() for one in flat)
+        assert isinstance(gram, Tensor)
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(terms), dtype=torch.float64)
+        return torch.linalg.inv(gram + ridge).to(terms[0].dtype).to(terms[0].device)
 
 
 @dataclass(frozen=True, eq=False)
