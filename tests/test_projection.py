@@ -97,6 +97,17 @@ def test_what_was_learnt_of_the_gram_matrix_serves_the_next_steps(monkeypatch: p
     assert 1 <= len(fresh) <= 2 and len(passes) <= 10 * 4
 
 
+def test_one_move_a_step_without_a_check_does_not_drift_off() -> None:
+    """Nothing is seen after the one move, so the gradients must be renewed where motion has piled up."""
+    model, anchor, bound = bound_pair(0.02, iterations=1)
+    usual, left = np.abs(measured(model, anchor)).max(), []
+    for seed in range(40):
+        bound.after_update()
+        left.append(np.abs(measured(model, anchor)).max())
+        move(model.module, 0.02, seed + 10)
+    assert max(left) < 4 * usual
+
+
 @pytest.mark.parametrize("two_sided", [True, False])
 def test_the_first_move_is_the_closed_form(two_sided: bool) -> None:
     model, anchor, bound = bound_pair(1e-4, tolerance=1e-9, iterations=1, two_sided=two_sided)

@@ -17,7 +17,8 @@ from gravlens.prompts import PromptSet
 from gravlens.subspaces import Spans
 
 RIDGE = 1e-8  # of the Gram matrix's mean diagonal: directions of neighbouring layers are nearly the same constraint
-SHRINKS = 0.3  # an iteration that leaves more than this of the motion wants a fresh Gram matrix
+SHRINKS = 0.3  # a move that leaves more than this of the motion wants fresh gradients
+GROWS = 3.0  # so does a step that begins with so many times the motion that it began with when they were fresh
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +80,13 @@ class _Projector:
         self.projection, self.movement, self.parameters = projection, movement, parameters
         self.gradients: list[Tensor] = []
         self.inverse: Tensor | None = None
+        self.usual = 0.0  # motion at the beginning of the step whose gradients are kept
 
     @torch.no_grad()
     def project(self, rows: np.ndarray, weight: float) -> float:
         """Move the weights until the rows' mean is held; `weight` 1 removes all of the motion, 0.5 half of it."""
         moved_by = [torch.zeros_like(parameter) for parameter in self.parameters]
-        target, before, pushed, last = None, float("inf"), None, None
+        target, wanted, pushed, last = None, GROWS * self.usual, None, None
         for _ in range(self.projection.iterations):
             s = self._motion(rows)
             c = s if self.projection.two_sided else torch.relu(s)
@@ -94,9 +96,9 @@ class _Projector:
                 break
             if pushed is not None and last is not None:
                 self._learn(pushed, last - s)
-            if self.inverse is None or left > SHRINKS * before:
-                self.inverse = self._fresh_inverse()
-            before, last, pushed = left, s, self.inverse @ (c - target)
+            if self.inverse is None or left > wanted:
+                self.inverse, self.usual = self._fresh_inverse(), left if last is None else self.usual
+            wanted, last, pushed = SHRINKS * left, s, self.inverse @ (c - target)
             self._move(pushed, moved_by)
         return float(sum(float(change.square().sum()) for change in moved_by)) ** 0.5
 
