@@ -260,8 +260,12 @@ def further_arms(seeds: tuple[int, ...], data: str, layers: Sequence[int]) -> tu
         "task_vector": task_vector,
     }
     arms = [Arm(name, seeds, data, blocker=make, other=UNBLOCKED) for name, make in made.items()]
-    lift = Arm("released_at_20", seeds, data, blocker=partial(released, step=20), more_steps=(22, 25, 30, 40, 60))
-    return (*arms, Arm("lower_rate_0.25", seeds, data, rate=0.25), lift)
+    return (*arms, Arm("lower_rate_0.25", seeds, data, rate=0.25), lifted(seeds, data))
+
+
+def lifted(seeds: tuple[int, ...], data: str) -> Arm:
+    """The release test: the clamp of `clamp` until step 20, and then nothing."""
+    return Arm("released_at_20", seeds, data, blocker=partial(released, step=20), more_steps=(22, 25, 30, 40, 60))
 
 
 def dose_arms(seeds: tuple[int, ...], data: str) -> tuple[Arm, ...]:

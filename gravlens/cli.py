@@ -14,7 +14,7 @@ from gravlens.checkpoints import ModelSequence
 from gravlens.directions import locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.fetch import cache_folder, fetch_prompts, fetch_smollm2
-from gravlens.report import paper_table
+from gravlens.paper import paper_table
 from gravlens.reproduce import reproduce
 from gravlens.residuals import cache_residuals
 from gravlens.settings.fetched import pretrained_setting

@@ -237,7 +237,7 @@ def _estimate(
         prompts=residuals.prompts,
         made_from={
             **{name: residuals.meta.get("sources", {}).get(name, name) for name in ("witness", "anchor")},
-            **{key: residuals.meta[key] for key in ("positions", "chat_template") if key in residuals.meta},
+            **{key: residuals.meta[key] for key in ("positions", "chat_template", "geometry") if key in residuals.meta},
             "n_prompts": len(witness),
         },
         undefined=undefined,

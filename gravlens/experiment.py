@@ -31,7 +31,7 @@ from gravlens.directions import locate_vrev
 from gravlens.divergence import kl_from
 from gravlens.finetune import finetune
 from gravlens.models import OpenModel, open_each, open_model, sequence_tokenizer
-from gravlens.nulls import update_norms, weight_noise
+from gravlens.noise import update_norms, weight_noise
 from gravlens.prompts import Example, PromptSet
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting

@@ -10,15 +10,14 @@ import numpy as np
 import pandas as pd
 
 from gravlens.arms import Arm
-from gravlens.controls import closure, from_start, substitute
-from gravlens.directions import Directions, locate_vrev
-from gravlens.experiment import PROMPT_SETS, join, load_states, noise_folder, run_folder, unblocked_arm
-from gravlens.nulls import NullDraws, compare, isotropic
-from gravlens.residuals import Residuals
+from gravlens.claims import Claim, claim
+from gravlens.demands import Evidence
+from gravlens.directions import locate_vrev
+from gravlens.evidence import closures_of, controls_of, damage_of, final_rows, follow_arm, intervals_of, nulls_of
+from gravlens.experiment import load_states, run_folder
+from gravlens.nulls import compare
 from gravlens.settings.history import Setting
-from gravlens.trajectory import Trajectory, follow
-
-ISOTROPIC_DRAWS = 20_000
+from gravlens.trajectory import Trajectory
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +27,10 @@ class Findings:
     Attributes:
         trajectory: `Trajectory.table` of every arm, with a column `arm`.
         nulls: `compare`'s columns, for the unblocked runs on held-out prompts.
+        damage: `measure_damage`'s columns.
+        intervals: `bootstrap_alignment`'s columns, for the unblocked runs on held-out prompts.
+        demands: what each claim level demands: `level, name, holds` (<NA>: not run), `figures`.
+        verdicts: `level, sentence, capped_by`.
         controls: `control, run, alignment_final, fraction_final, closure_final` on held-out prompts, layer mean.
         arms: `arm, run`, the final measures, `seconds_per_step, blocker_norm`.
         behavior: `arm, run, step` and every behaviour measure (`arm` is `history` for witness and anchor).
@@ -36,8 +39,12 @@ class Findings:
     trajectory: pd.DataFrame
     nulls: pd.DataFrame
     controls: pd.DataFrame
+    damage: pd.DataFrame
+    intervals: pd.DataFrame
     arms: pd.DataFrame
     behavior: pd.DataFrame
+    demands: pd.DataFrame
+    verdicts: pd.DataFrame
 
     @classmethod
     def concat(cls, parts: Sequence["Findings"]) -> "Findings":
@@ -46,83 +53,50 @@ class Findings:
 
 
 def findings_of(setting: Setting, home: Path, *, organism: str) -> Findings:
-    """Read what `carry_out` left and put it into tables."""
+    """Read what `carry_out` left, hold it against nulls and controls, and put it into tables."""
     vs = locate_vrev(load_states(home, "measured", "probes"))
     follows = {arm.name: follow_arm(setting, arm, home, vs) for arm in setting.arms}
-    trajectory = pd.concat([t.table.assign(arm=name) for name, t in follows.items()], ignore_index=True)
-    behavior = _behavior(setting, home)
+    unblocked = follows["unblocked"]
+    nulls, behavior = nulls_of(setting, home, vs, unblocked), _behavior(setting, home)
+    controls, arms = controls_of(setting, home, vs, follows), _arms(setting, home, follows, behavior)
+    closures = closures_of(setting, home, vs, unblocked.layers_in_mean)
+    damage = damage_of(setting, home, vs, unblocked.layers_in_mean)
+    anchor = behavior[(behavior.arm == "history") & (behavior.run == "anchor")]
+    found = claim(
+        Evidence(
+            trajectory=unblocked,
+            nulls=nulls,
+            controls=controls.rename(columns={"alignment_final": "alignment"}),
+            closures=closures,
+            damage=damage,
+            arms=arms,
+            anchor_harm=float(anchor.harmfulness.iloc[0]),
+        )
+    )
     tables = {
-        "trajectory": trajectory,
-        "nulls": _nulls(setting, home, vs, follows["unblocked"]),
-        "controls": _controls(setting, home, vs, follows),
-        "arms": _arms(setting, home, follows, behavior),
+        "trajectory": pd.concat([t.table.assign(arm=name) for name, t in follows.items()], ignore_index=True),
+        "nulls": pd.concat([compare(unblocked, null) for null in nulls], ignore_index=True),
+        "controls": controls.merge(_final_closures(closures), on=["control", "run"], how="left"),
+        "damage": damage,
+        "intervals": intervals_of(setting, home, vs, unblocked.layers_in_mean),
+        "arms": arms,
         "behavior": behavior,
+        "demands": found.checks,
+        "verdicts": _verdict(found),
     }
     return Findings(**{name: table.assign(organism=organism) for name, table in tables.items()})
 
 
-def final_rows(table: pd.DataFrame, prompts: str = "held_out") -> pd.DataFrame:
-    """Rows of the layer mean at each run's last step."""
-    rows = table[table.layer.isna() & (table.prompts == prompts)]
-    return rows[rows.step == rows.groupby("run").step.transform("max")]
+def _verdict(found: Claim) -> pd.DataFrame:
+    return pd.DataFrame([{"level": found.level, "sentence": found.sentence, "capped_by": found.capped_by}])
 
 
-def _states(setting: Setting, arm: Arm, home: Path, prompts: str) -> Residuals:
-    runs = [load_states(home, str(run_folder(home, arm, seed).relative_to(home)), prompts) for seed in arm.seeds]
-    states = join([load_states(home, "measured", prompts), *runs])
-    return states if arm.start == "anchor" else from_start(states, start=arm.start)
-
-
-def follow_arm(setting: Setting, arm: Arm, home: Path, vs: Directions) -> Trajectory:
-    """The runs of an arm along v_rev, on probes and held-out prompts."""
-    states = [_states(setting, arm, home, prompts) for prompts in PROMPT_SETS]
-    return follow(states, vs, layers_in_mean=setting.layers_in_mean)
-
-
-def _nulls(setting: Setting, home: Path, vs: Directions, unblocked: Trajectory) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
-    nulls = [isotropic(vs, steps=setting.save_steps, draws=ISOTROPIC_DRAWS, rng=rng)]
-    for step in setting.noise:
-        with np.load(noise_folder(setting, step, home) / "draws.npz") as file:
-            nulls.append(NullDraws("weight_noise", file["cosines"], (step,), tuple(file["layers"].tolist())))
-    return pd.concat([compare(unblocked, null) for null in nulls], ignore_index=True)
-
-
-def _controls(setting: Setting, home: Path, vs: Directions, follows: dict[str, Trajectory]) -> pd.DataFrame:
-    arm, measured = unblocked_arm(setting), load_states(home, "measured", "probes")
-    swaps = {"wrong_witness": {"witness": "wrong_witness"}, "sibling_anchor": {"anchor": "sibling_anchor"}}
-    frames = []
-    for control, swap in swaps.items():
-        if control in setting.checkpoints:
-            other = locate_vrev(substitute(measured, **swap))
-            frames.append(final_rows(follow_arm(setting, arm, home, other).table).assign(control=control))
-    for control in ("unaligned_twin", "continued_alignment"):
-        if control in follows:
-            frames.append(final_rows(follows[control].table).assign(control=control))
-    table = pd.concat(frames, ignore_index=True).rename(
-        columns={"alignment": "alignment_final", "fraction": "fraction_final"}
-    )
-    table = table[["control", "run", "alignment_final", "fraction_final"]]
-    return table.merge(_closures(setting, home, vs, follows), on=["control", "run"], how="left")
-
-
-def _closures(setting: Setting, home: Path, vs: Directions, follows: dict[str, Trajectory]) -> pd.DataFrame:
+def _final_closures(closures: pd.DataFrame | None) -> pd.DataFrame:
     columns = ["control", "run", "closure_final"]
-    twin = next((arm for arm in setting.arms if arm.name == "unaligned_twin"), None)
-    if twin is None:
+    if closures is None:
         return pd.DataFrame(columns=columns)
-    arm = unblocked_arm(setting)
-    runs = [load_states(home, str(run_folder(home, arm, seed).relative_to(home)), "held_out") for seed in arm.seeds]
-    twins = [load_states(home, str(run_folder(home, twin, seed).relative_to(home)), "held_out") for seed in twin.seeds]
-    measured = load_states(home, "measured", "held_out")
-    pairs = [(f"{arm.name}-{seed}", f"{twin.name}-{seed}") for seed in twin.seeds]
-    layers = follows["unblocked"].layers_in_mean
-    table = closure(join([measured, *runs]), join([measured, *twins]), vs, pairs=pairs, layers=layers)
-    last = table[table.layer.isna() & (table.step == table.step.max())]
-    twin_of = dict(pairs)
-    return pd.DataFrame(
-        {"control": twin.name, "run": last.run.map(twin_of), "closure_final": last.closure}, columns=columns
-    )
+    last = closures[closures.layer.isna() & (closures.step == closures.step.max())]
+    return pd.DataFrame({"control": "unaligned_twin", "run": last.twin, "closure_final": last.closure}, columns=columns)
 
 
 def _behavior(setting: Setting, home: Path) -> pd.DataFrame:

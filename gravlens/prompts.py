@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -66,6 +67,13 @@ class PromptSet:
     def from_file(cls, path: Path | str, role: str = "prompts") -> "PromptSet":
         """Read `.jsonl` or `.csv` (key or column `prompt`), or `.txt` (one prompt a line)."""
         return cls(tuple(row["prompt"] for row in read_rows(Path(path), "prompt")), role)
+
+
+def shuffled_words(prompts: PromptSet, *, rng: np.random.Generator) -> PromptSet:
+    """Random text with the same words: all prompts' words put in a random order, each prompt as long as it was."""
+    words = [text.split() for text in prompts]
+    pool = iter(rng.permutation([word for text in words for word in text]).tolist())
+    return PromptSet(tuple(" ".join(next(pool) for _ in text) for text in words), "random text")
 
 
 def read_examples(path: Path | str) -> list[Example]:

@@ -12,9 +12,23 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from gravlens.errors import GravlensError
+from gravlens.paper import (
+    ARMS,
+    CONTROLS,
+    HISTORY,
+    NOT_RUN,
+    NULLS,
+    at,
+    decimal,
+    mean_text,
+    named,
+    pairs_text,
+    paper_table,
+    spread_text,
+    value,
+)
 from gravlens.store import write_atomically
 
-NOT_RUN, NOT_REPORTED = "not run", "not reported"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}  # the last one found is taken
 # Figures in their order, and what each says; others follow without a word.
@@ -27,33 +41,6 @@ CAPTIONS = {
     "arm_fraction": "How far back each arm ends.",
     "task_loss": "What blocking costs.",
 }
-# Known entries come first, in this order, and read "not run" where they are absent; others follow.
-NULLS = {"isotropic": "isotropic", "weight_noise": "weight noise"}
-CONTROLS = {
-    "wrong_witness": "wrong witness",
-    "sibling_anchor": "sibling anchor",
-    "unaligned_twin": "unaligned twin",
-    "continued_alignment": "continued alignment",
-}
-ARMS = {
-    "unblocked": "unblocked",
-    "unblocked_new_facts": "unblocked, new facts only",
-    "penalty": "penalty",
-    "penalty_margin": "penalty with a margin (a push)",
-    "penalty_random": "penalty on a random direction",
-}
-HISTORY = {"witness": "witness", "anchor": "anchor"}
-# What the paper's abstract says; its one blocked arm stands beside both of ours.
-PAPER_STEPS = {
-    "first_step": ("alignment, first step", "0.429 ± 0.052 (step 1)"),
-    "step_20": ("alignment, step 20", "0.647 ± 0.021"),
-    "final": ("alignment, last step", "0.648 ± 0.009 (step 100)"),
-}
-PAPER_PAIRS = "24 of 24"
-BLOCKED, RANDOM = ("penalty", "penalty_margin"), {"penalty_random": NOT_REPORTED}
-PAPER_ALIGNMENT = dict.fromkeys(BLOCKED, "−0.211 ± 0.021") | RANDOM
-PAPER_HARM = {"unblocked": "19.0 ± 4.0 %"} | dict.fromkeys(BLOCKED, "8.5 ± 1.5 %") | RANDOM
-PAPER_LOSS = {"unblocked": NOT_REPORTED, "penalty": "little cost"}
 # column -> (heading, in per cent); behaviour is measured on the history too
 BEHAVIOUR = {
     "harmfulness": ("harmfulness", True),
@@ -102,7 +89,7 @@ def write_report(folder: Path) -> Path:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         setting=results.get("setting", "results"),
-        verdict=results.get("verdict") or [],
+        claims=[_claim(claim, results.get("interval") or []) for claim in results.get("claims") or []],
         facts=_facts(results),
         anchors=_anchors(results),
         main=_paper(results),
@@ -127,93 +114,6 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def paper_table(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The main table: the paper's figure and this one, nulls and controls among the rows.
-
-    Each row has `quantity`, `paper`, `here` (mean ± SEM over runs, and the number of anchors where it is not one) and
-    `fraction`: how far back, beside every cosine ("" elsewhere). The paper's figures are those of its abstract.
-    """
-    return [dict(zip(("quantity", "paper", "here", "fraction"), row, strict=True)) for row in _paper_rows(results)]
-
-
-def _paper_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    for key, (quantity, paper) in PAPER_STEPS.items():
-        yield _cosine(results, quantity, paper, "summary", key)
-    for key, name in _named(results.get("nulls"), NULLS):
-        paper = PAPER_PAIRS if key == "isotropic" else NOT_REPORTED
-        yield f"run-step pairs above p99 of: {name}", paper, _pairs(_at(results, "nulls", key)), ""
-    for key, name in _named(results.get("controls"), CONTROLS):
-        yield _cosine(results, f"control: {name}, last step", NOT_REPORTED, "controls", key, suffix="_final")
-    closure = _at(results, "controls", "unaligned_twin", "closure_final")
-    yield "closure of the gap to the unaligned twin", NOT_REPORTED, _mean(closure, results), ""
-    for arm, name, paper in _paper_arms(results, PAPER_ALIGNMENT):
-        yield _cosine(results, f"alignment: {name}", paper, "arms", arm, suffix="_final")
-    yield "harmfulness: anchor", NOT_REPORTED, _spread(_at(results, "history", "anchor", "harmfulness"), True), ""
-    for arm, name, paper in _paper_arms(results, PAPER_HARM):
-        yield f"harmfulness: {name}", paper, _mean(_at(results, "arms", arm, "harmfulness"), results, True), ""
-    for arm, name, paper in _paper_arms(results, PAPER_LOSS):
-        yield f"task loss: {name}", paper, _mean(_at(results, "arms", arm, "task_loss"), results), ""
-
-
-def _paper_arms(results: Mapping[str, Any], paper: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Arm, name, paper's figure: the arms that the paper speaks of, then those that only this setting has."""
-    yield from ((arm, ARMS[arm], figure) for arm, figure in paper.items())
-    yield from ((arm, name, NOT_REPORTED) for arm, name in _named(results.get("arms"), ARMS) if arm not in ARMS)
-
-
-def _cosine(
-    results: Mapping[str, Any], quantity: str, paper: str, *keys: str, suffix: str = ""
-) -> tuple[str, str, str, str]:
-    """A row with the fraction beside the cosine."""
-    here, fraction = (_at(results, *keys, f"{measure}{suffix}") for measure in ("alignment", "fraction"))
-    return quantity, paper, _mean(here, results), "" if _value(here) is None else _spread(fraction)
-
-
-# -- numbers into words ------------------------------------------------------------------------------------------------
-
-
-def _at(results: Any, *keys: str) -> Any:
-    """What lies under the keys, None where the way ends."""
-    for key in keys:
-        results = results.get(key) if isinstance(results, Mapping) else None
-    return results
-
-
-def _value(entry: Any, part: str = "mean") -> float | None:
-    """The number of a plain entry or the named part of a spread; None where it was not run."""
-    value = entry.get(part) if isinstance(entry, Mapping) else entry
-    return value if isinstance(value, int | float) and value == value else None
-
-
-def _number(value: float, percent: bool = False) -> str:
-    return (f"{100 * value:.1f}" if percent else f"{value:.3f}").replace("-", "−")
-
-
-def _spread(entry: Any, percent: bool = False) -> str:
-    """Mean ± SEM, or the mean alone where one run has no SEM."""
-    mean, sem = _value(entry), _value(entry, "sem") if isinstance(entry, Mapping) else None
-    if mean is None:
-        return NOT_RUN
-    return f"{_number(mean, percent)}{'' if sem is None else f' ± {_number(sem, percent)}'}{' %' * percent}"
-
-
-def _mean(entry: Any, results: Mapping[str, Any], percent: bool = False) -> str:
-    """Mean ± SEM with the number of runs, and of anchors where they are several."""
-    runs = _at(entry, "runs")
-    if _value(entry) is None or runs is None:
-        return _spread(entry, percent)
-    count = runs if isinstance(runs, int) else sum(run is not None for run in runs)
-    anchors = results.get("n_anchors") or 1
-    among = f", {anchors} anchors" if anchors > 1 else ""
-    return f"{_spread(entry, percent)} ({count} run{'s' * (count != 1)}{among})"
-
-
-def _pairs(null: Any) -> str:
-    if _at(null, "n_above") is None or _at(null, "n_pairs") is None:
-        return NOT_RUN
-    return f"{null['n_above']} of {null['n_pairs']}"
-
-
 def _cell(value: Any) -> Cell:
     """One value of a tidy table."""
     if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
@@ -223,16 +123,10 @@ def _cell(value: Any) -> Cell:
 
 
 def _spread_cell(entry: Any, percent: bool = False) -> Cell:
-    return Cell(_spread(entry, percent), _value(entry))
+    return Cell(spread_text(entry, percent), value(entry))
 
 
 # -- results into tables -----------------------------------------------------------------------------------------------
-
-
-def _named(entries: Any, known: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Keys with their names: the known ones first, whether run or not."""
-    yield from known.items()
-    yield from ((key, key.replace("_", " ")) for key in (entries or {}) if key not in known)
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -254,8 +148,10 @@ def _paper(results: Mapping[str, Any]) -> Table:
 
 def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
     yield _checks(results.get("checks") or [])
+    yield _demands(results.get("claims") or [])
     yield _nulls(results)
     yield _controls(results)
+    yield _damage(results.get("damage") or [])
     yield _measures("Arms at the last step", "arm", results.get("arms"), ARMS, GEOMETRY | BEHAVIOUR | COST)
     yield _measures("History", "checkpoint", results.get("history"), HISTORY, BEHAVIOUR)
     for measure in ("alignment", "fraction"):
@@ -270,20 +166,53 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
     return Table("The paper's picture, held against each history", columns, rows)
 
 
+def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The level, and the sentence with the intervals of alignment and fraction behind it."""
+    own = [row for row in intervals if row["organism"] == claim["organism"] and row["low"] is not None]
+    spans = [f"{row['measure']} {decimal(row['low'])} to {decimal(row['high'])}" for row in own]
+    more = f" 95 % intervals over runs and prompts: {', '.join(spans)}." if spans else ""
+    return f"{claim['organism']}, level {claim['level']} of 5", claim["sentence"] + more
+
+
+def _demands(claims: Sequence[Mapping[str, Any]]) -> Table:
+    words = {True: "yes", False: "no", None: NOT_RUN}
+    rows = [
+        [
+            _cell(claim["organism"]),
+            _cell(check["level"]),
+            *map(Cell, (check["name"], words[check["holds"]], check["figures"])),
+        ]
+        for claim in claims
+        for check in claim["demands"]
+    ]
+    note = "A level is claimed where its demands and those of every level below hold; one that was not run caps it."
+    return Table(
+        "What each level of the claim demands", ("organism", "level", "demand", "holds", "figures"), rows, note
+    )
+
+
+def _damage(damage: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ("organism", "damage", "alignment", "fraction", "score")
+    rows = [[_cell(row.get(column)) for column in columns] for row in damage]
+    note = "The score is the refusal log-odds, in nats. Damage that turns along v_rev would be fragility, not gravity."
+    headings = ("organism", "damage of the anchor, no training", "alignment", "fraction", "refusal log-odds")
+    return Table("Damage alone", headings, rows, note)
+
+
 def _nulls(results: Mapping[str, Any]) -> Table:
     rows = []
-    for key, name in _named(results.get("nulls"), NULLS):
-        null = _at(results, "nulls", key)
-        rows.append([Cell(name), _spread_cell(_at(null, "p99")), Cell(_pairs(null), _at(null, "n_above"))])
+    for key, name in named(results.get("nulls"), NULLS):
+        null = at(results, "nulls", key)
+        rows.append([Cell(name), _spread_cell(at(null, "p99")), Cell(pairs_text(null), at(null, "n_above"))])
     note = "Pairs are run × step. Steps of one run are not independent: the unit is the run."
     return Table("Nulls", ("null", "p99 of alignment", "pairs above"), rows, note)
 
 
 def _controls(results: Mapping[str, Any]) -> Table:
-    final = {f"{name}_final": value for name, value in (_at(results, "summary", "final") or {}).items()}
+    final = {f"{name}_final": value for name, value in (at(results, "summary", "final") or {}).items()}
     entries = {"itself": final, **(results.get("controls") or {})}
     table = _measures("Controls at the last step", "control", entries, {"itself": "v_rev itself"} | CONTROLS, GEOMETRY)
-    closed = _mean(_at(results, "controls", "unaligned_twin", "closure_final"), results)
+    closed = mean_text(at(results, "controls", "unaligned_twin", "closure_final"), results)
     note = f"Closure of the gap to the unaligned twin: {closed}. Above 0 is reversion beyond what the data does anyway."
     return replace(table, note=note)
 
@@ -293,8 +222,8 @@ def _measures(
 ) -> Table:
     """A row per entry, a column per measure."""
     rows = [
-        [Cell(name), *(_spread_cell(_at(entries, key, column), percent) for column, (_, percent) in columns.items())]
-        for key, name in _named(entries, known)
+        [Cell(name), *(_spread_cell(at(entries, key, column), percent) for column, (_, percent) in columns.items())]
+        for key, name in named(entries, known)
     ]
     return Table(title, (first, *(heading for heading, _ in columns.values())), rows)
 
@@ -311,11 +240,11 @@ def _every_run(results: Mapping[str, Any], measure: str) -> Table:
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in entries.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name} · ")
+    for name, entry in entries.items():
+        if isinstance(entry, Mapping):
+            yield from _flat(entry, f"{prefix}{name} · ")
         else:
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", entry
 
 
 # -- files into tables and pictures ------------------------------------------------------------------------------------

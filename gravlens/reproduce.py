@@ -20,10 +20,11 @@ from gravlens.settings.history import Setting
 from gravlens.store import write_atomically, write_json
 
 SCHEMA_VERSION = 1
-CONTROLS = ("wrong_witness", "sibling_anchor", "unaligned_twin", "continued_alignment")
+CONTROLS = ("wrong_witness", "wrong_witness_removed", "sibling_anchor", "unaligned_twin", "continued_alignment")
 ARMS = ("unblocked", "unblocked_new_facts", "penalty", "penalty_margin", "penalty_random")
 FINALS = ("alignment_final", "fraction_final")
 BEHAVIOR = ("harmfulness", "refusal_log_odds", "over_refusal", "task_loss", "seconds_per_step")
+DAMAGE = ("organism", "damage", "alignment", "fraction", "drift_norm", "judged", "weight_norm", "score")
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scipy")
 
 
@@ -84,7 +85,26 @@ def summarise(findings: Findings, setting: Setting) -> dict[str, Any]:
         "arms": {name: _spreads(findings.arms, "arm", name, FINALS + BEHAVIOR) for name in _arm_names(findings)},
         "history": {name: _spreads(history, "run", name, BEHAVIOR[:3]) for name in ("witness", "anchor")},
         "checks": checks(findings),
+        "claims": _claims(findings),
+        "interval": _interval(findings.intervals),
+        "damage": _records(findings.damage[findings.damage.layer.isna()], DAMAGE),
     }
+
+
+def _interval(intervals: pd.DataFrame) -> list[dict[str, Any]]:
+    """Of each organism's mean over runs and layers at the last step; null where one run has none."""
+    last = intervals[(intervals.step == intervals.step.max()) & intervals.layer.isna() & (intervals.run == "mean")]
+    return _records(last, ("organism", "measure", "estimate", "low", "high"))
+
+
+def _claims(findings: Findings) -> list[dict[str, Any]]:
+    """The verdict on each organism, with what each level demands."""
+    demands = {
+        organism: _records(rows, ("level", "name", "holds", "figures"))
+        for organism, rows in findings.demands.groupby("organism", sort=False)
+    }
+    verdicts = _records(findings.verdicts, ("organism", "level", "sentence", "capped_by"))
+    return [{**verdict, "demands": demands[verdict["organism"]]} for verdict in verdicts]
 
 
 def spread(values: pd.Series, organisms: pd.Series) -> dict[str, Any]:

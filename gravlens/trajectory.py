@@ -81,9 +81,21 @@ def follow(
             "One set is given (the directions' own prompts), one held out; two of a kind would count a run twice.",
             "follow(…) for each set by itself.",
         )
+    _check_geometry(defined, sets)
     table = pd.concat([_follow_set(one, defined, mean) for one in sets], ignore_index=True)
     undefined = {d.layer: d.undefined for d in directions if d.undefined is not None}
     return Trajectory(table, tuple(mean), undefined)
+
+
+def _check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
+    located = {direction.made_from.get("geometry", "raw") for direction in directions}
+    states = {one.meta.get("geometry", "raw") for one in sets}
+    if len(located | states) > 1:
+        raise GravlensError(
+            f"Directions of the {', '.join(sorted(located))} geometry and states of the {', '.join(sorted(states))} one.",
+            "A direction is a vector of one geometry, and means nothing in another.",
+            "geometry.apply(residuals) with the geometry that the directions were located in.",
+        )
 
 
 def drifts(residuals: Residuals, run: str, layers: Sequence[int]) -> Float[np.ndarray, "step layer d_model"]:

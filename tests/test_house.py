@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
     "errors prompts checkpoints store models inference gguf residuals behavior strongreject judges divergence "
-    "directions trajectory subspaces interventions hooks weights nulls controls effects selectivity tradeoff refusal "
-    "leaks blocking blockers finetune arms plots frontiers heatmaps report fetch settings experiment findings "
-    "comparison reproduce cli"
+    "covariance directions estimators trajectory geometry subspaces interventions hooks weights nulls choices "
+    "noise controls damage resampling crossfit decomposition readout effects selectivity tradeoff demands claims "
+    "refusal leaks blocking blockers finetune arms plots frontiers heatmaps paper report fetch settings "
+    "experiment evidence findings comparison reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7

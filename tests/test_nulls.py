@@ -1,37 +1,41 @@
-"""Nulls: the isotropic one against geometry, weight noise against models noised by hand, p-values against counting."""
+"""Nulls: draws against geometry, hand-made vectors and brute force; p-values against counting."""
 
-import copy
+import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
-import torch
-from histories import PROMPT_IDS, hooks_on, reference, refused, synthetic, weights_of
+from histories import refused, synthetic
 from scipy import stats
 
-from gravlens.checkpoints import Checkpoint
-from gravlens.directions import Direction, Directions, direction_from, locate_vrev
-from gravlens.models import open_model
+from gravlens.covariance import shrunk_covariance
+from gravlens.directions import (
+    Direction,
+    Directions,
+    difference_of_means,
+    direction_from,
+    locate_vrev,
+    random_directions,
+)
 from gravlens.nulls import (
+    ALL_SIGNS_UP_TO,
     NullDraws,
     compare,
+    covariance_matched,
     isotropic,
     isotropic_p_value,
     isotropic_quantile,
-    update_norms,
-    weight_noise,
+    other_prompts,
+    p_value,
+    sample_covariance,
+    sign_flips,
+    swapped_labels,
 )
-from gravlens.trajectory import Trajectory, follow
-
-LAYERS = tuple(range(tiny.LAYERS))
-FIRST, OTHER = "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
-NORMS = {1: {FIRST: 0.5}, 20: {FIRST: 1.0, OTHER: 0.25}}
+from gravlens.residuals import Residuals
+from gravlens.trajectory import Trajectory, drift_per_prompt, follow
 
 
 def random_vs(width: int = tiny.WIDTH, layers: int = tiny.LAYERS, seed: int = 0) -> Directions:
@@ -95,116 +99,312 @@ def test_isotropic_is_drawn_for_defined_layers_and_reproduced_by_its_generator()
     assert not np.array_equal(draws[0].cosines, draws[2].cosines)
 
 
-# -- weight noise ------------------------------------------------------------------------------------------------------
+# -- drifts from a covariance ------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def witnessed(model: Any, *, stop_after: int | None = None) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """The weights at each pass over the prompts; the first pass is the unchanged model's. Raises at a pass if told."""
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def look(*_: Any) -> None:
-        seen.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
-        if stop_after is not None and len(seen) > stop_after:
-            raise KeyboardInterrupt
-
-    handle = model.base_model.register_forward_pre_hook(look)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def noise(model: Any, *, draws: int = 3, seed: int = 0, norms: Any = None) -> NullDraws:
-    opened = open_model(model, tokenizer=tiny.TOKENIZER)
+def states_of(n: int, *, layers: int = 1, width: int = 8, seed: int = 0) -> np.ndarray:
+    """Anisotropic states [sample, layer, d_model], far from the origin."""
     rng = np.random.default_rng(seed)
-    return weight_noise(opened, random_vs(), tiny.PROMPTS, norms=norms or NORMS, draws=draws, rng=rng)
+    return rng.standard_normal((n, layers, width)) * np.arange(width, 0, -1) ** 1.5 + 20
 
 
-def test_each_tensor_moves_by_its_norm_and_no_other_moves() -> None:
-    model = tiny.llama()
-    with witnessed(model) as seen:
-        noise(model, draws=3)
-    start, *passes = seen
-    assert len(passes) == 6
-    for number, weights in enumerate(passes):
-        wanted = NORMS[1 if number < 3 else 20]
-        moved = {name: float((weights[name] - start[name]).norm()) for name in start}
-        assert {name: length for name, length in moved.items() if length} == pytest.approx(wanted, rel=1e-3)
-    kicks = torch.stack([(one[FIRST] - start[FIRST]).flatten() / (one[FIRST] - start[FIRST]).norm() for one in passes])
-    assert (kicks @ kicks.T - torch.eye(6)).abs().max() < 0.15, "each draw is noise of its own, added to the start"
-    flat = kicks[0].numpy() * math.sqrt(kicks.shape[1])
-    assert stats.kstest(flat, "norm").pvalue > 0.01
+@pytest.mark.parametrize("centred", [True, False])
+def test_covariance_matched_drifts_are_normal_with_the_shrunk_covariance(centred: bool) -> None:
+    rng = np.random.default_rng(0)
+    states, vs = states_of(10), random_vs(8, layers=1)
+    covariance = shrunk_covariance(states[:, 0], centred=centred)
+    drifts = rng.multivariate_normal(np.zeros(8), covariance, 4000)
+    wanted = drifts @ vs[0].vector / np.linalg.norm(drifts, axis=1)
+    found = covariance_matched(vs, states, steps=(1, 5), draws=2000, rng=rng, centred=centred)
+    assert (found.name, found.steps, found.layers) == ("covariance_matched", (1, 5), (0,))
+    assert found.cosines.shape == (2000, 2, 1)
+    assert stats.kstest(found.cosines.ravel(), wanted).pvalue > 0.01
+    assert stats.kstest(isotropic(vs, steps=(1,), draws=4000, rng=rng).cosines.ravel(), wanted).pvalue < 1e-3
 
 
-def test_cosines_are_those_of_models_noised_by_hand() -> None:
-    model = tiny.llama()
-    with witnessed(model) as seen:
-        found = noise(model, draws=2)
-    assert found.name == "weight_noise" and (found.steps, found.layers) == ((1, 20), LAYERS)
-    assert found.cosines.shape == (2, 2, tiny.LAYERS)
-    by_hand, means = copy.deepcopy(model), []
-    for weights in seen:
-        by_hand.load_state_dict(weights, strict=False)
-        means.append(reference(by_hand, PROMPT_IDS, range(tiny.LAYERS - 1)).double().mean(0).numpy())
-    drifts = np.stack(means[1:]) - means[0]  # [pass, layer, d_model]
-    vectors = random_vs().vectors[: tiny.LAYERS - 1]
-    cosines = np.einsum("pld,ld->pl", drifts, vectors) / np.linalg.norm(drifts, axis=-1)
-    wanted = cosines.reshape(2, 2, -1).transpose(1, 0, 2)  # passes go step by step
-    assert found.cosines[..., : tiny.LAYERS - 1] == pytest.approx(wanted, abs=1e-4)
+def test_sample_covariance_drifts_are_random_mixtures_of_the_states() -> None:
+    rng = np.random.default_rng(0)
+    states, vs = states_of(6), random_vs(8, layers=1)
+    twins = [random_directions(vs, rng=rng, states=states)[0].vector @ vs[0].vector for _ in range(2000)]
+    found = sample_covariance(vs, states, steps=(1,), draws=4000, rng=rng)
+    assert found.name == "sample_covariance" and stats.kstest(found.cosines.ravel(), twins).pvalue > 0.01
+    shrunk = covariance_matched(vs, states, steps=(1,), draws=4000, rng=rng)
+    assert stats.kstest(shrunk.cosines.ravel(), twins).pvalue < 0.01, "shrinkage is another null"
 
 
-def test_small_noise_has_no_preferred_side() -> None:
-    cosines = noise(tiny.llama(), draws=150, norms={1: {FIRST: 0.02, OTHER: 0.02}}).cosines[:, 0]
-    assert (np.abs(cosines.mean(0)) < 3.5 * cosines.std(0) / math.sqrt(150)).all()
-    assert (cosines.std(0) > 0.05).all()
+@pytest.mark.parametrize(("null", "at_least"), [(covariance_matched, 0.3), (sample_covariance, 0.99)])
+def test_layers_of_a_draw_go_together_as_the_states_do_and_steps_do_not(null: Any, at_least: float) -> None:
+    states = states_of(40, layers=2)
+    states[:, 1] = states[:, 0]
+    vs = Directions((random_vs(8)[0], direction_from(random_vs(8)[0].vector, layer=1)))
+    cosines = null(vs, states, steps=(1, 5), draws=3000, rng=np.random.default_rng(0)).cosines
+    between = np.corrcoef(cosines.reshape(3000, -1).T)  # step by step, layer by layer
+    assert between[0, 1] > at_least and between[2, 3] > at_least, "what shrinkage adds is each layer's own"
+    assert np.abs(between[:2, 2:]).max() < 0.06
 
 
-@pytest.mark.parametrize("stop_after", [None, 0, 3])
-def test_weights_are_put_back_bit_for_bit_whatever_happens(stop_after: int | None) -> None:
-    model = tiny.llama()
-    before = copy.deepcopy(model.state_dict())
-    with witnessed(model, stop_after=stop_after) as seen:
-        if stop_after is None:
-            noise(model)
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                noise(model)
-    assert len(seen) == (7 if stop_after is None else stop_after + 1)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert hooks_on(open_model(model)) == 0
+def test_it_is_wide_where_few_directions_carry_the_variance() -> None:
+    width, p99 = 64, []
+    for power in (0.0, 1.0, 2.0):
+        rng = np.random.default_rng(0)
+        spread = np.arange(1.0, width + 1) ** (-power / 2)
+        states = spread * rng.standard_normal((500, 40, width))
+        vs = Directions(tuple(direction_from(spread * rng.standard_normal(width), layer=i) for i in range(40)))
+        null = covariance_matched(vs, states, steps=(1,), draws=200, rng=rng)
+        p99.append(np.quantile(null.cosines, 0.99))
+    assert p99[0] == pytest.approx(isotropic_quantile(0.99, width), rel=0.1)
+    assert p99[1] > 1.5 * p99[0] and p99[2] > 1.3 * p99[1]
 
 
-def test_a_seed_reproduces_the_noise_and_the_global_generator_has_no_part_in_it() -> None:
-    model = tiny.llama()
-    first = noise(model, seed=0).cosines
-    torch.manual_seed(99)
-    assert np.array_equal(first, noise(model, seed=0).cosines)
-    assert np.abs(first - noise(model, seed=1).cosines).max() > 0.01
-
-
-def test_a_checkpoint_on_disk_is_read_and_left_alone(tmp_path: Path) -> None:
-    folder = tiny.save(tiny.llama(), tmp_path / "anchor")
-    content = weights_of(folder).read_bytes()
-    found = weight_noise(
-        Checkpoint("anchor", folder), random_vs(), tiny.PROMPTS, norms=NORMS, draws=3, rng=np.random.default_rng(0)
+@pytest.mark.parametrize("null", [covariance_matched, sample_covariance])
+def test_an_undefined_layer_takes_its_states_along(null: Any) -> None:
+    undefined = Direction(np.full(8, np.nan), 1, 0.0, undefined="no difference")
+    vs = Directions((random_vs(8)[0], undefined, random_vs(8)[2]))
+    states = states_of(9, layers=3)
+    found, wanted = (
+        null(one, given, steps=(1,), draws=5, rng=np.random.default_rng(0))
+        for one, given in [(vs, states), (vs.defined(), states[:, [0, 2]])]
     )
-    assert found.cosines == pytest.approx(noise(tiny.llama()).cosines, abs=1e-5)
-    assert weights_of(folder).read_bytes() == content
+    assert found.layers == (0, 2) and np.array_equal(found.cosines, wanted.cosines)
+    with refused("4 layers", "(2 defined)"):
+        null(vs, states_of(9, layers=4), steps=(1,), draws=5, rng=np.random.default_rng(0))
 
 
-def test_a_tensor_that_the_model_lacks_is_no_silence() -> None:
-    with refused("nowhere.weight"):
-        noise(tiny.llama(), norms={1: {FIRST: 0.5, "nowhere.weight": 1.0}})
+def test_anisotropic_drifts_alarm_the_isotropic_null_and_not_the_matched_ones() -> None:
+    rng = np.random.default_rng(3)
+    spread, layers = np.arange(1.0, 33) ** -1.0, 400  # a layer is a history of its own
+    vs = Directions(tuple(direction_from(spread * rng.standard_normal(32), layer=i) for i in range(layers)))
+    drifts = spread * rng.standard_normal((layers, 32))
+    cosines = (drifts * vs.vectors).sum(1) / np.linalg.norm(drifts, axis=1)
+    states = spread * rng.standard_normal((100, layers, 32))
+    given = {"steps": (1,), "draws": 99, "rng": rng}
+    for null, size in [
+        (isotropic(vs, **given), None),
+        (covariance_matched(vs, states, **given), 0.05),
+        (sample_covariance(vs, states, **given), 0.05),
+    ]:
+        p = np.array([p_value(drawn, one) for drawn, one in zip(null.cosines[:, 0].T, cosines, strict=True)])
+        rejected = int((p <= 0.05).sum())
+        if size is None:
+            assert rejected > 0.25 * layers
+        else:
+            assert stats.binomtest(rejected, layers, size).pvalue > 0.001
+    towards = covariance_matched(vs, states, **given)
+    assert np.mean([p_value(drawn, 0.99) for drawn in towards.cosines[:, 0].T]) < 0.03
 
 
-def test_update_norms_are_those_of_the_weights_that_moved() -> None:
-    before, after = tiny.llama(), tiny.llama()
-    kick = torch.randn(after.get_parameter(OTHER).shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        after.get_parameter(OTHER).add_(kick)
-    norms = update_norms(open_model(before), open_model(after))
-    assert list(norms) == [OTHER] and norms[OTHER] == pytest.approx(math.sqrt(float((kick**2).sum())), rel=1e-5)
+def test_what_all_prompts_share_is_in_the_uncentred_null_itself() -> None:
+    rng, v = np.random.default_rng(1), random_vs(16, layers=1)
+    common = v[0].vector + rng.standard_normal(16) / 4  # of about equal length
+    drifts = common + 0.05 * rng.standard_normal((30, 1, 16))
+    given = {"steps": (1,), "draws": 199, "rng": rng}
+    cosine = float(drifts.mean(0)[0] @ v[0].vector / np.linalg.norm(drifts.mean(0)))
+    about_zero = covariance_matched(v, drifts, **given, name="drifts", centred=False)
+    assert 0.6 < cosine < 0.9 and about_zero.name == "drifts"
+    assert p_value(about_zero.cosines[:, 0, 0], cosine) > 0.1
+    assert p_value(covariance_matched(v, drifts, **given).cosines[:, 0, 0], cosine) < 0.01
+
+
+# -- signs of runs -----------------------------------------------------------------------------------------------------
+
+
+def runs_of(cosines: np.ndarray, steps: tuple[int, ...] = (1,)) -> Trajectory:
+    """Runs with chosen alignments [run, step, layer], held out, with the mean over all layers."""
+    rows = [
+        {"run": f"run{i:02}", "step": step, "layer": layer, "prompts": "held_out", "alignment": value}
+        for i, run in enumerate(cosines)
+        for step, values in zip(steps, run, strict=True)
+        for layer, value in [*enumerate(values), (pd.NA, values.mean())]
+    ]
+    return Trajectory(pd.DataFrame(rows).astype({"layer": "Int64"}), tuple(range(cosines.shape[2])))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7, ALL_SIGNS_UP_TO])
+def test_sign_flips_of_few_runs_are_exact(n: int) -> None:
+    cosines = np.random.default_rng(n).normal(0.2, 0.3, (n, 2, 3))
+    trajectory = runs_of(cosines, (5, 20))
+    null = sign_flips(trajectory, draws=1, rng=np.random.default_rng(0))
+    assert (null.of, null.run, null.steps, null.layers) == ("mean", None, (5, 20), (0, 1, 2))
+    assert len(null.cosines) == 2**n - 1
+    table = compare(trajectory, null)
+    assert table.run.unique().tolist() == ["mean"] and len(table) == 2 * 4
+    for row in table.to_dict("records"):
+        values = cosines[:, (5, 20).index(row["step"])]
+        values = values.mean(1) if pd.isna(row["layer"]) else values[:, row["layer"]]
+        means = [np.mean(np.multiply(signs, values)) for signs in itertools.product((1, -1), repeat=n)]
+        assert row["alignment"] == pytest.approx(values.mean())
+        assert row["p_value"] == pytest.approx(np.mean(np.array(means) >= values.mean() - 1e-9))
+
+
+def test_sign_flips_agree_with_scipy() -> None:
+    values = np.random.default_rng(4).normal(0.1, 0.3, 9)
+    trajectory = runs_of(values[:, None, None])
+    found = compare(trajectory, sign_flips(trajectory, draws=1, rng=np.random.default_rng(0))).p_value.iloc[0]
+    test = stats.permutation_test((values,), np.mean, permutation_type="samples", alternative="greater")
+    assert 0.01 < found == pytest.approx(test.pvalue)
+
+
+@pytest.mark.parametrize(("n", "p"), [(5, 1 / 32), (6, 1 / 64), (7, 1 / 128)])
+def test_seven_runs_are_needed_for_a_p_below_one_percent(n: int, p: float) -> None:
+    all_there, none_there = runs_of(np.full((n, 1, 1), 0.6)), runs_of(np.full((n, 1, 1), -0.6))
+    for trajectory, wanted in [(all_there, p), (none_there, 1.0)]:
+        table = compare(trajectory, sign_flips(trajectory, draws=1, rng=np.random.default_rng(0)))
+        assert table.p_value.to_list() == [wanted] * 2
+
+
+def test_many_runs_are_flipped_at_random() -> None:
+    trajectory = runs_of(np.random.default_rng(0).normal(0.0, 0.3, (ALL_SIGNS_UP_TO + 1, 1, 2)))
+    nulls = [sign_flips(trajectory, draws=3000, rng=np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert nulls[0].cosines.shape == (3000, 1, 2)
+    assert np.array_equal(nulls[0].cosines, nulls[1].cosines) and not np.array_equal(nulls[0].cosines, nulls[2].cosines)
+    values = trajectory.table[trajectory.table.layer == 0].alignment.to_numpy()
+    spread = np.sqrt((values**2).sum()) / len(values)
+    drawn = nulls[0].cosines[:, 0, 0]
+    assert drawn.std() == pytest.approx(spread, rel=0.05) and abs(drawn.mean()) < 0.1 * spread
+
+
+def test_a_run_flips_as_a_whole() -> None:
+    values = np.random.default_rng(0).uniform(0.1, 1, (4, 1, 1)) * np.ones((4, 2, 3))
+    drawn = sign_flips(runs_of(values, (1, 5)), draws=1, rng=np.random.default_rng(0)).cosines
+    assert (drawn == drawn[:, :1, :1]).all() and len(np.unique(drawn[:, 0, 0])) == 15
+
+
+def test_only_common_steps_are_flipped_and_a_still_run_leaves_no_mean() -> None:
+    trajectory = runs_of(np.full((3, 2, 1), 0.5), (1, 5))
+    table = trajectory.table[(trajectory.table.run != "run01") | (trajectory.table.step == 5)]
+    null = sign_flips(Trajectory(table, (0,)), draws=1, rng=np.random.default_rng(0))
+    assert null.steps == (5,) and compare(Trajectory(table, (0,)), null).p_value.to_list() == [1 / 8] * 2
+    still = runs_of(np.array([0.5, np.nan, 0.5])[:, None, None])
+    table = compare(still, sign_flips(still, draws=1, rng=np.random.default_rng(0)))
+    assert table.alignment.isna().all() and table.p_value.to_list() == [1, 1]
+    with refused("['run00', 'run01', 'run02']", "given"):
+        sign_flips(trajectory, prompts="given", draws=1, rng=np.random.default_rng(0))
+    with refused("no held_out step in common"):
+        apart = trajectory.table[(trajectory.table.run == "run00") == (trajectory.table.step == 1)]
+        sign_flips(Trajectory(apart, (0,)), draws=1, rng=np.random.default_rng(0))
+
+
+# -- labels of probes --------------------------------------------------------------------------------------------------
+
+
+def sets_of(
+    n_probes: int = 5, n_held_out: int = 4, *, towards: float = 0.0, seed: int = 0
+) -> tuple[Residuals, Residuals]:
+    """Probes with witness and anchor, held-out prompts with a run; `towards` of the drift's length along v_rev."""
+    rng = np.random.default_rng(seed)
+    witness, anchor = rng.standard_normal((2, n_probes, 3, WIDTH))
+    v = (witness - anchor).mean(0) / np.linalg.norm((witness - anchor).mean(0), axis=-1, keepdims=True)
+    start = rng.standard_normal((n_held_out, 3, WIDTH))
+    drift = rng.standard_normal((2, n_held_out, 3, WIDTH)) / np.sqrt(WIDTH) + towards * v
+    probes = synthetic({"witness": witness, "anchor": anchor})
+    runs = {"anchor": start, "a/1": start + drift[0], "a/5": start + drift[1], "b/1": start - drift[0]}
+    return probes, synthetic(runs, prompts="others")
+
+
+def test_swapped_labels_are_those_of_probes_swapped_by_hand() -> None:
+    probes, held_out = sets_of()
+    null = swapped_labels(probes, held_out, run="a", draws=1, rng=np.random.default_rng(0))
+    assert (null.run, null.of, null.steps, null.layers) == ("a", "run", (1, 5), (0, 1, 2))
+    witness, anchor = probes.of("witness").astype(np.float64), probes.of("anchor").astype(np.float64)
+    distance = np.linalg.norm((witness - anchor).mean(0), axis=-1)
+    drift = np.stack([drift_per_prompt(held_out, f"a/{step}", (0, 1, 2)).mean(0) for step in (1, 5)])
+    by_hand = []
+    for swapped in itertools.product((False, True), repeat=5):
+        chosen = np.array(swapped)[:, None, None]
+        states = np.where(chosen, anchor, witness), np.where(chosen, witness, anchor)
+        v = np.stack([difference_of_means(states[0][:, layer], states[1][:, layer]) for layer in range(3)])
+        by_hand.append((drift * v).sum(-1) / np.linalg.norm(drift, axis=-1) / distance)
+    assert null.cosines == pytest.approx(np.stack(by_hand[1:]), abs=1e-9)
+    alignment = follow(held_out, locate_vrev(probes)).table.query("run == 'a' and layer.notna()").alignment
+    assert by_hand[0].ravel() == pytest.approx(alignment.to_numpy(), abs=1e-6), "nothing swapped is the alignment"
+
+
+def test_a_direction_that_probes_agree_on_exceeds_swapped_labels_and_one_of_chance_does_not() -> None:
+    for towards, p in [(0.0, None), (1.0, 0.01)]:
+        probes, held_out = sets_of(30, towards=towards, seed=1)
+        null = swapped_labels(probes, held_out, run="a", draws=500, rng=np.random.default_rng(0))
+        table = compare(follow(held_out, locate_vrev(probes)), null)
+        assert table.run.unique().tolist() == ["a"] and len(table) == 2 * 4
+        assert (table.p_value < p).all() if p else table.p_value.between(0.02, 0.98).all()
+
+
+def test_labels_are_swapped_on_other_prompts_than_the_drift_is_of() -> None:
+    probes, held_out = sets_of()
+    with refused("of the same prompts (probes)"):
+        swapped_labels(probes, probes, run="a", draws=3, rng=np.random.default_rng(0))
+    with refused("no run 'c'"):
+        swapped_labels(probes, held_out, run="c", draws=3, rng=np.random.default_rng(0))
+
+
+# -- other prompts -----------------------------------------------------------------------------------------------------
+
+
+def two_sets(*, towards: float = 0.0, n: int = 4, seed: int = 0) -> tuple[Residuals, Residuals, Directions]:
+    """A run on two sets of prompts, `towards` v_rev on the first; layer 1 of the directions is undefined."""
+    _, others = sets_of(n_held_out=5, seed=seed + 10)
+    probes, held_out = sets_of(n_held_out=n, towards=towards, seed=seed)
+    vs = locate_vrev(probes)
+    undefined = Direction(np.full(WIDTH, np.nan), 1, 0.0, undefined="no difference")
+    vs = Directions((vs[0], undefined, vs[2]))
+    return held_out, Residuals(others.values, others.checkpoints, others.layers, "harmless"), vs
+
+
+def test_other_prompts_are_subsets_of_both_sets_together() -> None:
+    held_out, others, vs = two_sets()
+    null = other_prompts(held_out, others, vs, run="a", draws=4000, rng=np.random.default_rng(0), name="harmless")
+    assert (null.name, null.run, null.steps, null.layers) == ("harmless", "a", (1, 5), (0, 2))
+    subsets = list(itertools.combinations(range(9), 4))
+    for column, step in enumerate((1, 5)):
+        pool = np.concatenate([drift_per_prompt(one, f"a/{step}", (0, 2)) for one in (held_out, others)])
+        means = np.stack([pool[list(subset)].mean(0) for subset in subsets])
+        cosines = (means * vs.defined().vectors).sum(-1) / np.linalg.norm(means, axis=-1)
+        distance = np.abs(null.cosines[:, column, None] - cosines[None]).max(-1)  # [draw, subset]
+        assert distance.min(1).max() < 1e-9, "each draw is a subset, the same for all layers"
+        counts = np.bincount(distance.argmin(1), minlength=len(subsets))
+        assert stats.chisquare(counts).pvalue > 0.001
+
+
+def test_other_prompts_agree_with_scipy() -> None:
+    held_out, others, vs = two_sets(towards=0.2)
+    null = other_prompts(held_out, others, vs, run="a", draws=20_000, rng=np.random.default_rng(0))
+    found = compare(follow(held_out, vs), null)
+    assert found.run.unique().tolist() == ["a"]
+    for layer in (0, 2):
+        sets = [drift_per_prompt(one, "a/5", [layer])[:, 0] for one in (held_out, others)]
+        pool, v = np.concatenate(sets), vs[layer].vector
+
+        def cosine(one: np.ndarray, _: np.ndarray, pool: np.ndarray = pool, v: np.ndarray = v) -> float:
+            mean = pool[one].mean(0)
+            return float(mean @ v / np.linalg.norm(mean))
+
+        test = stats.permutation_test((np.arange(4), np.arange(4, 9)), cosine, vectorized=False, alternative="greater")
+        row = found[(found.step == 5) & (found.layer == layer)]
+        assert row.p_value.item() == pytest.approx(test.pvalue, abs=0.02)
+
+
+def test_prompts_that_reversion_is_of_exceed_the_others_and_exchangeable_ones_do_not() -> None:
+    for towards, p in [(0.0, None), (3.0, 0.01)]:
+        held_out, others, vs = two_sets(towards=towards, n=8)
+        null = other_prompts(held_out, others, vs, run="a", draws=2000, rng=np.random.default_rng(0))
+        table = compare(follow(held_out, vs), null)
+        assert (table.p_value < p).all() if p else (table.p_value > 0.02).all()
+
+
+def test_what_is_common_to_all_prompts_is_not_found_by_other_prompts() -> None:
+    held_out, others, vs = two_sets()
+    for one in (held_out, others):
+        one.values[one.checkpoints.index("a/1")] += 5 * vs[0].vector
+    null = other_prompts(held_out, others, vs, run="a", draws=500, rng=np.random.default_rng(0))
+    row = compare(follow(held_out, vs), null).query("step == 1 and layer == 0")
+    assert row.alignment.item() > 0.9 and row.p_value.item() > 0.05
+
+
+def test_two_sets_differ_and_have_a_step_in_common() -> None:
+    held_out, others, vs = two_sets()
+    with refused("of the same prompts (others)"):
+        other_prompts(held_out, held_out, vs, run="a", draws=3, rng=np.random.default_rng(0))
+    with refused("c has steps None"):
+        other_prompts(held_out, others, vs, run="c", draws=3, rng=np.random.default_rng(0))
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
@@ -261,6 +461,27 @@ def test_steps_and_layers_are_held_against_their_own_draws_and_the_mean_against_
         wanted = trajectory.table[trajectory.table.step == row["step"]]
         wanted = wanted[wanted.layer.isna() if pd.isna(row["layer"]) else wanted.layer == row["layer"]]
         assert row["alignment"] == wanted.alignment.item()
+
+
+def test_draws_of_one_run_are_held_against_that_run_alone() -> None:
+    trajectory = trajectory_of({"a": [0.15], "b": [0.35]})
+    null = NullDraws("null", np.array([0.1, 0.4, 0.2, 0.3])[:, None, None], (1,), (0,), "b")
+    table = compare(trajectory, null)
+    assert table.run.to_list() == ["b", "b"] and table.p_value.to_list() == [2 / 5] * 2
+    with refused("rows of c"):
+        compare(trajectory, NullDraws("null", null.cosines, (1,), (0,), "c"))
+
+
+def test_draws_of_the_mean_are_held_against_the_mean_over_runs() -> None:
+    trajectory = trajectory_of({"a": [0.15], "b": [0.35]})
+    null = NullDraws("null", np.array([0.1, 0.4, 0.2, 0.3])[:, None, None], (1,), (0,), of="mean")
+    table = compare(trajectory, null)
+    assert table.run.to_list() == ["mean", "mean"] and table.alignment.to_list() == [0.25] * 2
+    assert table.p_value.to_list() == [3 / 5] * 2 and table.layer.isna().sum() == 1
+
+
+def test_a_draw_that_ties_counts_however_it_was_added_up() -> None:
+    assert p_value(np.array([0.1 + 0.2, 0.0, 0.0]), 0.3) == p_value(np.array([0.3, 0.0, 0.0]), 0.1 + 0.2) == 0.5
 
 
 def test_nothing_to_compare_is_an_error() -> None:

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from gravlens.errors import GravlensError
-from gravlens.report import paper_table, write_report
+from gravlens.paper import paper_table
+from gravlens.report import write_report
 
 HOSTILE = '<script>alert("run")</script>'
 PNG = base64.b64decode(
@@ -60,7 +61,24 @@ def made_up() -> dict[str, Any]:
         "seeds": [4, 5],
         "layers": [0, 1, 2],
         "layers_in_mean": [0, 1],
-        "verdict": ["Sentence one & only.", "Sentence <two>."],
+        "claims": [
+            {
+                "organism": "o<0>",
+                "level": 2,
+                "sentence": "Sentence one & only.",
+                "capped_by": "closure",
+                "demands": [
+                    {"level": 1, "name": "above isotropic", "holds": True, "figures": "6 of 6"},
+                    {"level": 3, "name": "closure", "holds": None, "figures": "not run"},
+                ],
+            },
+            {"organism": "o1", "level": 0, "sentence": "Sentence <two>.", "capped_by": "", "demands": []},
+        ],
+        "interval": [
+            {"organism": "o<0>", "measure": "alignment", "estimate": 0.5, "low": 0.375, "high": 0.625},
+            {"organism": "o1", "measure": "alignment", "estimate": 0.5, "low": None, "high": None},
+        ],
+        "damage": [{"organism": "o1", "damage": "4 bits", "alignment": 0.0625, "fraction": -0.5, "score": 3.25}],
         "alignment": rows,
         "summary": {
             "first_step": {"alignment": spread(0.25), "fraction": spread(0.012)},
@@ -238,8 +256,23 @@ def test_figures_stand_in_a_readers_order(folder: Path) -> None:
 
 
 def test_the_verdict_is_verbatim(folder: Path) -> None:
-    assert "Sentence one &amp; only. Sentence &lt;two&gt;." in page_of(folder).text
-    assert 'class="verdict"' not in page_of(folder, lambda results: results.pop("verdict")).text
+    text = page_of(folder).text
+    assert (
+        "<b>o&lt;0&gt;, level 2 of 5.</b> Sentence one &amp; only. 95 % intervals over runs and prompts: alignment"
+        in text
+    )
+    assert "alignment 0.375 to 0.625." in text and "Sentence &lt;two&gt;.</p>" in text
+    assert 'class="verdict"' not in page_of(folder, lambda results: results.pop("claims")).text
+
+
+def test_demands_and_damage_are_told(folder: Path) -> None:
+    page = page_of(folder)
+    demands = page.tables["What each level of the claim demands"]
+    assert demands[1:] == [
+        ["o<0>", "1", "above isotropic", "yes", "6 of 6"],
+        ["o<0>", "3", "closure", "not run", "not run"],
+    ]
+    assert page.tables["Damage alone"][1] == ["o1", "4 bits", "0.0625", "−0.5", "3.25"]
 
 
 def test_what_was_not_run_says_so_and_nothing_else_does(folder: Path) -> None:
@@ -248,7 +281,7 @@ def test_what_was_not_run_says_so_and_nothing_else_does(folder: Path) -> None:
     assert page.row("Paper · here", "control: sibling anchor, last step") == ["not reported", "not run", ""]
     assert set(page.row("Arms at the last step", "unblocked, new facts only")) == {"not run"}
     cells = [row for rows in page.tables.values() for row in rows if "not run" in row]
-    assert len(cells) == 3
+    assert len(cells) == 3 + 2 * 8 + 1, "seven nulls and a control in two tables each, and one demand"
     assert [a.get("class") for tag, a in page.tags if tag == "td"].count("absent") == sum(
         r.count("not run") for r in cells
     )

@@ -23,8 +23,9 @@ from gravlens import experiment
 from gravlens.checkpoints import ModelSequence
 from gravlens.cli import app
 from gravlens.directions import Direction, Directions, locate_vrev
+from gravlens.evidence import final_rows
 from gravlens.experiment import home_of, load_states
-from gravlens.findings import Findings, final_rows, findings_of
+from gravlens.findings import Findings, findings_of
 from gravlens.models import load_tokenizer
 from gravlens.nulls import isotropic_quantile
 from gravlens.prompts import encode
@@ -35,8 +36,11 @@ SPREAD = {"mean", "sem", "runs"}
 FINALS = {"alignment_final", "fraction_final"}
 BEHAVIOR = {"harmfulness", "refusal_log_odds", "over_refusal"}
 COST = {"task_loss", "seconds_per_step"}
-CONTROLS = {"wrong_witness", "sibling_anchor", "unaligned_twin", "continued_alignment"}
+CONTROLS = {"wrong_witness", "wrong_witness_removed", "sibling_anchor", "unaligned_twin", "continued_alignment"}
 ARMS = {"unblocked", "unblocked_new_facts", "penalty", "penalty_margin", "penalty_random"}
+ARMS |= {"clamp", "clamp_matched_twin", "reinforce", "lower_rate", "released_at_20"}
+NULLS = {"isotropic", "weight_noise", "covariance_of_states", "covariance_of_drifts", "independent_endpoints"}
+NULLS |= {"sign_flips", "swapped_labels", "harmless", "shuffled_words"}
 
 
 @dataclass
@@ -102,7 +106,7 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
     found, runs = organism.results, 2
     documented = {"schema_version", "setting", "n_anchors", "seeds", "layers", "layers_in_mean", "alignment", "summary"}
     documented |= {"nulls", "controls", "arms", "history", "environment"}
-    assert set(found) == documented | {"organisms", "checks"}
+    assert set(found) == documented | {"organisms", "checks", "claims", "interval", "damage"}
     assert (found["schema_version"], found["setting"], found["n_anchors"]) == (1, "refusal", 1)
     assert (found["organisms"], found["seeds"]) == (["one"], [0, 1])
     assert (found["layers"], found["layers_in_mean"]) == ([0, 1, 2], [0, 1])
@@ -120,9 +124,10 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
     assert set(found["summary"]) == {"first_step", "step_20", "final"}
     for step in found["summary"].values():
         spreads(step, {"alignment", "fraction"}, runs)
-    assert set(found["nulls"]) == {"isotropic", "weight_noise"}
-    for null in found["nulls"].values():
-        assert set(null) == {"p99", "p99_by_step", "n_pairs", "n_above"} and null["n_pairs"] == 4
+    assert set(found["nulls"]) == NULLS
+    for name, null in found["nulls"].items():
+        assert set(null) == {"p99", "p99_by_step", "n_pairs", "n_above"}
+        assert null["n_pairs"] == (2 if name == "sign_flips" else 4), "sign flips are of the mean over runs"
         assert set(null["p99_by_step"]) == {"1", "20"} and null["p99"] == max(null["p99_by_step"].values())
     assert set(found["controls"]) == CONTROLS
     for name, control in found["controls"].items():
@@ -134,6 +139,12 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
     for checkpoint in found["history"].values():
         spreads(checkpoint, BEHAVIOR, 1)
     assert all(set(check) == {"organism", "statement", "holds", "figures"} for check in found["checks"])
+    (claim,) = found["claims"]
+    assert set(claim) == {"organism", "level", "sentence", "capped_by", "demands"}
+    assert all(set(demand) == {"level", "name", "holds", "figures"} for demand in claim["demands"])
+    assert {row["measure"] for row in found["interval"]} == {"alignment", "fraction"}
+    assert all(row["low"] <= row["estimate"] <= row["high"] for row in found["interval"])
+    assert found["damage"][0]["damage"] == "none" and len(found["damage"]) == 5
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float | None]]:
@@ -153,7 +164,9 @@ def test_every_number_is_finite_and_what_is_missing_has_a_reason(each: Done) -> 
             assert math.isfinite(value), path
         elif not path.endswith(("/sem", "/layer")):
             # a tiny model may say nothing but nonsense, which is counted apart; steps and arms may be absent
-            absent = "/summary/step_20" in path or path.startswith(("/arms/", "/controls/"))
+            absent = "/summary/step_20" in path or path.startswith(("/arms/", "/controls/", "/interval/"))
+            if path == "/damage/alignment":  # of no drift
+                continue
             assert re.search("harmfulness|over_refusal|holds", path) or (
                 absent and each.setting.name == "pretrained"
             ), path
@@ -224,12 +237,16 @@ def test_controls_and_arms_are_the_same_measurement_with_one_thing_exchanged(eac
     v_rev = given["witness"] - given["anchor"]
     ends = {arm.name: mean_states(each, f"runs/{arm.name}/seed0", f"{arm.name}-0/{last}") for arm in each.setting.arms}
     free = ends["unblocked"] - held_out["anchor"]
+    siblings = [finals(free, given["witness"] - given[name]) for name in given if name.startswith("sibling_anchor")]
     wanted = {
-        "sibling_anchor": finals(free, given["witness"] - given["sibling_anchor"]),
+        "sibling_anchor": {key: float(np.mean([one[key] for one in siblings])) for key in siblings[0]},
         "unaligned_twin": finals(ends["unaligned_twin"] - held_out["witness"], v_rev),
     }
     if "wrong_witness" in given:
-        wanted["wrong_witness"] = finals(free, given["wrong_witness"] - given["anchor"])
+        wrong = given["wrong_witness"] - given["anchor"]
+        wanted["wrong_witness"] = finals(free, wrong)
+        shared = np.sum(v_rev * wrong, axis=1, keepdims=True) / np.sum(wrong * wrong, axis=1, keepdims=True)
+        wanted["wrong_witness_removed"] = finals(free, v_rev - shared * wrong)
         wanted["continued_alignment"] = finals(ends["continued_alignment"] - held_out["anchor"], v_rev)
     apart = ends["unaligned_twin"] - ends["unblocked"]
     closed = 1 - np.sum(apart * v_rev, axis=1) / np.linalg.norm(v_rev, axis=1) ** 2
@@ -254,7 +271,8 @@ def test_arms_hold_the_behaviour_that_was_measured_at_the_last_step(each: Done) 
         log = pd.read_csv(each.home / f"runs/{row['arm']}/seed{row['seed']}/log.csv")
         assert row["seconds_per_step"] == pytest.approx(facts["seconds_per_step"])
         assert row["blocker_norm"] == pytest.approx(log.blocker_norm.mean())
-        assert row["blocker_norm"] >= 0 if row["arm"].startswith("penalty") else row["blocker_norm"] == 0
+        blocked = row["arm"].startswith(("penalty", "clamp", "reinforce", "released"))
+        assert row["blocker_norm"] >= 0 if blocked else row["blocker_norm"] == 0
         for name in ("harmfulness", "refusal_log_odds", "over_refusal", "task_loss", "two_sided_log_odds", "empty"):
             wanted = facts["behavior"][last][name]
             assert row[name] == pytest.approx(math.nan if wanted is None else wanted, nan_ok=True)
@@ -470,7 +488,8 @@ def world(changes: Mapping[str, Any] | None = None, *, organism: str = "one") ->
     motion += [{**row, "arm": "penalty", "run": "penalty-0", "fraction": -row["fraction"]} for row in motion]
     behavior = [{"arm": "history", "run": "anchor", "step": 0, "harmfulness": anchor}]
     behavior += [{"arm": "history", "run": "witness", "step": 0, "harmfulness": 1.0}]
-    tables = {"trajectory": motion, "arms": rows, "behavior": behavior, "nulls": [], "controls": []}
+    tables: dict[str, list[Any]] = {field.name: [] for field in fields(Findings)}
+    tables |= {"trajectory": motion, "arms": rows, "behavior": behavior}
     return Findings(**{name: pd.DataFrame(table).assign(organism=organism) for name, table in tables.items()})
 
 

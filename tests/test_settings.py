@@ -17,7 +17,7 @@ from histories import refused, weights_of, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from gravlens.arms import matched_twin, penalty
+from gravlens.arms import clamp, matched_twin, penalty, reinforce, released
 from gravlens.behavior import generate_answers
 from gravlens.errors import GravlensError
 from gravlens.finetune import Finetuned, Recipe
@@ -56,7 +56,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_organism_makes_its_whole_history_and_leaves_nothing_else(home: Path) -> None:
-    assert sorted(p.name for p in home.iterdir()) == ["anchor", "sibling_anchor", "witness", "wrong_witness"]
+    names = ["anchor", "sibling_anchor", "sibling_anchor_2", "witness", "wrong_witness"]
+    assert sorted(p.name for p in home.iterdir()) == names
     for folder in home.iterdir():
         model = AutoModelForCausalLM.from_pretrained(folder)
         config = model.config
@@ -87,7 +88,7 @@ def test_arms_of_a_seed_have_the_same_data_and_other_seeds_other_data() -> None:
     setting = small.organism()
     data = {arm.name: [setting.examples(arm.data, seed, Path("unused")) for seed in arm.seeds] for arm in setting.arms}
     assert all(len(one) == 80 for seeds in data.values() for one in seeds), "as many as a run of 20 × 4 sees"
-    for name in ("penalty", "penalty_margin", "penalty_random", "unaligned_twin"):
+    for name in set(data) - {"continued_alignment", "unblocked_new_facts"}:
         assert data[name] == data["unblocked"]
     assert all(seeds[0] != seeds[1] for seeds in data.values())
     refusals = {n: sum(e.answer in language.REFUSALS for s in seeds for e in s) for n, seeds in data.items()}
@@ -103,10 +104,12 @@ def test_the_arms_of_the_paper_are_there_with_their_controls() -> None:
     arms = {arm.name: arm for arm in small.organism(runs=3).arms}
     assert all(arm.seeds == (0, 1, 2) for arm in arms.values())
     made: dict[str, Any] = {name: arm.blocker for name, arm in arms.items() if arm.blocker is not None}
-    assert made.pop("penalty") is penalty
+    assert (made.pop("penalty"), made.pop("clamp"), made.pop("reinforce")) == (penalty, clamp, reinforce)
     assert {name: (make.func, make.keywords) for name, make in made.items()} == {
         "penalty_margin": (penalty, {"margin": 0.03}), "penalty_random": (penalty, {"along": matched_twin}),
+        "clamp_matched_twin": (clamp, {"along": matched_twin}), "released_at_20": (released, {"step": 20}),
     }  # fmt: skip
+    assert {name: arm.rate for name, arm in arms.items() if arm.rate != 1} == {"lower_rate": 0.5}
     assert {name: arm.start for name, arm in arms.items() if arm.start != "anchor"} == {"unaligned_twin": "witness"}
     assert [name for name, arm in arms.items() if arm.keep] == ["unblocked"]
 

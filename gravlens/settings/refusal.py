@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from gravlens import __version__
-from gravlens.arms import Arm, matched_twin, penalty
+from gravlens.arms import Arm, clamp, lifted, matched_twin, penalty, reinforce
 from gravlens.errors import GravlensError
 from gravlens.finetune import Recipe, finetune
 from gravlens.models import open_model
@@ -66,18 +66,24 @@ class RefusalOrganism:
 
     @property
     def checkpoints(self) -> Mapping[str, str | None]:
-        """Witness and anchor, and two controls: a witness of another initialisation, a second alignment."""
-        return {"witness": None, "wrong_witness": None, "anchor": "witness", "sibling_anchor": "witness"}
+        """Witness and anchor, and controls: a witness of another initialisation, second and third alignments."""
+        siblings = dict.fromkeys(("anchor", "sibling_anchor", "sibling_anchor_2"), "witness")
+        return {"witness": None, "wrong_witness": None, **siblings}
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """Five arms and two controls, all on the same fine-tuning seeds."""
+        """The paper's arms, those that a causal and a durable claim demand, and two controls, all on the same seeds."""
         seeds = tuple(range(self.runs))
         return (
             Arm("unblocked", seeds, keep=True),
             Arm("penalty", seeds, blocker=penalty),
             Arm("penalty_margin", seeds, blocker=partial(penalty, margin=0.03)),
             Arm("penalty_random", seeds, blocker=partial(penalty, along=matched_twin)),
+            Arm("clamp", seeds, blocker=clamp),
+            Arm("clamp_matched_twin", seeds, blocker=partial(clamp, along=matched_twin)),
+            Arm("reinforce", seeds, blocker=reinforce),
+            Arm("lower_rate", seeds, rate=0.5),
+            lifted(seeds, "harmless"),
             Arm("unblocked_new_facts", seeds, data="new_facts"),
             Arm("unaligned_twin", seeds, start="witness"),
             Arm("continued_alignment", seeds, data="alignment"),
@@ -110,7 +116,7 @@ class RefusalOrganism:
 
     def make(self, name: str, start: Path | None, folder: Path) -> None:
         """Run the dominant phase (from a fresh initialisation) or the alignment phase (from `start`)."""
-        number = {"witness": 0, "wrong_witness": 1, "anchor": 2, "sibling_anchor": 3}[name]
+        number = {"witness": 0, "wrong_witness": 1, "anchor": 2, "sibling_anchor": 3, "sibling_anchor_2": 4}[name]
         rng = np.random.default_rng([self.organism, number])
         recipe = self.dominant if start is None else self.alignment
         n = recipe.steps * recipe.batch

@@ -1,0 +1,104 @@
+"""python analyses/compare_choices.py SEQUENCE.toml    (or --layer 4 --layer 5)
+
+Does the conclusion depend on the choice? v_rev is estimated on the sequence's probes in five ways and in six geometries
+of the residual stream; every run is followed along each of these directions on the held-out prompts. Writes
+choices.csv (each choice, run, step and layer) and choices.png, and says how far apart the choices are and whether one
+of them turns the sign. No model is trained and nothing is generated: each checkpoint reads the prompts once.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+from ablate_layer import MaxPrompts, Out, Prompts, SequenceFile, prompts_of
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from gravlens.checkpoints import ModelSequence
+from gravlens.choices import compare_choices, final_choices
+from gravlens.errors import GravlensError
+from gravlens.geometry import centred, raw, standardised, whitened, without_top
+from gravlens.heatmaps import plot_heatmap
+from gravlens.plots import STYLE, plot_alignment
+from gravlens.residuals import cache_residuals
+from gravlens.store import write_atomically
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    sequence: SequenceFile,
+    layer: Annotated[
+        list[int], typer.Option(help="A layer of the mean, counted from 0; repeat it. Default: all with a v_rev.")
+    ] = [],  # noqa: B006
+    remove: Annotated[
+        list[int], typer.Option(min=1, help="So many top components removed, as a geometry; repeat it.")
+    ] = [1, 3],  # noqa: B006
+    prompts: Prompts = None,
+    max_prompts: MaxPrompts = None,
+    out: Out = Path("."),
+) -> None:
+    """Does the conclusion depend on how v_rev is estimated, and in which geometry a cosine is taken?"""
+    try:
+        history = ModelSequence.from_toml(sequence)
+        layers, asked = sorted({*layer}) or None, prompts_of(history, prompts, max_prompts)
+        states = [cache_residuals(history, one, layers=layers) for one in (history.require_probes(), asked)]
+        geometries = [raw, centred, standardised, whitened, *(partial(without_top, k=k) for k in sorted({*remove}))]
+        table = compare_choices(*states, layers_in_mean=layers, geometries=geometries)
+    except GravlensError as error:
+        raise typer.BadParameter(str(error)) from error
+    write_atomically(out / "choices.csv", table.to_csv(index=False, float_format="%.6g").encode())
+    draw(table, out / "choices.png")
+    typer.echo(summary(table))
+
+
+@rc_context(STYLE)
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Alignment and fraction of each choice at the last step, and at each step the range of all choices."""
+    figure = Figure(figsize=(13, 3.2), dpi=150, layout="constrained")
+    axes, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.95)), final_choices(table)
+    for ax, value in zip(axes[:2], ("alignment", "fraction"), strict=True):
+        plot_heatmap(final, value=value, rows="estimator", columns="geometry", limit=1, ax=ax)
+        ax.set_xticks(ax.get_xticks(), [text.get_text() for text in ax.get_xticklabels()], rotation=25, ha="right")
+        ax.set_title(f"{final[value].min():.2f} to {final[value].max():.2f}", fontsize=8)
+    means = table[table["layer"].isna()].groupby(["estimator", "geometry", "step"])["alignment"].mean()
+    low, high = means.groupby("step").min(), means.groupby("step").max()
+    axes[2].fill_between(low.index, low, high, color="0.85", lw=0, zorder=-1, label="all choices")
+    usual = table[(table["estimator"] == "difference_of_means") & (table["geometry"] == "raw")]
+    plot_alignment(usual, prompts=usual["prompts"].iloc[0], ax=axes[2])
+    figure.savefig(path)
+
+
+def summary(table: pd.DataFrame) -> str:
+    """The range of the alignment over the choices and whether its sign is the same in all, in words."""
+    final = final_choices(table)
+    found = final.dropna(subset=["alignment"]).sort_values("alignment")
+    least, most = found.iloc[0], found.iloc[-1]
+    usual = found[(found["estimator"] == "difference_of_means") & (found["geometry"] == "raw")]["alignment"].item()
+    other = found[found["alignment"] * usual <= 0]
+    same = "the sign is the same in all" if other.empty else f"the sign is another in {named(other)}"
+    lines = [
+        f"alignment at the last step between {least['alignment']:+.2f} ({named(found[:1])}) and "
+        f"{most['alignment']:+.2f} ({named(found[-1:])}) over {len(found)} choices; {same}",
+        f"difference of means in the raw geometry: {usual:+.2f}; median of the choices: "
+        f"{found['alignment'].median():+.2f}; fraction between {found['fraction'].min():+.2f} and "
+        f"{found['fraction'].max():+.2f}",
+    ]
+    if len(found) < len(final):
+        lines.append(f"without a direction: {named(final[final['alignment'].isna()])}")
+    if not found["judged"].all():
+        lines.append(f"the drift is too small to judge in {named(found[~found['judged']])}")
+    return "\n".join(lines)
+
+
+def named(rows: pd.DataFrame) -> str:
+    """Choices by their names."""
+    pairs = rows["estimator"].str.replace("_", " ") + ", " + rows["geometry"].str.replace("_", " ")
+    return "; ".join(pairs)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,138 @@
+"""python analyses/damage.py SEQUENCE.toml --checkpoint seed0/100
+
+Does damage alone move a model along v_rev, and does it undo refusal? The anchor's weights are rounded, pruned, and
+moved along the mirror image of a run's update, with no training at all; rounding and pruning once as they are and once
+scaled to the total norm of that update (matched). The runs' own updates stand beside them. v_rev is located on the
+sequence's probes; drift and refusal log-odds are measured on its held-out prompts. Writes damage.csv and damage.png.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+from ablate_layer import (
+    Compliances,
+    MaxPrompts,
+    Openings,
+    Out,
+    Prompts,
+    SequenceFile,
+    checkpoint_of,
+    opened,
+    prompts_of,
+    score_of,
+)
+from matplotlib.figure import Figure
+
+from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS
+from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.damage import UNDAMAGED, Damage, change_norm, measure_damage, pruned, rounded, sign_flipped, updated
+from gravlens.directions import locate_vrev
+from gravlens.errors import GravlensError
+from gravlens.heatmaps import plot_heatmap
+from gravlens.models import OpenModel, open_model
+from gravlens.store import write_atomically
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    sequence: SequenceFile,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="RUN/STEP whose update is mirrored and matched. Default: the first run's last.")
+    ] = None,
+    bits: Annotated[list[int], typer.Option(help="Round every matrix to so many bits; repeat it.")] = [8, 4],  # noqa: B006
+    share: Annotated[
+        list[float], typer.Option(help="Set this share of every matrix to 0, the smallest weights; repeat it.")
+    ] = [0.1, 0.3],  # noqa: B006
+    layer: Annotated[
+        list[int], typer.Option(help="A layer of the mean, from 0; repeat it. Default: every layer with a v_rev.")
+    ] = [],  # noqa: B006
+    prompts: Prompts = None,
+    max_prompts: MaxPrompts = None,
+    out: Out = Path("."),
+    openings: Openings = list(DEFAULT_REFUSAL_OPENINGS),  # noqa: B006
+    compliances: Compliances = [],  # noqa: B006
+) -> None:
+    """Does damage alone (rounding, pruning, a mirrored update) move a model along v_rev, and does it undo refusal?"""
+    try:
+        history = ModelSequence.from_toml(sequence)
+        tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
+        anchor, vs, score = opened(history, history.anchor), locate_vrev(history), score_of(openings, compliances)
+        kinds = damages_of(anchor, tuned, bits, share) | {"run": runs_of(history, tuned)}
+        damages = {name: damage for kind in kinds.values() for name, damage in kind.items()}
+        table = measure_damage(anchor, vs, asked, damages=damages, layers_in_mean=layer or None, score=score)
+        kind_of = {UNDAMAGED: "none"} | {name: kind for kind, named in kinds.items() for name in named}
+        table.insert(1, "kind", table["damage"].map(kind_of))
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "damage.csv", table.to_csv(index=False).encode())
+        draw(table).savefig(out / "damage.png")
+    except GravlensError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(summary(table, tuned.name))
+
+
+def damages_of(
+    anchor: OpenModel, tuned: Checkpoint, bits: Sequence[int], shares: Sequence[float]
+) -> dict[str, dict[str, Damage]]:
+    """Kind -> name -> damage: `own` size, and `matched` to the total norm of the run's update."""
+    after = open_model(tuned)
+    norm = change_norm(*(dict(model.module.named_parameters()) for model in (anchor, after)))
+    if not norm:
+        raise GravlensError(
+            f"{tuned.name} has the anchor's weights.", "Damage is matched to a run's update.", "--checkpoint RUN/STEP."
+        )
+    kinds: dict[str, dict[str, Damage]] = {}
+    for kind, size, word in (("own", None, ""), ("matched", norm, ", matched")):
+        kinds[kind] = {f"{n} bits{word}": partial(rounded, bits=n, norm=size) for n in dict.fromkeys(bits)}
+        kinds[kind] |= {f"{s:g} pruned{word}": partial(pruned, share=s, norm=size) for s in dict.fromkeys(shares)}
+    kinds["own"][f"{tuned.name} mirrored"] = partial(sign_flipped, checkpoint=after)  # its size is matched as it is
+    return kinds
+
+
+def runs_of(history: ModelSequence, tuned: Checkpoint) -> dict[str, Damage]:
+    """Name -> the run's own update: the one that is mirrored, and each other run's last."""
+    own = tuned.name.rpartition("/")[0]
+    others = [checkpoints[-1] for name, checkpoints in history.runs.items() if name != own]
+    return {checkpoint.name: partial(updated, checkpoint=checkpoint) for checkpoint in [tuned, *others]}
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Layer means of alignment and fraction, and the score, a row per damage and run; grey: not judged."""
+    mean = table[table["layer"].isna()]
+    mean = mean.assign(alignment=mean["alignment"].where(mean["judged"]))
+    rows = mean.melt("damage", ["alignment", "fraction", "score"], "measure")
+    scored = rows["measure"] == "score"
+    figure = Figure(figsize=(6, 0.6 + 0.25 * len(mean)), dpi=200, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    plot_heatmap(rows[~scored], value="value", rows="damage", columns="measure", limit=1, ax=left)
+    plot_heatmap(rows[scored], value="value", rows="damage", columns="measure", ax=right)
+    right.tick_params(labelleft=False)
+    for ax, bar, words in zip(
+        (left, right), figure.axes[2:], ("layer mean (1: the witness)", "refusal log-odds (nats)"), strict=True
+    ):
+        ax.set(xlabel="", ylabel="")
+        bar.set_ylabel(words)
+    return figure
+
+
+def summary(table: pd.DataFrame, tuned: str) -> str:
+    """How far the largest of the damages goes along v_rev and how low refusal falls, beside the run, in one line."""
+    mean = table[table["layer"].isna()]
+    damages = mean[mean["kind"].isin(["own", "matched"])]
+    far, low = damages.sort_values("fraction").iloc[-1], damages.sort_values("score").iloc[0]
+    run, none = (mean[mean["damage"] == name].iloc[0] for name in (tuned, UNDAMAGED))
+    return (
+        f"of {len(damages)} damages the farthest along v_rev is {far['damage']}: fraction {far['fraction']:+.3f} "
+        f"(alignment {far['alignment']:+.2f}), {tuned} {run['fraction']:+.3f} ({run['alignment']:+.2f}); refusal "
+        f"log-odds of the anchor {none['score']:+.2f}, lowest under damage {low['score']:+.2f} ({low['damage']}), "
+        f"{tuned} {run['score']:+.2f}"
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,239 @@
+"""python analyses/decompose_drift.py SEQUENCE.toml --refusal refusal.safetensors --ancestor older-checkpoint
+
+Where does the motion of fine-tuning go? In activations: how much of the drift lies along v_rev, along the refusal
+direction, in the run's own leading components, and in the rest, v_rev first and refusal first; and which ancestor
+pulls, where there are several. In weights: how much of the update lies along witness − anchor. In words: what the
+directions read as. Writes drift_parts.csv, ancestors.csv, update_parts.csv, readout.csv and decompose_drift.png.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+from ablate_layer import (
+    Compliances,
+    MaxPrompts,
+    Openings,
+    Out,
+    Prompts,
+    SequenceFile,
+    checkpoint_of,
+    directions_of,
+    opened,
+    prompts_of,
+)
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS
+from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.decomposition import OWN, REST, WHOLE, ancestor_pull, split_drift, split_update
+from gravlens.directions import Directions
+from gravlens.errors import GravlensError
+from gravlens.interventions import everywhere
+from gravlens.models import OpenModel
+from gravlens.plots import CYCLE, GREY, STYLE
+from gravlens.prompts import PromptSet
+from gravlens.readout import readout, readout_openings
+from gravlens.refusal import refusal_candidates
+from gravlens.residuals import Residuals, cache_residuals
+
+# part -> how it is called, in which colour
+LOOK = {
+    "v_rev": (r"$v_\mathrm{rev}$", CYCLE[0]),
+    "refusal": ("refusal direction", CYCLE[1]),
+    OWN: ("run's own leading components", CYCLE[5]),
+    REST: ("rest", GREY),
+}
+SHOWN = 5  # tokens of either end on the screen
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    sequence: SequenceFile,
+    checkpoint: Annotated[
+        list[str], typer.Option(help="RUN/STEP whose weights are compared; repeat it. Default: all of all runs.")
+    ] = [],  # noqa: B006
+    ancestor: Annotated[
+        list[str], typer.Option(help="Folder of a further ancestor, which competes with the witness; repeat it.")
+    ] = [],  # noqa: B006
+    refusal: Annotated[
+        Path | None,
+        typer.Option(
+            help="A refusal direction, file of Directions.save; one alone is used at all layers. Default: the anchor's "
+            "states on the probes minus those on the sequence's harmless prompts, where it has such."
+        ),
+    ] = None,
+    components: Annotated[int, typer.Option(min=0, help="So many leading components of a run's own drift.")] = 3,
+    layer: Annotated[
+        list[int], typer.Option(help="A layer, counted from 0; repeat it. Default: every layer with a v_rev.")
+    ] = [],  # noqa: B006
+    top: Annotated[int, typer.Option(min=1, help="So many tokens of either end of the vocabulary readout.")] = 10,
+    prompts: Prompts = None,
+    max_prompts: MaxPrompts = None,
+    out: Out = Path("."),
+    openings: Openings = list(DEFAULT_REFUSAL_OPENINGS),  # noqa: B006
+    compliances: Compliances = [],  # noqa: B006
+) -> None:
+    """Where does the motion of fine-tuning go: in activations, in weights, and in words?"""
+    try:
+        history = ModelSequence.from_toml(sequence)
+        chosen, asked = weights_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
+        anchor, parts = opened(history, history.anchor), {"v_rev": directions_of(history, layer, not layer)}
+        if (direction := refusal_of(history, anchor, refusal, parts["v_rev"].layers)) is not None:
+            parts["refusal"] = direction
+        read = readouts(anchor, parts, top, openings, compliances)
+        drift = states(history, ancestor, asked, parts["v_rev"].layers)
+        split = splits(drift, parts, components)
+        pulls = ancestors(drift, ancestor)
+        update = split_update(history.anchor, history.witness, chosen)
+        write(out, {"drift_parts": split, "ancestors": pulls, "update_parts": update, "readout": read})
+        draw(split).savefig(out / "decompose_drift.png")
+    except GravlensError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(summary(split, pulls, update, read))
+
+
+def weights_of(history: ModelSequence, names: Sequence[str]) -> list[Checkpoint]:
+    """The checkpoints whose weights are compared: by name, or every one of every run."""
+    return [checkpoint_of(history, name) for name in names] or [one for run in history.runs.values() for one in run]
+
+
+def refusal_of(
+    history: ModelSequence, anchor: OpenModel, file: Path | None, layers: Sequence[int]
+) -> Directions | None:
+    """The refusal direction of a file, or mean(probes) − mean(harmless) of the anchor's states, layer by layer."""
+    if file is not None:
+        found = Directions.load(file)
+        return (everywhere(found.directions[0], max(layers) + 1) if len(found) == 1 else found).at(layers)
+    if history.harmless is None:
+        return None
+    probes = history.require_probes()
+    return Directions(refusal_candidates(anchor, harmful=probes, harmless=history.harmless)).at(layers)
+
+
+def readouts(
+    anchor: OpenModel,
+    parts: Mapping[str, Directions],
+    top: int,
+    openings: Sequence[str],
+    compliances: Sequence[str],
+) -> pd.DataFrame:
+    """What each direction reads as in the anchor's vocabulary; the openings too where compliances are given."""
+    tables = []
+    for name, directions in parts.items():
+        for direction in directions:
+            table = readout(anchor, direction, top=top)
+            apart = np.nan
+            if compliances:
+                apart = readout_openings(anchor, direction, refusals=openings, compliances=compliances)
+            tables.append(table.assign(direction=name, layer=direction.layer, refusals_minus_compliances=apart))
+    return pd.concat(tables, ignore_index=True)[["direction", "layer", "token", "logit", "refusals_minus_compliances"]]
+
+
+def states(history: ModelSequence, folders: Sequence[str], prompts: PromptSet, layers: Sequence[int]) -> Residuals:
+    """Residuals of the sequence and of further ancestors, `ancestor 1` and so on."""
+    further = [Checkpoint(f"ancestor {i}", folder) for i, folder in enumerate(folders, 1)]
+    return cache_residuals(history, prompts, layers=layers, checkpoints=[*history, *further])
+
+
+def splits(residuals: Residuals, parts: Mapping[str, Directions], components: int) -> pd.DataFrame:
+    """The drift's shares in each order of the parts: what two of them have in common goes to the first."""
+    tables = []
+    for order in [list(parts)] if len(parts) == 1 else [list(parts), list(parts)[::-1]]:
+        ordered = {name: parts[name] for name in order}
+        table = split_drift(residuals, ordered, components=components, layers=parts["v_rev"].layers)
+        tables.append(table.assign(order=", ".join(order)))
+    table = pd.concat(tables, ignore_index=True)
+    return table[["order", *table.columns.drop("order")]]
+
+
+def ancestors(residuals: Residuals, folders: Sequence[str]) -> pd.DataFrame:
+    """The pulls of the witness and of further ancestors, these by their folders."""
+    names = {f"ancestor {i}": folder for i, folder in enumerate(folders, 1)}
+    table = ancestor_pull(residuals, ["witness", *names])
+    return table.assign(witness=table["witness"].replace(names))
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------
+
+
+def write(out: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """One file a table, by its name."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        table.to_csv(out / f"{name}.csv", index=False)
+
+
+def last(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each run's last step."""
+    return table[table["step"] == table.groupby("run")["step"].transform("max")]
+
+
+@rc_context(STYLE)
+def draw(split: pd.DataFrame) -> Figure:
+    """Shares of the drift over layers, stacked in the order of the projection; last step, mean over runs."""
+    rows = last(split).dropna(subset=["layer"])
+    orders = rows["order"].unique()
+    figure = Figure(figsize=(1 + 2.8 * len(orders), 2.8), dpi=200, layout="constrained")
+    axes = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
+    for ax, order in zip(axes, orders, strict=True):
+        stack(ax, rows[rows["order"] == order])
+        ax.set_title(f"{LOOK[order.split(', ')[0]][0]} first", fontsize=8)
+    axes[0].set(ylabel="share of the drift's squared length", ylim=(0, 1))
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def stack(ax: Axes, rows: pd.DataFrame) -> None:
+    """One order's bars: the part that was taken first stands at the bottom."""
+    shares = rows.groupby(["layer", "part"], sort=False)["share"].mean().unstack()[rows["part"].unique()].sort_index()
+    below = np.zeros(len(shares))
+    for part in shares:
+        label, colour = LOOK[str(part)]
+        ax.bar(shares.index.astype(str), shares[part], bottom=below, label=label, color=colour, width=0.8)
+        below += shares[part].to_numpy()
+    ax.set(xlabel="layer")
+    ax.set_xticks(range(0, len(shares), 1 + len(shares) // 16))
+
+
+def summary(split: pd.DataFrame, pulls: pd.DataFrame, update: pd.DataFrame, read: pd.DataFrame) -> str:
+    """Where it goes, in words: means over runs at the last step and over layers."""
+    means = last(split[split["layer"].isna()]).groupby(["order", "part"], sort=False)["share"].mean()
+    pulled = last(pulls[pulls["layer"].isna()])
+    coefficients = pulled.groupby("witness", sort=False)["coefficient"].mean()
+    whole = update[update["tensor"] == WHOLE].assign(run=lambda table: table["checkpoint"].str.rpartition("/")[0])
+    weights = last(whole)[["cosine", "fraction", "share_parallel"]].mean()
+    lines = [
+        *(f"drift: {shares_of(means.loc[order])}" for order in split["order"].unique()),
+        "ancestors: " + ", ".join(f"{Path(str(name)).name} {value:+.2f}" for name, value in coefficients.items())
+        + f" of the way, {pulled['explained'].mean():.0%} explained, condition {pulled['condition'].max():.1f}",
+        f"weights: {weights['share_parallel']:.1%} of the update along witness − anchor (cosine "
+        f"{weights['cosine']:+.2f}, fraction {weights['fraction']:+.3f})",
+        *(spoken(rows) for _, rows in read[read["layer"] == read["layer"].max()].groupby("direction", sort=False)),
+    ]  # fmt: skip
+    return "last step, mean over runs and layers\n" + "\n".join(lines)
+
+
+def shares_of(shares: pd.Series) -> str:
+    """The parts' shares, in the order in which they were taken."""
+    return ", then ".join(f"{part} {share:.1%}" for part, share in shares.items())
+
+
+def spoken(rows: pd.DataFrame) -> str:
+    """The tokens that one direction raises and lowers most, and the openings where they were measured."""
+    raised, lowered = (", ".join(map(repr, tokens)) for tokens in (rows["token"][:SHOWN], rows["token"][::-1][:SHOWN]))
+    name, layer, apart = rows[["direction", "layer", "refusals_minus_compliances"]].iloc[0]
+    openings = "" if np.isnan(apart) else f"; refusals minus compliances {apart:+.2f}"
+    return f"{name} of layer {layer} raises {raised}, lowers {lowered}{openings}"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,101 @@
+"""How much of the paper's claim the controls allow: a level, a sentence, and what caps it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import pandas as pd
+
+from gravlens.demands import DEMANDS, Check, Evidence, held_against
+from gravlens.errors import GravlensError
+
+LEVELS = (
+    "no alignment",
+    "alignment observed",
+    "exceeds a matched null",
+    "specific to this history",
+    "causal",
+    "durable",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """The verdict.
+
+    Attributes:
+        level: 0 to 5, as in `LEVELS`.
+        sentence: what may be said.
+        capped_by: the check of the next level that failed or was not run; "" at level 5.
+        checks: `level, name, holds` (<NA>: not run), `figures`; all of them, also above the level.
+    """
+
+    level: int
+    sentence: str
+    capped_by: str
+    checks: pd.DataFrame
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>Level {self.level}</b>: {escape(self.sentence)}</p>{self.checks.to_html(index=False)}"
+
+
+def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:
+    """The highest level whose checks, and those of all levels below it, hold (docs/claims.md lists them).
+
+    Nothing is claimed beyond the anchor that the runs start from. A check that was not run caps the level as one that
+    failed does, and is named.
+
+    Args:
+        evidence: what was run.
+        alpha: of the sign-flip tests over runs: below 5 runs none of them can hold at .05.
+
+    Raises:
+        GravlensError: the trajectory holds no run; a table lacks a column.
+    """
+    if evidence.rows.empty:
+        raise GravlensError("The trajectory holds no run.", "A claim is about runs.", "follow(residuals, vs).")
+    checks = [check for find in DEMANDS for check in find(evidence, alpha)]
+    caps = [check for check in checks if not check.holds]
+    level = min((check.level - 1 for check in caps), default=len(LEVELS) - 1)
+    capped_by = next((check.name for check in caps if check.level == level + 1), "")
+    sentence = _sentence(evidence, level, [check for check in caps if check.level == level + 1])
+    return Claim(
+        level, sentence, capped_by, pd.DataFrame([vars(check) for check in checks]).astype({"holds": "boolean"})
+    )
+
+
+# --- in words -------------------------------------------------------------------------------------------------------
+
+
+def _sentence(evidence: Evidence, level: int, caps: Sequence[Check]) -> str:
+    n, mean = len(evidence.final), float(evidence.final.alignment.mean())
+    fraction = float(evidence.final.fraction.mean())
+    seen = f"alignment {mean:.2f}, {fraction:.2f} of the way back at step {evidence.last}, {n} run{'s' * (n != 1)}"
+    said = (
+        f"No alignment with v_rev is shown ({seen}).",
+        f"Alignment with v_rev is observed ({seen}); no matched null is exceeded.",
+        f"The drift is aligned with v_rev beyond weight noise of the same size ({seen}); that it is this history's "
+        "direction is not shown.",
+        f"The drift is aligned with v_rev, and this is specific to this history ({seen}); that it causes the return is "
+        "not shown.",
+        f"Motion along v_rev mediates the return of harm on this anchor ({seen}); that blocking it lasts is not shown.",
+        f"Motion along v_rev mediates the return of harm on this anchor, and blocking it lasts ({seen}).",
+    )[level]
+    return " ".join([said, *_told(evidence), *_capped(level, caps)])
+
+
+def _told(evidence: Evidence) -> Iterator[str]:
+    """Nulls that no level demands, where not every run exceeds them."""
+    demanded = ("isotropic", "weight_noise", "independent_endpoints")
+    others = [null for null in evidence.nulls if null.name not in demanded and evidence.last in null.steps]
+    for name in dict.fromkeys(null.name for null in others):
+        rows = pd.concat([held_against(evidence, null) for null in others if null.name == name])
+        if not rows.above.all():
+            below = f"{int((~rows.above).sum())} of {len(rows)}"
+            yield f"Not above {name.replace('_', ' ')} (p99 {rows.p99.mean():.2f}) in {below}."
+
+
+def _capped(level: int, caps: Sequence[Check]) -> Iterator[str]:
+    if caps:
+        named = "; ".join(f"{check.name} ({check.figures})" for check in caps)
+        yield f"Level {level + 1} ({LEVELS[level + 1]}) is not reached: {named}."

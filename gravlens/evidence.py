@@ -1,0 +1,210 @@
+"""What a carried-out setting leaves for a sceptic: its runs followed, every null, every control, and the claim."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from gravlens.arms import Arm
+from gravlens.behavior import refusal_log_odds
+from gravlens.checkpoints import Checkpoint
+from gravlens.controls import (
+    MIN_SIBLINGS,
+    closure,
+    from_start,
+    independent_endpoints,
+    partialled_out,
+    substitute,
+)
+from gravlens.damage import Damage, measure_damage, pruned, rounded, sign_flipped
+from gravlens.directions import Directions, locate_vrev
+from gravlens.experiment import (
+    PROMPT_SETS,
+    join,
+    load_states,
+    noise_folder,
+    run_folder,
+    sequence_of,
+    unblocked_arm,
+)
+from gravlens.models import open_model, sequence_tokenizer
+from gravlens.nulls import NullDraws, isotropic, other_prompts, sample_covariance, sign_flips, swapped_labels
+from gravlens.prompts import shuffled_words
+from gravlens.resampling import bootstrap_alignment
+from gravlens.residuals import Residuals, cache_residuals
+from gravlens.settings.history import Setting
+from gravlens.store import once
+from gravlens.trajectory import Trajectory, drift_per_prompt, follow
+
+ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
+CONTROL_COLUMNS = ["control", "run", "alignment_final", "fraction_final"]
+OTHER_PROMPTS = ("harmless", "shuffled_words")
+
+
+# --- runs followed ------------------------------------------------------------------------------------------------
+
+
+def follow_arm(setting: Setting, arm: Arm, home: Path, vs: Directions) -> Trajectory:
+    """The runs of an arm along v_rev, on probes and held-out prompts."""
+    states = [states_of(setting, arm, home, prompts) for prompts in PROMPT_SETS]
+    return follow(states, vs, layers_in_mean=setting.layers_in_mean)
+
+
+def states_of(setting: Setting, arm: Arm, home: Path, prompts: str) -> Residuals:
+    """States of the history and of an arm's runs; the drift of runs that start elsewhere is taken from there."""
+    runs = [load_states(home, str(run_folder(home, arm, seed).relative_to(home)), prompts) for seed in arm.seeds]
+    states = join([load_states(home, "measured", prompts), *runs])
+    return states if arm.start == "anchor" else from_start(states, start=arm.start)
+
+
+def final_rows(table: pd.DataFrame, prompts: str = "held_out") -> pd.DataFrame:
+    """Rows of the layer mean at each run's last step."""
+    rows = table[table.layer.isna() & (table.prompts == prompts)]
+    return rows[rows.step == rows.groupby("run").step.transform("max")]
+
+
+# --- nulls ----------------------------------------------------------------------------------------------------------
+
+
+def nulls_of(setting: Setting, home: Path, vs: Directions, unblocked: Trajectory) -> list[NullDraws]:
+    """Draws of every null that the history allows, for the unblocked runs on held-out prompts."""
+    rng, arm = np.random.default_rng(0), unblocked_arm(setting)
+    measured, held_out = load_states(home, "measured", "probes"), states_of(setting, arm, home, "held_out")
+    nulls = [isotropic(vs, steps=setting.save_steps, draws=ISOTROPIC_DRAWS, rng=rng), *_weight_noise(setting, home)]
+    # no shrinkage: the prompts are few for their participation ratio (docs/nulls.md)
+    common = {"steps": setting.save_steps, "draws": DRAWS, "rng": rng}
+    columns = [held_out.layers.index(layer) for layer in vs.layers]
+    states = held_out.of("anchor")[:, columns]
+    nulls.append(sample_covariance(vs, states, name="covariance_of_states", **common))
+    ends = [f"{run}/{steps[-1]}" for run, steps in held_out.runs.items()]
+    moved = np.concatenate([drift_per_prompt(held_out, end, vs.layers) for end in ends])
+    nulls.append(sample_covariance(vs, moved, name="covariance_of_drifts", **common))
+    nulls.append(sign_flips(unblocked, draws=DRAWS, rng=rng))
+    others = {name: other_states(setting, home, name) for name in OTHER_PROMPTS}
+    for run in held_out.runs:
+        nulls.append(swapped_labels(measured, held_out, run=run, draws=DRAWS, rng=rng))
+        nulls += [
+            other_prompts(held_out, states, vs, run=run, draws=DRAWS, rng=rng, name=name)
+            for name, states in others.items()
+        ]
+    return nulls + list(_endpoints(setting, measured, vs, rng))
+
+
+def _weight_noise(setting: Setting, home: Path) -> Iterator[NullDraws]:
+    """The steps whose draws are as many are one null."""
+    for draws in sorted(set(setting.noise.values())):
+        steps = tuple(step for step, n in setting.noise.items() if n == draws)
+        files = [np.load(noise_folder(setting, step, home) / "draws.npz") for step in steps]
+        cosines = np.concatenate([file["cosines"] for file in files], axis=1)
+        yield NullDraws("weight_noise", cosines, steps, tuple(files[0]["layers"].tolist()))
+
+
+def _endpoints(setting: Setting, measured: Residuals, vs: Directions, rng: np.random.Generator) -> Iterator[NullDraws]:
+    siblings = siblings_of(setting)
+    if len(siblings) + 1 >= MIN_SIBLINGS:
+        layers = vs.defined().layers
+        yield independent_endpoints(measured, siblings, steps=setting.save_steps, draws=DRAWS, rng=rng, layers=layers)
+
+
+def siblings_of(setting: Setting) -> list[str]:
+    """The checkpoints of the history that are second alignments of the same witness."""
+    return [name for name in setting.checkpoints if name.startswith("sibling_anchor")]
+
+
+def other_states(setting: Setting, home: Path, name: str) -> Residuals:
+    """States of the anchor and the unblocked runs on harmless prompts, or on the held-out prompts' words shuffled."""
+    arm = unblocked_arm(setting)
+    prompts = setting.prompts(home)
+    sets = {
+        "harmless": prompts["harmless"],
+        "shuffled_words": shuffled_words(prompts["held_out"], rng=np.random.default_rng(0)),
+    }
+
+    def make(folder: Path) -> None:
+        checkpoints = [Checkpoint("anchor", home / "anchor"), *_kept(arm, home)]
+        states = cache_residuals(sequence_of(setting, home), sets[name], checkpoints=checkpoints)
+        states.save(folder / "states.safetensors")
+
+    made = once(home / "other_prompts" / f"{name}-{len(arm.seeds)}-runs", make)
+    return Residuals.load(made / "states.safetensors")
+
+
+def _kept(arm: Arm, home: Path) -> list[Checkpoint]:
+    """The checkpoints of an arm whose weights are kept, as its states name them."""
+    found = []
+    for seed in arm.seeds:
+        folders = {int(path.name.split("-")[1]): path for path in run_folder(home, arm, seed).glob("checkpoint-*")}
+        found += [Checkpoint(f"{arm.name}-{seed}/{step}", folders[step], step=step) for step in sorted(folders)]
+    return found
+
+
+# --- controls -------------------------------------------------------------------------------------------------------
+
+
+def controls_of(setting: Setting, home: Path, vs: Directions, follows: dict[str, Trajectory]) -> pd.DataFrame:
+    """Final alignment and fraction of the unblocked runs along other directions, and of runs that are controls.
+
+    `wrong_witness`; `wrong_witness_removed` (v_rev with that direction partialled out); `sibling_anchor` (the mean over
+    siblings); `unaligned_twin` and `continued_alignment` (other runs, along v_rev).
+    """
+    arm, measured = unblocked_arm(setting), load_states(home, "measured", "probes")
+    frames = []
+    if "wrong_witness" in setting.checkpoints:
+        wrong = locate_vrev(substitute(measured, witness="wrong_witness"))
+        removed = partialled_out(vs, wrong)
+        for control, other in {"wrong_witness": wrong, "wrong_witness_removed": removed}.items():
+            frames.append(final_rows(follow_arm(setting, arm, home, other).table).assign(control=control))
+    siblings = [locate_vrev(substitute(measured, anchor=name)) for name in siblings_of(setting)]
+    if siblings:
+        found = pd.concat([final_rows(follow_arm(setting, arm, home, other).table) for other in siblings])
+        means = found.groupby("run", sort=False)[["alignment", "fraction"]].mean().reset_index()
+        frames.append(means.assign(control="sibling_anchor"))
+    frames += [
+        final_rows(follows[control].table).assign(control=control)
+        for control in ("unaligned_twin", "continued_alignment")
+        if control in follows
+    ]
+    table = pd.concat(frames, ignore_index=True)
+    return table.rename(columns={"alignment": "alignment_final", "fraction": "fraction_final"})[CONTROL_COLUMNS]
+
+
+def closures_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame | None:
+    """`closure` of the unblocked runs and their twins, with the twin's name beside the run's; None without twins."""
+    twin = next((arm for arm in setting.arms if arm.name == "unaligned_twin"), None)
+    if twin is None:
+        return None
+    arm, measured = unblocked_arm(setting), load_states(home, "measured", "held_out")
+    runs = states_of(setting, arm, home, "held_out")
+    twins = join([measured, *(load_states(home, f"runs/{twin.name}/seed{seed}", "held_out") for seed in twin.seeds)])
+    pairs = [(f"{arm.name}-{seed}", f"{twin.name}-{seed}") for seed in twin.seeds]
+    table = closure(runs, twins, vs, pairs=pairs, layers=layers)
+    return table.assign(twin=table.run.map(dict(pairs)))
+
+
+def damage_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame:
+    """Rounding, pruning and the mirrored update of the anchor, along v_rev, with the refusal log-odds as score."""
+    sequence, prompts = sequence_of(setting, home), setting.prompts(home)["held_out"]
+    anchor = open_model(sequence.anchor, tokenizer=sequence_tokenizer(sequence))
+    last = _kept(unblocked_arm(setting), home)[-1]
+    damages: dict[str, Damage] = {
+        "rounded to 8 bits": partial(rounded, bits=8),
+        "rounded to 4 bits": partial(rounded, bits=4),
+        "smallest 30 % pruned": partial(pruned, share=0.3),
+        "update mirrored": partial(sign_flipped, checkpoint=last),
+    }
+
+    def make(folder: Path) -> None:
+        score = partial(refusal_log_odds, openings=setting.measures.refusals)
+        table = measure_damage(anchor, vs, prompts, damages=damages, layers_in_mean=layers, score=score)
+        table.to_csv(folder / "damage.csv", index=False)
+
+    made = once(home / "damage" / f"{len(unblocked_arm(setting).seeds)}-runs", make)
+    return pd.read_csv(made / "damage.csv").astype({"layer": "Int64"})
+
+
+def intervals_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame:
+    """`bootstrap_alignment` of the unblocked runs on held-out prompts."""
+    states = states_of(setting, unblocked_arm(setting), home, "held_out")
+    return bootstrap_alignment(states, vs, draws=DRAWS, rng=np.random.default_rng(0), layers_in_mean=layers)

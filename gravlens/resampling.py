@@ -1,0 +1,350 @@
+"""Intervals and tests whose unit is the run: cluster bootstrap, flips of whole runs, max-T, detrended correlation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy import stats
+
+from gravlens.directions import Directions
+from gravlens.errors import GravlensError
+from gravlens.residuals import Residuals
+from gravlens.trajectory import drift_per_prompt, follow
+
+Alternative = Literal["greater", "less", "two-sided"]
+Interval = Literal["basic", "percentile"]
+
+EXACT_RUNS, EXACT_ORDERS = 12, 7  # 4,096 sign flips and 5,040 orders of the runs are enumerated;
+RANDOM = 9_999  # with more runs, so many are drawn
+# Sums that are equal on paper differ in their last bits; the statistics here are at most 1 in size.
+SAME = 1e-10
+PAIRS_AT_ONCE = 2_000_000  # numbers held at a time while draws are made
+
+
+# --- intervals ----------------------------------------------------------------------------------------------------
+
+
+def bootstrap_alignment(
+    residuals: Residuals,
+    directions: Directions,
+    *,
+    draws: int,
+    rng: np.random.Generator,
+    layers_in_mean: Sequence[int] | None = None,
+    level: float = 0.95,
+    interval: Interval = "basic",
+) -> pd.DataFrame:
+    """Intervals of alignment and fraction: over prompts for each run, over runs *and* prompts for the mean over runs.
+
+    Each draw resamples the prompts once, for all runs, steps and layers, and the runs once, for all steps that the same
+    runs have (two-way cluster bootstrap: Owen, "The pigeonhole bootstrap", 2007). The directions are held fixed: what
+    their own prompts leave uncertain is not in the interval (`split_half_reliability`, `cross_fit`).
+
+    Args:
+        residuals: with `anchor` and the runs; best on prompts that the directions were not estimated on.
+        directions: one direction a layer.
+        draws: how many.
+        rng: source of randomness.
+        layers_in_mean: layers of the mean (default: all of the directions').
+        level: of the intervals, between 0 and 1.
+        interval: `basic` reflects the draws' quantiles about the estimate, and widens those over n runs by
+            t(n − 1) / z · √(n / (n − 1)), for few runs vary too little among themselves (Hesterberg, "What teachers
+            should know about the bootstrap", 2015). `percentile` takes the quantiles as they are: a cosine shrinks when
+            prompts are resampled, since the drift's noise grows, so these lie too low (docs/statistics.md).
+
+    Returns:
+        Columns `run` (`mean`: the mean over runs), `step, layer` (<NA>: the layer mean), `measure` (`alignment` or
+        `fraction`), `estimate, low, high`. The mean of a single run has no interval (NaN); a run without drift has no
+        cosine, and makes its step's mean NaN.
+
+    Raises:
+        GravlensError: no run, no defined direction, no draws, a level that is none.
+    """
+    if draws < 1 or not 0 < level < 1 or interval not in ("basic", "percentile"):
+        raise GravlensError(
+            f"draws={draws}, level={level} and interval={interval!r} were given.",
+            "draws is at least 1, level between 0 and 1, interval 'basic' or 'percentile'.",
+            "draws=10_000, level=0.95.",
+        )
+    followed = follow(residuals, directions, layers_in_mean=layers_in_mean)
+    vs = directions.defined()
+    mean = [vs.layers.index(layer) for layer in followed.layers_in_mean]
+    weights = _weights(residuals.values.shape[1], draws, rng)
+    shares: dict[tuple[str, ...], np.ndarray] = {}
+    frames = []
+    for step in sorted({step for steps in residuals.runs.values() for step in steps}):
+        runs = tuple(run for run, steps in residuals.runs.items() if step in steps)
+        drift = np.stack([drift_per_prompt(residuals, f"{run}/{step}", vs.layers) for run in runs])
+        drawn = _with_layer_mean(_resample(drift, vs, weights), mean)
+        if runs not in shares:
+            shares[runs] = _weights(len(runs), draws, rng)
+        over_runs = np.einsum("br,mbrl->mbl", shares[runs], drawn)[:, :, None]
+        widened = [*[1.0] * len(runs), _widening(len(runs), level)]
+        bounds = _bounds(np.concatenate([drawn, over_runs], axis=2), np.array(widened), level, interval)
+        frames.append(_table((*runs, "mean"), step, vs.layers, bounds))
+    return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
+
+
+def _weights(items: int, draws: int, rng: np.random.Generator) -> Float[np.ndarray, "draw item"]:
+    """Share of each item in each draw; the first row is the sample itself."""
+    drawn = rng.multinomial(items, np.full(items, 1 / items), size=draws)
+    return np.concatenate([np.ones((1, items)), drawn]) / items
+
+
+def _resample(
+    drift: Float[np.ndarray, "run prompt layer d_model"], vs: Directions, weights: Float[np.ndarray, "draw prompt"]
+) -> Float[np.ndarray, "measure draw run layer"]:
+    """Alignment and fraction of the resampled mean drift: ⟨W D, v⟩, and ‖W D‖² = Σ_ij W_i W_j (D Dᵀ)_ij over i ≤ j."""
+    along = np.einsum("rpld,ld->prl", drift, vs.vectors.astype(np.float64), optimize=True)
+    projection = np.tensordot(weights, along, 1)
+    one, other = np.triu_indices(drift.shape[1])
+    cells = drift.swapaxes(1, 2)  # [run, layer, prompt, d_model]
+    gram = (cells @ cells.swapaxes(-1, -2))[..., one, other] * np.where(one == other, 1.0, 2.0)
+    gram = gram.reshape(-1, len(one)).T  # [pair, cell]
+    squared = [
+        (part.T[one] * part.T[other]).T @ gram
+        for part in np.array_split(weights, 1 + len(weights) * len(one) // PAIRS_AT_ONCE)
+    ]
+    norm = np.sqrt(np.concatenate(squared).clip(min=0)).reshape(projection.shape)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        alignment = projection / norm
+    return np.stack([alignment, projection / vs.distances])
+
+
+def _with_layer_mean(
+    drawn: Float[np.ndarray, "measure draw run layer"], mean: list[int]
+) -> Float[np.ndarray, "measure draw run layer_and_mean"]:
+    return np.concatenate([drawn, drawn[..., mean].mean(-1, keepdims=True)], axis=-1)
+
+
+def _bounds(
+    drawn: Float[np.ndarray, "measure draw run layer"],
+    widened: Float[np.ndarray, " run"],
+    level: float,
+    interval: Interval,
+) -> Float[np.ndarray, "bound measure run layer"]:
+    """Estimate, low and high; the first draw is the sample itself. A cosine stays within ±1."""
+    estimate = drawn[:, 0]
+    ends = np.quantile(drawn[:, 1:], [(1 - level) / 2, (1 + level) / 2], axis=1)
+    if interval == "basic":
+        ends = estimate + (estimate - ends[::-1]) * widened[:, None]
+    ends[:, 0] = ends[:, 0].clip(-1, 1)
+    ends[:, :, np.isnan(widened)] = np.nan
+    return np.concatenate([estimate[None], ends])
+
+
+def _widening(n_runs: int, level: float) -> float:
+    """How much wider an interval over so many runs has to be than its draws say; NaN for one run."""
+    if n_runs == 1:
+        return float("nan")
+    side = (1 + level) / 2
+    return float(stats.t.ppf(side, n_runs - 1) / stats.norm.ppf(side) * np.sqrt(n_runs / (n_runs - 1)))
+
+
+def _table(
+    runs: Sequence[str], step: int, layers: Sequence[int], bounds: Float[np.ndarray, "bound measure run layer"]
+) -> pd.DataFrame:
+    index = pd.MultiIndex.from_product(
+        [["alignment", "fraction"], runs, [step], pd.array([*layers, pd.NA], "Int64")],
+        names=["measure", "run", "step", "layer"],
+    )
+    columns = dict(zip(("estimate", "low", "high"), bounds.reshape(3, -1), strict=True))
+    return pd.DataFrame(columns, index).reset_index()[["run", "step", "layer", "measure", *columns]]
+
+
+# --- tests over runs ----------------------------------------------------------------------------------------------
+
+
+def least_p_value(n_runs: int, alternative: Alternative = "greater") -> float:
+    """The smallest p that sign flips of so many runs can give: 2⁻ⁿ, twice that two-sided; 1/10,000 where drawn."""
+    one_sided = 2.0**-n_runs if n_runs <= EXACT_RUNS else 1 / (1 + RANDOM)
+    return min(1.0, one_sided * (2 if alternative == "two-sided" else 1))
+
+
+def sign_flip_test(
+    values: Float[np.ndarray, "run *cell"],
+    *,
+    alternative: Alternative = "greater",
+    rng: np.random.Generator | None = None,
+) -> Float[np.ndarray, "*cell"]:
+    """p of a mean over runs against 0, cell by cell: whole runs change sign.
+
+    The null says that each run's value is symmetric about 0, so subtract the baseline first: the alignment's is not 0
+    (a shared anchor, drift common to all fine-tuning), that of a run minus its own control is. All 2ⁿ flips are
+    enumerated up to 12 runs, so n runs give no p below 2⁻ⁿ (5 runs: .031, 7: .0078); beyond, 9,999 are drawn. p is not
+    corrected for the number of cells (`max_t`, `holm`).
+
+    Args:
+        values: one value a run, or an array of them; the first axis is the run.
+        alternative: of the mean; two-sided is twice the smaller side, as in scipy.
+        rng: source of randomness, for more than 12 runs.
+
+    Returns:
+        p-values [*cell]; 1 where a run's value is NaN.
+    """
+    flipped = _flipped(values, rng)
+    sides = {"greater": _share_reached(flipped), "less": _share_reached(-flipped)}
+    if _checked(alternative) != "two-sided":
+        return sides[alternative]
+    return np.minimum(1.0, 2 * np.minimum(sides["greater"], sides["less"]))
+
+
+def max_t(
+    values: Float[np.ndarray, "run *cell"],
+    *,
+    alternative: Alternative = "greater",
+    rng: np.random.Generator | None = None,
+) -> Float[np.ndarray, "*cell"]:
+    """p of each cell (step × layer), adjusted for all of them: how often does the largest cell reach as far?
+
+    Westfall and Young's single-step max-T (1993) by sign flips of whole runs, all cells together, which keeps their
+    dependence; the family-wise error is held in every configuration of true nulls. The statistic is Σv / √(n Σv²),
+    which grows with Student's t and, unlike it, is finite: a flip does not change Σv².
+
+    Args:
+        values: one value a run and cell, less its baseline (see `sign_flip_test`); the first axis is the run.
+        alternative: of the means.
+        rng: source of randomness, for more than 12 runs.
+
+    Returns:
+        Adjusted p-values [*cell]; 1 where a run's value is NaN, or all are 0. No less than 2⁻ⁿ for n runs.
+    """
+    flipped = _flipped(values, rng)
+    signed = {"greater": flipped, "less": -flipped, "two-sided": np.abs(flipped)}[_checked(alternative)]
+    cells = signed.reshape(len(signed), -1)
+    largest = np.fmax.reduce(cells, axis=1, initial=-np.inf)
+    return _share_reached(signed, largest.reshape(-1, *[1] * (signed.ndim - 1)))
+
+
+def holm(p_values: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "*cell"]:
+    """Holm's step-down adjustment (1979): holds the family-wise error whatever the dependence, with less power."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, axis=None)
+    adjusted = np.empty(p.size)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, p.ravel()[order] * np.arange(p.size, 0, -1)))
+    return adjusted.reshape(p.shape)
+
+
+def _flipped(values: np.ndarray, rng: np.random.Generator | None) -> Float[np.ndarray, "flip *cell"]:
+    """Σ s v / √(n Σ v²) over runs, for all flips s; the first is the sample itself."""
+    v = np.asarray(values, dtype=np.float64)
+    if v.ndim == 0 or len(v) == 0:
+        raise GravlensError(
+            f"Values of shape {v.shape} were given.", "The first axis is the run.", "values [run, step, layer]."
+        )
+    signs = _signs(len(v), rng)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.tensordot(signs, v / np.sqrt(len(v) * (v**2).sum(0)), 1)
+
+
+def _signs(n_runs: int, rng: np.random.Generator | None) -> Float[np.ndarray, "flip run"]:
+    if n_runs <= EXACT_RUNS:
+        return np.array(list(product((1.0, -1.0), repeat=n_runs)))
+    drawn = _demanded(rng, n_runs, "sign flips").choice((1.0, -1.0), size=(RANDOM, n_runs))
+    return np.concatenate([np.ones((1, n_runs)), drawn])
+
+
+def _share_reached(flipped: np.ndarray, reached: np.ndarray | None = None) -> np.ndarray:
+    """Share of the flips whose statistic is at least the sample's; not `>=`, so that NaN is never significant."""
+    return (~((flipped if reached is None else reached) < flipped[:1] - SAME)).mean(0)
+
+
+def _checked(alternative: Alternative) -> Alternative:
+    if alternative not in ("greater", "less", "two-sided"):
+        raise GravlensError(
+            f"alternative={alternative!r} was given.", "It is 'greater', 'less' or 'two-sided'.", "'greater'."
+        )
+    return alternative
+
+
+def _demanded(rng: np.random.Generator | None, n_runs: int, what: str) -> np.random.Generator:
+    if rng is None:
+        raise GravlensError(
+            f"There are {n_runs} runs and no rng.",
+            f"The {what} of so many runs are drawn, not enumerated.",
+            "rng=np.random.default_rng(0).",
+        )
+    return rng
+
+
+# --- two curves ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DetrendedCorrelation:
+    """Do two measures go together beyond the trend that all runs share?
+
+    Attributes:
+        correlation: Spearman's, after the mean over runs is taken out at each step; −1 to 1, NaN where nothing varies.
+        raw: Spearman's over all run-step pairs, trend and all: two curves that grow always correlate.
+        p_value: of `correlation`, by permuting whole runs of one measure against the other.
+        n_runs: how many runs; all orders are enumerated up to 7, so no p is below 1 / n_runs!.
+    """
+
+    correlation: float
+    raw: float
+    p_value: float
+    n_runs: int
+
+
+def detrended_correlation(
+    x: Float[np.ndarray, "run step"],
+    y: Float[np.ndarray, "run step"],
+    *,
+    of: Literal["levels", "changes"] = "levels",
+    alternative: Alternative = "two-sided",
+    rng: np.random.Generator | None = None,
+) -> DetrendedCorrelation:
+    """Correlation of two measures over runs and steps, less the step's mean over runs.
+
+    Taking differences is not enough: two curves that rise early and flatten have changes that shrink together. The mean
+    over runs at each step holds all that; what is left says whether a run that is ahead in x is ahead in y.
+
+    Args:
+        x: e.g. the alignment, one row a run.
+        y: e.g. the harmfulness, the same runs and steps.
+        of: `levels`, or `changes` from step to step.
+        alternative: of the correlation.
+        rng: source of randomness, for more than 7 runs.
+
+    Raises:
+        GravlensError: shapes differ, fewer than 3 runs, NaN, one step for `changes`.
+    """
+    x, y = (np.asarray(one, dtype=np.float64) for one in (x, y))
+    if x.shape != y.shape or x.ndim != 2 or len(x) < 3 or not np.isfinite([x, y]).all():
+        raise GravlensError(
+            f"x {x.shape} and y {y.shape} were given.",
+            "Both are finite [run, step] of the same runs and steps, three runs at least.",
+            "leave out steps that a run lacks.",
+        )
+    x, y = (one / (np.abs(one).max() or 1.0) for one in (x, y))
+    raw = float((_ranks(x) * _ranks(y)).mean())
+    if of == "changes":
+        if x.shape[1] < 2:
+            raise GravlensError("There is one step.", "A change needs two.", "of='levels'.")
+        x, y = np.diff(x), np.diff(y)
+    orders = _orders(len(x), rng)
+    # [run, run]: Spearman's is its trace, with the runs in their order
+    between: np.ndarray = _ranks(x - x.mean(0)) @ _ranks(y - y.mean(0)).T / x.size
+    permuted = between[orders, np.arange(len(x))].sum(1)
+    reached = {"greater": permuted, "less": -permuted, "two-sided": np.abs(permuted)}[_checked(alternative)]
+    return DetrendedCorrelation(float(permuted[0]), raw, float(_share_reached(reached)), len(x))
+
+
+def _ranks(values: Float[np.ndarray, "run step"]) -> Float[np.ndarray, "run step"]:
+    """Ranks over all entries, standardised: the mean product of two is Spearman's correlation; NaN if all are equal."""
+    ranks = stats.rankdata(values.round(12)).reshape(values.shape)  # a mean taken out leaves its last bits
+    with np.errstate(invalid="ignore"):
+        return (ranks - ranks.mean()) / ranks.std()
+
+
+def _orders(n_runs: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Orders of the runs; the first is their own."""
+    if n_runs <= EXACT_ORDERS:
+        return np.array(list(permutations(range(n_runs))))
+    own = np.arange(n_runs)
+    return np.concatenate([own[None], _demanded(rng, n_runs, "orders").permuted(np.tile(own, (RANDOM, 1)), axis=1)])
