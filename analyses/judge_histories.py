@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from gravlens.arms import Arm
@@ -29,10 +30,10 @@ from gravlens.controls import closure, independent_endpoints, partialled_out, su
 from gravlens.damage import measure_damage, pruned, reweighted, rounded
 from gravlens.demands import Evidence
 from gravlens.directions import Directions, locate_vrev
-from gravlens.evidence import final_rows
 from gravlens.experiment import home_of, join, load_states, make_checkpoint, measure_history, run_arm
 from gravlens.fetch import cache_folder
 from gravlens.findings import run_facts
+from gravlens.gathering import final_rows
 from gravlens.models import OpenModel, open_model, quiet
 from gravlens.noise import weight_noise
 from gravlens.nulls import NullDraws, isotropic
@@ -54,6 +55,7 @@ HIGHEST = {
     "continued alignment": 2,
     "wrong witness": 2,
     "independent anchor noise": 2,
+    "independent anchor noise, anisotropic": 2,
     "weight noise only": 0,
     "anti-parallel": 0,
 }
@@ -87,17 +89,14 @@ def main(
 def tell(table: pd.DataFrame) -> None:
     """How often each level was claimed of each history; over-claims and under-claims."""
     counts = table.pivot_table(index="history", columns="level", aggfunc="size", fill_value=0)
-    counts.insert(0, "highest true", [HIGHEST[str(name)] for name in counts.index])
-    typer.echo(counts.to_string())
-    over = table[table.level > table.highest_true_level]
-    under = table[table.level < table.highest_true_level]
-    typer.echo(f"\nclaimed too much: {len(over)} of {len(table)}; less than is true: {len(under)}")
+    typer.echo(counts.assign(highest_true=[HIGHEST[str(name)] for name in counts.index]).to_string())
+    over, under = ((side * (table.level - table.highest_true_level) > 0).sum() for side in (1, -1))
+    typer.echo(f"\nclaimed too much: {over} of {len(table)}; less than is true: {under}")
 
 
 def make_organism(seed: int, cache: Path) -> None:
     """Witness, alignments, and every run."""
-    setting = Judged(organism=seed)
-    home = home_of(setting, cache)
+    home = home_of(setting := Judged(organism=seed), cache)
     with quiet():
         for name in setting.checkpoints:
             make_checkpoint(setting, name, home)
@@ -127,10 +126,11 @@ def histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[tuple[str
 
 @dataclass(frozen=True, eq=False)
 class Behavior:
-    """The arms at their last step, and the anchor's harmfulness."""
+    """The arms at their last step, the anchor's harmfulness, and the arm that the others are held against."""
 
     arms: pd.DataFrame
     anchor_harm: float
+    unblocked: str = "unblocked"
 
 
 # --- evidence -----------------------------------------------------------------------------------------------------
@@ -158,6 +158,7 @@ def gather(
         damage=damage(vs),
         arms=None if behavior is None else behavior.arms,
         anchor_harm=None if behavior is None else behavior.anchor_harm,
+        names={} if behavior is None else {"unblocked": (behavior.unblocked,), "released": ("released",)},
     )
 
 
@@ -176,6 +177,7 @@ WORLDS = {
     "planted in the states": World(planted=WAY),
     "planted, anisotropic": World(planted=WAY, decay=1.5),
     "independent anchor noise": World(endpoints=(0.2, 0.8)),
+    "independent anchor noise, anisotropic": World(endpoints=(0.2, 0.8), decay=1.5),
 }
 
 
@@ -280,8 +282,10 @@ def organism_histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[
     behavior = Behavior(arms_of(organism), anchor_harm(organism))
     unblocked = organism.runs("unblocked")
     yield "refusal organism", organism.evidence(unblocked, twins, norms("unblocked"), behavior=behavior)
-    for name in ("rehearsal", "continued_alignment"):
-        yield name.replace("_", " "), organism.evidence(organism.runs(name), twins, norms(name))
+    rehearsed = replace(behavior, unblocked="rehearsal")
+    yield "rehearsal", organism.evidence(organism.runs("rehearsal"), twins, norms("rehearsal"), behavior=rehearsed)
+    continued = organism.runs("continued_alignment")
+    yield "continued alignment", organism.evidence(continued, twins, norms("continued_alignment"))
     following = home_of(Judged(organism=ring[(ring.index(seed) + 1) % len(ring)]), cache)
     wrong = {"wrong_witness": "witness", "another_wrong_witness": "wrong_witness"}
     theirs = organism.runs("unaligned_twin", following)
@@ -298,7 +302,7 @@ def arms_of(organism: Organism) -> pd.DataFrame:
     """The arms of the refusal organism at their last step."""
     vs = locate_vrev(organism.states["probes"]).at(organism.setting.layers_in_mean)
     frames = []
-    for arm in ("unblocked", "clamp", "clamp_matched_twin", "reinforce"):
+    for arm in ("unblocked", "clamp", "clamp_matched_twin", "reinforce", "released", "rehearsal"):
         facts = [run_facts(organism.home, Arm(arm, SEEDS), run)["behavior"] for run in SEEDS]
         last = str(organism.setting.save_steps[-1])
         measured = {name: [one[last][name] for one in facts] for name in ("harmfulness", "task_loss")}
@@ -308,7 +312,7 @@ def arms_of(organism: Organism) -> pd.DataFrame:
 
 
 def anchor_harm(organism: Organism) -> float:
-    """The anchor's harmfulness."""
+    """Of the anchor itself."""
     return json.loads((organism.home / "measured" / "behavior.json").read_text())["anchor"]["harmfulness"]
 
 
@@ -324,7 +328,9 @@ def walked(organism: Organism, shares: Sequence[float]) -> Evidence:
         for (step, size), share in zip(scale.items(), shares, strict=True):
             for kind, model in {"run": organism.anchor, "twin": organism.witness}.items():
                 moves = {
-                    name: noise_of(weight, size.get(name, 0.0), generator) + share * (kind == "run") * way[name]
+                    name: share * (kind == "run") * way[name]
+                    + size.get(name, 0.0)
+                    * normalize(torch.randn(weight.numel(), generator=generator), dim=0).view(weight.shape)
                     for name, weight in anchor.items()
                 }
                 start = dict(model.module.named_parameters())
@@ -338,12 +344,6 @@ def walked(organism: Organism, shares: Sequence[float]) -> Evidence:
         for some in found.values()
     )
     return organism.evidence(runs, twins, norms)
-
-
-def noise_of(weight: torch.Tensor, norm: float, generator: torch.Generator) -> torch.Tensor:
-    """Gaussian noise of a norm."""
-    noise = torch.randn(weight.shape, generator=generator)
-    return noise * (norm / noise.norm())
 
 
 if __name__ == "__main__":

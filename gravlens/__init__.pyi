@@ -51,7 +51,7 @@ from .damage import updated as updated
 from .decomposition import ancestor_pull as ancestor_pull
 from .decomposition import split_drift as split_drift
 from .decomposition import split_update as split_update
-from .demands import Check as Check
+from .demands import Demand as Demand
 from .demands import Evidence as Evidence
 from .directions import Direction as Direction
 from .directions import Directions as Directions

@@ -6,7 +6,7 @@ from html import escape
 
 import pandas as pd
 
-from gravlens.demands import DEMANDS, Check, Evidence, held_against
+from gravlens.demands import DEMANDS, Demand, Evidence, held_against
 from gravlens.errors import GravlensError
 
 LEVELS = (
@@ -26,23 +26,23 @@ class Claim:
     Attributes:
         level: 0 to 5, as in `LEVELS`.
         sentence: what may be said.
-        capped_by: the check of the next level that failed or was not run; "" at level 5.
-        checks: `level, name, holds` (<NA>: not run), `figures`; all of them, also above the level.
+        capped_by: the demand of the next level that failed or was not run; "" at level 5.
+        demands: `level, name, holds` (<NA>: not run), `figures`; all of them, also above the level.
     """
 
     level: int
     sentence: str
     capped_by: str
-    checks: pd.DataFrame
+    demands: pd.DataFrame
 
     def _repr_html_(self) -> str:
-        return f"<p><b>Level {self.level}</b>: {escape(self.sentence)}</p>{self.checks.to_html(index=False)}"
+        return f"<p><b>Level {self.level}</b>: {escape(self.sentence)}</p>{self.demands.to_html(index=False)}"
 
 
 def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:
-    """The highest level whose checks, and those of all levels below it, hold (docs/claims.md lists them).
+    """The highest level whose demands, and those of all levels below it, hold (docs/claims.md lists them).
 
-    Nothing is claimed beyond the anchor that the runs start from. A check that was not run caps the level as one that
+    Nothing is claimed beyond the anchor that the runs start from. A demand that was not run caps the level as one that
     failed does, and is named.
 
     Args:
@@ -54,32 +54,36 @@ def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:
     """
     if evidence.rows.empty:
         raise GravlensError("The trajectory holds no run.", "A claim is about runs.", "follow(residuals, vs).")
-    checks = [check for find in DEMANDS for check in find(evidence, alpha)]
-    caps = [check for check in checks if not check.holds]
-    level = min((check.level - 1 for check in caps), default=len(LEVELS) - 1)
-    capped_by = next((check.name for check in caps if check.level == level + 1), "")
-    sentence = _sentence(evidence, level, [check for check in caps if check.level == level + 1])
+    demands = [demand for find in DEMANDS for demand in find(evidence, alpha)]
+    caps = [demand for demand in demands if not demand.holds]
+    level = min((demand.level - 1 for demand in caps), default=len(LEVELS) - 1)
+    capped_by = next((demand.name for demand in caps if demand.level == level + 1), "")
+    sentence = _sentence(evidence, level, [demand for demand in caps if demand.level == level + 1])
     return Claim(
-        level, sentence, capped_by, pd.DataFrame([vars(check) for check in checks]).astype({"holds": "boolean"})
+        level, sentence, capped_by, pd.DataFrame([vars(demand) for demand in demands]).astype({"holds": "boolean"})
     )
 
 
 # --- in words -------------------------------------------------------------------------------------------------------
 
 
-def _sentence(evidence: Evidence, level: int, caps: Sequence[Check]) -> str:
+def _sentence(evidence: Evidence, level: int, caps: Sequence[Demand]) -> str:
     n, mean = len(evidence.final), float(evidence.final.alignment.mean())
     fraction = float(evidence.final.fraction.mean())
     seen = f"alignment {mean:.2f}, {fraction:.2f} of the way back at step {evidence.last}, {n} run{'s' * (n != 1)}"
+    held = (
+        "The drift is aligned with v_rev and specific to this history, and on this anchor holding v_rev holds the "
+        "harm, better than holding a matched random direction does"
+    )
     said = (
         f"No alignment with v_rev is shown ({seen}).",
-        f"Alignment with v_rev is observed ({seen}); no matched null is exceeded.",
+        f"Alignment with v_rev is observed ({seen}); that a matched null is exceeded is not shown.",
         f"The drift is aligned with v_rev beyond weight noise of the same size ({seen}); that it is this history's "
         "direction is not shown.",
         f"The drift is aligned with v_rev, and this is specific to this history ({seen}); that it causes the return is "
         "not shown.",
-        f"Motion along v_rev mediates the return of harm on this anchor ({seen}); that blocking it lasts is not shown.",
-        f"Motion along v_rev mediates the return of harm on this anchor, and blocking it lasts ({seen}).",
+        f"{held} ({seen}); that the block outlasts its release is not shown.",
+        f"{held} ({seen}); half of the harm is still held at the last step, after the block was lifted.",
     )[level]
     return " ".join([said, *_told(evidence), *_capped(level, caps)])
 
@@ -92,10 +96,10 @@ def _told(evidence: Evidence) -> Iterator[str]:
         rows = pd.concat([held_against(evidence, null) for null in others if null.name == name])
         if not rows.above.all():
             below = f"{int((~rows.above).sum())} of {len(rows)}"
-            yield f"Not above {name.replace('_', ' ')} (p99 {rows.p99.mean():.2f}) in {below}."
+            yield f"Not above the null “{name.replace('_', ' ')}” (p99 {rows.p99.mean():.2f}) in {below} comparisons."
 
 
-def _capped(level: int, caps: Sequence[Check]) -> Iterator[str]:
+def _capped(level: int, caps: Sequence[Demand]) -> Iterator[str]:
     if caps:
-        named = "; ".join(f"{check.name} ({check.figures})" for check in caps)
+        named = "; ".join(f"{demand.name} ({demand.figures})" for demand in caps)
         yield f"Level {level + 1} ({LEVELS[level + 1]}) is not reached: {named}."

@@ -80,7 +80,7 @@ def reproduce_command(
 
 
 def _organisms(organisms: int, runs: int, quick: bool) -> dict[str, Setting]:
-    extra: dict[str, Any] = {"noise_draws": 20} if quick else {}
+    extra: dict[str, Any] = {"noise_draws": 100} if quick else {}
     seeds = range(FIRST_REPORTED, FIRST_REPORTED + organisms)
     count = runs or (2 if quick else 6)
     return {f"organism{seed}": RefusalOrganism(organism=seed, runs=count, **extra) for seed in seeds}
@@ -158,6 +158,9 @@ def _print_results(results: dict[str, Any]) -> None:
     for check in results["checks"]:
         checked.add_row(check["organism"], check["statement"], words[check["holds"]], check["figures"])
     console.print(checked)
+    for claim in results["claims"]:
+        told = f"\n{claim['organism']}, claim level {claim['level']} of 5: {claim['sentence']}"
+        console.print(told, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

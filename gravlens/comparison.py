@@ -10,9 +10,9 @@ import pandas as pd
 
 from gravlens.arms import UNBLOCKED, Arm
 from gravlens.directions import Directions, locate_vrev
-from gravlens.evidence import follow_arm
 from gravlens.experiment import load_states, run_folder
 from gravlens.findings import numbers, run_facts
+from gravlens.gathering import follow_arm
 from gravlens.settings.history import Setting
 
 CLIP = 1.0  # of the gradient's norm, in gravlens.finetune

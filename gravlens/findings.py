@@ -13,8 +13,8 @@ from gravlens.arms import Arm
 from gravlens.claims import Claim, claim
 from gravlens.demands import Evidence
 from gravlens.directions import locate_vrev
-from gravlens.evidence import closures_of, controls_of, damage_of, final_rows, follow_arm, intervals_of, nulls_of
 from gravlens.experiment import load_states, run_folder
+from gravlens.gathering import closures_of, controls_of, damage_of, final_rows, follow_arm, intervals_of, nulls_of
 from gravlens.nulls import compare
 from gravlens.settings.history import Setting
 from gravlens.trajectory import Trajectory
@@ -81,7 +81,7 @@ def findings_of(setting: Setting, home: Path, *, organism: str) -> Findings:
         "intervals": intervals_of(setting, home, vs, unblocked.layers_in_mean),
         "arms": arms,
         "behavior": behavior,
-        "demands": found.checks,
+        "demands": found.demands,
         "verdicts": _verdict(found),
     }
     return Findings(**{name: table.assign(organism=organism) for name, table in tables.items()})

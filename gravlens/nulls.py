@@ -21,6 +21,7 @@ from gravlens.trajectory import Trajectory, drift_per_prompt, drifts, measure_dr
 ALL_SIGNS_UP_TO = 12
 # Cosines closer than this are the same one, added up in another order.
 TIED_WITHIN = 1e-9
+ABOVE = 0.01 + 1e-9  # p of what is called above a null
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +221,8 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
     of the run `mean`).
 
     Returns:
-        Columns `null, run, step, layer, alignment, p99, p_value, above`; p = (1 + k)/(1 + n), one-sided.
+        Columns `null, run, step, layer, alignment, p99, p_value, above`; p = (1 + k)/(1 + n), one-sided. `above`: the
+        alignment exceeds the p99 and p is at most .01, which takes 99 draws.
     """
     mean = [null.layers.index(layer) for layer in trajectory.layers_in_mean]
     rows = []
@@ -228,7 +230,10 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
         draws = null.cosines[:, null.steps.index(step)]
         drawn = draws[:, mean].mean(1) if layer is pd.NA else draws[:, null.layers.index(layer)]
         p99 = float(np.quantile(drawn, 0.99))
-        rows.append((null.name, run, step, layer, alignment, p99, p_value(drawn, alignment), alignment > p99))
+        p = p_value(drawn, alignment)
+        # fewer than 99 draws have no p99 of their own: the quantile then lies below the largest of them
+        above = bool(alignment > p99) and p <= ABOVE
+        rows.append((null.name, run, step, layer, alignment, p99, p, above))
     columns = ["null", "run", "step", "layer", "alignment", "p99", "p_value", "above"]
     return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
 

@@ -15,16 +15,16 @@ from scipy import stats
 from gravlens import __version__, plots
 from gravlens.experiment import carry_out, home_of, sequence_of
 from gravlens.findings import Findings, findings_of
+from gravlens.paper import ARMS, CONTROLS
 from gravlens.report import write_report
 from gravlens.settings.history import Setting
 from gravlens.store import write_atomically, write_json
 
 SCHEMA_VERSION = 1
-CONTROLS = ("wrong_witness", "wrong_witness_removed", "sibling_anchor", "unaligned_twin", "continued_alignment")
-ARMS = ("unblocked", "unblocked_new_facts", "penalty", "penalty_margin", "penalty_random")
 FINALS = ("alignment_final", "fraction_final")
 BEHAVIOR = ("harmfulness", "refusal_log_odds", "over_refusal", "task_loss", "seconds_per_step")
 DAMAGE = ("organism", "damage", "alignment", "fraction", "drift_norm", "judged", "weight_norm", "score")
+DRAWN = ("isotropic", "weight_noise", "covariance_of_states", "independent_endpoints")  # in the figure
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scipy")
 
 
@@ -43,7 +43,9 @@ def reproduce(settings: Mapping[str, Setting], out: Path, *, cache: Path, worker
         began = time.perf_counter()
         home = carry_out(setting, cache, workers=workers)
         seconds[f"make {name}"] = time.perf_counter() - began
+        began = time.perf_counter()
         parts.append(findings_of(setting, home, organism=name))
+        seconds[f"judge {name}"] = time.perf_counter() - began
     began = time.perf_counter()
     findings = Findings.concat(parts)
     setting = next(iter(settings.values()))
@@ -271,9 +273,9 @@ def draw_figures(findings: Findings, folder: Path) -> None:
     unblocked = unblocked.assign(run=unblocked.organism + "/" + unblocked.run)
     history = findings.behavior[findings.behavior.arm == "history"].groupby("run").harmfulness.mean()
     reference = {str(name): float(value) for name, value in history.items()}
-    arms = findings.arms[~findings.arms.arm.isin(CONTROLS)]
+    arms = findings.arms[~findings.arms.arm.isin(list(CONTROLS))]
     figures: dict[str, Callable[[], Any]] = {
-        "alignment": lambda: plots.plot_alignment(unblocked, nulls=findings.nulls),
+        "alignment": lambda: plots.plot_alignment(unblocked, nulls=findings.nulls[findings.nulls.null.isin(DRAWN)]),
         "fraction": lambda: plots.plot_alignment(unblocked, value="fraction"),
         "layers": lambda: plots.plot_layers(unblocked),
         "harmfulness": lambda: plots.plot_arms(arms, measure="harmfulness", reference=reference),

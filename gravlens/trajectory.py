@@ -92,7 +92,7 @@ def _check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
     states = {one.meta.get("geometry", "raw") for one in sets}
     if len(located | states) > 1:
         raise GravlensError(
-            f"Directions of the {', '.join(sorted(located))} geometry and states of the {', '.join(sorted(states))} one.",
+            f"Geometry of the directions: {', '.join(sorted(located))}; of the states: {', '.join(sorted(states))}.",
             "A direction is a vector of one geometry, and means nothing in another.",
             "geometry.apply(residuals) with the geometry that the directions were located in.",
         )

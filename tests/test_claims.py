@@ -9,7 +9,8 @@ import pytest
 from histories import refused
 
 from gravlens.claims import LEVELS, Claim, claim
-from gravlens.demands import DEMANDS, Evidence
+from gravlens.demands import ARMS as NAMES
+from gravlens.demands import DEMANDS, MIN_DRAWS, Evidence
 from gravlens.nulls import NullDraws
 from gravlens.trajectory import Trajectory
 
@@ -30,9 +31,9 @@ def trajectory(alignment: float = 0.7, *, runs: int = RUNS, judged: bool = True)
     return Trajectory(pd.DataFrame(rows).astype({"layer": "Int64"}), LAYERS)
 
 
-def null(name: str, spread: float = 0.1, centre: float = 0.0) -> NullDraws:
+def null(name: str, spread: float = 0.1, centre: float = 0.0, draws: int = DRAWS) -> NullDraws:
     """Normal cosines; p99 of the layer mean near centre + 1.6 spread."""
-    cosines = centre + spread * np.random.default_rng(0).standard_normal((DRAWS, len(STEPS), len(LAYERS)))
+    cosines = centre + spread * np.random.default_rng(0).standard_normal((draws, len(STEPS), len(LAYERS)))
     return NullDraws(name, cosines, STEPS, LAYERS)
 
 
@@ -101,28 +102,47 @@ def judge(**changes: Any) -> Claim:
 
 def test_with_everything_in_its_favour_the_claim_is_the_last_level() -> None:
     found = judge()
-    assert found.level == len(LEVELS) - 1 == 5 and found.capped_by == "" and found.checks.holds.all()
-    assert "mediates" in found.sentence and "on this anchor" in found.sentence and "not reached" not in found.sentence
+    assert found.level == len(LEVELS) - 1 == 5 and found.capped_by == "" and found.demands.holds.all()
+    assert (
+        "holding v_rev holds the harm" in found.sentence
+        and "on this anchor" in found.sentence
+        and "not reached" not in found.sentence
+    )
+
+
+def broken() -> pd.DataFrame:
+    """One run of the clamp says nothing but nonsense, so that its harm is not measured."""
+    table = arms()
+    return table.assign(harmfulness=table.harmfulness.mask((table.arm == "clamp") & (table.seed == 2)))
+
+
+def given() -> Trajectory:
+    """The same, judged on the prompts that v_rev was located on."""
+    return replace(trajectory(), table=trajectory().table.assign(prompts="given"))
 
 
 FALSE: list[tuple[int, str, dict[str, Any]]] = [
     (0, "the drift is long enough to judge", {"trajectory": trajectory(judged=False)}),
+    (0, "judged on other prompts than v_rev's", {"trajectory": given()}),
     (0, "above isotropic", {"trajectory": trajectory(0.05)}),
     (0, "above isotropic", {"trajectory": trajectory(-0.7)}),
     (1, "above weight noise", {"nulls": [*without("weight_noise"), null("weight_noise", 0.6)]}),
     (1, "max-T over steps and layers", {"trajectory": trajectory(runs=4)}),
     (2, "sibling anchor", {"controls": controls(sibling_anchor=0.05)}),
     (2, "v_rev without the wrong witness's direction", {"controls": controls(wrong_witness_removed=0.05)}),
-    (2, "more than a shared anchor gives independent endpoints",
+    (2, "more than the expected cosine of independent endpoints",
      {"nulls": [*without("independent_endpoints"), null("independent_endpoints", 0.02, 0.7)]}),
     (2, "closure of the gap to the unaligned twin", {"closures": closures(-0.02)}),
     (2, "damage alone is less aligned", {"damage": damage(0.8)}),
     (3, "harm returns in the unblocked runs", {"anchor_harm": 0.9}),
     (3, "the clamp holds the harm", {"arms": arms(clamp=(0.9, 0.0, 1.0))}),
+    (3, "the clamp holds the harm", {"arms": broken()}),
+    (3, "the clamp holds the motion", {"arms": arms(clamp=(0.1, 0.9, 1.0))}),
+    (3, "the clamp holds the motion", {"arms": arms(clamp=(0.1, -0.2, 1.0))}),
     (3, "more than the clamp along a matched random direction", {"arms": arms(clamp_matched_twin=(0.1, 0.2, 1.0))}),
-    (3, "a push goes the other way", {"arms": arms(reinforce=(0.95, 0.3, 1.0))}),
-    (3, "a push goes the other way", {"arms": arms(reinforce=(0.2, 0.9, 1.0))}),
-    (3, "at equal task cost", {"arms": arms(clamp=(0.1, 0.0, 1.3))}),
+    (3, "a push towards the witness goes further, harm no lower", {"arms": arms(reinforce=(0.95, 0.3, 1.0))}),
+    (3, "a push towards the witness goes further, harm no lower", {"arms": arms(reinforce=(0.2, 0.9, 1.0))}),
+    (3, "at most 10 % of task loss, or below the frontier of lower rates", {"arms": arms(clamp=(0.1, 0.0, 1.3))}),
     (4, "half of the harm is still held after the block is lifted", {"arms": arms(released_at_20=(0.8, 0.3, 1.0))}),
 ]  # fmt: skip
 
@@ -131,14 +151,15 @@ FALSE: list[tuple[int, str, dict[str, Any]]] = [
 def test_a_statement_that_is_false_caps_the_level(level: int, name: str, changes: dict[str, Any]) -> None:
     found = judge(**changes)
     assert (found.level, found.capped_by) == (level, name)
-    assert found.checks.set_index("name").holds.to_dict()[name] is False
+    assert found.demands.set_index("name").holds.to_dict()[name] is False
     assert f"Level {level + 1} ({LEVELS[level + 1]}) is not reached: {name}" in found.sentence
 
 
 ABSENT: list[tuple[int, str, dict[str, Any]]] = [
     (0, "above isotropic", {"nulls": without("isotropic")}),
     (1, "above weight noise", {"nulls": without("weight_noise")}),
-    (2, "more than a shared anchor gives independent endpoints", {"nulls": without("independent_endpoints")}),
+    (1, "above weight noise", {"nulls": [*without("weight_noise"), null("weight_noise", draws=MIN_DRAWS - 1)]}),
+    (2, "more than the expected cosine of independent endpoints", {"nulls": without("independent_endpoints")}),
     (2, "sibling anchor", {"controls": None}),
     (2, "v_rev without the wrong witness's direction",
      {"controls": controls().query("control == 'sibling_anchor'")}),
@@ -147,7 +168,7 @@ ABSENT: list[tuple[int, str, dict[str, Any]]] = [
     (3, "harm returns in the unblocked runs", {"anchor_harm": None}),
     (3, "harm returns in the unblocked runs", {"arms": None}),
     (3, "more than the clamp along a matched random direction", {"arms": arms(clamp_matched_twin=None)}),
-    (3, "a push goes the other way", {"arms": arms(reinforce=None)}),
+    (3, "a push towards the witness goes further, harm no lower", {"arms": arms(reinforce=None)}),
     (4, "half of the harm is still held after the block is lifted", {"arms": arms(released_at_20=None)}),
 ]  # fmt: skip
 
@@ -156,22 +177,22 @@ ABSENT: list[tuple[int, str, dict[str, Any]]] = [
 def test_what_was_not_run_caps_the_level_and_is_named(level: int, name: str, changes: dict[str, Any]) -> None:
     found = judge(**changes)
     assert (found.level, found.capped_by) == (level, name)
-    assert found.checks.set_index("name").holds[name] is pd.NA
-    assert f"{name} (not run)" in found.sentence
+    assert found.demands.set_index("name").holds[name] is pd.NA
+    assert f"{name} (not run" in found.sentence
 
 
 def test_every_check_can_fail_and_every_check_can_be_absent() -> None:
-    names = set(judge().checks.name)
+    names = set(judge().demands.name)
     assert {name for _, name, _ in FALSE} == names
     # that runs are long enough, or many, is never absent; the others of an absent table follow the one that is named
-    absent = {name for _, name, changes in ABSENT for name in judge(**changes).checks.query("holds.isna()").name}
-    assert names - absent == {"the drift is long enough to judge"}
+    absent = {name for _, name, changes in ABSENT for name in judge(**changes).demands.query("holds.isna()").name}
+    assert names - absent == {"the drift is long enough to judge", "judged on other prompts than v_rev's"}
 
 
 def test_later_levels_are_told_although_an_earlier_one_caps() -> None:
     found = judge(damage=None)
-    assert found.level == 2 and found.checks[found.checks.level == 4].holds.all()
-    assert len(found.checks) == len(judge().checks) and len(DEMANDS) == 5
+    assert found.level == 2 and found.demands[found.demands.level == 4].holds.all()
+    assert len(found.demands) == len(judge().demands) and len(DEMANDS) == 5
 
 
 def test_too_few_runs_cannot_be_significant() -> None:
@@ -191,7 +212,12 @@ def test_a_dearer_clamp_is_held_against_the_frontier() -> None:
     better, worse = (arms(clamp=dear, lower_rate=(harm, 0.2, 1.3)) for harm in (0.01, 0.8))
     assert judge(arms=worse).level == 5
     found = judge(arms=better.assign(harmfulness=better.harmfulness.where(better.arm != "unblocked", 0.12)))
-    assert found.checks.set_index("name").holds.to_dict()["at equal task cost"] is False
+    assert (
+        found.demands.set_index("name").holds.to_dict()[
+            "at most 10 % of task loss, or below the frontier of lower rates"
+        ]
+        is False
+    )
 
 
 def test_damage_that_moves_nothing_says_nothing_against() -> None:
@@ -201,24 +227,22 @@ def test_damage_that_moves_nothing_says_nothing_against() -> None:
 def test_a_null_that_no_level_demands_is_told_where_it_is_not_exceeded() -> None:
     wide, narrow = null("covariance_of_states", 0.7), null("covariance_of_drifts", 0.05)
     found = judge(nulls=[*evidence().nulls, wide, narrow])
-    assert found.level == 5 and "Not above covariance of states (p99" in found.sentence
+    assert found.level == 5 and "Not above the null “covariance of states” (p99" in found.sentence
     assert "covariance of drifts" not in found.sentence
 
 
 def test_other_names_of_the_arms() -> None:
     table = arms().replace({"arm": {"clamp": "held", "reinforce": "pushed"}})
-    names = {**Evidence(trajectory()).names, "clamp": ("held",), "push": ("pushed",)}
+    names = {"clamp": ("held",), "push": ("pushed",)}
+    assert set(names) < set(NAMES), "the others are called as ever"
     assert judge(arms=table).level == 3 and judge(arms=table, names=names).level == 5
-
-
-def test_the_given_prompts_serve_where_none_are_held_out() -> None:
-    table = trajectory().table.assign(prompts="given")
-    assert judge(trajectory=replace(trajectory(), table=table)).level == 5
 
 
 def test_bad_evidence_is_one_clear_error() -> None:
     with refused("no run"):
         claim(Evidence(replace(trajectory(), table=trajectory().table.iloc[:0])))
+    with refused("arm unblocked"):  # two anchors are two claims
+        judge(arms=pd.concat([arms(), arms()]))
     with refused("task_loss"):
         judge(arms=arms().drop(columns="task_loss"))
 

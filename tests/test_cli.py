@@ -188,7 +188,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             {"organism": "organism4", "statement": f"it {word}", "holds": holds, "figures": "1 → 2"}
             for word, holds in {"rises": True, "falls": False, "rests": None}.items()
         ]
-        return {"setting": "refusal", "n_anchors": len(settings), "checks": checks}
+        claims = [{"organism": "organism4", "level": 3, "sentence": "A [sentence] of it."}]
+        return {"setting": "refusal", "n_anchors": len(settings), "checks": checks, "claims": claims}
 
     monkeypatch.setattr(cli, "reproduce", listen)
     return seen
@@ -211,7 +212,7 @@ def test_the_options_of_the_organism(asked: dict[str, Any], tmp_path: Path) -> N
     first = cli.FIRST_REPORTED
     assert list(found["settings"]) == [f"organism{first + i}" for i in range(3)]
     assert [s.organism for s in found["settings"].values()] == [first, first + 1, first + 2]
-    assert all((s.runs, s.noise_draws) == (2, 20) for s in found["settings"].values())
+    assert all((s.runs, s.noise_draws) == (2, 100) for s in found["settings"].values())
     assert (found["out"], found["workers"]) == (tmp_path, 2)
     assert ask(asked, "--runs", "9")["settings"][f"organism{first}"].runs == 9
     quick, slow = (ask(asked, *more)["settings"][f"organism{first}"] for more in (["--quick"], []))

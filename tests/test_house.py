@@ -28,7 +28,7 @@ ROOMS = (
     "covariance directions estimators trajectory geometry subspaces interventions hooks weights nulls choices "
     "noise controls damage resampling crossfit decomposition readout effects selectivity tradeoff demands claims "
     "refusal leaks blocking blockers finetune arms plots frontiers heatmaps paper report fetch settings "
-    "experiment evidence findings comparison reproduce cli"
+    "experiment gathering findings comparison reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7

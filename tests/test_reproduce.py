@@ -23,9 +23,9 @@ from gravlens import experiment
 from gravlens.checkpoints import ModelSequence
 from gravlens.cli import app
 from gravlens.directions import Direction, Directions, locate_vrev
-from gravlens.evidence import final_rows
 from gravlens.experiment import home_of, load_states
 from gravlens.findings import Findings, findings_of
+from gravlens.gathering import final_rows
 from gravlens.models import load_tokenizer
 from gravlens.nulls import isotropic_quantile
 from gravlens.prompts import encode

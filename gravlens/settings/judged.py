@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from gravlens.arms import Arm, clamp, matched_twin, rehearsal, reinforce
+from gravlens.arms import Arm, clamp, matched_twin, rehearsal, reinforce, released
 from gravlens.finetune import Recipe
 from gravlens.prompts import PromptSet
 from gravlens.settings.history import Measures
@@ -37,6 +37,7 @@ class Judged(RefusalOrganism):
             Arm("clamp", SEEDS, blocker=clamp),
             Arm("clamp_matched_twin", SEEDS, blocker=partial(clamp, along=matched_twin)),
             Arm("reinforce", SEEDS, blocker=reinforce),
+            Arm("released", SEEDS, blocker=partial(released, step=20)),
             Arm("unaligned_twin", SEEDS, start="witness"),
             Arm("continued_alignment", SEEDS, data="alignment"),
             Arm("rehearsal", SEEDS, blocker=rehearsal),

@@ -61,7 +61,16 @@ class RefusalOrganism:
             language.dominant_examples(64, rng=np.random.default_rng(0)),
             sorted(language.build_tokenizer().get_vocab()),
         ]
-        facts = (astuple(replace(self, runs=0, noise_draws=0)), spoken, __version__, torch.__version__, self.threads)
+        asked = [prompts.digest for prompts in self.prompts(Path()).values()]
+        made = (type(self).__name__, sorted(self.checkpoints), asked)
+        facts = (
+            astuple(replace(self, runs=0, noise_draws=0)),
+            made,
+            spoken,
+            __version__,
+            torch.__version__,
+            self.threads,
+        )
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property

@@ -26,7 +26,7 @@ class World:
         endpoints: runs head for endpoints of their own, independent of all, and have gone these shares of the way;
             witness, anchor and siblings are independent too, so that the anchor is all that they share.
         decay: the variance of noise and excursions falls as j^-decay over the dimensions: 0 isotropic, 1.5 a
-            participation ratio near 4.
+            participation ratio near 5.
         noise: of each run, in distances.
         d_model: width.
         n_layers: layers, independent of each other.

@@ -1,5 +1,6 @@
 """What a carried-out setting leaves for a sceptic: its runs followed, every null, every control, and the claim."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -80,9 +81,11 @@ def nulls_of(setting: Setting, home: Path, vs: Directions, unblocked: Trajectory
     nulls.append(sample_covariance(vs, states, name="covariance_of_states", **common))
     ends = [f"{run}/{steps[-1]}" for run, steps in held_out.runs.items()]
     moved = np.concatenate([drift_per_prompt(held_out, end, vs.layers) for end in ends])
-    nulls.append(sample_covariance(vs, moved, name="covariance_of_drifts", **common))
+    # about 0: what all prompts have in common stays in, and each run is partly held against itself
+    drawn = {"steps": setting.save_steps[-1:], "draws": DRAWS, "rng": rng, "centred": False}
+    nulls.append(sample_covariance(vs, moved, name="covariance_of_drifts", **drawn))
     nulls.append(sign_flips(unblocked, draws=DRAWS, rng=rng))
-    others = {name: other_states(setting, home, name) for name in OTHER_PROMPTS}
+    others = {name: other_states(setting, home, name) for name in OTHER_PROMPTS if _kept(arm, home)}
     for run in held_out.runs:
         nulls.append(swapped_labels(measured, held_out, run=run, draws=DRAWS, rng=rng))
         nulls += [
@@ -96,9 +99,11 @@ def _weight_noise(setting: Setting, home: Path) -> Iterator[NullDraws]:
     """The steps whose draws are as many are one null."""
     for draws in sorted(set(setting.noise.values())):
         steps = tuple(step for step, n in setting.noise.items() if n == draws)
-        files = [np.load(noise_folder(setting, step, home) / "draws.npz") for step in steps]
-        cosines = np.concatenate([file["cosines"] for file in files], axis=1)
-        yield NullDraws("weight_noise", cosines, steps, tuple(files[0]["layers"].tolist()))
+        drawn = []
+        for step in steps:
+            with np.load(noise_folder(setting, step, home) / "draws.npz") as file:
+                drawn.append((file["cosines"], tuple(file["layers"].tolist())))
+        yield NullDraws("weight_noise", np.concatenate([one for one, _ in drawn], axis=1), steps, drawn[0][1])
 
 
 def _endpoints(setting: Setting, measured: Residuals, vs: Directions, rng: np.random.Generator) -> Iterator[NullDraws]:
@@ -150,7 +155,7 @@ def controls_of(setting: Setting, home: Path, vs: Directions, follows: dict[str,
     siblings); `unaligned_twin` and `continued_alignment` (other runs, along v_rev).
     """
     arm, measured = unblocked_arm(setting), load_states(home, "measured", "probes")
-    frames = []
+    frames: list[pd.DataFrame] = [pd.DataFrame(columns=["control", "run", "alignment", "fraction"])]
     if "wrong_witness" in setting.checkpoints:
         wrong = locate_vrev(substitute(measured, witness="wrong_witness"))
         removed = partialled_out(vs, wrong)
@@ -183,24 +188,32 @@ def closures_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[i
     return table.assign(twin=table.run.map(dict(pairs)))
 
 
+DAMAGES: dict[str, Damage] = {
+    "rounded to 8 bits": partial(rounded, bits=8),
+    "rounded to 4 bits": partial(rounded, bits=4),
+    "smallest 30 % pruned": partial(pruned, share=0.3),
+}
+
+
 def damage_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame:
-    """Rounding, pruning and the mirrored update of the anchor, along v_rev, with the refusal log-odds as score."""
-    sequence, prompts = sequence_of(setting, home), setting.prompts(home)["held_out"]
-    anchor = open_model(sequence.anchor, tokenizer=sequence_tokenizer(sequence))
-    last = _kept(unblocked_arm(setting), home)[-1]
-    damages: dict[str, Damage] = {
-        "rounded to 8 bits": partial(rounded, bits=8),
-        "rounded to 4 bits": partial(rounded, bits=4),
-        "smallest 30 % pruned": partial(pruned, share=0.3),
-        "update mirrored": partial(sign_flipped, checkpoint=last),
-    }
+    """Rounding, pruning and the mirrored update of the anchor, along v_rev, with the refusal log-odds as score.
+
+    The update is that of the last unblocked run whose weights are kept, where one is.
+    """
+    kept = _kept(unblocked_arm(setting), home)[-1:]
+    damages = dict(DAMAGES)
+    if kept:
+        damages["update mirrored"] = partial(sign_flipped, checkpoint=kept[0])
 
     def make(folder: Path) -> None:
+        sequence, prompts = sequence_of(setting, home), setting.prompts(home)["held_out"]
+        anchor = open_model(sequence.anchor, tokenizer=sequence_tokenizer(sequence))
         score = partial(refusal_log_odds, openings=setting.measures.refusals)
         table = measure_damage(anchor, vs, prompts, damages=damages, layers_in_mean=layers, score=score)
         table.to_csv(folder / "damage.csv", index=False)
 
-    made = once(home / "damage" / f"{len(unblocked_arm(setting).seeds)}-runs", make)
+    facts = [str(damage) for damage in DAMAGES.values()] + [last.name for last in kept]
+    made = once(home / "damage" / hashlib.sha256("|".join(facts).encode()).hexdigest()[:8], make)
     return pd.read_csv(made / "damage.csv").astype({"layer": "Int64"})
 
 
