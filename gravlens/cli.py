@@ -15,6 +15,7 @@ from gravlens.directions import locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.fetch import cache_folder, fetch_prompts, fetch_smollm2
 from gravlens.paper import paper_table
+from gravlens.report import read_results, write_report
 from gravlens.reproduce import reproduce
 from gravlens.residuals import cache_residuals
 from gravlens.settings.fetched import pretrained_setting
@@ -100,6 +101,18 @@ def fetch(what: Annotated[Literal["smollm2", "prompts"], typer.Argument(help="We
 
 
 @app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A results folder, as `gravlens reproduce --out` leaves it.")] = Path(
+        "results"
+    ),
+) -> None:
+    """Put a results folder on one page: the claim, its intervals, every null's p99, controls, arms, all tables."""
+    page = write_report(results)
+    _print_claims(read_results(results))
+    console.print(f"written to {page}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def locate(
     sequence: Annotated[Path, typer.Argument(help="SEQUENCE.toml: witness, anchor, probes (docs/sequence.md).")],
     layer: Annotated[int | None, typer.Option(help="One layer; default: all.")] = None,
@@ -158,7 +171,11 @@ def _print_results(results: dict[str, Any]) -> None:
     for check in results["checks"]:
         checked.add_row(check["organism"], check["statement"], words[check["holds"]], check["figures"])
     console.print(checked)
-    for claim in results["claims"]:
+    _print_claims(results)
+
+
+def _print_claims(results: dict[str, Any]) -> None:
+    for claim in results.get("claims") or []:
         told = f"\n{claim['organism']}, claim level {claim['level']} of 5: {claim['sentence']}"
         console.print(told, markup=False, highlight=False)
 

@@ -29,6 +29,7 @@ COMMANDS = {
         "--setting --quick --organisms --runs --out --model --harmful --harmless --workers --threads"
     ).split(),
     "fetch": ["smollm2", "prompts"],
+    "report": [],
     "locate": ["--layer", "--out"],
     "trajectory": ["--out", "--json"],
 }
@@ -172,6 +173,18 @@ def test_trajectory_shows_how_far_back_it_is(history: Path) -> None:
     assert summary["5"]["alignment_count"] == 1 and summary["5"]["fraction_mean"] == pytest.approx(0.5, abs=0.2)
     assert summary["5"]["fraction_sem"] is None
     assert re.search(rf"5 .* {summary['5']['fraction_mean']:.3f} .* 1 ", shown.stdout)
+
+
+def test_report_writes_the_page_again_and_tells_the_claim(tmp_path: Path) -> None:
+    claim = {"organism": "mine", "level": 2, "sentence": "It is [so].", "capped_by": "closure", "demands": []}
+    (tmp_path / "results.json").write_text(json.dumps({"claims": [claim]}))
+    result = gravlens("report", tmp_path)
+    assert result.exit_code == 0 and "mine, claim level 2 of 5: It is [so]." in result.output
+    assert "It is [so]." in (tmp_path / "report.html").read_text()
+
+
+def test_report_of_a_folder_without_results_is_one_clear_error(tmp_path: Path) -> None:
+    refused(gravlens("report", tmp_path), "results.json does not exist")
 
 
 # -- options become settings -------------------------------------------------------------------------------------------
