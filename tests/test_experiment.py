@@ -85,7 +85,7 @@ def test_all_of_a_setting_is_made_and_only_what_is_kept_has_weights(home: Path) 
     kept = {f"runs/unblocked/seed{seed}/checkpoint-{step}" for seed in (0, 1) for step in (1, 4)}
     runs = {f"runs/{arm}/seed{seed}" for arm in ("unblocked", "penalty", "penalty_random") for seed in (0, 1)}
     noise = {f"noise/step{step}-2-draws-2-runs" for step in (1, 4)}
-    history = {"witness", "wrong_witness", "anchor", "sibling_anchor", "measured"}
+    history = {"witness", "wrong_witness", "anchor", "sibling_anchor", "sibling_anchor_2", "measured"}
     above = {"runs", "runs/unblocked", "runs/penalty", "runs/penalty_random", "noise"}
     assert folders(home) == kept | runs | noise | history | above
     for run in runs:
@@ -113,7 +113,8 @@ def test_the_history_comes_back_by_the_same_door_as_a_user_s(home: Path) -> None
 
 def test_the_states_of_every_checkpoint_are_its_own(home: Path) -> None:
     measured = load_states(home, "measured", "probes")
-    assert measured.checkpoints == ("witness", "wrong_witness", "anchor", "sibling_anchor")
+    assert measured.checkpoints == tuple(few().checkpoints)
+    assert len(measured.checkpoints) == 5
     tokenizer = open_model(home / "anchor").tokenizer
     ids = encode(tokenizer, few().prompts(home)["probes"])
     for name in measured.checkpoints:

@@ -434,8 +434,15 @@ def test_p_counts_the_draws_that_reach_as_far_and_the_run_itself(alignment: floa
     assert list(table.columns) == ["null", "run", "step", "layer", "alignment", "p99", "p_value", "above"]
     assert table.p_value.to_list() == [(1 + at_least) / (1 + 4)] * 2
     assert table.p99.to_list() == [pytest.approx(np.quantile(draws, 0.99))] * 2
-    assert table.above.to_list() == [alignment > 0.397] * 2
+    assert not table.above.any(), "four draws have no p99 of their own"
     assert table.null.unique().tolist() == ["null"] and str(table.layer.dtype) == "Int64"
+
+
+@pytest.mark.parametrize(("alignment", "above"), [(0.985, True), (0.975, False), (0.5, False)])
+def test_above_takes_ninety_nine_draws(alignment: float, above: bool) -> None:
+    draws = (np.arange(99) / 100).tolist()  # 0 to .98
+    assert compare(trajectory_of({"a": [alignment]}), null_of(draws)).above.to_list() == [above] * 2
+    assert not compare(trajectory_of({"a": [alignment]}), null_of(draws[1:])).above.any()
 
 
 def test_a_run_without_drift_has_no_cosine_and_is_never_significant() -> None:
