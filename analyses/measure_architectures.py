@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -175,10 +176,10 @@ def page_table(table: pd.DataFrame) -> str:
     heads = [f"{path}, {padding}" for path in PATHS for padding in PADDINGS] + [f"{path}, bf16" for path in PATHS]
     lines = [f"| family | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for architecture, rows in table.groupby("architecture", sort=False):
-        off = rows.pivot(index=["dtype", "path"], columns="padding", values=COLUMNS[-1])
-        fp32 = [off.loc[("float32", path), padding] for path in PATHS for padding in PADDINGS]
-        bf16 = [off.loc[("bfloat16", path)].max() for path in PATHS]
-        shown = ["–" if one != one else f"{one:.0e}" if one else "0" for one in (*fp32, *bf16)]
+        fp32 = rows[rows.dtype == "float32"].set_index(["path", "padding"])[COLUMNS[-1]].to_dict()
+        bf16 = rows[rows.dtype == "bfloat16"].groupby("path")[COLUMNS[-1]].max().to_dict()
+        numbers = [fp32[path, padding] for path in PATHS for padding in PADDINGS] + [bf16[path] for path in PATHS]
+        shown = ["–" if np.isnan(off) else f"{off:.0e}" if off else "0" for off in numbers]
         lines.append(f"| {architecture} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

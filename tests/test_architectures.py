@@ -30,7 +30,11 @@ REFUSED = {
     ("OLMo2", "bfloat16"),
     ("OLMo3", "bfloat16"),
     ("Falcon (ALiBi)", "float32"),
-    *((name, dtype) for name in ("Cohere", "Cohere (QK norm)", "Falcon (new decoder)") for dtype in architectures.DTYPES),
+    *(
+        (name, dtype)
+        for name in ("Cohere", "Cohere (QK norm)", "Falcon (new decoder)")
+        for dtype in architectures.DTYPES
+    ),
 }
 # In bf16 the error of that family's bridge is no larger than another one's rounding, so it is opened.
 WRONG_IN_BF16 = "Falcon (ALiBi)"

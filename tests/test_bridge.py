@@ -63,7 +63,9 @@ def test_rounding_is_not_refused_though_it_moves_fp32_logits_more_than_is_allowe
         open_model(folder, through="bridge")
 
 
-def test_the_trial_sees_padding_and_the_end_of_a_sliding_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_sees_padding_and_the_end_of_a_sliding_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shape = {name: getattr(tiny.llama().config, name) for name in names}
     config = MistralConfig(**shape, num_key_value_heads=2, sliding_window=4, initializer_range=0.2)
@@ -78,7 +80,9 @@ def test_the_trial_sees_padding_and_the_end_of_a_sliding_window(tmp_path: Path, 
         open_model(folder, through="bridge")
 
 
-@pytest.mark.parametrize("error", [ValueError("Unsupported architecture: X\nmore"), RuntimeError(""), KeyError("q_norm")])
+@pytest.mark.parametrize(
+    "error", [ValueError("Unsupported architecture: X\nmore"), RuntimeError(""), KeyError("q_norm")]
+)
 def test_what_transformer_lens_cannot_boot_is_one_error_that_names_the_way_out(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
