@@ -12,16 +12,15 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from gravlens.bridge import boot_bridge
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError, check_layer
 from gravlens.store import damaged
 
 Kind = Literal["huggingface", "bridge", "hooked_transformer"]
-BATCH = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +85,7 @@ def open_model(
     tokenizer = tokenizer or load_tokenizer(source)
     weights = {**dict(module.named_parameters()), **_persistent_buffers(module)}
     if through == "bridge":
-        # The bridge keeps the parameters themselves, so the names recorded above still reach them.
-        module = TransformerBridge.boot_transformers(str(source), hf_model=module, tokenizer=tokenizer, dtype=dtype)
+        module = boot_bridge(str(source), module, tokenizer)
     return _adopt(module, tokenizer, weights)
 
 
