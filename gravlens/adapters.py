@@ -38,7 +38,7 @@ def base_of(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """
     named = named_base(folder)
     if checkpoint.base is None:
-        if not Path(named).is_dir() and not is_hub_id(named):
+        if not named or not (Path(named).is_dir() or is_hub_id(named)):
             raise _no_base(folder, f"names {named or 'no'} base, which is not here", "a base in its own configuration")
         return Checkpoint(f"base of {checkpoint.name}", Path(named) if Path(named).is_dir() else named)
     base = checkpoint.base
@@ -61,7 +61,7 @@ def named_base(folder: Path) -> str:
 
 def _contradicts(named: str, base: Checkpoint) -> bool:
     source = _source(base)
-    if Path(named).is_dir():
+    if named and Path(named).is_dir():
         return not (Path(source).is_dir() and Path(named).samefile(source))
     if isinstance(source, str) and is_hub_id(named) and not Path(source).is_dir():
         return repository_of(named) != repository_of(source)

@@ -53,14 +53,16 @@ def _check_reads_alike(checkpoint: Checkpoint, own: Any, chosen: Any, sets: Sequ
     own = copy.deepcopy(own)
     own.chat_template = getattr(chosen, "chat_template", None)
     for prompts in sets:
-        for text, theirs, ours in zip(prompts, encode(own, prompts), encode(chosen, prompts), strict=True):
+        try:
+            read = encode(own, prompts)
+        except Exception as error:  # whatever a tokenizer raises for a word that it has no token for
+            raise _other_tokenizer(checkpoint, f"cannot read the prompts ({error}; {sizes})") from error
+        for text, theirs, ours in zip(prompts, read, encode(chosen, prompts), strict=True):
             if theirs != ours:
-                at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), -1)
-                ids = f"{theirs[at:][:3]} where the anchor's has {ours[at:][:3]}"
-                found = f"reads {text[:40]!r} as other tokens: from token {at} on {ids} ({sizes})"
-                raise _other_tokenizer(
-                    checkpoint, found if at >= 0 else f"reads {text[:40]!r} as other tokens ({sizes})"
-                )
+                pairs = enumerate(zip(theirs, ours, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+                ids = f"{theirs[at : at + 3]} where the anchor's reads {ours[at : at + 3]}"
+                raise _other_tokenizer(checkpoint, f"reads {text[:40]!r} from token {at} on as {ids} ({sizes})")
 
 
 def _other_tokenizer(checkpoint: Checkpoint, found: str) -> GravlensError:

@@ -30,6 +30,7 @@ COMMANDS = {
     ).split(),
     "fetch": ["smollm2", "prompts"],
     "locate": ["--layer", "--out"],
+    "inspect": ["--json"],
     "trajectory": ["--out", "--json"],
 }
 
@@ -94,7 +95,7 @@ def test_the_entry_point_is_the_application() -> None:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["locate", "trajectory"])
+@pytest.mark.parametrize("command", ["locate", "inspect", "trajectory"])
 @pytest.mark.parametrize(
     ("toml", "said"),
     [
