@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
@@ -54,17 +55,14 @@ def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         yield from tensors_of(folder)
 
 
-def _places(sequence: ModelSequence) -> list[dict[str, float]]:
+def _places(sequence: ModelSequence) -> list[dict[Any, Any]]:
     """Distance and cosine of every checkpoint, in their order."""
     if any(_is_no_plain_model(checkpoint) for checkpoint in sequence):
         return [{"compared": 0, "distance": math.nan, "cosine": math.nan} for _ in sequence]
     table = split_update(sequence.anchor, sequence.witness, sequence, shared=True)
-    whole = table[table.tensor == WHOLE]
-    counts = table[table.tensor != WHOLE].groupby("checkpoint").size()
-    return [
-        {"compared": counts[row.checkpoint], "distance": row.norm, "cosine": row.cosine}
-        for row in whole.itertuples(index=False)
-    ]
+    whole = table[table["tensor"] == WHOLE].set_index("checkpoint").rename(columns={"norm": "distance"})
+    whole["compared"] = table.groupby("checkpoint").size() - 1
+    return whole[["compared", "distance", "cosine"]].to_dict("records")
 
 
 def _is_no_plain_model(checkpoint: Checkpoint) -> bool:

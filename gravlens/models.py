@@ -209,17 +209,16 @@ def open_each(
             swap_weights(opened, base)
         if adapters:
             opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
-            config = wanted if same else None  # a replaced parameter has no place for the next weights
+            config = wanted if same else None  # embeddings that were untied do not fit the next weights
         yield checkpoint, opened
 
 
 def _with_adapters(model: OpenModel, adapters: Sequence[Path]) -> tuple[OpenModel, bool]:
-    """Add adapters in place; whether every weight is still the parameter that it was."""
+    """Add adapters in place; whether the weights still have the names that they had."""
     for adapter in adapters:
         merge_adapter(model.module, adapter)
     weights = weights_of(model.module)
-    same = weights.keys() == model.weights.keys() and all(weights[name] is w for name, w in model.weights.items())
-    return replace(model, weights=weights), same
+    return replace(model, weights=weights), weights.keys() == model.weights.keys()
 
 
 def swap_weights(model: OpenModel, source: Path | str) -> None:

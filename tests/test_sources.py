@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from gravlens.adapters import lineage
 from gravlens.checkpoints import Checkpoint, ModelSequence, Run
 from gravlens.folders import contents, tensors_of
+from gravlens.inference import final_logits
 from gravlens.models import load_huggingface, open_each, open_model
 from gravlens.models import weights_of as named_weights
 from gravlens.residuals import cache_residuals, read_residuals
@@ -302,6 +303,20 @@ def test_adapters_of_every_kind_are_what_peft_makes_of_them(pair: Path, changes:
         assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
+def test_an_adapter_that_unties_the_embeddings_leaves_the_next_checkpoint_tied(tmp_path: Path) -> None:
+    for name, seed in {"base": 0, "aligned": 1}.items():
+        tiny.save(tiny.llama(seed, tie_word_embeddings=True), tmp_path / name)
+    folder = adapter(tmp_path / "aligned", tmp_path / "out/checkpoint-1", modules_to_save=["lm_head"])
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t + 0.1 * ("lm_head" in n) for n, t in load_file(path).items()}, path)
+    found = sequence(tmp_path, runs={"seed0": tmp_path / "out"})
+    order = [*found.runs["seed0"], found.anchor, *found.runs["seed0"]]
+    logits = [final_logits(model, RAGGED) for _, model in open_each(order, through="huggingface")]
+    assert torch.equal(logits[1], final_logits(open_model(found.anchor), RAGGED))
+    assert torch.equal(logits[0], logits[2])
+    assert_same_states(logits[0], final_logits(open_model(merged(tmp_path / "aligned", folder)), RAGGED))
+
+
 def test_gpt2s_transposed_layers_take_adapters(tmp_path: Path) -> None:
     base = tiny.save(tiny.gpt2(1), tmp_path / "aligned")
     tiny.save(tiny.gpt2(0), tmp_path / "base")
@@ -360,6 +375,13 @@ def drop_half(folder: Path) -> None:
     save_file({name: tensor for name, tensor in load_file(path).items() if "lora_A" in name}, path)
 
 
+def add_a_tensor(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    extra = {name.replace("q_proj", "k_proj"): tensor.clone() for name, tensor in tensors.items() if "q_proj" in name}
+    save_file({**tensors, **extra}, path)
+
+
 def retarget(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["query"]}))
@@ -379,6 +401,7 @@ def foreign_module(folder: Path) -> None:
 BREAKAGES: dict[str, Callable[[Path], Any]] = {
     "no tensor lands": rename_tensors,
     "half of it": drop_half,
+    "more than its places": add_a_tensor,
     "targets that are not there": retarget,
     "truncated": cut,
     "a module of its own": foreign_module,
