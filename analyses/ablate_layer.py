@@ -21,10 +21,11 @@ from gravlens.directions import Directions, locate_vrev
 from gravlens.effects import causal_effect, layerwise_effect
 from gravlens.errors import GravlensError
 from gravlens.interventions import Ablate
-from gravlens.models import OpenModel, open_model, sequence_tokenizer
+from gravlens.models import OpenModel, open_model
 from gravlens.plots import plot_effect
 from gravlens.prompts import PromptSet
 from gravlens.residuals import cache_residuals
+from gravlens.tokenizer import sequence_tokenizer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -20,6 +20,7 @@ from .blocking import Until as Until
 from .blocking import block as block
 from .checkpoints import Checkpoint as Checkpoint
 from .checkpoints import ModelSequence as ModelSequence
+from .checkpoints import Run as Run
 from .choices import compare_choices as compare_choices
 from .choices import final_choices as final_choices
 from .claims import Claim as Claim
@@ -82,6 +83,7 @@ from .geometry import whitened as whitened
 from .geometry import without_top as without_top
 from .heatmaps import plot_heatmap as plot_heatmap
 from .hooks import intervene as intervene
+from .inspection import inspect_sequence as inspect_sequence
 from .interventions import Ablate as Ablate
 from .interventions import At as At
 from .interventions import Clamp as Clamp
@@ -99,7 +101,6 @@ from .leaks import rank_table as rank_table
 from .leaks import smallest_rank as smallest_rank
 from .models import OpenModel as OpenModel
 from .models import open_model as open_model
-from .models import sequence_tokenizer as sequence_tokenizer
 from .noise import update_norms as update_norms
 from .noise import weight_noise as weight_noise
 from .nulls import NullDraws as NullDraws
@@ -143,6 +144,7 @@ from .subspaces import random_spans as random_spans
 from .subspaces import share_within as share_within
 from .subspaces import span_of as span_of
 from .subspaces import whole_state as whole_state
+from .tokenizer import sequence_tokenizer as sequence_tokenizer
 from .tradeoff import at_equal_task_loss as at_equal_task_loss
 from .trajectory import Trajectory as Trajectory
 from .trajectory import follow as follow

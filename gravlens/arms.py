@@ -16,11 +16,12 @@ from gravlens.blocking import Blocker, Scheduled, Until
 from gravlens.checkpoints import ModelSequence
 from gravlens.directions import Directions
 from gravlens.errors import GravlensError
-from gravlens.models import open_model, sequence_tokenizer
+from gravlens.models import open_model
 from gravlens.prompts import Example, PromptSet
 from gravlens.refusal import refusal_candidates
 from gravlens.residuals import Residuals
 from gravlens.subspaces import Spans, Subspaces, drift_subspaces, orthogonal_part, random_spans, whole_state
+from gravlens.tokenizer import sequence_tokenizer
 
 UNBLOCKED = "unblocked"
 LATE = 6  # layers at most of an exact projection: each costs a backward pass

@@ -1,11 +1,9 @@
 """Checkpoints of one training history: a witness, an anchor, and the runs that start at the anchor."""
 
 import glob
-import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +11,14 @@ from typing import Any, Literal
 from torch import nn
 
 from gravlens.errors import GravlensError
+from gravlens.folders import trained_steps, weight_files
+from gravlens.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.prompts import PromptSet
+from gravlens.sequence_file import read_sequence_file
 
 ChatTemplate = Literal["own", "anchor", "none"]
 Source = Path | str | nn.Module
+Folders = Path | str | Sequence[Path | str]
 Prompts = PromptSet | Sequence[str] | Path | str
 
 
@@ -26,18 +28,45 @@ class Checkpoint:
 
     Attributes:
         name: how results call it (`witness`, `anchor`, `seed0/20`).
-        source: the folder, the hub id, or the model.
+        source: the folder, the hub id (`owner/name` or `owner/name@revision`), or the model.
         step: optimizer steps since the anchor, for the checkpoints of a run.
+        base: where the source is a PEFT adapter, what it is added to; None: what its own configuration names.
     """
 
     name: str
     source: Source
     step: int | None = None
+    base: "Checkpoint | None" = field(default=None, repr=False)
+
+    @property
+    def revision(self) -> str | None:
+        """The branch, tag or commit of a hub id; None elsewhere, and for the main branch."""
+        return revision_of(self.source) if isinstance(self.source, str) and is_hub_id(self.source) else None
 
     @property
     def described(self) -> str:
         """The source in words."""
         return str(self.source) if isinstance(self.source, Path | str) else f"a {type(self.source).__name__} in memory"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the checkpoints of a run lie, for a run that may have holes.
+
+    Attributes:
+        folders: a pattern, a Trainer's output folder, or a list of folders and hub ids.
+        missing: `refuse`, or `skip`: folders that are not there, or not written to their end, are left out and stand in
+            the sequence's `skipped`.
+    """
+
+    folders: Folders
+    missing: Literal["refuse", "skip"] = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.missing not in ("refuse", "skip"):
+            raise GravlensError(
+                f"missing={self.missing!r} was given.", "It says what to do about a hole.", "'refuse' or 'skip'."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +83,7 @@ class ModelSequence:
         tokenizer: one for all models in memory that carry none; folders bring their own.
         chat_template: `own` (witness and anchor must agree), `anchor` (the anchor's for all: an explicit choice for
             a base model that never saw a template), or `none` (prompts are read as they are).
+        skipped: checkpoints that a `Run(..., missing="skip")` left out -> why.
     """
 
     witness: Checkpoint
@@ -64,8 +94,11 @@ class ModelSequence:
     harmless: PromptSet | None = None
     tokenizer: Any | None = None
     chat_template: ChatTemplate = "own"
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in self.runs:
+            _check_run_name(name)
         if self.chat_template not in ("own", "anchor", "none"):
             raise GravlensError(
                 f"chat_template={self.chat_template!r} was given.",
@@ -79,7 +112,7 @@ class ModelSequence:
         *,
         witness: Path | str,
         anchor: Path | str,
-        runs: Mapping[str, str | Path | Sequence[Path | str]] | None = None,
+        runs: Mapping[str, Folders | Run] | None = None,
         probes: Prompts | None = None,
         held_out: Prompts | None = None,
         harmless: Prompts | None = None,
@@ -88,22 +121,26 @@ class ModelSequence:
         """A history on disk; nothing is opened yet.
 
         Args:
-            witness: folder of `save_pretrained`, or a hub id.
+            witness: folder of `save_pretrained`, or a hub id (`owner/name`, `owner/name@revision`).
             anchor: likewise.
-            runs: run name -> a pattern (`"ft/checkpoint-*"`) or a list of folders; ordered by the last number in
-                each folder's name, which is the step.
+            runs: run name -> a pattern (`"ft/checkpoint-*"`), a Trainer's output folder, a list of folders and hub
+                ids, or a `Run` of these. A checkpoint's step is `global_step` of its trainer_state.json; without that
+                file, the number in its name. PEFT adapters are added to the anchor.
             probes: prompts: a list, a `PromptSet`, or a file.
             held_out: likewise, other prompts to judge on.
             harmless: likewise, for over-refusal.
             chat_template: see `ModelSequence`.
 
         Raises:
-            GravlensError: a folder is missing, or a pattern matches nothing.
+            GravlensError: a folder is missing, a pattern matches nothing, or two checkpoints have one step.
         """
+        start = Checkpoint("anchor", existing(anchor))
+        skipped: dict[str, str] = {}
         return cls(
-            witness=Checkpoint("witness", _existing(witness)),
-            anchor=Checkpoint("anchor", _existing(anchor)),
-            runs={name: _run_of_folders(name, folders) for name, folders in (runs or {}).items()},
+            witness=Checkpoint("witness", existing(witness)),
+            anchor=start,
+            runs={name: _run_of_folders(name, run, start, skipped) for name, run in (runs or {}).items()},
+            skipped=skipped,
             probes=None if probes is None else PromptSet.of(probes, "harmful"),
             held_out=None if held_out is None else PromptSet.of(held_out, "harmful"),
             harmless=None if harmless is None else PromptSet.of(harmless, "harmless"),
@@ -140,24 +177,9 @@ class ModelSequence:
     @classmethod
     def from_toml(cls, path: Path | str) -> "ModelSequence":
         """Read a history that a person wrote by hand; paths are relative to the file. See docs/sequence.md."""
-        path = Path(path)
-        table = _read_toml(path)
-        here = path.parent
-        sequence = cls.from_folders(
-            witness=_existing(table["witness"], here),
-            anchor=_existing(table["anchor"], here),
-            runs={name: _relative_run(here, run) for name, run in table.get("runs", {}).items()},
-            chat_template=table.get("chat_template", "own"),
-        )
-        sets = {
-            key: PromptSet.of(
-                here / Path(table[key]).expanduser() if isinstance(table[key], str) else table[key],
-                "harmless" if key == "harmless" else "harmful",
-            )
-            for key in _PROMPT_KEYS
-            if key in table
-        }
-        return replace(sequence, **sets)
+        table = read_sequence_file(Path(path))
+        runs = {name: Run(**run) for name, run in table.pop("runs", {}).items()}
+        return cls.from_folders(**table, runs=runs)
 
     def __iter__(self) -> Iterator[Checkpoint]:
         """Witness, anchor, then every checkpoint of every run."""
@@ -179,47 +201,78 @@ class ModelSequence:
     def _repr_html_(self) -> str:
         rows = [("witness", self.witness.described), ("anchor", self.anchor.described)]
         rows += [(name, f"steps {', '.join(str(c.step) for c in run)}") for name, run in self.runs.items()]
+        rows += [("skipped", name) for name in self.skipped]
         rows += [("probes", f"{len(self.probes)} prompts" if self.probes else "none"), ("chat", self.chat_template)]
         cells = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in rows)
         return f"<table><caption>ModelSequence</caption>{cells}</table>"
 
 
-def _existing(folder: Path | str, here: Path = Path()) -> Path | str:
-    """A folder that exists, seen from `here`, or a hub id (`owner/name` that looks like no path)."""
-    path = here / Path(folder).expanduser()
-    if path.exists():
-        return path
-    if isinstance(folder, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder) and not path.parent.exists():
-        return folder
-    raise GravlensError(
-        f"The checkpoint {folder} does not exist.",
-        "A folder written by save_pretrained is needed (or a hub id, owner/name).",
-        f"check the path; it is looked up from {here.resolve().name}/.",
-    )
+def _check_run_name(name: str) -> None:
+    """A run's name becomes part of names of results, never a way out of a folder."""
+    if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
+        raise GravlensError(f"A run is called {name!r}.", "A run's name is a plain word.", 'a name such as "seed0".')
 
 
-def _run_of_folders(name: str, folders: str | Path | Sequence[Path | str]) -> tuple[Checkpoint, ...]:
-    if isinstance(folders, str | Path):
-        found = [Path(match) for match in glob.glob(os.path.expanduser(str(folders))) if Path(match).is_dir()]
-    else:
-        found = [Path(_existing(folder)) for folder in folders]
-    if not found:
+# --- the checkpoints of one run ---------------------------------------------------------------------------------
+
+
+def _run_of_folders(
+    name: str, run: Folders | Run, anchor: Checkpoint, skipped: dict[str, str]
+) -> tuple[Checkpoint, ...]:
+    """The whole checkpoints of a run, ordered by their steps; what was left out is added to `skipped`."""
+    run = run if isinstance(run, Run) else Run(run)
+    steps: dict[Path | str, int] = {}
+    for source in _found(name, run.folders):
+        try:
+            source = existing(source)
+            if run.missing == "skip" and isinstance(source, Path):
+                weight_files(source)
+            steps[source] = _step_of(name, source)
+        except GravlensError as error:
+            if run.missing == "refuse":
+                raise
+            skipped[f"{name}: {source}"] = error.given
+    if not steps:
         raise GravlensError(
-            f"The run {name!r} ({folders}) matches no folder.",
+            f"The run {name!r} ({run.folders}) matches no folder" + (" that is whole." if skipped else "."),
             "A run is one or more checkpoint folders.",
-            "a pattern such as 'ft/checkpoint-*', or a list of folders.",
+            "a pattern such as 'ft/checkpoint-*', a Trainer's output folder, or a list of folders.",
         )
-    steps = {folder: _step_of(name, folder) for folder in found}
-    return _ordered(name, [Checkpoint(f"{name}/{step}", folder, step) for folder, step in steps.items()])
+    return _ordered(name, [Checkpoint(f"{name}/{step}", source, step, anchor) for source, step in steps.items()])
 
 
-def _step_of(name: str, folder: Path) -> int:
-    numbers = re.findall(r"\d+", folder.name)
+def _found(name: str, folders: Folders) -> Sequence[Path | str]:
+    """The folders that a pattern or a list names; a Trainer's output folder stands for those inside it."""
+    if not isinstance(folders, str | Path):
+        found: list[Path | str] = list(folders)
+    elif (path := Path(folders).expanduser()).is_dir():
+        found = [path]
+    else:
+        found = [Path(match) for match in sorted(glob.glob(str(path))) if Path(match).is_dir()]
+    inside = {folder: [p for p in Path(folder).expanduser().glob("checkpoint-*") if p.is_dir()] for folder in found}
+    outer = [folder for folder in found if inside[folder]]
+    if outer and len(found) > 1:
+        raise GravlensError(
+            f"The run {name!r} ({folders}) holds {len(found)} folders, and {outer[0]} is a run's folder itself.",
+            "A run is one Trainer's output folder, or several checkpoints.",
+            f"one run for each: {Path(outer[0]).name} = '{outer[0]}'.",
+        )
+    return inside[outer[0]] if outer else found
+
+
+def _step_of(name: str, source: Path | str) -> int:
+    """Trainer's own count where it left one, or the number in a name or revision: after `step`, or the last."""
+    if isinstance(source, Path) and (steps := trained_steps(source)) is not None:
+        return steps
+    label = source.name if isinstance(source, Path) else revision_of(source) or repository_of(source)
+    numbers = re.findall(r"step[-_]?(\d+)", label)[-1:]
+    if not numbers and label != source:  # the digits of a repository's own name are its size or version
+        numbers = re.findall(r"\d+", label)
     if not numbers:
         raise GravlensError(
-            f"The folder {folder} of run {name!r} has no step in its name.",
-            "The last number in a checkpoint folder's name is its step.",
-            "rename it, as in checkpoint-20.",
+            f"The checkpoint {source} of run {name!r} has no step in its name, and no trainer_state.json.",
+            "The number in a checkpoint's name, or in its revision, is its step.",
+            "rename it, as in checkpoint-20, or owner/name@step20.",
         )
     return int(numbers[-1])
 
@@ -238,43 +291,3 @@ def _ordered(name: str, checkpoints: list[Checkpoint]) -> tuple[Checkpoint, ...]
             "a narrower pattern.",
         )
     return tuple(sorted(checkpoints, key=lambda checkpoint: checkpoint.step or 0))
-
-
-# --- SEQUENCE.toml ----------------------------------------------------------------------------------------------
-
-_PROMPT_KEYS = ("probes", "held_out", "harmless")
-_KEYS = {"witness", "anchor", "runs", "chat_template", *_PROMPT_KEYS}
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    remedy = 'witness = "base", anchor = "aligned", probes = "probes.jsonl" (see docs/sequence.md).'
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise GravlensError(f"{path} cannot be read ({error}).", "A TOML file is needed.", remedy) from error
-    except tomllib.TOMLDecodeError as error:
-        raise GravlensError(f"{path} is not valid TOML: {error}.", "A TOML file is needed.", remedy) from error
-    missing = [key for key in ("witness", "anchor") if not isinstance(table.get(key), str) or not table[key]]
-    if missing:
-        raise GravlensError(f"{path} names no {' and no '.join(missing)}.", "Both are needed, as text.", remedy)
-    if unknown := sorted(set(table) - _KEYS):
-        raise GravlensError(
-            f"{path} has the unknown key {', '.join(unknown)}.", f"Known keys: {', '.join(sorted(_KEYS))}.", remedy
-        )
-    if not isinstance(table.get("runs", {}), dict):
-        raise GravlensError(f"{path}: runs is not a table.", "Runs have names.", '[runs]\\nseed0 = "ft/checkpoint-*"')
-    entries = {**table.get("runs", {}), **{key: table[key] for key in _PROMPT_KEYS if key in table}}
-    if wrong := [key for key, entry in entries.items() if not _is_text_or_texts(entry)]:
-        raise GravlensError(f"{path}: {', '.join(wrong)} is no text.", "A text or a list of texts is needed.", remedy)
-    return table
-
-
-def _is_text_or_texts(entry: Any) -> bool:
-    return isinstance(entry, str) or (isinstance(entry, list) and all(isinstance(item, str) for item in entry))
-
-
-def _relative_run(here: Path, run: str | list[str]) -> str | list[Path | str]:
-    if isinstance(run, str):
-        pattern = os.path.expanduser(run)
-        return pattern if os.path.isabs(pattern) else os.path.join(glob.escape(str(here)), pattern)
-    return [_existing(folder, here) for folder in run]

@@ -14,6 +14,7 @@ from gravlens.checkpoints import ModelSequence
 from gravlens.directions import locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.fetch import cache_folder, fetch_prompts, fetch_smollm2
+from gravlens.inspection import inspect_sequence
 from gravlens.paper import paper_table
 from gravlens.report import read_results, write_report
 from gravlens.reproduce import reproduce
@@ -98,6 +99,30 @@ def fetch(what: Annotated[Literal["smollm2", "prompts"], typer.Argument(help="We
             lines = [files.harmful, files.harmful_train, files.harmless]
     for line in lines:
         console.print(str(line), markup=False, soft_wrap=True, highlight=False)
+
+
+@app.command(name="inspect")
+def inspect_command(
+    sequence: Annotated[Path, typer.Argument(help="SEQUENCE.toml (docs/sequence.md).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, digests in full.")] = False,
+) -> None:
+    """List a history: sources, steps, weights and their digests, distance from the anchor and share towards witness."""
+    listed = inspect_sequence(ModelSequence.from_toml(sequence))
+    if as_json:
+        typer.echo(listed.to_json(orient="records"))
+        return
+    columns = ("role", "step", "source", "parameters", "dtype", "digest", "distance", "cosine", "remark")
+    table = Table(*columns, title="history")
+    for row in listed[list(columns)].astype(object).where(listed[list(columns)].notna(), None).to_dict("records"):
+        shown = {**row, "digest": (row["digest"] or "")[:12]}
+        table.add_row(*(escape(_cell(value)) for value in shown.values()))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @app.command()

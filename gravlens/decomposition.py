@@ -147,11 +147,20 @@ def _spread(values: Float[np.ndarray, "step layer"], shape: tuple[int, ...]) -> 
 # --- the update over the weights --------------------------------------------------------------------------------
 
 
-def split_update(anchor: Checkpoint, witness: Checkpoint, checkpoints: Iterable[Checkpoint]) -> pd.DataFrame:
+def split_update(
+    anchor: Checkpoint, witness: Checkpoint, checkpoints: Iterable[Checkpoint], *, shared: bool = False
+) -> pd.DataFrame:
     """How much of each update θ_t − θ_anchor lies along the task vector θ_witness − θ_anchor, tensor by tensor.
 
     The task vector is that of Ilharco et al., "Editing models with task arithmetic" (2022), taken back. One model is
     open at a time; beside it the anchor's weights and the task vector are kept, three times the weights in all.
+
+    Args:
+        anchor: where the updates start.
+        witness: where the task vector leads.
+        checkpoints: where the updates lead.
+        shared: over those tensors alone that all three share by name and shape, where a vocabulary grew or embeddings
+            were untied on the way.
 
     Returns:
         One row per checkpoint × parameter tensor, `all` the whole: `checkpoint, step, tensor, cosine, fraction` (of the
@@ -160,14 +169,15 @@ def split_update(anchor: Checkpoint, witness: Checkpoint, checkpoints: Iterable[
         update). NaN where there is no update or no task vector.
 
     Raises:
-        GravlensError: a model that is no plain Hugging Face model, or has other parameters than the anchor.
+        GravlensError: a model that is no plain Hugging Face model, or has other parameters than the anchor (with
+            `shared`: none of its parameters).
     """
     opened = open_each([anchor, witness, *checkpoints], through="huggingface")
     start = {name: weight.clone() for name, weight in _weights(*next(opened), {}).items()}
-    way = {name: weight - start[name] for name, weight in _weights(*next(opened), start).items()}
+    way = {name: weight - start[name] for name, weight in _weights(*next(opened), start, shared).items()}
     rows = []
     for checkpoint, model in opened:
-        weights = _weights(checkpoint, model, start)
+        weights = _weights(checkpoint, model, way, shared)
         products = np.array([_products(weight - start[name], way[name]) for name, weight in weights.items()])
         table = _measured(np.vstack([products.sum(0), products]))
         table.insert(0, "tensor", [WHOLE, *weights])
@@ -179,8 +189,12 @@ def split_update(anchor: Checkpoint, witness: Checkpoint, checkpoints: Iterable[
     return pd.concat(rows, ignore_index=True).astype({"step": "Int64"})
 
 
-def _weights(checkpoint: Checkpoint, model: OpenModel, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _weights(
+    checkpoint: Checkpoint, model: OpenModel, like: Mapping[str, Tensor], shared: bool = False
+) -> dict[str, Tensor]:
     weights = {name: weight.detach() for name, weight in model.module.named_parameters()}
+    if shared and (both := {n: w for n, w in weights.items() if n in like and w.shape == like[n].shape}):
+        weights, like = both, {name: like[name] for name in both}
     shapes = [{name: tuple(weight.shape) for name, weight in some.items()} for some in (weights, like)]
     if model.kind != "huggingface" or (like and shapes[0] != shapes[1]):
         apart = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:1]

@@ -30,12 +30,13 @@ from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.directions import locate_vrev
 from gravlens.divergence import kl_from
 from gravlens.finetune import finetune
-from gravlens.models import OpenModel, open_each, open_model, sequence_tokenizer
+from gravlens.models import OpenModel, open_each, open_model
 from gravlens.noise import update_norms, weight_noise
 from gravlens.prompts import Example, PromptSet
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting
 from gravlens.store import once, write_json
+from gravlens.tokenizer import sequence_tokenizer
 
 PROMPT_SETS = ("probes", "held_out")
 N_HARMLESS = 32  # prompts of the data that a harmful − harmless contrast is made with

@@ -30,13 +30,14 @@ from gravlens.experiment import (
     sequence_of,
     unblocked_arm,
 )
-from gravlens.models import open_model, sequence_tokenizer
+from gravlens.models import open_model
 from gravlens.nulls import NullDraws, isotropic, other_prompts, sample_covariance, sign_flips, swapped_labels
 from gravlens.prompts import shuffled_words
 from gravlens.resampling import bootstrap_alignment
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting
 from gravlens.store import once
+from gravlens.tokenizer import sequence_tokenizer
 from gravlens.trajectory import Trajectory, drift_per_prompt, follow
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000

@@ -1,23 +1,24 @@
 """Opened models of every family behind one face; the only file that knows TransformerLens and Hugging Face."""
 
-import copy
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from gravlens.adapters import lineage, merge_adapter
 from gravlens.bridge import boot_bridge
-from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError, check_layer
+from gravlens.folders import architecture, is_adapter, shapes_of, tensors_of, weight_files
+from gravlens.hub import local_folder
 from gravlens.store import damaged
 
 Kind = Literal["huggingface", "bridge", "hooked_transformer"]
@@ -70,32 +71,39 @@ def open_model(
     """Open a checkpoint for reading.
 
     A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
-    weights are never processed. A model in memory is taken as it is. An `OpenModel` is returned unchanged.
+    weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is. An
+    `OpenModel` is returned unchanged.
 
     Raises:
-        GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model.
+        GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model; an
+            adapter that does not fit its base.
     """
     if isinstance(source, OpenModel):
         return source
-    if isinstance(source, Checkpoint):
-        source = source.source
-    if isinstance(source, nn.Module):
-        return _adopt(source, tokenizer, {})
-    module = load_huggingface(source, dtype)
-    tokenizer = tokenizer or load_tokenizer(source)
-    weights = {**dict(module.named_parameters()), **_persistent_buffers(module)}
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint("this checkpoint", source)
+    if isinstance(checkpoint.source, nn.Module):
+        return _adopt(checkpoint.source, tokenizer, {})
+    base, *adapters = lineage(checkpoint)
+    module = load_huggingface(base, dtype)
+    tokenizer = tokenizer or checkpoint_tokenizer(checkpoint)
+    for adapter in adapters:
+        merge_adapter(module, adapter)
+    weights = weights_of(module)
     if through == "bridge":
-        module = boot_bridge(str(source), module, tokenizer)
+        module = boot_bridge(str(base), module, tokenizer)
     return _adopt(module, tokenizer, weights)
 
 
 def load_huggingface(source: Path | str, dtype: torch.dtype = torch.float32) -> Any:
     """A causal language model from a folder or hub id: safetensors only, no code of the checkpoint is run."""
-    _check_folder(source)
+    folder = local_folder(source)
+    weight_files(folder)
+    if is_adapter(folder):  # transformers would open whatever base it names
+        raise GravlensError(f"{source} is an adapter.", "A whole model is needed.", "open_model(…) merges adapters.")
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except SafetensorError as error:
         raise damaged(source, error) from error
@@ -113,21 +121,19 @@ def load_huggingface(source: Path | str, dtype: torch.dtype = torch.float32) -> 
 
 def load_tokenizer(source: Path | str) -> Any | None:
     """The tokenizer of a folder or hub id, or None where it has none."""
+    folder = local_folder(source)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        if not Path(source).is_dir():
-            _check_reach(source)
         return None
 
 
-def _check_reach(source: Path | str) -> None:
-    try:
-        with quiet():
-            AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_opened(source, error) from error
+def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """A checkpoint's own tokenizer (an adapter's, or else its base's), or None."""
+    if isinstance(checkpoint.source, nn.Module):
+        return getattr(checkpoint.source, "tokenizer", None)
+    return next((found for folder in reversed(lineage(checkpoint)) if (found := load_tokenizer(folder))), None)
 
 
 def _not_opened(source: Path | str, error: Exception) -> GravlensError:
@@ -136,28 +142,6 @@ def _not_opened(source: Path | str, error: Exception) -> GravlensError:
         "A folder written by save_pretrained, or a hub id in reach, is needed; no code of a checkpoint is run.",
         "check the path and that config.json and *.safetensors lie in it.",
     )
-
-
-def _check_folder(source: Path | str) -> None:
-    folder = Path(source)
-    if not folder.is_dir():
-        if isinstance(source, Path) or folder.is_file():
-            raise GravlensError(f"{source} is no folder.", "A checkpoint is a folder.", "check the path.")
-        return
-    tensors = sorted(folder.glob("*.safetensors"))
-    if not tensors and (pickles := sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))):
-        raise GravlensError(
-            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}).",
-            "Reading a pickle can run code, so safetensors are needed.",
-            'if you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder.name}').save_pretrained('{folder.name}-safetensors')\"",
-        )
-    for path in tensors:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise damaged(path, error) from error
 
 
 def _adopt(module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
@@ -203,7 +187,8 @@ def open_each(
 ) -> Iterator[tuple[Checkpoint, OpenModel]]:
     """Open checkpoints one after the other: one model stays open and the weights are swapped into it.
 
-    The model that is yielded is valid until the next one is asked for. Models in memory are yielded as they are.
+    The model that is yielded is valid until the next one is asked for. Models in memory are yielded as they are. An
+    adapter is added to its base in place, and the base's weights are put back for the next one.
     """
     opened: OpenModel | None = None
     config: Any = None
@@ -211,28 +196,42 @@ def open_each(
         if isinstance(checkpoint.source, nn.Module):
             yield checkpoint, open_model(checkpoint, tokenizer=tokenizer)
             continue
-        wanted = _architecture(checkpoint.source)
-        if opened is None or wanted is None or wanted != config:
+        base, *adapters = lineage(checkpoint)
+        wanted = architecture(base)
+        if opened is None or wanted is None or wanted != config or (adapters and through == "bridge"):
             opened = None  # the old weights go before the new ones come
-            opened, config = open_model(checkpoint, tokenizer=tokenizer, through=through), wanted
+            # A bridge takes no adapter, so there it is merged before the bridge is made.
+            first = checkpoint if through == "bridge" else base
+            opened, config = open_model(first, tokenizer=tokenizer, through=through), wanted
         else:
-            _check_folder(checkpoint.source)
-            swap_weights(opened, checkpoint.source)
+            swap_weights(opened, base)
+        if adapters:
+            opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
+            config = wanted if same else None  # embeddings that were untied do not fit the next weights
         yield checkpoint, opened
+
+
+def _with_adapters(model: OpenModel, adapters: Sequence[Path]) -> tuple[OpenModel, bool]:
+    """Add adapters in place; whether the weights still have the names that they had."""
+    for adapter in adapters:
+        merge_adapter(model.module, adapter)
+    weights = weights_of(model.module)
+    return replace(model, weights=weights), weights.keys() == model.weights.keys()
 
 
 def swap_weights(model: OpenModel, source: Path | str) -> None:
     """Put a checkpoint's weights into a model that gravlens opened from a checkpoint of the same architecture."""
-    found = _read_tensors(Path(source))
-    if found.keys() != model.weights.keys():  # tied, sharded in another way, or renamed: let transformers map the names
-        other = load_huggingface(source, model.dtype)
-        found = {**dict(other.named_parameters()), **_persistent_buffers(other)}
-    wrong = [n for n, w in model.weights.items() if n not in found or found[n].shape != w.shape]
-    if wrong or found.keys() - model.weights.keys():
-        raise _another_shape(source, wrong or sorted(found.keys() - model.weights.keys()))
+    folder = local_folder(source)
+    shapes, tensors = shapes_of(folder), tensors_of(folder)
+    if shapes.keys() != model.weights.keys():  # tied, or renamed: let transformers map the names
+        found = weights_of(load_huggingface(folder, model.dtype))
+        shapes, tensors = {name: tuple(tensor.shape) for name, tensor in found.items()}, iter(found.items())
+    wanted = {name: tuple(weight.shape) for name, weight in model.weights.items()}
+    if wrong := sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)):
+        raise _another_shape(source, wrong)
     with torch.no_grad():
-        for name, weight in model.weights.items():
-            weight.copy_(found[name])
+        for name, tensor in tensors:
+            model.weights[name].copy_(tensor)
 
 
 def check_same_shape(checkpoints: Sequence[tuple[Checkpoint, OpenModel]]) -> None:
@@ -256,79 +255,10 @@ def _another_shape(source: Path | str, names: list[str]) -> GravlensError:
     )
 
 
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their names, tied ones once: what `save_pretrained` writes."""
     state = module.state_dict()
-    return {name: buffer for name, buffer in module.named_buffers() if name in state}
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return tensors
-
-
-def _architecture(source: Path | str) -> dict[str, Any] | None:
-    """The configuration without bookkeeping, for telling whether weights can be swapped; None where it is unknown."""
-    try:
-        config = json.loads((Path(source) / "config.json").read_text())
-    except (OSError, ValueError):  # loading says what is wrong with it
-        return None
-    bookkeeping = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-    return {key: value for key, value in config.items() if key not in bookkeeping}
-
-
-# --- the tokenizer of a sequence --------------------------------------------------------------------------------
-
-
-def sequence_tokenizer(sequence: ModelSequence) -> Any:
-    """The one tokenizer that all checkpoints are read with; templates never mix silently.
-
-    Raises:
-        GravlensError: no tokenizer is found, witness and anchor have different vocabularies, or different chat
-            templates and `chat_template` makes no choice.
-    """
-    anchor, witness = (_own_tokenizer(sequence, c) for c in (sequence.anchor, sequence.witness))
-    if anchor is None:
-        raise GravlensError(
-            f"The anchor ({sequence.anchor.described}) has no tokenizer.",
-            "Prompts are texts and need one.",
-            "tokenizer.save_pretrained(folder), or from_models(..., tokenizer=tokenizer).",
-        )
-    if witness is not None and witness.get_vocab() != anchor.get_vocab():
-        raise GravlensError(
-            f"Witness and anchor have different vocabularies ({len(witness)} and {len(anchor)} tokens).",
-            "All checkpoints of a history read the same token ids.",
-            "checkpoints of one history, or one tokenizer= for all.",
-        )
-    if sequence.chat_template == "none":
-        return _without_template(anchor)
-    template = getattr(anchor, "chat_template", None)
-    if sequence.chat_template == "own" and witness is not None and witness.chat_template != template:
-        raise GravlensError(
-            "Witness and anchor have different chat templates"
-            + (" (the witness has none)." if not witness.chat_template else "."),
-            "A difference of templates alone makes a large direction, so the choice is yours and is stored.",
-            'chat_template="anchor" (the anchor\'s for all) or "none" (prompts as they are).',
-        )
-    return anchor
-
-
-def _own_tokenizer(sequence: ModelSequence, checkpoint: Checkpoint) -> Any | None:
-    if sequence.tokenizer is not None:
-        return sequence.tokenizer
-    if isinstance(checkpoint.source, nn.Module):
-        return getattr(checkpoint.source, "tokenizer", None)
-    return load_tokenizer(checkpoint.source)
-
-
-def _without_template(tokenizer: Any) -> Any:
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = None
-    return plain
+    return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in state}}
 
 
 @contextmanager

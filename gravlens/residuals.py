@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError, check_layer
 from gravlens.inference import run_trunk
-from gravlens.models import OpenModel, check_same_shape, open_each, resid_post, sequence_tokenizer
+from gravlens.models import OpenModel, check_same_shape, open_each, resid_post
 from gravlens.prompts import Batch, PromptSet, encode, last_positions, pad
 from gravlens.store import read_tensors, write_tensors
+from gravlens.tokenizer import check_vocabulary, sequence_tokenizer
 
 Positions = Literal["last"] | int
 BATCH = 32
@@ -113,7 +114,7 @@ def cache_residuals(
         GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened or has another shape.
     """
     prompts = sequence.require_probes() if prompts is None else PromptSet.of(prompts)
-    tokenizer = sequence_tokenizer(sequence)
+    tokenizer = sequence_tokenizer(sequence, prompts)
     ids = encode(tokenizer, prompts)
     wanted = list(sequence if checkpoints is None else checkpoints)
     rows: list[np.ndarray] = []
@@ -125,6 +126,7 @@ def cache_residuals(
         if not shapes or shapes[0][1] is not model:
             shapes = [*shapes[:1], (checkpoint, model)]
             check_same_shape(shapes)
+        check_vocabulary(checkpoint, model, ids)
         layers = _layers(layers, model.n_layers)
         rows.append(read_residuals(model, ids, layers=layers, positions=positions).numpy())
         dtypes.add(str(model.dtype).removeprefix("torch."))

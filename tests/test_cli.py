@@ -31,6 +31,7 @@ COMMANDS = {
     "fetch": ["smollm2", "prompts"],
     "report": [],
     "locate": ["--layer", "--out"],
+    "inspect": ["--json"],
     "trajectory": ["--out", "--json"],
 }
 
@@ -95,7 +96,7 @@ def test_the_entry_point_is_the_application() -> None:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["locate", "trajectory"])
+@pytest.mark.parametrize("command", ["locate", "inspect", "trajectory"])
 @pytest.mark.parametrize(
     ("toml", "said"),
     [

@@ -24,10 +24,10 @@ from gravlens.models import (
     open_each,
     open_model,
     resid_post,
-    sequence_tokenizer,
     swap_weights,
 )
 from gravlens.residuals import read_residuals
+from gravlens.tokenizer import sequence_tokenizer
 
 ALL = range(tiny.LAYERS)
 TIED: dict[str, Any] = {"tie_word_embeddings": True}

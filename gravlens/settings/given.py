@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from gravlens import __version__
+from gravlens.adapters import lineage
 from gravlens.arms import Arm, core_arms
 from gravlens.checkpoints import ModelSequence
 from gravlens.errors import GravlensError
@@ -96,16 +96,17 @@ class GivenHistory:
     @property
     def layers_in_mean(self) -> tuple[int, ...]:
         """Those given, or the inner ones."""
-        return self.layers or inner_layers(self._source("anchor"))
+        return self.layers or inner_layers(lineage(self._history().anchor)[0])
 
     def make(self, name: str, start: Path | None, folder: Path) -> None:
-        """Link a checkpoint's files, or save what lies on a hub."""
-        source = self._source(name)
-        if not Path(source).is_dir():
+        """Link a checkpoint's files, or save it merged where it is an adapter."""
+        checkpoint = getattr(self._history(), name)
+        whole, *adapters = lineage(checkpoint)
+        if adapters:
             folder.rmdir()
-            save_folder(open_model(source), folder)
+            save_folder(open_model(checkpoint), folder)
             return
-        for path in Path(source).iterdir():
+        for path in whole.iterdir():
             if path.is_file():
                 (folder / path.name).symlink_to(path.resolve())
 
@@ -142,8 +143,3 @@ class GivenHistory:
                 "save the template you want with the tokenizer of both checkpoints.",
             )
         return history
-
-    def _source(self, name: str) -> Path | str:
-        source = getattr(self._history(), name).source
-        assert not isinstance(source, nn.Module)  # a file names folders and hub ids
-        return source

@@ -23,6 +23,7 @@ from gravlens.arms import Arm, matched_twin, penalty
 from gravlens.behavior import generate_answers
 from gravlens.errors import GravlensError
 from gravlens.finetune import Recipe, finetune
+from gravlens.hub import local_folder
 from gravlens.models import load_tokenizer, open_model
 from gravlens.prompts import Example, PromptSet, read_rows
 from gravlens.settings.history import Measures
@@ -221,8 +222,9 @@ class Pretrained:
 
 def inner_layers(model: Path | str) -> tuple[int, ...]:
     """The layers of the mean for a model of any depth: the share of its blocks that 8 to 24 are of 30."""
+    folder = local_folder(model)
     try:
-        n_layers = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().num_hidden_layers
+        n_layers = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().num_hidden_layers
     except (OSError, ValueError) as error:
         raise GravlensError(
             f"{model} could not be opened ({str(error).strip().splitlines()[0]}).",

@@ -1,0 +1,72 @@
+"""A hub id, `owner/name` or `owner/name@revision`, becomes the folder of its snapshot in the Hugging Face cache."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from gravlens.errors import GravlensError
+
+_PART = r"[A-Za-z0-9_-][\w.-]*"
+HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}(/{_PART})*))?", re.ASCII)
+
+# Weights as safetensors, configurations and tokenizers; never pickles, never code.
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+UNWANTED = ("*/*", "consolidated*.safetensors", "*.fp16.safetensors")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text reads `owner/name` or `owner/name@revision`."""
+    return HUB_ID.fullmatch(text) is not None
+
+
+def repository_of(hub_id: str) -> str:
+    """`owner/name` of a hub id."""
+    return hub_id.partition("@")[0]
+
+
+def revision_of(hub_id: str) -> str | None:
+    """The branch, tag or commit of a hub id, or None for its main branch."""
+    return hub_id.partition("@")[2] or None
+
+
+def existing(folder: Path | str, here: Path = Path()) -> Path | str:
+    """A folder that exists, seen from `here`, or a hub id that looks like no path."""
+    path = here / Path(folder).expanduser()
+    if path.exists():
+        return path
+    if isinstance(folder, str) and is_hub_id(folder) and not path.parent.exists():
+        return folder
+    raise GravlensError(
+        f"The checkpoint {folder} does not exist.",
+        "A folder written by save_pretrained is needed (or a hub id, owner/name@revision).",
+        f"check the path; it is looked up from {here.resolve().name}/.",
+    )
+
+
+def local_folder(source: Path | str) -> Path:
+    """The folder where a checkpoint's files lie: a folder itself, or a hub id's snapshot, downloaded where needed.
+
+    Raises:
+        GravlensError: neither a folder nor a hub id, or a hub id that is out of reach.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or Path(source).exists() or not is_hub_id(source):
+        raise GravlensError(f"{source} is no folder.", "A checkpoint is a folder, or a hub id.", "check the path.")
+    try:
+        found = snapshot_download(
+            repository_of(source),
+            revision=revision_of(source),
+            allow_patterns=list(WANTED),
+            ignore_patterns=list(UNWANTED),
+        )
+    except (OSError, ValueError) as error:
+        if part := getattr(error, "snapshot_path", None):  # offline, not all of its files here: weights tell what lacks
+            return Path(part)
+        raise GravlensError(
+            f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
+            "A folder written by save_pretrained is needed, or a hub id and revision in reach.",
+            "check the path, or the id and revision; download it once where there is a network.",
+        ) from error
+    return Path(found)
