@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 LAYERS, WIDTH, WINDOW = 3, 32, 4
 TOKENIZER = build_tokenizer()
-EOS = TOKENIZER.eos_token_id
+EOS: Any = TOKENIZER.eos_token_id
 # Ragged: longer than two windows, one token, a genuine eos (what padding is made of) and a genuine pad at the end.
 PROMPTS = [
     [7, 9, 11, 30, 31, 5, 8, 21, 40, 61, 17, 90, 33],

@@ -1,5 +1,6 @@
 """measure_architectures.py and the table that it wrote: every family is read as Hugging Face computes it."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_a_lost_mask_would_be_seen_and_lost_positions_where_they_are_learned(
     def forward(**inputs: Any) -> Any:
         return read(**{**inputs, part: naive[part](inputs["input_ids"])})
 
-    forward.__signature__ = __import__("inspect").signature(read)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(read)  # type: ignore[attr-defined]
     model.module.base_model.forward = forward
     with torch.no_grad():
         found = residuals_of_batch(model, Batch(*batch), layers=range(architectures.LAYERS))
