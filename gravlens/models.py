@@ -1,4 +1,4 @@
-"""Opened models of every family behind one face; the only file that knows TransformerLens and Hugging Face."""
+"""Opened models of every family behind one face; with `bridge.py` and `tokenizer.py` all that knows the libraries."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
