@@ -415,15 +415,16 @@ def test_each_bad_checkpoint_is_named_at_the_users_door(
         locate_vrev(pair("ft/anchor"), layer=AT)
 
 
-def test_another_vocabulary_is_refused() -> None:
+def test_another_vocabulary_is_refused_where_prompts_need_it() -> None:
     one, other = tiny.llama(0), tiny.llama(1)
     one.tokenizer, other.tokenizer = (
         tiny.TOKENIZER,
         copy.deepcopy(tiny.TOKENIZER),
     )  # as TransformerLens models carry them
     other.tokenizer.add_tokens(["unheard-of"])
-    with refused("different vocabularies"):
-        locate_vrev(models(one, other, tokenizer=None), layer=0)
+    assert locate_vrev(models(one, other, tokenizer=None), layer=0).distance > 0
+    with refused("tokenizer of witness", "vocabularies of"):
+        locate_vrev(models(one, other, tokenizer=None, probes=["unheard-of"] * 2), layer=0)
     assert locate_vrev(models(one, other, tokenizer=tiny.TOKENIZER), layer=0).distance > 0
 
 
