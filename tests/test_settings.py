@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from gravlens.arms import clamp, matched_twin, penalty, reinforce, released
 from gravlens.behavior import generate_answers
-from gravlens.errors import GravlensError
 from gravlens.finetune import Finetuned, Recipe
 from gravlens.models import open_model
 from gravlens.prompts import Example, PromptSet, read_examples
