@@ -116,7 +116,8 @@ def inspect_command(
     for row in listed[list(columns)].astype(object).where(listed[list(columns)].notna(), None).to_dict("records"):
         shown = {**row, "digest": (row["digest"] or "")[:12]}
         table.add_row(*(escape(_cell(value)) for value in shown.values()))
-    console.print(table)
+    # a narrow terminal would cut what tells one checkpoint from another: lines may wrap there
+    Console(width=max(console.width, 160)).print(table)
 
 
 def _cell(value: Any) -> str:

@@ -6,6 +6,7 @@
 
 import copy
 import gc
+import json
 import pickle
 import re
 from pathlib import Path
@@ -254,10 +255,13 @@ def test_pitfall_9_what_a_trainer_leaves_beside_the_weights_is_never_unpickled(t
 
 
 def test_pitfall_9_a_pickled_adapter_is_never_unpickled(tmp_path: Path) -> None:
-    folder, fired = tiny.save(tiny.llama(), tmp_path / "adapted"), tmp_path / "fired"
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    folder, fired = tmp_path / "adapted", tmp_path / "fired"
+    folder.mkdir()
+    base = tiny.save(tiny.llama(), tmp_path / "base")
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(fired)))
-    with refused(str(folder), "adapter_model.safetensors"):
+    with refused(str(folder), "adapter_model.bin"):
         open_model(folder)
     assert not fired.exists()
 

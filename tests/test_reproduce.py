@@ -127,8 +127,11 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
     assert set(found["nulls"]) == NULLS
     for name, null in found["nulls"].items():
         assert set(null) == {"p99", "p99_by_step", "n_pairs", "n_above"}
-        assert null["n_pairs"] == (2 if name == "sign_flips" else 4), "sign flips are of the mean over runs"
-        assert set(null["p99_by_step"]) == {"1", "20"} and null["p99"] == max(null["p99_by_step"].values())
+        pairs = {"sign_flips": 2, "covariance_of_drifts": 2}  # of the mean over runs; at the last step alone
+        assert null["n_pairs"] == pairs.get(name, 4)
+        assert set(null["p99_by_step"]) == ({"20"} if name == "covariance_of_drifts" else {"1", "20"}) and null[
+            "p99"
+        ] == max(null["p99_by_step"].values())
     assert set(found["controls"]) == CONTROLS
     for name, control in found["controls"].items():
         spreads(control, FINALS | ({"closure_final"} if name == "unaligned_twin" else set()), runs)
