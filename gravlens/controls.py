@@ -13,7 +13,7 @@ from gravlens.directions import Direction, Directions, locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.nulls import NullDraws
 from gravlens.residuals import Residuals
-from gravlens.trajectory import drifts, follow
+from gravlens.trajectory import drifts, follow, mean_state
 
 NOTHING_LEFT = 1e-5  # of a unit vector: an fp32 one is rounded at about 1e-7
 MIN_SIBLINGS = 3  # a spread over two is a guess
@@ -194,8 +194,8 @@ def anchor_ratio(
             f"A variance over alignment seeds needs at least {MIN_SIBLINGS}, the anchor counted.",
             "align the witness with further seeds: Checkpoint(name, folder) of each when states are cached.",
         )
-    states = np.stack([_mean(residuals, name, layers) for name in names])  # [sibling, layer, d]
-    squares = ((_mean(residuals, "witness", layers) - states) ** 2).sum(-1)
+    states = np.stack([mean_state(residuals, name, layers) for name in names])  # [sibling, layer, d]
+    squares = ((mean_state(residuals, "witness", layers) - states) ** 2).sum(-1)
     pairs = np.array(list(combinations(range(len(names)), 2)))
     apart = ((states[pairs[:, 0]] - states[pairs[:, 1]]) ** 2).sum(-1) / 2  # each pair's unbiased variance
     weights = np.vstack([np.full(len(names), 1 / len(names)), rng.dirichlet(np.ones(len(names)), draws)])
@@ -250,7 +250,7 @@ def closure(
         Columns `run, step, layer` (<NA>: the mean over `layers`), `closure`.
     """
     chosen = directions.at(layers)
-    gap = _mean(twins, "witness", layers) - _mean(runs, "anchor", layers)
+    gap = mean_state(twins, "witness", layers) - mean_state(runs, "anchor", layers)
     frames = []
     for run, twin in pairs:
         if runs.runs.get(run) != twins.runs.get(twin):
@@ -267,14 +267,6 @@ def closure(
         )
         frames.append(_tidy(run, runs.runs[run], layers, closed))
     return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
-
-
-def _mean(residuals: Residuals, checkpoint: str, layers: Sequence[int]) -> Float[np.ndarray, "layer d_model"]:
-    if missing := [layer for layer in layers if layer not in residuals.layers]:
-        raise GravlensError(
-            f"The residuals hold no layer {missing}.", f"They hold {list(residuals.layers)}.", "some of these."
-        )
-    return residuals.of(checkpoint).mean(0, dtype=np.float64)[[residuals.layers.index(layer) for layer in layers]]
 
 
 def _tidy(run: str, steps: Sequence[int], layers: Sequence[int], closed: np.ndarray) -> pd.DataFrame:

@@ -98,11 +98,15 @@ def _check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
         )
 
 
+def mean_state(residuals: Residuals, checkpoint: str, layers: Sequence[int]) -> Float[np.ndarray, "layer d_model"]:
+    """h_l of a checkpoint, the mean over the prompts in fp64."""
+    return residuals.of(checkpoint).mean(0, dtype=np.float64)[_columns(residuals, layers)]
+
+
 def drifts(residuals: Residuals, run: str, layers: Sequence[int]) -> Float[np.ndarray, "step layer d_model"]:
     """h_l(θ_t) − h_l(anchor) of a run, means over the prompts in fp64."""
-    columns = _columns(residuals, layers)
-    anchor = _mean_state(residuals, "anchor")[columns]
-    return np.stack([_mean_state(residuals, f"{run}/{step}")[columns] - anchor for step in residuals.runs[run]])
+    anchor = mean_state(residuals, "anchor", layers)
+    return np.stack([mean_state(residuals, f"{run}/{step}", layers) - anchor for step in residuals.runs[run]])
 
 
 def drift_per_prompt(
@@ -168,7 +172,3 @@ def _columns(residuals: Residuals, layers: Sequence[int]) -> list[int]:
             f"The residuals hold no layer {missing}.", f"They hold {list(residuals.layers)}.", "cache those layers too."
         )
     return [residuals.layers.index(layer) for layer in layers]
-
-
-def _mean_state(residuals: Residuals, checkpoint: str) -> Float[np.ndarray, "layer d_model"]:
-    return residuals.of(checkpoint).mean(0, dtype=np.float64)
