@@ -18,8 +18,8 @@ from gravlens.checkpoints import Checkpoint
 from gravlens.directions import Directions
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model
+from gravlens.noise import mean_states
 from gravlens.prompts import PromptSet, encode
-from gravlens.residuals import read_residuals
 from gravlens.trajectory import JUDGED_FROM, MEASURES, measure_drift
 
 Source: TypeAlias = Checkpoint | Path | str | nn.Module | OpenModel
@@ -171,7 +171,7 @@ def measure_damage(
     ids, start, frames = encode(model.tokenizer, prompts), None, []
     for name, damage in {UNDAMAGED: nullcontext, **damages}.items():
         with damage(model) as damaged:
-            states = read_residuals(damaged, ids, layers=defined.layers).numpy().mean(0, dtype=np.float64)
+            states = mean_states(damaged, ids, defined.layers)
             start = states if start is None else start  # the first is the undamaged anchor
             after = _parameters(damaged)
             _check_same(before, after)

@@ -43,14 +43,14 @@ def weight_noise(
     model, defined = open_model(anchor), directions.defined()
     ids = encode(model.tokenizer, prompts)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    start = _mean_states(model, ids, defined.layers)
+    start = mean_states(model, ids, defined.layers)
     original = {name: weight.detach().clone() for name, weight in _named(model, norms).items()}
     cosines = np.empty((draws, len(norms), len(defined)))
     try:
         for column, step in enumerate(tqdm(norms, "weight noise", leave=False)):
             for draw in range(draws):
                 _add_noise(_named(model, norms), original, norms[step], generator)
-                drift = _mean_states(model, ids, defined.layers) - start
+                drift = mean_states(model, ids, defined.layers) - start
                 cosines[draw, column] = measure_drift(drift, defined)["alignment"]
     finally:
         with torch.no_grad():
@@ -91,7 +91,8 @@ def _add_noise(
             weight.copy_(original[name] + noise * (norms.get(name, 0.0) / noise.norm()))
 
 
-def _mean_states(
+def mean_states(
     model: OpenModel, ids: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> Float[np.ndarray, "layer d_model"]:
+    """The states' mean over prompts in fp64, at the last prompt token."""
     return read_residuals(model, ids, layers=layers).numpy().mean(0, dtype=np.float64)

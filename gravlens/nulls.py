@@ -282,15 +282,18 @@ def _null_of_draws(
     return NullDraws(name, np.stack(cosines, axis=1).reshape(shape), tuple(steps), directions.layers)
 
 
+def sign_patterns(units: int) -> Float[np.ndarray, "pattern unit"]:
+    """All 2ⁿ patterns of signs; the first flips nothing."""
+    return np.array(list(product((1.0, -1.0), repeat=units)))
+
+
 def _mean_under_signs(
     values: Float[np.ndarray, "unit step layer"], draws: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "draw step layer"]:
     """Means over units whose signs are flipped at random; of few units, under every pattern but the true one."""
     units = len(values)
-    if units <= ALL_SIGNS_UP_TO:
-        signs = np.array(list(product((1.0, -1.0), repeat=units)))[1:]
-    else:
-        signs = rng.choice((1.0, -1.0), (draws, units))
+    few = units <= ALL_SIGNS_UP_TO
+    signs = sign_patterns(units)[1:] if few else rng.choice((1.0, -1.0), (draws, units))
     return einsum(signs, values, "draw unit, unit step layer -> draw step layer") / units
 
 

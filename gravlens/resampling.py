@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import permutations
 from typing import Literal
 
 import numpy as np
@@ -12,16 +12,16 @@ from scipy import stats
 
 from gravlens.directions import Directions
 from gravlens.errors import GravlensError
+from gravlens.nulls import ALL_SIGNS_UP_TO, sign_patterns
 from gravlens.residuals import Residuals
 from gravlens.trajectory import drift_per_prompt, follow
 
 Alternative = Literal["greater", "less", "two-sided"]
 Interval = Literal["basic", "percentile"]
 
-EXACT_RUNS, EXACT_ORDERS = 12, 7  # 4,096 sign flips and 5,040 orders of the runs are enumerated;
+EXACT_ORDERS = 7  # runs: 5,040 orders are enumerated, as are 4,096 sign flips of 12
 RANDOM = 9_999  # with more runs, so many are drawn
-# Sums that are equal on paper differ in their last bits; the statistics here are at most 1 in size.
-SAME = 1e-10
+SAME = 1e-10  # sums that are equal on paper differ in their last bits; the statistics are at most 1 in size
 PAIRS_AT_ONCE = 2_000_000  # numbers held at a time while draws are made
 
 
@@ -161,7 +161,7 @@ def _table(
 
 def least_p_value(n_runs: int, alternative: Alternative = "greater") -> float:
     """The smallest p that sign flips of so many runs can give: 2⁻ⁿ, twice that two-sided; 1/10,000 where drawn."""
-    one_sided = 2.0**-n_runs if n_runs <= EXACT_RUNS else 1 / (1 + RANDOM)
+    one_sided = 2.0**-n_runs if n_runs <= ALL_SIGNS_UP_TO else 1 / (1 + RANDOM)
     return min(1.0, one_sided * (2 if alternative == "two-sided" else 1))
 
 
@@ -242,8 +242,8 @@ def _flipped(values: np.ndarray, rng: np.random.Generator | None) -> Float[np.nd
 
 
 def _signs(n_runs: int, rng: np.random.Generator | None) -> Float[np.ndarray, "flip run"]:
-    if n_runs <= EXACT_RUNS:
-        return np.array(list(product((1.0, -1.0), repeat=n_runs)))
+    if n_runs <= ALL_SIGNS_UP_TO:
+        return sign_patterns(n_runs)
     drawn = _demanded(rng, n_runs, "sign flips").choice((1.0, -1.0), size=(RANDOM, n_runs))
     return np.concatenate([np.ones((1, n_runs)), drawn])
 
