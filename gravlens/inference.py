@@ -124,13 +124,13 @@ def run_trunk(model: OpenModel, batch: Batch) -> None:
             model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_type=None)
             return
         # The decoder is called directly: Trainer wraps the whole model's forward in autocast.
-        trunk = _unwrapped(model.module).base_model
+        trunk = unwrapped(model.module).base_model
         if "position_ids" not in inspect.signature(trunk.forward).parameters:
             del inputs["position_ids"]
         trunk(**inputs, use_cache=False)
 
 
-def _unwrapped(module: Any) -> Any:
+def unwrapped(module: Any) -> Any:
     """The model inside a PEFT wrapper, adapters in place: the wrapper's own signature hides the model's inputs."""
     return module.get_base_model() if hasattr(module, "get_base_model") else module
 
@@ -216,7 +216,7 @@ def end_logits(
     with reading(batch, last_positions(batch.attention_mask) - answers):
         if model.kind != "huggingface":
             return model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -keep:]
-        known = inspect.signature(_unwrapped(model.module).forward).parameters
+        known = inspect.signature(unwrapped(model.module).forward).parameters
         extra = {"logits_to_keep": keep} if "logits_to_keep" in known else {}
         inputs = {key: value for key, value in inputs.items() if key in known}
         return model.module(**inputs, **extra, use_cache=False).logits[:, -keep:]

@@ -125,7 +125,7 @@ def encode(tokenizer: Any, prompts: PromptSet) -> list[list[int]]:
         raise GravlensError(
             "This model has no tokenizer.", "Prompts are texts and need one.", "pass tokenizer= when it is opened."
         )
-    return [_one_bos(tokenizer, _prompt_ids(tokenizer, text)) for text in prompts]
+    return [_one_bos(tokenizer, _prompt_ids(tokenizer, text)) for text in rendered(tokenizer, prompts)]
 
 
 def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
@@ -137,12 +137,17 @@ def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[in
     return prompt + answer, [-100] * len(prompt) + answer
 
 
+def rendered(tokenizer: Any, prompts: PromptSet) -> list[str]:
+    """Each prompt as the chat template writes it; as it is where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return list(prompts)
+    turns = [[{"role": "user", "content": text}] for text in prompts]
+    return [tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in turns]
+
+
 def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": text}]
-        rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    return tokenizer(text)["input_ids"]
+    # The template writes the special tokens itself.
+    return tokenizer(text, add_special_tokens=not getattr(tokenizer, "chat_template", None))["input_ids"]
 
 
 def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """Residual-stream states: of one opened model, and cached over the checkpoints of a sequence."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,32 +10,38 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xarray
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError, check_layer
 from gravlens.inference import run_trunk
-from gravlens.models import OpenModel, check_same_shape, open_each, resid_post
-from gravlens.prompts import Batch, PromptSet, encode, last_positions, pad
+from gravlens.models import OpenModel, one_shape, resid_post
+from gravlens.placement import Placement
+from gravlens.positions import Positions, described, queries_of
+from gravlens.prompts import Batch, PromptSet, last_positions, pad
+from gravlens.readings import Plan, Through, read_here
 from gravlens.store import read_tensors, write_tensors
-from gravlens.tokenizer import check_vocabulary, sequence_tokenizer
+from gravlens.stored_readings import Stored, read_through_store
+from gravlens.tokenizer import sequence_tokenizer
 
-Positions = Literal["last"] | int
 BATCH = 32
+
+Offset = Literal["last"] | int  # from the end of each prompt
 
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """`resid_post` at the read position, over checkpoints × prompts × layers.
+    """`resid_post` at the read positions, over checkpoints × prompts × layers.
 
     Attributes:
-        values: [checkpoint, prompt, layer, d_model], fp32, in the residual stream's own units.
+        values: [checkpoint, prompt, layer, d_model], fp32, in the residual stream's own units; from a store they are
+            memory-mapped and read-only.
         checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
         layers: layer numbers, ascending.
         prompts: digest of the prompt set.
         meta: what it was made from: read position, dtype, chat template, sources.
+        index: where positions of one prompt are rows of their own, (prompt, token) of each row; else None.
     """
 
     values: Float[np.ndarray, "checkpoint prompt layer d_model"] = field(repr=False)
@@ -42,6 +49,7 @@ class Residuals:
     layers: tuple[int, ...]
     prompts: str
     meta: dict[str, Any] = field(default_factory=dict)
+    index: Int[np.ndarray, "row 2"] | None = field(default=None, repr=False)
 
     def of(self, checkpoint: str) -> Float[np.ndarray, "prompt layer d_model"]:
         """The states of one checkpoint."""
@@ -66,19 +74,21 @@ class Residuals:
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file."""
         meta = {"checkpoints": self.checkpoints, "layers": self.layers, "prompts": self.prompts, "meta": self.meta}
-        return write_tensors(path, "residuals", {"values": self.values}, meta)
+        arrays = {"values": self.values} if self.index is None else {"values": self.values, "index": self.index}
+        return write_tensors(path, "residuals", arrays, meta)
 
     @classmethod
     def load(cls, path: Path | str) -> "Residuals":
         """Read a file of `save`."""
         arrays, meta = read_tensors(path, "residuals")
-        return cls(
-            arrays["values"], tuple(meta["checkpoints"]), tuple(meta["layers"]), meta["prompts"], dict(meta["meta"])
-        )
+        names, layers = tuple(meta["checkpoints"]), tuple(meta["layers"])
+        return cls(arrays["values"], names, layers, meta["prompts"], dict(meta["meta"]), arrays.get("index"))
 
     def to_xarray(self) -> xarray.DataArray:
         """The values with named axes."""
-        coords = {"checkpoint": list(self.checkpoints), "layer": list(self.layers)}
+        coords: dict[str, Any] = {"checkpoint": list(self.checkpoints), "layer": list(self.layers)}
+        if self.index is not None:
+            coords |= {"of_prompt": ("prompt", self.index[:, 0]), "pos": ("prompt", self.index[:, 1])}
         return xarray.DataArray(
             self.values, coords, ("checkpoint", "prompt", "layer", "d_model"), "resid_post", {"prompts": self.prompts}
         )
@@ -91,52 +101,66 @@ def cache_residuals(
     layers: Sequence[int] | None = None,
     positions: Positions = "last",
     checkpoints: Sequence[Checkpoint] | None = None,
-    through: Literal["huggingface", "bridge"] = "huggingface",
+    through: Through = "huggingface",
+    placement: Placement = Placement(),
+    store: Path | str | None = None,
+    executor: Executor | None = None,
 ) -> Residuals:
     """Read `resid_post` of every checkpoint of a sequence on the same prompts.
 
     One model is opened and the weights of later folders are swapped into it; each pass stops at the deepest layer
-    asked for and computes no logits; only the read positions are kept.
+    asked for and computes no logits; what all prompts begin with is run once; only the read positions are kept.
 
     Args:
         sequence: the history.
         prompts: default: the sequence's probes.
         layers: default: all.
-        positions: `"last"`, the last prompt token (after the template's generation prompt), or a negative index
-            counted from the end (−1 is the last).
+        positions: `"last"`, the last prompt token (after the template's generation prompt); a negative index counted
+            from the end (−1 is the last); `"instruction"`, the mean over the prompt's own tokens; `Answers(texts)`, the
+            mean over the tokens of an answer after each prompt. Rows of their own, one a token: `"post_instruction"`,
+            the template's tokens after the instruction; `"all"`; a function of token ids that gives positions.
         checkpoints: which ones; default: witness, anchor and every run's.
         through: read folders as Hugging Face models or through `TransformerBridge`; both give the same states.
+        placement: device, dtype and disk; see `Placement`.
+        store: a folder that keeps states by what they are of: what is there is not computed again, a killed call goes
+            on where it was, and the values are memory-mapped. Default: they are held in memory.
+        executor: whose workers fill the store, a checkpoint each; any `concurrent.futures.Executor`, Dask's or
+            submitit's.
 
     Returns:
         `Residuals`, values [checkpoint, prompt, layer, d_model].
 
     Raises:
-        GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened or has another shape.
+        GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened, has another shape or was
+            processed (centred, or folded where another is not); an executor without a store; a disk that is full.
     """
     prompts = sequence.require_probes() if prompts is None else PromptSet.of(prompts)
     tokenizer = sequence_tokenizer(sequence, prompts)
-    ids = encode(tokenizer, prompts)
+    queries = queries_of(tokenizer, prompts, positions)
     wanted = list(sequence if checkpoints is None else checkpoints)
-    rows: list[np.ndarray] = []
-    shapes: list[tuple[Checkpoint, OpenModel]] = []
-    dtypes: set[str] = set()
-    for checkpoint, model in tqdm(
-        open_each(wanted, tokenizer=tokenizer, through=through), "residuals", len(wanted), leave=False
-    ):
-        if not shapes or shapes[0][1] is not model:
-            shapes = [*shapes[:1], (checkpoint, model)]
-            check_same_shape(shapes)
-        check_vocabulary(checkpoint, model, ids)
-        layers = _layers(layers, model.n_layers)
-        rows.append(read_residuals(model, ids, layers=layers, positions=positions).numpy())
-        dtypes.add(str(model.dtype).removeprefix("torch."))
+    n_layers, d_model = one_shape(wanted)
+    plan = Plan.of(queries, _layers(layers, n_layers), d_model)
+    if store is None:
+        _check_no(executor)
+        values, precisions = read_here(plan, wanted, through, placement)
+    else:
+        values, precisions = read_through_store(plan, wanted, Stored(Path(store), through, placement), executor)
     meta = {
-        "positions": positions,
-        "dtype": sorted(dtypes),
+        "positions": described(positions),
+        "dtype": sorted(precisions),
         "chat_template": sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none",
         "sources": {checkpoint.name: checkpoint.described for checkpoint in wanted},
     }
-    return Residuals(np.stack(rows), tuple(c.name for c in wanted), tuple(layers or ()), prompts.digest, meta)
+    return Residuals(values, tuple(c.name for c in wanted), plan.layers, prompts.digest, meta, plan.index)
+
+
+def _check_no(executor: Executor | None) -> None:
+    if executor is not None:
+        raise GravlensError(
+            f"A {type(executor).__name__} and no store were given.",
+            "Workers write what they read into a store; they send nothing back.",
+            'store="states", a folder that all workers reach.',
+        )
 
 
 def _layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
@@ -148,7 +172,7 @@ def _layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
 
 
 def read_residuals(
-    model: OpenModel, ids: Sequence[Sequence[int]], *, layers: Sequence[int], positions: Positions = "last"
+    model: OpenModel, ids: Sequence[Sequence[int]], *, layers: Sequence[int], positions: Offset = "last"
 ) -> Float[Tensor, "prompt layer d_model"]:
     """States of one opened model, fp32 on the CPU; prompts are batched by length."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
@@ -161,7 +185,7 @@ def read_residuals(
 
 
 def residuals_of_batch(
-    model: OpenModel, batch: Batch, *, layers: Sequence[int], positions: Positions = "last"
+    model: OpenModel, batch: Batch, *, layers: Sequence[int], positions: Offset = "last"
 ) -> Float[Tensor, "prompt layer d_model"]:
     """States of one padded batch, fp32; differentiable where gradients are on."""
     rows = torch.arange(len(batch.input_ids))
@@ -197,7 +221,7 @@ def _hooked(hooks: Sequence[tuple[nn.Module, Callable[[nn.Module, Any, Any], Non
             handle.remove()
 
 
-def _read_index(batch: Batch, positions: Positions) -> Tensor:
+def _read_index(batch: Batch, positions: Offset) -> Tensor:
     offset = -1 if positions == "last" else positions
     lengths = batch.attention_mask.sum(1)
     if not isinstance(offset, int) or offset >= 0 or -offset > int(lengths.min()):

@@ -1,12 +1,15 @@
 """Safetensors files, written whole or not at all, that say by their header what they are."""
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -56,23 +59,46 @@ def write_tensors(path: Path | str, kind: str, arrays: Mapping[str, np.ndarray],
         arrays: the arrays by name.
         meta: anything that JSON can hold.
     """
-    header = {"gravlens": kind, "convention": CONVENTION, "meta": json.dumps(_without_nan(dict(meta)))}
+    return write_atomically(Path(path), tensor_bytes(kind, arrays, meta))
+
+
+def tensor_bytes(kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
+    """The content of a file of `write_tensors`."""
     tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return write_atomically(Path(path), save(tensors, metadata=header))
+    return save(tensors, metadata=_header(kind, meta))
+
+
+def _header(kind: str, meta: Mapping[str, Any]) -> dict[str, str]:
+    return {"gravlens": kind, "convention": CONVENTION, "meta": json.dumps(_without_nan(dict(meta)))}
 
 
 def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read a file of `write_tensors`; another kind, another convention or a damaged file is refused."""
+    with _opened(path, kind) as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return arrays, _meta(path, kind, file.metadata() or {})
+
+
+def read_meta(path: Path | str, kind: str) -> dict[str, Any]:
+    """What a file of `write_tensors` says of itself; its tensors are not read."""
+    with _opened(path, kind) as file:
+        return _meta(path, kind, file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path | str, kind: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework="np") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file
     except SafetensorError as error:
         raise damaged(path, error) from error
     except OSError as error:
         raise GravlensError(
             f"{path} cannot be read ({error}).", f"A file of {kind} is needed.", "check the path."
         ) from error
+
+
+def _meta(path: Path | str, kind: str, header: Mapping[str, str]) -> dict[str, Any]:
     if header.get("gravlens") != kind or header.get("convention") != CONVENTION:
         raise GravlensError(
             f"{path} holds {header.get('gravlens', 'tensors of another program')!r} "
@@ -80,7 +106,70 @@ def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], di
             f"A gravlens file of {kind} by the convention {CONVENTION!r} is needed.",
             f"write it again with this version's .save() of {kind}.",
         )
-    return arrays, json.loads(header["meta"])
+    return json.loads(header["meta"])
+
+
+class TensorWriter:
+    """One fp32 tensor that is written in pieces, under another name until it is whole.
+
+    The file is one of `write_tensors`, its name `{stem}.{SHA-256 of its content}.safetensors`.
+
+    Args:
+        folder: where it will lie.
+        stem: the first part of its name.
+        kind: what it holds.
+        name: the tensor's.
+        shape: the tensor's.
+        meta: anything that JSON can hold.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, kind: str, name: str, shape: tuple[int, ...], meta: Mapping[str, Any]
+    ) -> None:
+        self._stem, self._bytes = stem, 4 * math.prod(shape)
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, self._bytes]}
+        header = json.dumps({"__metadata__": _header(kind, meta), name: entry}).encode()
+        header += b" " * (-len(header) % 8)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=folder, prefix=f".{stem}.")
+        self._path, self._file, self._start = Path(scratch), os.fdopen(handle, "r+b"), 8 + len(header)
+        try:
+            self._file.write(len(header).to_bytes(8, "little") + header)
+            if hasattr(os, "posix_fallocate"):  # a full disk is known before anything else is written
+                os.posix_fallocate(handle, 0, self._start + self._bytes)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)  # it has another name, if it was finished
+
+    def write(self, start: int, values: np.ndarray) -> None:
+        """Put numbers at a place, counted in numbers from the tensor's first."""
+        self._file.seek(self._start + 4 * start)
+        self._file.write(np.ascontiguousarray(values, dtype="<f4").data)
+
+    def finish(self) -> Path:
+        """Give the file its name."""
+        self._file.flush()
+        self._file.seek(0)
+        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+        path = self._path.with_name(f"{self._stem}.{digest}.safetensors")
+        os.chmod(self._path, 0o644)
+        os.replace(self._path, path)
+        return path
+
+
+def map_tensor(path: Path, name: str) -> np.ndarray:
+    """An fp32 tensor of a file of `write_tensors`, memory-mapped and read-only."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+    return np.memmap(path, "<f4", "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -1,0 +1,111 @@
+"""What is to be read of which checkpoint, and reading it: here, or in the workers of an executor."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from gravlens.checkpoints import Checkpoint
+from gravlens.models import OpenModel, open_each
+from gravlens.passes import TOKENS_ELSEWHERE, Reader, batches_of, common_prefix, tokens_for
+from gravlens.positions import Query
+from gravlens.tokenizer import check_vocabulary
+
+BLOCK_BYTES = 4 << 20  # of states that are held in memory before they are written
+
+Through = Literal["huggingface", "bridge"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Prompts in blocks: the prompts of a block are read, written and, where a run was killed, read again together.
+
+    Attributes:
+        queries: the prompts.
+        layers: which are read, ascending.
+        d_model: width of the residual stream.
+        prefix: token ids that every prompt begins with.
+        blocks: indices of prompts, of similar lengths.
+    """
+
+    queries: tuple[Query, ...]
+    layers: tuple[int, ...]
+    d_model: int
+    prefix: tuple[int, ...]
+    blocks: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """One past each prompt's last row of the result."""
+        return list(accumulate(len(query.reads) for query in self.queries))
+
+    def rows(self, prompt: int) -> range:
+        """A prompt's rows of the result."""
+        end = self.ends[prompt]
+        return range(end - len(self.queries[prompt].reads), end)
+
+    @property
+    def index(self) -> Int[np.ndarray, "row 2"] | None:
+        """(prompt, token) of each row, where rows are tokens; None where each prompt is one row."""
+        if all(len(query.reads) == 1 for query in self.queries):
+            return None
+        return np.array([(i, read[-1]) for i, query in enumerate(self.queries) for read in query.reads])
+
+    @classmethod
+    def of(cls, queries: Sequence[Query], layers: Sequence[int], d_model: int) -> "Plan":
+        """As many prompts in a block as BLOCK_BYTES of states, and at least a full batch of the largest."""
+        prefix = common_prefix(queries)
+        blocks: list[tuple[int, ...]] = []
+        size = tokens = 0
+        for i in sorted(range(len(queries)), key=lambda i: queries[i].end):
+            if not blocks or (size > BLOCK_BYTES and tokens > TOKENS_ELSEWHERE):
+                blocks.append(())
+                size = tokens = 0
+            blocks[-1] += (i,)
+            size, tokens = size + 4 * len(queries[i].reads) * len(layers) * d_model, tokens + queries[i].end - prefix
+        return cls(tuple(queries), tuple(layers), d_model, queries[0].ids[:prefix], tuple(blocks))
+
+
+def read_block(
+    model: OpenModel, queries: Sequence[Query], *, layers: Sequence[int], prefix: Sequence[int]
+) -> Iterator[tuple[list[int], Float[np.ndarray, "row layer d_model"]]]:
+    """Batch by batch: the prompts' indices and their rows, fp32."""
+    reader = Reader(model, layers=layers, prefix=prefix)
+    for batch in batches_of(queries, prefix=len(prefix), tokens=tokens_for(model)):
+        yield batch, reader.read([queries[i] for i in batch]).numpy()
+
+
+# --- in memory ------------------------------------------------------------------------------------------------------
+
+
+def read_here(
+    plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, placement: Placement
+) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
+    """States in memory, and the precisions that they were computed in."""
+    values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
+    precisions: set[str] = set()
+    for number, model in _each(checkpoints, plan.queries, through, placement):
+        for block in plan.blocks:
+            queries = [plan.queries[i] for i in block]
+            for batch, states in read_block(model, queries, layers=plan.layers, prefix=plan.prefix):
+                values[number, [row for i in batch for row in plan.rows(block[i])]] = states
+        precisions.add(model.precision)
+    return values, precisions
+
+
+def _each(
+    checkpoints: Sequence[Checkpoint], queries: Sequence[Query], through: Through, placement: Placement
+) -> Iterator[tuple[int, OpenModel]]:
+    """Each checkpoint opened in turn, held against the first one and against the prompts' tokens."""
+    first: tuple[Checkpoint, OpenModel] | None = None
+    opened = open_each(checkpoints, through=through, placement=placement)
+    ids = [query.ids for query in queries]
+    for number, (checkpoint, model) in enumerate(tqdm(opened, "residuals", len(checkpoints), leave=False)):
+        first = first or (checkpoint, model)
+        if model is not first[1]:
+            check_alike([first, (checkpoint, model)])
+        check_vocabulary(checkpoint, model, ids)
+        yield number, model

@@ -1,0 +1,173 @@
+"""A folder of residual states that is asked by content: what is there is never computed again, what is damaged is.
+
+    states/<fingerprint of a checkpoint>/<block>.<sha256>.safetensors    rows of some prompts at some layers
+    views/<question>.<sha256>.safetensors                                one whole answer, memory-mapped
+    digests/<files>.json                                                 digests of weights by their files' marks
+
+A file is written under another name and then renamed, and its name holds the SHA-256 of what is in it. So a kill leaves
+whole files and scratch, two processes write the same, and no damage goes unseen.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from gravlens.errors import GravlensError
+from gravlens.positions import Query
+from gravlens.store import TensorWriter, map_tensor, read_meta, read_tensors, tensor_bytes, write_atomically
+
+KIND = "states"
+
+
+def query_key(query: Query) -> str:
+    """A prompt's tokens and read positions, in 128 bits."""
+    return hashlib.sha256(json.dumps([query.ids, query.reads]).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of states.
+
+    Attributes:
+        path: where it lies.
+        queries: keys of its prompts, in the order of its rows.
+        rows: how many rows each has.
+        layers: which layers it holds.
+        checkpoint: source of the checkpoint that first wrote it.
+    """
+
+    path: Path
+    queries: tuple[str, ...]
+    rows: tuple[int, ...]
+    layers: tuple[int, ...]
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The folder with the states of one checkpoint, read in one way."""
+
+    folder: Path
+
+    def parts(self) -> list[Part]:
+        """The files that are there, by their headers; one without a readable header is taken away and named."""
+        return [part for path in sorted(self.folder.glob("*.safetensors")) if (part := part_of(path))]
+
+    def missing(self, queries: Sequence[str], layers: Sequence[int]) -> list[tuple[int, ...]]:
+        """For each prompt the layers that no file holds."""
+        held: dict[str, set[int]] = {}
+        for part in self.parts():
+            for query in part.queries:
+                held.setdefault(query, set()).update(part.layers)
+        return [tuple(layer for layer in layers if layer not in held.get(query, ())) for query in queries]
+
+    def put(
+        self,
+        states: Float[np.ndarray, "row layer d_model"],
+        *,
+        queries: Sequence[Query],
+        layers: Sequence[int],
+        checkpoint: str,
+    ) -> None:
+        """Write one file."""
+        keys, rows = [query_key(query) for query in queries], [len(query.reads) for query in queries]
+        block = hashlib.sha256(json.dumps([keys, list(layers)]).encode()).hexdigest()[:16]
+        meta = {"queries": keys, "rows": rows, "layers": list(layers), "checkpoint": checkpoint}
+        content = tensor_bytes(KIND, {"states": states}, meta)
+        with room_on_disk(self.folder):
+            write_atomically(self.folder / f"{block}.{hashlib.sha256(content).hexdigest()}.safetensors", content)
+
+    def rows(
+        self, queries: Sequence[str], layers: Sequence[int]
+    ) -> Iterator[tuple[int, tuple[int, ...], Float[np.ndarray, "row layer d_model"]]]:
+        """(number of the prompt, layers, its rows at these), each once, file by file: one file at a time is in memory.
+
+        A file whose content is not what its name says is taken away, and what it held does not come.
+        """
+        numbers: dict[str, list[int]] = {}
+        for number, query in enumerate(queries):
+            numbers.setdefault(query, []).append(number)
+        left = {query: set(layers) for query in numbers}
+        for part in self.parts():
+            if not any(left.get(query, set()) & set(part.layers) for query in part.queries) or not is_whole(part.path):
+                continue
+            states = read_tensors(part.path, KIND)[0]["states"]
+            ends = np.cumsum(part.rows).tolist()
+            for query, end, count in zip(part.queries, ends, part.rows, strict=True):
+                fresh = tuple(layer for layer in part.layers if layer in left.get(query, ()))
+                if fresh:
+                    left[query] -= set(fresh)
+                    columns = [part.layers.index(layer) for layer in fresh]
+                    for number in numbers[query]:
+                        yield number, fresh, states[end - count : end, columns]
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def part_of(path: Path) -> Part | None:
+    """What a file says of itself; where it cannot be read it is taken away and named."""
+    try:
+        meta = read_meta(path, KIND)
+        fields = {key: tuple(meta[key]) for key in ("queries", "rows", "layers")}
+        return Part(path, **fields, checkpoint=str(meta["checkpoint"]))
+    except (GravlensError, ValueError, KeyError, TypeError):
+        return _taken_away(path) if path.exists() else None  # another process may have been first
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file's content is what its name says; where it is not, the file is taken away and named."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return False
+    if found == path.name.split(".")[-2]:
+        return True
+    _taken_away(path)
+    return False
+
+
+def _taken_away(path: Path) -> None:
+    warnings.warn(f"{path} is damaged: it is taken away, and what it held is computed again.", stacklevel=3)
+    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_on_disk(folder: Path) -> Iterator[None]:
+    """A full disk, or a folder that cannot be written, as one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise GravlensError(
+            f"The store {folder} cannot be written ({error.strerror or error}).",
+            "States are written as they are computed; what is there is whole and stays.",
+            "room on that disk (gravlens store prune), or another store; then the same call goes on where it was.",
+        ) from error
+
+
+# --- whole answers --------------------------------------------------------------------------------------------------
+
+
+def find_view(folder: Path, question: str) -> np.ndarray | None:
+    """A whole answer that was put together before, memory-mapped."""
+    for path in sorted((folder / "views").glob(f"{question[:32]}.*.safetensors")):
+        if is_whole(path):
+            os.utime(path)  # when it was last used, for pruning
+            return map_tensor(path, "values")
+    return None
+
+
+@contextmanager
+def view_writer(folder: Path, question: str, shape: tuple[int, ...]) -> Iterator[TensorWriter]:
+    """A whole answer that is being put together; nothing is left of one that is not finished."""
+    with room_on_disk(folder), TensorWriter(folder / "views", question[:32], "view", "values", shape, {}) as view:
+        yield view
