@@ -17,6 +17,7 @@ from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError, check_layer
 from gravlens.inference import run_trunk
 from gravlens.models import OpenModel, check_same_shape, open_each, resid_post
+from gravlens.placement import Placement
 from gravlens.prompts import Batch, PromptSet, encode, last_positions, pad
 from gravlens.store import read_tensors, write_tensors
 from gravlens.tokenizer import check_vocabulary, sequence_tokenizer
@@ -92,6 +93,7 @@ def cache_residuals(
     positions: Positions = "last",
     checkpoints: Sequence[Checkpoint] | None = None,
     through: Literal["huggingface", "bridge"] = "huggingface",
+    placement: Placement = Placement(),
 ) -> Residuals:
     """Read `resid_post` of every checkpoint of a sequence on the same prompts.
 
@@ -106,6 +108,7 @@ def cache_residuals(
             counted from the end (−1 is the last).
         checkpoints: which ones; default: witness, anchor and every run's.
         through: read folders as Hugging Face models or through `TransformerBridge`; both give the same states.
+        placement: device, dtype and device map of what is opened, and how many downloads stay on disk.
 
     Returns:
         `Residuals`, values [checkpoint, prompt, layer, d_model].
@@ -121,7 +124,10 @@ def cache_residuals(
     shapes: list[tuple[Checkpoint, OpenModel]] = []
     dtypes: set[str] = set()
     for checkpoint, model in tqdm(
-        open_each(wanted, tokenizer=tokenizer, through=through), "residuals", len(wanted), leave=False
+        open_each(wanted, tokenizer=tokenizer, through=through, placement=placement),
+        "residuals",
+        len(wanted),
+        leave=False,
     ):
         if not shapes or shapes[0][1] is not model:
             shapes = [*shapes[:1], (checkpoint, model)]
@@ -129,7 +135,7 @@ def cache_residuals(
         check_vocabulary(checkpoint, model, ids)
         layers = _layers(layers, model.n_layers)
         rows.append(read_residuals(model, ids, layers=layers, positions=positions).numpy())
-        dtypes.add(str(model.dtype).removeprefix("torch."))
+        dtypes.add(model.precision)
     meta = {
         "positions": positions,
         "dtype": sorted(dtypes),
@@ -172,7 +178,7 @@ def residuals_of_batch(
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             # Indexing copies, so nothing that is kept is a view of a live buffer.
-            states[layer] = hidden[rows.to(hidden.device), read.to(hidden.device)].float()
+            states[layer] = hidden[rows.to(hidden.device), read.to(hidden.device)].float().to(model.device)
             if layer == max(layers):
                 raise _DeepestLayer
 
