@@ -10,21 +10,26 @@ from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
 from gravlens.folders import ADAPTER_CONFIG, is_adapter, tensors_of, weight_files
 from gravlens.hub import is_hub_id, local_folder, repository_of
+from gravlens.precision import check_unquantised
 
 NAME = "gravlens"  # under which PEFT knows the adapter while it is merged
 CHAIN = 8  # adapters over adapters; a circle ends here
 
 
-def lineage(checkpoint: Checkpoint) -> list[Path]:
+def lineage(checkpoint: Checkpoint, *, weights: bool = True) -> list[Path]:
     """The folders that make up a checkpoint: a whole model, then the adapters over it.
+
+    Args:
+        checkpoint: a folder or hub id.
+        weights: whether those of a hub id are downloaded too, or its small files alone.
 
     Raises:
         GravlensError: a folder that is not there, or an adapter whose base is not known.
     """
-    chain = [local_folder(_source(checkpoint))]
+    chain = [local_folder(_source(checkpoint), weights=weights)]
     while is_adapter(chain[0]):
         checkpoint = base_of(checkpoint, chain[0])
-        chain.insert(0, local_folder(_source(checkpoint)))
+        chain.insert(0, local_folder(_source(checkpoint), weights=weights))
         if len(chain) > CHAIN:
             raise _no_base(chain[-1], "names adapters in a circle as its base", "a whole model at the end")
     return chain
@@ -42,7 +47,7 @@ def base_of(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             raise _no_base(folder, f"names {named or 'no'} base, which is not here", "a base in its own configuration")
         return Checkpoint(f"base of {checkpoint.name}", Path(named) if Path(named).is_dir() else named)
     base = checkpoint.base
-    if _contradicts(named, base) and is_adapter(below := local_folder(_source(base))):
+    if _contradicts(named, base) and is_adapter(below := local_folder(_source(base), weights=False)):
         base = base_of(base, below)  # the anchor's own adapter, trained further
     if _contradicts(named, base):
         wanted = f"it would be added to {checkpoint.base.name} ({checkpoint.base.described})"
@@ -93,9 +98,10 @@ def merge_adapter(module: Any, folder: Path) -> None:
     """Add an adapter's change to the weights of a Hugging Face model, in place; no second model is made.
 
     Raises:
-        GravlensError: PEFT is not installed; a pickled or broken adapter; one that names a module to import; one whose
-            tensors are not all taken, or that leaves some of its places empty: it would make the base, or half of it.
+        GravlensError: PEFT is not installed; a base that is quantised; a pickled or broken adapter; one that names a
+            module to import; one whose tensors are not all taken, or that leaves some of its places empty: it would make the base, or half of it.
     """
+    check_unquantised(module, "Merging an adapter")
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     weight_files(folder)
     try:

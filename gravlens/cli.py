@@ -11,11 +11,12 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from gravlens.checkpoints import ModelSequence
-from gravlens.directions import locate_vrev
+from gravlens.directions import Directions, locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.fetch import cache_folder, fetch_prompts, fetch_smollm2
 from gravlens.inspection import inspect_sequence
 from gravlens.paper import paper_table
+from gravlens.placement import Placement
 from gravlens.report import read_results, write_report
 from gravlens.reproduce import reproduce
 from gravlens.residuals import cache_residuals
@@ -43,6 +44,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 console = Console()
+# options of what opens models
+DEVICE = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: a GPU where there is one.")]
+DTYPE = Annotated[str, typer.Option(help="float32, bf16, fp16, or stored: as each checkpoint stores its weights.")]
+KEEP = Annotated[int, typer.Option(min=0, help="Downloaded revisions of runs that stay on disk; 0: all.")]
 FIRST_REPORTED = 4  # organisms 0 to 3 were seen while the configuration was chosen (docs/log.md)
 
 
@@ -143,16 +148,21 @@ def locate(
     sequence: Annotated[Path, typer.Argument(help="SEQUENCE.toml: witness, anchor, probes (docs/sequence.md).")],
     layer: Annotated[int | None, typer.Option(help="One layer; default: all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the directions to this safetensors file.")] = None,
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "float32",
 ) -> None:
     """Locate v_rev: the direction from the anchor towards the witness, layer by layer."""
     history = ModelSequence.from_toml(sequence)
-    found = [locate_vrev(history, layer=layer)] if layer is not None else list(locate_vrev(history))
+    place = Placement(device, dtype)
+    found = (
+        locate_vrev(history, placement=place) if layer is None else locate_vrev(history, layer=layer, placement=place)
+    )
     table = Table("layer", "distance", "reliability", "remark", title="v_rev")
-    for v in found:
+    for v in found if isinstance(found, Directions) else [found]:
         table.add_row(str(v.layer), f"{v.distance:.4g}", f"{v.reliability:.3f}", v.undefined or "")
     console.print(table)
     if out is not None:
-        (found[0] if layer is not None else locate_vrev(history)).save(out)
+        found.save(out)
         console.print(f"written to {out}", markup=False, soft_wrap=True)
 
 
@@ -161,12 +171,16 @@ def trajectory(
     sequence: Annotated[Path, typer.Argument(help="SEQUENCE.toml with runs (docs/sequence.md).")],
     out: Annotated[Path | None, typer.Option(help="Write the tidy table to this CSV file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "float32",
+    keep: KEEP = 0,
 ) -> None:
     """Follow every run along v_rev: alignment and fraction of the way back, mean ± SEM over runs."""
     history = ModelSequence.from_toml(sequence)
-    sets = [cache_residuals(history)]
+    place = Placement(device, dtype, keep=keep or None)
+    sets = [cache_residuals(history, placement=place)]
     if history.held_out is not None:
-        sets.append(cache_residuals(history, history.held_out))
+        sets.append(cache_residuals(history, history.held_out, placement=place))
     followed = follow(sets, locate_vrev(sets[0]))
     summary = followed.summary()
     if out is not None:

@@ -19,6 +19,7 @@ from gravlens.directions import Directions
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model
 from gravlens.noise import mean_states
+from gravlens.precision import check_unquantised
 from gravlens.prompts import PromptSet, encode
 from gravlens.trajectory import JUDGED_FROM, MEASURES, measure_drift
 
@@ -203,6 +204,7 @@ def _parameters(model: OpenModel) -> dict[str, Tensor]:
             "Damage goes to a Hugging Face model's own tensors, which no other kind holds as they were trained.",
             "the checkpoint's folder, or open_model(folder).",
         )
+    check_unquantised(model.module, "Damage")
     return dict(model.module.named_parameters())
 
 

@@ -15,6 +15,7 @@ from gravlens.controls import substitute
 from gravlens.directions import locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_each
+from gravlens.precision import check_unquantised
 from gravlens.residuals import Residuals
 from gravlens.subspaces import NOTHING_LEFT, Spans, leading_components
 from gravlens.trajectory import drift_per_prompt, drifts
@@ -170,7 +171,7 @@ def split_update(
 
     Raises:
         GravlensError: a model that is no plain Hugging Face model, or has other parameters than the anchor (with
-            `shared`: none of its parameters).
+            `shared`: none of its parameters), or is quantised.
     """
     opened = open_each([anchor, witness, *checkpoints], through="huggingface")
     start = {name: weight.clone() for name, weight in _weights(*next(opened), {}).items()}
@@ -192,6 +193,7 @@ def split_update(
 def _weights(
     checkpoint: Checkpoint, model: OpenModel, like: Mapping[str, Tensor], shared: bool = False
 ) -> dict[str, Tensor]:
+    check_unquantised(model.module, "An update")
     weights = {name: weight.detach() for name, weight in model.module.named_parameters()}
     if shared and (both := {n: w for n, w in weights.items() if n in like and w.shape == like[n].shape}):
         weights, like = both, {name: like[name] for name in both}

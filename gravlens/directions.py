@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from gravlens.checkpoints import ModelSequence
 from gravlens.errors import GravlensError
+from gravlens.placement import Placement
 from gravlens.prompts import PromptSet
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.store import read_tensors, write_tensors
@@ -153,12 +154,13 @@ def difference_of_means(
 
 @overload
 def locate_vrev(
-    source: ModelSequence | Residuals, *, layer: int, prompts: Any = None, estimator: Estimator = difference_of_means
-) -> Direction: ...
+    source: ModelSequence | Residuals, *, layer: int, prompts: Any = None, estimator: Estimator = difference_of_means,
+    placement: Placement = Placement(),
+) -> Direction: ...  # fmt: skip
 @overload
 def locate_vrev(
     source: ModelSequence | Residuals, *, layer: None = None, prompts: Any = None,
-    estimator: Estimator = difference_of_means,
+    estimator: Estimator = difference_of_means, placement: Placement = Placement(),
 ) -> Directions: ...  # fmt: skip
 def locate_vrev(
     source: ModelSequence | Residuals,
@@ -166,6 +168,7 @@ def locate_vrev(
     layer: int | None = None,
     prompts: PromptSet | Sequence[str] | Path | str | None = None,
     estimator: Estimator = difference_of_means,
+    placement: Placement = Placement(),
 ) -> Direction | Directions:
     """v_rev of one layer or of all: the unit vector from the anchor's states towards the witness's.
 
@@ -177,6 +180,7 @@ def locate_vrev(
         layer: one layer (a `Direction` is returned), or None for all (`Directions`).
         prompts: prompts to read a sequence on, instead of its probes.
         estimator: (witness states, anchor states) [prompt, d_model] -> [d_model], its length is the distance.
+        placement: device and dtype that a sequence is read on (`Placement`).
 
     Raises:
         GravlensError: no prompts; a layer out of range; witness and anchor do not differ at the layer asked for
@@ -185,7 +189,7 @@ def locate_vrev(
     if isinstance(source, ModelSequence):
         layers = None if layer is None else [layer]
         pair = (source.witness, source.anchor)
-        source = cache_residuals(source, prompts, layers=layers, checkpoints=pair)
+        source = cache_residuals(source, prompts, layers=layers, checkpoints=pair, placement=placement)
     elif prompts is not None:
         raise GravlensError(
             "Residuals and prompts were given.",
@@ -245,7 +249,8 @@ def _estimate(
 
 
 def _noise(residuals: Residuals, anchor: np.ndarray) -> float:
-    epsilon = max((EPSILON.get(name, 2.0**-8) for name in residuals.meta.get("dtype", ["float32"])), default=2.0**-23)
+    dtypes = residuals.meta.get("dtype", ["float32"])  # each maybe with a quantisation after it
+    epsilon = max((EPSILON.get(name.split(",")[0], 2.0**-8) for name in dtypes), default=2.0**-23)
     return NOISE_ROUNDINGS * epsilon * float(np.linalg.norm(anchor.astype(np.float64), axis=1).mean())
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from gravlens.store import damaged
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE = "trainer_state.json"
+STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 # --- which files ------------------------------------------------------------------------------------------------
@@ -105,6 +107,29 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return shapes
+
+
+def stored_dtypes(folder: Path) -> dict[torch.dtype | str, int]:
+    """In which dtypes a folder's weights are stored -> how many numbers, from the headers; others by their names."""
+    numbers: dict[torch.dtype | str, int] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for part in (file.get_slice(name) for name in file.keys()):  # noqa: SIM118
+                dtype = STORED_AS.get(part.get_dtype(), part.get_dtype())
+                numbers[dtype] = numbers.get(dtype, 0) + math.prod(part.get_shape())
+    return numbers
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The floating-point dtype of most of a folder's weights, or None."""
+    floating = {dtype: count for dtype, count in stored_dtypes(folder).items() if isinstance(dtype, torch.dtype)}
+    return max(floating, key=lambda dtype: floating[dtype], default=None)
+
+
+def held_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
+    """What a folder's weights are held in while they are copied to `dtype`: as stored, where that loses nothing."""
+    stored, *others = stored_dtypes(folder)
+    return stored if isinstance(stored, torch.dtype) and not others else dtype
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:

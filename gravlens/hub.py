@@ -1,9 +1,13 @@
 """A hub id, `owner/name` or `owner/name@revision`, becomes the folder of its snapshot in the Hugging Face cache."""
 
 import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, scan_cache_dir, snapshot_download
+from huggingface_hub.errors import CacheNotFound
+from huggingface_hub.file_download import repo_folder_name
 
 from gravlens.errors import GravlensError
 
@@ -12,6 +16,7 @@ HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}(/{_PART})
 
 # Weights as safetensors, configurations and tokenizers; never pickles, never code.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+WEIGHTS = "*.safetensors"
 UNWANTED = ("*/*", "consolidated*.safetensors", "*.fp16.safetensors")
 
 
@@ -44,8 +49,12 @@ def existing(folder: Path | str, here: Path = Path()) -> Path | str:
     )
 
 
-def local_folder(source: Path | str) -> Path:
+def local_folder(source: Path | str, *, weights: bool = True) -> Path:
     """The folder where a checkpoint's files lie: a folder itself, or a hub id's snapshot, downloaded where needed.
+
+    Args:
+        source: a folder or a hub id.
+        weights: whether they are needed too; a tokenizer and a configuration are small.
 
     Raises:
         GravlensError: neither a folder nor a hub id, or a hub id that is out of reach.
@@ -59,7 +68,7 @@ def local_folder(source: Path | str) -> Path:
             repository_of(source),
             revision=revision_of(source),
             allow_patterns=list(WANTED),
-            ignore_patterns=list(UNWANTED),
+            ignore_patterns=[*UNWANTED, *([] if weights else [WEIGHTS])],
         )
     except (OSError, ValueError) as error:
         if part := getattr(error, "snapshot_path", None):  # offline, not all of its files here: weights tell what lacks
@@ -70,3 +79,26 @@ def local_folder(source: Path | str) -> Path:
             "check the path, or the id and revision; download it once where there is a network.",
         ) from error
     return Path(found)
+
+
+def snapshots_here(hub_id: str) -> set[Path]:
+    """Folders of a repository's snapshots in the cache that hold weights, or some of them."""
+    home = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository_of(hub_id), repo_type="model")
+    return {weights.parent for weights in (home / "snapshots").glob(f"*/{WEIGHTS}")}
+
+
+def evict(snapshot: Path) -> None:
+    """Delete one revision from the cache, as `hf cache` does: what another revision shares stays.
+
+    That it could not be deleted is a warning: what was read of it stands.
+    """
+    failure = ""
+    try:
+        found = scan_cache_dir()
+        # A fork has commits of the same name, and only this repository's was downloaded here.
+        own = frozenset(repo for repo in found.repos if repo.repo_path == snapshot.resolve().parents[1])
+        replace(found, repos=own).delete_revisions(snapshot.name).execute()
+    except (OSError, ValueError, CacheNotFound) as error:
+        failure = f" ({error})"
+    if snapshot.exists():
+        warnings.warn(f"{snapshot} stays on disk: it could not be deleted{failure}.", stacklevel=2)

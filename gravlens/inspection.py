@@ -12,6 +12,7 @@ from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.decomposition import WHOLE, split_update
 from gravlens.folders import contents, tensors_of
 from gravlens.models import open_model, weights_of
+from gravlens.precision import is_quantised_folder, quantisation
 
 
 def inspect_sequence(sequence: ModelSequence) -> pd.DataFrame:
@@ -24,7 +25,7 @@ def inspect_sequence(sequence: ModelSequence) -> pd.DataFrame:
         One row per checkpoint: `role` (witness, anchor, or the run), `step`, `source`, `tensors`, `parameters`,
         `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (tensors that the
         distance is over), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor; NaN without
-        either), `remark` (why a checkpoint was skipped). Distances are NaN where a model is no plain Hugging Face one.
+        either), `remark` (why a checkpoint was skipped). Distances are NaN where a model is no plain Hugging Face one, or quantised.
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
@@ -66,4 +67,7 @@ def _places(sequence: ModelSequence) -> list[dict[Any, Any]]:
 
 
 def _is_no_plain_model(checkpoint: Checkpoint) -> bool:
-    return isinstance(checkpoint.source, nn.Module) and open_model(checkpoint).kind != "huggingface"
+    if isinstance(checkpoint.source, nn.Module):
+        model = open_model(checkpoint)
+        return model.kind != "huggingface" or quantisation(model.module) is not None
+    return any(is_quantised_folder(folder) for folder in lineage(checkpoint))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from gravlens.adapters import lineage, merge_adapter
+from gravlens.ahead import in_turn
 from gravlens.bridge import boot_bridge
 from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError, check_layer
-from gravlens.folders import architecture, is_adapter, shapes_of, tensors_of, weight_files
+from gravlens.folders import architecture, held_dtype, is_adapter, shapes_of, stored_dtype, tensors_of, weight_files
 from gravlens.hub import local_folder
+from gravlens.placement import DeviceMap, Placement, as_device, check_map, no_offloading, no_room
+from gravlens.precision import as_dtype, check_unquantised, is_quantised_folder, quantisation
 from gravlens.store import damaged
 
 Kind = Literal["huggingface", "bridge", "hooked_transformer"]
@@ -53,30 +56,44 @@ class OpenModel:
     @property
     def device(self) -> torch.device:
         """Where the inputs go."""
-        return next(self.module.parameters()).device
+        return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the residual stream is computed in."""
-        return next(self.module.parameters()).dtype
+        return self._embedding.dtype
+
+    @property
+    def precision(self) -> str:
+        """`dtype` by its name, and how the weights are quantised where they are: `float32, 4-bit (bitsandbytes nf4)`"""
+        return ", ".join(filter(None, [str(self.dtype).removeprefix("torch."), quantisation(self.module)]))
+
+    @property
+    def _embedding(self) -> Tensor:
+        """The first weights that inputs meet; quantisation and device maps leave them numbers on a device."""
+        if self.kind == "huggingface":
+            return self.module.get_input_embeddings().weight
+        return next(self.module.parameters())
 
 
 def open_model(
     source: "Checkpoint | Path | str | nn.Module | OpenModel",
     *,
     tokenizer: Any | None = None,
-    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    device_map: DeviceMap = None,
     through: Literal["huggingface", "bridge"] = "huggingface",
 ) -> OpenModel:
     """Open a checkpoint for reading.
 
     A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
-    weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is. An
-    `OpenModel` is returned unchanged.
+    weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is, where it
+    is, quantised or not. An `OpenModel` is returned unchanged. `device`, `dtype` and `device_map` are `Placement`'s.
 
     Raises:
         GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model; an
-            adapter that does not fit its base.
+            adapter that does not fit its base; no such device here, no such dtype, weights that would be offloaded.
     """
     if isinstance(source, OpenModel):
         return source
@@ -84,7 +101,7 @@ def open_model(
     if isinstance(checkpoint.source, nn.Module):
         return _adopt(checkpoint.source, tokenizer, {})
     base, *adapters = lineage(checkpoint)
-    module = load_huggingface(base, dtype)
+    module = load_huggingface(base, dtype, device=device, device_map=device_map)
     tokenizer = tokenizer or checkpoint_tokenizer(checkpoint)
     for adapter in adapters:
         merge_adapter(module, adapter)
@@ -94,22 +111,38 @@ def open_model(
     return _adopt(module, tokenizer, weights)
 
 
-def load_huggingface(source: Path | str, dtype: torch.dtype = torch.float32) -> Any:
+def load_huggingface(
+    source: Path | str,
+    dtype: torch.dtype | str = torch.float32,
+    *,
+    device: str | torch.device = "cpu",
+    device_map: DeviceMap = None,
+) -> Any:
     """A causal language model from a folder or hub id: safetensors only, no code of the checkpoint is run."""
-    folder = local_folder(source)
+    check_map(device, device_map)
+    place, folder = as_device(device), local_folder(source)
     weight_files(folder)
     if is_adapter(folder):  # transformers would open whatever base it names
         raise GravlensError(f"{source} is an adapter.", "A whole model is needed.", "open_model(…) merges adapters.")
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                folder,
+                dtype=as_dtype(dtype) or stored_dtype(folder) or "auto",
+                device_map=device_map or (None if place.type == "cpu" else {"": place}),
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except SafetensorError as error:
         raise damaged(source, error) from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except torch.OutOfMemoryError as error:
+        raise no_room(source, error) from error
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise _not_opened(source, error) from error
     model, report = loaded
+    if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) found no room on a device")
     if missing := sorted(report["missing_keys"]):
         raise GravlensError(
             f"The weights of {source} lack {', '.join(missing[:3])}.",
@@ -121,7 +154,7 @@ def load_huggingface(source: Path | str, dtype: torch.dtype = torch.float32) -> 
 
 def load_tokenizer(source: Path | str) -> Any | None:
     """The tokenizer of a folder or hub id, or None where it has none."""
-    folder = local_folder(source)
+    folder = local_folder(source, weights=False)
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -133,14 +166,16 @@ def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any | None:
     """A checkpoint's own tokenizer (an adapter's, or else its base's), or None."""
     if isinstance(checkpoint.source, nn.Module):
         return getattr(checkpoint.source, "tokenizer", None)
-    return next((found for folder in reversed(lineage(checkpoint)) if (found := load_tokenizer(folder))), None)
+    folders = reversed(lineage(checkpoint, weights=False))
+    return next((found for folder in folders if (found := load_tokenizer(folder))), None)
 
 
 def _not_opened(source: Path | str, error: Exception) -> GravlensError:
     return GravlensError(
         f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
         "A folder written by save_pretrained, or a hub id in reach, is needed; no code of a checkpoint is run.",
-        "check the path and that config.json and *.safetensors lie in it.",
+        "check the path and that config.json and *.safetensors lie in it"
+        + (", and install what it names." if isinstance(error, ImportError) else "."),
     )
 
 
@@ -183,32 +218,56 @@ def resid_post(model: OpenModel, layer: int) -> nn.Module:
 
 
 def open_each(
-    checkpoints: Iterable[Checkpoint], *, tokenizer: Any | None = None, through: Literal["huggingface", "bridge"]
+    checkpoints: Iterable[Checkpoint],
+    *,
+    tokenizer: Any | None = None,
+    through: Literal["huggingface", "bridge"],
+    placement: Placement = Placement(),
 ) -> Iterator[tuple[Checkpoint, OpenModel]]:
     """Open checkpoints one after the other: one model stays open and the weights are swapped into it.
 
     The model that is yielded is valid until the next one is asked for. Models in memory are yielded as they are. An
-    adapter is added to its base in place, and the base's weights are put back for the next one.
+    adapter is added to its base in place, and the base's weights are put back for the next one. Quantised folders are
+    opened anew, each. While one is read the next one's files are fetched (`placement.keep`).
     """
     opened: OpenModel | None = None
     config: Any = None
-    for checkpoint in checkpoints:
-        if isinstance(checkpoint.source, nn.Module):
-            yield checkpoint, open_model(checkpoint, tokenizer=tokenizer)
-            continue
-        base, *adapters = lineage(checkpoint)
-        wanted = architecture(base)
-        if opened is None or wanted is None or wanted != config or (adapters and through == "bridge"):
-            opened = None  # the old weights go before the new ones come
-            # A bridge takes no adapter, so there it is merged before the bridge is made.
-            first = checkpoint if through == "bridge" else base
-            opened, config = open_model(first, tokenizer=tokenizer, through=through), wanted
-        else:
-            swap_weights(opened, base)
-        if adapters:
-            opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
-            config = wanted if same else None  # embeddings that were untied do not fit the next weights
-        yield checkpoint, opened
+    with closing(in_turn(checkpoints, keep=placement.keep)) as turns:
+        for checkpoint, folders in turns:
+            if not folders:
+                yield checkpoint, open_model(checkpoint, tokenizer=tokenizer)
+                continue
+            base, *adapters = folders
+            wanted = _swappable(base, placement)
+            if opened is None or wanted is None or wanted != config or (adapters and through == "bridge"):
+                opened = None  # the old weights go before the new ones come
+                # A bridge takes no adapter, so there it is merged before the bridge is made.
+                first = checkpoint if adapters and through == "bridge" else base
+                opened, config = _opened(first, tokenizer, through, placement), wanted
+            else:
+                swap_weights(opened, base)
+            if adapters:
+                opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
+                config = wanted if same else None  # embeddings that were untied do not fit the next weights
+            yield checkpoint, opened
+
+
+def _swappable(folder: Path, placement: Placement) -> Any:
+    """What two folders have in common whose weights go into one model; None where no other's do."""
+    if is_quantised_folder(folder) or (config := architecture(folder)) is None:
+        return None
+    return config, as_dtype(placement.dtype) or stored_dtype(folder)
+
+
+def _opened(
+    source: Checkpoint | Path, tokenizer: Any | None, through: Literal["huggingface", "bridge"], placement: Placement
+) -> OpenModel:
+    device, dtype, device_map = placement.device, placement.dtype, placement.device_map
+    opened = open_model(source, tokenizer=tokenizer, through=through, device=device, dtype=dtype, device_map=device_map)
+    if placement.keep is not None:
+        for weight in opened.weights.values():  # on the CPU a view of the file, whose room would stay taken
+            weight.data = weight.data.clone()
+    return opened
 
 
 def _with_adapters(model: OpenModel, adapters: Sequence[Path]) -> tuple[OpenModel, bool]:
@@ -220,11 +279,20 @@ def _with_adapters(model: OpenModel, adapters: Sequence[Path]) -> tuple[OpenMode
 
 
 def swap_weights(model: OpenModel, source: Path | str) -> None:
-    """Put a checkpoint's weights into a model that gravlens opened from a checkpoint of the same architecture."""
+    """Put a checkpoint's weights into a model that gravlens opened from a checkpoint of the same architecture.
+
+    Raises:
+        GravlensError: weights of other names or shapes, or quantised ones.
+    """
+    check_unquantised(model.module, "Swapping weights in")
     folder = local_folder(source)
+    if is_quantised_folder(folder):
+        raise GravlensError(
+            f"{source} was saved quantised.", "Plain weights are swapped.", "open_each or open_model, which open it."
+        )
     shapes, tensors = shapes_of(folder), tensors_of(folder)
     if shapes.keys() != model.weights.keys():  # tied, or renamed: let transformers map the names
-        found = weights_of(load_huggingface(folder, model.dtype))
+        found = weights_of(load_huggingface(folder, held_dtype(folder, model.dtype)))
         shapes, tensors = {name: tuple(tensor.shape) for name, tensor in found.items()}, iter(found.items())
     wanted = {name: tuple(weight.shape) for name, weight in model.weights.items()}
     if wrong := sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)):

@@ -13,6 +13,7 @@ from gravlens.directions import Directions
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model
 from gravlens.nulls import NullDraws
+from gravlens.precision import check_unquantised
 from gravlens.prompts import PromptSet, encode
 from gravlens.residuals import read_residuals
 from gravlens.trajectory import measure_drift
@@ -39,8 +40,12 @@ def weight_noise(
 
     Returns:
         Cosines of the drift that the noise makes with v_rev, [draw, step, layer].
+
+    Raises:
+        GravlensError: the anchor lacks a tensor of `norms`, or is quantised.
     """
     model, defined = open_model(anchor), directions.defined()
+    check_unquantised(model.module, "Weight noise")
     ids = encode(model.tokenizer, prompts)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     start = mean_states(model, ids, defined.layers)
@@ -61,6 +66,8 @@ def weight_noise(
 
 def update_norms(before: OpenModel, after: OpenModel) -> dict[str, float]:
     """Norm of the difference of each parameter of two Hugging Face models."""
+    for model in (before, after):
+        check_unquantised(model.module, "The norm of an update")
     later = dict(after.module.named_parameters())
     with torch.no_grad():
         norms = {name: float((later[name] - weight).norm()) for name, weight in before.module.named_parameters()}
@@ -88,7 +95,8 @@ def _add_noise(
     with torch.no_grad():
         for name, weight in weights.items():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(original[name] + noise * (norms.get(name, 0.0) / noise.norm()))
+            noise *= norms.get(name, 0.0) / noise.norm()
+            weight.copy_(original[name] + noise.to(weight.device))
 
 
 def mean_states(

@@ -15,6 +15,7 @@ from gravlens.errors import GravlensError
 from gravlens.hooks import check_fit
 from gravlens.inference import final_logits
 from gravlens.models import OpenModel, open_model
+from gravlens.precision import check_unquantised
 
 # A norm's ε is nothing beside states of this root mean square.
 PROBE = 10.0
@@ -130,6 +131,8 @@ def _head(model: OpenModel) -> Any:
     head = model.module.get_output_embeddings()
     if head is None:
         raise _not_found(model, "it has no unembedding")
+    if not head.weight.is_floating_point():
+        check_unquantised(head, "A readout")
     return head
 
 

@@ -22,6 +22,7 @@ from gravlens.errors import GravlensError
 from gravlens.hooks import check_fit
 from gravlens.interventions import Ablate
 from gravlens.models import OpenModel, open_model, quiet
+from gravlens.precision import check_unquantised
 from gravlens.prompts import pad
 from gravlens.residuals import read_residuals, residuals_of_batch
 
@@ -75,7 +76,7 @@ def orthogonalized(source: Checkpoint | Path | str | nn.Module | OpenModel, dire
 
     Raises:
         GravlensError: directions of several layers, a direction that is undefined, not of unit length or of another
-            width; a model that is no plain Hugging Face model in fp32 or fp64; an architecture that rescales a write
+            width; a model that is no plain Hugging Face model in fp32 or fp64, or quantised; an architecture that rescales a write
             after it (Gemma 2 and 3, OLMo 2) or that writes in another way.
     """
     model = _own_copy(source)
@@ -84,8 +85,8 @@ def orthogonalized(source: Checkpoint | Path | str | nn.Module | OpenModel, dire
     _untie(model.module)
     with torch.no_grad():
         for tensor, axis in (pair for write in writes for pair in write.tensors):
-            rows = tensor.movedim(axis, -1)
-            rows -= (rows @ vector)[..., None] * vector
+            rows, v = tensor.movedim(axis, -1), vector.to(tensor.device)
+            rows -= (rows @ v)[..., None] * v
     _check_nothing_left(model, writes, vector)
     _check_each_writes(model, writes, vector)
     return model
@@ -112,6 +113,7 @@ def save_folder(model: OpenModel, folder: Path) -> Path:
 def _own_copy(source: Checkpoint | Path | str | nn.Module | OpenModel) -> OpenModel:
     """A model that nobody else holds."""
     model = open_model(source)
+    check_unquantised(model.module, "Orthogonalising")
     if model.kind != "huggingface" or hasattr(model.module, "peft_config"):
         raise GravlensError(
             f"A {type(model.module).__name__} was given.",

@@ -30,9 +30,9 @@ COMMANDS = {
     ).split(),
     "fetch": ["smollm2", "prompts"],
     "report": [],
-    "locate": ["--layer", "--out"],
+    "locate": ["--layer", "--out", "--device", "--dtype"],
     "inspect": ["--json"],
-    "trajectory": ["--out", "--json"],
+    "trajectory": ["--out", "--json", "--device", "--dtype", "--keep"],
 }
 
 

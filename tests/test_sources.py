@@ -267,7 +267,9 @@ def test_a_run_of_adapters_alone_opens_its_base_once(pair: Path, monkeypatch: py
     for step in (1, 2, 3):
         adapter(pair / "aligned", pair / f"out/checkpoint-{step}", step)
     opened: list[Any] = []
-    monkeypatch.setattr("gravlens.models.load_huggingface", lambda *a: opened.append(a) or load_huggingface(*a))
+    monkeypatch.setattr(
+        "gravlens.models.load_huggingface", lambda *a, **k: opened.append(a) or load_huggingface(*a, **k)
+    )
     run = sequence(pair, runs={"seed0": pair / "out"}).runs["seed0"]
     grads = [
         all(weight.requires_grad for weight in model.module.parameters())

@@ -13,6 +13,7 @@ from gravlens.blocking import BoundBlocker, Draws, trained
 from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model
+from gravlens.precision import check_unquantised
 from gravlens.prompts import PromptSet
 from gravlens.subspaces import Spans
 
@@ -154,7 +155,10 @@ class TaskVectorProjection:
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
         """Take the anchor's weights and the task vector, tensor by tensor."""
-        theirs = dict(open_model(self.witness).module.named_parameters())
+        witness = open_model(self.witness).module
+        for module in (witness, model.module):
+            check_unquantised(module, "A task vector")
+        theirs = dict(witness.named_parameters())
         ours = {name: weight for name, weight in model.module.named_parameters() if weight.requires_grad}
         if missing := [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]:
             raise GravlensError(
