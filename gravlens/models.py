@@ -1,4 +1,5 @@
-"""Opened models of every family behind one face; with `bridge.py` and `tokenizer.py` all that knows the libraries."""
+"""Opened models of every family behind one face; all that knows the libraries, with `processing.py`,
+`bridge.py` and `tokenizer.py`."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,9 +20,8 @@ from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError, check_layer
 from gravlens.folders import architecture, is_adapter, shapes_of, tensors_of, weight_files
 from gravlens.hub import local_folder
+from gravlens.processing import Kind, check_not_centred, folded_apart, is_folded
 from gravlens.store import damaged
-
-Kind = Literal["huggingface", "bridge", "hooked_transformer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +71,18 @@ def open_model(
     """Open a checkpoint for reading.
 
     A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
-    weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is. An
-    `OpenModel` is returned unchanged.
+    weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is, unless its
+    writing weights were centred. An `OpenModel` is returned unchanged.
 
     Raises:
         GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model; an
-            adapter that does not fit its base.
+            adapter that does not fit its base; centred writing weights, whose `resid_post` is another.
     """
     if isinstance(source, OpenModel):
         return source
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint("this checkpoint", source)
     if isinstance(checkpoint.source, nn.Module):
-        return _adopt(checkpoint.source, tokenizer, {})
+        return _adopt(checkpoint, checkpoint.source, tokenizer, {})
     base, *adapters = lineage(checkpoint)
     module = load_huggingface(base, dtype)
     tokenizer = tokenizer or checkpoint_tokenizer(checkpoint)
@@ -91,7 +91,7 @@ def open_model(
     weights = weights_of(module)
     if through == "bridge":
         module = boot_bridge(str(base), module, tokenizer)
-    return _adopt(module, tokenizer, weights)
+    return _adopt(checkpoint, module, tokenizer, weights)
 
 
 def load_huggingface(source: Path | str, dtype: torch.dtype = torch.float32) -> Any:
@@ -144,7 +144,7 @@ def _not_opened(source: Path | str, error: Exception) -> GravlensError:
     )
 
 
-def _adopt(module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
+def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
     names = {cls.__name__ for cls in type(module).__mro__}
     if "TransformerBridge" in names:
         kind, blocks = "bridge", tuple(block.hook_out for block in module.blocks)
@@ -153,6 +153,7 @@ def _adopt(module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) ->
     else:
         kind, blocks = "huggingface", tuple(_huggingface_blocks(module))
     d_model = module.cfg.d_model if kind != "huggingface" else module.config.get_text_config().hidden_size
+    check_not_centred(checkpoint, module, kind, blocks, d_model)
     return OpenModel(module, kind, blocks, d_model, tokenizer or getattr(module, "tokenizer", None), weights)
 
 
@@ -205,6 +206,7 @@ def open_each(
             opened, config = open_model(first, tokenizer=tokenizer, through=through), wanted
         else:
             swap_weights(opened, base)
+            check_not_centred(checkpoint, opened.module, opened.kind, opened.blocks, opened.d_model)
         if adapters:
             opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
             config = wanted if same else None  # embeddings that were untied do not fit the next weights
@@ -234,8 +236,8 @@ def swap_weights(model: OpenModel, source: Path | str) -> None:
             model.weights[name].copy_(tensor)
 
 
-def check_same_shape(checkpoints: Sequence[tuple[Checkpoint, OpenModel]]) -> None:
-    """Raise where a model has another number of layers or another width than the first."""
+def check_alike(checkpoints: Sequence[tuple[Checkpoint, OpenModel]]) -> None:
+    """Raise where models differ in their number of layers, in their width, or in whether their norms were folded."""
     (first, reference), *others = checkpoints
     for checkpoint, model in others:
         if (model.n_layers, model.d_model) != (reference.n_layers, reference.d_model):
@@ -245,6 +247,9 @@ def check_same_shape(checkpoints: Sequence[tuple[Checkpoint, OpenModel]]) -> Non
                 "Checkpoints of one history have one shape.",
                 "checkpoints of one training history.",
             )
+    unlike = {is_folded(model.module, model.kind): (checkpoint, model) for checkpoint, model in checkpoints}
+    if len(unlike) > 1:
+        raise folded_apart(unlike[True][0], unlike[True][1].kind, unlike[False][0])
 
 
 def _another_shape(source: Path | str, names: list[str]) -> GravlensError:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError, check_layer
 from gravlens.inference import run_trunk
-from gravlens.models import OpenModel, check_same_shape, open_each, resid_post
+from gravlens.models import OpenModel, check_alike, open_each, resid_post
 from gravlens.prompts import Batch, PromptSet, encode, last_positions, pad
 from gravlens.store import read_tensors, write_tensors
 from gravlens.tokenizer import check_vocabulary, sequence_tokenizer
@@ -111,7 +111,8 @@ def cache_residuals(
         `Residuals`, values [checkpoint, prompt, layer, d_model].
 
     Raises:
-        GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened or has another shape.
+        GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened, has another shape or was
+                processed (centred, or folded where another is not).
     """
     prompts = sequence.require_probes() if prompts is None else PromptSet.of(prompts)
     tokenizer = sequence_tokenizer(sequence, prompts)
@@ -125,7 +126,7 @@ def cache_residuals(
     ):
         if not shapes or shapes[0][1] is not model:
             shapes = [*shapes[:1], (checkpoint, model)]
-            check_same_shape(shapes)
+            check_alike(shapes)
         check_vocabulary(checkpoint, model, ids)
         layers = _layers(layers, model.n_layers)
         rows.append(read_residuals(model, ids, layers=layers, positions=positions).numpy())
