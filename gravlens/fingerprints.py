@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gravlens.adapters import lineage
@@ -75,8 +74,3 @@ def _marks(path: Path) -> Iterator[int]:
     """What changes with a file: its inode's number, size, and times of writing, which no program can set back."""
     stat = path.stat()
     yield from (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """A dtype's name."""
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,5 @@
-"""Opened models of every family behind one face; with `bridge.py` and `tokenizer.py` all that knows the libraries."""
+"""Opened models of every family behind one face; all that knows the libraries, with `processing.py`,
+`bridge.py` and `tokenizer.py`."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from gravlens.adapters import lineage, merge_adapter
@@ -21,10 +22,9 @@ from gravlens.errors import GravlensError, check_layer
 from gravlens.folders import architecture, held_dtype, is_adapter, shapes_of, stored_dtype, tensors_of, weight_files
 from gravlens.hub import local_folder
 from gravlens.placement import DeviceMap, Placement, as_device, check_map, no_offloading, no_room
-from gravlens.precision import as_dtype, check_unquantised, is_quantised_folder, quantisation
+from gravlens.precision import as_dtype, check_unquantised, is_quantised_folder, quantisation, quantisation_of
+from gravlens.processing import Kind, check_not_centred, folded_apart, is_folded
 from gravlens.store import damaged
-
-Kind = Literal["huggingface", "bridge", "hooked_transformer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,17 +89,19 @@ def open_model(
 
     A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
     weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is, where it
-    is, quantised or not. An `OpenModel` is returned unchanged. `device`, `dtype` and `device_map` are `Placement`'s.
+    is, quantised or not, unless its writing weights were centred. An `OpenModel` is returned unchanged. `device`,
+    `dtype` and `device_map` are `Placement`'s.
 
     Raises:
         GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model; an
-            adapter that does not fit its base; no such device here, no such dtype, weights that would be offloaded.
+            adapter that does not fit its base; centred writing weights, whose `resid_post` is another; no such device
+            here, no such dtype, weights that would be offloaded.
     """
     if isinstance(source, OpenModel):
         return source
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint("this checkpoint", source)
     if isinstance(checkpoint.source, nn.Module):
-        return _adopt(checkpoint.source, tokenizer, {})
+        return _adopt(checkpoint, checkpoint.source, tokenizer, {})
     base, *adapters = lineage(checkpoint)
     module = load_huggingface(base, dtype, device=device, device_map=device_map)
     tokenizer = tokenizer or checkpoint_tokenizer(checkpoint)
@@ -108,7 +110,7 @@ def open_model(
     weights = weights_of(module)
     if through == "bridge":
         module = boot_bridge(str(base), module, tokenizer)
-    return _adopt(module, tokenizer, weights)
+    return _adopt(checkpoint, module, tokenizer, weights)
 
 
 def load_huggingface(
@@ -179,7 +181,7 @@ def _not_opened(source: Path | str, error: Exception) -> GravlensError:
     )
 
 
-def _adopt(module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
+def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
     names = {cls.__name__ for cls in type(module).__mro__}
     if "TransformerBridge" in names:
         kind, blocks = "bridge", tuple(block.hook_out for block in module.blocks)
@@ -188,6 +190,7 @@ def _adopt(module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) ->
     else:
         kind, blocks = "huggingface", tuple(_huggingface_blocks(module))
     d_model = module.cfg.d_model if kind != "huggingface" else module.config.get_text_config().hidden_size
+    check_not_centred(checkpoint, module, kind, blocks, d_model)
     return OpenModel(module, kind, blocks, d_model, tokenizer or getattr(module, "tokenizer", None), weights)
 
 
@@ -246,6 +249,7 @@ def open_each(
                 opened, config = _opened(first, tokenizer, through, placement), wanted
             else:
                 swap_weights(opened, base)
+                check_not_centred(checkpoint, opened.module, opened.kind, opened.blocks, opened.d_model)
             if adapters:
                 opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
                 config = wanted if same else None  # embeddings that were untied do not fit the next weights
@@ -302,17 +306,54 @@ def swap_weights(model: OpenModel, source: Path | str) -> None:
             model.weights[name].copy_(tensor)
 
 
-def check_same_shape(checkpoints: Sequence[tuple[Checkpoint, OpenModel]]) -> None:
-    """Raise where a model has another number of layers or another width than the first."""
-    (first, reference), *others = checkpoints
-    for checkpoint, model in others:
-        if (model.n_layers, model.d_model) != (reference.n_layers, reference.d_model):
+def check_alike(checkpoints: Sequence[tuple[Checkpoint, OpenModel]]) -> None:
+    """Raise where the norms of one model were folded and those of another were not."""
+    unlike = {is_folded(model.module, model.kind): (checkpoint, model) for checkpoint, model in checkpoints}
+    if len(unlike) > 1:
+        raise folded_apart(unlike[True][0], unlike[True][1].kind, unlike[False][0])
+
+
+def one_shape(checkpoints: Sequence[Checkpoint]) -> tuple[int, int]:
+    """Number of layers and width of the residual stream, by the checkpoints' configurations; nothing is opened.
+
+    Raises:
+        GravlensError: no checkpoint, one without a readable configuration, or two of different shapes.
+    """
+    if not checkpoints:
+        raise GravlensError("No checkpoint was asked for.", "At least one is read.", "checkpoints=None for all.")
+    shapes = {checkpoint: _shape(checkpoint) for checkpoint in checkpoints}
+    (first, wanted), *others = shapes.items()
+    for checkpoint, shape in others:
+        if shape != wanted:
             raise GravlensError(
-                f"{checkpoint.name} ({checkpoint.described}) has {model.n_layers} layers of width {model.d_model}, "
-                f"{first.name} ({first.described}) has {reference.n_layers} layers of width {reference.d_model}.",
+                f"{checkpoint.name} ({checkpoint.described}) has {shape[0]} layers of width {shape[1]}, "
+                f"{first.name} ({first.described}) has {wanted[0]} layers of width {wanted[1]}.",
                 "Checkpoints of one history have one shape.",
                 "checkpoints of one training history.",
             )
+    return wanted
+
+
+def _shape(checkpoint: Checkpoint) -> tuple[int, int]:
+    if isinstance(checkpoint.source, nn.Module):
+        model = open_model(checkpoint)
+        return model.n_layers, model.d_model
+    folder = lineage(checkpoint, weights=False)[0]
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_opened(folder, error) from error
+    return config.num_hidden_layers, config.hidden_size
+
+
+def precision_of(checkpoint: Checkpoint, placement: Placement) -> str:
+    """The `precision` that a checkpoint will be opened in; its weights are not read."""
+    if isinstance(checkpoint.source, nn.Module):
+        return open_model(checkpoint).precision
+    folder = lineage(checkpoint)[0]
+    dtype = as_dtype(placement.dtype) or stored_dtype(folder) or torch.float32
+    return ", ".join(filter(None, [str(dtype).removeprefix("torch."), quantisation_of(folder)]))
 
 
 def _another_shape(source: Path | str, names: list[str]) -> GravlensError:

@@ -63,13 +63,18 @@ def _named(config: Any) -> str | None:
     return f"quantised ({' '.join(filter(None, [method, named]))})"
 
 
-def is_quantised_folder(folder: Path) -> bool:
-    """Whether a folder's configuration says that its weights were saved quantised."""
+def quantisation_of(folder: Path) -> str | None:
+    """How a folder's weights were saved quantised, by its configuration; None where they were not."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config.get("quantization_config"))
+        return _named(config.get("quantization_config"))
     except (OSError, ValueError, AttributeError):  # loading says what is wrong with it
-        return False
+        return None
+
+
+def is_quantised_folder(folder: Path) -> bool:
+    """Whether a folder's configuration says that its weights were saved quantised."""
+    return quantisation_of(folder) is not None
 
 
 def check_unquantised(module: nn.Module, what: str) -> None:

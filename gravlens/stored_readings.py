@@ -1,4 +1,4 @@
-"""Reading through a store: what it lacks is read, here or by an executor's workers, and what it holds is put together."""
+"""Reading through a store: what it lacks is read, here or by workers, and what it holds is put together."""
 
 import hashlib
 import json
@@ -110,8 +110,9 @@ def _put_together(
                 lacks -= len(layers)
                 for row, state in zip(plan.rows(prompt), states, strict=True):
                     at = (number * n_rows + row) * n_layers
-                    for layer, vector in [(layers[0], state)] if layers == plan.layers else zip(layers, state):
-                        view.write((at + plan.layers.index(layer)) * width, vector)
+                    pieces = [(layers[0], state)] if layers == plan.layers else zip(layers, state, strict=True)
+                    for layer, piece in pieces:
+                        view.write((at + plan.layers.index(layer)) * width, piece)
         if lacks:
             return None
         view.finish()

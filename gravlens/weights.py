@@ -4,9 +4,9 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from gravlens.checkpoints import Checkpoint
 from gravlens.directions import Direction
@@ -23,21 +22,13 @@ from gravlens.hooks import check_fit
 from gravlens.interventions import Ablate
 from gravlens.models import OpenModel, open_model, quiet
 from gravlens.precision import check_unquantised
+from gravlens.processing import Write, writes_of
 from gravlens.prompts import pad
 from gravlens.residuals import read_residuals, residuals_of_batch
 
 LEFT_WITHIN = 1e-4  # of a state's length, along v
 LINEAR_WITHIN = 1e-2
 FAR = 1000.0  # how much further the second push goes: a norm after the write would hold it back
-
-
-@dataclass(frozen=True, eq=False)
-class Write:
-    """A module whose output is added to the residual stream, with its tensors and their axis of length d_model."""
-
-    name: str
-    module: nn.Module
-    tensors: tuple[tuple[Tensor, int], ...]
 
 
 def orthogonalize(
@@ -81,7 +72,7 @@ def orthogonalized(source: Checkpoint | Path | str | nn.Module | OpenModel, dire
     """
     model = _own_copy(source)
     vector = _vector_of(direction, model)
-    writes = tuple(_writes(model))
+    writes = tuple(writes_of(model.module, model.blocks, model.d_model))
     _untie(model.module)
     with torch.no_grad():
         for tensor, axis in (pair for write in writes for pair in write.tensors):
@@ -155,39 +146,6 @@ def _untie(module: Any) -> None:
     head.weight = nn.Parameter(head.weight.detach().clone())
     module.config.tie_word_embeddings = module.config.get_text_config().tie_word_embeddings = False
     module.all_tied_weights_keys = {}
-
-
-# --- what writes to the stream ----------------------------------------------------------------------------------
-
-
-def _writes(model: OpenModel) -> Iterator[Write]:
-    """Embeddings of the stream's width and, in each part of a block, the last projection to that width."""
-    width = model.d_model
-    for name, module in model.module.named_modules():
-        if isinstance(module, nn.Embedding) and module.embedding_dim == width:
-            yield Write(name, module, ((module.weight, 1),))
-    for layer, block in enumerate(model.blocks):
-        for name, part in block.named_modules(prefix=f"block {layer}"):
-            found = [*_projections(name, part, width), *_experts(name, part, width)]
-            yield from found[-1:]
-
-
-def _projections(name: str, part: nn.Module, width: int) -> Iterator[Write]:
-    for child, module in part.named_children():
-        if isinstance(module, nn.Linear | Conv1D):
-            axis = 1 if isinstance(module, Conv1D) else 0
-            if module.weight.shape[axis] == width:
-                bias = () if module.bias is None else ((module.bias, 0),)
-                yield Write(f"{name}.{child}", module, ((module.weight, axis), *bias))
-
-
-def _experts(name: str, part: nn.Module, width: int) -> Iterator[Write]:
-    """Weights of several experts in one tensor [expert, out, in], or [expert, in, out] where the module says so."""
-    axis = 2 if getattr(part, "is_transposed", False) else 1
-    for child, weight in part.named_parameters(recurse=False):
-        if weight.ndim == 3 and weight.shape[axis] == width:
-            bias = getattr(part, f"{child}_bias", None)
-            yield Write(f"{name}.{child}", part, ((weight, axis), *(() if bias is None else ((bias, 1),))))
 
 
 # --- that it holds, by measurement ------------------------------------------------------------------------------

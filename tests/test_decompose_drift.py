@@ -86,9 +86,11 @@ def test_the_tables_and_the_figure_of_a_planted_history(history: Path) -> None:
     of_a = at_the_end(drift, "a")
     assert of_a[of_a["order"].str.startswith("v_rev")]["share"].to_numpy() == pytest.approx([1, 0, 0, 0], abs=1e-4)
 
-    found = at_the_end(pulls, "b").set_index("witness")["coefficient"]
-    assert found.to_dict() == pytest.approx({"witness": 0.4, ancestors[0]: 0, ancestors[1]: 0.5}, abs=1e-4)
-    assert at_the_end(pulls, "a")["coefficient"].to_numpy() == pytest.approx([0.4, 0, 0], abs=1e-4)
+    # Of two collinear ancestors only the difference is determined; how it is shared out depends on the machine's rounding.
+    for run, other in (("a", 0), ("b", 0.5)):
+        found = at_the_end(pulls, run).set_index("witness")["coefficient"]
+        assert found["witness"] - found[ancestors[0]] == pytest.approx(0.4, abs=1e-4)
+        assert found[ancestors[1]] == pytest.approx(other, abs=1e-4)
     assert pulls["condition"].min() > 1e3  # the opposite one is collinear with the witness
 
     whole: Any = update[update["tensor"] == "all"].set_index("checkpoint")

@@ -58,7 +58,7 @@ def save(model: Any, folder: Path) -> Path:
     return folder
 
 
-def hooked_transformer(seed: int = 0) -> Any:
+def hooked_transformer(seed: int = 0, normalization_type: str = "LN") -> Any:
     """A random HookedTransformer; skips where TransformerLens no longer has it (even asking for it raises)."""
     if int(version("transformer-lens").split(".")[0]) >= 4:
         pytest.skip("TransformerLens 4 has no HookedTransformer")
@@ -72,7 +72,7 @@ def hooked_transformer(seed: int = 0) -> Any:
         n_heads=4,
         d_vocab=VOCABULARY,
         act_fn="gelu",
-        normalization_type="LN",
+        normalization_type=normalization_type,
         initializer_range=0.2,
         seed=seed,
         device="cpu",
