@@ -41,7 +41,7 @@ def _state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _configuration_of(module: Any) -> str:
-    config = getattr(module, "config", None) or getattr(module, "cfg", None)
+    config: Any = getattr(module, "config", None) or getattr(module, "cfg", None)
     return json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else repr(config)
 
 

@@ -125,8 +125,9 @@ class Reader:
             self._prefix_keys = _Keys(self.layers[-1])
             self._run([self._prefix], [0], self._prefix_keys)
         cache = _Keys(self.layers[-1])
-        for layer, held in enumerate(self._prefix_keys.layers if self._prefix_keys else ()):
-            DynamicCache.update(cache, held.keys.expand(n, -1, -1, -1), held.values.expand(n, -1, -1, -1), layer)
+        for layer, (keys, values, _) in enumerate(self._prefix_keys or ()):
+            assert keys is not None and values is not None
+            DynamicCache.update(cache, keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), layer)
         return cache
 
     def _run(

@@ -64,7 +64,7 @@ def queries_of(tokenizer: Any, prompts: PromptSet, positions: Positions = "last"
     if isinstance(positions, Answers):
         return [_after(tokenizer, *pair) for pair in zip(ids, _one_each(positions.texts, prompts), strict=True)]
     if positions in ("instruction", "post_instruction"):
-        return [_around(tokenizer, prompts, i, one, positions) for i, one in enumerate(ids)]
+        return [_around(tokenizer, prompts, i, one, str(positions)) for i, one in enumerate(ids)]
     return queries_of_ids(ids, positions)
 
 

@@ -1,16 +1,19 @@
-"""What is to be read of which checkpoint, and reading it: here, or in the workers of an executor."""
+"""Which prompts are read together, and reading them of one checkpoint after the other."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from gravlens.checkpoints import Checkpoint
-from gravlens.models import OpenModel, open_each
+from gravlens.models import OpenModel, check_alike, open_each
 from gravlens.passes import TOKENS_ELSEWHERE, Reader, batches_of, common_prefix, tokens_for
+from gravlens.placement import Placement
 from gravlens.positions import Query
 from gravlens.tokenizer import check_vocabulary
 

@@ -75,7 +75,8 @@ def read_through_store(
     for _ in range(3):  # what was damaged is seen, and taken away, only when it is put together
         if view is not None:
             return view, set(precisions)
-        run_all(_lacking(plan, keys, dict(zip(shelves, checkpoints, strict=True)), store), executor)
+        if tasks := _lacking(plan, keys, dict(zip(shelves, checkpoints, strict=True)), store):
+            run_all(tasks, executor)
         view = _put_together(plan, keys, shelves, store.folder, question)
     raise GravlensError(
         f"The store {store.folder} does not hold what was just written into it.",
