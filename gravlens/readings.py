@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -81,7 +81,32 @@ def read_block(
         yield batch, reader.read([queries[i] for i in batch]).numpy()
 
 
-# --- in memory ------------------------------------------------------------------------------------------------------
+# --- one checkpoint after the other ---------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """States of one batch of one checkpoint."""
+
+    checkpoint: int
+    rows: list[int]
+    states: Float[np.ndarray, "row layer d_model"]
+    precision: str
+
+
+def read_each(plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, placement: Placement) -> Iterator[Found]:
+    """Every checkpoint's states, batch by batch; one model is open at a time, and nothing that was read is kept."""
+    first: tuple[Checkpoint, OpenModel] | None = None
+    opened = open_each(checkpoints, through=through, placement=placement)
+    ids = [query.ids for query in plan.queries]
+    for number, (checkpoint, model) in enumerate(tqdm(opened, "residuals", len(checkpoints), leave=False)):
+        first = first or (checkpoint, model)
+        if model is not first[1]:
+            check_alike([first, (checkpoint, model)])
+        check_vocabulary(checkpoint, model, ids)
+        for block in plan.blocks:
+            queries = [plan.queries[i] for i in block]
+            for batch, states in read_block(model, queries, layers=plan.layers, prefix=plan.prefix):
+                yield Found(number, [row for i in batch for row in plan.rows(block[i])], states, model.precision)
 
 
 def read_here(
@@ -90,25 +115,7 @@ def read_here(
     """States in memory, and the precisions that they were computed in."""
     values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
     precisions: set[str] = set()
-    for number, model in _each(checkpoints, plan.queries, through, placement):
-        for block in plan.blocks:
-            queries = [plan.queries[i] for i in block]
-            for batch, states in read_block(model, queries, layers=plan.layers, prefix=plan.prefix):
-                values[number, [row for i in batch for row in plan.rows(block[i])]] = states
-        precisions.add(model.precision)
+    for number, rows, states, precision in read_each(plan, checkpoints, through, placement):
+        values[number, rows] = states
+        precisions.add(precision)
     return values, precisions
-
-
-def _each(
-    checkpoints: Sequence[Checkpoint], queries: Sequence[Query], through: Through, placement: Placement
-) -> Iterator[tuple[int, OpenModel]]:
-    """Each checkpoint opened in turn, held against the first one and against the prompts' tokens."""
-    first: tuple[Checkpoint, OpenModel] | None = None
-    opened = open_each(checkpoints, through=through, placement=placement)
-    ids = [query.ids for query in queries]
-    for number, (checkpoint, model) in enumerate(tqdm(opened, "residuals", len(checkpoints), leave=False)):
-        first = first or (checkpoint, model)
-        if model is not first[1]:
-            check_alike([first, (checkpoint, model)])
-        check_vocabulary(checkpoint, model, ids)
-        yield number, model

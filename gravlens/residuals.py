@@ -134,24 +134,66 @@ def cache_residuals(
         GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened, has another shape or was
             processed (centred, or folded where another is not); an executor without a store; a disk that is full.
     """
+    asked = plan_reading(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
+    if store is None:
+        _check_no(executor)
+        values, precisions = read_here(asked.plan, asked.checkpoints, through, placement)
+    else:
+        stored = Stored(Path(store), through, placement)
+        values, precisions = read_through_store(asked.plan, asked.checkpoints, stored, executor)
+    return Residuals(values, asked.names, asked.plan.layers, asked.prompts, asked.meta(precisions), asked.plan.index)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is to be read of which checkpoints, and how a result names it.
+
+    Attributes:
+        plan: prompts as tokens, layers, read positions.
+        checkpoints: in order.
+        prompts: digest of the prompt set.
+        positions: in a word.
+        chat_template: whose.
+    """
+
+    plan: Plan
+    checkpoints: tuple[Checkpoint, ...]
+    prompts: str
+    positions: str | int
+    chat_template: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the checkpoints."""
+        return tuple(checkpoint.name for checkpoint in self.checkpoints)
+
+    def meta(self, precisions: set[str]) -> dict[str, Any]:
+        """What a result was made from."""
+        return {
+            "positions": self.positions,
+            "dtype": sorted(precisions),
+            "chat_template": self.chat_template,
+            "sources": {checkpoint.name: checkpoint.described for checkpoint in self.checkpoints},
+        }
+
+
+def plan_reading(
+    sequence: ModelSequence,
+    prompts: PromptSet | Sequence[str] | Path | str | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Positions = "last",
+    checkpoints: Sequence[Checkpoint] | None = None,
+) -> Asked:
+    """What `cache_residuals` would read; no model is opened."""
     prompts = sequence.require_probes() if prompts is None else PromptSet.of(prompts)
     tokenizer = sequence_tokenizer(sequence, prompts)
     queries = queries_of(tokenizer, prompts, positions)
-    wanted = list(sequence if checkpoints is None else checkpoints)
+    wanted = tuple(sequence if checkpoints is None else checkpoints)
     n_layers, d_model = one_shape(wanted)
     plan = Plan.of(queries, _layers(layers, n_layers), d_model)
-    if store is None:
-        _check_no(executor)
-        values, precisions = read_here(plan, wanted, through, placement)
-    else:
-        values, precisions = read_through_store(plan, wanted, Stored(Path(store), through, placement), executor)
-    meta = {
-        "positions": described(positions),
-        "dtype": sorted(precisions),
-        "chat_template": sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none",
-        "sources": {checkpoint.name: checkpoint.described for checkpoint in wanted},
-    }
-    return Residuals(values, tuple(c.name for c in wanted), plan.layers, prompts.digest, meta, plan.index)
+    template = sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none"
+    return Asked(plan, wanted, prompts.digest, described(positions), template)
 
 
 def _check_no(executor: Executor | None) -> None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
     "errors precision placement prompts store folders hub sequence_file checkpoints processing adapters ahead bridge "
-    "models tokenizer inference gguf positions passes fingerprints residual_store readings stored_readings residuals "
+    "models tokenizer inference gguf positions passes fingerprints residual_store readings stored_readings residuals moments "
     "behavior strongreject judges divergence covariance directions estimators trajectory geometry subspaces "
     "interventions hooks weights nulls choices noise controls damage resampling crossfit decomposition inspection "
     "readout effects selectivity tradeoff demands claims "
@@ -46,6 +46,10 @@ KEYWORDS_ALLOWED = {
         f"gravlens/blocking.py:on_{event}": CALLBACK
         for event in ("train_begin", "step_begin", "pre_optimizer_step", "optimizer_step", "log")
     },
+}
+# file:function -> why it may have more parameters
+PARAMETERS_ALLOWED = {
+    "gravlens/residuals.py:cache_residuals": "the engine's one door: what, where, how, and whose work"
 }
 # distribution -> who imports it, where gravlens does not
 NEEDED_BY_OTHERS = {"accelerate": "transformers.Trainer", "gguf": "transformers, to read GGUF files"}
