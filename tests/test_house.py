@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
     "errors precision placement prompts store folders hub sequence_file checkpoints processing adapters ahead bridge "
-    "models tokenizer inference gguf positions passes fingerprints residual_store readings stored_readings residuals moments "
-    "behavior strongreject judges divergence covariance directions estimators trajectory geometry subspaces "
+    "models tokenizer inference gguf positions passes fingerprints residual_store readings stored_readings "
+    "residuals moments behavior strongreject judges divergence covariance directions estimators trajectory geometry subspaces "
     "interventions hooks weights nulls choices noise controls damage resampling crossfit decomposition inspection "
     "readout effects selectivity tradeoff demands claims "
     "refusal leaks blocking blockers finetune arms plots frontiers heatmaps paper report fetch settings "
@@ -223,7 +223,13 @@ def over_budget(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 @pytest.mark.parametrize("file", [file for file in TREES if file != "gravlens/cli.py"])
 def test_budgets(file: str) -> None:
     assert len((ROOT / file).read_text().splitlines()) <= FILE_LINES
-    assert [excess for function in functions_of(TREES[file]) for excess in over_budget(function)] == []
+    excesses = [
+        excess
+        for function in functions_of(TREES[file])
+        for excess in over_budget(function)
+        if f"{file}:{function.name}" not in PARAMETERS_ALLOWED or "lines" in excess
+    ]
+    assert excesses == []
 
 
 def test_a_budget_is_met_at_its_edge_and_exceeded_one_further() -> None:
