@@ -45,7 +45,9 @@ Ids = Sequence[Sequence[int]]
 @app.command()
 def main(
     prompts: Annotated[int, typer.Option(min=8, help="Prompts of each workload.")] = 128,
-    checkpoints: Annotated[int, typer.Option(min=1, help="Checkpoints that each contender reads, one after the other.")] = 1,
+    checkpoints: Annotated[
+        int, typer.Option(min=1, help="Checkpoints that each contender reads, one after the other.")
+    ] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Times that each contender is timed, in turn.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = os.cpu_count() or 1,
     cpu_seconds: Annotated[bool, typer.Option(help="Count CPU seconds, where other work runs beside.")] = False,
@@ -60,13 +62,26 @@ def main(
         for name, system in (("shared_prefix", SYSTEM), ("no_prefix", 0)):
             history = History(Path(scratch) / name, system, prompts, checkpoints)
             workloads[name] = measured(history, repeats, clock, only)
-    machine = {"processor": processor(), "threads": threads, "clock": clock.__name__, "python": platform.python_version()}
+    machine = {
+        "processor": processor(),
+        "threads": threads,
+        "clock": clock.__name__,
+        "python": platform.python_version(),
+    }
     machine |= {package: version(package) for package in ("torch", "transformers", "transformer-lens", "nnsight")}
-    result = {"machine": machine, "prompts": prompts, "checkpoints": checkpoints, "repeats": repeats, "workloads": workloads}
+    result = {
+        "machine": machine,
+        "prompts": prompts,
+        "checkpoints": checkpoints,
+        "repeats": repeats,
+        "workloads": workloads,
+    }
     out.mkdir(parents=True, exist_ok=True)
     (out / "residuals.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, found in workloads.items():
-        typer.echo(f"{name}: {found['tokens']} tokens, {found['shared']:.0%} of them shared, floor {found['floor_seconds']:.2f} s")
+        typer.echo(
+            f"{name}: {found['tokens']} tokens, {found['shared']:.0%} of them shared, floor {found['floor_seconds']:.2f} s"
+        )
         for contender, ratio in found["ratio_to_floor"].items():
             typer.echo(f"  {contender:<34} {ratio:5.2f}")
 
@@ -97,7 +112,9 @@ class History:
 
 
 def tokenizer_of(system: Sequence[str]) -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate([*(f"w{i}" for i in range(WORDS)), "<user>", "<assistant>", "<eos>"])}
+    vocabulary = {
+        word: i for i, word in enumerate([*(f"w{i}" for i in range(WORDS)), "<user>", "<assistant>", "<eos>"])
+    }
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
@@ -166,7 +183,9 @@ def hugging_face_tuned(folder: Path, history: History, timed: Timed) -> States:
     with torch.inference_mode(), timed:
         for rows in by_length(history.ids):
             batch = pad([history.ids[i] for i in rows], side="left")
-            out = model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True, use_cache=False)
+            out = model(
+                batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True, use_cache=False
+            )
             states[rows] = torch.stack([hidden[:, -1] for hidden in out.hidden_states[1:]], 1).numpy()
     return states
 
@@ -175,7 +194,7 @@ def transformer_lens(filtered: bool) -> Callable[[Path, History, Timed], States]
     def contender(folder: Path, history: History, timed: Timed) -> States:
         from transformer_lens.model_bridge import TransformerBridge
 
-        model: Any = TransformerBridge.boot_transformers(str(folder), tokenizer=history.tokenizer)
+        model: Any = TransformerBridge.boot_transformers(str(folder))
         names = [f"blocks.{layer}.hook_resid_post" for layer in range(LAYERS)]
         canonical = [f"blocks.{layer}.hook_out" for layer in range(LAYERS)]
         states = np.empty((len(history.ids), LAYERS, WIDTH), np.float32)
@@ -191,7 +210,7 @@ def transformer_lens(filtered: bool) -> Callable[[Path, History, Timed], States]
 
 
 def nnsight_trace(folder: Path, history: History, timed: Timed) -> States:
-    from nnsight import NNsight
+    from nnsight import NNsight, save
 
     model: Any = NNsight(AutoModelForCausalLM.from_pretrained(folder).eval())
     states = np.empty((len(history.ids), LAYERS, WIDTH), np.float32)
@@ -199,7 +218,10 @@ def nnsight_trace(folder: Path, history: History, timed: Timed) -> States:
         for rows in in_order(history.ids):
             batch = pad([history.ids[i] for i in rows], side="left")
             with model.trace(batch.input_ids, attention_mask=batch.attention_mask):
-                found = [model.model.layers[layer].output[:, -1].save() for layer in range(LAYERS)]
+                found = []
+                for layer in range(LAYERS):
+                    found.append(model.model.layers[layer].output[:, -1])
+                found = save(found)
             states[rows] = torch.stack(found, 1).numpy()
     return states
 
@@ -274,7 +296,9 @@ def check_alike(history: History, peers: dict[str, Callable[[Path, History, Time
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    named = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     return f"{named}, {os.cpu_count()} cores"
 
 
