@@ -1,7 +1,7 @@
 """python benchmarks/residuals.py    (needs nnsight beside gravlens; see --help)
 
-What it costs to read the residual stream of checkpoints: gravlens, TransformerLens, Hugging Face and nnsight on the same
-folders and prompts, interleaved in one process. All give the last token's state after each of 12 blocks, and each is
+What it costs to read the residual stream of checkpoints: gravlens, TransformerLens, Hugging Face and nnsight on the
+same folders and prompts, interleaved in one process. All give the last token's state after each of 12 blocks, and each is
 held against the others' states before it is timed. A Llama of random weights, 12 layers of width 512; chat prompts of
 mixed length, once behind a system prompt of 40 tokens that all share, once without it.
 
@@ -45,9 +45,7 @@ Ids = Sequence[Sequence[int]]
 @app.command()
 def main(
     prompts: Annotated[int, typer.Option(min=8, help="Prompts of each workload.")] = 128,
-    checkpoints: Annotated[
-        int, typer.Option(min=1, help="Checkpoints that each contender reads, one after the other.")
-    ] = 1,
+    checkpoints: Annotated[int, typer.Option(min=1, help="Checkpoints that each contender reads.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Times that each contender is timed, in turn.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = os.cpu_count() or 1,
     cpu_seconds: Annotated[bool, typer.Option(help="Count CPU seconds, where other work runs beside.")] = False,
@@ -112,6 +110,7 @@ class History:
 
 
 def tokenizer_of(system: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Words by their numbers, and a chat template that begins with a system prompt."""
     vocabulary = {
         word: i for i, word in enumerate([*(f"w{i}" for i in range(WORDS)), "<user>", "<assistant>", "<eos>"])
     }
@@ -123,6 +122,7 @@ def tokenizer_of(system: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def random_llama(seed: int) -> LlamaForCausalLM:
+    """12 layers of width 512, 45 million weights."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -149,16 +149,19 @@ class Timed:
 
 
 def in_order(ids: Ids) -> Iterator[list[int]]:
+    """Batches of prompts as they come."""
     rows = list(range(len(ids)))
     yield from (rows[i : i + BATCH] for i in range(0, len(rows), BATCH))
 
 
 def by_length(ids: Ids) -> Iterator[list[int]]:
+    """Batches of prompts of similar lengths."""
     rows = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     yield from (rows[i : i + BATCH] for i in range(0, len(rows), BATCH))
 
 
 def floor(folder: Path, history: History, timed: Timed) -> None:
+    """The bare backbone's pass, nothing read."""
     model = AutoModel.from_pretrained(folder).eval()
     with torch.inference_mode(), timed:
         for rows in by_length(history.ids):
@@ -167,6 +170,7 @@ def floor(folder: Path, history: History, timed: Timed) -> None:
 
 
 def hugging_face(folder: Path, history: History, timed: Timed) -> States:
+    """`output_hidden_states`, as users write it."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     states = np.empty((len(history.ids), LAYERS, WIDTH), np.float32)
     with torch.inference_mode(), timed:
@@ -178,6 +182,7 @@ def hugging_face(folder: Path, history: History, timed: Timed) -> States:
 
 
 def hugging_face_tuned(folder: Path, history: History, timed: Timed) -> States:
+    """The backbone alone, sorted by length."""
     model = AutoModel.from_pretrained(folder).eval()
     states = np.empty((len(history.ids), LAYERS, WIDTH), np.float32)
     with torch.inference_mode(), timed:
@@ -191,6 +196,8 @@ def hugging_face_tuned(folder: Path, history: History, timed: Timed) -> States:
 
 
 def transformer_lens(filtered: bool) -> Callable[[Path, History, Timed], States]:
+    """`run_with_cache`, of everything or of the residual stream alone."""
+
     def contender(folder: Path, history: History, timed: Timed) -> States:
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -210,6 +217,7 @@ def transformer_lens(filtered: bool) -> Callable[[Path, History, Timed], States]
 
 
 def nnsight_trace(folder: Path, history: History, timed: Timed) -> States:
+    """One trace a batch."""
     from nnsight import NNsight, save
 
     model: Any = NNsight(AutoModelForCausalLM.from_pretrained(folder).eval())
@@ -239,6 +247,7 @@ PEERS: dict[str, Callable[[Path, History, Timed], States]] = {
 
 
 def measured(history: History, repeats: int, clock: Callable[[], float], only: str) -> dict[str, Any]:
+    """Seconds of every contender as ratios to the floor's in the same round."""
     peers = {name: peer for name, peer in PEERS.items() if only in name}
     check_alike(history, peers)
     seconds: dict[str, list[float]] = {}
@@ -278,6 +287,7 @@ def gravlens_twice(history: History, clock: Callable[[], float]) -> dict[str, fl
 def peers_once(
     history: History, peers: dict[str, Callable[[Path, History, Timed], States]], clock: Callable[[], float]
 ) -> Iterator[tuple[str, dict[str, float]]]:
+    """(contender, its seconds end to end and of the pass alone)."""
     for name, peer in peers.items():
         timed, start = Timed(clock), clock()
         for folder in history.folders:
@@ -295,6 +305,7 @@ def check_alike(history: History, peers: dict[str, Callable[[Path, History, Time
 
 
 def processor() -> str:
+    """What it runs on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     named = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()

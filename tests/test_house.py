@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "errors precision placement prompts store folders hub sequence_file checkpoints processing adapters ahead bridge "
     "models tokenizer inference gguf positions passes fingerprints residual_store readings stored_readings "
-    "residuals moments behavior strongreject judges divergence covariance directions estimators trajectory geometry subspaces "
-    "interventions hooks weights nulls choices noise controls damage resampling crossfit decomposition inspection "
+    "residuals moments behavior strongreject judges divergence covariance directions estimators trajectory geometry "
+    "subspaces interventions hooks weights nulls choices noise controls damage resampling crossfit decomposition inspection "
     "readout effects selectivity tradeoff demands claims "
     "refusal leaks blocking blockers finetune arms plots frontiers heatmaps paper report fetch settings "
     "experiment gathering findings comparison reproduce cli"
