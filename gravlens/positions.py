@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeAlias
 from gravlens.errors import GravlensError
 from gravlens.prompts import PromptSet, encode, rendered
 
+AT_ONCE = 256  # prompts that are tokenised before their tokens are packed
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -24,7 +26,7 @@ Named: TypeAlias = Literal["last", "instruction", "post_instruction", "all"]
 Positions: TypeAlias = Named | int | Answers | Callable[[list[int]], Sequence[int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Query:
     """One prompt's tokens, and where its states are read.
 
@@ -60,9 +62,21 @@ def queries_of(tokenizer: Any, prompts: PromptSet, positions: Positions = "last"
     Raises:
         GravlensError: positions that a prompt does not have, or that mean nothing with this tokenizer.
     """
+    if isinstance(positions, Answers):
+        _check_one_each(positions.texts, prompts)
+    numbers: dict[int, int] = {}  # one object for each token id, however often it is there
+    queries: list[Query] = []
+    for start in range(0, len(prompts), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        found = _part_of(tokenizer, prompts[part], positions, part)
+        queries += [replace(one, ids=tuple(numbers.setdefault(i, i) for i in one.ids)) for one in found]
+    return queries
+
+
+def _part_of(tokenizer: Any, prompts: PromptSet, positions: Positions, part: slice) -> list[Query]:
     ids = encode(tokenizer, prompts)
     if isinstance(positions, Answers):
-        return [_after(tokenizer, *pair) for pair in zip(ids, _one_each(positions.texts, prompts), strict=True)]
+        return [_after(tokenizer, *pair) for pair in zip(ids, positions.texts[part], strict=True)]
     if positions in ("instruction", "post_instruction"):
         return [_around(tokenizer, prompts, i, one, str(positions)) for i, one in enumerate(ids)]
     return queries_of_ids(ids, positions)
@@ -149,11 +163,10 @@ def _after(tokenizer: Any, ids: list[int], answer: str) -> Query:
     return Query((*ids, *more), (tuple(range(len(ids), len(ids) + len(more))),))
 
 
-def _one_each(answers: Sequence[str], prompts: PromptSet) -> Sequence[str]:
+def _check_one_each(answers: Sequence[str], prompts: PromptSet) -> None:
     if len(answers) != len(prompts):
         raise GravlensError(
             f"{len(answers)} answers were given for {len(prompts)} prompts.",
             "One answer is read after each prompt, the same for all checkpoints.",
             "Answers(generate_answers(open_model(seq.anchor), prompts)), or answers of your own.",
         )
-    return answers
