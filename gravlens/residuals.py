@@ -123,12 +123,8 @@ def cache_residuals(
     rows: list[np.ndarray] = []
     shapes: list[tuple[Checkpoint, OpenModel]] = []
     dtypes: set[str] = set()
-    for checkpoint, model in tqdm(
-        open_each(wanted, tokenizer=tokenizer, through=through, placement=placement),
-        "residuals",
-        len(wanted),
-        leave=False,
-    ):
+    opened = open_each(wanted, tokenizer=tokenizer, through=through, placement=placement)
+    for checkpoint, model in tqdm(opened, "residuals", len(wanted), leave=False):
         if not shapes or shapes[0][1] is not model:
             shapes = [*shapes[:1], (checkpoint, model)]
             check_same_shape(shapes)
