@@ -43,7 +43,7 @@ def in_turn(checkpoints: Iterable[Checkpoint], *, keep: int | None) -> Turns:
             fetched = _fetched(checkpoint, ahead[1] if ahead else worker.submit(_fetch, checkpoint))
             ahead = None
             _note(ours, checkpoint, fetched, stays)
-            _trim(ours, keep, needed={later.source for later in rows[number:]} | set(fetched.folders))
+            _trim(ours, keep, needed={later.source for later in rows[number:]})
             if number + 1 < len(rows):
                 ahead = rows[number + 1], worker.submit(_fetch, rows[number + 1])
             yield checkpoint, fetched.folders
@@ -71,8 +71,8 @@ def _note(ours: dict[Path, Any], checkpoint: Checkpoint, fetched: Fetched, stays
 
 
 def _trim(ours: dict[Path, Any], keep: int | None, *, needed: set[Any]) -> None:
-    """Evict the oldest downloads beyond `keep`, but none that is needed, by its source or its folder."""
-    evictable = [] if keep is None else [one for one, source in ours.items() if not {one, source} & needed]
+    """Evict the oldest downloads beyond `keep`, but none whose source is needed."""
+    evictable = [] if keep is None else [one for one, source in ours.items() if source not in needed]
     for snapshot in evictable[: max(0, len(ours) - (keep or 0))]:
         del ours[snapshot]
         evict(snapshot)

@@ -1,5 +1,6 @@
 """A hub's revisions: fetched while another is read, evicted behind, and nothing else is touched."""
 
+import json
 import shutil
 import threading
 import warnings
@@ -12,7 +13,7 @@ import tiny
 import torch
 from histories import RAGGED, refused
 from huggingface_hub.errors import LocalEntryNotFoundError
-from test_sources import snapshot
+from test_sources import adapter, snapshot
 
 from gravlens import hub
 from gravlens.ahead import in_turn
@@ -127,19 +128,25 @@ def test_all_stay_without_keep(fake: Hub) -> None:
 def test_the_next_is_downloaded_in_the_background_while_one_is_read(fake: Hub) -> None:
     turns = in_turn(run(*RUN[:2]), keep=1)
     next(turns)
-    for _ in range(500):
-        if len(fake.downloads) == 2:
-            break
-        threading.Event().wait(0.01)
-    assert len(fake.downloads) == 2, "the second was not fetched while the first was read"
+    downloaded(fake, 2)
     assert not any(name == threading.main_thread().name for name in fake.threads)
     turns.close()
+
+
+def downloaded(fake: Hub, number: int) -> None:
+    """Wait, while one is read, until so many were downloaded."""
+    for _ in range(500):
+        if len(fake.downloads) == number:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("the next one was not fetched while this one was read")
 
 
 @pytest.mark.parametrize("way", ["closed", "raised", "dropped"])
 def test_eviction_survives_an_early_end(fake: Hub, way: str) -> None:
     turns = in_turn(run(), keep=1)
     next(turns), next(turns)
+    downloaded(fake, 3)
     if way == "closed":
         turns.close()
     elif way == "raised":
@@ -181,6 +188,15 @@ def test_witness_anchor_and_bases_are_never_evicted(fake: Hub) -> None:
     assert fake.on_disk() == {90, 91, 6}
     list(in_turn([*run("owner/name@step1", ROLES["anchor"], "owner/name@step2", "owner/name@step3"), anchor], keep=1))
     assert {90, 91, 6} <= fake.on_disk()
+
+
+def test_a_base_that_an_adapter_alone_names_stays(fake: Hub, models: Path, tmp_path: Path) -> None:
+    folder = adapter(models / "1", tmp_path / "adapter")
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": RUN[0]}))
+    rows = [*run(RUN[0]), Checkpoint("run/1", folder, 1), *run(*RUN[1:])]
+    list(in_turn(rows, keep=1))
+    assert fake.on_disk() == {1, 6}
 
 
 def test_the_anchor_under_another_name_in_a_run_stays(fake: Hub) -> None:
