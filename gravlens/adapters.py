@@ -99,7 +99,8 @@ def merge_adapter(module: Any, folder: Path) -> None:
 
     Raises:
         GravlensError: PEFT is not installed; a base that is quantised; a pickled or broken adapter; one that names a
-            module to import; one whose tensors are not all taken, or that leaves some of its places empty: it would make the base, or half of it.
+            module to import; one whose tensors are not all taken, or that leaves some of its places empty: it would
+            make the base, or half of it.
     """
     check_unquantised(module, "Merging an adapter")
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}

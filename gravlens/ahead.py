@@ -1,12 +1,12 @@
 """Checkpoints in turn: while one is read the next is fetched, and what was downloaded for it goes behind it."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -15,6 +15,8 @@ from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
 from gravlens.folders import weight_files
 from gravlens.hub import evict, snapshots_here
+
+Turns: TypeAlias = Generator[tuple[Checkpoint, tuple[Path, ...]], None, None]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Fetched:
     downloaded: Path | None = None
 
 
-def in_turn(checkpoints: Iterable[Checkpoint], *, keep: int | None) -> Iterator[tuple[Checkpoint, tuple[Path, ...]]]:
+def in_turn(checkpoints: Iterable[Checkpoint], *, keep: int | None) -> Turns:
     """Each checkpoint with its folders (none for a model in memory), the next one's files being fetched meanwhile.
 
     A hub's revision is downloaded ahead in one background thread, and what goes wrong there is raised in its turn; of
@@ -34,21 +36,21 @@ def in_turn(checkpoints: Iterable[Checkpoint], *, keep: int | None) -> Iterator[
     """
     rows, ours = list(checkpoints), dict[Path, Any]()
     stays = _never_evicted(rows)
-    ahead: Future[Fetched] | None = None
+    ahead: tuple[Checkpoint, Future[Fetched]] | None = None
     worker = ThreadPoolExecutor(1, "gravlens-ahead")  # one: nothing is evicted while something is downloaded
     try:
         for number, checkpoint in enumerate(rows):
-            fetched = _fetched(checkpoint, ahead or worker.submit(_fetch, checkpoint))
+            fetched = _fetched(checkpoint, ahead[1] if ahead else worker.submit(_fetch, checkpoint))
             ahead = None
             _note(ours, checkpoint, fetched, stays)
-            _trim(ours, keep, needed={later.source for later in rows[number:]} | set(fetched.folders))
+            _trim(ours, keep, needed={later.source for later in rows[number:]})
             if number + 1 < len(rows):
-                ahead = worker.submit(_fetch, rows[number + 1])
+                ahead = rows[number + 1], worker.submit(_fetch, rows[number + 1])
             yield checkpoint, fetched.folders
     finally:
         worker.shutdown(cancel_futures=True)  # a download that is under way ends first, else it would be nobody's
-        if ahead is not None and not ahead.cancelled() and not ahead.exception():
-            _drop_unread(ahead.result(), rows[number + 1], keep, stays)
+        if ahead is not None and keep is not None:
+            _drop_unread(*ahead, stays)
         _trim(ours, keep, needed=set())
 
 
@@ -69,17 +71,18 @@ def _note(ours: dict[Path, Any], checkpoint: Checkpoint, fetched: Fetched, stays
 
 
 def _trim(ours: dict[Path, Any], keep: int | None, *, needed: set[Any]) -> None:
-    """Evict the oldest downloads beyond `keep`, but none that is needed, by its source or its folder."""
-    evictable = [] if keep is None else [one for one, source in ours.items() if not {one, source} & needed]
+    """Evict the oldest downloads beyond `keep`, but none whose source is needed."""
+    evictable = [] if keep is None else [one for one, source in ours.items() if source not in needed]
     for snapshot in evictable[: max(0, len(ours) - (keep or 0))]:
         del ours[snapshot]
         evict(snapshot)
 
 
-def _drop_unread(fetched: Fetched, checkpoint: Checkpoint, keep: int | None, stays: set[Any]) -> None:
+def _drop_unread(checkpoint: Checkpoint, ahead: Future[Fetched], stays: set[Any]) -> None:
     """Evict what was fetched ahead for a checkpoint whose turn never came."""
-    if keep is not None and fetched.downloaded is not None and checkpoint.source not in stays:
-        evict(fetched.downloaded)
+    fetched = None if ahead.cancelled() or ahead.exception() else ahead.result().downloaded
+    if fetched is not None and checkpoint.source not in stays:
+        evict(fetched)
 
 
 def _fetched(checkpoint: Checkpoint, ahead: Future[Fetched]) -> Fetched:

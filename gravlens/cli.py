@@ -154,9 +154,10 @@ def locate(
     """Locate v_rev: the direction from the anchor towards the witness, layer by layer."""
     history = ModelSequence.from_toml(sequence)
     place = Placement(device, dtype)
-    found = (
-        locate_vrev(history, placement=place) if layer is None else locate_vrev(history, layer=layer, placement=place)
-    )
+    if layer is None:
+        found = locate_vrev(history, placement=place)
+    else:
+        found = locate_vrev(history, layer=layer, placement=place)
     table = Table("layer", "distance", "reliability", "remark", title="v_rev")
     for v in found if isinstance(found, Directions) else [found]:
         table.add_row(str(v.layer), f"{v.distance:.4g}", f"{v.reliability:.3f}", v.undefined or "")

@@ -249,8 +249,8 @@ def _estimate(
 
 
 def _noise(residuals: Residuals, anchor: np.ndarray) -> float:
-    dtypes = residuals.meta.get("dtype", ["float32"])  # each maybe with a quantisation after it
-    epsilon = max((EPSILON.get(name.split(",")[0], 2.0**-8) for name in dtypes), default=2.0**-23)
+    # quantised weights may compute in less than their dtype says: the coarsest is taken
+    epsilon = max((EPSILON.get(name, 2.0**-8) for name in residuals.meta.get("dtype", ["float32"])), default=2.0**-23)
     return NOISE_ROUNDINGS * epsilon * float(np.linalg.norm(anchor.astype(np.float64), axis=1).mean())
 
 

@@ -115,7 +115,8 @@ def stored_dtypes(folder: Path) -> dict[torch.dtype | str, int]:
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for part in (file.get_slice(name) for name in file.keys()):  # noqa: SIM118
-                dtype = STORED_AS.get(part.get_dtype(), part.get_dtype())
+                kind: str = part.get_dtype()  # pyright: ignore[reportAssignmentType]
+                dtype = STORED_AS.get(kind, kind)
                 numbers[dtype] = numbers.get(dtype, 0) + math.prod(part.get_shape())
     return numbers
 

@@ -94,7 +94,7 @@ def evict(snapshot: Path) -> None:
     """
     failure = ""
     try:
-        found = scan_cache_dir()
+        found = scan_cache_dir(snapshot.parents[2])
         # A fork has commits of the same name, and only this repository's was downloaded here.
         own = frozenset(repo for repo in found.repos if repo.repo_path == snapshot.resolve().parents[1])
         replace(found, repos=own).delete_revisions(snapshot.name).execute()

@@ -25,7 +25,8 @@ def inspect_sequence(sequence: ModelSequence) -> pd.DataFrame:
         One row per checkpoint: `role` (witness, anchor, or the run), `step`, `source`, `tensors`, `parameters`,
         `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (tensors that the
         distance is over), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor; NaN without
-        either), `remark` (why a checkpoint was skipped). Distances are NaN where a model is no plain Hugging Face one, or quantised.
+        either), `remark` (why a checkpoint was skipped). Distances are NaN where a model is no plain
+        Hugging Face one, or quantised.
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.

@@ -41,8 +41,9 @@ def quantisation(module: nn.Module) -> str | None:
         return found
     for weight in inner.parameters():  # quantised by hand, which no configuration says
         if not weight.is_floating_point() or type(weight.data).__module__.startswith("torchao"):
-            kind = type(weight) if type(weight) is not nn.Parameter else type(weight.data)
-            return f"quantised ({kind.__name__})"
+            kinds = [type(one).__name__ for one in (weight, weight.data)]
+            kind = next((kind for kind in kinds if kind not in ("Parameter", "Tensor")), str(weight.dtype))
+            return f"quantised ({kind.removeprefix('torch.')})"
     return None
 
 

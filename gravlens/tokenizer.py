@@ -87,7 +87,7 @@ def _same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether two folders hold the same files of a tokenizer, which need not be opened twice."""
     if isinstance(one.source, nn.Module) or isinstance(other.source, nn.Module):
         return False
-    a, b = (local_folder(each.source, weights=False) for each in (one, other))
+    a, b = local_folder(one.source, weights=False), local_folder(other.source, weights=False)
     same, _, _ = filecmp.cmpfiles(a, b, _TOKENIZER_FILES, shallow=False)
     absent = [name for name in _TOKENIZER_FILES if not (a / name).exists() and not (b / name).exists()]
     return "tokenizer.json" in same and len(same) + len(absent) == len(_TOKENIZER_FILES)

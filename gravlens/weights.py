@@ -67,8 +67,8 @@ def orthogonalized(source: Checkpoint | Path | str | nn.Module | OpenModel, dire
 
     Raises:
         GravlensError: directions of several layers, a direction that is undefined, not of unit length or of another
-            width; a model that is no plain Hugging Face model in fp32 or fp64, or quantised; an architecture that rescales a write
-            after it (Gemma 2 and 3, OLMo 2) or that writes in another way.
+            width; a model that is no plain Hugging Face model in fp32 or fp64, or quantised; an architecture that
+            rescales a write after it (Gemma 2 and 3, OLMo 2) or that writes in another way.
     """
     model = _own_copy(source)
     vector = _vector_of(direction, model)

@@ -302,9 +302,9 @@ def test_folders_are_swapped_into_one_model(
 def spied(calls: list[Any]) -> Any:
     from gravlens.models import load_huggingface
 
-    def load(*given: Any) -> Any:
+    def load(*given: Any, **named: Any) -> Any:
         calls.append(given)
-        return load_huggingface(*given)
+        return load_huggingface(*given, **named)
 
     return load
 
