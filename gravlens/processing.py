@@ -98,7 +98,8 @@ def is_folded(module: Any, kind: Kind) -> bool:
     """
     if kind == "huggingface":
         return False
-    return module.cfg.normalization_type == "RMSPre" or _all_centred(_lens(module, (), ("attn.W_Q", "mlp.W_in"), -2))
+    bare_rms = getattr(module.cfg, "normalization_type", None) == "RMSPre"
+    return bare_rms or _all_centred(_lens(module, (), ("attn.W_Q", "mlp.W_in"), -2))
 
 
 def folded_apart(folded: Checkpoint, kind: Kind, other: Checkpoint) -> GravlensError:

@@ -86,7 +86,7 @@ def test_the_tables_and_the_figure_of_a_planted_history(history: Path) -> None:
     of_a = at_the_end(drift, "a")
     assert of_a[of_a["order"].str.startswith("v_rev")]["share"].to_numpy() == pytest.approx([1, 0, 0, 0], abs=1e-4)
 
-    # Of two collinear ancestors only the difference is determined; how it is shared out depends on the machine's rounding.
+    # Of two collinear ancestors only the difference is determined; rounding shares it out, another way on each machine.
     for run, other in (("a", 0), ("b", 0.5)):
         found = at_the_end(pulls, run).set_index("witness")["coefficient"]
         assert found["witness"] - found[ancestors[0]] == pytest.approx(0.4, abs=1e-4)
