@@ -1,5 +1,6 @@
 """Opened models of every family behind one face; with `bridge.py` and `tokenizer.py` all that knows the libraries."""
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def open_model(
 
     A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
     weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is. An
-    `OpenModel` is returned unchanged.
+    `OpenModel` is returned unchanged. Without `tokenizer` it is read with the checkpoint's, after its `template`.
 
     Raises:
         GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model; an
@@ -82,7 +83,7 @@ def open_model(
         return source
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint("this checkpoint", source)
     if isinstance(checkpoint.source, nn.Module):
-        return _adopt(checkpoint.source, tokenizer, {})
+        return _adopt(checkpoint.source, tokenizer or checkpoint_tokenizer(checkpoint), {})
     base, *adapters = lineage(checkpoint)
     module = load_huggingface(base, dtype)
     tokenizer = tokenizer or checkpoint_tokenizer(checkpoint)
@@ -130,7 +131,21 @@ def load_tokenizer(source: Path | str) -> Any | None:
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any | None:
-    """A checkpoint's own tokenizer (an adapter's, or else its base's), or None."""
+    """The tokenizer that a checkpoint is read with, after its `template`; or None."""
+    if isinstance(checkpoint.template, Checkpoint):
+        return checkpoint_tokenizer(checkpoint.template)
+    own = own_tokenizer(checkpoint)
+    if own is None or checkpoint.template == "own" or not getattr(own, "chat_template", None):
+        return own
+    plain = copy.deepcopy(own)  # the user's own stays as it was
+    plain.chat_template = None
+    return plain
+
+
+def own_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None."""
+    if checkpoint.tokenizer is not None:
+        return checkpoint.tokenizer
     if isinstance(checkpoint.source, nn.Module):
         return getattr(checkpoint.source, "tokenizer", None)
     return next((found for folder in reversed(lineage(checkpoint)) if (found := load_tokenizer(folder))), None)
@@ -202,7 +217,8 @@ def open_each(
             opened = None  # the old weights go before the new ones come
             # A bridge takes no adapter, so there it is merged before the bridge is made.
             first = checkpoint if through == "bridge" else base
-            opened, config = open_model(first, tokenizer=tokenizer, through=through), wanted
+            own = tokenizer or checkpoint_tokenizer(checkpoint)
+            opened, config = open_model(first, tokenizer=own, through=through), wanted
         else:
             swap_weights(opened, base)
         if adapters:

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.checkpoints import Checkpoint, ModelSequence, Prompts
 from gravlens.errors import GravlensError, check_layer
 from gravlens.inference import run_trunk
 from gravlens.models import OpenModel, check_same_shape, open_each, resid_post
-from gravlens.prompts import Batch, PromptSet, encode, last_positions, pad
+from gravlens.prompts import Batch, encode, last_positions, pad
 from gravlens.store import read_tensors, write_tensors
 from gravlens.tokenizer import check_vocabulary, sequence_tokenizer
 
@@ -34,7 +34,7 @@ class Residuals:
         checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
         layers: layer numbers, ascending.
         prompts: digest of the prompt set.
-        meta: what it was made from: read position, dtype, chat template, sources.
+        meta: what it was made from: read position, dtype, chat template, system prompt, sources.
     """
 
     values: Float[np.ndarray, "checkpoint prompt layer d_model"] = field(repr=False)
@@ -86,7 +86,7 @@ class Residuals:
 
 def cache_residuals(
     sequence: ModelSequence,
-    prompts: PromptSet | Sequence[str] | Path | str | None = None,
+    prompts: Prompts | None = None,
     *,
     layers: Sequence[int] | None = None,
     positions: Positions = "last",
@@ -100,7 +100,7 @@ def cache_residuals(
 
     Args:
         sequence: the history.
-        prompts: default: the sequence's probes.
+        prompts: default: the sequence's probes; under its system prompt, if they have none of their own.
         layers: default: all.
         positions: `"last"`, the last prompt token (after the template's generation prompt), or a negative index
             counted from the end (−1 is the last).
@@ -113,7 +113,7 @@ def cache_residuals(
     Raises:
         GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened or has another shape.
     """
-    prompts = sequence.require_probes() if prompts is None else PromptSet.of(prompts)
+    prompts = sequence.require_probes() if prompts is None else sequence.prompts_of(prompts)
     tokenizer = sequence_tokenizer(sequence, prompts)
     ids = encode(tokenizer, prompts)
     wanted = list(sequence if checkpoints is None else checkpoints)
@@ -134,6 +134,7 @@ def cache_residuals(
         "positions": positions,
         "dtype": sorted(dtypes),
         "chat_template": sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none",
+        **({"system": prompts.system} if prompts.system else {}),
         "sources": {checkpoint.name: checkpoint.described for checkpoint in wanted},
     }
     return Residuals(np.stack(rows), tuple(c.name for c in wanted), tuple(layers or ()), prompts.digest, meta)

@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
-    "errors prompts store folders hub sequence_file checkpoints adapters bridge models tokenizer inference gguf "
-    "residuals behavior strongreject judges divergence covariance directions estimators trajectory geometry subspaces "
-    "interventions hooks weights nulls choices noise controls damage resampling crossfit decomposition inspection "
-    "readout effects selectivity tradeoff demands claims "
+    "errors prompt_files prompts store folders hub sequence_file checkpoints adapters bridge models tokenizer "
+    "inference gguf residuals contrasts behavior strongreject judges divergence covariance directions estimators "
+    "trajectory geometry subspaces interventions hooks weights nulls choices noise controls damage resampling "
+    "crossfit decomposition inspection readout effects selectivity tradeoff demands claims "
     "refusal leaks blocking blockers finetune arms plots frontiers heatmaps paper report fetch settings "
     "experiment gathering findings comparison reproduce cli"
 ).split()
