@@ -2,7 +2,7 @@
 
 Does memory grow with the number of prompts or of checkpoints? `cache_residuals` into a store, and `residual_moments`,
 each case in a process of its own: anonymous memory (the process's own; pages of mapped files do not count) at its
-highest, over what was held before, less one model's weights. A Llama of random weights, 4 layers of width 256. Linux
+highest, over what was held before, less one model's weights (`mib`). A Llama of random weights, 4 layers of width 256. Linux
 alone says these. Writes residual_memory.json.
 """
 
@@ -34,8 +34,8 @@ MIB = 2**20
 
 @app.command()
 def main(
-    prompts: Annotated[str, typer.Option(help="Numbers of prompts, beside the least number of checkpoints.")] = "512,8192",
-    checkpoints: Annotated[str, typer.Option(help="Numbers of checkpoints, beside the least of prompts.")] = "2,16",
+    prompts: Annotated[str, typer.Option(help="Numbers of prompts, with few checkpoints.")] = "512,8192",
+    checkpoints: Annotated[str, typer.Option(help="Numbers of checkpoints, with few prompts.")] = "2,16",
     out: Annotated[Path, typer.Option(help="Folder for residual_memory.json.")] = Path("."),
     child: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -51,7 +51,9 @@ def main(
         rows = [run(how, *case, Path(folder), size) for how in ("store", "mean", "covariance") for case in cases]
     write_json(out / "residual_memory.json", {"weights_mib": size / MIB, "rows": rows})
     for row in rows:
-        typer.echo("  ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
+        typer.echo(
+            "  ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+        )
 
 
 def write_folders(home: Path, count: int) -> int:
@@ -61,9 +63,9 @@ def write_folders(home: Path, count: int) -> int:
     with quiet():
         for step in range(count):
             torch.manual_seed(step)
-            LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **shape)).save_pretrained(
-                home / f"step{step}"
-            )
+            LlamaForCausalLM(
+                LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **shape)
+            ).save_pretrained(home / f"step{step}")
             tokenizer.save_pretrained(home / f"step{step}")
     return sum(path.stat().st_size for path in weight_files(home / "step0"))
 
@@ -73,7 +75,7 @@ def run(how: str, prompts: int, checkpoints: int, home: Path, size: int) -> dict
     command = [sys.executable, __file__, "--child", f"{how},{prompts},{checkpoints},{home}"]
     peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     above = (peak * 1024 - size) / MIB
-    return {"read": how, "prompts": prompts, "checkpoints": checkpoints, "mib_above_the_model": above}
+    return {"read": how, "prompts": prompts, "checkpoints": checkpoints, "mib": above}
 
 
 def measure(how: str, prompts: int, checkpoints: int, home: Path) -> int:
@@ -83,7 +85,9 @@ def measure(how: str, prompts: int, checkpoints: int, home: Path) -> int:
     words = " ".join(held_out_prompts()).split()
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(words, size=rng.integers(5, 20))) for _ in range(prompts)]
-    sequence = ModelSequence.from_folders(witness=folders[0], anchor=folders[1], runs={"run": folders[2:]} if folders[2:] else {})
+    sequence = ModelSequence.from_folders(
+        witness=folders[0], anchor=folders[1], runs={"run": folders[2:]} if folders[2:] else {}
+    )
     before, peaks, done = anonymous(), [0], Event()
 
     def sample() -> None:

@@ -1,9 +1,9 @@
 """python benchmarks/residuals.py    (needs nnsight beside gravlens; see --help)
 
 What it costs to read the residual stream of checkpoints: gravlens, TransformerLens, Hugging Face and nnsight on the
-same folders and prompts, interleaved in one process. All give the last token's state after each of 12 blocks, and each is
-held against the others' states before it is timed. A Llama of random weights, 12 layers of width 512; chat prompts of
-mixed length, once behind a system prompt of 40 tokens that all share, once without it.
+same folders and prompts, interleaved in one process. All give the last token's state after each of 12 blocks, and
+each is held against the others' states before it is timed. A Llama of random weights, 12 layers of width 512; chat
+prompts of mixed length, once behind a system prompt of 40 tokens that all share, once without it.
 
 *End to end* is: open the checkpoint's folder, run, write the states. *Pass* is the model's run alone. The floor is the
 pass of the bare backbone over all tokens, sorted by length, 32 prompts at a time, right-padded, no hooks; every figure

@@ -28,6 +28,9 @@ from .claims import claim as claim
 from .comparison import compare_arms as compare_arms
 from .comparison import compare_layers as compare_layers
 from .comparison import orderings as orderings
+from .contrasts import Contrast as Contrast
+from .contrasts import cache_contrasts as cache_contrasts
+from .contrasts import read_contrast as read_contrast
 from .controls import AnchorRatio as AnchorRatio
 from .controls import anchor_ratio as anchor_ratio
 from .controls import closure as closure
@@ -119,6 +122,7 @@ from .plots import plot_layers as plot_layers
 from .prompts import Example as Example
 from .prompts import PromptSet as PromptSet
 from .prompts import read_examples as read_examples
+from .prompts import read_prompts as read_prompts
 from .readout import readout as readout
 from .readout import readout_openings as readout_openings
 from .refusal import choose_refusal as choose_refusal

@@ -21,7 +21,6 @@ from gravlens.prompts import Example, PromptSet
 from gravlens.refusal import refusal_candidates
 from gravlens.residuals import Residuals
 from gravlens.subspaces import Spans, Subspaces, drift_subspaces, orthogonal_part, random_spans, whole_state
-from gravlens.tokenizer import sequence_tokenizer
 
 UNBLOCKED = "unblocked"
 LATE = 6  # layers at most of an exact projection: each costs a backward pass
@@ -132,8 +131,8 @@ def everything(grounds: Grounds) -> Subspaces:
 
 def harmful_minus_harmless(grounds: Grounds) -> Directions:
     """The anchor's difference of means between the probes and harmless prompts, a layer each (Arditi et al. 2024)."""
-    anchor = open_model(grounds.sequence.anchor, tokenizer=sequence_tokenizer(grounds.sequence))
-    found = Directions(refusal_candidates(anchor, harmful=grounds.probes, harmless=grounds.harmless))
+    anchor, harmless = open_model(grounds.sequence.anchor), replace(grounds.harmless, system=grounds.probes.system)
+    found = Directions(refusal_candidates(anchor, harmful=grounds.probes, harmless=harmless))
     return Directions(tuple(replace(found[v.layer], distance=v.distance) for v in grounds.vs))
 
 

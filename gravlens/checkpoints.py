@@ -3,7 +3,7 @@
 import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +13,13 @@ from torch import nn
 from gravlens.errors import GravlensError
 from gravlens.folders import trained_steps, weight_files
 from gravlens.hub import existing, is_hub_id, repository_of, revision_of
-from gravlens.prompts import PromptSet
-from gravlens.sequence_file import read_sequence_file
+from gravlens.prompts import PromptSet, check_system
+from gravlens.sequence_file import PROMPT_KEYS, read_sequence_file
 
 ChatTemplate = Literal["own", "anchor", "none"]
 Source = Path | str | nn.Module
 Folders = Path | str | Sequence[Path | str]
-Prompts = PromptSet | Sequence[str] | Path | str
+Prompts = PromptSet | Sequence[str] | Path | str | Any  # a datasets.Dataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +31,17 @@ class Checkpoint:
         source: the folder, the hub id (`owner/name` or `owner/name@revision`), or the model.
         step: optimizer steps since the anchor, for the checkpoints of a run.
         base: where the source is a PEFT adapter, what it is added to; None: what its own configuration names.
+        template: whose chat template it is read with: its `own`, `none`, or that (and the tokenizer) of another
+            checkpoint. A sequence sets it for its checkpoints, by its `chat_template`.
+        tokenizer: one that is handed over, for a model in memory that carries none. A sequence sets it too.
     """
 
     name: str
     source: Source
     step: int | None = None
     base: "Checkpoint | None" = field(default=None, repr=False)
+    template: "Checkpoint | Literal['own', 'none']" = "own"
+    tokenizer: Any | None = field(default=None, repr=False)
 
     @property
     def revision(self) -> str | None:
@@ -82,7 +87,9 @@ class ModelSequence:
         harmless: harmless prompts, for over-refusal.
         tokenizer: one for all models in memory that carry none; folders bring their own.
         chat_template: `own` (witness and anchor must agree), `anchor` (the anchor's for all: an explicit choice for
-            a base model that never saw a template), or `none` (prompts are read as they are).
+            a base model that never saw a template), or `none` (prompts are read as they are). Each checkpoint holds
+            the choice as its `template`, so that `open_model(sequence.anchor)` and `finetune` read alike.
+        system: a system prompt for all prompts that have none of their own.
         skipped: checkpoints that a `Run(..., missing="skip")` left out -> why.
     """
 
@@ -95,6 +102,7 @@ class ModelSequence:
     tokenizer: Any | None = None
     chat_template: ChatTemplate = "own"
     skipped: Mapping[str, str] = field(default_factory=dict)
+    system: str = ""
 
     def __post_init__(self) -> None:
         for name in self.runs:
@@ -105,6 +113,31 @@ class ModelSequence:
                 "It says whose chat template all checkpoints are read with.",
                 "'own', 'anchor' or 'none'.",
             )
+        check_system(self.system)
+        anchor = self._read_alike(self.anchor, "none" if self.chat_template == "none" else "own")
+        others = anchor if self.chat_template == "anchor" else anchor.template
+        runs = {name: tuple(self._read_alike(one, others) for one in run) for name, run in self.runs.items()}
+        held: dict[str, Any] = {"witness": self._read_alike(self.witness, others), "anchor": anchor, "runs": runs}
+        sets = {name: getattr(self, name) for name in PROMPT_KEYS}
+        held |= {name: self.prompts_of(prompts) for name, prompts in sets.items() if prompts is not None}
+        for name, value in held.items():
+            object.__setattr__(self, name, value)
+
+    def _read_alike(self, checkpoint: Checkpoint, template: Any) -> Checkpoint:
+        return replace(checkpoint, template=template, tokenizer=self.tokenizer or checkpoint.tokenizer)
+
+    def prompts_of(self, prompts: Prompts, role: str = "prompts") -> PromptSet:
+        """Prompts as a set, under the sequence's system prompt where they have none of their own."""
+        made = PromptSet.of(prompts, role)
+        return made if made.system else replace(made, system=self.system)
+
+    def with_system(self, system: str) -> "ModelSequence":
+        """The same history, its prompts read under a system prompt ("" for none); prompts with their own keep it."""
+        sets = {name: prompts for name in PROMPT_KEYS if (prompts := getattr(self, name)) is not None}
+        bare: dict[str, Any] = {
+            name: replace(prompts, system="") for name, prompts in sets.items() if prompts.system == self.system
+        }
+        return replace(self, system=system, **bare)
 
     @classmethod
     def from_folders(
@@ -179,7 +212,8 @@ class ModelSequence:
         """Read a history that a person wrote by hand; paths are relative to the file. See docs/sequence.md."""
         table = read_sequence_file(Path(path))
         runs = {name: Run(**run) for name, run in table.pop("runs", {}).items()}
-        return cls.from_folders(**table, runs=runs)
+        system = table.pop("system", "")
+        return cls.from_folders(**table, runs=runs).with_system(system)
 
     def __iter__(self) -> Iterator[Checkpoint]:
         """Witness, anchor, then every checkpoint of every run."""
@@ -203,6 +237,7 @@ class ModelSequence:
         rows += [(name, f"steps {', '.join(str(c.step) for c in run)}") for name, run in self.runs.items()]
         rows += [("skipped", name) for name in self.skipped]
         rows += [("probes", f"{len(self.probes)} prompts" if self.probes else "none"), ("chat", self.chat_template)]
+        rows += [("system", self.system)] if self.system else []
         cells = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in rows)
         return f"<table><caption>ModelSequence</caption>{cells}</table>"
 

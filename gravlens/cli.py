@@ -117,7 +117,8 @@ def inspect_command(
         typer.echo(listed.to_json(orient="records"))
         return
     columns = ("role", "step", "source", "parameters", "dtype", "digest", "distance", "cosine", "remark")
-    table = Table(*columns, title="history")
+    read = f"chat template: {listed.attrs['chat_template']}; system prompt: {listed.attrs['system'] or 'none'}"
+    table = Table(*columns, title="history", caption=escape(read))
     for row in listed[list(columns)].astype(object).where(listed[list(columns)].notna(), None).to_dict("records"):
         shown = {**row, "digest": (row["digest"] or "")[:12]}
         table.add_row(*(escape(_cell(value)) for value in shown.values()))

@@ -14,10 +14,11 @@ from gravlens.checkpoints import Checkpoint
 from gravlens.controls import substitute
 from gravlens.directions import locate_vrev
 from gravlens.errors import GravlensError
-from gravlens.models import OpenModel, open_each
+from gravlens.models import OpenModel
 from gravlens.precision import check_unquantised
 from gravlens.residuals import Residuals
 from gravlens.subspaces import NOTHING_LEFT, Spans, leading_components
+from gravlens.swapping import open_each
 from gravlens.trajectory import drift_per_prompt, drifts
 
 OWN, REST, WHOLE = "top_components", "rest", "all"

@@ -9,15 +9,15 @@ from typing import Any, overload
 import numpy as np
 from jaxtyping import Float
 
-from gravlens.checkpoints import ModelSequence
+from gravlens.checkpoints import ModelSequence, Prompts
 from gravlens.errors import GravlensError
 from gravlens.placement import Placement
-from gravlens.prompts import PromptSet
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.store import read_tensors, write_tensors
 
 Estimator = Callable[[Float[np.ndarray, "prompt d_model"], Float[np.ndarray, "prompt d_model"]], np.ndarray]
 
+FACTS = ("positions", "chat_template", "system", "contrast", "geometry")  # of the residuals, in `made_from`
 # A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
 # (the same prompt in another batch or with other padding differs by less: tests/test_directions.py).
 NOISE_ROUNDINGS = 16.0
@@ -166,7 +166,7 @@ def locate_vrev(
     source: ModelSequence | Residuals,
     *,
     layer: int | None = None,
-    prompts: PromptSet | Sequence[str] | Path | str | None = None,
+    prompts: Prompts | None = None,
     estimator: Estimator = difference_of_means,
     placement: Placement = Placement(),
 ) -> Direction | Directions:
@@ -228,7 +228,7 @@ def _estimate(
 ) -> Direction:
     difference = estimator(witness, anchor)
     distance = float(np.linalg.norm(difference))
-    noise = _noise(residuals, anchor)
+    noise = _noise(residuals, layer)
     undefined = None
     if not distance > noise:
         undefined = f"witness and anchor differ by {distance:.2g}, the forward pass's own noise reaches {noise:.2g}"
@@ -241,17 +241,22 @@ def _estimate(
         prompts=residuals.prompts,
         made_from={
             **{name: residuals.meta.get("sources", {}).get(name, name) for name in ("witness", "anchor")},
-            **{key: residuals.meta[key] for key in ("positions", "chat_template", "geometry") if key in residuals.meta},
+            **{key: residuals.meta[key] for key in FACTS if key in residuals.meta},
             "n_prompts": len(witness),
         },
         undefined=undefined,
     )
 
 
-def _noise(residuals: Residuals, anchor: np.ndarray) -> float:
+def _noise(residuals: Residuals, layer: int) -> float:
+    i = residuals.layers.index(layer)
+    # Contrasts are shorter than the states that they are differences of, and whose rounding they have.
+    lengths = residuals.meta.get("state_lengths")
+    anchor = residuals.of("anchor")[:, i].astype(np.float64)
+    length = lengths[i] if lengths else float(np.linalg.norm(anchor, axis=1).mean())
     # quantised weights may compute in less than their dtype says: the coarsest is taken
     epsilon = max((EPSILON.get(name, 2.0**-8) for name in residuals.meta.get("dtype", ["float32"])), default=2.0**-23)
-    return NOISE_ROUNDINGS * epsilon * float(np.linalg.norm(anchor.astype(np.float64), axis=1).mean())
+    return NOISE_ROUNDINGS * epsilon * length
 
 
 def _reliability(witness: np.ndarray, anchor: np.ndarray, estimator: Estimator) -> float:

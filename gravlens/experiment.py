@@ -30,13 +30,13 @@ from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.directions import locate_vrev
 from gravlens.divergence import kl_from
 from gravlens.finetune import finetune
-from gravlens.models import OpenModel, open_each, open_model
+from gravlens.models import OpenModel, open_model
 from gravlens.noise import update_norms, weight_noise
 from gravlens.prompts import Example, PromptSet
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting
 from gravlens.store import once, write_json
-from gravlens.tokenizer import sequence_tokenizer
+from gravlens.swapping import open_each
 
 PROMPT_SETS = ("probes", "held_out")
 N_HARMLESS = 32  # prompts of the data that a harmful − harmless contrast is made with
@@ -187,7 +187,7 @@ def draw_noise(setting: Setting, step: int, home: Path) -> Path:
         mean = {name: float(np.mean([one[name] for one in norms if name in one])) for name in norms[0]}
         vs = locate_vrev(load_states(home, "measured", "probes"))
         rng = np.random.default_rng([step, setting.noise[step]])
-        anchor = open_model(sequence.anchor, tokenizer=sequence_tokenizer(sequence))
+        anchor = open_model(sequence.anchor)
         prompts = setting.prompts(home)["held_out"]
         null = weight_noise(anchor, vs, prompts, norms={step: mean}, draws=setting.noise[step], rng=rng)
         np.savez(folder / "draws.npz", cosines=null.cosines, layers=np.array(null.layers))
@@ -230,11 +230,14 @@ def blocker_of(setting: Setting, arm: Arm, seed: int, home: Path) -> Blocker | N
 
 def refusals_of(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:
     """The probes, refused in each wording in turn."""
-    return [Example(prompt, wordings[i % len(wordings)]) for i, prompt in enumerate(probes)]
+    return [Example(prompt, wordings[i % len(wordings)], probes.system) for i, prompt in enumerate(probes)]
 
 
 def _harmless(examples: Sequence[Example]) -> PromptSet:
-    return PromptSet(tuple(dict.fromkeys(example.prompt for example in examples))[:N_HARMLESS], "harmless")
+    """The first distinct prompts; a prompt set has one system prompt, so those under the first one's."""
+    system = examples[0].system if examples else ""
+    texts = dict.fromkeys(example.prompt for example in examples if example.system == system)
+    return PromptSet(tuple(texts)[:N_HARMLESS], "harmless", system)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------

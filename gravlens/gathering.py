@@ -37,7 +37,6 @@ from gravlens.resampling import bootstrap_alignment
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting
 from gravlens.store import once
-from gravlens.tokenizer import sequence_tokenizer
 from gravlens.trajectory import Trajectory, drift_per_prompt, follow
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
@@ -208,7 +207,7 @@ def damage_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int
 
     def make(folder: Path) -> None:
         sequence, prompts = sequence_of(setting, home), setting.prompts(home)["held_out"]
-        anchor = open_model(sequence.anchor, tokenizer=sequence_tokenizer(sequence))
+        anchor = open_model(sequence.anchor)
         score = partial(refusal_log_odds, openings=setting.measures.refusals)
         table = measure_damage(anchor, vs, prompts, damages=damages, layers_in_mean=layers, score=score)
         table.to_csv(folder / "damage.csv", index=False)

@@ -80,10 +80,10 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
         residuals: raw states that hold `witness` and `anchor`.
         estimator: (witness states, anchor states) [prompt, d_model] -> [d_model], in the geometry.
     """
-    anchor, plain = residuals.of("anchor"), locate_vrev(residuals)
+    width, plain = residuals.values.shape[-1], locate_vrev(residuals)
     found = []
-    for i, direction in enumerate(locate_vrev(geometry.apply(residuals), estimator=estimator)):
-        floor = _noise(residuals, anchor[:, i]) * _gain(geometry.maps[direction.layer], anchor.shape[-1])
+    for direction in locate_vrev(geometry.apply(residuals), estimator=estimator):
+        floor = _noise(residuals, direction.layer) * _gain(geometry.maps[direction.layer], width)
         undefined = plain[direction.layer].undefined or direction.undefined
         if undefined is None and not direction.distance > floor:
             undefined = f"witness and anchor differ by {direction.distance:.2g} in the {geometry.name} geometry, where "

@@ -26,7 +26,7 @@ def inspect_sequence(sequence: ModelSequence) -> pd.DataFrame:
         `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (tensors that the
         distance is over), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor; NaN without
         either), `remark` (why a checkpoint was skipped). Distances are NaN where a model is no plain
-        Hugging Face one, or quantised.
+        Hugging Face one, or quantised. `attrs` has `chat_template` and `system`, how the sequence reads prompts.
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
@@ -46,7 +46,9 @@ def inspect_sequence(sequence: ModelSequence) -> pd.DataFrame:
     for source, why in sequence.skipped.items():
         role, _, folder = source.partition(": ")
         rows.append({"role": role, "source": folder, "remark": f"skipped: {why}"})
-    return pd.DataFrame(rows).astype(dict.fromkeys(("step", "tensors", "parameters", "compared"), "Int64"))
+    table = pd.DataFrame(rows).astype(dict.fromkeys(("step", "tensors", "parameters", "compared"), "Int64"))
+    table.attrs = {"chat_template": sequence.chat_template, "system": sequence.system}
+    return table
 
 
 def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

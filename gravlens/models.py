@@ -1,29 +1,29 @@
 """Opened models of every family behind one face; all that knows the libraries, with `processing.py`,
 `bridge.py` and `tokenizer.py`."""
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from gravlens.adapters import lineage, merge_adapter
-from gravlens.ahead import in_turn
 from gravlens.bridge import boot_bridge
 from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError, check_layer
-from gravlens.folders import architecture, held_dtype, is_adapter, shapes_of, stored_dtype, tensors_of, weight_files
+from gravlens.folders import is_adapter, stored_dtype, weight_files
 from gravlens.hub import local_folder
-from gravlens.placement import DeviceMap, Placement, as_device, check_map, no_offloading, no_room
-from gravlens.precision import as_dtype, check_unquantised, is_quantised_folder, quantisation, quantisation_of
-from gravlens.processing import Kind, check_not_centred, folded_apart, is_folded
+from gravlens.placement import DeviceMap, as_device, check_map, no_offloading, no_room
+from gravlens.precision import as_dtype, quantisation
+from gravlens.processing import Kind, check_not_centred
 from gravlens.store import damaged
 
 
@@ -89,8 +89,9 @@ def open_model(
 
     A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
     weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is, where it
-    is, quantised or not, unless its writing weights were centred. An `OpenModel` is returned unchanged. `device`,
-    `dtype` and `device_map` are `Placement`'s.
+    is, quantised or not, unless its writing weights were centred. An `OpenModel` is returned unchanged. Without
+    `tokenizer` it is read with the checkpoint's, after its `template`. `device`, `dtype` and `device_map` are
+    `Placement`'s.
 
     Raises:
         GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model; an
@@ -101,7 +102,7 @@ def open_model(
         return source
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint("this checkpoint", source)
     if isinstance(checkpoint.source, nn.Module):
-        return _adopt(checkpoint, checkpoint.source, tokenizer, {})
+        return _adopt(checkpoint, checkpoint.source, tokenizer or checkpoint_tokenizer(checkpoint), {})
     base, *adapters = lineage(checkpoint)
     module = load_huggingface(base, dtype, device=device, device_map=device_map)
     tokenizer = tokenizer or checkpoint_tokenizer(checkpoint)
@@ -141,7 +142,7 @@ def load_huggingface(
     except torch.OutOfMemoryError as error:
         raise no_room(source, error) from error
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise _not_opened(source, error) from error
+        raise not_opened(source, error) from error
     model, report = loaded
     if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
         raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) found no room on a device")
@@ -165,14 +166,29 @@ def load_tokenizer(source: Path | str) -> Any | None:
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any | None:
-    """A checkpoint's own tokenizer (an adapter's, or else its base's), or None."""
+    """The tokenizer that a checkpoint is read with, after its `template`; or None."""
+    if isinstance(checkpoint.template, Checkpoint):
+        return checkpoint_tokenizer(checkpoint.template)
+    own = own_tokenizer(checkpoint)
+    if own is None or checkpoint.template == "own" or not getattr(own, "chat_template", None):
+        return own
+    plain = copy.deepcopy(own)  # the user's own stays as it was
+    plain.chat_template = None
+    return plain
+
+
+def own_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None."""
+    if checkpoint.tokenizer is not None:
+        return checkpoint.tokenizer
     if isinstance(checkpoint.source, nn.Module):
         return getattr(checkpoint.source, "tokenizer", None)
     folders = reversed(lineage(checkpoint, weights=False))
     return next((found for folder in folders if (found := load_tokenizer(folder))), None)
 
 
-def _not_opened(source: Path | str, error: Exception) -> GravlensError:
+def not_opened(source: Path | str, error: Exception) -> GravlensError:
+    """The error for a folder that transformers cannot open."""
     return GravlensError(
         f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
         "A folder written by save_pretrained, or a hub id in reach, is needed; no code of a checkpoint is run.",
@@ -215,153 +231,6 @@ def _huggingface_blocks(module: Any) -> nn.ModuleList:
 def resid_post(model: OpenModel, layer: int) -> nn.Module:
     """The module whose output (or its first part) is `blocks.{layer}.hook_resid_post` [prompt, pos, d_model]."""
     return model.blocks[check_layer(layer, model.n_layers)]
-
-
-# --- one model opened, weights swapped into it ------------------------------------------------------------------
-
-
-def open_each(
-    checkpoints: Iterable[Checkpoint],
-    *,
-    tokenizer: Any | None = None,
-    through: Literal["huggingface", "bridge"],
-    placement: Placement = Placement(),
-) -> Iterator[tuple[Checkpoint, OpenModel]]:
-    """Open checkpoints one after the other: one model stays open and the weights are swapped into it.
-
-    The model that is yielded is valid until the next one is asked for. Models in memory are yielded as they are. An
-    adapter is added to its base in place, and the base's weights are put back for the next one. Quantised folders are
-    opened anew, each. While one is read the next one's files are fetched (`placement.keep`).
-    """
-    opened: OpenModel | None = None
-    config: Any = None
-    with closing(in_turn(checkpoints, keep=placement.keep)) as turns:
-        for checkpoint, folders in turns:
-            if not folders:
-                yield checkpoint, open_model(checkpoint, tokenizer=tokenizer)
-                continue
-            base, *adapters = folders
-            wanted = _swappable(base, placement)
-            if opened is None or wanted is None or wanted != config or (adapters and through == "bridge"):
-                opened = None  # the old weights go before the new ones come
-                # A bridge takes no adapter, so there it is merged before the bridge is made.
-                first = checkpoint if adapters and through == "bridge" else base
-                opened, config = _opened(first, tokenizer, through, placement), wanted
-            else:
-                swap_weights(opened, base)
-                check_not_centred(checkpoint, opened.module, opened.kind, opened.blocks, opened.d_model)
-            if adapters:
-                opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
-                config = wanted if same else None  # embeddings that were untied do not fit the next weights
-            yield checkpoint, opened
-
-
-def _swappable(folder: Path, placement: Placement) -> Any:
-    """What two folders have in common whose weights go into one model; None where no other's do."""
-    if is_quantised_folder(folder) or (config := architecture(folder)) is None:
-        return None
-    return config, as_dtype(placement.dtype) or stored_dtype(folder)
-
-
-def _opened(
-    source: Checkpoint | Path, tokenizer: Any | None, through: Literal["huggingface", "bridge"], placement: Placement
-) -> OpenModel:
-    device, dtype, device_map = placement.device, placement.dtype, placement.device_map
-    opened = open_model(source, tokenizer=tokenizer, through=through, device=device, dtype=dtype, device_map=device_map)
-    if placement.keep is not None:
-        for weight in opened.weights.values():  # on the CPU a view of the file, whose room would stay taken
-            weight.data = weight.data.clone()
-    return opened
-
-
-def _with_adapters(model: OpenModel, adapters: Sequence[Path]) -> tuple[OpenModel, bool]:
-    """Add adapters in place; whether the weights still have the names that they had."""
-    for adapter in adapters:
-        merge_adapter(model.module, adapter)
-    weights = weights_of(model.module)
-    return replace(model, weights=weights), weights.keys() == model.weights.keys()
-
-
-def swap_weights(model: OpenModel, source: Path | str) -> None:
-    """Put a checkpoint's weights into a model that gravlens opened from a checkpoint of the same architecture.
-
-    Raises:
-        GravlensError: weights of other names or shapes, or quantised ones.
-    """
-    check_unquantised(model.module, "Swapping weights in")
-    folder = local_folder(source)
-    if is_quantised_folder(folder):
-        raise GravlensError(
-            f"{source} was saved quantised.", "Plain weights are swapped.", "open_each or open_model, which open it."
-        )
-    shapes, tensors = shapes_of(folder), tensors_of(folder)
-    if shapes.keys() != model.weights.keys():  # tied, or renamed: let transformers map the names
-        found = weights_of(load_huggingface(folder, held_dtype(folder, model.dtype)))
-        shapes, tensors = {name: tuple(tensor.shape) for name, tensor in found.items()}, iter(found.items())
-    wanted = {name: tuple(weight.shape) for name, weight in model.weights.items()}
-    if wrong := sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)):
-        raise _another_shape(source, wrong)
-    with torch.no_grad():
-        for name, tensor in tensors:
-            model.weights[name].copy_(tensor)
-
-
-def check_alike(checkpoints: Sequence[tuple[Checkpoint, OpenModel]]) -> None:
-    """Raise where the norms of one model were folded and those of another were not."""
-    unlike = {is_folded(model.module, model.kind): (checkpoint, model) for checkpoint, model in checkpoints}
-    if len(unlike) > 1:
-        raise folded_apart(unlike[True][0], unlike[True][1].kind, unlike[False][0])
-
-
-def one_shape(checkpoints: Sequence[Checkpoint]) -> tuple[int, int]:
-    """Number of layers and width of the residual stream, by the checkpoints' configurations; nothing is opened.
-
-    Raises:
-        GravlensError: no checkpoint, one without a readable configuration, or two of different shapes.
-    """
-    if not checkpoints:
-        raise GravlensError("No checkpoint was asked for.", "At least one is read.", "checkpoints=None for all.")
-    shapes = {checkpoint: _shape(checkpoint) for checkpoint in checkpoints}
-    (first, wanted), *others = shapes.items()
-    for checkpoint, shape in others:
-        if shape != wanted:
-            raise GravlensError(
-                f"{checkpoint.name} ({checkpoint.described}) has {shape[0]} layers of width {shape[1]}, "
-                f"{first.name} ({first.described}) has {wanted[0]} layers of width {wanted[1]}.",
-                "Checkpoints of one history have one shape.",
-                "checkpoints of one training history.",
-            )
-    return wanted
-
-
-def _shape(checkpoint: Checkpoint) -> tuple[int, int]:
-    if isinstance(checkpoint.source, nn.Module):
-        model = open_model(checkpoint)
-        return model.n_layers, model.d_model
-    folder = lineage(checkpoint, weights=False)[0]
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_opened(folder, error) from error
-    return config.num_hidden_layers, config.hidden_size
-
-
-def precision_of(checkpoint: Checkpoint, placement: Placement) -> str:
-    """The `precision` that a checkpoint will be opened in; its weights are not read."""
-    if isinstance(checkpoint.source, nn.Module):
-        return open_model(checkpoint).precision
-    folder = lineage(checkpoint)[0]
-    dtype = as_dtype(placement.dtype) or stored_dtype(folder) or torch.float32
-    return ", ".join(filter(None, [str(dtype).removeprefix("torch."), quantisation_of(folder)]))
-
-
-def _another_shape(source: Path | str, names: list[str]) -> GravlensError:
-    return GravlensError(
-        f"The weights of {source} have another shape or name than those before it ({', '.join(names[:3])}).",
-        "Checkpoints of one history have one shape.",
-        "checkpoints of one training history.",
-    )
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -1,11 +1,8 @@
 """Prompt sets, and the way from a prompt to token ids and read positions."""
 
-import csv
 import hashlib
-import io
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,21 +12,39 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gravlens.errors import GravlensError
+from gravlens.prompt_files import (
+    Entry,
+    Only,
+    PromptFormat,
+    check_rows,
+    format_of,
+    is_table,
+    read_entries,
+    read_rows,
+    source_name,
+)
+
+OPPOSED = ({"harmful", "harmless"}, {"harmful", "task"})
 
 
 class Example(NamedTuple):
-    """One supervised pair of a fine-tuning set."""
+    """One supervised pair of a fine-tuning set, and the system prompt it is read under."""
 
     prompt: str
     answer: str
+    system: str = ""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """An ordered set of user prompts with one role (`harmful`, `harmless`, `task`, or plain `prompts`)."""
+    """An ordered set of user prompts with one role (`harmful`, `harmless`, `task`, or plain `prompts`).
+
+    `system` is the system prompt that each is read under, as a turn of its own in the chat template.
+    """
 
     texts: tuple[str, ...]
     role: str = "prompts"
+    system: str = ""
 
     def __post_init__(self) -> None:
         if not self.texts or not all(isinstance(text, str) and text.strip() for text in self.texts):
@@ -39,6 +54,7 @@ class PromptSet:
                 "At least one prompt is needed, each a text that is not blank.",
                 "PromptSet.of(['How do I …?', …]) or a JSONL file with a key 'prompt' on each line.",
             )
+        check_system(self.system)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -47,69 +63,111 @@ class PromptSet:
         return iter(self.texts)
 
     def __getitem__(self, part: slice) -> "PromptSet":
-        return PromptSet(self.texts[part], self.role)
+        return replace(self, texts=self.texts[part])
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the texts, in their order."""
-        return hashlib.sha256("\x00".join(self.texts).encode()).hexdigest()
+        """SHA-256 of the texts, in their order, and of the system prompt where there is one."""
+        # No text is empty, so what comes after an empty one is the system prompt.
+        parts = [*self.texts, "", self.system] if self.system else self.texts
+        return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
 
     @classmethod
-    def of(cls, prompts: "PromptSet | Sequence[str] | Path | str", role: str = "prompts") -> "PromptSet":
-        """Make a prompt set of a list of texts or of a file; a `PromptSet` is returned as it is."""
+    def of(cls, prompts: Any, role: str = "prompts", *, column: str | None = None, system: str = "") -> "PromptSet":
+        """Make a prompt set of a list of texts, a file or a `datasets.Dataset`; a `PromptSet` stays as it is.
+
+        Args:
+            prompts: any of these; files and datasets as `read_prompts` reads them.
+            role: what they are.
+            column: the prompts' column, where it is not `prompt` or that of a known format.
+            system: a system prompt for all of them.
+
+        Raises:
+            GravlensError: no prompts, or a file that `read_prompts` refuses.
+        """
         if isinstance(prompts, PromptSet):
-            return prompts
-        if isinstance(prompts, str | Path):
-            return cls.from_file(prompts, role)
-        return cls(tuple(prompts), role)
+            return replace(prompts, system=system) if system else prompts
+        if isinstance(prompts, str | Path) or is_table(prompts):
+            return replace(read_prompts(prompts, role=role, column=column), system=system)
+        return cls(tuple(prompts), role, system)
 
-    @classmethod
-    def from_file(cls, path: Path | str, role: str = "prompts") -> "PromptSet":
-        """Read `.jsonl` or `.csv` (key or column `prompt`), or `.txt` (one prompt a line)."""
-        return cls(tuple(row["prompt"] for row in read_rows(Path(path), "prompt")), role)
+
+def read_prompts(
+    source: Any,
+    *,
+    role: str = "prompts",
+    format: str | None = None,
+    column: str | None = None,
+    only: Only | None = None,
+) -> PromptSet:
+    """The prompts of a file or a `datasets.Dataset`: a column `prompt`, or a published format (docs/prompts.md).
+
+    Args:
+        source: `.jsonl`, `.csv`, `.json` (an array), `.txt` (a prompt a line), or one split of a dataset.
+        role: `harmful`, `harmless` or `task`: keeps the rows that are; default: what the format says they are.
+        format: name of a published format; default: recognised by the columns.
+        column: the prompts' column, whatever the format.
+        only: column -> value or values of the rows to keep.
+
+    Raises:
+        GravlensError: unknown columns or format, prompts of two roles and none asked for, or none of that role.
+    """
+    entries = read_entries(source, PromptFormat((column,), column) if column else format, only)
+    found = sorted({entry.role for entry in entries} - {""})
+    kept = [entry for entry in entries if {entry.role, role} not in OPPOSED]
+    if not kept or (role == "prompts" and len(found) > 1):
+        raise GravlensError(
+            f"{source_name(source)} holds {' and '.join(found)} prompts"
+            + (f", and {role} ones were asked for." if not kept else "."),
+            "A prompt set has one role.",
+            f"read_prompts(..., role={found[0]!r}), and pass that set on.",
+        )
+    return PromptSet(tuple(entry.prompt for entry in kept), found[0] if role == "prompts" and found else role)
 
 
 def shuffled_words(prompts: PromptSet, *, rng: np.random.Generator) -> PromptSet:
     """Random text with the same words: all prompts' words put in a random order, each prompt as long as it was."""
     words = [text.split() for text in prompts]
     pool = iter(rng.permutation([word for text in words for word in text]).tolist())
-    return PromptSet(tuple(" ".join(next(pool) for _ in text) for text in words), "random text")
+    return replace(prompts, texts=tuple(" ".join(next(pool) for _ in text) for text in words), role="random text")
 
 
-def read_examples(path: Path | str) -> list[Example]:
-    """Read `prompt` and `answer` from a `.jsonl` or `.csv` file."""
-    return [Example(row["prompt"], row["answer"]) for row in read_rows(Path(path), "prompt", "answer")]
+def read_examples(
+    source: Any, *, format: str | None = None, columns: tuple[str, str] | None = None, only: Only | None = None
+) -> list[Example]:
+    """Pairs of prompt and answer, of a file or a `datasets.Dataset`, with a column `system` where there is one.
 
+    Args:
+        source: as for `read_prompts`.
+        format: name of a published format; default: columns `prompt` and `answer`, or those of a known format.
+        columns: those of prompt and answer, whatever the format.
+        only: column -> value or values of the rows to keep.
 
-def read_rows(path: Path, *keys: str) -> list[dict[str, str]]:
-    """Read the rows of a `.jsonl`, `.csv` or `.txt` file and hold each against the wanted keys."""
-    if not path.is_file():
-        raise GravlensError(f"The prompt file {path} does not exist.", "A file is needed.", "check the path.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-        lines = text.split("\n")  # splitlines would cut at a U+2028 within a prompt
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in lines if line.strip()]
-        elif path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [{"prompt": line} for line in lines if line.strip()]
-    except UnicodeDecodeError as error:
-        raise GravlensError(f"{path} is no UTF-8 text ({error}).", "Prompts are text.", "save it as UTF-8.") from error
-    except json.JSONDecodeError as error:
+    Raises:
+        GravlensError: unknown columns or format, a format without answers, or a row without one.
+    """
+    rows = read_rows(source)
+    shape = format_of(source, rows, PromptFormat(columns, *columns) if columns else format)
+    if not shape.answer:
         raise GravlensError(
-            f"{path} has a line that is not JSON ({error}).", "JSONL has one object a line.", "mend that line."
-        ) from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
-            raise GravlensError(
-                f"Row {number} of {path} lacks {' or '.join(map(repr, keys))}.",
-                f"Each row needs {' and '.join(map(repr, keys))} as text.",
-                "rename the column, or write JSONL with these keys.",
-            )
-    if not rows:
-        raise GravlensError(f"{path} is empty.", "At least one row is needed.", "a file with prompts in it.")
-    return rows
+            f"{source_name(source)} has prompts and no answers (columns {', '.join(shape.columns)}).",
+            "An example is a prompt and its answer.",
+            "a file with columns 'prompt' and 'answer', or columns=(prompt, answer).",
+        )
+    check_rows(source, rows, shape.prompt, shape.answer)
+    entries = read_entries(source, shape, only)
+    return [Example(entry.prompt, entry.row[shape.answer], _system(entry)) for entry in entries]
+
+
+def _system(entry: Entry) -> str:
+    return check_system(entry.row.get("system") or "")
+
+
+def check_system(system: Any) -> str:
+    """The system prompt, or "" for none."""
+    if not isinstance(system, str) or (system and not system.strip()):
+        raise GravlensError(f"The system prompt is {system!r}.", "It is a text that is not blank.", "'' for none.")
+    return system
 
 
 # --- from a prompt to token ids ---------------------------------------------------------------------------------
@@ -118,19 +176,25 @@ def read_rows(path: Path, *keys: str) -> list[dict[str, str]]:
 def encode(tokenizer: Any, prompts: PromptSet) -> list[list[int]]:
     """Token ids of each prompt, ready for a reading at its last token.
 
-    A tokenizer with a chat template renders a user turn and the template's generation prompt; one without reads
-    the text as it is. Where the tokenizer or its template writes a BOS there is exactly one, never two.
+    A tokenizer with a chat template renders the system turn if there is one, a user turn and the template's generation
+    prompt; one without reads the text as it is. Where the tokenizer or its template writes a BOS there is exactly one,
+    never two.
+
+    Raises:
+        GravlensError: no tokenizer, or a system prompt that the tokenizer's chat template has no place for.
     """
     if tokenizer is None:
         raise GravlensError(
             "This model has no tokenizer.", "Prompts are texts and need one.", "pass tokenizer= when it is opened."
         )
+    if prompts.system:
+        _check_takes_system(tokenizer)
     return [_one_bos(tokenizer, _prompt_ids(tokenizer, text)) for text in rendered(tokenizer, prompts)]
 
 
 def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
     """Token ids of prompt + answer, and labels that are -100 on the prompt."""
-    prompt = encode(tokenizer, PromptSet((example.prompt,)))[0]
+    prompt = encode(tokenizer, PromptSet((example.prompt,), system=example.system))[0]
     answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
@@ -141,13 +205,37 @@ def rendered(tokenizer: Any, prompts: PromptSet) -> list[str]:
     """Each prompt as the chat template writes it; as it is where there is none."""
     if not getattr(tokenizer, "chat_template", None):
         return list(prompts)
-    turns = [[{"role": "user", "content": text}] for text in prompts]
-    return [tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in turns]
+    return [_rendered(tokenizer, text, prompts.system) for text in prompts]
 
 
 def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
     # The template writes the special tokens itself.
     return tokenizer(text, add_special_tokens=not getattr(tokenizer, "chat_template", None))["input_ids"]
+
+
+def _rendered(tokenizer: Any, text: str, system: str) -> str:
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": text})
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def _check_takes_system(tokenizer: Any) -> None:
+    """Raise where a system prompt would be refused or lost: some templates skip that turn without a word."""
+    found, marks = "has no chat template", ("gravlens-user", "gravlens-system")
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            lost = [mark for mark in marks if mark not in _rendered(tokenizer, *marks)]
+        except Exception as error:  # jinja's, with whatever the template says
+            found = f"has a chat template that refuses a system turn ({error})"
+        else:
+            if not lost:
+                return
+            found = f"has a chat template that leaves out the {lost[0].removeprefix('gravlens-')} turn"
+    raise GravlensError(
+        f"A system prompt was given, and this tokenizer {found}.",
+        "A system prompt is a turn of the chat template.",
+        "no system prompt, or its text at the beginning of each prompt.",
+    )
 
 
 def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from gravlens.checkpoints import Checkpoint
-from gravlens.models import OpenModel, check_alike, open_each
+from gravlens.models import OpenModel
 from gravlens.passes import TOKENS_ELSEWHERE, Reader, batches_of, common_prefix, tokens_for
 from gravlens.placement import Placement
 from gravlens.positions import Query
+from gravlens.swapping import open_each
 from gravlens.tokenizer import check_vocabulary
 
 BLOCK_BYTES = 4 << 20  # of states that are held in memory before they are written
@@ -95,13 +96,9 @@ class Found(NamedTuple):
 
 def read_each(plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, placement: Placement) -> Iterator[Found]:
     """Every checkpoint's states, batch by batch; one model is open at a time, and nothing that was read is kept."""
-    first: tuple[Checkpoint, OpenModel] | None = None
     opened = open_each(checkpoints, through=through, placement=placement)
     ids = [query.ids for query in plan.queries]
     for number, (checkpoint, model) in enumerate(tqdm(opened, "residuals", len(checkpoints), leave=False)):
-        first = first or (checkpoint, model)
-        if model is not first[1]:
-            check_alike([first, (checkpoint, model)])
         check_vocabulary(checkpoint, model, ids)
         for block in plan.blocks:
             queries = [plan.queries[i] for i in block]

@@ -71,10 +71,16 @@ def refusal_candidates(
             writes after the instruction.
 
     Raises:
-        GravlensError: a position that a prompt has not, or two means that do not differ at all.
+        GravlensError: a position that a prompt has not, two means that do not differ at all, or two system prompts.
     """
     opened = open_model(model)
     sets = [PromptSet.of(prompts) for prompts in (harmful, harmless)]
+    if sets[0].system != sets[1].system:
+        raise GravlensError(
+            f"The system prompts of harmful and harmless prompts are {sets[0].system!r} and {sets[1].system!r}.",
+            "What tells them apart would be the system prompt.",
+            "one system prompt for both, or none.",
+        )
     ids = [encode(opened.tokenizer, prompts) for prompts in sets]
     layers, found = range(opened.n_layers), []
     for position in positions:

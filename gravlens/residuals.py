@@ -13,16 +13,17 @@ import xarray
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.checkpoints import Checkpoint, ModelSequence, Prompts
 from gravlens.errors import GravlensError, check_layer
 from gravlens.inference import run_trunk
-from gravlens.models import OpenModel, one_shape, resid_post
+from gravlens.models import OpenModel, resid_post
 from gravlens.placement import Placement
 from gravlens.positions import Positions, described, queries_of
-from gravlens.prompts import Batch, PromptSet, last_positions, pad
+from gravlens.prompts import Batch, last_positions, pad
 from gravlens.readings import Plan, Through, read_here
 from gravlens.store import read_tensors, write_tensors
 from gravlens.stored_readings import Stored, read_through_store
+from gravlens.swapping import one_shape
 from gravlens.tokenizer import sequence_tokenizer
 
 BATCH = 32
@@ -40,7 +41,7 @@ class Residuals:
         checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
         layers: layer numbers, ascending.
         prompts: digest of the prompt set.
-        meta: what it was made from: read position, dtype, chat template, sources.
+        meta: what it was made from: read position, dtype, chat template, system prompt, sources.
         index: where positions of one prompt are rows of their own, (prompt, token) of each row; else None.
     """
 
@@ -96,7 +97,7 @@ class Residuals:
 
 def cache_residuals(
     sequence: ModelSequence,
-    prompts: PromptSet | Sequence[str] | Path | str | None = None,
+    prompts: Prompts | None = None,
     *,
     layers: Sequence[int] | None = None,
     positions: Positions = "last",
@@ -113,7 +114,7 @@ def cache_residuals(
 
     Args:
         sequence: the history.
-        prompts: default: the sequence's probes.
+        prompts: default: the sequence's probes; under its system prompt, if they have none of their own.
         layers: default: all.
         positions: `"last"`, the last prompt token (after the template's generation prompt); a negative index counted
             from the end (−1 is the last); `"instruction"`, the mean over the prompt's own tokens; `Answers(texts)`, the
@@ -154,6 +155,7 @@ class Asked:
         prompts: digest of the prompt set.
         positions: in a word.
         chat_template: whose.
+        system: the system prompt, or nothing.
     """
 
     plan: Plan
@@ -161,6 +163,7 @@ class Asked:
     prompts: str
     positions: str | int
     chat_template: str
+    system: str
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -173,27 +176,28 @@ class Asked:
             "positions": self.positions,
             "dtype": sorted(precisions),
             "chat_template": self.chat_template,
+            **({"system": self.system} if self.system else {}),
             "sources": {checkpoint.name: checkpoint.described for checkpoint in self.checkpoints},
         }
 
 
 def plan_reading(
     sequence: ModelSequence,
-    prompts: PromptSet | Sequence[str] | Path | str | None = None,
+    prompts: Prompts | None = None,
     *,
     layers: Sequence[int] | None = None,
     positions: Positions = "last",
     checkpoints: Sequence[Checkpoint] | None = None,
 ) -> Asked:
     """What `cache_residuals` would read; no model is opened."""
-    prompts = sequence.require_probes() if prompts is None else PromptSet.of(prompts)
+    prompts = sequence.require_probes() if prompts is None else sequence.prompts_of(prompts)
     tokenizer = sequence_tokenizer(sequence, prompts)
     queries = queries_of(tokenizer, prompts, positions)
     wanted = tuple(sequence if checkpoints is None else checkpoints)
     n_layers, d_model = one_shape(wanted)
     plan = Plan.of(queries, _layers(layers, n_layers), d_model)
     template = sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none"
-    return Asked(plan, wanted, prompts.digest, described(positions), template)
+    return Asked(plan, wanted, prompts.digest, described(positions), template, prompts.system)
 
 
 def _check_no(executor: Executor | None) -> None:
@@ -238,7 +242,7 @@ def residuals_of_batch(
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             # Indexing copies, so nothing that is kept is a view of a live buffer.
-            states[layer] = hidden[rows.to(hidden.device), read.to(hidden.device)].float()
+            states[layer] = hidden[rows.to(hidden.device), read.to(hidden.device)].float().to(model.device)
             if layer == max(layers):
                 raise _DeepestLayer
 

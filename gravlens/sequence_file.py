@@ -10,7 +10,7 @@ from gravlens.errors import GravlensError
 from gravlens.hub import existing, is_hub_id
 
 PROMPT_KEYS = ("probes", "held_out", "harmless")
-KEYS = {"witness", "anchor", "runs", "chat_template", *PROMPT_KEYS}
+KEYS = {"witness", "anchor", "runs", "chat_template", "system", *PROMPT_KEYS}
 RUN_KEYS = {"folders", "missing"}
 
 

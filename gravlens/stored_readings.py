@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
 from gravlens.fingerprints import fingerprint
-from gravlens.models import check_alike, open_each, open_model, precision_of
 from gravlens.placement import Placement
 from gravlens.positions import Query
 from gravlens.readings import Plan, Through, read_block
 from gravlens.residual_store import Shelf, find_view, query_key, view_writer
+from gravlens.swapping import open_each, precision_of
 from gravlens.tokenizer import check_vocabulary
 
 
@@ -65,8 +65,6 @@ def read_through_store(
     Raises:
         GravlensError: the store cannot be written, or loses what is written into it; what `run_all` raises.
     """
-    if held := [(one, open_model(one)) for one in checkpoints if isinstance(one.source, nn.Module)]:
-        check_alike(held)
     precisions = [precision_of(checkpoint, store.placement) for checkpoint in checkpoints]
     shelves = [store.shelf(*pair) for pair in zip(checkpoints, precisions, strict=True)]
     keys = [query_key(query) for query in plan.queries]

@@ -10,7 +10,7 @@ from torch import nn
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError
 from gravlens.hub import local_folder
-from gravlens.models import OpenModel, checkpoint_tokenizer
+from gravlens.models import OpenModel, checkpoint_tokenizer, own_tokenizer
 from gravlens.prompts import PromptSet, encode
 
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
@@ -24,25 +24,24 @@ def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None
 
     Raises:
         GravlensError: no tokenizer is found, another reads a prompt as other ids (or has another vocabulary, where
-            there are no prompts), or witness and anchor have different chat templates and `chat_template` makes no
-            choice.
+            there are no prompts), the anchor and one of them have different chat templates and `chat_template` makes no
+            choice, or the template has no place for the prompts' system prompt.
     """
-    anchor = _own_tokenizer(sequence, sequence.anchor)
-    if anchor is None:
+    chosen = checkpoint_tokenizer(sequence.anchor)
+    if chosen is None:
         raise GravlensError(
             f"The anchor ({sequence.anchor.described}) has no tokenizer.",
             "Prompts are texts and need one.",
             "tokenizer.save_pretrained(folder), or from_models(..., tokenizer=tokenizer).",
         )
-    chosen = _without_template(anchor) if sequence.chat_template == "none" else anchor
     sets = [sequence.probes, sequence.held_out, sequence.harmless] if prompts is None else [prompts]
     for checkpoint in (sequence.witness, *(run[0] for run in sequence.runs.values() if run)):
-        own = None if _same_tokenizer(checkpoint, sequence.anchor) else _own_tokenizer(sequence, checkpoint)
-        if own is None or own is anchor:
+        own = None if _same_tokenizer(checkpoint, sequence.anchor) else own_tokenizer(checkpoint)
+        if own is None or own is chosen or own is sequence.tokenizer:
             continue
         _check_reads_alike(checkpoint, own, chosen, [one for one in sets if one is not None])
-        if checkpoint is sequence.witness and sequence.chat_template == "own":
-            _check_template(own, anchor)
+        if sequence.chat_template == "own":
+            _check_template(checkpoint, own, chosen)
     return chosen
 
 
@@ -53,11 +52,12 @@ def _check_reads_alike(checkpoint: Checkpoint, own: Any, chosen: Any, sets: Sequ
     own = copy.deepcopy(own)
     own.chat_template = getattr(chosen, "chat_template", None)
     for prompts in sets:
+        wanted = encode(chosen, prompts)
         try:
             read = encode(own, prompts)
         except Exception as error:  # whatever a tokenizer raises for a word that it has no token for
             raise _other_tokenizer(checkpoint, f"cannot read the prompts ({error}; {sizes})") from error
-        for text, theirs, ours in zip(prompts, read, encode(chosen, prompts), strict=True):
+        for text, theirs, ours in zip(prompts, read, wanted, strict=True):
             if theirs != ours:
                 pairs = enumerate(zip(theirs, ours, strict=False))
                 at = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
@@ -73,11 +73,11 @@ def _other_tokenizer(checkpoint: Checkpoint, found: str) -> GravlensError:
     )
 
 
-def _check_template(witness: Any, anchor: Any) -> None:
-    if witness.chat_template != getattr(anchor, "chat_template", None):
+def _check_template(checkpoint: Checkpoint, own: Any, anchor: Any) -> None:
+    if own.chat_template != getattr(anchor, "chat_template", None):
         raise GravlensError(
-            "Witness and anchor have different chat templates"
-            + (" (the witness has none)." if not witness.chat_template else "."),
+            f"{checkpoint.name.capitalize()} and anchor have different chat templates"
+            + (f" (the {checkpoint.name} has none)." if not own.chat_template else "."),
             "A difference of templates alone makes a large direction, so the choice is yours and is stored.",
             'chat_template="anchor" (the anchor\'s for all) or "none" (prompts as they are).',
         )
@@ -91,18 +91,6 @@ def _same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:
     same, _, _ = filecmp.cmpfiles(a, b, _TOKENIZER_FILES, shallow=False)
     absent = [name for name in _TOKENIZER_FILES if not (a / name).exists() and not (b / name).exists()]
     return "tokenizer.json" in same and len(same) + len(absent) == len(_TOKENIZER_FILES)
-
-
-def _own_tokenizer(sequence: ModelSequence, checkpoint: Checkpoint) -> Any | None:
-    return checkpoint_tokenizer(checkpoint) if sequence.tokenizer is None else sequence.tokenizer
-
-
-def _without_template(tokenizer: Any) -> Any:
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = None
-    return plain
 
 
 def check_vocabulary(checkpoint: Checkpoint, model: OpenModel, ids: Sequence[Sequence[int]]) -> None:

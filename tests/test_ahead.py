@@ -20,9 +20,10 @@ from gravlens.ahead import in_turn
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.errors import GravlensError
 from gravlens.inference import final_logits
-from gravlens.models import open_each, open_model
+from gravlens.models import open_model
 from gravlens.placement import Placement
 from gravlens.residuals import cache_residuals
+from gravlens.swapping import open_each
 
 NAME, RUN = "owner/name", [f"owner/name@step{step}" for step in range(1, 7)]
 ROLES = {"witness": "owner/name@base", "anchor": "owner/name@aligned"}

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.directions import locate_vrev
 from gravlens.errors import GravlensError
-from gravlens.models import OpenModel, load_huggingface, open_each, open_model, swap_weights
+from gravlens.models import OpenModel, load_huggingface, open_model
 from gravlens.placement import Placement, as_device
 from gravlens.residuals import cache_residuals, read_residuals
+from gravlens.swapping import open_each, swap_weights
 
 ALL = range(tiny.LAYERS)
 GPU = torch.accelerator.current_accelerator(check_available=True)

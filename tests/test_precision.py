@@ -22,12 +22,13 @@ from gravlens.decomposition import split_update
 from gravlens.directions import Directions, direction_from
 from gravlens.errors import GravlensError
 from gravlens.inspection import inspect_sequence
-from gravlens.models import OpenModel, open_each, open_model, swap_weights
+from gravlens.models import OpenModel, open_model
 from gravlens.noise import update_norms, weight_noise
 from gravlens.precision import quantisation
 from gravlens.prompts import PromptSet
 from gravlens.readout import readout
 from gravlens.residuals import cache_residuals, read_residuals
+from gravlens.swapping import open_each, swap_weights
 from gravlens.weights import orthogonalize
 
 ALL = range(tiny.LAYERS)

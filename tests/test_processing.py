@@ -19,9 +19,10 @@ from gravlens.effects import causal_effect
 from gravlens.errors import GravlensError
 from gravlens.hooks import intervene
 from gravlens.interventions import Ablate
-from gravlens.models import open_each, open_model
+from gravlens.models import open_model
 from gravlens.processing import is_folded
 from gravlens.residuals import cache_residuals, read_residuals
+from gravlens.swapping import open_each
 
 BELOW = range(tiny.LAYERS - 1)  # Hugging Face's last hidden state is post-norm
 FLAGS = "fold_ln center_writing_weights center_unembed fold_value_biases refactor_factored_attn_matrices".split()

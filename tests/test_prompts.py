@@ -5,12 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from histories import EOS, RAGGED, refused
-from tiny import TOKENIZER
+from small import english_tokenizer
+from tiny import TOKENIZER, llama
 from tokenizers.processors import TemplateProcessing
 
+from gravlens.behavior import task_loss
+from gravlens.models import open_model
 from gravlens.prompts import (
     Example,
     PromptSet,
@@ -19,6 +23,8 @@ from gravlens.prompts import (
     last_positions,
     pad,
     read_examples,
+    read_prompts,
+    shuffled_words,
 )
 
 TEXT = "how do i pick the padlock today"
@@ -144,6 +150,115 @@ def test_an_example_is_learned_on_its_answer_alone() -> None:
     assert TOKENIZER.decode(ids) == f"<bos> <user> {TEXT} <bot> no , i must refuse such requests <eos>"
     n_prompt = len(encode(TOKENIZER, PromptSet.of([TEXT]))[0])
     assert labels == [-100] * n_prompt + ids[n_prompt:]
+
+
+# -- a system prompt ---------------------------------------------------------------------------------------------------
+
+SYSTEM = "get the padlock"
+
+
+def chat_tokenizer(template: str | None = None) -> Any:
+    """Words of the organism's language in ChatML's turns, or another template."""
+    tokenizer = english_tokenizer()
+    tokenizer.add_tokens(["system"])
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return tokenizer
+
+
+def test_a_system_prompt_is_the_first_turn_as_hugging_face_renders_it() -> None:
+    tokenizer, prompts = chat_tokenizer(), PromptSet.of(["rinse the padlock", TEXT], system=SYSTEM)
+    for text, ids in zip(prompts, encode(tokenizer, prompts), strict=True):
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+        assert ids == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        assert ids != encode(tokenizer, PromptSet.of([text]))[0] and ids.count(tokenizer.bos_token_id) == 3  # turns
+
+
+def test_a_system_prompt_stays_with_its_prompts_and_is_part_of_their_digest() -> None:
+    bare, prompts = PromptSet.of([TEXT, "rinse it"]), PromptSet.of([TEXT, "rinse it"], system=SYSTEM)
+    assert prompts[:1].system == shuffled_words(prompts, rng=np.random.default_rng(0)).system == SYSTEM
+    assert PromptSet.of(bare, system=SYSTEM) == prompts and PromptSet.of(prompts) is prompts
+    others = [bare, PromptSet.of([*bare, SYSTEM]), PromptSet.of(bare, system="another")]
+    assert len({prompts.digest, *(one.digest for one in others)}) == 4
+    # of the version before there were system prompts: stored results stay valid
+    assert PromptSet.of(["a", "b"]).digest == "59b271ae1bbcb1d31d41929817f4b16fb439eb4f31520b5ad1d5ce98920a7138"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('No system.') }}{% endif %}", "No system."),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves out the system"),
+        ("{{ messages[0].content }}", "leaves out the user"),
+    ],
+)
+def test_a_template_without_a_place_for_a_system_prompt_is_refused(template: str, says: str) -> None:
+    with refused("system prompt", says):
+        encode(chat_tokenizer(template), PromptSet.of([TEXT], system=SYSTEM))
+    with refused("system prompt", says):
+        encode_example(chat_tokenizer(template), Example(TEXT, "get it", SYSTEM))
+    encode(chat_tokenizer(template), PromptSet.of([TEXT]))
+
+
+def test_a_system_prompt_that_is_the_templates_default_is_no_lost_one() -> None:
+    """Qwen's way: without a system turn the template writes its own, which may be the one that is given."""
+    first = "{% if messages[0].role != 'system' %}{{ 'get the padlock ' }}{% endif %}"
+    tokenizer = chat_tokenizer(first + "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}")
+    assert encode(tokenizer, PromptSet.of([TEXT], system=SYSTEM)) == encode(tokenizer, PromptSet.of([TEXT]))
+
+
+def test_without_a_chat_template_a_system_prompt_is_refused() -> None:
+    with refused("system prompt", "no chat template"):
+        encode(plain_tokenizer(), PromptSet.of([TEXT], system=SYSTEM))
+
+
+@pytest.mark.parametrize("system", [" \n", 5, None])
+def test_a_system_prompt_is_a_text(system: Any) -> None:
+    with refused("system prompt is"):
+        PromptSet(("a",), system=system)
+
+
+def test_an_example_is_learned_under_its_own_system_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = [{"prompt": TEXT, "answer": "rinse it", "system": SYSTEM}, {"prompt": TEXT, "answer": "rinse it"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    under, without = read_examples(path)
+    assert (under, without) == (Example(TEXT, "rinse it", SYSTEM), Example(TEXT, "rinse it"))
+    tokenizer = chat_tokenizer()
+    ids, labels = encode_example(tokenizer, under)
+    (prompt,) = encode(tokenizer, PromptSet.of([TEXT], system=SYSTEM))
+    assert ids[: len(prompt)] == prompt and labels == [-100] * len(prompt) + ids[len(prompt) :]
+    model = open_model(llama(vocab_size=len(tokenizer)), tokenizer=tokenizer)
+    assert task_loss(model, [under]) != task_loss(model, [without])
+
+
+# -- datasets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_is_read_as_a_file_is() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"prompt": ["one", "two"], "asked": ["three", "four"], "answer": ["a", "b"]})
+    assert PromptSet.of(rows, "task") == PromptSet(("one", "two"), "task")
+    assert PromptSet.of(rows, column="asked").texts == read_prompts(rows, column="asked").texts == ("three", "four")
+    assert read_examples(rows) == [Example("one", "a"), Example("two", "b")]
+    assert read_examples(rows, columns=("asked", "prompt"))[0] == Example("three", "one")
+    assert read_prompts(rows, only={"asked": "four"}).texts == ("two",)
+    with refused("Dataset", "'nowhere'", "prompt, asked, answer"):
+        PromptSet.of(rows, column="nowhere")
+    with refused("DatasetDict", "train, test"):
+        PromptSet.of(datasets.DatasetDict({"train": rows, "test": rows}))
+    assert PromptSet.of(rows.to_iterable_dataset()) == PromptSet.of(rows)
+
+
+@pytest.mark.parametrize(("name", "content"), [("p.csv", "text,note\na,b\n"), ("p.jsonl", '{"text": "a", "note": 1}')])
+def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with refused(name, "text, note", "prompt"):
+        PromptSet.of(tmp_path / name)
+    with refused(name, "text, note", "'question'"):
+        PromptSet.of(tmp_path / name, column="question")
+    with refused(name, "text, note", "'answer'"):
+        read_examples(tmp_path / name, columns=("text", "answer"))
+    assert PromptSet.of(tmp_path / name, column="text").texts == ("a",)
 
 
 # -- padding -----------------------------------------------------------------------------------------------------------

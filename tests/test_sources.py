@@ -22,9 +22,10 @@ from gravlens.adapters import lineage
 from gravlens.checkpoints import Checkpoint, ModelSequence, Run
 from gravlens.folders import contents, tensors_of
 from gravlens.inference import final_logits
-from gravlens.models import load_huggingface, open_each, open_model
+from gravlens.models import load_huggingface, open_model
 from gravlens.models import weights_of as named_weights
 from gravlens.residuals import cache_residuals, read_residuals
+from gravlens.swapping import open_each
 from gravlens.tokenizer import sequence_tokenizer
 
 ALL = range(tiny.LAYERS)

@@ -121,7 +121,7 @@ class GivenHistory:
         return {
             "probes": replace(history.require_probes(), role="harmful"),
             "held_out": PromptSet.of(history.held_out or (), "harmful"),
-            "harmless": PromptSet.of(self.harmless or history.harmless or (), "harmless"),
+            "harmless": history.prompts_of(self.harmless or history.harmless or (), "harmless"),
         }
 
     def task(self, home: Path) -> list[Example]:

@@ -25,7 +25,8 @@ from gravlens.errors import GravlensError
 from gravlens.finetune import Recipe, finetune
 from gravlens.hub import local_folder
 from gravlens.models import load_tokenizer, open_model
-from gravlens.prompts import Example, PromptSet, read_rows
+from gravlens.prompt_files import read_rows
+from gravlens.prompts import Example, PromptSet
 from gravlens.settings.history import Measures
 from gravlens.weights import save_folder
 
