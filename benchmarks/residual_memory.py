@@ -2,8 +2,8 @@
 
 Does memory grow with the number of prompts or of checkpoints? `cache_residuals` into a store, and `residual_moments`,
 each case in a process of its own: anonymous memory (the process's own; pages of mapped files do not count) at its
-highest, over what was held before, less one model's weights (`mib`). A Llama of random weights, 4 layers of width 256. Linux
-alone says these. Writes residual_memory.json.
+highest, over what was held before, less one model's weights (`mib`). A Llama of random weights, 4 layers of width 256.
+Linux alone says these. Writes residual_memory.json.
 """
 
 import json

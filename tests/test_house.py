@@ -41,6 +41,7 @@ UNSAFE = {"trust_remote_code", "allow_pickle"}
 # file:function -> why its **kwargs may be
 CALLBACK = "TrainerCallback's signature: Trainer hands over all that it has"
 KEYWORDS_ALLOWED = {
+    "gravlens/passes.py:update": "transformers' own Cache.update, whose arguments differ by version",
     **{f"gravlens/finetune.py:on_{event}": CALLBACK for event in ("train_begin", "step_begin", "step_end")},
     **{
         f"gravlens/blocking.py:on_{event}": CALLBACK

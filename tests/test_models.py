@@ -21,12 +21,11 @@ from gravlens.inference import final_logits
 from gravlens.models import (
     OpenModel,
     load_tokenizer,
-    open_each,
     open_model,
     resid_post,
-    swap_weights,
 )
 from gravlens.residuals import read_residuals
+from gravlens.swapping import open_each, swap_weights
 from gravlens.tokenizer import sequence_tokenizer
 
 ALL = range(tiny.LAYERS)

@@ -15,6 +15,7 @@ from histories import refused
 from small import english_tokenizer
 from typer.testing import CliRunner
 
+from gravlens import passes
 from gravlens.arms import Grounds, harmful_minus_harmless
 from gravlens.behavior import refusal_log_odds
 from gravlens.blockers.penalty import Penalty
@@ -114,9 +115,11 @@ def test_whatever_reads_a_sequence_reads_the_sequences_ids(
     wanted = encode(tokenizer, PROBES)
     if reader == "finetune":
         wanted = [encode_example(tokenizer, Example(text, "get"))[0] for text in PROBES]
+    # Whole prompts, not what is left of them once their beginning was run.
+    monkeypatch.setattr(passes, "reuses_keys", lambda _: False)
     with read_ids(monkeypatch) as seen:
         READERS[reader](seq, tmp_path)
-    assert 0 not in sum(wanted, []) and {*map(without_padding, seen)} == {*map(tuple, wanted)}
+    assert not any(0 in one for one in wanted) and {*map(without_padding, seen)} == {*map(tuple, wanted)}
     turns = [{"role": "user", "content": PROBES.texts[0]}]
     rendered = TOKENIZER.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     assert (encode(tokenizer, PROBES)[0] == rendered) == (choice != "none")
