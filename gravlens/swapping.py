@@ -71,9 +71,10 @@ def _opened(
 ) -> OpenModel:
     device, dtype, device_map = placement.device, placement.dtype, placement.device_map
     opened = open_model(source, tokenizer=tokenizer, through=through, device=device, dtype=dtype, device_map=device_map)
-    if placement.keep is not None:
-        for weight in opened.weights.values():  # on the CPU a view of the file, whose room would stay taken
-            weight.data = weight.data.clone()
+    # On the CPU they are views of the file: an evicted one's room would stay taken, and a product's last bits depend on
+    # where in memory its numbers lie, so a checkpoint would give other bits opened than swapped in.
+    for weight in opened.weights.values():
+        weight.data = weight.data.clone()
     return opened
 
 

@@ -180,7 +180,7 @@ def test_names_that_transformers_maps_are_held_as_they_are_stored(
         held.append(dtype)
         return load_huggingface(source, dtype)
 
-    monkeypatch.setattr("gravlens.models.load_huggingface", spied)
+    monkeypatch.setattr("gravlens.swapping.load_huggingface", spied)
     swap_weights(model, folder)
     assert held == [torch.bfloat16] and model.dtype == torch.float32
     assert all(torch.equal(model.weights[name], weight.float()) for name, weight in weights.items())
