@@ -1,15 +1,16 @@
 """python analyses/measure_architectures.py --out docs/data
 
 Does gravlens read the residual stream that Hugging Face computes, in every family, with any padding, in either way of
-opening a folder? Tiny random models of each family are written to disk, nothing is downloaded. The reference is
-Hugging Face on each prompt alone: `output_hidden_states`, and for the last layer, whose hidden state comes after the
-final norm, a plain hook on the last block. Writes architectures.csv: for each family × path × padding × dtype the
-largest difference over prompts and layers, in units of the state's length (none where gravlens refuses), and prints the
-table of docs/architectures.md. Half a minute of one free core.
+opening a folder, and where prompts begin alike and that beginning is run once? Tiny random models of each family are
+written to disk, nothing is downloaded. The reference is Hugging Face on each prompt alone: `output_hidden_states`, and
+for the last layer, whose hidden state comes after the final norm, a plain hook on the last block. Writes
+architectures.csv: for each family × path × padding × dtype the largest difference over prompts and layers, in units of
+the state's length (none where gravlens refuses), and prints the table of docs/architectures.md. A minute of one core.
 """
 
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,9 @@ from tqdm.auto import tqdm
 
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model, quiet
+from gravlens.positions import queries_of_ids
 from gravlens.prompts import pad
+from gravlens.readings import read_block
 from gravlens.residuals import read_residuals, residuals_of_batch
 from gravlens.settings.refusal_language import build_tokenizer
 
@@ -32,6 +35,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 COLUMNS = ["architecture", "path", "padding", "dtype", "max_relative_difference"]
 PATHS: dict[str, Literal["huggingface", "bridge"]] = {"direct": "huggingface", "bridge": "bridge"}
+REUSED = "prefix reused"  # the direct path, where prompts begin alike
 PADDINGS = ("none", "left", "right")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,6 +51,7 @@ PROMPTS = [
     [1, 90, 100, 0],
     [EOS],
 ]
+PREFIX = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
 
 USUAL = {
     "vocab_size": len(TOKENIZER),
@@ -115,12 +120,14 @@ def make(architecture: str, folder: Path) -> Path:
 # -- Hugging Face's states and gravlens's ------------------------------------------------------------------------------
 
 
-def reference(folder: Path, dtype: torch.dtype) -> Float[Tensor, "prompt layer d_model"]:
+def reference(
+    folder: Path, dtype: torch.dtype, prompts: Sequence[list[int]] = PROMPTS
+) -> Float[Tensor, "prompt layer d_model"]:
     """Hugging Face alone: each prompt by itself, unpadded, the state after each block at its last token."""
     with quiet():
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     (last,) = (part for name, part in model.named_modules() if re.fullmatch(rf"\w+\.(layers|h)\.{LAYERS - 1}", name))
-    return torch.stack([_alone(model, last, ids) for ids in PROMPTS])
+    return torch.stack([_alone(model, last, ids) for ids in prompts])
 
 
 def _alone(model: Any, last: Any, ids: list[int]) -> Float[Tensor, "layer d_model"]:
@@ -142,6 +149,14 @@ def read(model: OpenModel, padding: str) -> Float[Tensor, "prompt layer d_model"
         return residuals_of_batch(model, pad(PROMPTS, EOS, side), layers=layers)
 
 
+def read_behind(model: OpenModel, prefix: list[int]) -> Float[Tensor, "prompt layer d_model"]:
+    """The same prompts behind a common beginning, whose keys and values are reused where the family allows it."""
+    queries, rows = queries_of_ids([prefix + ids for ids in PROMPTS]), torch.empty(len(PROMPTS), LAYERS, WIDTH)
+    for batch, states in read_block(model, queries, layers=range(LAYERS), prefix=prefix):
+        rows[batch] = torch.from_numpy(states)
+    return rows
+
+
 def largest_difference(found: Tensor, wanted: Tensor) -> float:
     """Over prompts and layers: the length of the difference in units of the wanted state's length."""
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
@@ -156,6 +171,9 @@ def measure(architecture: str, folder: Path) -> pd.DataFrame:
         for path in PATHS:
             found = differences(folder, path, dtype, wanted)
             rows += [(architecture, path, padding, name, off) for padding, off in zip(PADDINGS, found, strict=True)]
+        found = read_behind(open_model(folder, dtype=dtype), PREFIX)
+        off = largest_difference(found, reference(folder, dtype, [PREFIX + ids for ids in PROMPTS]))
+        rows.append((architecture, REUSED, "right", name, off))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -173,12 +191,13 @@ def differences(folder: Path, path: str, dtype: torch.dtype, wanted: Tensor) -> 
 
 def page_table(table: pd.DataFrame) -> str:
     """Markdown: a row for each family; fp32 with each padding, the largest of them in bf16; – is a refusal."""
-    heads = [f"{path}, {padding}" for path in PATHS for padding in PADDINGS] + [f"{path}, bf16" for path in PATHS]
+    cells = [*((path, padding) for path in PATHS for padding in PADDINGS), (REUSED, "right")]
+    heads = [f"{path}, {padding}" for path, padding in cells] + [f"{path}, bf16" for path in (*PATHS, REUSED)]
     lines = [f"| family | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for architecture, rows in table.groupby("architecture", sort=False):
         fp32 = rows[rows.dtype == "float32"].set_index(["path", "padding"])[COLUMNS[-1]].to_dict()
         bf16 = rows[rows.dtype == "bfloat16"].groupby("path")[COLUMNS[-1]].max().to_dict()
-        numbers = [fp32[path, padding] for path in PATHS for padding in PADDINGS] + [bf16[path] for path in PATHS]
+        numbers = [fp32[cell] for cell in cells] + [bf16[path] for path in (*PATHS, REUSED)]
         shown = ["–" if np.isnan(off) else f"{off:.0e}" if off else "0" for off in numbers]
         lines.append(f"| {architecture} | {' | '.join(shown)} |")
     return "\n".join(lines)
