@@ -148,7 +148,7 @@ def test_the_command_writes_the_table_and_prints_it(tmp_path: Path, monkeypatch:
     result = CliRunner().invoke(architectures.app, ["--out", str(tmp_path / "new")])
     assert result.exit_code == 0, result.output
     table = pd.read_csv(tmp_path / "new/architectures.csv")
-    assert list(table.columns) == architectures.COLUMNS and len(table) == 12
+    assert list(table.columns) == architectures.COLUMNS and len(table) == 14
     assert architectures.page_table(table) in result.output
 
 
@@ -162,6 +162,7 @@ def test_the_committed_table_is_complete(committed: pd.DataFrame) -> None:
         for padding in architectures.PADDINGS
         for dtype in architectures.DTYPES
     }
+    wanted |= {(n, architectures.REUSED, "right", d) for n in architectures.FAMILIES for d in architectures.DTYPES}
     assert rows_of(committed) == wanted and len(committed) == len(wanted)
 
 
