@@ -236,12 +236,17 @@ def reuses_keys(model: OpenModel) -> bool:
 
     Not those of TransformerLens, nor a model in training or with hooks on it, whose passes are not to be cut.
     """
-    parts = list(model.module.modules())
-    if model.kind != "huggingface" or any(p.training or p._forward_hooks or p._forward_pre_hooks for p in parts):
+    if model.kind != "huggingface" or any(part.training or _hooks_on(part) for part in model.module.modules()):
         return False
     if model.module not in _REUSES:
         _REUSES[model.module] = _same_states(model)
     return _REUSES[model.module]
+
+
+def _hooks_on(part: nn.Module) -> list[Any]:
+    """Forward hooks, but those that transformers leaves behind once hidden states were asked of it; they look on."""
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
 
 
 def _same_states(model: OpenModel) -> bool:
