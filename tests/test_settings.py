@@ -220,7 +220,7 @@ def test_alignment_starts_at_the_witness_and_makes_two_anchors(made: Made) -> No
 
 
 def test_alignment_is_half_refusals_and_half_the_witness_s_own_answers(made: Made) -> None:
-    own = dict(read_examples(made.home / "witness" / "own_answers.jsonl"))
+    own = {e.prompt: e.answer for e in read_examples(made.home / "witness" / "own_answers.jsonl")}
     for data in made.aligned_on.values():
         refusing = [e for e in data if e.answer in REFUSALS]
         assert len(data) == 24 and len(refusing) == 12
@@ -257,7 +257,7 @@ def test_nobody_is_judged_on_what_was_trained_on(made: Made) -> None:
 def test_both_data_sets_ask_the_same_and_answer_differently(made: Made) -> None:
     own, given = (made.setting.examples(name, 0, made.home) for name in ("own_answers", "given_answers"))
     assert [e.prompt for e in own] == [e.prompt for e in given]
-    answers = dict(read_examples(made.setting.harmless))
+    answers = {e.prompt: e.answer for e in read_examples(made.setting.harmless)}
     assert all(answers[e.prompt] == e.answer for e in given)
     assert sum(a.answer != b.answer for a, b in zip(own, given, strict=True)) > 60
     assert all(answers[e.prompt] == e.answer for e in made.setting.task(made.home))
@@ -270,7 +270,7 @@ def test_prompts_without_answers_leave_the_model_s_own(tmp_path: Path, made: Mad
     setting = small.pretrained(tmp_path, answers=False)
     assert {arm.data for arm in setting.arms} == {"own_answers"}
     assert [arm.name for arm in setting.arms] == ["unblocked", "penalty", "penalty_random", "unaligned_twin"]
-    own = dict(read_examples(made.home / "witness" / "own_answers.jsonl"))
+    own = {e.prompt: e.answer for e in read_examples(made.home / "witness" / "own_answers.jsonl")}
     assert all(own[example.prompt] == example.answer for example in setting.task(made.home))
 
 

@@ -115,7 +115,7 @@ def test_whatever_reads_a_sequence_reads_the_sequences_ids(
         wanted = [encode_example(tokenizer, Example(text, "get"))[0] for text in PROBES]
     with read_ids(monkeypatch) as seen:
         READERS[reader](seq, tmp_path)
-    assert 0 not in sum(wanted, []) and {*map(without_padding, seen)} == {*map(tuple, wanted)}
+    assert not any(0 in one for one in wanted) and {*map(without_padding, seen)} == {*map(tuple, wanted)}
     turns = [{"role": "user", "content": PROBES.texts[0]}]
     rendered = TOKENIZER.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     assert (encode(tokenizer, PROBES)[0] == rendered) == (choice != "none")
