@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model, quiet
+from gravlens.passes import Reader
 from gravlens.positions import queries_of_ids
 from gravlens.prompts import pad
 from gravlens.readings import read_block
@@ -152,7 +153,7 @@ def read(model: OpenModel, padding: str) -> Float[Tensor, "prompt layer d_model"
 def read_behind(model: OpenModel, prefix: list[int]) -> Float[Tensor, "prompt layer d_model"]:
     """The same prompts behind a common beginning, whose keys and values are reused where the family allows it."""
     queries, rows = queries_of_ids([prefix + ids for ids in PROMPTS]), torch.empty(len(PROMPTS), LAYERS, WIDTH)
-    for batch, states in read_block(model, queries, layers=range(LAYERS), prefix=prefix):
+    for batch, states in read_block(Reader(model, layers=range(LAYERS), prefix=prefix), queries):
         rows[batch] = torch.from_numpy(states)
     return rows
 

@@ -79,6 +79,11 @@ class Reader:
         self._prefix_keys: _Keys | None = None
         self._kept = _Kept(model, self.layers)
 
+    @property
+    def shared(self) -> int:
+        """Tokens at the beginning of each prompt that a batch does not run."""
+        return len(self._prefix)
+
     def read(self, queries: Sequence[Query]) -> Float[Tensor, "row layer d_model"]:
         """States of one batch, fp32 on the CPU; on exhausted memory half as many prompts at a time.
 

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from gravlens.checkpoints import Checkpoint
-from gravlens.models import OpenModel
 from gravlens.passes import TOKENS_ELSEWHERE, Reader, batches_of, common_prefix, tokens_for
 from gravlens.placement import Placement
 from gravlens.positions import Query
@@ -74,11 +73,10 @@ class Plan:
 
 
 def read_block(
-    model: OpenModel, queries: Sequence[Query], *, layers: Sequence[int], prefix: Sequence[int]
+    reader: Reader, queries: Sequence[Query]
 ) -> Iterator[tuple[list[int], Float[np.ndarray, "row layer d_model"]]]:
     """Batch by batch: the prompts' indices and their rows, fp32."""
-    reader = Reader(model, layers=layers, prefix=prefix)
-    for batch in batches_of(queries, prefix=len(prefix), tokens=tokens_for(model)):
+    for batch in batches_of(queries, prefix=reader.shared, tokens=tokens_for(reader.model)):
         yield batch, reader.read([queries[i] for i in batch]).numpy()
 
 
@@ -100,9 +98,9 @@ def read_each(plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, p
     ids = [query.ids for query in plan.queries]
     for number, (checkpoint, model) in enumerate(tqdm(opened, "residuals", len(checkpoints), leave=False)):
         check_vocabulary(checkpoint, model, ids)
+        reader = Reader(model, layers=plan.layers, prefix=plan.prefix)
         for block in plan.blocks:
-            queries = [plan.queries[i] for i in block]
-            for batch, states in read_block(model, queries, layers=plan.layers, prefix=plan.prefix):
+            for batch, states in read_block(reader, [plan.queries[i] for i in block]):
                 yield Found(number, [row for i in batch for row in plan.rows(block[i])], states, model.precision)
 
 

@@ -63,9 +63,17 @@ def write_tensors(path: Path | str, kind: str, arrays: Mapping[str, np.ndarray],
 
 
 def tensor_bytes(kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
-    """The content of a file of `write_tensors`."""
-    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return save(tensors, metadata=_header(kind, meta))
+    """The content of a file of `write_tensors`, the same for the same arrays and meta."""
+    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=_header(kind, meta))
+    start = 8 + int.from_bytes(content[:8], "little")
+    return _header_bytes(json.loads(content[8:start])) + content[start:]
+
+
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    """A safetensors header with its keys in order: safetensors itself writes them in a random one."""
+    text = json.dumps(header, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _header(kind: str, meta: Mapping[str, Any]) -> dict[str, str]:
@@ -128,13 +136,12 @@ class TensorWriter:
     ) -> None:
         self._stem, self._bytes = stem, 4 * math.prod(shape)
         entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, self._bytes]}
-        header = json.dumps({"__metadata__": _header(kind, meta), name: entry}).encode()
-        header += b" " * (-len(header) % 8)
+        header = _header_bytes({"__metadata__": _header(kind, meta), name: entry})
         folder.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=folder, prefix=f".{stem}.")
-        self._path, self._file, self._start = Path(scratch), os.fdopen(handle, "r+b"), 8 + len(header)
+        self._path, self._file, self._start = Path(scratch), os.fdopen(handle, "r+b"), len(header)
         try:
-            self._file.write(len(header).to_bytes(8, "little") + header)
+            self._file.write(header)
             if hasattr(os, "posix_fallocate"):  # a full disk is known before anything else is written
                 os.posix_fallocate(handle, 0, self._start + self._bytes)
         except BaseException:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
 from gravlens.fingerprints import fingerprint
+from gravlens.passes import Reader
 from gravlens.placement import Placement
 from gravlens.positions import Query
 from gravlens.readings import Plan, Through, read_block
@@ -158,10 +159,13 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
     opened = open_each([task.checkpoint for task in tasks], through=store.through, placement=store.placement)
     for task, (checkpoint, model) in zip(tasks, opened, strict=True):
         check_vocabulary(checkpoint, model, [query.ids for queries, _ in task.blocks for query in queries])
+        readers: dict[tuple[int, ...], Reader] = {}  # all blocks lack the same layers, mostly
         for queries, layers in task.blocks:
+            if layers not in readers:
+                readers[layers] = Reader(model, layers=layers, prefix=task.prefix)
             states = np.empty((sum(len(query.reads) for query in queries), len(layers), model.d_model), np.float32)
             rows = Plan(queries, layers, model.d_model, task.prefix, ()).rows
-            for batch, found in read_block(model, queries, layers=layers, prefix=task.prefix):
+            for batch, found in read_block(readers[layers], queries):
                 states[[row for i in batch for row in rows(i)]] = found
             task.shelf.put(states, queries=queries, layers=layers, checkpoint=checkpoint.described)
             tick()
