@@ -19,6 +19,7 @@ from gravlens.paper import paper_table
 from gravlens.placement import Placement
 from gravlens.report import read_results, write_report
 from gravlens.reproduce import reproduce
+from gravlens.residual_store import check_store, damaged_files, list_store, prune_store
 from gravlens.residuals import cache_residuals
 from gravlens.settings.fetched import pretrained_setting
 from gravlens.settings.history import Setting
@@ -176,13 +177,14 @@ def trajectory(
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
     keep: KEEP = 0,
+    store: Annotated[Path | None, typer.Option(help="Keep states in this folder, and read what is there.")] = None,
 ) -> None:
     """Follow every run along v_rev: alignment and fraction of the way back, mean ± SEM over runs."""
     history = ModelSequence.from_toml(sequence)
     place = Placement(device, dtype, keep=keep or None)
-    sets = [cache_residuals(history, placement=place)]
+    sets = [cache_residuals(history, placement=place, store=store)]
     if history.held_out is not None:
-        sets.append(cache_residuals(history, history.held_out, placement=place))
+        sets.append(cache_residuals(history, history.held_out, placement=place, store=store))
     followed = follow(sets, locate_vrev(sets[0]))
     summary = followed.summary()
     if out is not None:
@@ -196,6 +198,50 @@ def trajectory(
         cells = [_mean_sem(row[measure, "mean"], row[measure, "sem"]) for measure in ("alignment", "fraction")]
         table.add_row(str(step), *cells, str(int(row["alignment", "count"])))
     console.print(table)
+
+
+store_app = typer.Typer(help="Look after a folder of states (cache_residuals(..., store=…)).", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+STORE = Annotated[Path, typer.Argument(help="The store's folder.")]
+
+
+@store_app.command(name="list")
+def list_command(
+    folder: STORE, as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False
+) -> None:
+    """List what a store holds: checkpoints, how many prompts and layers of each, and when they were last asked for."""
+    found = list_store(folder)
+    if as_json:
+        typer.echo(found.to_json(orient="records", date_format="iso"))
+        return
+    table = Table(*found.columns, title=str(folder))
+    for row in found.itertuples(index=False):
+        cells = (f"{cell:.1f}" if isinstance(cell, float) and not isnan(cell) else str(cell) for cell in row)
+        table.add_row(*(escape("" if cell == "nan" else cell) for cell in cells))
+    console.print(table)
+
+
+@store_app.command()
+def verify(folder: STORE) -> None:
+    """Hold every file against its checksum; name the damaged ones (exit code 1). Nothing is taken away."""
+    found = damaged_files(folder)
+    for path in found:
+        typer.echo(f"damaged: {path}")
+    typer.echo(f"{len(found)} damaged" if found else "every file is whole")
+    raise typer.Exit(1 if found else 0)
+
+
+@store_app.command()
+def prune(
+    folder: STORE,
+    unused_days: Annotated[float | None, typer.Option(help="States too that were not asked for since then.")] = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Name the files, and keep them.")] = False,
+) -> None:
+    """Take away damaged files, scratch of killed runs, and whole answers, which are made again where they lack."""
+    found = prune_store(check_store(folder), unused_days=unused_days, dry=dry)
+    for path in found:
+        typer.echo(str(path))
+    typer.echo(f"{len(found)} files {'would be ' if dry else ''}taken away")
 
 
 def _mean_sem(mean: float, sem: float) -> str:

@@ -11,13 +11,16 @@ whole files and scratch, two processes write the same, and no damage goes unseen
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from gravlens.errors import GravlensError
@@ -125,15 +128,23 @@ def part_of(path: Path) -> Part | None:
 
 def is_whole(path: Path) -> bool:
     """Whether a file's content is what its name says; where it is not, the file is taken away and named."""
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    found = _digest(path)
+    if found is None:
         return False
     if found == path.name.split(".")[-2]:
+        with suppress(OSError):
+            os.utime(path)  # when it was last used, for pruning
         return True
     _taken_away(path)
     return False
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # another process took it away
+        return None
 
 
 def _taken_away(path: Path) -> None:
@@ -161,7 +172,6 @@ def find_view(folder: Path, question: str) -> np.ndarray | None:
     """A whole answer that was put together before, memory-mapped."""
     for path in sorted((folder / "views").glob(f"{question[:32]}.*.safetensors")):
         if is_whole(path):
-            os.utime(path)  # when it was last used, for pruning
             return map_tensor(path, "values")
     return None
 
@@ -171,3 +181,71 @@ def view_writer(folder: Path, question: str, shape: tuple[int, ...]) -> Iterator
     """A whole answer that is being put together; nothing is left of one that is not finished."""
     with room_on_disk(folder), TensorWriter(folder / "views", question[:32], "view", "values", shape, {}) as view:
         yield view
+
+
+# --- looking after a store ------------------------------------------------------------------------------------------
+
+
+def check_store(folder: Path) -> Path:
+    """Raise where a folder is no store."""
+    if not any((folder / name).is_dir() for name in ("states", "views")):
+        raise GravlensError(
+            f"{folder} is no store of states.",
+            "A store has a folder states/, once something was read into it.",
+            'the folder that was given as cache_residuals(..., store="…").',
+        )
+    return folder
+
+
+def list_store(folder: Path) -> pd.DataFrame:
+    """What a store holds: a row for each checkpoint that was read in one way, and one for the whole answers.
+
+    Returns:
+        `states` (the folder's name), `checkpoint` (its source when it was first read), `prompts`, `layers`, `files`,
+        `mib`, `used` (when a file was last written or asked for).
+    """
+    rows = [_row(Shelf(shelf)) for shelf in sorted((check_store(folder) / "states").glob("*")) if any(shelf.iterdir())]
+    views = list((folder / "views").glob("*.safetensors"))
+    if views:
+        rows.append({"states": "views", "checkpoint": "whole answers, made again where they lack", **_sizes(views)})
+    return pd.DataFrame(rows, columns=["states", "checkpoint", "prompts", "layers", "files", "mib", "used"])
+
+
+def _row(shelf: Shelf) -> dict[str, Any]:
+    parts = shelf.parts()
+    return {
+        "states": shelf.folder.name,
+        "checkpoint": parts[0].checkpoint if parts else "",
+        "prompts": len({query for part in parts for query in part.queries}),
+        "layers": len({layer for part in parts for layer in part.layers}),
+        **_sizes([part.path for part in parts]),
+    }
+
+
+def _sizes(paths: Sequence[Path]) -> dict[str, Any]:
+    stats = [path.stat() for path in paths]
+    used = pd.Timestamp(max((stat.st_mtime for stat in stats), default=0), unit="s").floor("s")
+    return {"files": len(stats), "mib": sum(stat.st_size for stat in stats) / 2**20, "used": used}
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """The files whose content is not what their name says; nothing is taken away."""
+    paths = sorted(check_store(folder).rglob("*.safetensors"))
+    return [path for path in paths if _digest(path) != path.name.split(".")[-2]]
+
+
+def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = False) -> list[Path]:
+    """Take away what is not needed: damaged files, scratch of killed runs (an hour old), whole answers.
+
+    Args:
+        folder: the store.
+        unused_days: states too that were not written or asked for since then.
+        dry: name them only.
+    """
+    now, old = time.time(), [] if unused_days is None else (folder / "states").rglob("*.safetensors")
+    found = {*damaged_files(folder), *(folder / "views").glob("*.safetensors")}
+    found |= {path for path in folder.rglob(".*") if path.is_file() and path.stat().st_mtime < now - 3600}
+    found |= {path for path in old if path.stat().st_mtime < now - 86400 * (unused_days or 0)}
+    for path in () if dry else found:
+        path.unlink(missing_ok=True)
+    return sorted(found)

@@ -1,6 +1,6 @@
 """A store that is killed, run by test_stored_readings.py: python tests/killed.py FOLDER KILLS
 
-The parent only forks; children read a small history into a store, and are killed at random instants, some of them twice.
+The parent only forks; children read a small history into a store and are killed at random instants, some of them twice.
 What they leave is completed by one more child and held, byte by byte, against a store that nobody disturbed.
 """
 
