@@ -139,7 +139,7 @@ def cache_residuals(
     queries = queries_of(tokenizer, prompts, positions)
     wanted = list(sequence if checkpoints is None else checkpoints)
     n_layers, d_model = one_shape(wanted)
-    plan = Plan.of(queries, _layers(layers, n_layers), d_model)
+    plan = Plan.of(queries, layers_of(layers, n_layers), d_model)
     if store is None:
         _check_no(executor)
         values, precisions = read_here(plan, wanted, through, placement)
@@ -163,7 +163,8 @@ def _check_no(executor: Executor | None) -> None:
         )
 
 
-def _layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+def layers_of(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+    """Layers that were asked for, ascending; None is all. Raises where one is out of range."""
     if layers is None:
         return tuple(range(n_layers))
     if len(layers) == 0:

@@ -157,11 +157,16 @@ def run_all(tasks: Sequence[Task], executor: Executor | None) -> None:
 
 def divided(task: Task) -> list[Task]:
     """A checkpoint's blocks as tasks of their own where they are long; a last part that is short stays with another."""
-    least = TASK_TOKENS.get(task.store.placement.device, TASK_TOKENS_ELSEWHERE)
+    least = least_tokens(task.store.placement.device)
     tokens = [sum(query.end - len(task.prefix) for query in queries) for queries, _ in task.blocks]
     parts = part_sizes(tokens, least)
     ends = [sum(parts[: i + 1]) for i in range(len(parts))]
     return [replace(task, blocks=task.blocks[end - size : end]) for size, end in zip(parts, ends, strict=True)]
+
+
+def least_tokens(device: str) -> int:
+    """Tokens of a task, at least."""
+    return TASK_TOKENS.get(device, TASK_TOKENS_ELSEWHERE)
 
 
 def part_sizes(tokens: Sequence[int], least: int) -> list[int]:

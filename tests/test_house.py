@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
     "errors precision placement prompts store folders hub sequence_file checkpoints processing adapters ahead bridge "
-    "models tokenizer inference gguf positions passes fingerprints residual_store readings stored_readings residuals "
+    "models tokenizer inference gguf positions passes fingerprints residual_store readings stored_readings residuals costs machine planning "
     "behavior strongreject judges divergence covariance directions estimators trajectory geometry subspaces "
     "interventions hooks weights nulls choices noise controls damage resampling crossfit decomposition inspection "
     "readout effects selectivity tradeoff demands claims "
