@@ -204,13 +204,14 @@ def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: 
     elif "HookedTransformer" in names:
         kind, blocks = "hooked_transformer", tuple(block.hook_resid_post for block in module.blocks)
     else:
-        kind, blocks = "huggingface", tuple(_huggingface_blocks(module))
+        kind, blocks = "huggingface", tuple(block_list(module))
     d_model = module.cfg.d_model if kind != "huggingface" else module.config.get_text_config().hidden_size
     check_not_centred(checkpoint, module, kind, blocks, d_model)
     return OpenModel(module, kind, blocks, d_model, tokenizer or getattr(module, "tokenizer", None), weights)
 
 
-def _huggingface_blocks(module: Any) -> nn.ModuleList:
+def block_list(module: Any) -> nn.ModuleList:
+    """The blocks of a Hugging Face model."""
     if not hasattr(module, "config"):
         raise GravlensError(
             f"A {type(module).__name__} was given.",

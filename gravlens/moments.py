@@ -14,7 +14,7 @@ from gravlens.placement import Placement
 from gravlens.positions import Positions
 from gravlens.prompts import PromptSet
 from gravlens.readings import read_each
-from gravlens.residuals import plan_reading
+from gravlens.residuals import prepare
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ def residual_moments(
         raise GravlensError(
             f"reduce={reduce!r} was given.", "States are reduced over prompts.", '"mean" or "covariance".'
         )
-    asked = plan_reading(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
+    asked = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
     shape = (len(asked.checkpoints), len(asked.plan.layers), asked.plan.d_model)
     # About the first batch's mean, which is near the whole mean: what is squared and summed is not far from 0.
     about, total, rows = np.zeros(shape), np.zeros(shape), np.zeros(shape[0], int)

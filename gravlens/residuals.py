@@ -135,7 +135,7 @@ def cache_residuals(
         GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened, has another shape or was
             processed (centred, or folded where another is not); an executor without a store; a disk that is full.
     """
-    asked = plan_reading(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
+    asked = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
     if store is None:
         _check_no(executor)
         values, precisions = read_here(asked.plan, asked.checkpoints, through, placement)
@@ -181,7 +181,7 @@ class Asked:
         }
 
 
-def plan_reading(
+def prepare(
     sequence: ModelSequence,
     prompts: Prompts | None = None,
     *,
@@ -195,7 +195,7 @@ def plan_reading(
     queries = queries_of(tokenizer, prompts, positions)
     wanted = tuple(sequence if checkpoints is None else checkpoints)
     n_layers, d_model = one_shape(wanted)
-    plan = Plan.of(queries, _layers(layers, n_layers), d_model)
+    plan = Plan.of(queries, layers_of(layers, n_layers), d_model)
     template = sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none"
     return Asked(plan, wanted, prompts.digest, described(positions), template, prompts.system)
 
@@ -209,7 +209,8 @@ def _check_no(executor: Executor | None) -> None:
         )
 
 
-def _layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+def layers_of(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+    """Layers that were asked for, ascending; None is all. Raises where one is out of range."""
     if layers is None:
         return tuple(range(n_layers))
     if len(layers) == 0:

@@ -4,9 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import current_process
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -23,6 +27,16 @@ from gravlens.readings import Plan, Through, read_block
 from gravlens.residual_store import Shelf, find_view, query_key, view_writer
 from gravlens.swapping import open_each, precision_of
 from gravlens.tokenizer import check_vocabulary
+
+# Tokens of a worker's task, at least: so many that opening the checkpoint, whose time grows with its size as a token's
+# does, stays below a tenth of the task (docs/scale.md).
+TASK_TOKENS = {"cpu": 1 << 16}
+TASK_TOKENS_ELSEWHERE = 1 << 22
+
+T = TypeVar("T")
+Blocks = tuple[tuple[tuple[Query, ...], tuple[int, ...]], ...]
+
+_ONE_AT_A_TIME = Lock()  # of a process: two threads that open models undo each other's settings
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Stored:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a store lacks of one checkpoint.
+    """What a store lacks of one checkpoint, or some blocks of it.
 
     Attributes:
         checkpoint: a folder or hub id; a model in memory where no executor is used.
@@ -53,7 +67,7 @@ class Task:
 
     checkpoint: Checkpoint
     shelf: Shelf
-    blocks: tuple[tuple[tuple[Query, ...], tuple[int, ...]], ...]
+    blocks: Blocks
     prefix: tuple[int, ...]
     store: Stored
 
@@ -66,8 +80,12 @@ def read_through_store(
     Raises:
         GravlensError: the store cannot be written, or loses what is written into it; what `run_all` raises.
     """
+    if executor is not None:
+        checkpoints = [_sendable(checkpoint) for checkpoint in checkpoints]
+        store = replace(store, folder=store.folder.absolute())
     precisions = [precision_of(checkpoint, store.placement) for checkpoint in checkpoints]
-    shelves = [store.shelf(*pair) for pair in zip(checkpoints, precisions, strict=True)]
+    pairs = zip(checkpoints, precisions, strict=True)
+    shelves = run_each([partial(store.shelf, *pair) for pair in pairs], executor, "digests")
     keys = [query_key(query) for query in plan.queries]
     question = hashlib.sha256(json.dumps([[s.folder.name for s in shelves], keys, plan.layers]).encode()).hexdigest()
     view = find_view(store.folder, question)
@@ -123,32 +141,54 @@ def _put_together(
 
 
 def run_all(tasks: Sequence[Task], executor: Executor | None) -> None:
-    """Run tasks here, or submit each to an executor; its workers write files and send nothing back.
+    """Run tasks here, or submit them to an executor, whose workers write files and send nothing back.
 
     Raises:
-        GravlensError: a model in memory and an executor; a worker died.
+        GravlensError: what a worker raised; a worker died.
     """
-    if executor is None:
-        with tqdm(total=sum(len(task.blocks) for task in tasks), desc="residuals", unit="block", leave=False) as bar:
-            run_tasks(tasks, bar.update)
+    if executor is not None:
+        parts = [part for task in tasks for part in divided(task)]
+        run_each([partial(run_rest, part) for part in parts], executor, "residuals")
         return
-    for task in tasks:
-        _check_sendable(task.checkpoint)
-    jobs = [executor.submit(run_tasks, [task]) for task in tasks]
-    try:
-        for job in tqdm(jobs, desc="residuals", unit="task", leave=False):
-            job.result()
-    except GravlensError:
-        raise
-    except Exception as error:  # each executor has its own names for a worker that died
-        raise GravlensError(
-            f"A worker of {type(executor).__name__} ended ({(str(error) or type(error).__name__).splitlines()[0]}).",
-            "Every task is run to its end; what was written before is whole and stays in the store.",
-            "the same call again, with a new executor: it goes on where this one stopped.",
-        ) from error
-    finally:
-        for job in jobs:
-            job.cancel()
+    with tqdm(total=sum(len(task.blocks) for task in tasks), desc="residuals", unit="block", leave=False) as bar:
+        run_tasks(tasks, bar.update)
+
+
+def divided(task: Task) -> list[Task]:
+    """A checkpoint's blocks as tasks of their own where they are long; a last part that is short stays with another."""
+    least = least_tokens(task.store.placement.device)
+    tokens = [sum(query.end - len(task.prefix) for query in queries) for queries, _ in task.blocks]
+    parts = part_sizes(tokens, least)
+    ends = [sum(parts[: i + 1]) for i in range(len(parts))]
+    return [replace(task, blocks=task.blocks[end - size : end]) for size, end in zip(parts, ends, strict=True)]
+
+
+def least_tokens(device: str) -> int:
+    """Tokens of a task, at least."""
+    return TASK_TOKENS.get(device, TASK_TOKENS_ELSEWHERE)
+
+
+def part_sizes(tokens: Sequence[int], least: int) -> list[int]:
+    """How many blocks in turn make a task of at least so many tokens, given each block's own."""
+    sizes, held = [0], 0
+    for number, count in enumerate(tokens):
+        if held >= least and sum(tokens[number:]) >= least:
+            sizes.append(0)
+            held = 0
+        sizes[-1] += 1
+        held += count
+    return sizes
+
+
+def run_rest(task: Task) -> None:
+    """Run what lacks of a task now, which is little where a worker before this one was killed."""
+    layers = sorted({layer for _, layers in task.blocks for layer in layers})
+    keys = {query_key(query): query for queries, _ in task.blocks for query in queries}
+    lacks = dict(zip(keys, map(set, task.shelf.missing(list(keys), layers)), strict=True))
+    rest = [
+        (queries, layers) for queries, layers in task.blocks if any(lacks[query_key(q)] & set(layers) for q in queries)
+    ]
+    run_tasks([replace(task, blocks=tuple(rest))] if rest else [])
 
 
 def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> None:
@@ -171,10 +211,72 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
             tick()
 
 
-def _check_sendable(checkpoint: Checkpoint) -> None:
+# --- executors ------------------------------------------------------------------------------------------------------
+
+
+def run_each(calls: Sequence[Callable[[], T]], executor: Executor | None, what: str) -> list[T]:
+    """Results of calls, made here or by an executor's workers; what waits is cancelled however this ends.
+
+    Of what `submit` returns only `result`, `done` and `cancel` are asked for, which jobs of submitit have too.
+
+    Raises:
+        GravlensError: what a call raised; a worker died.
+    """
+    if executor is None:
+        return [call() for call in calls]
+    jobs: list[Any] = []
+    try:
+        jobs += [executor.submit(_outcome, call) for call in calls]
+        return [_sent_back(job.result()) for job in tqdm(jobs, desc=what, unit="task", leave=False)]
+    except GravlensError:
+        raise
+    except Exception as error:  # each executor has its own names for a worker that died
+        raise GravlensError(
+            f"A worker of {type(executor).__name__} ended ({(str(error) or type(error).__name__).splitlines()[0]}).",
+            "Every task is run to its end; what was written before is whole and stays in the store.",
+            "the same call again, with a new executor: it goes on where this one stopped.",
+        ) from error
+    finally:
+        for job in jobs:
+            with suppress(Exception):  # a job of Slurm that ended just now
+                if not job.done():
+                    job.cancel()
+
+
+def _outcome(call: Callable[[], T]) -> T | GravlensError:
+    """What a worker sends back: an error too, which not every executor hands on as it was raised."""
+    with _ONE_AT_A_TIME:
+        try:
+            _check_not_forked()
+            return call()
+        except GravlensError as error:
+            return error
+
+
+def _check_not_forked() -> None:
+    if type(current_process()).__name__ == "ForkProcess":  # where torch's threads do not live on: it would hang
+        raise GravlensError(
+            "A worker process was forked from one that runs torch.",
+            "Workers are started anew.",
+            'ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")).',
+        )
+
+
+def _sent_back(outcome: T | GravlensError) -> T:
+    if isinstance(outcome, GravlensError):
+        raise outcome
+    return outcome
+
+
+def _sendable(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint that a worker opens itself, wherever it was started."""
     if isinstance(checkpoint.source, nn.Module):
         raise GravlensError(
             f"{checkpoint.name} is {checkpoint.described}, and an executor was given.",
             "A worker opens its checkpoint itself.",
             "folders (model.save_pretrained), or no executor.",
         )
+    here = Path(checkpoint.source)
+    base = None if checkpoint.base is None else _sendable(checkpoint.base)
+    source = here.absolute() if here.is_dir() else checkpoint.source
+    return replace(checkpoint, source=source, base=base, template="own", tokenizer=None)  # prompts are tokens already

@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "errors prompt_files precision placement prompts store folders hub sequence_file checkpoints processing adapters "
     "ahead bridge models swapping tokenizer inference gguf positions passes fingerprints residual_store readings "
-    "stored_readings residuals moments contrasts behavior strongreject judges divergence covariance directions "
-    "estimators trajectory geometry subspaces interventions hooks weights nulls choices noise controls damage "
-    "resampling crossfit decomposition inspection readout effects selectivity tradeoff demands claims "
+    "stored_readings residuals moments costs machine planning contrasts behavior strongreject judges divergence "
+    "covariance directions estimators trajectory geometry subspaces interventions hooks weights nulls choices noise "
+    "controls damage resampling crossfit decomposition inspection readout effects selectivity tradeoff demands claims "
     "refusal leaks blocking blockers finetune arms plots frontiers heatmaps paper report fetch settings "
     "experiment gathering findings comparison reproduce cli"
 ).split()
