@@ -77,9 +77,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     (out / "residuals.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, found in workloads.items():
-        typer.echo(
-            f"{name}: {found["'tokens'"]} tokens"
-        )
+        typer.echo(f"{name}: {found['tokens']} tokens, {found['shared']:.0%} shared, {found['floor_seconds']:.2f} s")
         for contender, ratio in found["ratio_to_floor"].items():
             typer.echo(f"  {contender:<34} {ratio:5.2f}")
 

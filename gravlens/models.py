@@ -109,9 +109,21 @@ def open_model(
     for adapter in adapters:
         merge_adapter(module, adapter)
     weights = weights_of(module)
-    if through == "bridge":
+    _own_memory(weights)
+    if through == "bridge":  # which may hold views of them
         module = boot_bridge(str(base), module, tokenizer)
     return _adopt(checkpoint, module, tokenizer, weights)
+
+
+def _own_memory(weights: Mapping[str, Tensor]) -> None:
+    """Take weights out of the file that they are a view of, on the CPU.
+
+    An evicted file's room would stay taken; and a product's last bits depend on where in memory its numbers lie, so a
+    checkpoint would give other bits opened than swapped in.
+    """
+    for weight in weights.values():
+        if weight.device.type == "cpu":
+            weight.data = weight.data.clone()
 
 
 def load_huggingface(

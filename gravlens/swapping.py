@@ -70,12 +70,7 @@ def _opened(
     source: Checkpoint | Path, tokenizer: Any | None, through: Literal["huggingface", "bridge"], placement: Placement
 ) -> OpenModel:
     device, dtype, device_map = placement.device, placement.dtype, placement.device_map
-    opened = open_model(source, tokenizer=tokenizer, through=through, device=device, dtype=dtype, device_map=device_map)
-    # On the CPU they are views of the file: an evicted one's room would stay taken, and a product's last bits depend on
-    # where in memory its numbers lie, so a checkpoint would give other bits opened than swapped in.
-    for weight in opened.weights.values():
-        weight.data = weight.data.clone()
-    return opened
+    return open_model(source, tokenizer=tokenizer, through=through, device=device, dtype=dtype, device_map=device_map)
 
 
 def _with_adapters(model: OpenModel, adapters: Sequence[Path]) -> tuple[OpenModel, bool]:
