@@ -115,6 +115,8 @@ from .nulls import sample_covariance as sample_covariance
 from .nulls import sign_flips as sign_flips
 from .nulls import swapped_labels as swapped_labels
 from .placement import Placement as Placement
+from .planning import Forecast as Forecast
+from .planning import plan_reading as plan_reading
 from .plots import plot_alignment as plot_alignment
 from .plots import plot_arms as plot_arms
 from .plots import plot_effect as plot_effect

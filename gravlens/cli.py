@@ -1,5 +1,6 @@
 """The command line: parse, call, write."""
 
+import json
 from math import isnan
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,8 +16,10 @@ from gravlens.directions import Directions, locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.fetch import cache_folder, fetch_prompts, fetch_smollm2
 from gravlens.inspection import inspect_sequence
+from gravlens.machine import named_machine
 from gravlens.paper import paper_table
 from gravlens.placement import Placement
+from gravlens.planning import plan_reading
 from gravlens.report import read_results, write_report
 from gravlens.reproduce import reproduce
 from gravlens.residual_store import check_store, damaged_files, list_store, prune_store
@@ -131,6 +134,40 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@app.command(name="plan")
+def plan_command(
+    sequence: Annotated[Path, typer.Argument(help="SEQUENCE.toml (docs/sequence.md).")],
+    prompts: Annotated[Path | None, typer.Option(help="File of prompts; default: the sequence's probes.")] = None,
+    layers: Annotated[str, typer.Option(help="Layer numbers, as 3,12; default: all.")] = "",
+    positions: Annotated[str, typer.Option(help="last, instruction, post_instruction, all, or as -2.")] = "last",
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "float32",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    peak_flops: Annotated[
+        float, typer.Option(min=0, help="Of another machine's worker, FLOP/s as its maker says; 0: measured here.")
+    ] = 0,
+    disk_gbps: Annotated[float, typer.Option(min=0, help="GB/s that its worker reads and writes files with.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the forecast as JSON.")] = False,
+) -> None:
+    """Forecast what reading a history will cost: tokens, operations, bytes, memory and seconds (docs/scale.md)."""
+    found = plan_reading(
+        ModelSequence.from_toml(sequence),
+        prompts,
+        layers=[int(one) for one in layers.split(",")] if layers else None,
+        positions=int(positions) if positions.lstrip("-").isdigit() else positions,  # pyright: ignore[reportArgumentType]
+        placement=Placement(device, dtype),
+        machine=named_machine(peak_flops=peak_flops, disk=1e9 * disk_gbps, device=device) if peak_flops else None,
+        workers=workers,
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    table = Table("", "", title="forecast of cache_residuals with an empty store")
+    for what, figure in found.lines():
+        table.add_row(what, figure)
+    console.print(table)
 
 
 @app.command()

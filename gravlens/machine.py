@@ -19,7 +19,7 @@ from gravlens.costs import Shape, flops_of, passes_of
 from gravlens.errors import GravlensError
 from gravlens.folders import weight_files
 from gravlens.models import OpenModel, open_model, quiet
-from gravlens.passes import Reader, batches_of, reuses_keys, tokens_for
+from gravlens.passes import TOKENS, TOKENS_ELSEWHERE, Reader, batches_of, reuses_keys, tokens_for
 from gravlens.placement import Placement, as_device
 from gravlens.positions import Query
 from gravlens.precision import as_dtype
@@ -30,6 +30,7 @@ NUMBERS = 30_000_000  # of the blocks of the model that is timed; at least two b
 LARGEST = 2_000_000_000  # of these two; beyond it nothing is timed here
 SAMPLES, REPEATS, SECONDS = 4, 4, 6.0  # batches, how often each, and after how long no more
 READ = 128 << 20  # bytes
+HASHED, STARTUP = 1.5e9, 10.0  # of a machine that is not here: bytes/s of one core with SHA instructions, and seconds
 SUSTAINED = 0.4  # of a peak that a maker names: what dense forward passes were seen to reach
 
 
@@ -58,9 +59,25 @@ class Machine:
     measured: bool
 
 
-def named_machine(*, peak_flops: float, disk: float, tokens: int, hashed: float = 1.5e9) -> Machine:
-    """A machine that is not here: its makers' peak, of which SUSTAINED is reckoned with, and bytes a second of disk."""
-    return Machine(SUSTAINED * peak_flops, disk, hashed, disk, 10.0, True, tokens, False)
+def named_machine(*, peak_flops: float, disk: float, device: str = "cuda") -> Machine:
+    """The rates of a worker that is not here.
+
+    Args:
+        peak_flops: operations a second by its maker; SUSTAINED of them are reckoned with.
+        disk: bytes a second that files are read and written with.
+        device: decides how many tokens make a batch.
+
+    Raises:
+        GravlensError: one of both is not above 0.
+    """
+    if not (peak_flops > 0 and disk > 0):
+        raise GravlensError(
+            f"A machine of {peak_flops:g} FLOP/s and a disk of {disk:g} bytes/s was named.",
+            "Both are needed.",
+            "--peak-flops 989e12 --disk-gbps 2 (an H100 in bf16), or neither: then this machine is measured.",
+        )
+    tokens = TOKENS.get(device, TOKENS_ELSEWHERE)
+    return Machine(SUSTAINED * peak_flops, disk, HASHED, disk, STARTUP, True, tokens, False)
 
 
 def measured_machine(

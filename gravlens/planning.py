@@ -62,6 +62,26 @@ class Forecast:
         """Seconds in all."""
         return sum(self.seconds.values())
 
+    def lines(self) -> list[tuple[str, str]]:
+        """The forecast in words: what, and how much."""
+        m, spent = self.machine, ", ".join(f"{part} {duration(s)}" for part, s in self.seconds.items())
+        return [
+            ("checkpoints × prompts", f"{self.checkpoints:,} × {self.prompts:,}"),
+            ("tokens of the prompts, and run", f"{self.tokens:,}, {self.tokens_run:,}"),
+            ("operations", f"{self.flops:.3g} FLOP"),
+            ("weights read", f"{amount(self.bytes_read)}, for digests and once more"),
+            ("states stored", f"{amount(self.bytes_stored)}, and as much for the answer"),
+            ("memory of a worker", f"{amount(self.memory)}, and Python's"),
+            ("tasks for an executor", f"{self.tasks:,}"),
+            ("time", f"{duration(self.total)} with {self.workers} worker(s)"),
+            ("of these", spent),
+            (
+                "machine, " + ("measured here" if m.measured else "as it was named"),
+                f"{m.flops:.3g} FLOP/s; read {amount(m.read)}/s, hash {amount(m.hashed)}/s, "
+                f"write {amount(m.written)}/s",
+            ),
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {**asdict(self), "total": self.total}
@@ -190,3 +210,15 @@ def without_files(config: PretrainedConfig, lengths: Sequence[int], *, layers: S
     shape = shape_of(config)
     queries = [Query((number,) * length, ((length - 1,),)) for number, length in enumerate(lengths)]
     return Plan.of(queries, sorted(layers), shape.d_model), shape
+
+
+def amount(size: float) -> str:
+    """Bytes in words."""
+    power = min(int(math.log10(max(size, 1))) // 3, 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    unit, name = next(((u, n) for u, n in ((3600, "h"), (60, "min")) if seconds >= 2 * u), (1, "s"))
+    return f"{seconds / unit:.3g} {name}"

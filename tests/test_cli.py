@@ -32,6 +32,7 @@ COMMANDS = {
     "report": [],
     "locate": ["--layer", "--out", "--device", "--dtype"],
     "inspect": ["--json"],
+    "plan": ("--prompts --layers --positions --device --dtype --workers --peak-flops --disk-gbps --json").split(),
     "trajectory": ["--out", "--json", "--device", "--dtype", "--keep"],
 }
 
@@ -91,6 +92,20 @@ def test_the_entry_point_is_the_application() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     module, _, name = project["scripts"]["gravlens"].partition(":")
     assert getattr(import_module(module), name) is app
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_tells_what_a_reading_costs_here_and_on_another_machine(history: Path) -> None:
+    told = gravlens("plan", history / "SEQUENCE.toml")
+    assert told.exit_code == 0 and all(word in told.stdout for word in ("3 × 6", "FLOP", "measured here", "digests"))
+    named = ["--peak-flops", "1e12", "--disk-gbps", "1", "--workers", "3", "--layers", "0,2", "--positions", "-2"]
+    found = json.loads(gravlens("plan", history / "SEQUENCE.toml", "--json", *named).stdout)
+    assert found["bytes_stored"] == 3 * 6 * 2 * tiny.WIDTH * 4 and found["machine"]["flops"] == 0.4e12
+    assert found["workers"] == 3 and found["total"] == pytest.approx(sum(found["seconds"].values()))
+    refused(gravlens("plan", history / "SEQUENCE.toml", "--peak-flops", "1e12"), "disk-gbps")
+    refused(gravlens("plan", history / "SEQUENCE.toml", "--layers", "7"), "0 to 2")
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from gravlens.machine import Machine, measured_machine, named_machine
 from gravlens.models import OpenModel, open_model
 from gravlens.passes import TOKENS, reuses_keys, tokens_for
 from gravlens.placement import Placement
-from gravlens.planning import forecast, plan_reading, without_files
+from gravlens.planning import amount, duration, forecast, plan_reading, without_files
 from gravlens.positions import Answers, Query, queries_of, queries_of_ids
 from gravlens.prompts import PromptSet
 from gravlens.readings import Plan, read_block
@@ -154,8 +154,28 @@ def test_models_in_memory_and_models_too_large_to_be_timed_are_refused() -> None
 
 
 def test_a_named_machine_is_reckoned_with_less_than_its_peak() -> None:
-    named = named_machine(peak_flops=1e15, disk=2e9, tokens=16384)
+    named = named_machine(peak_flops=1e15, disk=2e9)
     assert named.flops == 0.4e15 and named.read == named.written == 2e9 and not named.measured
+    assert (named.tokens, named_machine(peak_flops=1, disk=1, device="cpu").tokens) == (16384, 1024)
+    with refused("1e+15", "0 bytes"):
+        named_machine(peak_flops=1e15, disk=0)
+
+
+def test_amounts_and_durations_are_said_in_their_own_units() -> None:
+    assert [amount(size) for size in (0, 999, 1.5e6, 2.621e12, 5e15)] == [
+        "0 B",
+        "999 B",
+        "1.5 MB",
+        "2.62 TB",
+        "5e+03 TB",
+    ]
+    assert [duration(seconds) for seconds in (0.5, 119, 120, 7199, 7200)] == [
+        "0.5 s",
+        "119 s",
+        "2 min",
+        "120 min",
+        "2 h",
+    ]
 
 
 def test_torch_is_left_as_it_was() -> None:
