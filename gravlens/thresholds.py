@@ -108,19 +108,21 @@ def _of_draws(null: NullDraws, statistic: Statistic) -> Series:
 
 
 def _of_tables(tables: Sequence[pd.DataFrame], statistic: Statistic) -> Series:
-    series, layers = [], set()
+    values, steps, layers = [], set(), set()
     for table in tables:
         if table.prompts.nunique() > 1:
             raise _unlike(f"A table of {' and '.join(sorted(table.prompts.unique()))} prompts was given.")
-        layers.add(tuple(int(layer) for layer in sorted(table.layer.dropna().unique())))
-        for _, rows in table[table.layer.isna()].groupby("run"):
-            values = rows.set_index("step").sort_index()[statistic].astype(float)
-            judged = rows.set_index("step").sort_index().judged | (statistic != "alignment")
-            series.append(values.fillna(np.inf).where(judged, -np.inf))
-    if len(layers) > 1 or len({tuple(one.index) for one in series}) > 1:
-        raise _unlike(f"{len(series)} null runs of different steps or layers were given.")
-    steps = tuple(int(step) for step in series[0].index) if series else ()
-    return np.array([one.to_numpy() for one in series]), steps, layers.pop() if layers else ()
+        layers.add(tuple(sorted(map(int, table.layer.dropna().unique()))))
+        for _, rows in table[table.layer.isna()].sort_values("step").groupby("run"):
+            found = rows[statistic].to_numpy(float)
+            found[np.isnan(found)] = np.inf  # a run that diverged must not lower the value
+            if statistic == "alignment":
+                found[~rows.judged.to_numpy(bool)] = -np.inf
+            values.append(found)
+            steps.add(tuple(map(int, rows.step)))
+    if len(layers) > 1 or len(steps) > 1:
+        raise _unlike(f"{len(values)} null runs of different steps or layers were given.")
+    return np.array(values), *(steps or {()}), *(layers or {()})
 
 
 def _unlike(given: str) -> GravlensError:
