@@ -294,23 +294,22 @@ def check_whole(module: nn.Module) -> None:
 def _positions_of(directions: Directions) -> Offset:
     """Where the directions' prompts were read, which must be a place that the monitor reads."""
     facts = [direction.made_from for direction in directions.defined()]
-    (geometry, *others), positions = (
-        {one.get("geometry", "raw") for one in facts},
-        {one.get("positions", "last") for one in facts},
-    )
-    (position, *more) = positions
-    if geometry != "raw" or others or more or not (position == "last" or isinstance(position, int)):
+    geometries = {one.get("geometry", "raw") for one in facts}
+    positions = {one.get("positions", "last") for one in facts}
+    first: Any = next(iter(positions))
+    if geometries != {"raw"} or len(positions) > 1 or not (first == "last" or isinstance(first, int)):
         raise GravlensError(
-            f"The directions were located at {', '.join(map(str, positions))} in {geometry} geometry.",
+            f"The directions were located at {', '.join(map(str, positions))} in {', '.join(geometries)} geometry.",
             'The monitor reads raw states at one token of each prompt, "last" or an offset from its end.',
             "directions of such states: locate_vrev(sequence).",
         )
-    return position
+    return "last" if first == "last" else int(first)
 
 
 def _check_template(tokenizer: Any, directions: Directions) -> None:
     """A template where the directions had none, or the other way round, would watch another state."""
-    located = {direction.made_from.get("chat_template") for direction in directions.defined()} - {None}
+    facts = [direction.made_from for direction in directions.defined()]
+    located = {str(one["chat_template"]) for one in facts if "chat_template" in one}
     templated = bool(getattr(tokenizer, "chat_template", None))
     if tokenizer is not None and located and templated != (located != {"none"}):
         raise GravlensError(

@@ -108,21 +108,22 @@ def _of_draws(null: NullDraws, statistic: Statistic) -> Series:
 
 
 def _of_tables(tables: Sequence[pd.DataFrame], statistic: Statistic) -> Series:
-    values, steps, layers = [], set(), set()
+    values: list[np.ndarray] = []
+    steps: set[tuple[int, ...]] = set()
+    layers: set[tuple[int, ...]] = set()
     for table in tables:
         if table.prompts.nunique() > 1:
             raise _unlike(f"A table of {' and '.join(sorted(table.prompts.unique()))} prompts was given.")
         layers.add(tuple(sorted(map(int, table.layer.dropna().unique()))))
         for _, rows in table[table.layer.isna()].sort_values("step").groupby("run"):
             found = rows[statistic].to_numpy(float)
-            found[np.isnan(found)] = np.inf  # a run that diverged must not lower the value
-            if statistic == "alignment":
-                found[~rows.judged.to_numpy(bool)] = -np.inf
-            values.append(found)
+            found = np.where(np.isnan(found), np.inf, found)  # a run that diverged must not lower the value
+            judged = rows.judged.to_numpy(bool) | (statistic != "alignment")
+            values.append(np.where(judged, found, -np.inf))
             steps.add(tuple(map(int, rows.step)))
     if len(layers) > 1 or len(steps) > 1:
         raise _unlike(f"{len(values)} null runs of different steps or layers were given.")
-    return np.array(values), *(steps or {()}), *(layers or {()})
+    return np.array(values), next(iter(steps), ()), next(iter(layers), ())
 
 
 def _unlike(given: str) -> GravlensError:
