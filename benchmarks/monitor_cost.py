@@ -16,6 +16,7 @@ import torch
 import typer
 from blocker_cost import history
 from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
 
 from gravlens.checkpoints import ModelSequence
 from gravlens.directions import locate_vrev
@@ -76,6 +77,7 @@ def cost(sequence: ModelSequence, setting: RefusalOrganism, probes: int, steps: 
         arguments = _arguments(recipe, 0, Path(folder))
         arguments.max_steps = steps
         trainer = Trainer(model=model.module, args=arguments, train_dataset=_Rows(data), data_collator=_collate)
+        trainer.remove_callback(PrinterCallback)
         monitor.attach(trainer, start=model)
         trainer.train()
     watching, stepping = np.array(monitor.seconds)[warm_up:].T
