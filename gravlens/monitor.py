@@ -67,7 +67,8 @@ class Monitor(TrainerCallback):
         self.directions, self.probes = directions, PromptSet.of(probes)
         self.every, self.stop_above, self.anchor, self.tokenizer, self.name = every, stop_above, anchor, tokenizer, name
         self.stopped_at: int | None = None
-        self._defined, self._positions = directions.defined(), _positions_of(directions)
+        self._defined = directions.defined()
+        self._positions: Offset = _positions_of(directions)
         self._trainer: Trainer | None = None
         self._ids: list[list[int]] | None = None
         self._start: Float[np.ndarray, "layer d_model"] | None = None
