@@ -104,6 +104,7 @@ from .leaks import rank_table as rank_table
 from .leaks import smallest_rank as smallest_rank
 from .models import OpenModel as OpenModel
 from .models import open_model as open_model
+from .monitor import Monitor as Monitor
 from .noise import update_norms as update_norms
 from .noise import weight_noise as weight_noise
 from .nulls import NullDraws as NullDraws
@@ -151,6 +152,8 @@ from .subspaces import random_spans as random_spans
 from .subspaces import share_within as share_within
 from .subspaces import span_of as span_of
 from .subspaces import whole_state as whole_state
+from .thresholds import Threshold as Threshold
+from .thresholds import calibrate as calibrate
 from .tokenizer import sequence_tokenizer as sequence_tokenizer
 from .tradeoff import at_equal_task_loss as at_equal_task_loss
 from .trajectory import Trajectory as Trajectory

@@ -22,6 +22,7 @@ from gravlens.blocking import Blocker, block
 from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model, quiet
+from gravlens.monitor import Monitor
 from gravlens.prompts import Example, encode_example
 from gravlens.store import write_atomically
 from gravlens.weights import save_folder
@@ -74,6 +75,7 @@ def finetune(
     recipe: Recipe = Recipe(),
     save_steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     blocker: Blocker | Sequence[Blocker] | None = None,
+    monitor: Monitor | None = None,
     seed: int = 0,
 ) -> Finetuned:
     """Fine-tune a checkpoint; the loss is on the answers alone.
@@ -88,6 +90,7 @@ def finetune(
         recipe: steps, batch, learning rate, …
         save_steps: after which optimizer steps to save.
         blocker: what takes part in the steps, one or several; their draws have a generator of their own.
+        monitor: watches the run, and may stop it; the state that it was stopped at is saved too.
         seed: of the data's order.
 
     Raises:
@@ -109,6 +112,8 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        if monitor is not None:
+            monitor.attach(trainer, start=model)
         with block(trainer, *blockers, tokenizer=model.tokenizer, rng=np.random.default_rng([seed, 1])):
             trainer.train(resume_from_checkpoint=stopped)
     shutil.rmtree(saver.resume, ignore_errors=True)
@@ -247,10 +252,17 @@ class _Saver(TrainerCallback):
         self.seconds += time.perf_counter() - self._began
         self.steps_timed += 1
         if state.global_step in self.steps:
-            save_folder(_merged(self.model), Path(str(self._checkpoint(state.global_step).source)))
-            self.saved.append(self._checkpoint(state.global_step))
+            self._save(state.global_step)
         if state.global_step < state.max_steps and time.perf_counter() - self._kept > RESUMABLE_AFTER:
             control.should_save, self._kept = True, time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < state.max_steps and state.global_step not in self.steps:
+            self._save(state.global_step)  # a monitor has stopped the run
+
+    def _save(self, step: int) -> None:
+        save_folder(_merged(self.model), Path(str(self._checkpoint(step).source)))
+        self.saved.append(self._checkpoint(step))
 
     def _checkpoint(self, step: int) -> Checkpoint:
         return Checkpoint(f"{self.out.name}/{step}", self.out / f"checkpoint-{step}", step)

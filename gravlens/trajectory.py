@@ -144,21 +144,27 @@ def _follow_set(residuals: Residuals, directions: Directions, mean: list[int]) -
     frames = []
     for run, steps in residuals.runs.items():
         measures = measure_drift(drifts(residuals, run, directions.layers), directions)
-        judged = measures["drift_norm"] > JUDGED_FROM * directions.distances
-        frames.append(_tidy(run, steps, directions.layers, {**measures, "judged": judged}, mean))
+        frames.append(tabulate(run, steps, measures, directions, mean))
     return pd.concat(frames, ignore_index=True).assign(prompts=label)
 
 
-def _tidy(
-    run: str, steps: Sequence[int], layers: Sequence[int], measures: dict[str, np.ndarray], mean: list[int]
+def tabulate(
+    run: str,
+    steps: Sequence[int],
+    measures: Mapping[str, Float[np.ndarray, "step layer"]],
+    directions: Directions,
+    mean: Sequence[int],
 ) -> pd.DataFrame:
+    """One run's measures and whether they are judged, one row a step and layer, and of the mean over some layers."""
+    layers = directions.layers
     columns = [layers.index(layer) for layer in mean]
-    per_layer = {name: values.ravel() for name, values in measures.items()}
+    judged = measures["drift_norm"] > JUDGED_FROM * directions.distances
+    per_layer = {name: values.ravel() for name, values in {**measures, "judged": judged}.items()}
     table = pd.DataFrame(
         {"run": run, "step": np.repeat(steps, len(layers)), "layer": list(layers) * len(steps), **per_layer}
     )
-    means = {name: measures[name][:, columns].mean(1) for name in MEASURES}
-    means["judged"] = measures["judged"][:, columns].all(1)
+    means = {name: values[:, columns].mean(1) for name, values in measures.items()}
+    means["judged"] = judged[:, columns].all(1)
     layer_mean = pd.DataFrame(
         {"run": run, "step": list(steps), "layer": pd.array([pd.NA] * len(steps), "Int64"), **means}
     )

@@ -29,8 +29,8 @@ ROOMS = (
     "stored_readings residuals moments costs machine planning contrasts behavior strongreject judges divergence "
     "covariance directions estimators trajectory geometry subspaces interventions hooks weights nulls choices noise "
     "controls damage resampling crossfit decomposition inspection readout effects selectivity tradeoff demands claims "
-    "refusal leaks blocking blockers finetune arms plots frontiers heatmaps paper report fetch settings "
-    "experiment gathering findings comparison reproduce cli"
+    "refusal leaks blocking blockers thresholds monitor finetune arms plots frontiers heatmaps paper report fetch "
+    "settings experiment gathering findings comparison reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7
@@ -42,7 +42,10 @@ UNSAFE = {"trust_remote_code", "allow_pickle"}
 CALLBACK = "TrainerCallback's signature: Trainer hands over all that it has"
 KEYWORDS_ALLOWED = {
     "gravlens/passes.py:update": "transformers' own Cache.update, whose arguments differ by version",
-    **{f"gravlens/finetune.py:on_{event}": CALLBACK for event in ("train_begin", "step_begin", "step_end")},
+    **{
+        f"gravlens/finetune.py:on_{event}": CALLBACK for event in ("train_begin", "step_begin", "step_end", "train_end")
+    },
+    **{f"gravlens/monitor.py:on_{event}": CALLBACK for event in ("train_begin", "step_end")},
     **{
         f"gravlens/blocking.py:on_{event}": CALLBACK
         for event in ("train_begin", "step_begin", "pre_optimizer_step", "optimizer_step", "log")
@@ -50,7 +53,8 @@ KEYWORDS_ALLOWED = {
 }
 # file:function -> why it may have more parameters
 PARAMETERS_ALLOWED = {
-    "gravlens/residuals.py:cache_residuals": "the engine's one door: what, where, how, and whose work"
+    "gravlens/residuals.py:cache_residuals": "the engine's one door: what, where, how, and whose work",
+    "gravlens/finetune.py:finetune": "training's one door: from where, on what, how, and who takes part or watches",
 }
 # distribution -> who imports it, where gravlens does not
 NEEDED_BY_OTHERS = {"accelerate": "transformers.Trainer", "gguf": "transformers, to read GGUF files"}

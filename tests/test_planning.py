@@ -17,6 +17,7 @@ from gravlens.machine import Machine, measured_machine, named_machine
 from gravlens.models import OpenModel, open_model
 from gravlens.passes import TOKENS, reuses_keys, tokens_for
 from gravlens.placement import Placement
+from gravlens.passes import Reader
 from gravlens.planning import amount, duration, forecast, plan_reading, without_files
 from gravlens.positions import Answers, Query, queries_of, queries_of_ids
 from gravlens.prompts import PromptSet
@@ -37,8 +38,9 @@ LLAMA_70B = LlamaConfig(
 
 
 def read(model: OpenModel, plan: Plan) -> None:
+    reader = Reader(model, layers=plan.layers, prefix=plan.prefix)
     for block in plan.blocks:
-        list(read_block(model, [plan.queries[i] for i in block], layers=plan.layers, prefix=plan.prefix))
+        list(read_block(reader, [plan.queries[i] for i in block]))
 
 
 def seen(model: OpenModel, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> int:
