@@ -67,9 +67,7 @@ def chosen(only: str) -> Iterator[tuple[str, tuple[int, int, int, int, int, int,
     yield from ((name, case) for name, case in CASES.items() if only in name)
 
 
-def history(
-    folder: Path, layers: int, width: int, heads: int, inner: int, prompts: int, words: int
-) -> ModelSequence:
+def history(folder: Path, layers: int, width: int, heads: int, inner: int, prompts: int, words: int) -> ModelSequence:
     """Four checkpoints of random weights."""
     tokenizer: Any = build_tokenizer()
     names = ("witness", "anchor", "ft/checkpoint-1", "ft/checkpoint-2")

@@ -108,9 +108,9 @@ def passes_of(plan: Plan, shape: Shape, *, tokens: int, reuse: bool) -> Iterator
         tokens: of a batch (`passes.tokens_for`).
         reuse: whether the family goes on from keys and values (`passes.reuses_keys`).
     """
+    prefix, fresh = len(plan.prefix) if reuse else 0, True
     for block in plan.blocks:
-        queries, prefix = [plan.queries[i] for i in block], len(plan.prefix)
-        fresh = True
+        queries = [plan.queries[i] for i in block]
         for batch in batches_of(queries, prefix=prefix, tokens=tokens):
             rows = [queries[i] for i in batch]
             if not reuse or max(query.end for query in rows) + LONGEST_TAIL >= shape.window:

@@ -133,7 +133,7 @@ def is_whole(path: Path) -> bool:
         return False
     if found == path.name.split(".")[-2]:
         with suppress(OSError):
-            os.utime(path, (time.time(), path.stat().st_mtime))  # when it was last used, for pruning
+            os.utime(path)  # when it was last used, for pruning
         return True
     _taken_away(path)
     return False
@@ -224,7 +224,7 @@ def _row(shelf: Shelf) -> dict[str, Any]:
 
 def _sizes(paths: Sequence[Path]) -> dict[str, Any]:
     stats = [path.stat() for path in paths]
-    used = pd.Timestamp(max((stat.st_atime for stat in stats), default=0), unit="s").floor("s")
+    used = pd.Timestamp(max((stat.st_mtime for stat in stats), default=0), unit="s").floor("s")
     return {"files": len(stats), "mib": sum(stat.st_size for stat in stats) / 2**20, "used": used}
 
 
@@ -245,7 +245,7 @@ def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = F
     now, old = time.time(), [] if unused_days is None else (folder / "states").rglob("*.safetensors")
     found = {*damaged_files(folder), *(folder / "views").glob("*.safetensors")}
     found |= {path for path in folder.rglob(".*") if path.is_file() and path.stat().st_mtime < now - 3600}
-    found |= {path for path in old if path.stat().st_atime < now - 86400 * (unused_days or 0)}
+    found |= {path for path in old if path.stat().st_mtime < now - 86400 * (unused_days or 0)}
     for path in () if dry else found:
         path.unlink(missing_ok=True)
     return sorted(found)

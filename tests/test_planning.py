@@ -15,9 +15,8 @@ from gravlens.checkpoints import ModelSequence
 from gravlens.costs import Pass, flops_of, passes_of, shape_of
 from gravlens.machine import Machine, measured_machine, named_machine
 from gravlens.models import OpenModel, open_model
-from gravlens.passes import TOKENS, reuses_keys, tokens_for
+from gravlens.passes import TOKENS, Reader, reuses_keys, tokens_for
 from gravlens.placement import Placement
-from gravlens.passes import Reader
 from gravlens.planning import amount, duration, forecast, plan_reading, without_files
 from gravlens.positions import Answers, Query, queries_of, queries_of_ids
 from gravlens.prompts import PromptSet
