@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ from torch import Tensor, nn
 
 from gravlens.adapters import lineage
 from gravlens.checkpoints import Checkpoint
+from gravlens.errors import GravlensError
 from gravlens.folders import ADAPTER_CONFIG, architecture, contents, is_adapter, tensors_of, weight_files
 from gravlens.models import weights_of
-from gravlens.store import write_json
+from gravlens.passes import hooks_on
+from gravlens.store import CONVENTION, write_json
 
 LAYOUT = 1  # raised whenever the same checkpoint would give other states
+SETTLED = 2.0  # seconds after which another write surely gives a file another time
 
 
 def fingerprint(checkpoint: Checkpoint, how: Sequence[str], memo: Path | None = None) -> str:
@@ -25,24 +30,45 @@ def fingerprint(checkpoint: Checkpoint, how: Sequence[str], memo: Path | None = 
         how: what else the states depend on (`huggingface`, `float32`).
         memo: a folder that remembers the digests of weights by their files' size, times and place on the disk, so that
             unchanged files are read once.
+
+    Raises:
+        GravlensError: a model in memory whose states its weights alone do not tell: in training, or with hooks on it.
     """
     if isinstance(checkpoint.source, nn.Module):
+        _check_plain(checkpoint, checkpoint.source)
         named = sorted(_state_of(checkpoint.source).items())
         parts = [[contents(named).digest, _configuration_of(checkpoint.source)]]
     else:
         parts = [[_digest_of(folder, memo), _configuration(folder)] for folder in lineage(checkpoint)]
-    return hashlib.sha256(json.dumps([LAYOUT, *how, parts], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([LAYOUT, CONVENTION, *how, parts], sort_keys=True).encode()).hexdigest()
+
+
+def _check_plain(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Raise where something beside the weights acts on the states; TransformerLens has its hooks on points for them."""
+    parts = list(module.modules())
+    points = [part for part in parts if hasattr(part, "fwd_hooks")] or parts
+    hooked = any(hooks_on(part) for part in points)
+    if hooked or any(part.training for part in parts):
+        raise GravlensError(
+            f"{checkpoint.name} ({checkpoint.described}) {'has hooks on it' if hooked else 'is in training mode'}.",
+            "A store is asked by weights, and these alone would not give the same states again.",
+            "store=None" + (", or the same after the hooks are gone." if hooked else ", or model.eval()."),
+        )
 
 
 def _state_of(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model in memory; a quantised one's hold its scales too."""
+    """The weights of a model in memory and all its buffers; a quantised one's hold its scales too."""
     state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    return {**weights_of(module), **state}
+    return {**weights_of(module), **dict(module.named_buffers()), **state}
 
 
 def _configuration_of(module: Any) -> str:
     config: Any = getattr(module, "config", None) or getattr(module, "cfg", None)
-    return json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else repr(config)
+    told = json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else repr(config)
+    if not hasattr(module, "peft_config"):
+        return told
+    acting = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")  # which adapters, and how much
+    return told + repr([[getattr(part, name, None) for name in acting] for part in module.modules()])
 
 
 def _configuration(folder: Path) -> Any:
@@ -57,7 +83,7 @@ def _digest_of(folder: Path, memo: Path | None) -> str:
         return contents(tensors_of(folder)).digest
     files = [path.resolve() for path in weight_files(folder)]
     place = memo / f"{hashlib.sha256(str(files).encode()).hexdigest()[:32]}.json"
-    seen = [list(_marks(path)) for path in files]
+    seen, now = [list(_marks(path)) for path in files], time.time_ns()
     try:
         known = json.loads(place.read_text(encoding="utf-8"))
         if known["files"] == seen and len(known["digest"]) == 64:
@@ -65,8 +91,11 @@ def _digest_of(folder: Path, memo: Path | None) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never seen, or written over
     digest = contents(tensors_of(folder)).digest
-    if seen == [list(_marks(path)) for path in files]:  # else it is being written at this moment
-        write_json(place, {"files": seen, "digest": digest})
+    # What was written a moment ago may be written again within the same tick of the clock, and keep its marks.
+    settled = all(now - mark[-1] > SETTLED * 1e9 for mark in seen)
+    if settled and seen == [list(_marks(path)) for path in files]:
+        with suppress(OSError):  # a memo saves time; a full disk is told where states are written
+            write_json(place, {"files": seen, "digest": digest})
     return digest
 
 

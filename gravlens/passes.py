@@ -25,6 +25,7 @@ TOKENS = {"cpu": 1024}  # of a batch: more of them fall out of a processor's cac
 TOKENS_ELSEWHERE = 16384  # of an accelerator's first batch; halved where memory runs out
 SHORTEST_PREFIX = 8
 LONGEST_TAIL = 8  # from the first position that is read to the last
+NO_MEMORY = ("out of memory", "enough memory", "allocate memory")  # as accelerators and the CPU's allocators say it
 EXACT, ROUNDED = 1e-4, 0.1  # of a state's length: what two orders of the same sums may differ by
 
 _REUSES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
@@ -94,7 +95,7 @@ class Reader:
             with torch.inference_mode(), self._kept.hooked():
                 return self._reused(queries) if self._reuse and self._fits(queries) else self._plain(queries)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and what the CPU's allocator raises
-            if "memory" not in str(error).lower():
+            if not any(told in str(error).lower() for told in NO_MEMORY):
                 raise
             if len(queries) == 1:
                 raise _too_long(queries[0], error) from error
@@ -241,14 +242,14 @@ def reuses_keys(model: OpenModel) -> bool:
 
     Not those of TransformerLens, nor a model in training or with hooks on it, whose passes are not to be cut.
     """
-    if model.kind != "huggingface" or any(part.training or _hooks_on(part) for part in model.module.modules()):
+    if model.kind != "huggingface" or any(part.training or hooks_on(part) for part in model.module.modules()):
         return False
     if model.module not in _REUSES:
         _REUSES[model.module] = _same_states(model)
     return _REUSES[model.module]
 
 
-def _hooks_on(part: nn.Module) -> list[Any]:
+def hooks_on(part: nn.Module) -> list[Any]:
     """Forward hooks, but those that transformers leaves behind once hidden states were asked of it; they look on."""
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
@@ -270,7 +271,11 @@ def _same_states(model: OpenModel) -> bool:
 
 
 def _window(model: OpenModel) -> float:
-    """Tokens that attention looks back, at the layer where it looks back least."""
+    """Tokens that attention looks back, at the layer where it looks back least, or whose angles are those of fewer."""
     config = model.module.config.get_text_config().to_dict()
-    named = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size")
-    return min([size for name in named if isinstance(size := config.get(name), int)], default=float("inf"))
+    named = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
+    sizes = [config.get(name) for name in named]
+    if any(kind in str(config.get("rope_parameters")) for kind in ("dynamic", "longrope")):  # angles by the length
+        rope = config["rope_parameters"]
+        sizes += [rope.get("original_max_position_embeddings"), config.get("max_position_embeddings")]
+    return min([size for size in sizes if isinstance(size, int)], default=float("inf"))

@@ -61,15 +61,15 @@ class Plan:
     def of(cls, queries: Sequence[Query], layers: Sequence[int], d_model: int) -> "Plan":
         """As many prompts in a block as BLOCK_BYTES of states, and at least a full batch of the largest."""
         prefix = common_prefix(queries)
-        blocks: list[tuple[int, ...]] = []
+        blocks: list[list[int]] = []
         size = tokens = 0
         for i in sorted(range(len(queries)), key=lambda i: queries[i].end):
             if not blocks or (size > BLOCK_BYTES and tokens > TOKENS_ELSEWHERE):
-                blocks.append(())
+                blocks.append([])
                 size = tokens = 0
-            blocks[-1] += (i,)
+            blocks[-1].append(i)
             size, tokens = size + 4 * len(queries[i].reads) * len(layers) * d_model, tokens + queries[i].end - prefix
-        return cls(tuple(queries), tuple(layers), d_model, queries[0].ids[:prefix], tuple(blocks))
+        return cls(tuple(queries), tuple(layers), d_model, queries[0].ids[:prefix], tuple(map(tuple, blocks)))
 
 
 def read_block(

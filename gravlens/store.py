@@ -152,8 +152,10 @@ class TensorWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)  # it has another name, if it was finished
+        try:
+            self._file.close()  # writes what is left, where there may be no room
+        finally:
+            self._path.unlink(missing_ok=True)  # it has another name, if it was finished
 
     def write(self, start: int, values: np.ndarray) -> None:
         """Put numbers at a place, counted in numbers from the tensor's first."""

@@ -33,7 +33,8 @@ COMMANDS = {
     "locate": ["--layer", "--out", "--device", "--dtype"],
     "inspect": ["--json"],
     "plan": ("--prompts --layers --positions --device --dtype --workers --peak-flops --disk-gbps --json").split(),
-    "trajectory": ["--out", "--json", "--device", "--dtype", "--keep"],
+    "trajectory": ["--out", "--json", "--device", "--dtype", "--keep", "--store"],
+    "store": [],
 }
 
 

@@ -207,7 +207,8 @@ def starved(model: OpenModel, most: int, kind: type[RuntimeError] = RuntimeError
 
     def hook(_: Any, given: Any, __: Any) -> None:
         if len(given[0]) > most:
-            raise kind("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to")
+            said = "CUDA out of memory." if kind is not RuntimeError else "allocator: can't allocate memory"
+            raise kind(said)
 
     return model.module.get_input_embeddings().register_forward_hook(hook)
 
