@@ -28,11 +28,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # layers, width, heads, inner width, prompts, words of a prompt, positions
 CASES: dict[str, tuple[int, int, int, int, int, int, str]] = {
-    "12 blocks of 768, 96 prompts of 24": (12, 768, 12, 2048, 96, 24, "last"),
-    "30 blocks of 576, 64 prompts of 48": (30, 576, 9, 1536, 64, 48, "last"),
-    "8 blocks of 512, 64 prompts of 192": (8, 512, 8, 1408, 64, 192, "last"),
-    "12 blocks of 768, 32 prompts of 96, all positions": (12, 768, 12, 2048, 32, 96, "all"),
-    "6 blocks of 1536, 96 prompts of 48": (6, 1536, 12, 4096, 96, 48, "last"),
+    "6 blocks of 256, 96 prompts of 24": (6, 256, 4, 704, 96, 24, "last"),
+    "4 blocks of 512, 32 prompts of 48": (4, 512, 8, 1408, 32, 48, "last"),
+    "12 blocks of 384, 24 prompts of 96": (12, 384, 6, 1024, 24, 96, "last"),
+    "6 blocks of 256, 32 prompts of 48, all positions": (6, 256, 4, 704, 32, 48, "all"),
+    "12 blocks of 768, 16 prompts of 24": (12, 768, 12, 2048, 16, 24, "last"),
 }
 
 
@@ -51,7 +51,8 @@ def main(
         pairs: dict[str, list[dict[str, Any]]] = {name: [] for name in histories}
         for _ in range(repeats):
             for name, sequence in histories.items():
-                pairs[name].append(pair(sequence, CASES[name][6], Path(scratch) / "store"))
+                pairs[name].append(one := pair(sequence, CASES[name][6], Path(scratch) / "store"))
+                typer.echo(f"{name:<52} {one['predicted']:6.2f} s {one['measured']:6.2f} s")
     for name, found in pairs.items():
         predicted, measured = (median(one[key] for one in found) for key in ("predicted", "measured"))
         rows.append({"case": name, "predicted": predicted, "measured": measured, "ratio": predicted / measured})
