@@ -128,8 +128,9 @@ class Reader:
     def _prefix_cache(self, n: int) -> "_Keys":
         """The prefix's keys and values, once for each of `n` prompts."""
         if self._prefix and self._prefix_keys is None:
-            self._prefix_keys = _Keys(self.layers[-1])
-            self._run([self._prefix], [0], self._prefix_keys)
+            keys = _Keys(self.layers[-1])
+            self._run([self._prefix], [0], keys)
+            self._prefix_keys = keys  # whole: a pass that ran out of memory leaves none
         cache = _Keys(self.layers[-1])
         for layer, (keys, values, _) in enumerate(self._prefix_keys or ()):
             assert keys is not None and values is not None

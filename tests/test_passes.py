@@ -226,6 +226,22 @@ def test_where_memory_runs_out_half_as_many_prompts_are_run(kind: type[RuntimeEr
         reader.read(queries)
 
 
+def test_a_beginning_that_ran_out_of_memory_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the prompts after it would be read without it."""
+    model = opened(tiny.llama())
+    wanted, reader = read(model, queries_of_ids(IDS)), Reader(model, layers=ALL, prefix=PREFIX)
+    forward, left = model.blocks[1].forward, [1]
+
+    def fails_once(*given: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("allocator: can't allocate memory")
+        return forward(*given, **named)
+
+    monkeypatch.setattr(model.blocks[1], "forward", fails_once)
+    assert_same_states(reader.read(queries_of_ids(IDS)), wanted)
+
+
 def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
     model = opened(tiny.llama())
     reader = Reader(model, layers=ALL)
