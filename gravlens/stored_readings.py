@@ -33,6 +33,8 @@ from gravlens.tokenizer import check_vocabulary
 TASK_TOKENS = {"cpu": 1 << 16}
 TASK_TOKENS_ELSEWHERE = 1 << 22
 
+ATTEMPTS = 3  # what was damaged is seen, and taken away, only when it is put together
+
 T = TypeVar("T")
 Blocks = tuple[tuple[tuple[Query, ...], tuple[int, ...]], ...]
 
@@ -89,12 +91,14 @@ def read_through_store(
     keys = [query_key(query) for query in plan.queries]
     question = hashlib.sha256(json.dumps([[s.folder.name for s in shelves], keys, plan.layers]).encode()).hexdigest()
     view = find_view(store.folder, question)
-    for _ in range(3):  # what was damaged is seen, and taken away, only when it is put together
-        if view is not None:
-            return view, set(precisions)
+    for _ in range(ATTEMPTS if view is None else 0):
         if tasks := _lacking(plan, keys, dict(zip(shelves, checkpoints, strict=True)), store):
             run_all(tasks, executor)
         view = _put_together(plan, keys, shelves, store.folder, question)
+        if view is not None:
+            break
+    if view is not None:
+        return view, set(precisions)
     raise GravlensError(
         f"The store {store.folder} does not hold what was just written into it.",
         "A store is a folder that nothing else writes into.",

@@ -236,6 +236,28 @@ def test_a_damaged_file_is_named(home: Path, tmp_path: Path) -> None:
         read(home, tmp_path)
 
 
+def test_what_is_read_at_the_last_attempt_is_the_answer(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are damaged once they are written, twice; and again and again."""
+    plain, left = stored_readings._put_together, [stored_readings.ATTEMPTS - 1]
+
+    def spoilt(*given: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            path = next((tmp_path / "states").rglob("*.safetensors"))
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        return plain(*given)
+
+    monkeypatch.setattr(stored_readings, "_put_together", spoilt)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert np.array_equal(read(home, tmp_path).values, cache_residuals(sequence(home)).values)
+    left[0] = 99
+    shutil.rmtree(tmp_path / "views")
+    with pytest.warns(UserWarning, match="damaged"), refused("does not hold what was just written"):
+        read(home, tmp_path)
+
+
 def test_a_full_disk_is_one_clear_error_and_the_same_call_goes_on(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
