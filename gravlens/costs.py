@@ -9,12 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gravlens.models import block_list, quiet
-from gravlens.passes import LONGEST_TAIL, batches_of
+from gravlens.passes import LONGEST_TAIL, batches_of, window_of
 from gravlens.positions import Query
 from gravlens.readings import Plan
 
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size")
 TRIAL_TOKENS = 104  # of the trial whether keys and values may be reused, once a model that is opened
 
 
@@ -65,7 +64,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
         widest=max(max(p.shape[-2:]) for block in blocks for p in block),
         d_model=text.hidden_size,
         cached=2 * pairs,
-        window=min([size for n in WINDOWS if isinstance(size := getattr(text, n, None), int)], default=float("inf")),
+        window=window_of(config),
     )
 
 

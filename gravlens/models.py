@@ -22,7 +22,7 @@ from gravlens.errors import GravlensError, check_layer
 from gravlens.folders import is_adapter, stored_dtype, weight_files
 from gravlens.hub import local_folder
 from gravlens.placement import DeviceMap, as_device, check_map, no_offloading, no_room
-from gravlens.precision import as_dtype, quantisation
+from gravlens.precision import as_dtype, precision_name, quantisation
 from gravlens.processing import Kind, check_not_centred
 from gravlens.store import damaged
 
@@ -65,8 +65,8 @@ class OpenModel:
 
     @property
     def precision(self) -> str:
-        """`dtype` by its name, and how the weights are quantised where they are: `float32, 4-bit (bitsandbytes nf4)`"""
-        return ", ".join(filter(None, [str(self.dtype).removeprefix("torch."), quantisation(self.module)]))
+        """What it computes in, as `precision_name` says it."""
+        return precision_name(self.dtype, quantisation(self.module))
 
     @property
     def _embedding(self) -> Tensor:

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.checkpoints import Checkpoint, ModelSequence, Prompts
 from gravlens.errors import GravlensError
 from gravlens.placement import Placement
 from gravlens.positions import Positions
-from gravlens.prompts import PromptSet
 from gravlens.readings import read_each
 from gravlens.residuals import prepare
 
@@ -42,7 +40,7 @@ class Moments:
 
 def residual_moments(
     sequence: ModelSequence,
-    prompts: PromptSet | Sequence[str] | Path | str | None = None,
+    prompts: Prompts | None = None,
     *,
     reduce: Literal["mean", "covariance"] = "mean",
     layers: Sequence[int] | None = None,

@@ -78,7 +78,7 @@ class Reader:
         self._reuse = reuses_keys(model) if reuse is None else reuse
         self._prefix = tuple(prefix) if self._reuse else ()
         self._prefix_keys: _Keys | None = None
-        self._kept = _Kept(model, self.layers)
+        self._kept = Kept(model, self.layers, torch.device("cpu"))
 
     @property
     def shared(self) -> int:
@@ -104,11 +104,11 @@ class Reader:
 
     def _fits(self, queries: Sequence[Query]) -> bool:
         """Whether a window of attention would count the padding in the midst of what is cached."""
-        return max(query.end for query in queries) + LONGEST_TAIL < _window(self.model)
+        return max(query.end for query in queries) + LONGEST_TAIL < window_of(self.model.module.config)
 
     def _plain(self, queries: Sequence[Query]) -> Float[Tensor, "row layer d_model"]:
         self._kept.at([query.reads for query in queries])
-        with suppress(_Enough):
+        with suppress(Enough):
             run_trunk(self.model, pad([query.ids[: query.end] for query in queries]))
         return self._kept.rows()
 
@@ -154,7 +154,7 @@ class Reader:
         }
         known = inspect.signature(trunk.forward).parameters
         inputs = {key: part.to(self.model.device) for key, part in inputs.items() if part is not None and key in known}
-        with suppress(_Enough):
+        with suppress(Enough):
             trunk(**inputs, **{"cache" if "cache" in known else "past_key_values": cache}, use_cache=True)
         return batch.attention_mask
 
@@ -167,7 +167,7 @@ def _too_long(query: Query, error: Exception) -> GravlensError:
     )
 
 
-class _Enough(Exception):  # noqa: N818 (a signal, not an error)
+class Enough(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a forward pass: what is left of it is not needed."""
 
 
@@ -181,15 +181,15 @@ class _Keys(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **more: Any) -> Any:
         kept = super().update(key_states, value_states, layer_idx, *rest, **more)
         if layer_idx == self.last:
-            raise _Enough
+            raise Enough
         return kept
 
 
-class _Kept:
+class Kept:
     """Hooks on the blocks, and what they keep of a pass: the states at the positions that were asked for."""
 
-    def __init__(self, model: OpenModel, layers: Sequence[int]) -> None:
-        self._model, self._layers = model, layers
+    def __init__(self, model: OpenModel, layers: Sequence[int], device: torch.device) -> None:
+        self._model, self._layers, self._device = model, layers, device
         self._rows: Tensor | None = None  # of the result; None: this pass is not read
         self._states: dict[int, Tensor] = {}
 
@@ -228,9 +228,9 @@ class _Kept:
             hidden = output[0] if isinstance(output, tuple) else output
             # Indexing copies, so nothing that is kept is a view of a live buffer.
             kept = hidden[self._prompt.to(hidden.device), self._pos.to(hidden.device)]
-            self._states[layer] = kept.float().cpu()
-            if layer == self._layers[-1]:
-                raise _Enough
+            self._states[layer] = kept.float().to(self._device)
+            if layer == max(self._layers):
+                raise Enough
 
         return hook
 
@@ -271,12 +271,12 @@ def _same_states(model: OpenModel) -> bool:
     return bool(((found - plain).norm(dim=-1) <= within * plain.norm(dim=-1)).all())
 
 
-def _window(model: OpenModel) -> float:
+def window_of(config: Any) -> float:
     """Tokens that attention looks back, at the layer where it looks back least, or whose angles are those of fewer."""
-    config = model.module.config.get_text_config().to_dict()
+    told = config.get_text_config().to_dict()
     named = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
-    sizes = [config.get(name) for name in named]
-    if any(kind in str(config.get("rope_parameters")) for kind in ("dynamic", "longrope")):  # angles by the length
-        rope = config["rope_parameters"]
-        sizes += [rope.get("original_max_position_embeddings"), config.get("max_position_embeddings")]
+    sizes = [told.get(name) for name in named]
+    if any(kind in str(told.get("rope_parameters")) for kind in ("dynamic", "longrope")):  # angles by the length
+        rope = told["rope_parameters"]
+        sizes += [rope.get("original_max_position_embeddings"), told.get("max_position_embeddings")]
     return min([size for size in sizes if isinstance(size, int)], default=float("inf"))

@@ -88,8 +88,13 @@ def queries_of_ids(ids: Sequence[Sequence[int]], positions: Positions = "last") 
         return [_chosen(list(one), positions) for one in ids]
     if positions == "all":
         return [Query(tuple(one), tuple((at,) for at in range(len(one)))) for one in ids]
+    offset = offset_of(positions, min(map(len, ids)))
+    return [Query(tuple(one), ((len(one) + offset,),)) for one in ids]
+
+
+def offset_of(positions: Any, shortest: int) -> int:
+    """`"last"` or a negative index as a negative index; raises where the shortest prompt does not have it."""
     offset = -1 if positions == "last" else positions
-    shortest = min(map(len, ids))
     if not isinstance(offset, int) or isinstance(offset, bool) or offset >= 0 or -offset > shortest:
         raise GravlensError(
             f"positions={positions!r} was given; the shortest prompt has {shortest} tokens.",
@@ -97,7 +102,7 @@ def queries_of_ids(ids: Sequence[Sequence[int]], positions: Positions = "last") 
             '"post_instruction", "all", Answers([…]), or a function of token ids.',
             'positions="last".',
         )
-    return [Query(tuple(one), ((len(one) + offset,),)) for one in ids]
+    return offset
 
 
 def _chosen(ids: list[int], positions: Callable[[list[int]], Sequence[int]]) -> Query:
@@ -143,7 +148,7 @@ def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int,
     templated = bool(getattr(tokenizer, "chat_template", None))
     try:
         offsets = tokenizer(whole, add_special_tokens=not templated, return_offsets_mapping=True)["offset_mapping"]
-    except NotImplementedError as error:
+    except (NotImplementedError, KeyError) as error:  # a slow one gives none
         raise GravlensError(
             f"A {type(tokenizer).__name__} does not say where its tokens lie in {text[:40]!r}.",
             "The instruction's tokens are told from the template's by their place in the text.",

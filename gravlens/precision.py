@@ -33,6 +33,11 @@ def as_dtype(given: torch.dtype | str) -> torch.dtype | None:
     return getattr(torch, name)
 
 
+def precision_name(dtype: torch.dtype, quantised: str | None) -> str:
+    """A dtype by its name, and how weights are quantised where they are: `float32, 4-bit (bitsandbytes nf4)`."""
+    return ", ".join(filter(None, [str(dtype).removeprefix("torch."), quantised]))
+
+
 def quantisation(module: nn.Module) -> str | None:
     """How a model's weights are quantised, such as `4-bit (bitsandbytes nf4)`; None where they are numbers as usual."""
     inner: Any = getattr(module, "original_model", module)  # of a bridge

@@ -131,12 +131,16 @@ def is_whole(path: Path) -> bool:
     found = _digest(path)
     if found is None:
         return False
-    if found == path.name.split(".")[-2]:
+    if found == _promised(path):
         with suppress(OSError):
             os.utime(path)  # when it was last used, for pruning
         return True
     _taken_away(path)
     return False
+
+
+def _promised(path: Path) -> str:
+    return path.name.split(".")[-2]
 
 
 def _digest(path: Path) -> str | None:
@@ -231,7 +235,7 @@ def _sizes(paths: Sequence[Path]) -> dict[str, Any]:
 def damaged_files(folder: Path) -> list[Path]:
     """The files whose content is not what their name says; nothing is taken away."""
     paths = sorted(check_store(folder).rglob("*.safetensors"))
-    return [path for path in paths if _digest(path) != path.name.split(".")[-2]]
+    return [path for path in paths if _digest(path) != _promised(path)]
 
 
 def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = False) -> list[Path]:

@@ -1,8 +1,8 @@
 """Residual-stream states: of one opened model, and cached over the checkpoints of a sequence."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 import xarray
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from gravlens.checkpoints import Checkpoint, ModelSequence, Prompts
 from gravlens.errors import GravlensError, check_layer
 from gravlens.inference import run_trunk
-from gravlens.models import OpenModel, resid_post
+from gravlens.models import OpenModel
+from gravlens.passes import Enough, Kept
 from gravlens.placement import Placement
-from gravlens.positions import Positions, described, queries_of
+from gravlens.positions import Positions, described, offset_of, queries_of
 from gravlens.prompts import Batch, last_positions, pad
 from gravlens.readings import Plan, Through, read_here
 from gravlens.store import read_tensors, write_tensors
@@ -235,46 +236,14 @@ def residuals_of_batch(
     model: OpenModel, batch: Batch, *, layers: Sequence[int], positions: Offset = "last"
 ) -> Float[Tensor, "prompt layer d_model"]:
     """States of one padded batch, fp32; differentiable where gradients are on."""
-    rows = torch.arange(len(batch.input_ids))
-    read = _read_index(batch, positions)
-    states: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            # Indexing copies, so nothing that is kept is a view of a live buffer.
-            states[layer] = hidden[rows.to(hidden.device), read.to(hidden.device)].float().to(model.device)
-            if layer == max(layers):
-                raise _DeepestLayer
-
-        return hook
-
-    with _hooked([(resid_post(model, layer), keep(layer)) for layer in layers]), suppress(_DeepestLayer):
-        run_trunk(model, batch)
-    return torch.stack([states[layer] for layer in layers], dim=1)
+    kept = Kept(model, layers, model.device)
+    kept.at([[[at]] for at in _read_index(batch, positions).tolist()])
+    with kept.hooked():
+        with suppress(Enough):
+            run_trunk(model, batch)
+        return kept.rows()
 
 
-class _DeepestLayer(Exception):  # noqa: N818 (a signal, not an error)
-    """Ends a forward pass; the blocks above are not needed."""
-
-
-@contextmanager
-def _hooked(hooks: Sequence[tuple[nn.Module, Callable[[nn.Module, Any, Any], None]]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _read_index(batch: Batch, positions: Offset) -> Tensor:
-    offset = -1 if positions == "last" else positions
-    lengths = batch.attention_mask.sum(1)
-    if not isinstance(offset, int) or offset >= 0 or -offset > int(lengths.min()):
-        raise GravlensError(
-            f"positions={positions!r} was given; the shortest prompt has {int(lengths.min())} tokens.",
-            'A position is "last" or a negative index from the end that every prompt has.',
-            'positions="last".',
-        )
+def _read_index(batch: Batch, positions: Offset) -> Int[Tensor, " prompt"]:
+    offset = offset_of(positions, int(batch.attention_mask.sum(1).min()))
     return last_positions(batch.attention_mask) + 1 + offset

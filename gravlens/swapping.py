@@ -18,7 +18,7 @@ from gravlens.folders import architecture, held_dtype, shapes_of, stored_dtype, 
 from gravlens.hub import local_folder
 from gravlens.models import OpenModel, checkpoint_tokenizer, load_huggingface, not_opened, open_model, quiet, weights_of
 from gravlens.placement import Placement
-from gravlens.precision import as_dtype, check_unquantised, is_quantised_folder, quantisation_of
+from gravlens.precision import as_dtype, check_unquantised, is_quantised_folder, precision_name, quantisation_of
 from gravlens.processing import check_not_centred, folded_apart, is_folded
 
 
@@ -154,7 +154,7 @@ def precision_of(checkpoint: Checkpoint, placement: Placement) -> str:
         return open_model(checkpoint).precision
     folder = lineage(checkpoint)[0]
     dtype = as_dtype(placement.dtype) or stored_dtype(folder) or torch.float32
-    return ", ".join(filter(None, [str(dtype).removeprefix("torch."), quantisation_of(folder)]))
+    return precision_name(dtype, quantisation_of(folder))
 
 
 def _another_shape(source: Path | str, names: list[str]) -> GravlensError:
