@@ -7,17 +7,16 @@ Linux alone says these. Writes residual_memory.json.
 """
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from threading import Event, Thread
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from sequence_memory import peaks  # beside this file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gravlens import ModelSequence, cache_residuals
@@ -78,7 +77,7 @@ def run(how: str, prompts: int, checkpoints: int, home: Path, size: int) -> dict
     return {"read": how, "prompts": prompts, "checkpoints": checkpoints, "mib": above}
 
 
-def measure(how: str, prompts: int, checkpoints: int, home: Path) -> int:
+def measure(how: Any, prompts: int, checkpoints: int, home: Path) -> int:
     """Anonymous memory at its highest over what was held before, KiB."""
     torch.set_num_threads(1)
     folders = [home / f"step{step}" for step in range(checkpoints)]
@@ -88,27 +87,10 @@ def measure(how: str, prompts: int, checkpoints: int, home: Path) -> int:
     sequence = ModelSequence.from_folders(
         witness=folders[0], anchor=folders[1], runs={"run": folders[2:]} if folders[2:] else {}
     )
-    before, peaks, done = anonymous(), [0], Event()
-
-    def sample() -> None:
-        while not done.wait(0.002):
-            peaks.append(max(peaks.pop(), anonymous() - before))
-
-    sampler = Thread(target=sample)
-    sampler.start()
     if how == "store":
         with tempfile.TemporaryDirectory(dir=home) as store:
-            cache_residuals(sequence, texts, store=store)
-    else:
-        residual_moments(sequence, texts, reduce="mean" if how == "mean" else "covariance")
-    done.set()
-    sampler.join()
-    return peaks[0]
-
-
-def anonymous() -> int:
-    """This process's own memory, KiB."""
-    return int(re.findall(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[0])
+            return peaks(lambda: cache_residuals(sequence, texts, store=store))["RssAnon"]
+    return peaks(lambda: residual_moments(sequence, texts, reduce=how))["RssAnon"]
 
 
 if __name__ == "__main__":

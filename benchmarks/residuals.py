@@ -167,30 +167,21 @@ def floor(folder: Path, history: History, timed: Timed) -> None:
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
 
-def hugging_face(folder: Path, history: History, timed: Timed) -> States:
-    """`output_hidden_states`, as users write it."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    states = np.empty((len(history.ids), LAYERS, WIDTH), np.float32)
-    with torch.inference_mode(), timed:
-        for rows in in_order(history.ids):
-            batch = pad([history.ids[i] for i in rows], side="left")
-            out = model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
-            states[rows] = torch.stack([hidden[:, -1] for hidden in out.hidden_states[1:]], 1).numpy()
-    return states
+def hugging_face(tuned: bool) -> Callable[[Path, History, Timed], States]:
+    """`output_hidden_states`, as users write it, or of the backbone alone over prompts sorted by length."""
 
+    def contender(folder: Path, history: History, timed: Timed) -> States:
+        model = (AutoModel if tuned else AutoModelForCausalLM).from_pretrained(folder).eval()
+        more = {"output_hidden_states": True, **({"use_cache": False} if tuned else {})}
+        states = np.empty((len(history.ids), LAYERS, WIDTH), np.float32)
+        with torch.inference_mode(), timed:
+            for rows in (by_length if tuned else in_order)(history.ids):
+                batch = pad([history.ids[i] for i in rows], side="left")
+                out = model(batch.input_ids, attention_mask=batch.attention_mask, **more)
+                states[rows] = torch.stack([hidden[:, -1] for hidden in out.hidden_states[1:]], 1).numpy()
+        return states
 
-def hugging_face_tuned(folder: Path, history: History, timed: Timed) -> States:
-    """The backbone alone, sorted by length."""
-    model = AutoModel.from_pretrained(folder).eval()
-    states = np.empty((len(history.ids), LAYERS, WIDTH), np.float32)
-    with torch.inference_mode(), timed:
-        for rows in by_length(history.ids):
-            batch = pad([history.ids[i] for i in rows], side="left")
-            out = model(
-                batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True, use_cache=False
-            )
-            states[rows] = torch.stack([hidden[:, -1] for hidden in out.hidden_states[1:]], 1).numpy()
-    return states
+    return contender
 
 
 def transformer_lens(filtered: bool) -> Callable[[Path, History, Timed], States]:
@@ -235,8 +226,8 @@ def nnsight_trace(folder: Path, history: History, timed: Timed) -> States:
 PEERS: dict[str, Callable[[Path, History, Timed], States]] = {
     "transformer_lens": transformer_lens(filtered=False),
     "transformer_lens_filtered": transformer_lens(filtered=True),
-    "hugging_face": hugging_face,
-    "hugging_face_tuned": hugging_face_tuned,
+    "hugging_face": hugging_face(tuned=False),
+    "hugging_face_tuned": hugging_face(tuned=True),
     "nnsight": nnsight_trace,
 }
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 from typing import Annotated, Any
@@ -102,6 +103,12 @@ def measure(kind: str, count: int, home: Path) -> dict[str, int]:
     torch.set_num_threads(1)
     folders: list[Path | str] = [home / f"{kind}/step{step}" for step in range(1, count + 1)]
     sequence = ModelSequence.from_folders(witness=home / "base", anchor=home / "base", runs={"run": folders})
+    peak = peaks(lambda: cache_residuals(sequence, list(held_out_prompts())[:8], checkpoints=sequence.runs["run"]))
+    return {"anonymous": peak["RssAnon"], "resident": peak["VmRSS"], "high_water_mark": peak["VmHWM"]}
+
+
+def peaks(work: Callable[[], Any]) -> dict[str, int]:
+    """This process's memory at its highest while it works, over what it held before, KiB."""
     before, peak, done = status(), dict[str, int](), Event()
 
     def sample() -> None:
@@ -111,14 +118,10 @@ def measure(kind: str, count: int, home: Path) -> dict[str, int]:
 
     sampler = Thread(target=sample)
     sampler.start()
-    cache_residuals(sequence, list(held_out_prompts())[:8], checkpoints=sequence.runs["run"])
+    work()
     done.set()
     sampler.join()
-    return {
-        "anonymous": peak["RssAnon"],
-        "resident": peak["VmRSS"],
-        "high_water_mark": status()["VmHWM"] - before["VmRSS"],
-    }
+    return {**peak, "VmHWM": status()["VmHWM"] - before["VmRSS"]}
 
 
 def status() -> dict[str, int]:
