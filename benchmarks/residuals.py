@@ -18,6 +18,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from copy import copy
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -99,6 +100,12 @@ class History:
         for step, folder in enumerate(self.folders):
             random_llama(step).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+    def first(self, n: int) -> "History":
+        """The same with its first prompts alone."""
+        few = copy(self)
+        few.texts, few.ids = self.texts[:n], self.ids[:n]
+        return few
 
     def sequence(self) -> ModelSequence:
         """The same folders as gravlens takes them."""
@@ -286,10 +293,10 @@ def peers_once(
 
 def check_alike(history: History, peers: dict[str, Callable[[Path, History, Timed], States]]) -> None:
     """Every contender reads the same states: to 1e-4 of their length, below the last layer, which some norm."""
-    sequence, folder = history.sequence(), history.folders[0]
-    wanted = cache_residuals(sequence, history.texts, checkpoints=[sequence.witness]).values[0][:, :-1]
+    sequence, folder, few = history.sequence(), history.folders[0], history.first(BATCH)
+    wanted = cache_residuals(sequence, few.texts, checkpoints=[sequence.witness]).values[0][:, :-1]
     for name, peer in peers.items():
-        off = np.linalg.norm(peer(folder, history, Timed(perf_counter))[:, :-1] - wanted, axis=-1)
+        off = np.linalg.norm(peer(folder, few, Timed(perf_counter))[:, :-1] - wanted, axis=-1)
         assert (off <= 1e-4 * np.linalg.norm(wanted, axis=-1)).all(), f"{name} reads other states"
 
 

@@ -14,6 +14,7 @@ from gravlens.adapters import lineage
 from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
 from gravlens.folders import ADAPTER_CONFIG, architecture, contents, is_adapter, tensors_of, weight_files
+from gravlens.hub import commit_of
 from gravlens.models import weights_of
 from gravlens.passes import hooks_on
 from gravlens.store import CONVENTION, write_json
@@ -25,9 +26,11 @@ SETTLED = 2.0  # seconds after which another write surely gives a file another t
 def fingerprint(checkpoint: Checkpoint, how: Sequence[str], memo: Path | None = None) -> str:
     """SHA-256 of a checkpoint's weights, its configuration and how it is read.
 
+    A hub's revision is known by its commit, which is a digest of its files: its weights need not be on this disk.
+
     Args:
         checkpoint: a folder, a hub id, an adapter over its base, or a model in memory.
-        how: what else the states depend on (`huggingface`, `float32`).
+        how: what else the states depend on (`huggingface`, `float32`, the versions of libraries).
         memo: a folder that remembers the digests of weights by their files' size, times and place on the disk, so that
             unchanged files are read once.
 
@@ -39,7 +42,8 @@ def fingerprint(checkpoint: Checkpoint, how: Sequence[str], memo: Path | None = 
         named = sorted(_state_of(checkpoint.source).items())
         parts = [[contents(named).digest, _configuration_of(checkpoint.source)]]
     else:
-        parts = [[_digest_of(folder, memo), _configuration(folder)] for folder in lineage(checkpoint)]
+        folders = lineage(checkpoint, weights=False)
+        parts = [[commit_of(folder) or _digest_of(folder, memo), _configuration(folder)] for folder in folders]
     return hashlib.sha256(json.dumps([LAYOUT, CONVENTION, *how, parts], sort_keys=True).encode()).hexdigest()
 
 
@@ -86,7 +90,7 @@ def _digest_of(folder: Path, memo: Path | None) -> str:
     seen, now = [list(_marks(path)) for path in files], time.time_ns()
     try:
         known = json.loads(place.read_text(encoding="utf-8"))
-        if known["files"] == seen and len(known["digest"]) == 64:
+        if known["files"] == seen and known["check"] == _check(seen, known["digest"]):
             return known["digest"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never seen, or written over
@@ -95,8 +99,13 @@ def _digest_of(folder: Path, memo: Path | None) -> str:
     settled = all(now - mark[-1] > SETTLED * 1e9 for mark in seen)
     if settled and seen == [list(_marks(path)) for path in files]:
         with suppress(OSError):  # a memo saves time; a full disk is told where states are written
-            write_json(place, {"files": seen, "digest": digest})
+            write_json(place, {"files": seen, "digest": digest, "check": _check(seen, digest)})
     return digest
+
+
+def _check(seen: list[list[int]], digest: str) -> str:
+    """What a memo that was written over does not hold."""
+    return hashlib.sha256(json.dumps([seen, digest]).encode()).hexdigest()
 
 
 def _marks(path: Path) -> Iterator[int]:

@@ -81,6 +81,14 @@ def local_folder(source: Path | str, *, weights: bool = True) -> Path:
     return Path(found)
 
 
+def commit_of(folder: Path) -> str | None:
+    """`owner--name@commit` of a snapshot's folder in the cache; None of another folder."""
+    if folder.parent.name != "snapshots" or re.fullmatch("[0-9a-f]{40}", folder.name) is None:
+        return None
+    home = folder.parents[1]
+    return f"{home.name}@{folder.name}" if home.parent == Path(constants.HF_HUB_CACHE) else None
+
+
 def snapshots_here(hub_id: str) -> set[Path]:
     """Folders of a repository's snapshots in the cache that hold weights, or some of them."""
     home = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository_of(hub_id), repo_type="model")

@@ -59,12 +59,16 @@ class Plan:
 
     @classmethod
     def of(cls, queries: Sequence[Query], layers: Sequence[int], d_model: int) -> "Plan":
-        """As many prompts in a block as BLOCK_BYTES of states, and at least a full batch of the largest."""
+        """As many prompts in a block as BLOCK_BYTES of states, and at least a full batch of the largest.
+
+        Prompts that are the same stay in one block: what a killed run left is then whole blocks.
+        """
         prefix = common_prefix(queries)
         blocks: list[list[int]] = []
         size = tokens = 0
-        for i in sorted(range(len(queries)), key=lambda i: queries[i].end):
-            if not blocks or (size > BLOCK_BYTES and tokens > TOKENS_ELSEWHERE):
+        for i in sorted(range(len(queries)), key=lambda i: (queries[i].end, queries[i].ids, queries[i].reads)):
+            full = size > BLOCK_BYTES and tokens > TOKENS_ELSEWHERE
+            if not blocks or (full and queries[i] != queries[blocks[-1][-1]]):
                 blocks.append([])
                 size = tokens = 0
             blocks[-1].append(i)

@@ -1,11 +1,12 @@
 """A folder of residual states that is asked by content: what is there is never computed again, what is damaged is.
 
-    states/<fingerprint of a checkpoint>/<block>.<sha256>.safetensors    rows of some prompts at some layers
-    views/<question>.<sha256>.safetensors                                one whole answer, memory-mapped
+    states/<fingerprint of a checkpoint>/<block>.<header>.<sha256>.safetensors    rows of some prompts at some layers
+    views/<question>.<sha256>.safetensors                                         one whole answer, memory-mapped
     digests/<files>.json                                                 digests of weights by their files' marks
 
-A file is written under another name and then renamed, and its name holds the SHA-256 of what is in it. So a kill leaves
-whole files and scratch, two processes write the same, and no damage goes unseen.
+A file is written under another name and then renamed, and its name holds the SHA-256 of what is in it, that of a header
+apart, since headers are believed before all is read. So a kill leaves whole files and scratch, two processes write the
+same, and no damage goes unseen.
 """
 
 import hashlib
@@ -22,10 +23,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from safetensors.numpy import load
 
 from gravlens.errors import GravlensError
 from gravlens.positions import Query
-from gravlens.store import TensorWriter, map_tensor, read_meta, read_tensors, tensor_bytes, write_atomically
+from gravlens.store import TensorWriter, map_tensor, meta_of, tensor_bytes, write_atomically
 
 KIND = "states"
 
@@ -85,8 +87,9 @@ class Shelf:
         block = hashlib.sha256(json.dumps([keys, list(layers)]).encode()).hexdigest()[:16]
         meta = {"queries": keys, "rows": rows, "layers": list(layers), "checkpoint": checkpoint}
         content = tensor_bytes(KIND, {"states": states}, meta)
+        name = f"{block}.{_header_digest(content)}.{hashlib.sha256(content).hexdigest()}.safetensors"
         with room_on_disk(self.folder):
-            write_atomically(self.folder / f"{block}.{hashlib.sha256(content).hexdigest()}.safetensors", content)
+            write_atomically(self.folder / name, content)
 
     def rows(
         self, queries: Sequence[str], layers: Sequence[int]
@@ -100,9 +103,11 @@ class Shelf:
             numbers.setdefault(query, []).append(number)
         left = {query: set(layers) for query in numbers}
         for part in self.parts():
-            if not any(left.get(query, set()) & set(part.layers) for query in part.queries) or not is_whole(part.path):
+            if not any(left.get(query, set()) & set(part.layers) for query in part.queries):
                 continue
-            states = read_tensors(part.path, KIND)[0]["states"]
+            if (content := whole_content(part.path)) is None:
+                continue
+            states = load(content)["states"]
             ends = np.cumsum(part.rows).tolist()
             for query, end, count in zip(part.queries, ends, part.rows, strict=True):
                 fresh = tuple(layer for layer in part.layers if layer in left.get(query, ()))
@@ -119,11 +124,34 @@ class Shelf:
 def part_of(path: Path) -> Part | None:
     """What a file says of itself; where it cannot be read it is taken away and named."""
     try:
-        meta = read_meta(path, KIND)
-        fields = {key: tuple(meta[key]) for key in ("queries", "rows", "layers")}
-        return Part(path, **fields, checkpoint=str(meta["checkpoint"]))
-    except (GravlensError, ValueError, KeyError, TypeError):
-        return _taken_away(path) if path.exists() else None  # another process may have been first
+        with path.open("rb") as file:
+            start = file.read(8)
+            start += file.read(min(int.from_bytes(start, "little"), path.stat().st_size))
+        if _header_digest(start) == path.name.split(".")[1]:
+            meta = meta_of(start, path, KIND)
+            fields = {key: tuple(meta[key]) for key in ("queries", "rows", "layers")}
+            return Part(path, **fields, checkpoint=str(meta["checkpoint"]))
+    except FileNotFoundError:
+        return None  # another process took it away
+    except (OSError, IndexError):
+        pass
+    return _taken_away(path)
+
+
+def _header_digest(content: bytes) -> str:
+    return hashlib.sha256(content[: 8 + int.from_bytes(content[:8], "little")]).hexdigest()[:16]
+
+
+def whole_content(path: Path) -> bytes | None:
+    """What a file holds, if that is what its name says; where it is not, the file is taken away and named."""
+    try:
+        content = path.read_bytes()
+    except OSError:  # another process took it away
+        return None
+    if hashlib.sha256(content).hexdigest() != _promised(path):
+        return _taken_away(path)
+    _used(path)
+    return content
 
 
 def is_whole(path: Path) -> bool:
@@ -132,11 +160,15 @@ def is_whole(path: Path) -> bool:
     if found is None:
         return False
     if found == _promised(path):
-        with suppress(OSError):
-            os.utime(path)  # when it was last used, for pruning
+        _used(path)
         return True
     _taken_away(path)
     return False
+
+
+def _used(path: Path) -> None:
+    with suppress(OSError):
+        os.utime(path)  # when it was last asked for, for pruning
 
 
 def _promised(path: Path) -> str:

@@ -87,10 +87,10 @@ def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], di
         return arrays, _meta(path, kind, file.metadata() or {})
 
 
-def read_meta(path: Path | str, kind: str) -> dict[str, Any]:
-    """What a file of `write_tensors` says of itself; its tensors are not read."""
-    with _opened(path, kind) as file:
-        return _meta(path, kind, file.metadata() or {})
+def meta_of(content: bytes, path: Path | str, kind: str) -> dict[str, Any]:
+    """What a file of `write_tensors` says of itself, given its beginning with all of its header."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return _meta(path, kind, header.get("__metadata__", {}))
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from multiprocessing import current_process
 from pathlib import Path
 from threading import Lock
@@ -25,6 +26,7 @@ from gravlens.placement import Placement
 from gravlens.positions import Query
 from gravlens.readings import Plan, Through, read_block
 from gravlens.residual_store import Shelf, find_view, query_key, view_writer
+from gravlens.store import map_tensor
 from gravlens.swapping import open_each, precision_of
 from gravlens.tokenizer import check_vocabulary
 
@@ -51,8 +53,14 @@ class Stored:
 
     def shelf(self, checkpoint: Checkpoint, precision: str) -> Shelf:
         """Where the states of a checkpoint lie."""
-        how = (self.through, precision)
+        how = (self.through, precision, *_releases(self.through))
         return Shelf(self.folder / "states" / fingerprint(checkpoint, how, self.folder / "digests")[:32])
+
+
+def _releases(through: Through) -> Iterator[str]:
+    """The libraries that compute states, by their minor release: another may compute them in another way."""
+    for library in ("transformers", *(["transformer-lens"] if through == "bridge" else [])):
+        yield f"{library} {'.'.join(version(library).split('.')[:2])}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +143,7 @@ def _put_together(
                     pieces = [(layers[0], state)] if layers == plan.layers else zip(layers, state, strict=True)
                     for layer, piece in pieces:
                         view.write((at + plan.layers.index(layer)) * width, piece)
-        if lacks:
-            return None
-        view.finish()
-    return find_view(folder, question)
+        return None if lacks else map_tensor(view.finish(), "values")
 
 
 # --- running tasks --------------------------------------------------------------------------------------------------
@@ -202,6 +207,8 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
     store = tasks[0].store
     opened = open_each([task.checkpoint for task in tasks], through=store.through, placement=store.placement)
     for task, (checkpoint, model) in zip(tasks, opened, strict=True):
+        if not isinstance(checkpoint.source, nn.Module):
+            _check_unchanged(task, checkpoint)
         check_vocabulary(checkpoint, model, [query.ids for queries, _ in task.blocks for query in queries])
         readers: dict[tuple[int, ...], Reader] = {}  # all blocks lack the same layers, mostly
         for queries, layers in task.blocks:
@@ -213,6 +220,16 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
                 states[[row for i in batch for row in rows(i)]] = found
             task.shelf.put(states, queries=queries, layers=layers, checkpoint=checkpoint.described)
             tick()
+
+
+def _check_unchanged(task: Task, checkpoint: Checkpoint) -> None:
+    """Raise where a folder was written between its digest and its opening: its states would be another's."""
+    if task.store.shelf(checkpoint, precision_of(checkpoint, task.store.placement)) != task.shelf:
+        raise GravlensError(
+            f"{checkpoint.name} ({checkpoint.described}) changed while it was opened.",
+            "A checkpoint stays as it is while it is read.",
+            "the same call once it is written to its end; nothing was kept of it.",
+        )
 
 
 # --- executors ------------------------------------------------------------------------------------------------------

@@ -152,8 +152,9 @@ def precision_of(checkpoint: Checkpoint, placement: Placement) -> str:
     """The `precision` that a checkpoint will be opened in; its weights are not read."""
     if isinstance(checkpoint.source, nn.Module):
         return open_model(checkpoint).precision
-    folder = lineage(checkpoint)[0]
-    dtype = as_dtype(placement.dtype) or stored_dtype(folder) or torch.float32
+    wanted = as_dtype(placement.dtype)
+    folder = lineage(checkpoint, weights=wanted is None)[0]
+    dtype = wanted or stored_dtype(folder) or torch.float32
     return precision_name(dtype, quantisation_of(folder))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -315,3 +316,14 @@ def test_a_tokenizer_is_read_without_downloading_weights(fake: Hub) -> None:
 
     assert sequence_tokenizer(history).get_vocab() == tiny.TOKENIZER.get_vocab()
     assert {size for _, size in fake.downloads} == {"small"} and fake.on_disk() == set()
+
+
+def test_a_store_needs_no_more_room_and_no_download_where_it_holds_the_states(fake: Hub, tmp_path: Path) -> None:
+    seq = ModelSequence.from_folders(**ROLES, runs={"run": RUN}, probes=tiny.PROMPTS)
+    first = cache_residuals(seq, placement=Placement(keep=1), store=tmp_path / "store").values.copy()
+    assert fake.most == 2 + 1 + 1 and fake.on_disk() == {90, 91, 6}, "the ends of the history, and keep + 1"
+    plain = cache_residuals(seq, placement=Placement(keep=1)).values
+    assert np.array_equal(first, plain)
+    fake.downloads.clear()
+    again = cache_residuals(seq, placement=Placement(keep=1), store=tmp_path / "store").values
+    assert np.array_equal(again, first) and fake.downloads == []

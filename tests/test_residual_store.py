@@ -53,7 +53,7 @@ def test_what_a_store_holds_is_listed(store: Path) -> None:
 def test_damage_is_named_and_nothing_is_taken_away(store: Path) -> None:
     assert damaged_files(store) == [] and run("verify", store) == (0, "every file is whole\n")
     path = states(store)[0]
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
     assert damaged_files(store) == [path]
     code, text = run("verify", store)
     assert code == 1 and path.name in text.replace("\n", "") and path.exists()
@@ -108,3 +108,21 @@ def test_rows_come_back_as_they_were_put(tmp_path: Path) -> None:
     assert found[0][0] == found[1][0] == (1, 5)
     assert np.array_equal(found[0][1], put[2:]) and np.array_equal(found[1][1], put[:2])
     assert [(n, layers) for n, layers, _ in shelf.rows(keys[:1], [5])] == [(0, (5,))]
+
+
+def test_no_flipped_bit_of_a_header_is_believed(tmp_path: Path) -> None:
+    """`missing` reads headers alone: what a file seems to hold there is what it holds."""
+    shelf, query = Shelf(tmp_path), Query((1, 2), ((1,),))
+    shelf.put(np.ones((1, 2, 4), np.float32), queries=[query], layers=[1, 5], checkpoint="here")
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for at in range(header):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        with pytest.warns(UserWarning, match="damaged"):
+            assert shelf.missing([query_key(query)], [1, 5]) == [(1, 5)]
+        assert not path.exists()
+    path.write_bytes(content)
+    assert shelf.missing([query_key(query)], [1, 5]) == [()]

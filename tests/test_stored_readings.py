@@ -7,10 +7,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +153,38 @@ def test_another_configuration_is_another_checkpoint(home: Path, tmp_path: Path)
     assert np.array_equal(found.values, cache_residuals(pair).values) and (found.values[1] != first.values[1]).any()
 
 
+def test_a_checkpoint_that_changes_between_its_digest_and_its_opening_is_not_kept(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "aligned"):
+        shutil.copytree(home / name, tmp_path / name)
+    pair = ModelSequence.from_folders(witness=tmp_path / "base", anchor=tmp_path / "aligned", probes=PROBES)
+    plain = stored_readings.run_all
+
+    def overwritten(*given: Any) -> None:
+        shutil.copy(home / "base" / "model.safetensors", tmp_path / "aligned" / "model.safetensors")
+        plain(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored_readings, "run_all", overwritten)
+        with refused("anchor", "changed while it was opened"):
+            cache_residuals(pair, store=tmp_path / "store")
+    found = cache_residuals(pair, store=tmp_path / "store").values
+    assert np.array_equal(found[0], found[1])
+
+
+def test_another_release_of_what_computes_the_states_reads_them_anew(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(home, tmp_path)
+    with rows_read(monkeypatch) as seen:
+        read(home, tmp_path)
+        assert seen == []
+        monkeypatch.setattr(stored_readings, "version", lambda _: "5.99.1")
+        read(home, tmp_path)
+        assert seen != []
+
+
 def test_models_in_memory_are_kept_by_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def history(*seeds: int) -> ModelSequence:
         one, other = (tiny.llama(seed) for seed in seeds)
@@ -246,7 +277,7 @@ def test_what_is_read_at_the_last_attempt_is_the_answer(
         left[0] -= 1
         if left[0] >= 0:
             path = next((tmp_path / "states").rglob("*.safetensors"))
-            path.write_bytes(path.read_bytes()[:-1] + b"?")
+            path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
         return plain(*given)
 
     monkeypatch.setattr(stored_readings, "_put_together", spoilt)
@@ -302,33 +333,6 @@ def test_a_disk_that_is_really_full(home: Path, tmp_path: Path) -> None:
 
 
 # -- elsewhere ---------------------------------------------------------------------------------------------------------
-
-
-def test_processes_fill_the_store_and_the_driver_opens_nothing(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()  # workers have blocks of the usual size
-    wanted = cache_residuals(sequence(home)).values
-    monkeypatch.setattr(stored_readings, "open_each", lambda *_, **__: pytest.fail("the driver opened a model"))
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        assert np.array_equal(read(home, tmp_path, executor=pool).values, wanted)
-
-
-def test_dask_workers_fill_the_store(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    distributed = pytest.importorskip("distributed")
-    monkeypatch.undo()
-    wanted = cache_residuals(sequence(home)).values
-    cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
-    with cluster, distributed.Client(cluster) as client:
-        assert np.array_equal(read(home, tmp_path, executor=client.get_executor()).values, wanted)
-
-
-def test_submitit_jobs_fill_the_store(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    submitit = pytest.importorskip("submitit")
-    monkeypatch.undo()
-    wanted = cache_residuals(sequence(home)).values
-    executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
-    assert np.array_equal(read(home, tmp_path / "store", executor=executor).values, wanted)
 
 
 class Here(Executor):
