@@ -1,5 +1,7 @@
 """Which prompts are read together: blocks, rows, and prompts that are there twice."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import tiny
@@ -27,7 +29,7 @@ def test_every_prompt_is_in_one_block_and_blocks_are_of_similar_lengths() -> Non
     plan = Plan.of(queries, [0, 2], 8)
     assert sorted(i for block in plan.blocks for i in block) == list(range(50)) and len(plan.blocks) > 5
     lengths = [[queries[i].end for i in block] for block in plan.blocks]
-    assert all(max(one) <= min(other) for one, other in zip(lengths, lengths[1:], strict=False))
+    assert all(max(one) <= min(other) for one, other in pairwise(lengths))
 
 
 def test_the_same_prompt_is_in_the_same_block_however_often_and_wherever_it_stands() -> None:
