@@ -143,6 +143,7 @@ from .residuals import cache_residuals as cache_residuals
 from .selectivity import measure_selectivity as measure_selectivity
 from .strongreject import strongreject_judge as strongreject_judge
 from .strongreject import strongreject_score as strongreject_score
+from .style import save_figure as save_figure
 from .subspaces import Subspace as Subspace
 from .subspaces import Subspaces as Subspaces
 from .subspaces import drift_subspaces as drift_subspaces

@@ -29,8 +29,8 @@ ROOMS = (
     "stored_readings residuals moments costs machine planning contrasts behavior strongreject judges divergence "
     "covariance directions estimators trajectory geometry subspaces interventions hooks weights nulls choices noise "
     "controls damage resampling crossfit decomposition inspection readout effects selectivity tradeoff demands claims "
-    "refusal leaks blocking blockers thresholds monitor finetune arms plots frontiers heatmaps paper report fetch "
-    "settings experiment gathering findings comparison reproduce cli"
+    "refusal leaks blocking blockers thresholds monitor finetune arms style plots frontiers heatmaps paper report "
+    "fetch settings experiment gathering findings comparison reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7
