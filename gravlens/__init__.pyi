@@ -116,6 +116,9 @@ from .nulls import sample_covariance as sample_covariance
 from .nulls import sign_flips as sign_flips
 from .nulls import swapped_labels as swapped_labels
 from .placement import Placement as Placement
+from .plane import residual_plane as residual_plane
+from .plane_plots import explore_residual_plane as explore_residual_plane
+from .plane_plots import plot_residual_plane as plot_residual_plane
 from .planning import Forecast as Forecast
 from .planning import plan_reading as plan_reading
 from .plots import plot_alignment as plot_alignment

@@ -14,6 +14,7 @@ from matplotlib import colors, pyplot
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from test_plane import plane
 
 import gravlens
 from gravlens import plots, style
@@ -67,6 +68,7 @@ EXAMPLES: dict[str, list[Callable[..., Axes]]] = {
         lambda **at: gravlens.plot_arms(arms(), measure="task_loss", **at),
     ],
     "plot_frontier": [lambda **at: gravlens.plot_frontier(arms(), twins=["h"], **at)],
+    "plot_residual_plane": [lambda **at: gravlens.plot_residual_plane(plane(prompts=True), **at)],
     "plot_heatmap": [lambda **at: gravlens.plot_heatmap(grid(), **at)],
 }
 EVERY = pytest.mark.parametrize(
