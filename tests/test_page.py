@@ -144,6 +144,7 @@ CONTRASTS = """() => {
     return [255, 255, 255];
   };
   return [...document.querySelectorAll("body *")].filter(one => one.tagName !== "SCRIPT" && one.checkVisibility()
+      && !(one.closest("tr")?.rowIndex > 50)
       && [...one.childNodes].some(node => node.nodeType === 3 && node.data.trim())).map(one => {
     const [a, b] = [luminance(channels(getComputedStyle(one).color)), luminance(ground(one))];
     return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), b, one.tagName];
