@@ -13,7 +13,6 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from matplotlib.figure import Figure
 
 from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS, Score, refusal_log_odds, two_sided_log_odds
 from gravlens.checkpoints import Checkpoint, ModelSequence
@@ -25,6 +24,7 @@ from gravlens.models import OpenModel, open_model
 from gravlens.plots import plot_effect
 from gravlens.prompts import PromptSet
 from gravlens.residuals import cache_residuals
+from gravlens.style import save_figure
 from gravlens.tokenizer import sequence_tokenizer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -156,12 +156,10 @@ def opened(sequence: ModelSequence, checkpoint: Checkpoint) -> OpenModel:
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
-    """Write `path`.csv and `path`.png."""
+    """Write `path`.csv, `path`.png and `path`.pdf."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path.with_suffix(".csv"), index=False)
-    figure = plot_effect(table).figure
-    assert isinstance(figure, Figure)
-    figure.savefig(path.with_suffix(".png"))
+    save_figure(plot_effect(table), path.with_suffix(""))
 
 
 if __name__ == "__main__":

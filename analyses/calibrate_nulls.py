@@ -7,14 +7,15 @@ is its false alarms. Writes calibration.csv (null × world), null_power.csv (rej
 null_power.png, and prints the rates at 1 %. About four minutes of one free core; fewer --simulations are less exact.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import typer
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import root_scalar
@@ -32,6 +33,7 @@ from gravlens.nulls import (
     swapped_labels,
 )
 from gravlens.residuals import Residuals
+from gravlens.style import CYCLE, GREY, MARKERS, STYLE, save_figure, words
 from gravlens.trajectory import Trajectory, drift_per_prompt, follow
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -40,6 +42,7 @@ WIDTH, PROMPTS, RUNS, DRAWS = 128, 64, 8, 199  # with 199 draws (1 + k)/(1 + n) 
 PROMPT_NOISE = 2.0  # length of what one prompt adds, in units of what is common to all
 AT_ONCE = 50  # histories that are simulated together
 LEVELS = (0.01, 0.05)
+HATCHES = ("", "////", "....", "xxxx")
 PLANTED = tuple(round(0.1 * i, 1) for i in range(9))
 
 
@@ -272,31 +275,36 @@ def power(worlds: Iterable[World], *, simulations: int, rng: np.random.Generator
 # -- figure and door ---------------------------------------------------------------------------------------------------
 
 
+@rc_context(STYLE)
 def draw(calibration: pd.DataFrame, powers: pd.DataFrame) -> Figure:
     """Power at 1 % in each world, and the false alarms of the nulls of one drift by the spectrum."""
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots(2, 3, sharey=True).ravel()
-    styles = {null: f"C{i}" for i, null in enumerate(ASSUMED)}
+    colours = (*CYCLE, "black", GREY)
+    looks: dict[str, dict[str, Any]] = {
+        null: {"color": colours[i], "marker": MARKERS[i], "ms": 3} for i, null in enumerate(ASSUMED)
+    }
     chosen = powers[powers.nominal == LEVELS[0]]
     for ax, (world, rows) in zip(axes, chosen.groupby("world", sort=False), strict=False):
         for null, line in rows.groupby("null", sort=False):
             dashed = "-" if world in ASSUMED[str(null)] else ":"
-            ax.plot(line.planted, line.rejection_rate, dashed, color=styles[str(null)], marker=".", label=str(null))
-        ax.axhline(LEVELS[0], color="grey", linewidth=0.5)
-        ax.set(title=f"world: {world}", xlabel="planted alignment", ylabel="rejected at 1 %")
-    _draw_false_alarms(axes[-1], calibration, styles)
+            ax.plot(line.planted, line.rejection_rate, ls=dashed, label=words(null), **looks[str(null)])
+        ax.axhline(LEVELS[0], color=GREY, linewidth=0.5)
+        ax.set(title=f"world: {words(world)}", xlabel="planted alignment (cosine)", ylabel="rejected at 1 % (share)")
+    _draw_false_alarms(axes[-1], calibration, {null: look["color"] for null, look in looks.items()})
     handles = {line.get_label(): line for ax in axes for line in ax.get_lines() if str(line.get_label())[0] != "_"}
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
     return figure
 
 
-def _draw_false_alarms(ax: Axes, calibration: pd.DataFrame, styles: dict[str, str]) -> None:
+def _draw_false_alarms(ax: Axes, calibration: pd.DataFrame, colours: Mapping[str, str]) -> None:
     worlds = ["isotropic", "anisotropic_34", "anisotropic_5.4", "anisotropic_2.5"]
     rows = calibration[calibration.world.isin(worlds) & (calibration.nominal == LEVELS[0])]
     for i, null in enumerate(["isotropic", "covariance_matched", "sample_covariance", "weight_noise"]):
         rates = rows[rows.null == null].set_index("world").rejection_rate.reindex(worlds)
-        ax.bar(np.arange(len(worlds)) + 0.2 * i - 0.3, rates, 0.2, color=styles[null])
-    ax.axhline(LEVELS[0], color="grey", linewidth=0.5)
+        look = {"facecolor": colours[null], "hatch": HATCHES[i], "edgecolor": "white", "lw": 0}
+        ax.bar(np.arange(len(worlds)) + 0.2 * i - 0.3, rates, 0.2, **look)
+    ax.axhline(LEVELS[0], color=GREY, linewidth=0.5)
     ax.set_xticks(range(len(worlds)), ["isotropic", "34", "5.4", "2.5"])
     ax.set(title="nothing planted: false alarms", xlabel="participation ratio of states and drifts")
 
@@ -315,7 +323,7 @@ def main(
     worlds = [world for world in WORLDS if world.name in POWER_WORLDS]
     powers = power(worlds, simulations=simulations // 10, rng=rng)
     powers.to_csv(out / "null_power.csv", index=False)
-    draw(calibration, powers).savefig(out / "null_power.png", dpi=120)
+    save_figure(draw(calibration, powers), out / "null_power")
     shown = calibration[calibration.nominal == LEVELS[0]].pivot(index="world", columns="null", values="rejection_rate")
     shown = shown.loc[[world.name for world in WORLDS], list(ASSUMED)]
     typer.echo(f"rejected at 1 % of {simulations} histories with nothing to find:\n{shown.to_string()}")

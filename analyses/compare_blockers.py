@@ -12,7 +12,6 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from matplotlib.figure import Figure
 
 from gravlens.arms import UNBLOCKED, Arm, core_arms, dose_arms, further_arms
 from gravlens.comparison import compare_arms, compare_layers, orderings
@@ -26,6 +25,7 @@ from gravlens.settings.given import GivenHistory
 from gravlens.settings.history import Measures, Setting
 from gravlens.settings.pretrained import COMPLIANCES, MARKERS, REFUSALS
 from gravlens.settings.refusal import RefusalOrganism
+from gravlens.style import save_figure
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 SHOWN = ["harmfulness", "fraction_heldout", "alignment_heldout", "over_refusal", "task_loss", "kl", "step_cost_ratio"]
@@ -125,9 +125,7 @@ def write(table: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
     parts = list(table.groupby("data", sort=False))
     for name, rows in parts:
         twins = [blocker for blocker in rows.blocker.unique() if "twin" in blocker or "random" in blocker]
-        figure = plot_frontier(rows, twins=twins).figure
-        assert isinstance(figure, Figure)
-        figure.savefig(out / ("blockers.png" if len(parts) == 1 else f"blockers_{name}.png"))
+        save_figure(plot_frontier(rows, twins=twins), out / ("blockers" if len(parts) == 1 else f"blockers_{name}"))
 
 
 def tell(table: pd.DataFrame) -> None:

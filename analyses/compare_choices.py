@@ -21,9 +21,10 @@ from gravlens.choices import compare_choices, final_choices
 from gravlens.errors import GravlensError
 from gravlens.geometry import centred, raw, standardised, whitened, without_top
 from gravlens.heatmaps import plot_heatmap
-from gravlens.plots import STYLE, plot_alignment
+from gravlens.plots import plot_alignment
 from gravlens.residuals import cache_residuals
 from gravlens.store import write_atomically
+from gravlens.style import STYLE, save_figure
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,14 +52,14 @@ def main(
     except GravlensError as error:
         raise typer.BadParameter(str(error)) from error
     write_atomically(out / "choices.csv", table.to_csv(index=False, float_format="%.6g").encode())
-    draw(table, out / "choices.png")
+    save_figure(draw(table), out / "choices")
     typer.echo(summary(table))
 
 
 @rc_context(STYLE)
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw(table: pd.DataFrame) -> Figure:
     """Alignment and fraction of each choice at the last step, and at each step the range of all choices."""
-    figure = Figure(figsize=(13, 3.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
     axes, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.95)), final_choices(table)
     for ax, value in zip(axes[:2], ("alignment", "fraction"), strict=True):
         plot_heatmap(final, value=value, rows="estimator", columns="geometry", limit=1, ax=ax)
@@ -69,7 +70,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     axes[2].fill_between(low.index, low, high, color="0.85", lw=0, zorder=-1, label="all choices")
     usual = table[(table["estimator"] == "difference_of_means") & (table["geometry"] == "raw")]
     plot_alignment(usual, prompts=usual["prompts"].iloc[0], ax=axes[2])
-    figure.savefig(path)
+    return figure
 
 
 def summary(table: pd.DataFrame) -> str:

@@ -25,6 +25,7 @@ from ablate_layer import (
     prompts_of,
     score_of,
 )
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS
@@ -35,6 +36,7 @@ from gravlens.errors import GravlensError
 from gravlens.heatmaps import plot_heatmap
 from gravlens.models import OpenModel, open_model
 from gravlens.store import write_atomically
+from gravlens.style import STYLE, save_figure
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,7 +72,7 @@ def main(
         table.insert(1, "kind", table["damage"].map(kind_of))
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "damage.csv", table.to_csv(index=False).encode())
-        draw(table).savefig(out / "damage.png")
+        save_figure(draw(table), out / "damage")
     except GravlensError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(summary(table, tuned.name))
@@ -101,13 +103,14 @@ def runs_of(history: ModelSequence, tuned: Checkpoint) -> dict[str, Damage]:
     return {checkpoint.name: partial(updated, checkpoint=checkpoint) for checkpoint in [tuned, *others]}
 
 
+@rc_context(STYLE)
 def draw(table: pd.DataFrame) -> Figure:
     """Layer means of alignment and fraction, and the score, a row per damage and run; grey: not judged."""
     mean = table[table["layer"].isna()]
     mean = mean.assign(alignment=mean["alignment"].where(mean["judged"]))
     rows = mean.melt("damage", ["alignment", "fraction", "score"], "measure")
     scored = rows["measure"] == "score"
-    figure = Figure(figsize=(6, 0.6 + 0.25 * len(mean)), dpi=200, layout="constrained")
+    figure = Figure(figsize=(6, 0.6 + 0.25 * len(mean)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     plot_heatmap(rows[~scored], value="value", rows="damage", columns="measure", limit=1, ax=left)
     plot_heatmap(rows[scored], value="value", rows="damage", columns="measure", ax=right)

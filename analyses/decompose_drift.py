@@ -8,7 +8,7 @@ directions read as. Writes drift_parts.csv, ancestors.csv, update_parts.csv, rea
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -37,18 +37,18 @@ from gravlens.directions import Directions
 from gravlens.errors import GravlensError
 from gravlens.interventions import everywhere
 from gravlens.models import OpenModel
-from gravlens.plots import CYCLE, GREY, STYLE
 from gravlens.prompts import PromptSet
 from gravlens.readout import readout, readout_openings
 from gravlens.refusal import refusal_candidates
 from gravlens.residuals import Residuals, cache_residuals
+from gravlens.style import CYCLE, GREY, STYLE, save_figure
 
-# part -> how it is called, in which colour
+# part -> how it is called, in which colour, with which hatch (for grey print)
 LOOK = {
-    "v_rev": (r"$v_\mathrm{rev}$", CYCLE[0]),
-    "refusal": ("refusal direction", CYCLE[1]),
-    OWN: ("run's own leading components", CYCLE[5]),
-    REST: ("rest", GREY),
+    "v_rev": (r"$v_\mathrm{rev}$", CYCLE[0], ""),
+    "refusal": ("refusal direction", CYCLE[1], "////"),
+    OWN: ("run's own leading components", CYCLE[5], "...."),
+    REST: ("rest", GREY, r"\\\\"),
 }
 SHOWN = 5  # tokens of either end on the screen
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -94,7 +94,7 @@ def main(
         pulls = ancestors(drift, ancestor)
         update = split_update(history.anchor, history.witness, chosen)
         write(out, {"drift_parts": split, "ancestors": pulls, "update_parts": update, "readout": read})
-        draw(split).savefig(out / "decompose_drift.png")
+        save_figure(draw(split), out / "decompose_drift")
     except GravlensError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(summary(split, pulls, update, read))
@@ -181,7 +181,7 @@ def draw(split: pd.DataFrame) -> Figure:
     """Shares of the drift over layers, stacked in the order of the projection; last step, mean over runs."""
     rows = last(split).dropna(subset=["layer"])
     orders = rows["order"].unique()
-    figure = Figure(figsize=(1 + 2.8 * len(orders), 2.8), dpi=200, layout="constrained")
+    figure = Figure(figsize=(1 + 2.8 * len(orders), 2.8), layout="constrained")
     axes = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
     for ax, order in zip(axes, orders, strict=True):
         stack(ax, rows[rows["order"] == order])
@@ -197,8 +197,9 @@ def stack(ax: Axes, rows: pd.DataFrame) -> None:
     shares = rows.groupby(["layer", "part"], sort=False)["share"].mean().unstack()[rows["part"].unique()].sort_index()
     below = np.zeros(len(shares))
     for part in shares:
-        label, colour = LOOK[str(part)]
-        ax.bar(shares.index.astype(str), shares[part], bottom=below, label=label, color=colour, width=0.8)
+        label, colour, hatch = LOOK[str(part)]
+        look: dict[str, Any] = {"facecolor": colour, "hatch": hatch, "edgecolor": "white", "lw": 0, "width": 0.8}
+        ax.bar(shares.index.astype(str), shares[part], bottom=below, label=label, **look)
         below += shares[part].to_numpy()
     ax.set(xlabel="layer")
     ax.set_xticks(range(0, len(shares), 1 + len(shares) // 16))

@@ -30,6 +30,7 @@ from ablate_layer import (
     prompts_of,
     score_of,
 )
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gravlens import __version__
@@ -43,6 +44,7 @@ from gravlens.leaks import candidate_spans, leak_map, patch_spans, rank_table, s
 from gravlens.prompts import PromptSet
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.store import write_atomically, write_json
+from gravlens.style import STYLE, save_figure
 from gravlens.subspaces import Spans
 
 KEYS = "leak_map.json"
@@ -103,7 +105,7 @@ def main(
             openings, compliances,
         )  # fmt: skip
         tables = measure(question, out)
-        draw(question, *tables).savefig(out / "leak_map.png")
+        save_figure(draw(question, *tables), out / "leak_map")
     except GravlensError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(summary(*tables, tuned.name))
@@ -246,9 +248,10 @@ def digest_of(source: str) -> str:
 # --- what is shown ----------------------------------------------------------------------------------------------
 
 
+@rc_context(STYLE)
 def draw(question: Question, where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame) -> Figure:
     """The fraction over layer × position, the drift's shares and the score's way back over span × rank."""
-    figure = Figure(figsize=(11, 3.4), dpi=200, layout="constrained")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, 3)
     tuned, into = rows_of(where, question.tuned.name), patching[patching["model"] == question.tuned.name]
     plot_heatmap(tuned, ax=axes[0])

@@ -116,6 +116,9 @@ from .nulls import sample_covariance as sample_covariance
 from .nulls import sign_flips as sign_flips
 from .nulls import swapped_labels as swapped_labels
 from .placement import Placement as Placement
+from .plane import residual_plane as residual_plane
+from .plane_plots import explore_residual_plane as explore_residual_plane
+from .plane_plots import plot_residual_plane as plot_residual_plane
 from .planning import Forecast as Forecast
 from .planning import plan_reading as plan_reading
 from .plots import plot_alignment as plot_alignment
@@ -143,6 +146,7 @@ from .residuals import cache_residuals as cache_residuals
 from .selectivity import measure_selectivity as measure_selectivity
 from .strongreject import strongreject_judge as strongreject_judge
 from .strongreject import strongreject_score as strongreject_score
+from .style import save_figure as save_figure
 from .subspaces import Subspace as Subspace
 from .subspaces import Subspaces as Subspaces
 from .subspaces import drift_subspaces as drift_subspaces

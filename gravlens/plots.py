@@ -1,14 +1,13 @@
 """Results in, matplotlib Axes out. What is drawn was measured elsewhere; here only means over runs are taken.
 
 Every function draws into `ax`, or into a figure of its own that pyplot never sees, and leaves rcParams alone.
-A notebook shows the returned Axes as a picture; a script saves it with `ax.figure.savefig("name.svg")`.
+A notebook shows the returned Axes as a picture; `save_figure(ax, "name")` saves it for print.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
-from itertools import groupby
+from itertools import cycle, groupby
 from textwrap import shorten
 from typing import Any, Protocol
 
@@ -17,46 +16,15 @@ import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.container import Container
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from gravlens.errors import GravlensError
+from gravlens.style import BLUE, CYCLE, DASHES, GREY, LABELS, MARKERS, SHARES, STYLE, axes_of, change_of, words
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; dashes tell the nulls apart without colour.
-BLUE, GREY = "#0072B2", "#8A8A8A"
-CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES: tuple[Any, ...] = ("--", (0, (1, 1.2)), "-.", (0, (5, 1, 1, 1, 1, 1)))
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-}
-LABELS = {
-    "alignment": r"alignment with $v_\mathrm{rev}$ (cosine)",
-    "fraction": "fraction of the way back to the witness",
-    "projection": r"drift along $v_\mathrm{rev}$ (residual units)",
-    "drift_norm": "norm of the drift (residual units)",
-    "alignment_final": r"alignment with $v_\mathrm{rev}$, last step (cosine)",
-    "fraction_final": "fraction of the way back, last step",
-    "harmfulness": "harmful prompts answered (%)",
-    "over_refusal": "harmless prompts refused (%)",
-    "refusal_log_odds": "refusal log-odds (nats)",
-    "task_loss": "held-out task loss (nats per token)",
-    "seconds_per_step": "seconds per step",
-}
 WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line crosses the text
 NOT_RUN: dict[str, Any] = {"va": "center", "color": GREY, "style": "italic", "bbox": WHITE_BOX}
 THIN: dict[str, Any] = {"color": BLUE, "alpha": 0.4, "lw": 0.7, "marker": ".", "ms": 2}
 HOLLOW: dict[str, Any] = {"marker": "o", "ls": "", "mfc": "white", "zorder": 4}
-SHARES = ("harmfulness", "over_refusal")
 WITHOUT_ZERO = ("task_loss", "seconds_per_step")
 UNJUDGED = "drift too small to judge"
 
@@ -66,16 +34,6 @@ class HasTable(Protocol):
 
     @property
     def table(self) -> pd.DataFrame: ...
-
-
-class PictureAxes(Axes):
-    """An Axes that a notebook shows as its picture, so that pyplot's global list of figures is not needed."""
-
-    def _repr_png_(self) -> bytes:
-        picture = BytesIO()
-        assert isinstance(self.figure, Figure)  # _axes made it
-        self.figure.savefig(picture, format="png")
-        return picture.getvalue()
 
 
 @rc_context(STYLE)
@@ -94,10 +52,10 @@ def plot_alignment(
     Points whose drift the table does not judge are hollow. GravlensError where there is nothing to draw.
     """
     rows = _chosen(table, prompts, value)
-    rows = _need(rows[rows["layer"].isna()], (), "plot_layers, or a table with rows of layer <NA>: the mean.")
+    rows = need(rows[rows["layer"].isna()], (), "plot_layers, or a table with rows of layer <NA>: the mean.")
     if nulls is not None and value != "alignment":
         raise GravlensError(f"nulls came with value={value!r}.", "Their p99 is one of alignment.", "nulls=None.")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     ax.set_xscale("symlog", linthresh=1, linscale=0.4)
     ax.axhline(0, color="black", lw=0.7, zorder=0)
     _draw_runs(ax, rows, value)
@@ -105,7 +63,7 @@ def plot_alignment(
     if nulls is not None:
         _draw_nulls(ax, nulls)
     _mark_steps(ax, rows["step"].unique())
-    ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, value))
+    ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
     return _legend(ax)
 
 
@@ -128,12 +86,14 @@ def plot_layers(
     defined = rows.groupby("layer")[value].transform(lambda column: column.notna().any()).astype(bool)
     undefined, rows = {*rows.loc[~defined, "layer"], *getattr(table, "undefined", ())}, rows[defined]
     steps = _steps(rows, step)
-    ax = _axes(ax)
+    ax = axes_of(ax)
     ax.axhline(0, color="black", lw=0.7, zorder=0)
-    for at, colour in zip(steps, colormaps["viridis"](np.linspace(0, 0.88, len(steps))), strict=True):
-        _draw_layers(ax, rows[rows["step"] == at], value, f"step {at}", colour)
+    colours = colormaps["viridis"](np.linspace(0, 0.88, len(steps)))
+    for at, colour, marker in zip(steps, colours, cycle(MARKERS), strict=False):
+        look = {"color": colour, "marker": marker}
+        _draw_layers(ax, rows[rows["step"] == at], value, label=f"step {at}", look=look)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.set(xlabel="layer" + _left_out(undefined), ylabel=LABELS.get(value, value))
+    ax.set(xlabel="layer" + _left_out(undefined), ylabel=LABELS.get(value, words(value)))
     return _legend(ax, columns=3)
 
 
@@ -144,10 +104,10 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
     `table`, or an Effect: condition, layer (<NA>: several at once), difference, low, high, random_low, random_high;
     its attrs["score"] names the axis. Several layers stand side by side; one layer gives a row per condition.
     """
-    table = _need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
-    ax = _axes(ax)
+    table = need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
+    ax = axes_of(ax)
     draw = _effect_by_layer if table["layer"].nunique(dropna=False) > 1 else _effect_by_condition
-    draw(ax, table, f"change of {_words(table.attrs.get('score', 'the score'))}")
+    draw(ax, table, change_of(table.attrs.get("score", "the score")))
     ax.plot([], [], color=GREY, alpha=0.35, lw=6, label="random directions")
     return _legend(ax, side="right" if draw is _effect_by_condition else "left")
 
@@ -165,8 +125,8 @@ def plot_arms(
     `table` has columns arm, run and the measure, a row per run; an arm without a value reads "not run".
     `reference` maps a label (witness, anchor) to a value that is drawn as a dashed line.
     """
-    _need(table, ("arm", measure))
-    ax = _axes(ax)
+    need(table, ("arm", measure))
+    ax = axes_of(ax)
     if measure not in WITHOUT_ZERO:
         ax.axvline(0, color="black", lw=0.7, zorder=0)
     for place, (_, rows) in enumerate(table.groupby("arm", sort=False)):
@@ -176,17 +136,11 @@ def plot_arms(
     _name_rows(ax, table["arm"].unique())
     if measure in SHARES:
         ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
-    ax.set_xlabel(LABELS.get(measure, measure))
+    ax.set(xlabel=LABELS.get(measure, words(measure)), ylabel="arm")
     return _legend(ax, side="right")
 
 
-def _axes(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
-    return Figure(figsize=(3.6, 2.9), dpi=200, layout="constrained").add_subplot(axes_class=PictureAxes)
-
-
-def _need(
+def need(
     table: pd.DataFrame | HasTable, columns: Iterable[str], remedy: str = "a table of measured results."
 ) -> pd.DataFrame:
     """The table of a result, which has rows and these columns."""
@@ -201,7 +155,7 @@ def _need(
 
 def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.DataFrame:
     """The rows that were measured on `prompts`."""
-    table = _need(table, ("run", "step", "layer", "prompts", value))
+    table = need(table, ("run", "step", "layer", "prompts", value))
     rows = table[table["prompts"] == prompts]
     if rows.empty:
         known = sorted(table["prompts"].unique())
@@ -235,7 +189,7 @@ def _draw_runs(ax: Axes, rows: pd.DataFrame, value: str) -> None:
         ax.plot(run["step"], run[value], **THIN, label="_" if number else "one run")
     small = _unjudged(rows, value)
     if len(small):
-        ax.plot(small["step"], small[value], **HOLLOW, mec=BLUE, ms=3, mew=0.7, label=UNJUDGED)
+        ax.plot(small["step"], small[value], **HOLLOW, color=BLUE, ms=3, mew=0.7, label=UNJUDGED)
 
 
 def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
@@ -245,13 +199,13 @@ def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
 
 
 def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
-    _need(nulls, ("null", "step", "p99"))
+    need(nulls, ("null", "step", "p99"))
     rows = nulls[nulls["layer"].isna()] if "layer" in nulls else nulls
     for number, (name, null) in enumerate(rows.groupby("null", sort=False)):
         p99 = null.groupby("step")["p99"].max()
         look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
         marker = "_" * (len(p99) == 1)  # one step makes no line
-        ax.plot(p99.index, p99, marker=marker, ms=12, mew=1.5, label=f"{_words(name)}, p99", **look)
+        ax.plot(p99.index, p99, marker=marker, ms=12, mew=1.5, label=f"{words(name)}, p99", **look)
 
 
 def _mark_steps(ax: Axes, steps: np.ndarray) -> None:
@@ -267,13 +221,13 @@ def _mark_steps(ax: Axes, steps: np.ndarray) -> None:
     ax.set_xticks([], minor=True)
 
 
-def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, label: str, colour: Any) -> None:
+def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, *, label: str, look: Mapping[str, Any]) -> None:
     mean = _over_runs(rows, "layer", value)
-    ax.errorbar(mean.index, mean["mean"], mean["sem"], color=colour, marker="o", capsize=2, label=label)
+    ax.errorbar(mean.index, mean["mean"], mean["sem"], capsize=2, label=label, **look)
     small = mean.loc[mean.index.isin(_unjudged(rows, value)["layer"]), "mean"]
     if len(small):
         known = UNJUDGED in ax.get_legend_handles_labels()[1]
-        ax.plot(small.index, small, **HOLLOW, mec=colour, label="_" if known else UNJUDGED)
+        ax.plot(small.index, small, **HOLLOW | look, label="_" if known else UNJUDGED)
 
 
 def _left_out(layers: set[int]) -> str:
@@ -291,10 +245,10 @@ def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
     ax.axhline(0, color="black", lw=0.7, zorder=0)
     for number, (name, rows) in enumerate(groups):
         at = rows["layer"].astype("Float64").fillna(beyond).to_numpy(float) + 0.6 * (number + 0.5) / len(groups) - 0.3
-        colour = CYCLE[number % len(CYCLE)]
+        colour, marker = CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)]
         ax.vlines(at, rows["random_low"], rows["random_high"], color=GREY, alpha=0.35, lw=5)
         ax.vlines(at, rows["low"], rows["high"], color=colour)
-        ax.plot(at, rows["difference"], "o", color=colour, label=_words(name))
+        ax.plot(at, rows["difference"], marker, color=colour, label=words(name))
     layers = sorted(table["layer"].dropna().astype(int).unique())
     _mark_layers(ax, layers, beyond if table["layer"].isna().any() else None)
     ax.set(xlabel="layer", ylabel=score)
@@ -314,7 +268,7 @@ def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:
     ax.hlines(places, table["low"], table["high"], color=BLUE)
     ax.plot(table["difference"], places, "o", color=BLUE, label="difference, 95 % interval")
     _name_rows(ax, table["condition"])
-    ax.set_xlabel(score)
+    ax.set(xlabel=score, ylabel="intervention")
 
 
 def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
@@ -330,14 +284,10 @@ def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
 
 def _name_rows(ax: Axes, names: Iterable[Any]) -> None:
     """Rows are read from the top."""
-    words = [_words(name) for name in names]
-    ax.set_yticks(range(len(words)), words)
-    ax.set_ylim(len(words) - 0.5, -0.5)
+    labels = [words(name) for name in names]
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
-
-
-def _words(name: Any) -> str:
-    return str(name).replace("_", " ")
 
 
 def _legend(ax: Axes, *, columns: int = 2, side: str = "left") -> Axes:

@@ -31,15 +31,21 @@ from gravlens.store import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}  # the last one found is taken
-# Figures in their order, and what each says; others follow without a word.
+# Figures in their order: title, and what each says; others follow under their own name.
 CAPTIONS = {
-    "alignment": "Mean over layers at each step, held-out prompts: every run thin, mean ± SEM bold, nulls dashed.",
-    "fraction": "How far back: 0 is the anchor, 1 the witness. A cosine tells the heading, this tells the way made.",
-    "layers": "Every layer beside the mean, since a mean over layers hides layers.",
-    "effect": "What an intervention at inference does to the score, with its 95 % interval and the random directions.",
-    "harmfulness": "Every run as a small point, mean ± SEM above it, the history dashed.",
-    "arm_fraction": "How far back each arm ends.",
-    "task_loss": "What blocking costs.",
+    "alignment": (
+        "Heading",
+        "Mean over layers at each step, held-out prompts: every run thin, mean ± SEM bold, nulls dashed.",
+    ),
+    "fraction": ("Way made", "0 is the anchor, 1 the witness. A cosine tells the heading, this tells the way made."),
+    "layers": ("Heading, layer by layer", "Every layer beside the mean, since a mean over layers hides layers."),
+    "effect": (
+        "Effect at inference",
+        "What an intervention does to the score, with its 95 % interval and the random directions.",
+    ),
+    "harmfulness": ("Harm by arm", "Every run as a small point, mean ± SEM above it, the history dashed."),
+    "arm_fraction": ("Way made, by arm", "How far back each arm ends."),
+    "task_loss": ("Price of blocking", "Loss on held-out pairs of the task that the runs learn: lower is better."),
 }
 # column -> (heading, in per cent); behaviour is measured on the history too
 BEHAVIOUR = {
@@ -58,6 +64,8 @@ FILES = {
     "trajectory": ("Trajectory: every run, step and layer", "Where no layer stands, it is the mean over layers."),
 }
 MOST_ROWS = 1000
+PRINTED_ROWS = 60  # a folded table of more is not printed
+WORDS = {True: "yes", False: "no"}
 
 
 class Cell(NamedTuple):
@@ -69,13 +77,24 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page; `folded` ones open at a click."""
+    """A table of the page: a lead above it, a note below; `folded` ones open at a click, short ones in print too."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     note: str = ""
+    lead: str = ""
     folded: bool = False
+
+    @property
+    def printed(self) -> bool:
+        """Whether paper has room for it."""
+        return len(self.rows) <= PRINTED_ROWS
+
+    @property
+    def numbers(self) -> list[bool]:
+        """Which columns hold numbers; their headings stand to the right as well."""
+        return [any(row[i].value is not None for row in self.rows if i < len(row)) for i in range(len(self.columns))]
 
 
 def write_report(folder: Path) -> Path:
@@ -143,7 +162,9 @@ def _anchors(results: Mapping[str, Any]) -> str:
 
 def _paper(results: Mapping[str, Any]) -> Table:
     rows = [[Cell(text) for text in row.values()] for row in paper_table(results)]
-    return Table("Paper · here", ("quantity", "paper", "here", "fraction of the way back"), rows)
+    lead = "The paper's figures are those of its abstract. Beside every cosine stands how far the model has come."
+    headings = ("quantity", "paper", "here", "fraction of the way back")
+    return Table("The paper beside what was measured here", headings, rows, lead=lead)
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
@@ -152,8 +173,10 @@ def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
     yield _nulls(results)
     yield _controls(results)
     yield _damage(results.get("damage") or [])
-    yield _measures("Arms at the last step", "arm", results.get("arms"), ARMS, GEOMETRY | BEHAVIOUR | COST)
-    yield _measures("History", "checkpoint", results.get("history"), HISTORY, BEHAVIOUR)
+    arms = _measures("Arms at the last step", "arm", results.get("arms"), ARMS, GEOMETRY | BEHAVIOUR | COST)
+    yield replace(arms, lead="An arm is a kind of fine-tuning: unblocked, or with something that blocks a direction.")
+    history = _measures("History", "checkpoint", results.get("history"), HISTORY, BEHAVIOUR)
+    yield replace(history, lead="The two checkpoints that v_rev lies between: before alignment, and after it.")
     for measure in ("alignment", "fraction"):
         yield _every_run(results, measure)
     rows = [[Cell(name), _cell(value)] for name, value in _flat(results.get("environment") or {})]
@@ -162,7 +185,8 @@ def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("organism", "statement", "holds", "figures")
-    rows = [[_cell(check.get(column)) for column in columns] for check in checks]
+    said = [{**check, "holds": WORDS.get(check.get("holds"), "nothing to block")} for check in checks]
+    rows = [[_cell(check.get(column)) for column in columns] for check in said]
     return Table("The paper's picture, held against each history", columns, rows)
 
 
@@ -175,28 +199,27 @@ def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> 
 
 
 def _demands(claims: Sequence[Mapping[str, Any]]) -> Table:
-    words = {True: "yes", False: "no", None: NOT_RUN}
     rows = [
         [
             _cell(claim["organism"]),
             _cell(check["level"]),
-            *map(Cell, (check["name"], words[check["holds"]], check["figures"])),
+            *map(Cell, (check["name"], WORDS.get(check["holds"], NOT_RUN), check["figures"])),
         ]
         for claim in claims
         for check in claim["demands"]
     ]
     note = "A level is claimed where its demands and those of every level below hold; one that was not run caps it."
-    return Table(
-        "What each level of the claim demands", ("organism", "level", "demand", "holds", "figures"), rows, note
-    )
+    headings = ("organism", "level", "demand", "holds", "figures")
+    return Table("What each level of the claim demands", headings, rows, note)
 
 
 def _damage(damage: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("organism", "damage", "alignment", "fraction", "score")
     rows = [[_cell(row.get(column)) for column in columns] for row in damage]
-    note = "The score is the refusal log-odds, in nats. Damage that turns along v_rev would be fragility, not gravity."
+    lead = "The anchor rounded, pruned or moved at random, without training: does that alone lead back?"
+    note = "Refusal log-odds are in nats. Damage that turns along v_rev would be fragility, not gravity."
     headings = ("organism", "damage of the anchor, no training", "alignment", "fraction", "refusal log-odds")
-    return Table("Damage alone", headings, rows, note)
+    return Table("Damage alone", headings, rows, note, lead)
 
 
 def _nulls(results: Mapping[str, Any]) -> Table:
@@ -205,7 +228,8 @@ def _nulls(results: Mapping[str, Any]) -> Table:
         null = at(results, "nulls", key)
         rows.append([Cell(name), _spread_cell(at(null, "p99")), Cell(pairs_text(null), at(null, "n_above"))])
     note = "Pairs are run × step. Steps of one run are not independent: the unit is the run."
-    return Table("Nulls", ("null", "p99 of alignment", "pairs above"), rows, note)
+    lead = "What alignment would be by chance. p99: the 99th percentile of draws under each null."
+    return Table("Nulls", ("null", "p99 of alignment", "pairs above"), rows, note, lead)
 
 
 def _controls(results: Mapping[str, Any]) -> Table:
@@ -214,7 +238,10 @@ def _controls(results: Mapping[str, Any]) -> Table:
     table = _measures("Controls at the last step", "control", entries, {"itself": "v_rev itself"} | CONTROLS, GEOMETRY)
     closed = mean_text(at(results, "controls", "unaligned_twin", "closure_final"), results)
     note = f"Closure of the gap to the unaligned twin: {closed}. Above 0 is reversion beyond what the data does anyway."
-    return replace(table, note=note)
+    lead = (
+        "The same runs measured along other directions, and other models along v_rev: how much is this history's own?"
+    )
+    return replace(table, note=note, lead=lead)
 
 
 def _measures(
@@ -276,4 +303,5 @@ def _figures(folder: Path) -> Iterable[dict[str, str]]:
     order = [*(name for name in CAPTIONS if name in pictures), *sorted(pictures.keys() - CAPTIONS.keys())]
     for stem, path in ((stem, pictures[stem]) for stem in order):
         source = f"data:{PICTURES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-        yield {"name": stem.replace("_", " "), "source": source, "caption": CAPTIONS.get(stem, "")}
+        title, caption = CAPTIONS.get(stem, (stem.replace("_", " "), ""))
+        yield {"name": title, "source": source, "caption": caption}

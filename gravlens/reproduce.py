@@ -19,6 +19,7 @@ from gravlens.paper import ARMS, CONTROLS
 from gravlens.report import write_report
 from gravlens.settings.history import Setting
 from gravlens.store import write_atomically, write_json
+from gravlens.style import save_figure
 
 SCHEMA_VERSION = 1
 FINALS = ("alignment_final", "fraction_final")
@@ -267,8 +268,7 @@ def _quoted(path: Path | str) -> str:
 
 
 def draw_figures(findings: Findings, folder: Path) -> None:
-    """Draw the figures as PNG and SVG."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Draw the figures as PDF, SVG and PNG."""
     unblocked = findings.trajectory[findings.trajectory.arm == "unblocked"]
     unblocked = unblocked.assign(run=unblocked.organism + "/" + unblocked.run)
     history = findings.behavior[findings.behavior.arm == "history"].groupby("run").harmfulness.mean()
@@ -283,6 +283,4 @@ def draw_figures(findings: Findings, folder: Path) -> None:
         "task_loss": lambda: plots.plot_arms(arms, measure="task_loss"),
     }
     for name, draw in figures.items():
-        ax = draw()
-        for suffix in ("png", "svg"):
-            ax.figure.savefig(folder / f"{name}.{suffix}")
+        save_figure(draw(), folder / name, formats=("pdf", "svg", "png"))

@@ -81,13 +81,14 @@ def follow(
             "One set is given (the directions' own prompts), one held out; two of a kind would count a run twice.",
             "follow(…) for each set by itself.",
         )
-    _check_geometry(defined, sets)
+    check_geometry(defined, sets)
     table = pd.concat([_follow_set(one, defined, mean) for one in sets], ignore_index=True)
     undefined = {d.layer: d.undefined for d in directions if d.undefined is not None}
     return Trajectory(table, tuple(mean), undefined)
 
 
-def _check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
+def check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
+    """GravlensError where directions and states are of different geometries."""
     located = {direction.made_from.get("geometry", "raw") for direction in directions}
     states = {one.meta.get("geometry", "raw") for one in sets}
     if len(located | states) > 1:

@@ -20,8 +20,8 @@ def test_a_heatmap_puts_means_at_their_places_and_leaves_the_rest_empty() -> Non
     ax = plot_heatmap(table, value="x")
     np.testing.assert_allclose(drawn(ax), [[1, 0.3], [np.nan, -0.5]])  # layer 0 first, −5 before −1
     assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "1"] and not ax.yaxis_inverted()
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["-5", "-1"]
-    assert sorted(text.get_text() for text in ax.texts) == ["-0.50", "0.30", "1.00"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["−5", "−1"]
+    assert sorted(text.get_text() for text in ax.texts) == ["0.30", "1.00", "−0.50"]
     assert ax.images[0].get_clim() == (-1, 1)
     assert plot_heatmap(table, value="x", limit=0.4).images[0].get_clim() == (-0.4, 0.4)
 
@@ -35,3 +35,14 @@ def test_names_stand_in_the_tables_order_from_the_top() -> None:
         plot_heatmap(table, value="way", rows="span", columns="rank")
     with refused("no rows"):
         plot_heatmap(table.assign(rank=np.nan), value="share", rows="span", columns="rank")
+
+
+def test_many_cells_carry_a_dash_where_they_are_below_zero() -> None:
+    """Red and blue are one grey in print."""
+    rows = [(layer, position, (-1) ** layer * 0.1 * position) for layer in range(20) for position in range(5)]
+    ax = plot_heatmap(pd.DataFrame(rows, columns=["layer", "position", "x"]), value="x")
+    assert not ax.texts
+    (dashes,) = ax.lines
+    assert {(layer, position) for position, layer in dashes.get_xydata()} == {
+        (layer, position) for layer, position, x in rows if x < -0.02
+    }

@@ -4,14 +4,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.container import ErrorbarContainer
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gravlens.errors import GravlensError
@@ -196,7 +194,7 @@ def test_layers_marks_what_is_too_small_to_judge_once_in_the_legend(table: pd.Da
 def test_effect_over_layers_draws_dots_intervals_and_the_random_range(effect: pd.DataFrame) -> None:
     effect.attrs["score"] = "refusal_log_odds"
     ax = plot_effect(effect)
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "change of refusal log odds")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "change of refusal log odds (nats)")
     random, interval, _, _ = (segments(collection) for collection in ax.collections)
     ablated = effect[effect["condition"] == "ablated"]
     np.testing.assert_allclose(random[..., 1], [[-0.5, 0.25]] * 3)
@@ -284,25 +282,6 @@ EVERY = pytest.mark.parametrize(
     ("plot", "name"),
     [(plot_alignment, "table"), (plot_layers, "table"), (plot_effect, "effect"), (plot_arms, "arms")],
 )
-
-
-@EVERY
-def test_a_given_ax_is_drawn_into_and_returned(plot, name: str, request: pytest.FixtureRequest) -> None:
-    figure = Figure()
-    left, right = figure.subplots(1, 2)
-    assert plot(request.getfixturevalue(name), ax=right) is right
-    assert right.has_data()
-    assert not left.has_data()
-    assert figure.axes == [left, right]
-
-
-@EVERY
-def test_the_style_holds_inside_and_nothing_global_changes(plot, name: str, request: pytest.FixtureRequest) -> None:
-    with mpl.rc_context({"font.size": 31, "axes.spines.top": True}):
-        before = dict(mpl.rcParams)
-        ax = plot(request.getfixturevalue(name))
-        assert dict(mpl.rcParams) == before
-    assert ax.xaxis.label.get_size() == 8  # the style is the plot's own
 
 
 @EVERY

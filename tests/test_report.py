@@ -19,6 +19,7 @@ HOSTILE = '<script>alert("run")</script>'
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
+MAIN = "The paper beside what was measured here"
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 
 
@@ -138,7 +139,7 @@ class Page(HTMLParser):
             self.tables[self.heading] = []
         if tag == "tr":
             self.tables[self.heading].append([])
-        self.words = "" if tag in ("td", "th", "h2", "summary", "p", "h1") else self.words
+        self.words = "" if tag in ("td", "th", "h2", "summary", "p", "h1", "a") else self.words
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -205,7 +206,7 @@ def test_several_anchors_are_said_and_one_run_has_no_sem(folder: Path) -> None:
 
 def test_every_table_has_its_numbers(folder: Path) -> None:
     page = page_of(folder)
-    assert page.row("Paper · here", "alignment, step 20") == [
+    assert page.row(MAIN, "alignment, step 20") == [
         "0.647 ± 0.021",
         "0.500 ± 0.060 (6 runs)",
         "0.062 ± 0.060",
@@ -222,7 +223,7 @@ def test_every_table_has_its_numbers(folder: Path) -> None:
     assert page.row("Environment", "versions · torch") == ["9.9.9"]
     assert page.row("Environment", "of") == ["1, 2"]
     checks = page.tables["The paper's picture, held against each history"]
-    assert checks[1] == ["0", "harm goes down", "False", "1 → 2"]
+    assert checks[1] == ["0", "harm goes down", "no", "1 → 2"]
     assert page.tables["Arms: every run (1 rows)"][1][1:] == ["unblocked", HOSTILE, "0.1235"]
 
 
@@ -252,7 +253,7 @@ def test_figures_stand_in_a_readers_order(folder: Path) -> None:
     for name in ("zoo", "fraction", "a_last_one"):
         (folder / "figures" / f"{name}.png").write_bytes(PNG)
     alts = [a["alt"] for tag, a in page_of(folder).tags if tag == "img"]
-    assert alts == ["alignment", "fraction", "layers", "a last one", "zoo"]
+    assert alts == ["Heading", "Way made", "Heading, layer by layer", "a last one", "zoo"]
 
 
 def test_the_verdict_is_verbatim(folder: Path) -> None:
@@ -278,7 +279,7 @@ def test_demands_and_damage_are_told(folder: Path) -> None:
 def test_what_was_not_run_says_so_and_nothing_else_does(folder: Path) -> None:
     page = page_of(folder)
     assert page.row("Controls at the last step", "sibling anchor") == ["not run", "not run"]
-    assert page.row("Paper · here", "control: sibling anchor, last step") == ["not reported", "not run", ""]
+    assert page.row(MAIN, "control: sibling anchor, last step") == ["not reported", "not run", ""]
     assert set(page.row("Arms at the last step", "unblocked, new facts only")) == {"not run"}
     cells = [row for rows in page.tables.values() for row in rows if "not run" in row]
     assert len(cells) == 3 + 2 * 8 + 1, "seven nulls and a control in two tables each, and one demand"
@@ -297,12 +298,10 @@ def test_an_empty_results_file_is_a_page_of_not_run(folder: Path) -> None:
     (folder / "arms.csv").unlink()
     page = page_of(folder)
     for title, rows in page.tables.items():
-        assert all(set(row[1:]) <= {"not run", "not reported", ""} or title == "Paper · here" for row in rows[1:]), (
-            title
-        )
+        assert all(set(row[1:]) <= {"not run", "not reported", ""} or title == MAIN for row in rows[1:]), title
     assert {row["here"] for row in paper_table({})} == {"not run"}
     assert page.tables["Every run: alignment"][1] == ["not run"]
-    assert "In full" not in page.text
+    assert "Every row" not in page.text
 
 
 def test_entries_beyond_the_known_ones_are_shown(folder: Path) -> None:
@@ -312,7 +311,7 @@ def test_entries_beyond_the_known_ones_are_shown(folder: Path) -> None:
 
     page = page_of(folder, change)
     assert page.row("Nulls", "my null") == ["0.500", "1 of 24"]
-    assert page.row("Paper · here", "run-step pairs above p99 of: my null")[1] == "1 of 24"
+    assert page.row(MAIN, "run-step pairs above p99 of: my null")[1] == "1 of 24"
     assert page.row("Arms at the last step", "other data penalty")[2] == "0.0 ± 6.0 %"
 
 
@@ -328,21 +327,23 @@ def test_a_hostile_name_is_text(folder: Path) -> None:
 
 def test_the_page_fetches_nothing(folder: Path) -> None:
     page = page_of(folder)
-    addresses = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]
+    addresses = [attributes["src"] for _, attributes in page.tags if "src" in attributes]
     assert len(addresses) == 2
     assert all(address.startswith("data:image/") for address in addresses)
     assert not re.search(r"https?://|url\(|@import|\bfetch\(|import\(", page.text)
     assert not [attributes for tag, attributes in page.tags if tag == "script" and attributes]
+    targets = [attributes["href"] for _, attributes in page.tags if "href" in attributes]
+    assert {f"#{attributes['id']}" for _, attributes in page.tags if "id" in attributes} == set(targets)
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
     assert policy.startswith("default-src 'none'")
 
 
 def test_figures_are_embedded_whole_and_once(folder: Path) -> None:
     images = {a["alt"]: a["src"].split(",", 1) for tag, a in page_of(folder).tags if tag == "img"}
-    assert images["layers"][0] == "data:image/png;base64"
-    assert base64.b64decode(images["layers"][1]) == PNG
-    assert images["alignment"][0] == "data:image/svg+xml;base64"
-    assert base64.b64decode(images["alignment"][1]) == (folder / "figures" / "alignment.svg").read_bytes()
+    assert images["Heading, layer by layer"][0] == "data:image/png;base64"
+    assert base64.b64decode(images["Heading, layer by layer"][1]) == PNG
+    assert images["Heading"][0] == "data:image/svg+xml;base64"
+    assert base64.b64decode(images["Heading"][1]) == (folder / "figures" / "alignment.svg").read_bytes()
 
 
 def test_columns_sort_by_numbers_and_every_heading_is_a_button(folder: Path) -> None:

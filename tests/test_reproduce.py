@@ -331,11 +331,11 @@ def test_the_folder_holds_tables_figures_and_a_page_that_stands_alone(each: Done
         assert len(table) and set(table.organism) == {"one"}
     figures = {"alignment", "fraction", "layers", "harmfulness", "arm_fraction", "task_loss"}
     assert {path.name for path in (each.out / "figures").iterdir()} == {
-        f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")
+        f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png", "svg")
     }
+    begins = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
     for path in (each.out / "figures").iterdir():
-        start = path.read_bytes()[:200]
-        assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<?xml" in start
+        assert path.read_bytes().startswith(begins[path.suffix])
     page = (each.out / "report.html").read_text()
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", page)
     svg = base64.b64encode((each.out / "figures" / "alignment.svg").read_bytes()).decode()
