@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
+FURTHER_WORD = re.compile(r"^(```\w+) [\w-]+$", re.MULTILINE)  # as in `python no-run`
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"^(```.*?^```\n?)", re.MULTILINE | re.DOTALL)
 SECTION = "Tutorial"  # where notebooks stand in the navigation
@@ -124,5 +125,5 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the links of each page."""
-    return turned(markdown, repository_path(page.file.src_uri))
+    """Turn the links of each page, and leave a fence's language alone: a further word makes it no fence here."""
+    return FURTHER_WORD.sub(r"\1", turned(markdown, repository_path(page.file.src_uri)))

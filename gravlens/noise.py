@@ -28,7 +28,7 @@ def weight_noise(
     draws: int,
     rng: np.random.Generator,
 ) -> NullDraws:
-    """Gaussian noise on the anchor's weights, each tensor's norm matched to that of a run's update.
+    """Gaussian noise on the anchor's weights, each tensor's norm matched to that of a run's update (docs/nulls.md).
 
     Args:
         anchor: the checkpoint that the noise is added to (a folder: the copy that is opened is put back as it was).
