@@ -39,9 +39,9 @@ def compare_choices(
         geometries: residuals of the probes -> `Geometry`.
 
     Returns:
-        One row per estimator × geometry × run × step × layer (<NA>: the mean): `estimator, geometry, run, step, layer,
-        prompts, alignment, fraction, judged`, as in a trajectory; `layers` (how many the row is made of: fewer than
-        asked for where the estimator finds no direction, 0 and NaN where it finds none at all); `witness_alignment`
+        One row per estimator × geometry × run × step × layer (`<NA>`: the mean): `estimator, geometry, run, step,
+        layer, prompts, alignment, fraction, judged`, as in a trajectory; `layers` (how many the row is made of: fewer
+        than asked for where the estimator finds no direction, 0 and NaN where it finds none at all); `witness_alignment`
         (the cosine of the witness's own mean difference: no run that goes straight back has more); `reliability`
         (split-half) and `participation_ratio` (of the anchor's states in that geometry, how many directions share
         their variance), means for a mean; `isotropic_p99` (of one layer in the raw geometry, else NaN).
@@ -68,8 +68,12 @@ def compare_choices(
 def final_choices(table: pd.DataFrame) -> pd.DataFrame:
     """Each choice's layer mean at each run's last step, averaged over runs: a row per estimator × geometry.
 
-    Columns `estimator, geometry, alignment, fraction, witness_alignment, reliability, judged` (in all runs), `layers`
-    (the fewest of a run), `runs`.
+    Args:
+        table: that of `compare_choices`.
+
+    Returns:
+        Columns `estimator, geometry, alignment, fraction, witness_alignment, reliability, judged` (in all runs),
+        `layers` (the fewest of a run), `runs`.
     """
     means = table[table["layer"].isna()]
     last = means[means["step"] == means.groupby("run")["step"].transform("max")]

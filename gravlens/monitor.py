@@ -94,6 +94,9 @@ class Monitor(TrainerCallback):
 
         Returns:
             The monitor itself.
+
+        Raises:
+            GravlensError: it has watched a run already.
         """
         if self._measures:
             raise self._used()

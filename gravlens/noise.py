@@ -65,7 +65,7 @@ def weight_noise(
 
 
 def update_norms(before: OpenModel, after: OpenModel) -> dict[str, float]:
-    """Norm of the difference of each parameter of two Hugging Face models."""
+    """‖θ_after − θ_before‖ of each parameter of two Hugging Face models."""
     for model in (before, after):
         check_unquantised(model.module, "The norm of an update")
     later = dict(after.module.named_parameters())

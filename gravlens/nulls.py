@@ -92,7 +92,7 @@ def covariance_matched(
 
     Args:
         directions: one direction a layer.
-        samples: the anchor's states, or per-prompt drifts, residual units; a column a direction (undefined ones may lack).
+        samples: the anchor's states, or per-prompt drifts, residual units; a column a direction (undefined may lack).
         steps: the steps that it serves; each has draws of its own.
         draws: how many at each step.
         rng: source of randomness.

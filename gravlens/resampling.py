@@ -280,7 +280,7 @@ class DetrendedCorrelation:
 
     Attributes:
         correlation: Spearman's, after the mean over runs is taken out at each step; −1 to 1, NaN where nothing varies.
-        raw: Spearman's over all run-step pairs, trend and all: two curves that grow always correlate.
+        raw: the same correlation over all run-step pairs, trend and all: two curves that grow always correlate.
         p_value: of `correlation`, by permuting whole runs of one measure against the other.
         n_runs: how many runs; all orders are enumerated up to 7, so no p is below 1 / n_runs!.
     """
