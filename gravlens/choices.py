@@ -41,10 +41,11 @@ def compare_choices(
     Returns:
         One row per estimator × geometry × run × step × layer (`<NA>`: the mean): `estimator, geometry, run, step,
         layer, prompts, alignment, fraction, judged`, as in a trajectory; `layers` (how many the row is made of: fewer
-        than asked for where the estimator finds no direction, 0 and NaN where it finds none at all); `witness_alignment`
-        (the cosine of the witness's own mean difference: no run that goes straight back has more); `reliability`
-        (split-half) and `participation_ratio` (of the anchor's states in that geometry, how many directions share
-        their variance), means for a mean; `isotropic_p99` (of one layer in the raw geometry, else NaN).
+        than asked for where the estimator finds no direction, 0 and NaN where it finds none at all);
+        `witness_alignment` (the cosine of the witness's own mean difference: no run that goes straight back has more);
+        `reliability` (split-half) and `participation_ratio` (of the anchor's states in that geometry, how many
+        directions share their variance), means for a mean; `isotropic_p99` (of one layer in the raw geometry, else
+        NaN).
 
     Raises:
         GravlensError: no run, no layer with a v_rev, a layer of the mean without one, too few prompts.

@@ -36,8 +36,9 @@ class Effect:
     Attributes:
         table: one row a condition: `condition`, `layer` (`<NA>`: several), `baseline` and `with_intervention` (means
             over prompts), `difference` with its 95 % bootstrap interval over prompts `low`, `high`, `p_random`
-            (two-sided, (1 + k)/(1 + n)) among `n_random` random directions whose central 95 % is `random_low`, `random_high`,
-            `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]` names the score.
+            (two-sided, (1 + k)/(1 + n)) among `n_random` random directions whose central 95 % is `random_low`,
+            `random_high`, `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]`
+            names the score.
         random: condition -> mean difference of each random draw.
         differences: condition -> difference of each prompt.
         baseline: score of each prompt without an intervention.

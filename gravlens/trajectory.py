@@ -38,7 +38,7 @@ class Trajectory:
     n_anchors: int = 1
 
     def summary(self, prompts: str = "held_out") -> pd.DataFrame:
-        """Mean ± SEM over runs of the layer mean's `alignment, fraction`, a row a step: (measure, mean | sem | count)."""
+        """Mean ± SEM over runs of the layer mean's `alignment, fraction`, a row a step: (measure, mean|sem|count)."""
         rows = self.table[self.table.layer.isna()]
         chosen = rows[rows.prompts == (prompts if (rows.prompts == prompts).any() else "given")]
         return chosen.groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])
