@@ -29,7 +29,8 @@ def compare_choices(
 ) -> pd.DataFrame:
     """Alignment and fraction of every run under every choice of estimator and geometry.
 
-    Layers without a v_rev in the raw residual stream are left out under every choice: a map can lengthen noise.
+    Layers without a v_rev in the raw residual stream are left out under every choice: a map can lengthen noise
+    (docs/estimators.md).
 
     Args:
         probes: states that geometries are fitted and directions are estimated on; they hold witness and anchor.

@@ -154,8 +154,8 @@ class AnchorRatio:
 
     Attributes:
         layers: the layers.
-        r: variance of the anchor's excursion over that of the witness, [layer]; infinite where the siblings scatter
-            as far as the witness is.
+        r: ratio of the variance of the anchor's excursion to the witness's, [layer]; infinite where the siblings
+            scatter as far as the witness is.
         expected_cosine: r/(1 + r), a cosine within 0 and 1, [layer].
         draws: of `expected_cosine` over siblings, [draw, layer]; the layers of one draw belong together.
         siblings: the names that they were estimated over, the anchor's among them.

@@ -161,10 +161,11 @@ def draw_from_covariance(
     """Draws from N(0, Σ) of each layer; the layers of one draw are correlated as those of one sample are.
 
     √(1 − δ) gᵀX/√n + √(δμ) z: one mixture g of the samples serves all layers of a draw, so the covariance *between*
-    layers is the samples' own, times √(1 − δ) of either; z is fresh in each layer. No [d, d] matrix is made.
+    layers is the samples' own, times √(1 − δ) of either; z is fresh in each layer. The draws are in the samples' unit,
+    and no [d, d] matrix is made.
 
     Args:
-        samples: residual units.
+        samples: a layer's one a row, residual units.
         draws: how many.
         rng: source of randomness.
         centred: about the samples' mean, or about 0.

@@ -296,7 +296,7 @@ def random_directions(
     Args:
         directions: whose layers and distances are kept; undefined layers are left out.
         rng: source of randomness.
-        states: draw each vector from the covariance of these states (same layers) instead of isotropically: random
+        states: draw each vector from the covariance of these states (same layers, any unit), not isotropically: random
             mixtures of the centred states, Σ_i g_i (h_i − mean h), with g normal.
 
     Raises:

@@ -117,7 +117,7 @@ def layerwise_effect(
     n_random: int = 20,
     states: Residuals | None = None,
 ) -> Effect:
-    """`causal_effect` of an intervention at each defined layer by itself, its draws seeded with 0.
+    """`causal_effect` of an intervention at each defined layer by itself, its draws seeded with 0 (docs/effects.md).
 
     Args:
         model: see `causal_effect`, like all that is not named here.
@@ -179,7 +179,8 @@ def dose_response(
 ) -> DoseResponse:
     """Steer at several strengths: does the score follow the dose, and does it along random directions too?
 
-    A random direction often moves a score monotonically as well, so read how far beside in which order.
+    A random direction often moves a score monotonically as well, so read how far beside in which order
+    (docs/effects.md).
 
     Args:
         model: see `causal_effect`, like all that is not named here.

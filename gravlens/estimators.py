@@ -60,7 +60,8 @@ def logistic_probe(
     """Weights of a logistic regression that tells the witness's states from the anchor's (scikit-learn, ridge, C = 1).
 
     The states are divided by one number, their spread, so that C means the same at every layer. Where the two are
-    separable, as usual with fewer prompts than dimensions, the ridge decides which of many directions it is.
+    separable, as usual with fewer prompts than dimensions, the ridge decides which of many directions it is. Its length
+    is the mean difference's projection, residual units.
     """
     states = np.concatenate([anchor, witness]).astype(np.float64)
     states -= states.mean(0)

@@ -29,6 +29,7 @@ def plot_frontier(
 
     `table` has columns blocker, cost and measure, a row per run, as `compare_arms` gives it. The unblocked arm is
     marked by lines, `twins` (random controls) are grey. Numbers at the points are explained in the legend.
+    GravlensError where there is nothing to draw.
     """
     missing = [name for name in ("blocker", cost, measure) if name not in table.columns]
     if missing or table.empty:

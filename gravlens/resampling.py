@@ -179,7 +179,7 @@ def sign_flip_test(
     corrected for the number of cells (`max_t`, `holm`).
 
     Args:
-        values: one value a run, or an array of them; the first axis is the run.
+        values: one value a run, of any unit, or an array of them; the first axis is the run.
         alternative: of the mean; two-sided is twice the smaller side, as in scipy.
         rng: source of randomness, for more than 12 runs.
 
@@ -206,7 +206,7 @@ def max_t(
     which grows with Student's t and, unlike it, is finite: a flip does not change Σv².
 
     Args:
-        values: one value a run and cell, less its baseline (see `sign_flip_test`); the first axis is the run.
+        values: of any unit, one a run and cell, less its baseline (see `sign_flip_test`); the first axis is the run.
         alternative: of the means.
         rng: source of randomness, for more than 12 runs.
 
@@ -279,7 +279,7 @@ class DetrendedCorrelation:
     """Do two measures go together beyond the trend that all runs share?
 
     Attributes:
-        correlation: Spearman's, after the mean over runs is taken out at each step; −1 to 1, NaN where nothing varies.
+        correlation: Spearman's ρ after the mean over runs is taken out at each step; −1 to 1, NaN where nothing varies.
         raw: the same correlation over all run-step pairs, trend and all: two curves that grow always correlate.
         p_value: of `correlation`, by permuting whole runs of one measure against the other.
         n_runs: how many runs; all orders are enumerated up to 7, so no p is below 1 / n_runs!.
@@ -305,8 +305,8 @@ def detrended_correlation(
     Differences are not enough: two curves that rise early and flatten have changes that shrink together.
 
     Args:
-        x: e.g. the alignment, one row a run.
-        y: e.g. the harmfulness, the same runs and steps.
+        x: a measure of any unit, e.g. the alignment, one row a run.
+        y: a measure of any unit, e.g. the harmfulness, same runs and steps.
         of: `levels`, or `changes` from step to step.
         alternative: of the correlation.
         rng: source of randomness, for more than 7 runs.

@@ -227,7 +227,8 @@ def random_spans(
     Args:
         spans: whose layers, ranks and distances are kept.
         rng: source of randomness.
-        states: of these layers, in their order: each vector is a random mixture Σ_i g_i (h_i − mean h), with g normal.
+        states: of these layers, in their order, any unit: each vector is a random mixture Σ_i g_i (h_i − mean h), with
+            g normal.
 
     Raises:
         GravlensError: states that do not vary.
