@@ -31,7 +31,11 @@ def always(_step: int) -> float:
 
 @dataclass(frozen=True)
 class Until:
-    """Weight 1 before a step, 0 from it on: the block is lifted there (the release test)."""
+    """Weight 1 before a step, 0 from it on: the block is lifted there (the release test).
+
+    Attributes:
+        step: the first optimizer step without the block, counted from 0.
+    """
 
     step: int
 
@@ -41,7 +45,11 @@ class Until:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Weight from 1/steps up to 1 over so many steps."""
+    """Weight from 1/steps up to 1.
+
+    Attributes:
+        steps: optimizer steps that it takes.
+    """
 
     steps: int
 
@@ -78,7 +86,12 @@ class Blocker(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Scheduled:
-    """A blocker whose weight goes by the step: `Scheduled(Penalty(vs, probes), Until(50))`."""
+    """A blocker whose weight goes by the step: `Scheduled(Penalty(vs, probes), Until(50))`.
+
+    Attributes:
+        blocker: any.
+        schedule: step -> weight, such as `Until` or `Ramp`.
+    """
 
     blocker: Blocker
     schedule: Schedule

@@ -194,8 +194,17 @@ class ModelSequence:
     ) -> "ModelSequence":
         """A history in memory: `HookedTransformer`, `TransformerBridge` or Hugging Face models.
 
-        `runs` maps a run's name to `{step: model}`, or to a list (then the steps are 1, 2, …). `tokenizer` is needed
-        where the models carry none.
+        Args:
+            witness: a model of the dominant phase.
+            anchor: the aligned model.
+            runs: run name -> `{step: model}`, or a list (then the steps are 1, 2, …).
+            probes: prompts that directions are estimated on.
+            held_out: other prompts that trajectories are judged on.
+            tokenizer: needed where the models carry none.
+            chat_template: `own`, `anchor` or `none`, as in `ModelSequence`.
+
+        Raises:
+            GravlensError: a run without checkpoints, or whose steps do not ascend.
         """
         return cls(
             witness=Checkpoint("witness", witness),
@@ -223,7 +232,7 @@ class ModelSequence:
             yield from run
 
     def require_probes(self) -> PromptSet:
-        """The probe prompts, or the error that says how to give them."""
+        """The probe prompts, or the GravlensError that says how to give them."""
         if self.probes is None:
             raise GravlensError(
                 "This sequence has no probe prompts.",

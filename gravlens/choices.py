@@ -29,7 +29,8 @@ def compare_choices(
 ) -> pd.DataFrame:
     """Alignment and fraction of every run under every choice of estimator and geometry.
 
-    Layers without a v_rev in the raw residual stream are left out under every choice: a map can lengthen noise.
+    Layers without a v_rev in the raw residual stream are left out under every choice: a map can lengthen noise
+    (docs/estimators.md).
 
     Args:
         probes: states that geometries are fitted and directions are estimated on; they hold witness and anchor.
@@ -39,12 +40,13 @@ def compare_choices(
         geometries: residuals of the probes -> `Geometry`.
 
     Returns:
-        One row per estimator × geometry × run × step × layer (<NA>: the mean): `estimator, geometry, run, step, layer,
-        prompts, alignment, fraction, judged`, as in a trajectory; `layers` (how many the row is made of: fewer than
-        asked for where the estimator finds no direction, 0 and NaN where it finds none at all); `witness_alignment`
-        (the cosine of the witness's own mean difference: no run that goes straight back has more); `reliability`
-        (split-half) and `participation_ratio` (of the anchor's states in that geometry, how many directions share
-        their variance), means for a mean; `isotropic_p99` (of one layer in the raw geometry, else NaN).
+        One row per estimator × geometry × run × step × layer (`<NA>`: the mean): `estimator, geometry, run, step,
+        layer, prompts, alignment, fraction, judged`, as in a trajectory; `layers` (how many the row is made of: fewer
+        than asked for where the estimator finds no direction, 0 and NaN where it finds none at all);
+        `witness_alignment` (the cosine of the witness's own mean difference: no run that goes straight back has more);
+        `reliability` (split-half) and `participation_ratio` (of the anchor's states in that geometry, how many
+        directions share their variance), means for a mean; `isotropic_p99` (of one layer in the raw geometry, else
+        NaN).
 
     Raises:
         GravlensError: no run, no layer with a v_rev, a layer of the mean without one, too few prompts.
@@ -68,8 +70,12 @@ def compare_choices(
 def final_choices(table: pd.DataFrame) -> pd.DataFrame:
     """Each choice's layer mean at each run's last step, averaged over runs: a row per estimator × geometry.
 
-    Columns `estimator, geometry, alignment, fraction, witness_alignment, reliability, judged` (in all runs), `layers`
-    (the fewest of a run), `runs`.
+    Args:
+        table: that of `compare_choices`.
+
+    Returns:
+        Columns `estimator, geometry, alignment, fraction, witness_alignment, reliability, judged` (in all runs),
+        `layers` (the fewest of a run), `runs`.
     """
     means = table[table["layer"].isna()]
     last = means[means["step"] == means.groupby("run")["step"].transform("max")]

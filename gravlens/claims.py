@@ -21,13 +21,13 @@ LEVELS = (
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """The verdict.
+    """The verdict (docs/claims.md).
 
     Attributes:
         level: 0 to 5, as in `LEVELS`.
         sentence: what may be said.
         capped_by: the demand of the next level that failed or was not run; "" at level 5.
-        demands: `level, name, holds` (<NA>: not run), `figures`; all of them, also above the level.
+        demands: `level, name, holds` (`<NA>`: not run), `figures`; all of them, also above the level.
     """
 
     level: int
@@ -47,7 +47,7 @@ def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:
 
     Args:
         evidence: what was run.
-        alpha: of the sign-flip tests over runs: below 5 runs none of them can hold at .05.
+        alpha: the largest p of the sign-flip tests over runs: below 5 runs none of them can hold at .05.
 
     Raises:
         GravlensError: the trajectory holds no run; a table lacks a column.

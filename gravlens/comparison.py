@@ -26,6 +26,12 @@ COLUMNS = (
 def compare_arms(setting: Setting, home: Path, arms: Sequence[Arm], *, organism: str) -> pd.DataFrame:
     """One row a run, at its last step; arms on the same data are paired by seed.
 
+    Args:
+        setting: whose arms they are.
+        home: its folder, with the runs that are finished; others are left out.
+        arms: the arms.
+        organism: the history's name, a column.
+
     Returns:
         `COLUMNS`, then `data`, `alignment_given`, the refusal log-odds, `kl_anchor` and `kl_witness` (nats a token,
         along their own answers to harmful prompts; `kl` is from the anchor on harmless ones), `drift_norm` (held-out
@@ -44,7 +50,14 @@ def compare_arms(setting: Setting, home: Path, arms: Sequence[Arm], *, organism:
 
 
 def compare_layers(setting: Setting, home: Path, arms: Sequence[Arm], *, organism: str) -> pd.DataFrame:
-    """`Trajectory.table` of every run at every layer and saved step, with `blocker`, `organism`, `data`."""
+    """`Trajectory.table` of every run at every layer and saved step, with `blocker`, `organism`, `data`.
+
+    Args:
+        setting: whose arms they are.
+        home: its folder, with the runs that are finished; others are left out.
+        arms: the arms.
+        organism: the history's name, a column.
+    """
     vs = locate_vrev(load_states(home, "measured", "probes"))
     frames = [
         _followed(setting, home, arm, seed, vs).assign(blocker=_blocker(arm), data=arm.data, run=seed)
@@ -101,6 +114,9 @@ def orderings(table: pd.DataFrame) -> list[str]:
 
     An arm is said to hold a measure where it is lower in every run; with few runs that is a weak statement, and the
     number of runs stands beside it.
+
+    Args:
+        table: that of `compare_arms`.
     """
     keys = ["organism", "run"]
     plain = table[table.blocker == UNBLOCKED].set_index(keys)

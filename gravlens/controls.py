@@ -24,6 +24,14 @@ def substitute(residuals: Residuals, *, witness: str = "witness", anchor: str = 
 
     A *wrong witness* (another initialisation or lineage) shares this anchor, so its baseline is not 0. A *sibling
     anchor* A′ (this witness, another alignment seed) gives cos(h(θ_t) − h(A), h(W) − h(A′)): no anchor in common.
+
+    Args:
+        residuals: hold both checkpoints.
+        witness: name of the one that stands for the witness.
+        anchor: name of the one that stands for the anchor.
+
+    Raises:
+        GravlensError: the residuals hold no checkpoint of that name.
     """
     values = np.stack([residuals.of(witness), residuals.of(anchor)])
     sources = residuals.meta.get("sources", {})
@@ -35,7 +43,15 @@ def substitute(residuals: Residuals, *, witness: str = "witness", anchor: str = 
 
 
 def from_start(residuals: Residuals, *, start: str) -> Residuals:
-    """Runs that start elsewhere (an unaligned twin starts at the witness): their drift is taken from there."""
+    """Runs that start elsewhere (an unaligned twin starts at the witness): their drift is h(θ_t) − h(start).
+
+    Args:
+        residuals: hold `anchor`, the start and the runs.
+        start: name of the checkpoint that takes the anchor's place.
+
+    Raises:
+        GravlensError: the residuals hold no checkpoint of that name.
+    """
     values = residuals.values.copy()
     values[residuals.checkpoints.index("anchor")] = residuals.of(start)
     return Residuals(values, residuals.checkpoints, residuals.layers, residuals.prompts, residuals.meta)
@@ -92,7 +108,7 @@ def compare_witnesses(
 
     An earlier or a later witness, one of another lineage, an equally distant checkpoint that is no ancestor: an
     alignment is read beside its pair's distance and its direction's cosine with v_rev. The drift is always the runs'
-    own, from `anchor`.
+    own, from `anchor` (docs/controls.md).
 
     Args:
         probes: states that the directions are located on; hold `witness`, `anchor` and the named checkpoints.
@@ -138,9 +154,9 @@ class AnchorRatio:
 
     Attributes:
         layers: the layers.
-        r: variance of the anchor's excursion over that of the witness, [layer]; infinite where the siblings scatter
-            as far as the witness is.
-        expected_cosine: r/(1 + r), within 0 and 1, [layer].
+        r: ratio of the variance of the anchor's excursion to the witness's, [layer]; infinite where the siblings
+            scatter as far as the witness is.
+        expected_cosine: r/(1 + r), a cosine within 0 and 1, [layer].
         draws: of `expected_cosine` over siblings, [draw, layer]; the layers of one draw belong together.
         siblings: the names that they were estimated over, the anchor's among them.
     """
@@ -216,9 +232,20 @@ def independent_endpoints(
     rng: np.random.Generator,
     layers: Sequence[int] | None = None,
 ) -> NullDraws:
-    """`anchor_ratio`'s expected cosine as a null, the same at every step: what sharing the anchor makes by itself.
+    """`anchor_ratio`'s expected cosine r/(1 + r) as a null, the same at every step: what sharing the anchor makes.
 
-    The draws spread as the estimate does, over siblings; one endpoint's cosine spreads further. `layers`: default all.
+    The draws spread as the estimate does, over siblings; one endpoint's cosine spreads further.
+
+    Args:
+        residuals: hold `witness`, `anchor` and the siblings, on the same prompts.
+        siblings: their names; `anchor` is one of them and is counted, named or not.
+        steps: the steps that it serves.
+        draws: how many.
+        rng: source of randomness.
+        layers: default: all of the residuals'.
+
+    Raises:
+        GravlensError: what `anchor_ratio` raises.
     """
     layers = residuals.layers if layers is None else layers
     ratio = anchor_ratio(residuals, siblings=siblings, layers=layers, draws=draws, rng=rng)
@@ -247,7 +274,10 @@ def closure(
         layers: layers of the mean.
 
     Returns:
-        Columns `run, step, layer` (<NA>: the mean over `layers`), `closure`.
+        Columns `run, step, layer` (`<NA>`: the mean over `layers`), `closure`.
+
+    Raises:
+        GravlensError: a run and its twin have different steps.
     """
     chosen = directions.at(layers)
     gap = mean_state(twins, "witness", layers) - mean_state(runs, "anchor", layers)

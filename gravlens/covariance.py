@@ -79,7 +79,15 @@ def estimate_covariance(
 def shrunk_covariance(
     samples: Float[np.ndarray, "sample d_model"], *, centred: bool = True
 ) -> Float[np.ndarray, "d_model d_model"]:
-    """The Ledoit–Wolf covariance matrix of samples, squared residual units."""
+    """The Ledoit–Wolf (2004) covariance matrix (1 − δ) S + δ μ I of samples, squared residual units.
+
+    Args:
+        samples: one a row, residual units.
+        centred: S about the samples' mean, or about 0.
+
+    Raises:
+        GravlensError: fewer than two samples, or a value that is not finite.
+    """
     return estimate_covariance(samples, centred=centred).matrix
 
 
@@ -87,6 +95,13 @@ def whitening(
     samples: Float[np.ndarray, "sample d_model"], *, centred: bool = True
 ) -> Float[np.ndarray, "d_model d_model"]:
     """The symmetric Σ^(−1/2) of the Ledoit–Wolf covariance: states times it have covariance 1 where Σ is theirs.
+
+    Args:
+        samples: one a row, residual units.
+        centred: Σ about the samples' mean, or about 0.
+
+    Returns:
+        The matrix, in 1 / residual units.
 
     Raises:
         GravlensError: Σ is singular (samples without spread in some direction, and no shrinkage).
@@ -113,7 +128,18 @@ def participation_ratio(
 ) -> float:
     """(Σλ)² / Σλ² over the covariance's eigenvalues: about how many directions share the variance, 1 to d_model.
 
-    The plain one is at most n − 1 of n samples, the shrunk one is pulled towards d_model. NaN without any variance.
+    The plain one is at most n − 1 of n samples, the shrunk one is pulled towards d_model.
+
+    Args:
+        samples: one a row, in any unit.
+        centred: about the samples' mean, or about 0.
+        shrunk: by Ledoit and Wolf, or not.
+
+    Returns:
+        The ratio; NaN without any variance.
+
+    Raises:
+        GravlensError: fewer than two samples, or a value that is not finite.
     """
     covariance = estimate_covariance(samples, centred=centred, shrunk=shrunk)
     deviations, delta, mean = covariance.deviations, covariance.shrinkage, covariance.scale
@@ -135,14 +161,18 @@ def draw_from_covariance(
     """Draws from N(0, Σ) of each layer; the layers of one draw are correlated as those of one sample are.
 
     √(1 − δ) gᵀX/√n + √(δμ) z: one mixture g of the samples serves all layers of a draw, so the covariance *between*
-    layers is the samples' own, times √(1 − δ) of either; z is fresh in each layer. No [d, d] matrix is made.
+    layers is the samples' own, times √(1 − δ) of either; z is fresh in each layer. The draws are in the samples' unit,
+    and no [d, d] matrix is made.
 
     Args:
-        samples: residual units.
+        samples: a layer's one a row, residual units.
         draws: how many.
         rng: source of randomness.
         centred: about the samples' mean, or about 0.
         shrunk: by Ledoit and Wolf, or not.
+
+    Raises:
+        GravlensError: fewer than two samples, or a value that is not finite.
     """
     return np.stack(list(draws_by_layer(samples, draws=draws, rng=rng, centred=centred, shrunk=shrunk)), axis=1)
 

@@ -35,7 +35,7 @@ def cross_fit(
         rng: source of randomness.
 
     Returns:
-        Columns `run, step, layer` (<NA>: the mean over the layers), `alignment` (mean over the 2 · repeats splits),
+        Columns `run, step, layer` (`<NA>`: the mean over the layers), `alignment` (mean over the 2 · repeats splits),
         `alignment_sd` (over the splits: how much depends on which half; no standard error, for splits overlap),
         `fraction`.
 
@@ -82,7 +82,7 @@ def split_half_reliability(
         rng: source of randomness.
 
     Returns:
-        Columns `of` (`v_rev` or the run), `step` (<NA> for v_rev), `layer`, `reliability`.
+        Columns `of` (`v_rev` or the run), `step` (`<NA>` for v_rev), `layer`, `reliability`.
 
     Raises:
         GravlensError: fewer than 2 prompts, no repeats, no layer where v_rev is defined.
@@ -101,7 +101,7 @@ def split_half_reliability(
 def forward_noise(
     model: OpenModel, prompts: PromptSet, *, layers: Sequence[int], repeats: int, rng: np.random.Generator
 ) -> Float[np.ndarray, " layer"]:
-    """How far the mean state moves while no weight does: the same prompts in other batches.
+    """How far the mean state moves while no weight does, max ‖h − h′‖: the same prompts in other batches.
 
     Rounding depends on the batch's size and padding. A first step's `drift_norm` means something only well above this.
 

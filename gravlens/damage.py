@@ -45,6 +45,9 @@ def rounded(model: OpenModel, bits: int, *, norm: float | None = None) -> Iterat
         model: a Hugging Face model.
         bits: 2 to 16.
         norm: scale the change to this total norm (`reweighted`); None leaves it as it is.
+
+    Raises:
+        GravlensError: bits out of range, or what `reweighted` raises.
     """
     if bits not in BITS:
         raise GravlensError(f"{bits!r} bits were asked for.", "Weights are rounded to 2 to 16 bits.", "bits=4.")
@@ -56,12 +59,15 @@ def rounded(model: OpenModel, bits: int, *, norm: float | None = None) -> Iterat
 
 @contextmanager
 def pruned(model: OpenModel, share: float, *, norm: float | None = None) -> Iterator[OpenModel]:
-    """The model with the smallest weights of every matrix set to 0, and put back after.
+    """The model with the smallest weights of every matrix set to 0, and put back after (docs/controls.md).
 
     Args:
         model: a Hugging Face model.
         share: of each matrix's weights, between 0 and 1; vectors (biases, norms) stay.
         norm: scale the change to this total norm (`reweighted`); None leaves it as it is.
+
+    Raises:
+        GravlensError: a share that is not between 0 and 1, or what `reweighted` raises.
     """
     if not 0 < share < 1:
         raise GravlensError(f"A share of {share!r} was given.", "It lies between 0 and 1.", "share=0.1 for a tenth.")
@@ -81,6 +87,9 @@ def sign_flipped(model: OpenModel, checkpoint: Source, *, norm: float | None = N
         model: the anchor.
         checkpoint: θ_t, of a run that starts there.
         norm: scale the change to this total norm (`reweighted`); None leaves it as it is.
+
+    Raises:
+        GravlensError: the two models' weights do not match, or what `reweighted` raises.
     """
     own, other = _parameters(model), _parameters(open_model(checkpoint))
     _check_same(own, other)
@@ -92,7 +101,16 @@ def sign_flipped(model: OpenModel, checkpoint: Source, *, norm: float | None = N
 
 @contextmanager
 def updated(model: OpenModel, checkpoint: Source, *, norm: float | None = None) -> Iterator[OpenModel]:
-    """The anchor with a run's own update, and the anchor back after: the positive control that damage stands beside."""
+    """The anchor with a run's own update θ_t − anchor, and the anchor back after: the positive control beside damage.
+
+    Args:
+        model: the anchor.
+        checkpoint: θ_t, of a run that starts there.
+        norm: scale the change to this total norm (`reweighted`); None leaves it as it is.
+
+    Raises:
+        GravlensError: the two models' weights do not match, or what `reweighted` raises.
+    """
     weights = _parameters(open_model(checkpoint))
     _check_same(_parameters(model), weights)
     with reweighted(model, weights, norm=norm) as damaged:
@@ -106,7 +124,7 @@ def reweighted(model: OpenModel, weights: Mapping[str, Tensor], *, norm: float |
     Args:
         model: a Hugging Face model; it is changed in place and yielded.
         weights: parameter name -> what stands there meanwhile; the others stay.
-        norm: scale the change, all tensors by one factor, to this total norm (the root of the sum of all squares).
+        norm: scale the change, all tensors by one factor, to this total norm, √(Σ of all squares).
 
     Raises:
         GravlensError: no Hugging Face model, a tensor that it lacks or that has another shape, no change to scale.
@@ -148,7 +166,8 @@ def measure_damage(
 ) -> pd.DataFrame:
     """Does damage alone move the anchor along v_rev, and does it undo refusal?
 
-    Each damage is a single contrast, not a null: rounding is one draw. For draws there is `weight_noise`.
+    Each damage is a single contrast, not a null (docs/controls.md): rounding is one draw. For draws there is
+    `weight_noise`.
 
     Args:
         anchor: the checkpoint that is damaged; a model that was handed over is put back as it was.
@@ -160,10 +179,14 @@ def measure_damage(
         score: (model, prompts) -> one number a prompt, such as the refusal log-odds.
 
     Returns:
-        A row per damage and layer (<NA>: the mean over `layers_in_mean`), the first damage `none`: `damage, layer`,
+        A row per damage and layer (`<NA>`: the mean over `layers_in_mean`), the first damage `none`: `damage, layer`,
         `alignment, fraction` and `drift_norm` (residual units) as in `Trajectory.table`, `judged` (the drift is longer
         than 2 % of the distance), `weight_norm` (total norm of the change of the weights), and `score`, the mean over
         prompts, where one is given.
+
+    Raises:
+        GravlensError: a model that is no plain Hugging Face one, a damage that gives another shape, a layer of the mean
+            without a direction.
     """
     model, defined = open_model(anchor), directions.defined()
     mean = defined.layers if layers_in_mean is None else tuple(layers_in_mean)

@@ -44,7 +44,7 @@ def split_drift(
         layers: which ones (default: those where every part is defined).
 
     Returns:
-        Columns `run, step, layer` (<NA>: the mean over the layers), `part, share` (of ‖drift‖²; 1 in sum over parts,
+        Columns `run, step, layer` (`<NA>`: the mean over the layers), `part, share` (of ‖drift‖²; 1 in sum over parts,
         NaN where there is no drift). Parts are those given, `top_components` and `rest`.
 
     Raises:
@@ -113,9 +113,9 @@ def ancestor_pull(
         layers: which ones (default: those where every witness differs from the anchor).
 
     Returns:
-        Columns `run, step, layer` (<NA>: the mean over the layers), `witness`, `coefficient`, `explained` (share of
+        Columns `run, step, layer` (`<NA>`: the mean over the layers), `witness`, `coefficient`, `explained` (share of
         ‖drift‖² that the whole fit explains; NaN without drift), `condition` (condition number of the directions at
-        unit length: 1 orthogonal, large collinear; at <NA> the largest).
+        unit length: 1 orthogonal, large collinear; at `<NA>` the largest).
 
     Raises:
         GravlensError: no run, no witness, one twice, or one that does not differ from the anchor at a layer.

@@ -84,14 +84,14 @@ class Evidence:
 
     @property
     def rows(self) -> pd.DataFrame:
-        """The trajectory on held-out prompts (without: on the given ones)."""
+        """The trajectory on held-out prompts (without: on the given ones), columns as in `Trajectory.table`."""
         table = self.trajectory.table
         held_out = table[table.prompts == "held_out"]
         return held_out if len(held_out) else table
 
     @property
     def final(self) -> pd.DataFrame:
-        """The layer mean at the last step, a row a run."""
+        """The layer mean at the last step, a row a run, columns as in `Trajectory.table`."""
         return self.rows[self.rows.layer.isna() & (self.rows.step == self.last)]
 
 

@@ -148,7 +148,7 @@ class Directions:
 def difference_of_means(
     witness: Float[np.ndarray, "prompt d_model"], anchor: Float[np.ndarray, "prompt d_model"]
 ) -> Float[np.ndarray, " d_model"]:
-    """mean(witness) − mean(anchor), accumulated in fp64, not scaled: h_l(witness) − h_l(anchor) of the paper."""
+    """mean(witness) − mean(anchor), residual units, accumulated in fp64: h_l(witness) − h_l(anchor) of the paper."""
     return witness.mean(0, dtype=np.float64) - anchor.mean(0, dtype=np.float64)
 
 
@@ -215,8 +215,20 @@ def locate_vrev(
     return direction
 
 
-def direction_from(vector: np.ndarray, *, layer: int, distance: float | None = None, name: str = "given") -> Direction:
-    """A direction from any vector [d_model]; it is scaled to unit length, `distance` defaults to its length."""
+def direction_from(
+    vector: Float[np.ndarray, " d_model"], *, layer: int, distance: float | None = None, name: str = "given"
+) -> Direction:
+    """A direction from any vector, scaled to unit length.
+
+    Args:
+        vector: [d_model], of any length but 0.
+        layer: whose residual stream it lies in.
+        distance: what strength 1 is, residual units; default: the vector's length.
+        name: how results call it.
+
+    Raises:
+        GravlensError: the vector has no length.
+    """
     length = float(np.linalg.norm(np.asarray(vector, dtype=np.float64)))
     if not np.isfinite(length) or length == 0:
         raise GravlensError(f"The vector ({name}) has length {length}.", "A direction has a length.", "another vector.")
@@ -284,8 +296,11 @@ def random_directions(
     Args:
         directions: whose layers and distances are kept; undefined layers are left out.
         rng: source of randomness.
-        states: draw each vector from the covariance of these states (same layers) instead of isotropically: random
+        states: draw each vector from the covariance of these states (same layers, any unit), not isotropically: random
             mixtures of the centred states, Σ_i g_i (h_i − mean h), with g normal.
+
+    Raises:
+        GravlensError: states that do not vary.
     """
     twins = []
     for i, direction in enumerate(directions.defined()):

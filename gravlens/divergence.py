@@ -76,9 +76,17 @@ def _answer_logprobs(model: OpenModel, prompts: Ids, answers: Ids) -> Iterator[t
 
 
 def answer_log_likelihood(model: OpenModel, prompts: Prompts, answers: Sequence[str]) -> Float[np.ndarray, " prompt"]:
-    """Mean log p of an answer's tokens, teacher-forced after its prompt; nats a token, NaN for an empty answer.
+    """Mean over an answer's tokens of log p(token | prompt, tokens before), teacher-forced; nats a token.
 
     The end of sequence is not counted: a recorded answer may have been cut.
+
+    Args:
+        model: whose likelihood it is.
+        prompts: what was asked.
+        answers: one a prompt, of any origin.
+
+    Returns:
+        [prompt]; NaN for an empty answer.
 
     Raises:
         GravlensError: no tokenizer, answers and prompts of different number.

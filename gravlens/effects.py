@@ -34,10 +34,11 @@ class Effect:
     """What each condition does to the score.
 
     Attributes:
-        table: one row a condition: `condition`, `layer` (<NA>: several), `baseline` and `with_intervention` (means over
-            prompts), `difference` with its 95 % bootstrap interval over prompts `low`, `high`, `p_random` (two-sided,
-            (1 + k)/(1 + n)) among `n_random` random directions whose central 95 % is `random_low`, `random_high`,
-            `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]` names the score.
+        table: one row a condition: `condition`, `layer` (`<NA>`: several), `baseline` and `with_intervention` (means
+            over prompts), `difference` with its 95 % bootstrap interval over prompts `low`, `high`, `p_random`
+            (two-sided, (1 + k)/(1 + n)) among `n_random` random directions whose central 95 % is `random_low`,
+            `random_high`, `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]`
+            names the score.
         random: condition -> mean difference of each random draw.
         differences: condition -> difference of each prompt.
         baseline: score of each prompt without an intervention.
@@ -63,7 +64,7 @@ def causal_effect(
     rng: np.random.Generator | None = None,
     states: Residuals | None = None,
 ) -> Effect:
-    """Measure what interventions do to a score, against what random directions of the same length do.
+    """Measure what interventions do to a score, against what random directions of the same length do (docs/effects.md).
 
     A random control is the same intervention along random unit vectors (or random subspaces of the same rank), at the
     same layers, distances and strengths. Draw i replaces a vector by the same one wherever it occurs, in one condition
@@ -116,7 +117,7 @@ def layerwise_effect(
     n_random: int = 20,
     states: Residuals | None = None,
 ) -> Effect:
-    """`causal_effect` of an intervention at each defined layer by itself, its draws seeded with 0.
+    """`causal_effect` of an intervention at each defined layer by itself, its draws seeded with 0 (docs/effects.md).
 
     Args:
         model: see `causal_effect`, like all that is not named here.
@@ -126,6 +127,9 @@ def layerwise_effect(
 
     Returns:
         An `Effect`, one row per intervention and layer; `random` and `differences` go by `"{condition}, layer {l}"`.
+
+    Raises:
+        GravlensError: what `causal_effect` raises.
     """
     makes = intervention if isinstance(intervention, Mapping) else {name_of(intervention).lower(): intervention}
     spans = directions.defined() if isinstance(directions, Directions) else directions
@@ -175,7 +179,8 @@ def dose_response(
 ) -> DoseResponse:
     """Steer at several strengths: does the score follow the dose, and does it along random directions too?
 
-    A random direction often moves a score monotonically as well, so read how far beside in which order.
+    A random direction often moves a score monotonically as well, so read how far beside in which order
+    (docs/effects.md).
 
     Args:
         model: see `causal_effect`, like all that is not named here.

@@ -43,10 +43,10 @@ def geometric_median(
 def first_component(
     witness: Float[np.ndarray, "prompt d_model"], anchor: Float[np.ndarray, "prompt d_model"]
 ) -> Float[np.ndarray, " d_model"]:
-    """First right singular vector of the paired differences, not centred: the line that holds most of their squares.
+    """First right singular vector of the paired differences Δ, not centred: the unit v with the largest Σ⟨Δ, v⟩².
 
     Centring would take out the mean difference itself. Where single prompts differ more strongly than the mean does,
-    they and not the mean give the direction.
+    they and not the mean give the direction. Its length is the mean difference's projection, residual units.
 
     Raises:
         GravlensError: witness and anchor were not read on the same prompts.
@@ -60,7 +60,8 @@ def logistic_probe(
     """Weights of a logistic regression that tells the witness's states from the anchor's (scikit-learn, ridge, C = 1).
 
     The states are divided by one number, their spread, so that C means the same at every layer. Where the two are
-    separable, as usual with fewer prompts than dimensions, the ridge decides which of many directions it is.
+    separable, as usual with fewer prompts than dimensions, the ridge decides which of many directions it is. Its length
+    is the mean difference's projection, residual units.
     """
     states = np.concatenate([anchor, witness]).astype(np.float64)
     states -= states.mean(0)

@@ -99,12 +99,12 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
 
 
 def raw(residuals: Residuals) -> Geometry:
-    """The residual stream as it is."""
+    """The residual stream as it is, h ← h."""
     return Geometry("raw", dict.fromkeys(residuals.layers, _same))
 
 
 def centred(residuals: Residuals) -> Geometry:
-    """Each state's own mean over d_model removed, which every LayerNorm removes before it reads.
+    """Each state's own mean over d_model removed, h ← h − mean(h), which every LayerNorm removes before it reads.
 
     Nothing is fitted. (Subtracting the prompts' mean state would change no difference between checkpoints.)
     """
@@ -113,9 +113,12 @@ def centred(residuals: Residuals) -> Geometry:
 
 
 def standardised(residuals: Residuals) -> Geometry:
-    """Each dimension in units of its own standard deviation over the anchor's states, so that no dimension outweighs.
+    """Each dimension in units of its own standard deviation over the anchor's states, h_j ← h_j / σ_j: none outweighs.
 
     A dimension in which the anchor's states do not vary has no such unit and is left out.
+
+    Raises:
+        GravlensError: states of fewer than two prompts.
     """
     return Geometry("standardised", _fitted(residuals, _standardising))
 
@@ -125,15 +128,22 @@ def whitened(residuals: Residuals) -> Geometry:
 
     Chance alignment of drifts that are drawn from Σ is isotropic here. With fewer prompts than dimensions most of Σ is
     the shrinkage target: directions in which the probes do not vary all get one and the same unit.
+
+    Raises:
+        GravlensError: states of fewer than two prompts, or a singular Σ.
     """
     return Geometry("whitened", _fitted(residuals, lambda states: partial(_mixed, whitening(states))))
 
 
 def without_top(residuals: Residuals, *, k: int = 1) -> Geometry:
-    """The first k principal components of the anchor's states (centred over prompts) removed.
+    """The first k principal components of the anchor's states (centred over prompts) removed: h ← h − QᵀQ h.
+
+    Args:
+        residuals: hold the anchor's states of the probes.
+        k: how many.
 
     Raises:
-        GravlensError: k is not between 1 and the number of components.
+        GravlensError: k is not between 1 and the number of components, or there are fewer than two prompts.
     """
     most = min(residuals.values.shape[1] - 1, residuals.values.shape[-1])
     if not 1 <= k <= most:

@@ -50,7 +50,7 @@ def classifier_judge(
 ) -> Judge:
     """A judge of a sequence classifier: True where the labels that mean harm reach `threshold`.
 
-    Softmax over labels that exclude each other, summed over the harmful ones; sigmoid of each where the configuration
+    Softmax over labels that exclude each other, p = Σ over the harmful ones; sigmoid of each where the configuration
     says `multi_label_classification` or there is one output only, and the largest counts. Answers are read one at a
     time, in full: nothing is padded and nothing is cut.
 
@@ -250,7 +250,7 @@ def _says_neither(model: OpenModel, ids: Sequence[Sequence[int]], verdicts: tupl
 def rubric_rater(
     rater: Checkpoint | Path | str | nn.Module | OpenModel, *, rubric: str, system: str = "", max_new_tokens: int = 512
 ) -> Rater:
-    """Ratings by a local chat model that is shown StrongREJECT's rubric; NaN where its reply holds no rating.
+    """Ratings by a local chat model that is shown StrongREJECT's rubric (Souly et al. 2024); NaN where none is given.
 
     Args:
         rater: what `open_model` takes; its chat template renders the rubric as a user's turn.
@@ -282,10 +282,18 @@ def rubric_rater(
 def agreement(judges: Mapping[str, Judge], prompts: Prompts, answers: Sequence[str]) -> pd.DataFrame:
     """How far judges agree on the same answers; empty and degenerate answers are left out, as in `harmfulness`.
 
+    Args:
+        judges: name -> judge; two at least.
+        prompts: what was asked.
+        answers: one a prompt.
+
     Returns:
         One row a pair of judges: `judge`, `other`, `answers` (how many were judged), `both`, `only_judge`,
-        `only_other`, `neither` (answers called harm by whom), `agree` (share), `kappa` (Cohen's; NaN where both
+        `only_other`, `neither` (answers called harm by whom), `agree` (share), `kappa` (Cohen's, 1960; NaN where both
         judges give one and the same verdict throughout, or there is nothing to judge).
+
+    Raises:
+        GravlensError: fewer than two judges; prompts, answers and verdicts of different number.
     """
     says = says_something(answers)
     verdicts = {name: verdicts_of(prompts, answers, judge)[says] for name, judge in judges.items()}

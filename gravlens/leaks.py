@@ -36,7 +36,7 @@ NO_ANGLE = 0.1
 def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> pd.DataFrame:
     """Where each checkpoint has moved: over layers, token positions, and prompts that a block has not seen.
 
-    v_rev is located at each position by itself, on the given prompts, and used on both sets.
+    v_rev is located at each position by itself, on the given prompts, and used on both sets (docs/leaks.md).
 
     Args:
         given: residuals of witness, anchor and the runs on the probes, one for each position.
@@ -123,7 +123,7 @@ def candidate_spans(
     n_random: int = 1,
     rng: np.random.Generator,
 ) -> dict[str, list[Spans]]:
-    """Spans that may hold what fine-tuning did, fitted on some runs, to be tested on others.
+    """Spans that may hold what fine-tuning did, fitted on some runs, to be tested on others (docs/leaks.md).
 
     Args:
         residuals: of the anchor and of the checkpoints of `fit_on`, on the given prompts.
@@ -138,6 +138,9 @@ def candidate_spans(
         Kind -> spans: `v_rev`; `drift`, at each rank; `drift_orthogonal`, what is left of it without v_rev (a layer
         where nothing is left is left out); `refusal`; `isotropic` and `covariance_matched`, of the drifts' ranks;
         `whole_state`.
+
+    Raises:
+        GravlensError: a checkpoint or layer that the residuals lack, a rank above the number of drifts.
     """
     vs = directions.defined()
     drift = [drift_subspaces(residuals, vs, at=fit_on, rank=rank) for rank in ranks]
@@ -179,7 +182,7 @@ def rank_table(
         refusal: a refusal direction at the same layers.
 
     Returns:
-        One row per checkpoint × span × layer, and <NA>, the mean over the span's layers: `run`, `step`, `span` (its
+        One row per checkpoint × span × layer, and `<NA>`, the mean over the span's layers: `run`, `step`, `span` (its
         kind), `rank`, `fitted_on`, `layer`, `share` (of the summed squared length of the per-prompt drifts; a random
         isotropic span of rank k holds k / d_model), `angle_vrev` and `angle_refusal` (degrees; 0: it lies within).
     """
@@ -242,6 +245,8 @@ def patch_spans(
 ) -> pd.DataFrame:
     """Put a checkpoint's own component in each span into a model, at the last prompt token, and score it.
 
+    h ← h − QᵀQ (h − h_source), as in `Patch`.
+
     Necessity: the anchor's component put into a fine-tuned model; sufficiency: the fine-tuned one's put into the
     anchor. All layers of a span act together; the whole state is the most that any of them can do.
 
@@ -280,7 +285,7 @@ def smallest_rank(table: pd.DataFrame, *, share: float = 0.8) -> int | None:
 
     Args:
         table: rows of `patch_spans` of one kind of span: `table[table.span == "drift"]`.
-        share: of the way to the goal.
+        share: of the way to the goal, 1 is all of it (`way` in docs/leaks.md).
     """
     way = table.groupby("rank")["way"].mean()
     enough = way.index[way >= share]
@@ -293,7 +298,7 @@ def smallest_rank(table: pd.DataFrame, *, share: float = 0.8) -> int | None:
 def half_life(steps: Sequence[int], values: Sequence[float], *, lifted: int, unblocked: float) -> float:
     """Steps after a block is lifted until a measure has gone half the way to what it is without a block.
 
-    Straight lines between the steps measured; the first crossing counts.
+    Straight lines between the steps measured; the first crossing of (m(t) − m(lifted)) / (unblocked − m(lifted)) = ½.
 
     Args:
         steps: ascending, of the run that was blocked and then trained on.

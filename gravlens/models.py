@@ -89,9 +89,15 @@ def open_model(
 
     A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
     weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is, where it
-    is, quantised or not, unless its writing weights were centred. An `OpenModel` is returned unchanged. Without
-    `tokenizer` it is read with the checkpoint's, after its `template`. `device`, `dtype` and `device_map` are
-    `Placement`'s.
+    is, quantised or not, unless its writing weights were centred. An `OpenModel` is returned unchanged.
+
+    Args:
+        source: a checkpoint, a folder, a hub id, a model in memory, or an `OpenModel`.
+        tokenizer: default: the checkpoint's, after its `template`.
+        device: as in `Placement`.
+        dtype: likewise.
+        device_map: likewise.
+        through: `huggingface` or `bridge`.
 
     Raises:
         GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model; an

@@ -94,6 +94,9 @@ class Monitor(TrainerCallback):
 
         Returns:
             The monitor itself.
+
+        Raises:
+            GravlensError: it has watched a run already.
         """
         if self._measures:
             raise self._used()
@@ -130,7 +133,11 @@ class Monitor(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
     ) -> None:
-        """Keep the anchor's states; of a run that goes on, keep what was measured until there."""
+        """Keep the anchor's states; of a run that goes on, keep what was measured until there.
+
+        Raises:
+            GravlensError: a run that goes on without an anchor, or that a threshold was not calibrated for.
+        """
         check_whole(model)
         self._check_run(args, state)
         self.tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)

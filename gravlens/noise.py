@@ -28,7 +28,7 @@ def weight_noise(
     draws: int,
     rng: np.random.Generator,
 ) -> NullDraws:
-    """Gaussian noise on the anchor's weights, each tensor's norm matched to that of a run's update.
+    """Gaussian noise on the anchor's weights, each tensor's norm matched to that of a run's update (docs/nulls.md).
 
     Args:
         anchor: the checkpoint that the noise is added to (a folder: the copy that is opened is put back as it was).
@@ -65,7 +65,7 @@ def weight_noise(
 
 
 def update_norms(before: OpenModel, after: OpenModel) -> dict[str, float]:
-    """Norm of the difference of each parameter of two Hugging Face models."""
+    """‖θ_after − θ_before‖ of each parameter of two Hugging Face models."""
     for model in (before, after):
         check_unquantised(model.module, "The norm of an update")
     later = dict(after.module.named_parameters())

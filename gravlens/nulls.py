@@ -30,7 +30,7 @@ class NullDraws:
 
     Attributes:
         name: of the null.
-        cosines: [draw, step, layer]; the layers of one draw belong together.
+        cosines: of the null's drifts, [draw, step, layer]; the layers of one draw belong together.
         steps: the steps that it is drawn for.
         layers: the layers.
         run: the run that the draws belong to; None: they serve every run.
@@ -58,7 +58,16 @@ def isotropic_quantile(probability: float, d_model: int) -> float:
 
 
 def isotropic(directions: Directions, *, steps: Sequence[int], draws: int, rng: np.random.Generator) -> NullDraws:
-    """Uniformly random drifts, independent between layers. Nearly vacuous: real drifts are anything but isotropic."""
+    """Uniformly random drifts, independent between layers. Nearly vacuous: real drifts are anything but isotropic.
+
+    The p99 of one layer is about 2.33 / √d_model (docs/nulls.md).
+
+    Args:
+        directions: one direction a layer; undefined ones are left out.
+        steps: the steps that it serves; each has draws of its own.
+        draws: how many at each step.
+        rng: source of randomness.
+    """
     defined = directions.defined()
     shape = (draws, len(steps), len(defined))
     along = rng.standard_normal(shape)
@@ -83,7 +92,7 @@ def covariance_matched(
 
     Args:
         directions: one direction a layer.
-        samples: the anchor's states, or per-prompt drifts; a column a direction, in order (undefined ones may lack).
+        samples: the anchor's states, or per-prompt drifts, residual units; a column a direction (undefined may lack).
         steps: the steps that it serves; each has draws of its own.
         draws: how many at each step.
         rng: source of randomness.
@@ -92,6 +101,7 @@ def covariance_matched(
 
     Returns:
         Cosines [draw, step, layer]; the layers of one draw are correlated as the samples' are.
+        GravlensError for samples of other layers, fewer than two, or not finite.
     """
     defined, columns = _columns_of(samples, directions)
     drawn = draws_by_layer(columns, draws=draws * len(steps), rng=rng, centred=centred)
@@ -108,7 +118,10 @@ def sample_covariance(
     name: str = "sample_covariance",
     centred: bool = True,
 ) -> NullDraws:
-    """`covariance_matched` without shrinkage: random mixtures Σ_i g_i x_i of the samples, g standard normal."""
+    """`covariance_matched` without shrinkage: random mixtures Σ_i g_i x_i of the samples, g standard normal.
+
+    Arguments, what is returned and what is refused: see `covariance_matched`, like all that is not named here.
+    """
     defined, columns = _columns_of(samples, directions)
     drawn = draws_by_layer(columns, draws=draws * len(steps), rng=rng, centred=centred, shrunk=False)
     return _null_of_draws(name, drawn, defined, steps)
@@ -117,11 +130,18 @@ def sample_covariance(
 def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int, rng: np.random.Generator) -> NullDraws:
     """The runs' mean cosine, had each run gone the other way with probability ½: exact where runs are independent.
 
-    All steps and layers of a run flip together. Up to 12 runs every pattern but the true one is a draw (`draws` is not
-    read), so that the p-value of `compare` is the exact k / 2ⁿ; its least value is 2⁻ⁿ.
+    All steps and layers of a run flip together. Up to 12 runs every pattern but the true one is a draw, so that the
+    p-value of `compare` is the exact k / 2ⁿ; its least value is 2⁻ⁿ.
+
+    Args:
+        trajectory: the runs.
+        prompts: `held_out` or `given`: which of its rows.
+        draws: how many; not read up to 12 runs.
+        rng: source of randomness, for more than 12 runs.
 
     Returns:
         Draws of the mean over runs (`of="mean"`), at the steps that all runs have.
+        GravlensError where there is none.
     """
     table = trajectory.table[(trajectory.table.prompts == prompts) & trajectory.table.layer.notna()]
     steps = sorted(set.intersection(*(set(rows.step) for _, rows in table.groupby("run")))) if len(table) else []
@@ -153,6 +173,9 @@ def swapped_labels(
         run: whose drift it is.
         draws: how many.
         rng: source of randomness.
+
+    Raises:
+        GravlensError: both sets are of the same prompts, or the run is not among the held-out residuals.
     """
     _check_apart(probes, held_out, "v_rev and the drift")
     if run not in held_out.runs:
@@ -179,7 +202,7 @@ def other_prompts(
     """The run's cosine on random prompts out of two sets together: exact where the sets are exchangeable.
 
     A small p says that the drift on the held-out prompts points to v_rev more than that on the others does, not that it
-    does so at all.
+    does so at all (a permutation test over prompts: docs/nulls.md).
 
     Args:
         held_out: residuals with `anchor` and the run, on the prompts that the run is judged on.
@@ -189,6 +212,9 @@ def other_prompts(
         draws: how many subsets, each as large as the held-out set.
         rng: source of randomness.
         name: of the null.
+
+    Raises:
+        GravlensError: both sets are of the same prompts, or have no step of the run in common.
     """
     _check_apart(held_out, others, "The two sets")
     defined, size = directions.defined(), held_out.values.shape[1]
@@ -215,14 +241,20 @@ def p_value(drawn: Float[np.ndarray, " draw"], alignment: float) -> float:
 
 
 def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out") -> pd.DataFrame:
-    """Hold every run × step × layer (<NA>: the layer mean) against a null.
+    """Hold every run × step × layer (`<NA>`: the layer mean) against a null.
 
     Draws that belong to one run are held against that run alone, draws of the mean over runs against that mean (a row
     of the run `mean`).
 
+    Args:
+        trajectory: the runs.
+        null: draws of the cosine, at the trajectory's steps and layers.
+        prompts: `held_out` or `given`: which of its rows.
+
     Returns:
         Columns `null, run, step, layer, alignment, p99, p_value, above`; p = (1 + k)/(1 + n), one-sided. `above`: the
         alignment exceeds the p99 and p is at most .01, which takes 99 draws.
+        GravlensError where the trajectory has no such rows at the null's steps.
     """
     mean = [null.layers.index(layer) for layer in trajectory.layers_in_mean]
     rows = []

@@ -47,7 +47,7 @@ def plot_alignment(
 ) -> Axes:
     """Mean over layers against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
 
-    `table` is Trajectory.table; `value` another of its columns ("fraction", "projection", "drift_norm").
+    `table` is Trajectory.table, `value` one of its columns ("fraction", "projection", …), `prompts` one of its sets.
     `nulls` has columns null, step, p99 (of the alignment's mean over layers); where runs differ the highest is drawn.
     Points whose drift the table does not judge are hollow. GravlensError where there is nothing to draw.
     """
@@ -78,8 +78,8 @@ def plot_layers(
 ) -> Axes:
     """`value` at each layer, mean ± SEM over runs, one line per step (all steps, or those in `step`), late ones light.
 
-    Undefined layers (without a value, or in Trajectory.undefined) are named under the axis. GravlensError for a step
-    that was not measured.
+    Undefined layers (without a value, or in Trajectory.undefined) are named under the axis; `table` and `prompts` are
+    those of plot_alignment. GravlensError for a step that was not measured.
     """
     rows = _chosen(table, prompts, value)
     rows = rows[rows["layer"].notna()].astype({"layer": int})
@@ -102,7 +102,7 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
     """What each intervention does to the score: difference with its 95 % interval, on the range of random directions.
 
     `table`, or an Effect: condition, layer (<NA>: several at once), difference, low, high, random_low, random_high;
-    its attrs["score"] names the axis. Several layers stand side by side; one layer gives a row per condition.
+    its attrs["score"] names the axis. Several layers stand side by side, one has a row a condition. Else GravlensError.
     """
     table = need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
     ax = axes_of(ax)
@@ -123,7 +123,7 @@ def plot_arms(
     """One `measure` per arm: every run as a small point, mean ± SEM above it, arms in the table's order.
 
     `table` has columns arm, run and the measure, a row per run; an arm without a value reads "not run".
-    `reference` maps a label (witness, anchor) to a value that is drawn as a dashed line.
+    `reference` maps a label (witness, anchor) to a value that is drawn as a dashed line. GravlensError without rows.
     """
     need(table, ("arm", measure))
     ax = axes_of(ax)

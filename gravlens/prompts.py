@@ -28,7 +28,13 @@ OPPOSED = ({"harmful", "harmless"}, {"harmful", "task"})
 
 
 class Example(NamedTuple):
-    """One supervised pair of a fine-tuning set, and the system prompt it is read under."""
+    """One supervised pair of a fine-tuning set.
+
+    Attributes:
+        prompt: what the user says.
+        answer: what the model learns to say; the loss is on it alone.
+        system: the system prompt that both stand under; "" for none.
+    """
 
     prompt: str
     answer: str
@@ -37,9 +43,12 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """An ordered set of user prompts with one role (`harmful`, `harmless`, `task`, or plain `prompts`).
+    """An ordered set of user prompts with one role.
 
-    `system` is the system prompt that each is read under, as a turn of its own in the chat template.
+    Attributes:
+        texts: the prompts, none of them blank.
+        role: `harmful`, `harmless`, `task`, or plain `prompts`.
+        system: the system prompt that each is read under, as a turn of its own in the chat template; "" for none.
     """
 
     texts: tuple[str, ...]

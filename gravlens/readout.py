@@ -57,6 +57,15 @@ def readout_openings(
 
     Tokens are read as in `readout`, each once; one that opens refusals and compliances alike ("I") is left out.
 
+    Args:
+        model: whose vocabulary it is read in.
+        direction: of one layer, of unit length.
+        refusals: how refusals of this model begin.
+        compliances: how its other answers begin.
+
+    Returns:
+        mean(refusals) − mean(compliances), logits.
+
     Raises:
         GravlensError: what `readout` raises, an opening that the vocabulary cannot write, or no first token of one
             side that the other lacks.

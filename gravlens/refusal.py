@@ -104,8 +104,8 @@ def choose_refusal(
 ) -> Chosen:
     """The candidate whose ablation leaves least refusal, among those that pass the filters.
 
-    It costs three passes over prompts a candidate. Ablation is at the output of every block; the paper's is at every
-    write to the residual stream, which `gravlens.weights.orthogonalized` does.
+    The selection of Arditi et al. (2024). It costs three passes over prompts a candidate. Ablation is at the output of
+    every block; theirs is at every write to the residual stream, which `gravlens.weights.orthogonalized` does.
 
     Args:
         model: the model of the candidates.

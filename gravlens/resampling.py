@@ -57,7 +57,7 @@ def bootstrap_alignment(
             prompts are resampled, since the drift's noise grows, so these lie too low (docs/statistics.md).
 
     Returns:
-        Columns `run` (`mean`: the mean over runs), `step, layer` (<NA>: the layer mean), `measure` (`alignment` or
+        Columns `run` (`mean`: the mean over runs), `step, layer` (`<NA>`: the layer mean), `measure` (`alignment` or
         `fraction`), `estimate, low, high`. The mean of a single run has no interval (NaN); a run without drift has no
         cosine, and makes its step's mean NaN.
 
@@ -160,7 +160,7 @@ def _table(
 
 
 def least_p_value(n_runs: int, alternative: Alternative = "greater") -> float:
-    """The smallest p that sign flips of so many runs can give: 2⁻ⁿ, twice that two-sided; 1/10,000 where drawn."""
+    """Least p of sign flips of `n_runs` runs: p = 2⁻ⁿ, twice that for a two-sided `alternative`; 1/10,000 if drawn."""
     one_sided = 2.0**-n_runs if n_runs <= ALL_SIGNS_UP_TO else 1 / (1 + RANDOM)
     return min(1.0, one_sided * (2 if alternative == "two-sided" else 1))
 
@@ -179,12 +179,12 @@ def sign_flip_test(
     corrected for the number of cells (`max_t`, `holm`).
 
     Args:
-        values: one value a run, or an array of them; the first axis is the run.
+        values: one value a run, of any unit, or an array of them; the first axis is the run.
         alternative: of the mean; two-sided is twice the smaller side, as in scipy.
         rng: source of randomness, for more than 12 runs.
 
     Returns:
-        p-values [*cell]; 1 where a run's value is NaN.
+        p-values [*cell]; 1 where a run's value is NaN. GravlensError without a run, or without an rng that is needed.
     """
     flipped = _flipped(values, rng)
     sides = {"greater": _share_reached(flipped), "less": _share_reached(-flipped)}
@@ -206,12 +206,12 @@ def max_t(
     which grows with Student's t and, unlike it, is finite: a flip does not change Σv².
 
     Args:
-        values: one value a run and cell, less its baseline (see `sign_flip_test`); the first axis is the run.
+        values: of any unit, one a run and cell, less its baseline (see `sign_flip_test`); the first axis is the run.
         alternative: of the means.
         rng: source of randomness, for more than 12 runs.
 
     Returns:
-        Adjusted p-values [*cell]; 1 where a run's value is NaN, or all are 0. No less than 2⁻ⁿ for n runs.
+        Adjusted p-values [*cell], 2⁻ⁿ at least; 1 where one is NaN, or all are 0. GravlensError as `sign_flip_test`.
     """
     flipped = _flipped(values, rng)
     signed = {"greater": flipped, "less": -flipped, "two-sided": np.abs(flipped)}[_checked(alternative)]
@@ -221,7 +221,7 @@ def max_t(
 
 
 def holm(p_values: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "*cell"]:
-    """Holm's step-down adjustment (1979): holds the family-wise error whatever the dependence, with less power."""
+    """p-values adjusted by Holm's step-down (1979): family-wise error held whatever the dependence, with less power."""
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p, axis=None)
     adjusted = np.empty(p.size)
@@ -279,8 +279,8 @@ class DetrendedCorrelation:
     """Do two measures go together beyond the trend that all runs share?
 
     Attributes:
-        correlation: Spearman's, after the mean over runs is taken out at each step; −1 to 1, NaN where nothing varies.
-        raw: Spearman's over all run-step pairs, trend and all: two curves that grow always correlate.
+        correlation: Spearman's ρ after the mean over runs is taken out at each step; −1 to 1, NaN where nothing varies.
+        raw: the same correlation over all run-step pairs, trend and all: two curves that grow always correlate.
         p_value: of `correlation`, by permuting whole runs of one measure against the other.
         n_runs: how many runs; all orders are enumerated up to 7, so no p is below 1 / n_runs!.
     """
@@ -301,12 +301,12 @@ def detrended_correlation(
 ) -> DetrendedCorrelation:
     """Correlation of two measures over runs and steps, less the step's mean over runs.
 
-    Taking differences is not enough: two curves that rise early and flatten have changes that shrink together. The mean
-    over runs at each step holds all that; what is left says whether a run that is ahead in x is ahead in y.
+    Spearman's ρ of x − mean(x) and y − mean(y), means over runs at each step: is a run that is ahead in x ahead in y?
+    Differences are not enough: two curves that rise early and flatten have changes that shrink together.
 
     Args:
-        x: e.g. the alignment, one row a run.
-        y: e.g. the harmfulness, the same runs and steps.
+        x: a measure of any unit, e.g. the alignment, one row a run.
+        y: a measure of any unit, e.g. the harmfulness, same runs and steps.
         of: `levels`, or `changes` from step to step.
         alternative: of the correlation.
         rng: source of randomness, for more than 7 runs.

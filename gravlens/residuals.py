@@ -54,7 +54,7 @@ class Residuals:
     index: Int[np.ndarray, "row 2"] | None = field(default=None, repr=False)
 
     def of(self, checkpoint: str) -> Float[np.ndarray, "prompt layer d_model"]:
-        """The states of one checkpoint."""
+        """The states of one checkpoint, residual units; GravlensError where these residuals hold none of that name."""
         if checkpoint not in self.checkpoints:
             raise GravlensError(
                 f"These residuals hold no checkpoint {checkpoint!r}.",

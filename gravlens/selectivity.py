@@ -31,6 +31,7 @@ def measure_selectivity(
         conditions: name -> an intervention, or several that act together.
         measures: name -> a score and its prompts: refusal on harmful ones, on harmless ones, log-likelihood of a task's
             answers. At least two.
+        n_random: random draws per condition.
         seed: of the draws. Draw i is the same set of directions for every measure.
 
     Returns:

@@ -114,8 +114,20 @@ def each(spans: Span | Spans) -> tuple[Span, ...]:
     return (spans,) if isinstance(spans, Direction | Subspace) else tuple(spans)
 
 
-def span_of(vectors: np.ndarray, *, layer: int, distance: float, name: str = "given") -> Subspace:
-    """The subspace that some vectors [vector, d_model] span; linearly dependent ones add nothing."""
+def span_of(
+    vectors: Float[np.ndarray, "*vector d_model"], *, layer: int, distance: float, name: str = "given"
+) -> Subspace:
+    """The subspace that some vectors span; linearly dependent ones add nothing.
+
+    Args:
+        vectors: [vector, d_model], or one; of any length.
+        layer: whose residual stream they lie in.
+        distance: the witness–anchor distance there, residual units; strength is counted in it.
+        name: how the subspace calls what it was made by.
+
+    Raises:
+        GravlensError: the vectors are all zero.
+    """
     basis = orth(np.atleast_2d(np.asarray(vectors, dtype=np.float64)).T).T
     if not len(basis):
         raise GravlensError(f"The vectors ({name}) are all zero.", "A subspace has a direction.", "other vectors.")
@@ -148,6 +160,9 @@ def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequenc
         directions: v_rev, whose layers and distances are kept.
         at: names of checkpoints, `"{run}/{step}"`; drifts of several are put together.
         rank: how many components.
+
+    Raises:
+        GravlensError: a layer or checkpoint that the residuals lack, or more components than drifts.
     """
     spaces = []
     for direction in directions.defined():
@@ -160,14 +175,14 @@ def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequenc
 
 
 def whole_state(directions: Directions) -> Subspaces:
-    """All of the residual stream at each layer: with it a penalty is the full-vector anchor."""
+    """All of the residual stream at each layer, Q = 1: with it a penalty is the full-vector anchor."""
     return Subspaces(
         tuple(Subspace(np.eye(len(d.vector)), d.layer, d.distance, "whole_state", d.prompts) for d in directions)
     )
 
 
 def orthogonal_part(spaces: Subspaces, directions: Spans) -> Subspaces:
-    """What is left of each subspace when its layer's direction (or subspace) is taken out; its rank may fall.
+    """What is left of each subspace, Q (1 − PᵀP), when its layer's span with basis P is taken out; its rank may fall.
 
     Raises:
         GravlensError: nothing is left.
@@ -191,12 +206,15 @@ def orthogonal_part(spaces: Subspaces, directions: Spans) -> Subspaces:
 
 
 def principal_angles(one: Span, other: Span) -> Float[np.ndarray, " rank"]:
-    """Angles between two subspaces of a layer, degrees, ascending; the cosine of the first is their largest overlap."""
+    """Angles between two subspaces of a layer, degrees, ascending; the cosine of the first is their largest overlap.
+
+    The singular values of Q_1 Q_2ᵀ are their cosines (Björck and Golub 1973; scipy).
+    """
     return np.degrees(subspace_angles(one.basis.T.astype(np.float64), other.basis.T.astype(np.float64)))[::-1]
 
 
 def share_within(vectors: Float[np.ndarray, "prompt d_model"], span: Span) -> float:
-    """Which part of the vectors' summed squared length lies in a span: 1 is all of it."""
+    """Which share of the vectors' summed squared length lies in a span with basis Q: Σ‖Q x‖² / Σ‖x‖²; 1: all of it."""
     vectors = vectors.astype(np.float64)
     return float(((vectors @ span.basis.T.astype(np.float64)) ** 2).sum() / (vectors**2).sum())
 
@@ -204,7 +222,17 @@ def share_within(vectors: Float[np.ndarray, "prompt d_model"], span: Span) -> fl
 def random_spans(
     spans: Spans, *, rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
 ) -> Spans:
-    """A random twin of the same layers, ranks and distances: isotropic, or from the covariance of `states`."""
+    """A random twin of the same layers, ranks and distances: isotropic, or from the covariance of states.
+
+    Args:
+        spans: whose layers, ranks and distances are kept.
+        rng: source of randomness.
+        states: of these layers, in their order, any unit: each vector is a random mixture Σ_i g_i (h_i − mean h), with
+            g normal.
+
+    Raises:
+        GravlensError: states that do not vary.
+    """
     if isinstance(spans, Directions):
         return random_directions(spans, rng=rng, states=states)
     twins = []

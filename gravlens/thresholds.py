@@ -21,9 +21,9 @@ class Threshold:
 
     Attributes:
         statistic: `fraction`, or `alignment` (which exceeds nothing where it is not judged).
-        value: what is exceeded.
+        value: what is exceeded, a fraction or a cosine.
         patience: evaluations in a row.
-        quantile: of the null runs; None: the value was set by hand.
+        quantile: probability that a null run stays below; None: the value was set by hand.
         n_runs: how many null runs it comes from.
         last_step: the null runs' last; a longer run is not watched with it. None: it serves any.
         layers: of the null runs' mean; None: it serves any.
@@ -64,7 +64,7 @@ def calibrate(
 
     Args:
         nulls: `Monitor.table` of each null run, or of `follow`; or draws of one run's cosine, such as `weight_noise`'s.
-        quantile: of the null runs' largest values.
+        quantile: of the null runs' largest values, a probability.
         statistic: default: `fraction` of tables; draws are cosines, `alignment`.
         patience: evaluations in a row that a run must exceed the threshold at.
         source: the null runs in a word; draws have a name of their own.

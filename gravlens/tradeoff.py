@@ -18,7 +18,8 @@ def at_equal_task_loss(
     """Hold each arm against the reference arm at the arm's own task loss.
 
     The reference's points (its steps, which are early stops, or the same run at lower rates) are joined by straight
-    lines in the order of their task loss, points of equal loss at their mean; nothing is read beyond their ends.
+    lines in the order of their task loss, points of equal loss at their mean; nothing is read beyond their ends
+    (docs/comparison.md).
 
     Args:
         table: one row a checkpoint, with columns `arm`, `task_loss`, the measure, and those of `by`.

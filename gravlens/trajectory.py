@@ -23,7 +23,7 @@ class Trajectory:
     """The drift of every run, measured along one direction a layer.
 
     Attributes:
-        table: one row per run × step × layer × prompt set: `run`, `step`, `layer` (<NA> is the mean over
+        table: one row per run × step × layer × prompt set: `run`, `step`, `layer` (`<NA>` is the mean over
             `layers_in_mean`), `prompts` (`given`: those the directions were estimated on; `held_out`: others),
             `alignment` (cosine), `projection` (residual units), `fraction` (projection / distance: 0 the anchor, 1 all
             the way back), `drift_norm` (residual units), `judged` (the drift is longer than 2 % of the distance).
@@ -38,7 +38,7 @@ class Trajectory:
     n_anchors: int = 1
 
     def summary(self, prompts: str = "held_out") -> pd.DataFrame:
-        """Mean ± SEM over runs of the layer mean, one row per step: columns (measure, mean | sem | count)."""
+        """Mean ± SEM over runs of the layer mean's `alignment, fraction`, a row a step: (measure, mean|sem|count)."""
         rows = self.table[self.table.layer.isna()]
         chosen = rows[rows.prompts == (prompts if (rows.prompts == prompts).any() else "given")]
         return chosen.groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])

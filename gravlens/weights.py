@@ -34,7 +34,7 @@ FAR = 1000.0  # how much further the second push goes: a norm after the write wo
 def orthogonalize(
     source: Checkpoint | Path | str | nn.Module | OpenModel, direction: Direction, *, out: Path | str
 ) -> Path:
-    """Save `orthogonalized(source, direction)` as an ordinary Hugging Face folder, whole or not at all.
+    """Save `orthogonalized`, W ← W − v (vᵀ W), as an ordinary Hugging Face folder, whole or not at all.
 
     Args:
         source: see `orthogonalized`, like `direction`; it is never changed.

@@ -78,7 +78,7 @@ class Rehearsal:
         _check(self)
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Encode the examples."""
+        """Encode the examples; GravlensError where there are none."""
         if not self.examples:
             raise GravlensError("No examples were given.", "Rehearsal needs some.", "[Example(prompt, refusal)].")
         encoded = [encode_example(model.tokenizer, example) for example in self.examples]

@@ -59,7 +59,7 @@ class GradientAblation:
 
     Attributes:
         directions: a direction or subspace a layer.
-        strength: 1 removes all of the gradient there.
+        strength: share of the gradient there that is removed; 1 is all of it.
     """
 
     directions: Spans

@@ -154,7 +154,7 @@ class TaskVectorProjection:
     two_sided: bool = False
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Take the anchor's weights and the task vector, tensor by tensor."""
+        """Take the anchor's weights and the task vector; GravlensError where their tensors do not match."""
         witness = open_model(self.witness).module
         for module in (witness, model.module):
             check_unquantised(module, "A task vector")
