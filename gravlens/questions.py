@@ -36,6 +36,11 @@ def located(states: Residuals, layers: Sequence[int] = ()) -> Directions:
     return Directions(tuple(locate_vrev(states, layer=layer) for layer in sorted({*layers})))
 
 
+def vrev_of(sequence: ModelSequence, layers: Sequence[int] = (), *, placement: Placement = Placement()) -> Directions:
+    """v_rev at some layers, or at every layer that has one."""
+    return located(ends(sequence, layers=layers, placement=placement), layers).defined()
+
+
 def checkpoint_of(sequence: ModelSequence, name: str | None = None) -> Checkpoint:
     """A checkpoint by its name; default: the last one of the first run."""
     if name is None and sequence.runs:

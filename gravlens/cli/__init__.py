@@ -6,11 +6,11 @@ import typer
 
 from gravlens import __version__
 from gravlens.cli import history, interventions, results, storage
-from gravlens.cli.failures import OneMessage
+from gravlens.cli.failures import Commands
 
 app = typer.Typer(
     name="gravlens",
-    cls=OneMessage,
+    cls=Commands,
     help="Find, follow, test and block the direction along which harmless fine-tuning undoes alignment.",
     epilog="Every option can be set by the environment variable that its help shows. All commands: docs/cli.md",
     context_settings={"auto_envvar_prefix": "GRAVLENS"},

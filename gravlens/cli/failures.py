@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from gravlens.cli.options import from_environment, variable
 from gravlens.cli.screen import fail
@@ -16,8 +16,26 @@ USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer keep
 OWN = ("version", "help", "install_completion", "show_completion")
 
 
-class OneMessage(TyperGroup):
-    """Commands whose failures are one message on stderr, never a traceback where the input was bad."""
+class OneMessage:
+    """A command whose failures are one message on stderr, never a traceback where the input was bad."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options."""
+        with one_message():
+            return super().parse_args(ctx, args)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; of a group, read the options of one of its commands and run that."""
+        with one_message():
+            return super().invoke(ctx)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Script(OneMessage, TyperCommand):
+    """A command by itself, as the scripts of analyses/ are."""
+
+
+class Commands(OneMessage, TyperGroup):
+    """Commands whose options have environment variables."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """GRAVLENS_VERSION and the like are no options: whoever sets such a variable means something else."""
@@ -26,16 +44,6 @@ class OneMessage(TyperGroup):
             if param.name in OWN:
                 param.allow_from_autoenv = False  # pyright: ignore[reportAttributeAccessIssue]
         return params
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the options before the command."""
-        with one_message():
-            return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Read the command's own options and run it."""
-        with one_message():
-            return super().invoke(ctx)
 
 
 @contextmanager
