@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from typing import Literal
 
 import pandas as pd
@@ -48,7 +48,8 @@ class Ablation:
         """The answer in words."""
         score, prompts = self.table.attrs.get("score", "score"), int(self.best["n_prompts"])
         back = "comes back" if self.comes_back else "does not come back"
-        way = f" ({self.share:.0%} of the way to the anchor)" if self.share == self.share else ""
+        known = self.comes_back and not isnan(self.share)
+        way = f" ({self.share:.0%} of the way to the anchor)" if known else ""
         return [
             f"{self.checkpoint}, {prompts} prompts; {score} of the anchor: {self.anchor:+.2f}",
             f"largest rise of {len(self.table)}: {described(self.best)}",

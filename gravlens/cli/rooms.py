@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     import gravlens.checkpoints as checkpoints
     import gravlens.directions as directions
     import gravlens.fetch as fetch
+    import gravlens.finetune as finetune
     import gravlens.inspection as inspection
     import gravlens.machine as machine
+    import gravlens.paired as paired
     import gravlens.paper as paper
     import gravlens.placement as placement
     import gravlens.planning as planning
     import gravlens.plots as plots
+    import gravlens.prompts as prompts
     import gravlens.questions as questions
     import gravlens.report as report
     import gravlens.reproduce as reproduce
