@@ -14,6 +14,7 @@ import pandas as pd
 import typer
 
 from gravlens.arms import UNBLOCKED, Arm, core_arms, dose_arms, further_arms
+from gravlens.cli.failures import Script
 from gravlens.comparison import compare_arms, compare_layers, orderings
 from gravlens.errors import GravlensError
 from gravlens.experiment import carry_out
@@ -31,7 +32,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 SHOWN = ["harmfulness", "fraction_heldout", "alignment_heldout", "over_refusal", "task_loss", "kl", "step_cost_ratio"]
 
 
-@app.command()
+@app.command(cls=Script)
 def main(
     sequence: Annotated[
         Path | None,
@@ -63,27 +64,24 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the tables and the figure.")] = Path("."),
 ) -> None:
     """Which blocker holds the harm, which holds v_rev, at what cost?"""
-    try:
-        if (sequence is None) != (data is None) or sum([sequence is not None, bool(organism), pretrained]) != 1:
-            raise GravlensError(
-                "It is not clear what to compare on.",
-                "One of: SEQUENCE.toml with --data, --organism, --pretrained.",
-                "--organism 4, which takes some minutes.",
-            )
-        chosen = settings_of(organism, pretrained, runs=runs, threads=threads)
-        if sequence is not None and data is not None:
-            recipe = Recipe(steps, 8, learning_rate, weight_decay=0.0, lora=lora or None)
-            own = {"layers": tuple(layer), "recipe": recipe, "measures": measures_of(openings, compliances)}
-            threads = threads or GivenHistory.threads
-            chosen["given"] = GivenHistory(sequence, data, runs=runs, threads=threads, **own)
-        tables, layers = [], []
-        for name, setting in chosen.items():
-            arms = arms_of(setting, runs, arm, doses)
-            home = carry_out(setting, cache_folder(), arms=[] if read_only else arms, workers=workers or None)
-            tables.append(compare_arms(setting, home, arms, organism=name))
-            layers.append(compare_layers(setting, home, arms, organism=name))
-    except GravlensError as error:
-        raise typer.BadParameter(str(error)) from error
+    if (sequence is None) != (data is None) or sum([sequence is not None, bool(organism), pretrained]) != 1:
+        raise GravlensError(
+            "It is not clear what to compare on.",
+            "One of: SEQUENCE.toml with --data, --organism, --pretrained.",
+            "--organism 4, which takes some minutes.",
+        )
+    chosen = settings_of(organism, pretrained, runs=runs, threads=threads)
+    if sequence is not None and data is not None:
+        recipe = Recipe(steps, 8, learning_rate, weight_decay=0.0, lora=lora or None)
+        own = {"layers": tuple(layer), "recipe": recipe, "measures": measures_of(openings, compliances)}
+        threads = threads or GivenHistory.threads
+        chosen["given"] = GivenHistory(sequence, data, runs=runs, threads=threads, **own)
+    tables, layers = [], []
+    for name, setting in chosen.items():
+        arms = arms_of(setting, runs, arm, doses)
+        home = carry_out(setting, cache_folder(), arms=[] if read_only else arms, workers=workers or None)
+        tables.append(compare_arms(setting, home, arms, organism=name))
+        layers.append(compare_layers(setting, home, arms, organism=name))
     table = pd.concat(tables, ignore_index=True)
     write(table, pd.concat(layers, ignore_index=True), out)
     tell(table)

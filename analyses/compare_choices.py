@@ -12,16 +12,17 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from ablate_layer import MaxPrompts, Out, Prompts, SequenceFile, prompts_of
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gravlens.checkpoints import ModelSequence
 from gravlens.choices import compare_choices, final_choices
-from gravlens.errors import GravlensError
+from gravlens.cli.failures import Script
+from gravlens.cli.options import MAX_PROMPTS, OUT_FOLDER, PROMPTS, SEQUENCE
 from gravlens.geometry import centred, raw, standardised, whitened, without_top
 from gravlens.heatmaps import plot_heatmap
 from gravlens.plots import plot_alignment
+from gravlens.questions import prompts_of
 from gravlens.residuals import cache_residuals
 from gravlens.store import write_atomically
 from gravlens.style import STYLE, save_figure
@@ -29,28 +30,25 @@ from gravlens.style import STYLE, save_figure
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Script)
 def main(
-    sequence: SequenceFile,
+    sequence: SEQUENCE,
     layer: Annotated[
         list[int], typer.Option(help="A layer of the mean, counted from 0; repeat it. Default: all with a v_rev.")
     ] = [],  # noqa: B006
     remove: Annotated[
         list[int], typer.Option(min=1, help="So many top components removed, as a geometry; repeat it.")
     ] = [1, 3],  # noqa: B006
-    prompts: Prompts = None,
-    max_prompts: MaxPrompts = None,
-    out: Out = Path("."),
+    prompts: PROMPTS = None,
+    max_prompts: MAX_PROMPTS = None,
+    out: OUT_FOLDER = Path("."),
 ) -> None:
     """Does the conclusion depend on how v_rev is estimated, and in which geometry a cosine is taken?"""
-    try:
-        history = ModelSequence.from_toml(sequence)
-        layers, asked = sorted({*layer}) or None, prompts_of(history, prompts, max_prompts)
-        states = [cache_residuals(history, one, layers=layers) for one in (history.require_probes(), asked)]
-        geometries = [raw, centred, standardised, whitened, *(partial(without_top, k=k) for k in sorted({*remove}))]
-        table = compare_choices(*states, layers_in_mean=layers, geometries=geometries)
-    except GravlensError as error:
-        raise typer.BadParameter(str(error)) from error
+    history = ModelSequence.from_toml(sequence)
+    layers, asked = sorted({*layer}) or None, prompts_of(history, prompts, max_prompts)
+    states = [cache_residuals(history, one, layers=layers) for one in (history.require_probes(), asked)]
+    geometries = [raw, centred, standardised, whitened, *(partial(without_top, k=k) for k in sorted({*remove}))]
+    table = compare_choices(*states, layers_in_mean=layers, geometries=geometries)
     write_atomically(out / "choices.csv", table.to_csv(index=False, float_format="%.6g").encode())
     save_figure(draw(table), out / "choices")
     typer.echo(summary(table))

@@ -13,37 +13,27 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from ablate_layer import (
-    Compliances,
-    MaxPrompts,
-    Openings,
-    Out,
-    Prompts,
-    SequenceFile,
-    checkpoint_of,
-    opened,
-    prompts_of,
-    score_of,
-)
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS
 from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.cli.failures import Script
+from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
 from gravlens.damage import UNDAMAGED, Damage, change_norm, measure_damage, pruned, rounded, sign_flipped, updated
 from gravlens.directions import locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.heatmaps import plot_heatmap
 from gravlens.models import OpenModel, open_model
+from gravlens.questions import checkpoint_of, opened, prompts_of, score_of
 from gravlens.store import write_atomically
 from gravlens.style import STYLE, save_figure
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Script)
 def main(
-    sequence: SequenceFile,
+    sequence: SEQUENCE,
     checkpoint: Annotated[
         str | None, typer.Option(help="RUN/STEP whose update is mirrored and matched. Default: the first run's last.")
     ] = None,
@@ -54,27 +44,24 @@ def main(
     layer: Annotated[
         list[int], typer.Option(help="A layer of the mean, from 0; repeat it. Default: every layer with a v_rev.")
     ] = [],  # noqa: B006
-    prompts: Prompts = None,
-    max_prompts: MaxPrompts = None,
-    out: Out = Path("."),
-    openings: Openings = list(DEFAULT_REFUSAL_OPENINGS),  # noqa: B006
-    compliances: Compliances = [],  # noqa: B006
+    prompts: PROMPTS = None,
+    max_prompts: MAX_PROMPTS = None,
+    out: OUT_FOLDER = Path("."),
+    openings: OPENINGS = [],  # noqa: B006
+    compliances: COMPLIANCES = [],  # noqa: B006
 ) -> None:
     """Does damage alone (rounding, pruning, a mirrored update) move a model along v_rev, and does it undo refusal?"""
-    try:
-        history = ModelSequence.from_toml(sequence)
-        tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-        anchor, vs, score = opened(history, history.anchor), locate_vrev(history), score_of(openings, compliances)
-        kinds = damages_of(anchor, tuned, bits, share) | {"run": runs_of(history, tuned)}
-        damages = {name: damage for kind in kinds.values() for name, damage in kind.items()}
-        table = measure_damage(anchor, vs, asked, damages=damages, layers_in_mean=layer or None, score=score)
-        kind_of = {UNDAMAGED: "none"} | {name: kind for kind, named in kinds.items() for name in named}
-        table.insert(1, "kind", table["damage"].map(kind_of))
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "damage.csv", table.to_csv(index=False).encode())
-        save_figure(draw(table), out / "damage")
-    except GravlensError as error:
-        raise typer.BadParameter(str(error)) from error
+    history = ModelSequence.from_toml(sequence)
+    tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
+    anchor, vs, score = opened(history, history.anchor), locate_vrev(history), score_of(openings, compliances)
+    kinds = damages_of(anchor, tuned, bits, share) | {"run": runs_of(history, tuned)}
+    damages = {name: damage for kind in kinds.values() for name, damage in kind.items()}
+    table = measure_damage(anchor, vs, asked, damages=damages, layers_in_mean=layer or None, score=score)
+    kind_of = {UNDAMAGED: "none"} | {name: kind for kind, named in kinds.items() for name in named}
+    table.insert(1, "kind", table["damage"].map(kind_of))
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "damage.csv", table.to_csv(index=False).encode())
+    save_figure(draw(table), out / "damage")
     typer.echo(summary(table, tuned.name))
 
 

@@ -13,18 +13,6 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from ablate_layer import (
-    Compliances,
-    MaxPrompts,
-    Openings,
-    Out,
-    Prompts,
-    SequenceFile,
-    checkpoint_of,
-    directions_of,
-    opened,
-    prompts_of,
-)
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,12 +20,14 @@ from matplotlib.ticker import PercentFormatter
 
 from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS
 from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.cli.failures import Script
+from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
 from gravlens.decomposition import OWN, REST, WHOLE, ancestor_pull, split_drift, split_update
 from gravlens.directions import Directions
-from gravlens.errors import GravlensError
 from gravlens.interventions import everywhere
 from gravlens.models import OpenModel
 from gravlens.prompts import PromptSet
+from gravlens.questions import checkpoint_of, opened, prompts_of, vrev_of
 from gravlens.readout import readout, readout_openings
 from gravlens.refusal import refusal_candidates
 from gravlens.residuals import Residuals, cache_residuals
@@ -54,9 +44,9 @@ SHOWN = 5  # tokens of either end on the screen
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Script)
 def main(
-    sequence: SequenceFile,
+    sequence: SEQUENCE,
     checkpoint: Annotated[
         list[str], typer.Option(help="RUN/STEP whose weights are compared; repeat it. Default: all of all runs.")
     ] = [],  # noqa: B006
@@ -75,28 +65,25 @@ def main(
         list[int], typer.Option(help="A layer, counted from 0; repeat it. Default: every layer with a v_rev.")
     ] = [],  # noqa: B006
     top: Annotated[int, typer.Option(min=1, help="So many tokens of either end of the vocabulary readout.")] = 10,
-    prompts: Prompts = None,
-    max_prompts: MaxPrompts = None,
-    out: Out = Path("."),
-    openings: Openings = list(DEFAULT_REFUSAL_OPENINGS),  # noqa: B006
-    compliances: Compliances = [],  # noqa: B006
+    prompts: PROMPTS = None,
+    max_prompts: MAX_PROMPTS = None,
+    out: OUT_FOLDER = Path("."),
+    openings: OPENINGS = [],  # noqa: B006
+    compliances: COMPLIANCES = [],  # noqa: B006
 ) -> None:
     """Where does the motion of fine-tuning go: in activations, in weights, and in words?"""
-    try:
-        history = ModelSequence.from_toml(sequence)
-        chosen, asked = weights_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-        anchor, parts = opened(history, history.anchor), {"v_rev": directions_of(history, layer, not layer)}
-        if (direction := refusal_of(history, anchor, refusal, parts["v_rev"].layers)) is not None:
-            parts["refusal"] = direction
-        read = readouts(anchor, parts, top, openings, compliances)
-        drift = states(history, ancestor, asked, parts["v_rev"].layers)
-        split = splits(drift, parts, components)
-        pulls = ancestors(drift, ancestor)
-        update = split_update(history.anchor, history.witness, chosen)
-        write(out, {"drift_parts": split, "ancestors": pulls, "update_parts": update, "readout": read})
-        save_figure(draw(split), out / "decompose_drift")
-    except GravlensError as error:
-        raise typer.BadParameter(str(error)) from error
+    history = ModelSequence.from_toml(sequence)
+    chosen, asked = weights_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
+    anchor, parts = opened(history, history.anchor), {"v_rev": vrev_of(history, layer)}
+    if (direction := refusal_of(history, anchor, refusal, parts["v_rev"].layers)) is not None:
+        parts["refusal"] = direction
+    read = readouts(anchor, parts, top, openings, compliances)
+    drift = states(history, ancestor, asked, parts["v_rev"].layers)
+    split = splits(drift, parts, components)
+    pulls = ancestors(drift, ancestor)
+    update = split_update(history.anchor, history.witness, chosen)
+    write(out, {"drift_parts": split, "ancestors": pulls, "update_parts": update, "readout": read})
+    save_figure(draw(split), out / "decompose_drift")
     typer.echo(summary(split, pulls, update, read))
 
 
@@ -132,7 +119,9 @@ def readouts(
             table = readout(anchor, direction, top=top)
             apart = np.nan
             if compliances:
-                apart = readout_openings(anchor, direction, refusals=openings, compliances=compliances)
+                apart = readout_openings(
+                    anchor, direction, refusals=openings or DEFAULT_REFUSAL_OPENINGS, compliances=compliances
+                )
             tables.append(table.assign(direction=name, layer=direction.layer, refusals_minus_compliances=apart))
     return pd.concat(tables, ignore_index=True)[["direction", "layer", "token", "logit", "refusals_minus_compliances"]]
 

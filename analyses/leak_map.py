@@ -18,30 +18,20 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import typer
-from ablate_layer import (
-    Compliances,
-    MaxPrompts,
-    Openings,
-    Out,
-    Prompts,
-    SequenceFile,
-    checkpoint_of,
-    opened,
-    prompts_of,
-    score_of,
-)
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gravlens import __version__
-from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS
 from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.cli.failures import Script
+from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
 from gravlens.directions import Directions, locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.heatmaps import plot_heatmap
 from gravlens.interventions import everywhere
 from gravlens.leaks import candidate_spans, leak_map, patch_spans, rank_table, smallest_rank
 from gravlens.prompts import PromptSet
+from gravlens.questions import checkpoint_of, opened, prompts_of, score_of
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.store import write_atomically, write_json
 from gravlens.style import STYLE, save_figure
@@ -69,9 +59,9 @@ class Question:
     compliances: Sequence[str]
 
 
-@app.command()
+@app.command(cls=Script)
 def main(
-    sequence: SequenceFile,
+    sequence: SEQUENCE,
     checkpoint: Annotated[str | None, typer.Option(help="RUN/STEP. Default: the first run's last.")] = None,
     fit_on: Annotated[
         list[str], typer.Option(help="RUN/STEP whose drift is fitted; repeat it. Default: each other run's last.")
@@ -88,26 +78,23 @@ def main(
     refusal: Annotated[
         Path | None, typer.Option(help="A refusal direction, file of Directions.save; one alone is used at all layers.")
     ] = None,
-    prompts: Prompts = None,
-    max_prompts: MaxPrompts = None,
-    out: Out = Path("."),
+    prompts: PROMPTS = None,
+    max_prompts: MAX_PROMPTS = None,
+    out: OUT_FOLDER = Path("."),
     n_random: Annotated[int, typer.Option(min=1, help="Random spans of each rank and kind.")] = 3,
-    openings: Openings = list(DEFAULT_REFUSAL_OPENINGS),  # noqa: B006
-    compliances: Compliances = [],  # noqa: B006
+    openings: OPENINGS = [],  # noqa: B006
+    compliances: COMPLIANCES = [],  # noqa: B006
 ) -> None:
     """Where has a fine-tuned model moved, and which of its directions carry the refusals that it lost?"""
-    try:
-        history = ModelSequence.from_toml(sequence)
-        tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-        positions, ranks, layers = sorted({*position, -1}), sorted({*rank}), sorted({*layer}) or None
-        question = Question(
-            history, tuned, others_of(history, tuned, fit_on), asked, positions, ranks, layers, refusal, n_random,
-            openings, compliances,
-        )  # fmt: skip
-        tables = measure(question, out)
-        save_figure(draw(question, *tables), out / "leak_map")
-    except GravlensError as error:
-        raise typer.BadParameter(str(error)) from error
+    history = ModelSequence.from_toml(sequence)
+    tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
+    positions, ranks, layers = sorted({*position, -1}), sorted({*rank}), sorted({*layer}) or None
+    question = Question(
+        history, tuned, others_of(history, tuned, fit_on), asked, positions, ranks, layers, refusal, n_random,
+        openings, compliances,
+    )  # fmt: skip
+    tables = measure(question, out)
+    save_figure(draw(question, *tables), out / "leak_map")
     typer.echo(summary(*tables, tuned.name))
 
 

@@ -14,62 +14,50 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from ablate_layer import (
-    Compliances,
-    MaxPrompts,
-    NRandom,
-    Openings,
-    Prompts,
-    SequenceFile,
-    checkpoint_of,
-    described,
-    opened,
-    prompts_of,
-    score_of,
-    write,
-)
 from tqdm.auto import tqdm
 
-from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS, Score
+from gravlens.ablation import described
+from gravlens.behavior import Score
 from gravlens.checkpoints import ModelSequence
+from gravlens.cli.failures import Script
+from gravlens.cli.files import write_effect
+from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, N_RANDOM, OPENINGS, PROMPTS, SEQUENCE
 from gravlens.directions import Direction, Directions, locate_vrev, random_directions
 from gravlens.effects import name_of, summarise
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model
 from gravlens.prompts import PromptSet
+from gravlens.questions import checkpoint_of, opened, prompts_of, score_of
 from gravlens.weights import orthogonalize, orthogonalized
 
 SAME_WITHIN = 1e-4
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Script)
 def main(
-    sequence: SequenceFile,
+    sequence: SEQUENCE,
     layer: Annotated[int, typer.Option(help="The layer whose v_rev is taken out, counted from 0.")],
     checkpoint: Annotated[str | None, typer.Option(help="RUN/STEP, or anchor. Default: the first run's last.")] = None,
-    prompts: Prompts = None,
-    max_prompts: MaxPrompts = None,
+    prompts: PROMPTS = None,
+    max_prompts: MAX_PROMPTS = None,
     out: Annotated[Path, typer.Option(help="Folder for the table, the figure and, in model/, the new checkpoint.")] = (
         Path("orthogonalized")
     ),
-    n_random: NRandom = 20,
-    openings: Openings = list(DEFAULT_REFUSAL_OPENINGS),  # noqa: B006 (typer copies it)
-    compliances: Compliances = [],  # noqa: B006
+    n_random: N_RANDOM = 20,
+    openings: OPENINGS = [],  # noqa: B006 (typer copies it)
+    compliances: COMPLIANCES = [],  # noqa: B006
 ) -> None:
     """Does taking v_rev out of the fine-tuned model's weights bring refusal back?"""
-    try:
-        history = ModelSequence.from_toml(sequence)
-        tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-        score, direction = score_of(openings, compliances), locate_vrev(history, layer=layer)
-        anchor = float(score(opened(history, history.anchor), asked).mean())
-        model = opened(history, tuned)
-        folder = made(model, direction, out / "model")
-        after = open_model(folder, tokenizer=model.tokenizer)
-        table = measure(model, after, direction, score=score, prompts=asked, n_random=n_random)
-        write(table, out / "orthogonalize")
-    except GravlensError as error:
-        raise typer.BadParameter(str(error)) from error
+    history = ModelSequence.from_toml(sequence)
+    tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
+    score, direction = score_of(openings, compliances), locate_vrev(history, layer=layer)
+    anchor = float(score(opened(history, history.anchor), asked).mean())
+    model = opened(history, tuned)
+    folder = made(model, direction, out / "model")
+    after = open_model(folder, tokenizer=model.tokenizer)
+    table = measure(model, after, direction, score=score, prompts=asked, n_random=n_random)
+    write_effect(table, out / "orthogonalize")
     typer.echo(f"{tuned.name}, {len(asked)} prompts; {table.attrs['score']} of the anchor: {anchor:+.2f}")
     typer.echo(f"{summary(table, anchor)}\nthe checkpoint without v_rev: {folder}")
 

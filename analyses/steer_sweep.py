@@ -12,66 +12,57 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from ablate_layer import (
-    Compliances,
-    EveryLayer,
-    Layers,
-    MaxPrompts,
-    NRandom,
-    Openings,
-    Out,
-    Prompts,
-    SequenceFile,
-    checkpoint_of,
-    described,
-    directions_of,
-    opened,
-    prompts_of,
-    score_of,
-    write,
-)
 
-from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS
+from gravlens.ablation import described
 from gravlens.checkpoints import ModelSequence
+from gravlens.cli.failures import Script
+from gravlens.cli.files import write_effect
+from gravlens.cli.options import (
+    COMPLIANCES,
+    EVERY_LAYER,
+    LAYERS,
+    MAX_PROMPTS,
+    N_RANDOM,
+    OPENINGS,
+    OUT_FOLDER,
+    PROMPTS,
+    SEQUENCE,
+    chosen_layers,
+)
 from gravlens.effects import layerwise_effect
-from gravlens.errors import GravlensError
 from gravlens.interventions import Steer
+from gravlens.questions import checkpoint_of, opened, prompts_of, score_of, vrev_of
 
 STRENGTHS = [0.25, 0.5, 1.0, 2.0]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Script)
 def main(
-    sequence: SequenceFile,
-    layer: Layers = [],  # noqa: B006
-    all_layers: EveryLayer = False,
+    sequence: SEQUENCE,
+    layer: LAYERS = [],  # noqa: B006
+    all_layers: EVERY_LAYER = False,
     strength: Annotated[
         list[float], typer.Option(help="In units of the witness–anchor distance; repeat it.")
     ] = STRENGTHS,
     checkpoint: Annotated[str, typer.Option(help="The checkpoint that is steered: anchor, witness or RUN/STEP.")] = (
         "anchor"
     ),
-    prompts: Prompts = None,
-    max_prompts: MaxPrompts = None,
-    out: Out = Path("."),
-    n_random: NRandom = 20,
-    openings: Openings = list(DEFAULT_REFUSAL_OPENINGS),  # noqa: B006
-    compliances: Compliances = [],  # noqa: B006
+    prompts: PROMPTS = None,
+    max_prompts: MAX_PROMPTS = None,
+    out: OUT_FOLDER = Path("."),
+    n_random: N_RANDOM = 20,
+    openings: OPENINGS = [],  # noqa: B006
+    compliances: COMPLIANCES = [],  # noqa: B006
 ) -> None:
     """Does adding v_rev in the anchor take refusal away?"""
-    try:
-        history = ModelSequence.from_toml(sequence)
-        steered, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-        score, directions = score_of(openings, compliances), directions_of(history, layer, all_layers)
-        witness = float(score(opened(history, history.witness), asked).mean())
-        model = opened(history, steered)
-        table = layerwise_effect(
-            model, directions, steers(strength), score=score, prompts=asked, n_random=n_random
-        ).table
-        write(table, out / "steer_sweep")
-    except GravlensError as error:
-        raise typer.BadParameter(str(error)) from error
+    history = ModelSequence.from_toml(sequence)
+    steered, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
+    score, directions = score_of(openings, compliances), vrev_of(history, chosen_layers(layer, all_layers))
+    witness = float(score(opened(history, history.witness), asked).mean())
+    model = opened(history, steered)
+    table = layerwise_effect(model, directions, steers(strength), score=score, prompts=asked, n_random=n_random).table
+    write_effect(table, out / "steer_sweep")
     typer.echo(f"{steered.name}, {len(asked)} prompts; {table.attrs['score']} of the witness: {witness:+.2f}")
     typer.echo(summary(table))
 

