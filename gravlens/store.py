@@ -37,14 +37,15 @@ def write_atomically(path: Path, content: bytes) -> Path:
 
 def write_json(path: Path, content: Any) -> Path:
     """Write JSON in one step; NaN is written as null."""
-    return write_atomically(path, (json.dumps(_without_nan(content), indent=1) + "\n").encode())
+    return write_atomically(path, (json.dumps(without_nan(content), indent=1) + "\n").encode())
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """What JSON can hold: NaN and infinities become null, numpy's numbers Python's."""
     if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
+        return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not np.isfinite(value) else value
@@ -77,7 +78,7 @@ def _header_bytes(header: Mapping[str, Any]) -> bytes:
 
 
 def _header(kind: str, meta: Mapping[str, Any]) -> dict[str, str]:
-    return {"gravlens": kind, "convention": CONVENTION, "meta": json.dumps(_without_nan(dict(meta)))}
+    return {"gravlens": kind, "convention": CONVENTION, "meta": json.dumps(without_nan(dict(meta)))}
 
 
 def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

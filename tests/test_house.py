@@ -27,7 +27,7 @@ ROOMS = (
     "errors prompt_files precision placement prompts store folders hub sequence_file checkpoints processing adapters "
     "ahead bridge models swapping tokenizer inference gguf positions passes fingerprints residual_store readings "
     "stored_readings residuals moments costs machine planning contrasts behavior strongreject judges divergence "
-    "covariance directions estimators trajectory geometry subspaces interventions hooks weights nulls choices noise "
+    "covariance directions estimators trajectory geometry subspaces interventions hooks weights exchange inspect_logs nulls choices noise "
     "controls damage resampling crossfit decomposition inspection readout effects selectivity tradeoff demands claims "
     "refusal leaks blocking blockers thresholds monitor finetune arms plots frontiers heatmaps paper report fetch "
     "settings experiment gathering findings comparison reproduce cli"
