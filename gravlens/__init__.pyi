@@ -92,8 +92,8 @@ from .geometry import whitened as whitened
 from .geometry import without_top as without_top
 from .heatmaps import plot_heatmap as plot_heatmap
 from .hooks import intervene as intervene
-from .inspection import inspect_sequence as inspect_sequence
 from .inspect_logs import to_inspect_log as to_inspect_log
+from .inspection import inspect_sequence as inspect_sequence
 from .interventions import Ablate as Ablate
 from .interventions import At as At
 from .interventions import Clamp as Clamp

@@ -145,7 +145,9 @@ class Directions:
             "undefined": [one.undefined or "" for one in self],
         }
         by_layer = {name: ("layer", values) for name, values in columns.items()}
-        return xarray.Dataset({"vector": (("layer", "d_model"), self.vectors), **by_layer}, {"layer": list(self.layers)})
+        return xarray.Dataset(
+            {"vector": (("layer", "d_model"), self.vectors), **by_layer}, {"layer": list(self.layers)}
+        )
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in ("layer", "distance", "reliability", "estimator", "made from"))

@@ -179,7 +179,7 @@ def from_steered(path: Path | str) -> Directions:
     vectors, facts = [], {}
     for hookpoint, entry in content.items():
         layer, coefficient = _layer_of(path, hookpoint, entry), float(entry.get("steering_coefficient", 1.0))
-        vectors.append((layer, entry["steering_vector"].double().numpy() * coefficient))
+        vectors.append((layer, entry["steering_vector"].detach().double().numpy() * coefficient))
         facts |= _parsed(path, entry.get(FACTS, ""))
     return _directions(path, vectors, facts, name="steered")
 
@@ -245,7 +245,7 @@ def from_npz(path: Path | str) -> Directions:
             arrays = {name: file[name] for name in file.files}
         layers, vectors = arrays["layers"].astype(int).tolist(), arrays["vectors"].astype(np.float64)
         if "distances" in arrays:
-            vectors *= (arrays["distances"] / np.linalg.norm(vectors, axis=1))[:, None]
+            vectors *= arrays["distances"].reshape(len(vectors), 1) / np.linalg.norm(vectors, axis=1, keepdims=True)
         pairs, facts = list(zip(layers, vectors, strict=True)), str(arrays.get("facts", ""))
     except Exception as error:  # no zip, a pickle, an array too few
         raise _unreadable(path, "A .npz of `vectors` [layer, d_model] and `layers` [layer]", error) from error
@@ -333,8 +333,7 @@ def _present(path: Path | str) -> Path:
 
 
 def _unreadable(path: Path, wanted: str, error: Exception) -> GravlensError:
+    first, *_ = [*str(error).strip().splitlines(), ""]
     # torch's own words for a pickle advise to open it all the same
-    said = "" if type(error).__name__ == "UnpicklingError" else f": {str(error).strip().partition('\n')[0]}"
-    return GravlensError(
-        f"{path} cannot be read ({type(error).__name__}{said}).", f"{wanted} is wanted.", "write or copy it again."
-    )
+    said = type(error).__name__ if type(error).__name__ == "UnpicklingError" else f"{type(error).__name__}: {first}"
+    return GravlensError(f"{path} cannot be read ({said}).", f"{wanted} is wanted.", "write or copy it again.")

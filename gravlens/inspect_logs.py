@@ -147,7 +147,9 @@ def _summary(name: str, values: np.ndarray) -> Any:
 def _identities(samples: Any, model: str, task: str) -> dict[str, str]:
     """Inspect's names of an evaluation, its run and its task, from the content: the same results have the same ones."""
     text = json.dumps([task, model, samples], sort_keys=True)
-    return {name: hashlib.sha256(f"{name}{text}".encode()).hexdigest()[:22] for name in ("eval_id", "run_id", "task_id")}
+    return {
+        name: hashlib.sha256(f"{name}{text}".encode()).hexdigest()[:22] for name in ("eval_id", "run_id", "task_id")
+    }
 
 
 def _write(log: Any, path: Path) -> Path:

@@ -45,7 +45,7 @@ class Trajectory:
         return chosen.groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])
 
     def to_xarray(self) -> xarray.Dataset:
-        """The measures [run, prompts, step, layer], NaN where a run has no such step; the mean over layers is left out."""
+        """The measures [run, prompts, step, layer], NaN where a run lacks a step; without the mean over layers."""
         rows = self.table[self.table.layer.notna()].astype({"layer": int})
         return rows.set_index(["run", "prompts", "step", "layer"])[list(MEASURES)].to_xarray()
 
