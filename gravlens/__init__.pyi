@@ -74,6 +74,12 @@ from .estimators import first_component as first_component
 from .estimators import geometric_median as geometric_median
 from .estimators import lda as lda
 from .estimators import logistic_probe as logistic_probe
+from .exchange import from_gguf as from_gguf
+from .exchange import from_npz as from_npz
+from .exchange import from_steered as from_steered
+from .exchange import to_gguf as to_gguf
+from .exchange import to_npz as to_npz
+from .exchange import to_steered as to_steered
 from .finetune import Recipe as Recipe
 from .finetune import finetune as finetune
 from .frontiers import plot_frontier as plot_frontier
@@ -86,6 +92,7 @@ from .geometry import whitened as whitened
 from .geometry import without_top as without_top
 from .heatmaps import plot_heatmap as plot_heatmap
 from .hooks import intervene as intervene
+from .inspect_logs import to_inspect_log as to_inspect_log
 from .inspection import inspect_sequence as inspect_sequence
 from .interventions import Ablate as Ablate
 from .interventions import At as At

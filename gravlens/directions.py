@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import xarray
 from jaxtyping import Float
 
 from gravlens.checkpoints import ModelSequence, Prompts
@@ -133,6 +134,19 @@ class Directions:
         numbers = ("distance", "reliability")  # JSON has no NaN
         return cls(
             tuple(Direction(v, **{**m, **{n: np.nan if m[n] is None else m[n] for n in numbers}}) for v, m in rows)
+        )
+
+    def to_xarray(self) -> xarray.Dataset:
+        """`vector` [layer, d_model], and by layer `distance`, `reliability`, `estimator`, `undefined` ("": defined)."""
+        columns = {
+            "distance": self.distances,
+            "reliability": [one.reliability for one in self],
+            "estimator": [one.estimator for one in self],
+            "undefined": [one.undefined or "" for one in self],
+        }
+        by_layer = {name: ("layer", values) for name, values in columns.items()}
+        return xarray.Dataset(
+            {"vector": (("layer", "d_model"), self.vectors), **by_layer}, {"layer": list(self.layers)}
         )
 
     def _repr_html_(self) -> str:

@@ -6,6 +6,7 @@ from html import escape
 
 import numpy as np
 import pandas as pd
+import xarray
 from einops import einsum
 from jaxtyping import Float
 
@@ -42,6 +43,11 @@ class Trajectory:
         rows = self.table[self.table.layer.isna()]
         chosen = rows[rows.prompts == (prompts if (rows.prompts == prompts).any() else "given")]
         return chosen.groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The measures [run, prompts, step, layer], NaN where a run lacks a step; without the mean over layers."""
+        rows = self.table[self.table.layer.notna()].astype({"layer": int})
+        return rows.set_index(["run", "prompts", "step", "layer"])[list(MEASURES)].to_xarray()
 
     def _repr_html_(self) -> str:
         runs = ", ".join(escape(str(run)) for run in self.table.run.unique())
