@@ -97,7 +97,7 @@ def _control_data(path: Path, width: int) -> np.ndarray | None:
     return data.reshape(-1)
 
 
-def _decoded(llama, context, ids: list[int], vocabulary: int) -> np.ndarray:  # noqa: ANN001
+def _decoded(llama, context, ids: list[int], vocabulary: int) -> np.ndarray:
     llama.llama_memory_clear(llama.llama_get_memory(context), True)
     batch = llama.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)

@@ -4,12 +4,12 @@ import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from gravlens import html
 from gravlens.errors import GravlensError
 from gravlens.folders import trained_steps, weight_files
 from gravlens.hub import existing, is_hub_id, repository_of, revision_of
@@ -243,12 +243,12 @@ class ModelSequence:
 
     def _repr_html_(self) -> str:
         rows = [("witness", self.witness.described), ("anchor", self.anchor.described)]
-        rows += [(name, f"steps {', '.join(str(c.step) for c in run)}") for name, run in self.runs.items()]
-        rows += [("skipped", name) for name in self.skipped]
-        rows += [("probes", f"{len(self.probes)} prompts" if self.probes else "none"), ("chat", self.chat_template)]
-        rows += [("system", self.system)] if self.system else []
-        cells = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in rows)
-        return f"<table><caption>ModelSequence</caption>{cells}</table>"
+        sets = {name: prompts for name in PROMPT_KEYS if (prompts := getattr(self, name)) is not None}
+        rows += [(name.replace("_", " "), f"{len(prompts)} prompts") for name, prompts in sets.items()]
+        rows += [("chat template", self.chat_template)] + ([("system prompt", self.system)] if self.system else [])
+        rows += [(f"run {name}", f"steps {html.listed(c.step for c in run)}") for name, run in self.runs.items()]
+        rows += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
+        return html.facts(rows, title="ModelSequence")
 
 
 def _check_run_name(name: str) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 import pandas as pd
 
+from gravlens import html
 from gravlens.demands import DEMANDS, Demand, Evidence, held_against
 from gravlens.errors import GravlensError
 
@@ -36,7 +36,9 @@ class Claim:
     demands: pd.DataFrame
 
     def _repr_html_(self) -> str:
-        return f"<p><b>Level {self.level}</b>: {escape(self.sentence)}</p>{self.demands.to_html(index=False)}"
+        shown = self.demands.assign(holds=self.demands.holds.map({True: "yes", False: "no"}).fillna("not run"))
+        title = f"Claim: level {self.level} of {len(LEVELS) - 1}, {LEVELS[self.level]}"
+        return html.of_frame(shown, title=title, notes=[self.sentence], rest=".demands")
 
 
 def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:

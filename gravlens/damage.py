@@ -20,6 +20,7 @@ from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model
 from gravlens.noise import mean_states
 from gravlens.precision import check_unquantised
+from gravlens.progress import progress
 from gravlens.prompts import PromptSet, encode
 from gravlens.trajectory import JUDGED_FROM, MEASURES, measure_drift
 
@@ -193,16 +194,17 @@ def measure_damage(
     defined.at(mean)  # says which layer has no direction
     before = {name: weight.detach().clone() for name, weight in _parameters(model).items()}
     ids, start, frames = encode(model.tokenizer, prompts), None, []
-    for name, damage in {UNDAMAGED: nullcontext, **damages}.items():
-        with damage(model) as damaged:
-            states = mean_states(damaged, ids, defined.layers)
-            start = states if start is None else start  # the first is the undamaged anchor
-            after = _parameters(damaged)
-            _check_same(before, after)
-            facts: dict[str, Any] = {"weight_norm": change_norm(before, after)}
-            if score is not None:
-                facts["score"] = float(np.mean(score(damaged, prompts)))
-        frames.append(_rows(states - start, defined, mean).assign(damage=name, **facts))
+    with progress("damage", list({UNDAMAGED: nullcontext, **damages}.items())) as every:
+        for name, damage in every:
+            with damage(model) as damaged:
+                states = mean_states(damaged, ids, defined.layers)
+                start = states if start is None else start  # the first is the undamaged anchor
+                after = _parameters(damaged)
+                _check_same(before, after)
+                facts: dict[str, Any] = {"weight_norm": change_norm(before, after)}
+                if score is not None:
+                    facts["score"] = float(np.mean(score(damaged, prompts)))
+            frames.append(_rows(states - start, defined, mean).assign(damage=name, **facts))
     columns = ["damage", "layer", "alignment", "fraction", "drift_norm", "judged", "weight_norm"]
     return pd.concat(frames, ignore_index=True)[columns + ["score"] * (score is not None)]
 

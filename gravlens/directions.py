@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any, overload
 
@@ -10,6 +9,7 @@ import numpy as np
 import xarray
 from jaxtyping import Float
 
+from gravlens import html
 from gravlens.checkpoints import ModelSequence, Prompts
 from gravlens.errors import GravlensError
 from gravlens.placement import Placement
@@ -18,6 +18,7 @@ from gravlens.store import read_tensors, write_tensors
 
 Estimator = Callable[[Float[np.ndarray, "prompt d_model"], Float[np.ndarray, "prompt d_model"]], np.ndarray]
 
+COLUMNS = ("layer", "distance", "reliability", "estimator", "made from")  # as a notebook shows them
 FACTS = ("positions", "chat_template", "system", "contrast", "geometry")  # of the residuals, in `made_from`
 # A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
 # (the same prompt in another batch or with other padding differs by less: tests/test_directions.py).
@@ -70,7 +71,7 @@ class Direction:
         return direction
 
     def _repr_html_(self) -> str:
-        return Directions((self,))._repr_html_()
+        return html.table(COLUMNS, [_row(self)], title="Direction")
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,13 +151,12 @@ class Directions:
         )
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in ("layer", "distance", "reliability", "estimator", "made from"))
-        body = "".join(
-            f"<tr><td>{d.layer}</td><td>{d.distance:.4g}</td><td>{d.reliability:.3f}</td><td>{escape(d.estimator)}</td>"
-            f"<td>{escape(d.undefined or ', '.join(f'{k}: {v}' for k, v in d.made_from.items()))}</td></tr>"
-            for d in self
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return html.table(COLUMNS, [_row(one) for one in self], title="Directions", rest="vs[layer]")
+
+
+def _row(direction: Direction) -> tuple[Any, ...]:
+    made = direction.undefined or ", ".join(f"{name}: {value}" for name, value in direction.made_from.items())
+    return direction.layer, direction.distance, direction.reliability, direction.estimator, made
 
 
 def difference_of_means(

@@ -11,6 +11,7 @@ from gravlens.behavior import Prompts
 from gravlens.errors import GravlensError
 from gravlens.inference import batches, end_logits, generate, sequence_logprobs
 from gravlens.models import OpenModel
+from gravlens.progress import progress
 from gravlens.prompts import PromptSet, encode
 
 Ids = Sequence[Sequence[int]]
@@ -47,10 +48,11 @@ def kl_from(
     else:
         said = _encode_answers(reference, asked, answers)
     divergences = np.empty(len(asked))
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("divergence", total=len(asked), unit="prompt") as bar:
         sides = (_answer_logprobs(one, asked, said) for one in (reference, model))
         for (row, log_p), (_, log_q) in zip(*sides, strict=True):
             divergences[row] = _divergence(log_p, log_q.to(log_p.device))
+            bar.update()
     return divergences
 
 

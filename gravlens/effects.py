@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from html import escape
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,14 +11,15 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import bootstrap, spearmanr
 from torch import nn
-from tqdm.auto import tqdm
 
+from gravlens import html
 from gravlens.behavior import Score
 from gravlens.directions import Direction, Directions
 from gravlens.errors import GravlensError
 from gravlens.hooks import intervene
 from gravlens.interventions import Ablate, Intervention, Steer
 from gravlens.models import OpenModel, open_model
+from gravlens.progress import progress
 from gravlens.prompts import PromptSet
 from gravlens.residuals import Residuals
 from gravlens.subspaces import Span, Spans, Subspaces, each, random_spans
@@ -50,8 +50,8 @@ class Effect:
     baseline: Float[np.ndarray, " prompt"]
 
     def _repr_html_(self) -> str:
-        caption = f"<p>score: {escape(str(self.table.attrs.get('score')))}</p>"
-        return caption + self.table.to_html(index=False, float_format="{:.3f}".format, escape=True)
+        shown = self.table.assign(layer=["several" if layer is pd.NA else layer for layer in self.table.layer])
+        return html.of_frame(shown, title="Effect", notes=[f"score: {self.table.attrs.get('score')}"])
 
 
 def causal_effect(
@@ -92,7 +92,7 @@ def causal_effect(
     seeds = rng.integers(2**63, size=n_random)
     baseline = measure(())
     rows, random, differences = [], {}, {}
-    with tqdm(total=len(conditions) * (1 + n_random), desc="effects", leave=False) as bar:
+    with progress("effects", total=len(conditions) * (1 + n_random), unit="scoring") as bar:
         for name, condition in conditions.items():
             together = tuple(condition) if isinstance(condition, Sequence) else (condition,)
             differences[name] = measure(together) - baseline
@@ -164,7 +164,8 @@ class DoseResponse:
         return self.effect.table
 
     def _repr_html_(self) -> str:
-        return f"<p>Spearman with strength: {self.spearman:.3f}</p>{self.effect._repr_html_()}"
+        notes = [f"score: {self.table.attrs.get('score')}; Spearman with strength: {self.spearman:.3f}"]
+        return html.of_frame(self.table, title="DoseResponse", notes=notes)
 
 
 def dose_response(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from gravlens.arms import UNBLOCKED, Arm, Grounds
 from gravlens.behavior import (
@@ -32,6 +31,7 @@ from gravlens.divergence import kl_from
 from gravlens.finetune import finetune
 from gravlens.models import OpenModel, open_model
 from gravlens.noise import update_norms, weight_noise
+from gravlens.progress import progress
 from gravlens.prompts import Example, PromptSet
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting
@@ -86,23 +86,27 @@ def _waves(checkpoints: Mapping[str, str | None]) -> Iterator[list[str]]:
 def _workers(threads: int, workers: int | None) -> Iterator[Callable[[str, Sequence[Callable[[], Any]]], None]]:
     """Runs lists of jobs in fresh processes of a fixed number of threads, with a bar."""
     count = workers or max(1, (os.cpu_count() or 1) // threads)
-    before = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "TQDM_DISABLE")}
+    before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["TQDM_DISABLE"] = "1"
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_work, initargs=(threads,))
 
     def run_all(name: str, jobs: Sequence[Callable[[], Any]]) -> None:
         futures: list[Future[Any]] = [pool.submit(job) for job in jobs]
-        for future in tqdm(as_completed(futures), name, len(futures)):
-            future.result()
+        with progress(name, as_completed(futures), total=len(futures), unit="job", leave=True) as done:
+            for future in done:
+                future.result()
 
     try:
         yield run_all
     finally:
         pool.shutdown(cancel_futures=True)
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+
+
+def _begin_work(threads: int) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # the bar of the process that waits counts for all
+    torch.set_num_threads(threads)
 
 
 # --- one unit of work each, by folder ---------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model, quiet
 from gravlens.monitor import Monitor
+from gravlens.progress import progress
 from gravlens.prompts import Example, encode_example
 from gravlens.store import write_atomically
 from gravlens.weights import save_folder
@@ -114,13 +115,13 @@ def finetune(
     blockers = [] if blocker is None else list(blocker) if isinstance(blocker, Sequence) else [blocker]
     saver = _Saver(model, Path(out), frozenset(step for step in save_steps if step <= recipe.steps))
     stopped = _stopped(saver.resume, (recipe, seed, sorted(saver.steps), repr(rows), blockers, model.module))
-    with quiet():
+    with quiet(), progress("fine-tuning", total=recipe.steps, unit="step") as bar:
         trainer = Trainer(
             model=model.module,
             args=_arguments(recipe, seed, saver.resume),
             train_dataset=_Rows(rows),
             data_collator=_collate,
-            callbacks=[saver],
+            callbacks=[saver, _Counter(bar)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -244,6 +245,16 @@ def _arguments(recipe: Recipe, seed: int, resume: Path) -> TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+
+
+class _Counter(TrainerCallback):
+    """Counts the steps in gravlens's bar; Trainer's own would write its log at each of them."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
 
 
 class _Saver(TrainerCallback):

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from gravlens.errors import GravlensError
 from gravlens.models import OpenModel
+from gravlens.progress import progress
 from gravlens.prompts import Batch, last_positions, pad
 
 BATCH = 32
@@ -138,10 +139,11 @@ def unwrapped(module: Any) -> Any:
 def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompt vocab"]:
     """Next-token logits after each prompt, fp32."""
     logits: list[Tensor] = [torch.empty(0)] * len(ids)
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("logits", total=len(ids), unit="prompt") as bar:
         for rows, batch in batches(model, ids):
             for row, out in zip(rows, end_logits(model, batch)[:, -1], strict=True):
                 logits[row] = out.float().cpu()
+            bar.update(len(rows))
     return torch.stack(logits)
 
 
@@ -152,7 +154,7 @@ def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: 
     """
     eos = None if model.tokenizer is None else model.tokenizer.eos_token_id
     answers: list[list[int]] = [[]] * len(ids)
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("answers", total=len(ids), unit="prompt") as bar:
         for rows, batch in batches(model, ids):
             if model.kind == "huggingface" and batch.input_ids.shape[1] == 1:
                 batch = Batch(*(widen(part, (1, 0)) for part in batch))  # else a cached pass looks like the prefill
@@ -160,6 +162,7 @@ def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: 
                 new = _greedy(model, batch, max_new_tokens, eos)[:, batch.input_ids.shape[1] :].tolist()
             for row, tokens in zip(rows, new, strict=True):
                 answers[row] = tokens[: tokens.index(eos)] if eos in tokens else tokens
+            bar.update(len(rows))
     return answers
 
 
@@ -196,13 +199,14 @@ def sequence_logprobs(
     """log p of each continuation after its prompt, teacher-forced, summed over its tokens in fp64; nats."""
     totals = torch.zeros(len(prompts), dtype=torch.float64)
     ids = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("likelihoods", total=len(ids), unit="prompt") as bar:
         for rows, batch in batches(model, ids):
             lengths = torch.tensor([len(continuations[row]) for row in rows])
             for row, logits in zip(rows, end_logits(model, batch, lengths), strict=True):
                 tokens = torch.tensor(continuations[row], device=logits.device)
                 logprobs = logits[-1 - len(tokens) : -1].float().log_softmax(-1)
                 totals[row] = logprobs.gather(1, tokens[:, None]).double().sum()
+            bar.update(len(rows))
     return totals
 
 

@@ -1,12 +1,12 @@
 """Damage of a matched size: Gaussian noise on the anchor's weights, and how far it moves the model along v_rev."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gravlens.checkpoints import Checkpoint
 from gravlens.directions import Directions
@@ -14,6 +14,7 @@ from gravlens.errors import GravlensError
 from gravlens.models import OpenModel, open_model
 from gravlens.nulls import NullDraws
 from gravlens.precision import check_unquantised
+from gravlens.progress import progress
 from gravlens.prompts import PromptSet, encode
 from gravlens.residuals import read_residuals
 from gravlens.trajectory import measure_drift
@@ -52,11 +53,12 @@ def weight_noise(
     original = {name: weight.detach().clone() for name, weight in _named(model, norms).items()}
     cosines = np.empty((draws, len(norms), len(defined)))
     try:
-        for column, step in enumerate(tqdm(norms, "weight noise", leave=False)):
-            for draw in range(draws):
-                _add_noise(_named(model, norms), original, norms[step], generator)
+        with progress("weight noise", total=draws * len(norms), unit="draw") as bar:
+            for column, draw in product(range(len(norms)), range(draws)):
+                _add_noise(_named(model, norms), original, norms[tuple(norms)[column]], generator)
                 drift = mean_states(model, ids, defined.layers) - start
                 cosines[draw, column] = measure_drift(drift, defined)["alignment"]
+                bar.update()
     finally:
         with torch.no_grad():
             for name, weight in _named(model, norms).items():

@@ -11,6 +11,7 @@ from einops import einsum
 from jaxtyping import Float
 from scipy import stats
 
+from gravlens import html
 from gravlens.covariance import draws_by_layer
 from gravlens.directions import Directions
 from gravlens.errors import GravlensError
@@ -43,6 +44,18 @@ class NullDraws:
     layers: tuple[int, ...]
     run: str | None = None
     of: Literal["run", "mean"] = "run"
+
+    def _repr_html_(self) -> str:
+        served = "the mean over runs" if self.of == "mean" else self.run or "every run"
+        notes = [
+            f"{len(self.cosines):,} draws for {served}",
+            f"cosine with v_rev, mean over the layers {html.listed(self.layers)}",
+        ]
+        means = self.cosines.mean(-1)
+        rows = list(
+            zip(self.steps, means.mean(0), np.quantile(means, 0.5, 0), np.quantile(means, 0.99, 0), strict=True)
+        )
+        return html.table(("step", "mean", "median", "p99"), rows, title=f"NullDraws: {self.name}", notes=notes)
 
 
 def isotropic_p_value(cosine: float, d_model: int) -> float:

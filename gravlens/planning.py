@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from gravlens import html
 from gravlens.adapters import lineage
 from gravlens.checkpoints import Checkpoint, ModelSequence, Prompts
 from gravlens.costs import TRIAL_TOKENS, Pass, Shape, flops_of, passes_of, shape_of
@@ -81,6 +82,9 @@ class Forecast:
                 f"write {amount(m.written)}/s",
             ),
         ]
+
+    def _repr_html_(self) -> str:
+        return html.facts(self.lines(), title="Forecast")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

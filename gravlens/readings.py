@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm.auto import tqdm
 
 from gravlens.checkpoints import Checkpoint
 from gravlens.passes import TOKENS_ELSEWHERE, Reader, batches_of, common_prefix, tokens_for
 from gravlens.placement import Placement
 from gravlens.positions import Query
+from gravlens.progress import progress
 from gravlens.swapping import open_each
 from gravlens.tokenizer import check_vocabulary
 
@@ -100,12 +100,14 @@ def read_each(plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, p
     """Every checkpoint's states, batch by batch; one model is open at a time, and nothing that was read is kept."""
     opened = open_each(checkpoints, through=through, placement=placement)
     ids = [query.ids for query in plan.queries]
-    for number, (checkpoint, model) in enumerate(tqdm(opened, "residuals", len(checkpoints), leave=False)):
-        check_vocabulary(checkpoint, model, ids)
-        reader = Reader(model, layers=plan.layers, prefix=plan.prefix)
-        for block in plan.blocks:
-            for batch, states in read_block(reader, [plan.queries[i] for i in block]):
-                yield Found(number, [row for i in batch for row in plan.rows(block[i])], states, model.precision)
+    with progress("residuals", total=len(checkpoints) * len(ids), unit="prompt") as bar:
+        for number, (checkpoint, model) in enumerate(opened):
+            check_vocabulary(checkpoint, model, ids)
+            reader = Reader(model, layers=plan.layers, prefix=plan.prefix)
+            for block in plan.blocks:
+                for batch, states in read_block(reader, [plan.queries[i] for i in block]):
+                    yield Found(number, [row for i in batch for row in plan.rows(block[i])], states, model.precision)
+                    bar.update(len(batch))
 
 
 def read_here(

@@ -13,7 +13,6 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
-from tqdm.auto import tqdm
 
 from gravlens.behavior import Prompts, Score, refusal_log_odds
 from gravlens.directions import Direction, difference_of_means, direction_from
@@ -22,6 +21,7 @@ from gravlens.hooks import intervene
 from gravlens.inference import final_logits
 from gravlens.interventions import Ablate, Intervention, Steer, everywhere
 from gravlens.models import OpenModel, open_model
+from gravlens.progress import progress
 from gravlens.prompts import PromptSet, encode
 from gravlens.residuals import read_residuals
 
@@ -133,7 +133,8 @@ def choose_refusal(
             ),
         }
 
-    rows = [_row(one, measured(one), filters, opened.n_layers) for one in tqdm(candidates, "refusal", leave=False)]
+    with progress("refusal", candidates, unit="candidate") as each:
+        rows = [_row(one, measured(one), filters, opened.n_layers) for one in each]
     table = pd.DataFrame(rows)
     table.attrs = {
         "harmful": float(np.mean(score(opened, harmful))),

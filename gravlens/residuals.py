@@ -13,6 +13,7 @@ import xarray
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gravlens import html
 from gravlens.checkpoints import Checkpoint, ModelSequence, Prompts
 from gravlens.errors import GravlensError, check_layer
 from gravlens.inference import run_trunk
@@ -69,9 +70,19 @@ class Residuals:
         found: dict[str, list[int]] = {}
         for name in self.checkpoints:
             run, slash, step = name.rpartition("/")
-            if slash:
+            if slash and step.isdecimal():
                 found.setdefault(run, []).append(int(step))
         return {run: tuple(sorted(steps)) for run, steps in found.items()}
+
+    def _repr_html_(self) -> str:
+        followed = {f"{run}/{step}" for run, steps in self.runs.items() for step in steps}
+        others = [name for name in self.checkpoints if name not in followed]
+        rows = [("values", f"{list(self.values.shape)}: checkpoint, prompt, layer, d_model; {self.values.dtype}")]
+        rows += [("checkpoints", html.listed(others))] if others else []
+        rows += [(f"run {name}", f"steps {html.listed(steps)}") for name, steps in self.runs.items()]
+        rows += [("layers", html.listed(self.layers)), ("prompts", self.prompts[:16])]
+        rows += [(name.replace("_", " "), str(fact)) for name, fact in self.meta.items() if name != "sources"]
+        return html.facts(rows, title="Residuals")
 
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file."""

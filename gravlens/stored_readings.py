@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Float
 from torch import nn
-from tqdm.auto import tqdm
 
 from gravlens.checkpoints import Checkpoint
 from gravlens.errors import GravlensError
@@ -24,6 +23,7 @@ from gravlens.fingerprints import fingerprint
 from gravlens.passes import Reader
 from gravlens.placement import Placement
 from gravlens.positions import Query
+from gravlens.progress import progress
 from gravlens.readings import Plan, Through, read_block
 from gravlens.residual_store import Shelf, find_view, query_key, view_writer
 from gravlens.store import map_tensor
@@ -159,7 +159,7 @@ def run_all(tasks: Sequence[Task], executor: Executor | None) -> None:
         parts = [part for task in tasks for part in divided(task)]
         run_each([partial(run_rest, part) for part in parts], executor, "residuals")
         return
-    with tqdm(total=sum(len(task.blocks) for task in tasks), desc="residuals", unit="block", leave=False) as bar:
+    with progress("residuals", total=sum(len(task.blocks) for task in tasks), unit="block") as bar:
         run_tasks(tasks, bar.update)
 
 
@@ -248,7 +248,8 @@ def run_each(calls: Sequence[Callable[[], T]], executor: Executor | None, what: 
     jobs: list[Any] = []
     try:
         jobs += [executor.submit(_outcome, call) for call in calls]
-        return [_sent_back(job.result()) for job in tqdm(jobs, desc=what, unit="task", leave=False)]
+        with progress(what, jobs, unit="task") as each:
+            return [_sent_back(job.result()) for job in each]
     except GravlensError:
         raise
     except Exception as error:  # each executor has its own names for a worker that died

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.linalg import orth, subspace_angles
 
+from gravlens import html
 from gravlens.directions import Direction, Directions, random_directions
 from gravlens.errors import GravlensError
 from gravlens.residuals import Residuals
@@ -18,6 +19,7 @@ from gravlens.trajectory import drift_per_prompt
 ORTHONORMAL_WITHIN = 1e-4
 # What is left of a unit vector below this length is rounding, not a direction.
 NOTHING_LEFT = 1e-3
+COLUMNS = ("layer", "rank", "distance", "estimator", "made from")  # as a notebook shows them
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +58,9 @@ class Subspace:
     def rank(self) -> int:
         """Number of directions."""
         return len(self.basis)
+
+    def _repr_html_(self) -> str:
+        return html.table(COLUMNS, [_row(self)], title="Subspace")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +108,14 @@ class Subspaces:
         """Read a file of `save`."""
         arrays, meta = read_tensors(path, "subspaces")
         return cls(tuple(Subspace(arrays[f"basis.{i}"], **one) for i, one in enumerate(meta["subspaces"])))
+
+    def _repr_html_(self) -> str:
+        return html.table(COLUMNS, [_row(one) for one in self], title="Subspaces", rest="spaces[layer]")
+
+
+def _row(space: Subspace) -> tuple[Any, ...]:
+    made = ", ".join(f"{name}: {value}" for name, value in space.made_from.items())
+    return space.layer, space.rank, space.distance, space.estimator, made
 
 
 Span: TypeAlias = Direction | Subspace

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from gravlens import html
 from gravlens.errors import GravlensError
 from gravlens.nulls import NullDraws
 
@@ -46,6 +47,10 @@ class Threshold:
                 f"The statistic is {' or '.join(get_args(Statistic))}, the value a number, patience at least 1.",
                 "calibrate(null runs), or Threshold('fraction', 0.3).",
             )
+
+    def _repr_html_(self) -> str:
+        rows = [(name.replace("_", " "), value) for name, value in vars(self).items() if value is not None]
+        return html.facts(rows, title="Threshold")
 
 
 def calibrate(

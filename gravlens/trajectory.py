@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 
 import numpy as np
 import pandas as pd
@@ -10,6 +9,7 @@ import xarray
 from einops import einsum
 from jaxtyping import Float
 
+from gravlens import html
 from gravlens.directions import Directions
 from gravlens.errors import GravlensError
 from gravlens.residuals import Residuals
@@ -50,9 +50,10 @@ class Trajectory:
         return rows.set_index(["run", "prompts", "step", "layer"])[list(MEASURES)].to_xarray()
 
     def _repr_html_(self) -> str:
-        runs = ", ".join(escape(str(run)) for run in self.table.run.unique())
-        caption = f"<p>runs: {runs}; anchors: {self.n_anchors}; layers in the mean: {list(self.layers_in_mean)}</p>"
-        return caption + self.summary().to_html(float_format="{:.3f}".format)
+        runs, layers = html.listed(self.table.run.unique()), html.listed(self.layers_in_mean)
+        notes = [f"runs: {runs}; anchors: {self.n_anchors}", f"mean over the layers {layers}, ± over runs (SEM)"]
+        notes += [f"layer {layer} is undefined: {why}" for layer, why in self.undefined.items()]
+        return html.of_frame(self.summary().reset_index(), title="Trajectory", notes=notes, rest=".summary()")
 
 
 def follow(

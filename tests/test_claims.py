@@ -249,4 +249,4 @@ def test_bad_evidence_is_one_clear_error() -> None:
 
 def test_the_page_is_escaped_and_names_the_level() -> None:
     found = replace(judge(), sentence="<b>x</b>")
-    assert "Level 5" in found._repr_html_() and "<b>x" not in found._repr_html_()
+    assert "level 5 of 5" in found._repr_html_() and "<b>x" not in found._repr_html_()

@@ -24,14 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room imports only rooms before it; the files of a folder are one room.
 ROOMS = (
-    "errors prompt_files precision placement prompts store folders hub sequence_file checkpoints processing adapters "
-    "ahead bridge models swapping tokenizer inference gguf positions passes fingerprints residual_store readings "
-    "stored_readings residuals moments costs machine planning contrasts behavior strongreject judges divergence "
-    "covariance directions estimators trajectory plane geometry subspaces interventions hooks weights exchange "
-    "inspect_logs nulls choices noise controls damage resampling crossfit decomposition inspection readout effects "
-    "questions ablation selectivity tradeoff demands claims refusal leaks blocking blockers thresholds monitor finetune "
-    "arms style plots frontiers heatmaps plane_plots paper report fetch settings experiment gathering findings "
-    "comparison paired reproduce cli"
+    "errors html progress prompt_files precision placement prompts store folders hub sequence_file checkpoints "
+    "processing adapters ahead bridge models swapping tokenizer inference gguf positions passes fingerprints "
+    "residual_store readings stored_readings residuals moments costs machine planning contrasts behavior strongreject "
+    "judges divergence covariance directions estimators trajectory plane geometry subspaces interventions hooks "
+    "weights exchange inspect_logs nulls choices noise controls damage resampling crossfit decomposition inspection "
+    "readout effects questions ablation selectivity tradeoff demands claims refusal leaks blocking blockers thresholds "
+    "monitor finetune arms style plots frontiers heatmaps plane_plots paper report fetch settings experiment gathering "
+    "findings comparison paired reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7
