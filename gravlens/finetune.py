@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -264,11 +263,9 @@ class _Saver(TrainerCallback):
         self.model, self.out, self.steps, self.resume = model, out, steps, out / ".resume"
         self.saved: list[Checkpoint] = []
         self.seconds, self.steps_timed, self._began, self._kept = 0.0, 0, 0.0, time.perf_counter()
-        self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved = [self._checkpoint(step) for step in sorted(self.steps) if step <= state.global_step]
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.out.name, leave=False)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter()
@@ -276,7 +273,6 @@ class _Saver(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._began
         self.steps_timed += 1
-        self._bar.update()
         if state.global_step in self.steps:
             self._save(state.global_step)
         if state.global_step < state.max_steps and time.perf_counter() - self._kept > RESUMABLE_AFTER:
@@ -285,7 +281,6 @@ class _Saver(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step < state.max_steps and state.global_step not in self.steps:
             self._save(state.global_step)  # a monitor has stopped the run
-        self._bar.close()
 
     def _save(self, step: int) -> None:
         save_folder(_merged(self.model), Path(str(self._checkpoint(step).source)))

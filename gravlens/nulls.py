@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -16,10 +15,9 @@ from gravlens.covariance import draws_by_layer
 from gravlens.directions import Directions
 from gravlens.errors import GravlensError
 from gravlens.residuals import Residuals
+from gravlens.signs import mean_under_signs
 from gravlens.trajectory import Trajectory, drift_per_prompt, drifts, measure_drift
 
-# Up to here all patterns of signs are gone through (4,095 of them), above it random ones are drawn.
-ALL_SIGNS_UP_TO = 12
 # Cosines closer than this are the same one, added up in another order.
 TIED_WITHIN = 1e-9
 ABOVE = 0.01 + 1e-9  # p of what is called above a null
@@ -167,7 +165,7 @@ def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int,
     rows = table[table.step.isin(steps)].sort_values(["run", "step", "layer"])
     layers = tuple(int(layer) for layer in sorted(rows.layer.unique()))
     alignment = rows.alignment.to_numpy(dtype=np.float64).reshape(-1, len(steps), len(layers))
-    cosines = _mean_under_signs(alignment, draws, rng)
+    cosines = mean_under_signs(alignment, draws, rng)
     return NullDraws("sign_flips", cosines, tuple(map(int, steps)), layers, of="mean")
 
 
@@ -198,7 +196,7 @@ def swapped_labels(
     along = einsum(drift, apart, "step layer d, prompt layer d -> prompt step layer")
     scale = np.linalg.norm(drift, axis=-1) * np.linalg.norm(apart.mean(0), axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosines = _mean_under_signs(along, draws, rng) / scale
+        cosines = mean_under_signs(along, draws, rng) / scale
     return NullDraws("swapped_labels", cosines, held_out.runs[run], probes.layers, run)
 
 
@@ -325,21 +323,6 @@ def _null_of_draws(
     cosines = [measure_drift(drift[:, None], Directions((one,)))["alignment"][:, 0] for drift, one in pairs]
     shape = (-1, len(steps), len(directions))
     return NullDraws(name, np.stack(cosines, axis=1).reshape(shape), tuple(steps), directions.layers)
-
-
-def sign_patterns(units: int) -> Float[np.ndarray, "pattern unit"]:
-    """All 2ⁿ patterns of signs; the first flips nothing."""
-    return np.array(list(product((1.0, -1.0), repeat=units)))
-
-
-def _mean_under_signs(
-    values: Float[np.ndarray, "unit step layer"], draws: int, rng: np.random.Generator
-) -> Float[np.ndarray, "draw step layer"]:
-    """Means over units whose signs are flipped at random; of few units, under every pattern but the true one."""
-    units = len(values)
-    few = units <= ALL_SIGNS_UP_TO
-    signs = sign_patterns(units)[1:] if few else rng.choice((1.0, -1.0), (draws, units))
-    return einsum(signs, values, "draw unit, unit step layer -> draw step layer") / units
 
 
 def _cosines_of_mixtures(

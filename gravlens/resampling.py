@@ -12,8 +12,8 @@ from scipy import stats
 
 from gravlens.directions import Directions
 from gravlens.errors import GravlensError
-from gravlens.nulls import ALL_SIGNS_UP_TO, sign_patterns
 from gravlens.residuals import Residuals
+from gravlens.signs import ALL_SIGNS_UP_TO, sign_patterns
 from gravlens.trajectory import drift_per_prompt, follow
 
 Alternative = Literal["greater", "less", "two-sided"]

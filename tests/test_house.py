@@ -28,10 +28,10 @@ ROOMS = (
     "processing adapters ahead bridge models swapping tokenizer inference gguf positions passes fingerprints "
     "residual_store readings stored_readings residuals moments costs machine planning contrasts behavior strongreject "
     "judges divergence covariance directions estimators trajectory plane geometry subspaces interventions hooks "
-    "weights exchange inspect_logs nulls choices noise controls damage resampling crossfit decomposition inspection "
-    "readout effects questions ablation selectivity tradeoff demands claims refusal leaks blocking blockers thresholds "
-    "monitor finetune arms style plots frontiers heatmaps plane_plots paper report fetch settings experiment gathering "
-    "findings comparison paired reproduce cli"
+    "weights exchange inspect_logs signs nulls choices noise controls damage resampling crossfit decomposition "
+    "inspection readout effects questions ablation selectivity tradeoff demands claims refusal leaks blocking blockers "
+    "thresholds monitor finetune arms style plots frontiers heatmaps plane_plots paper report fetch settings "
+    "experiment gathering findings comparison paired reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7

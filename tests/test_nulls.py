@@ -21,7 +21,6 @@ from gravlens.directions import (
     random_directions,
 )
 from gravlens.nulls import (
-    ALL_SIGNS_UP_TO,
     NullDraws,
     compare,
     covariance_matched,
@@ -35,6 +34,7 @@ from gravlens.nulls import (
     swapped_labels,
 )
 from gravlens.residuals import Residuals
+from gravlens.signs import ALL_SIGNS_UP_TO
 from gravlens.trajectory import Trajectory, drift_per_prompt, follow
 
 
