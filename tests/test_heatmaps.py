@@ -46,3 +46,8 @@ def test_many_cells_carry_a_dash_where_they_are_below_zero() -> None:
     assert {(layer, position) for position, layer in dashes.get_xydata()} == {
         (layer, position) for layer, position, x in rows if x < -0.02
     }
+
+
+def test_next_to_nothing_has_no_sign() -> None:
+    table = pd.DataFrame({"layer": [0, 1], "position": -1, "x": [-0.001, -1.0]})
+    assert [text.get_text() for text in plot_heatmap(table, value="x").texts] == ["0.00", "−1.00"]
