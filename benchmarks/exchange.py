@@ -13,7 +13,6 @@ import json
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
