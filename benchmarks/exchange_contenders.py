@@ -2,9 +2,9 @@
 
 Runs a model steered by each file of FOLDER in PROGRAM, and writes the logits at every token to FOLDER/PROGRAM.npz.
 
-    repeng       pip install repeng          reads {file}.gguf with its own `ControlVector.import_gguf`
-    lm_eval      pip install 'lm-eval[hf]'   reads {file}.pt with its own `steered` model
-    llama_cpp    pip install llama-cpp-python gguf    {file}.gguf, laid out for llama.cpp as its `--control-vector` does it
+    repeng       pip install repeng                   {file}.gguf, by its own `ControlVector.import_gguf`
+    lm_eval      pip install 'lm-eval[hf]'            {file}.pt, by its own `steered` model
+    llama_cpp    pip install llama-cpp-python gguf    {file}.gguf, laid out as llama.cpp's `--control-vector` does it
 """
 
 import ctypes

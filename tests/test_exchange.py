@@ -14,8 +14,9 @@ import torch
 import xarray
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gravlens import GravlensError, Steer, intervene, open_model
+from gravlens import GravlensError, Steer, intervene, open_model, orthogonalize, orthogonalized
 from gravlens.directions import Direction, Directions
 from gravlens.exchange import from_gguf, from_npz, from_steered, to_gguf, to_npz, to_steered
 from gravlens.inference import final_logits
@@ -356,3 +357,21 @@ def test_directions_as_xarray_and_pandas() -> None:
         "distance": 4.0, "reliability": 0.9, "estimator": "difference_of_means", "undefined": "",
     }  # fmt: skip
     assert table.undefined[2] == "no difference"
+
+
+# -- an orthogonalised model -------------------------------------------------------------------------------------------
+
+
+def test_an_orthogonalised_model_is_an_ordinary_folder(tmp_path: Path) -> None:
+    source, v = open_model(tiny.llama(tie_word_embeddings=True), tokenizer=tiny.TOKENIZER), directions(1)[1]
+    folder = orthogonalize(source, v, out=tmp_path / "out")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(tiny.PROMPTS.texts[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = model(ids, output_hidden_states=True)
+        wanted = orthogonalized(source, v).module(ids)
+        before = source.module(ids)
+    np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-5)
+    assert (found.logits - before.logits).abs().max() > 0.1
+    for states in found.hidden_states[:-1]:  # the last is after the final norm
+        assert (states @ torch.tensor(v.vector)).abs().max() < 1e-5 * states.norm(dim=-1).max()
