@@ -23,7 +23,7 @@ from test_house import HEAVY
 from typer.testing import CliRunner
 
 from gravlens import __version__
-from gravlens.cli import app
+from gravlens.cli import app, failures
 from gravlens.cli.failures import OWN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +223,45 @@ def test_completion_is_printed_and_completes_commands_options_and_choices() -> N
     assert {"--dtype", "--device"} == set(completed("gravlens locate --d"))
     assert completed("gravlens store p") == ["prune"]
     assert completed("gravlens block --kind c") == ["clamp"]
+
+
+# -- docs/cli.md -------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def section(words: tuple[str, ...]) -> str:
+    """What the page says of a command."""
+    return PAGE.split(f"\n## `gravlens {' '.join(words)}`\n")[1].split("\n## ")[0]
+
+
+def documented(words: tuple[str, ...], param: Any) -> str:
+    """A parameter's row as it should stand on the page."""
+    hint = kind_of(COMMANDS[words], param.name)
+    value = "|".join(get_args(hint)) if get_origin(hint) is Literal else param.metavar or ""
+    names = ", ".join(param.opts) if param.param_type_name == "option" else ""
+    default = param.default if isinstance(param.default, list) else [param.default]
+    shown = ", ".join(
+        f"{one:g}" if isinstance(one, float) else str(one) for one in default if not (one is None or one is False)
+    )
+    cells = [f"`{f'{names} {value}'.strip()}`", "required" if param.required else shown, param.help]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+@each_command
+def test_the_page_has_every_command_with_every_option_and_no_other(words: tuple[str, ...]) -> None:
+    wanted = [documented(words, param) for param in COMMANDS[words].params if param.name not in OWN]
+    found = [line for line in section(words).splitlines() if line.startswith("| `")]
+    assert found == wanted, "\n".join(wanted)
+
+
+def test_the_page_has_no_command_that_there_is_not() -> None:
+    assert re.findall(r"^## `gravlens (.*)`$", PAGE, re.MULTILINE) == [" ".join(words) for words in COMMANDS]
+
+
+def test_the_exit_codes_of_the_page_are_those_of_the_command_line() -> None:
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)}
+    assert codes == {0, failures.CHECK_FAILED, failures.BAD_INPUT, failures.INTERRUPTED}
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def inspect(sequence: SEQUENCE, json: JSON = False) -> None:
     print_table(columns, cells, title="history", caption=read, wide=True)
 
 
-@commands.command(rich_help_panel=PANEL, epilog=example("gravlens plan SEQUENCE.toml --layer 12 --device cuda"))
+@commands.command(rich_help_panel=PANEL, epilog=example("gravlens plan SEQUENCE.toml --layer 12 --workers 8"))
 def plan(
     sequence: SEQUENCE,
     prompts: Annotated[
