@@ -93,8 +93,9 @@ def ablate_vrev(
 def described(row: pd.Series) -> str:
     """One row of a table of effects in words."""
     where = "all layers" if pd.isna(row["layer"]) else f"layer {row['layer']}"
+    interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
     return (
         f"{row['condition']} at {where}: {row['baseline']:+.2f} to {row['with_intervention']:+.2f}, difference "
-        f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}], random directions "
+        f"{row['difference']:+.2f}{interval}, random directions "
         f"{row['random_low']:+.2f} to {row['random_high']:+.2f}, p = {row['p_random']:.3f}"
     )

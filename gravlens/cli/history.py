@@ -31,19 +31,28 @@ def inspect(sequence: SEQUENCE, json: JSON = False) -> None:
     print_table(columns, cells, title="history", caption=read, wide=True)
 
 
-@commands.command(rich_help_panel=PANEL, epilog=example("gravlens plan SEQUENCE.toml --layer 12 --device cuda"))
+@commands.command(rich_help_panel=PANEL, epilog=example("gravlens plan SEQUENCE.toml --layer 12 --workers 8"))
 def plan(
     sequence: SEQUENCE,
-    prompts: Annotated[Path | None, typer.Option(help="File of prompts. Default: the sequence's probes.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File of prompts. Default: the sequence's probes.")
+    ] = None,
     layer: LAYERS = [],  # noqa: B006 (typer copies it)
-    positions: Annotated[str, typer.Option(help="last, instruction, post_instruction, all, or as -2.")] = "last",
+    positions: Annotated[
+        str, typer.Option(metavar="WHERE", help="last, instruction, post_instruction, all, or as -2.")
+    ] = "last",
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that share the work.")] = 1,
     peak_flops: Annotated[
-        float, typer.Option(min=0, help="Of another machine's worker, FLOP/s as its maker says; 0: measured here.")
+        float,
+        typer.Option(
+            min=0, metavar="X", help="Of another machine's worker, FLOP/s as its maker says; 0: measured here."
+        ),
     ] = 0,
-    disk_gbps: Annotated[float, typer.Option(min=0, help="GB/s that its worker reads and writes files with.")] = 0,
+    disk_gbps: Annotated[
+        float, typer.Option(min=0, metavar="X", help="GB/s that its worker reads and writes files with.")
+    ] = 0,
     json: JSON = False,
 ) -> None:
     """Forecast what reading a history will cost: tokens, operations, bytes, memory and seconds (docs/scale.md)."""
@@ -69,9 +78,12 @@ def plan(
 def locate(
     sequence: SEQUENCE,
     layer: LAYERS = [],  # noqa: B006
-    prompts: Annotated[Path | None, typer.Option(help="File of prompts. Default: the sequence's probes.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File of prompts. Default: the sequence's probes.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(callback=writable_file, help="Write the directions to this safetensors file.")
+        Path | None,
+        typer.Option(callback=writable_file, metavar="FILE", help="Write the directions to this safetensors file."),
     ] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
@@ -97,11 +109,12 @@ def locate(
 def trajectory(
     sequence: SEQUENCE,
     layer: Annotated[
-        list[int], typer.Option("--layer", help="A layer of the mean, from 0; repeat it. Default: all with a v_rev.")
+        list[int],
+        typer.Option("--layer", metavar="N", help="A layer of the mean, from 0; repeat it. Default: all with a v_rev."),
     ] = [],  # noqa: B006
     prompts: PROMPTS = None,
     out: Annotated[
-        Path | None, typer.Option(callback=writable_file, help="Write the tidy table to this CSV file.")
+        Path | None, typer.Option(callback=writable_file, metavar="FILE", help="Write the tidy table to this CSV file.")
     ] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",

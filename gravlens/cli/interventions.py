@@ -48,7 +48,10 @@ def ablate(
         typer.Option(help="Random directions from the covariance of the anchor's states, or from all directions."),
     ] = "matched",
     out: Annotated[
-        Path | None, typer.Option(callback=writable_folder, help="Folder for ablate_layer.csv and ablate_layer.png.")
+        Path | None,
+        typer.Option(
+            callback=writable_folder, metavar="FOLDER", help="Folder for ablate_layer.csv and ablate_layer.png."
+        ),
     ] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
@@ -115,30 +118,43 @@ def _told(found: Any) -> dict[str, Any]:
 def block(
     sequence: SEQUENCE,
     data: Annotated[
-        Path, typer.Option(help="Harmless data to train on: prompt and answer, JSONL, CSV or JSON (docs/prompts.md).")
+        Path,
+        typer.Option(
+            metavar="FILE", help="Harmless data to train on: prompt and answer, JSONL, CSV or JSON (docs/prompts.md)."
+        ),
     ],
     out: Annotated[
-        Path, typer.Option(callback=writable_folder, help="Folder for blocked/checkpoint-N and unblocked/checkpoint-N.")
+        Path,
+        typer.Option(callback=writable_folder, metavar="FOLDER", help="Folder for the runs, blocked/ and unblocked/."),
     ],
     kind: Annotated[
         Literal["penalty", "clamp", "projection"],
-        typer.Option(help="Hold motion back (penalty), motion both ways (clamp), or the mean exactly (projection)."),
+        typer.Option(
+            metavar="KIND", help="penalty: motion back; clamp: motion both ways; projection: the probes' mean, exactly."
+        ),
     ] = "penalty",
-    strength: Annotated[float | None, typer.Option(min=0, help="λ of the penalty or the clamp. Default: 30.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0, metavar="X", help="λ of the penalty or the clamp. Default: 30.")
+    ] = None,
     margin: Annotated[
-        float | None, typer.Option(min=0, help="Of the penalty: push the other way by this fraction. Default: 0.")
+        float | None,
+        typer.Option(min=0, metavar="X", help="Of the penalty: push the other way by this fraction. Default: 0."),
     ] = None,
     layer: Annotated[
-        list[int], typer.Option("--layer", help="A layer that is held, from 0; repeat it. Default: the inner ones.")
+        list[int],
+        typer.Option("--layer", metavar="N", help="A layer that is held, from 0; repeat it. Default: the inner ones."),
     ] = [],  # noqa: B006
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
-    batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 4,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", min=0, help="AdamW's.")] = 7e-5,
-    lora: Annotated[int, typer.Option(min=0, help="Rank of LoRA adapters; 0: all weights.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Optimizer steps.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Examples a step.")] = 4,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", min=0, metavar="X", help="AdamW's learning rate.")
+    ] = 7e-5,
+    lora: Annotated[int, typer.Option(min=0, metavar="N", help="Rank of LoRA adapters; 0: all weights.")] = 0,
     save_step: Annotated[
-        list[int], typer.Option(min=1, help="Save after this step too; repeat it. The last step is always saved.")
+        list[int],
+        typer.Option(min=1, metavar="N", help="Save after this step too; repeat it. The last step is always saved."),
     ] = [1, 2, 5, 10, 20, 50, 100],  # noqa: B006
-    seed: Annotated[int, typer.Option(min=0, help="Of the data's order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the data's order.")] = 0,
     only_blocked: Annotated[bool, flag("--only-blocked", "Leave out the run without a blocker.")] = False,
     prompts: PROMPTS = None,
     device: DEVICE = "cpu",

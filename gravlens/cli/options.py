@@ -69,33 +69,53 @@ SEQUENCE = Annotated[
     Path,
     typer.Argument(metavar="SEQUENCE.toml", help="Witness, anchor, runs and prompts (docs/sequence.md)."),
 ]
-PROMPTS = Annotated[Path | None, typer.Option(help="File of prompts to measure on. Default: held_out, else probes.")]
-MAX_PROMPTS = Annotated[int | None, typer.Option(min=1, help="At most so many prompts, spread over the file.")]
+PROMPTS = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File of prompts to measure on. Default: held_out, else probes.")
+]
+MAX_PROMPTS = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="At most so many prompts, spread over the file.")
+]
 LAYERS = Annotated[
-    list[int], typer.Option("--layer", help="A layer, counted from 0; repeat it for several. Default: all.")
+    list[int],
+    typer.Option("--layer", metavar="N", help="A layer, counted from 0; repeat it for several. Default: all."),
 ]
 EVERY_LAYER = Annotated[bool, flag("--all-layers", "Every layer with a v_rev; the default.")]
-CHECKPOINT = Annotated[str | None, typer.Option(help="RUN/STEP, anchor or witness. Default: the first run's last.")]
+CHECKPOINT = Annotated[
+    str | None, typer.Option(metavar="NAME", help="RUN/STEP, anchor or witness. Default: the first run's last.")
+]
 OPENINGS = Annotated[
     list[str],
-    typer.Option(callback=texts, help="How this model's refusals begin; repeat it. Default: usual English openings."),
+    typer.Option(
+        callback=texts,
+        metavar="TEXT",
+        help="How this model's refusals begin; repeat it. Default: usual English openings.",
+    ),
 ]
 COMPLIANCES = Annotated[
     list[str],
     typer.Option(
         callback=texts,
+        metavar="TEXT",
         help="How its other answers begin; repeat it. Where given, whole openings of both kinds are weighed.",
     ),
 ]
-N_RANDOM = Annotated[int, typer.Option(min=1, help="Random directions per row; the smallest p is 1/(1 + this).")]
+N_RANDOM = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Random directions per row; the smallest p is 1/(1 + this).")
+]
 # how it is read
-DEVICE = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: a GPU where there is one.")]
-DTYPE = Annotated[str, typer.Option(help="float32, bf16, fp16, or stored: as each checkpoint stores its weights.")]
-KEEP = Annotated[int, typer.Option(min=0, help="Downloaded revisions of runs that stay on disk; 0: all.")]
-STORE = Annotated[Path | None, typer.Option(help="Keep states in this folder, and read what is there.")]
+DEVICE = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, or auto: a GPU where there is one.")]
+DTYPE = Annotated[
+    str, typer.Option(metavar="NAME", help="float32, bf16, fp16, or stored: as each checkpoint stores its weights.")
+]
+KEEP = Annotated[int, typer.Option(min=0, metavar="N", help="Downloaded revisions of runs that stay on disk; 0: all.")]
+STORE = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Keep states in this folder, and read what is there.")
+]
 # what is written
 JSON = Annotated[bool, flag("--json", "Print JSON alone on stdout; all else goes to stderr.")]
-OUT_FOLDER = Annotated[Path, typer.Option(callback=writable_folder, help="Folder for the table and the figure.")]
+OUT_FOLDER = Annotated[
+    Path, typer.Option(callback=writable_folder, metavar="FOLDER", help="Folder for the table and the figure.")
+]
 
 
 def chosen_layers(layers: Sequence[int], all_layers: bool) -> tuple[int, ...]:

@@ -24,18 +24,26 @@ def reproduce(
         typer.Option(help="refusal: a small organism made here; pretrained: a real language model."),
     ] = "refusal",
     quick: Annotated[bool, flag("--quick", "Two runs an arm and fewer draws: a first look.")] = False,
-    organisms: Annotated[int, typer.Option(min=1, help="How many organism seeds (refusal).")] = 1,
-    runs: Annotated[int, typer.Option(min=0, help="Fine-tuning seeds of each arm; 0: the setting's own number.")] = 0,
-    out: Annotated[Path, typer.Option(callback=writable_folder, help="Results folder.")] = Path("results"),
+    organisms: Annotated[int, typer.Option(min=1, metavar="N", help="How many organism seeds (refusal).")] = 1,
+    runs: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Fine-tuning seeds of each arm; 0: the setting's own number.")
+    ] = 0,
+    out: Annotated[Path, typer.Option(callback=writable_folder, metavar="FOLDER", help="Results folder.")] = Path(
+        "results"
+    ),
     model: Annotated[
-        str, typer.Option(help="Hub id, folder or GGUF file (pretrained); default: fetched weights.")
+        str, typer.Option(metavar="NAME", help="Hub id, folder or GGUF file (pretrained); default: fetched weights.")
     ] = "",
     harmful: Annotated[
-        Path | None, typer.Option(help="File of harmful prompts, JSONL, CSV or TXT (pretrained).")
+        Path | None, typer.Option(metavar="FILE", help="File of harmful prompts, JSONL, CSV or TXT (pretrained).")
     ] = None,
-    harmless: Annotated[Path | None, typer.Option(help="File of harmless prompts with answers (pretrained).")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes at a time; 0: one for each core.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of a process (pretrained); 0: all cores.")] = 0,
+    harmless: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File of harmless prompts with answers (pretrained).")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes at a time; 0: one for each core.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Threads of a process (pretrained); 0: all cores.")
+    ] = 0,
     json: JSON = False,
 ) -> None:
     """Make a history, find v_rev, follow it, test it, block it, and print the paper's table beside the figures here.

@@ -51,7 +51,7 @@ def verify(folder: FOLDER, json: JSON = False) -> None:
 def prune(
     folder: FOLDER,
     unused_days: Annotated[
-        float | None, typer.Option(min=0, help="States too that were not asked for in so many days.")
+        float | None, typer.Option(min=0, metavar="DAYS", help="States too that were not asked for in so many days.")
     ] = None,
     dry_run: Annotated[bool, flag("--dry-run", "Name the files, and keep them.")] = False,
     json: JSON = False,
