@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -94,7 +94,7 @@ def read_meta(path: Path | str, kind: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(path: Path | str, kind: str) -> Iterator[Any]:
+def _opened(path: Path | str, kind: str) -> Generator[Any]:
     try:
         with safe_open(path, framework="np") as file:
             yield file

@@ -90,9 +90,7 @@ def test_the_sdist_has_tests_and_docs_and_nothing_built(sdist: Path) -> None:
 
 def test_what_is_unpacked_imports(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
-    code = (
-        "import gravlens; from gravlens import GravlensError; print(gravlens.__file__, len(dir(gravlens)))"
-    )
+    code = "import gravlens; from gravlens import GravlensError; print(gravlens.__file__, len(dir(gravlens)))"
     command = [sys.executable, "-c", code]
     environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
