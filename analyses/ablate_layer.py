@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import typer
@@ -76,7 +76,7 @@ def ablate(
     model: OpenModel, directions: Directions, score: Score, prompts: PromptSet, n_random: int = 20
 ) -> pd.DataFrame:
     """Table of effects: v_rev ablated at each layer by itself and, where there are several, together (<NA>)."""
-    ask: dict[str, Any] = {"score": score, "prompts": prompts, "n_random": n_random}
+    ask = {"score": score, "prompts": prompts, "n_random": n_random}
     by_layer = layerwise_effect(model, directions, {"ablate": Ablate}, **ask).table
     if len(directions) == 1:
         return by_layer

@@ -10,7 +10,7 @@ null_power.png, and prints the rates at 1 %. About four minutes of one free core
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -200,8 +200,7 @@ def _with_runs(prompts: str, anchor: np.ndarray, drift: np.ndarray) -> Residuals
 
 def nulls_of(histories: Histories, rng: np.random.Generator) -> Iterator[NullDraws]:
     """Every null, drawn as a user would draw it."""
-    one: dict[str, Any] = {"draws": DRAWS, "rng": rng}
-    step: dict[str, Any] = {"steps": (1,), **one}
+    one, step = {"draws": DRAWS, "rng": rng}, {"steps": (1,), "draws": DRAWS, "rng": rng}
     held_out, others, vs = histories.held_out, histories.others, histories.directions
     samples, drifts = histories.samples(), histories.drifts()
     yield isotropic(vs, **step)

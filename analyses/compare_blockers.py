@@ -8,7 +8,7 @@ loss) and prints the table and its orderings.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import typer
@@ -73,11 +73,7 @@ def main(
         chosen = settings_of(organism, pretrained, runs=runs, threads=threads)
         if sequence is not None and data is not None:
             recipe = Recipe(steps, 8, learning_rate, weight_decay=0.0, lora=lora or None)
-            own: dict[str, Any] = {
-                "layers": tuple(layer),
-                "recipe": recipe,
-                "measures": measures_of(openings, compliances),
-            }
+            own = {"layers": tuple(layer), "recipe": recipe, "measures": measures_of(openings, compliances)}
             threads = threads or GivenHistory.threads
             chosen["given"] = GivenHistory(sequence, data, runs=runs, threads=threads, **own)
         tables, layers = [], []

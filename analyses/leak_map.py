@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -151,12 +151,12 @@ def ranked(question: Question) -> pd.DataFrame:
 def patched(question: Question) -> pd.DataFrame:
     """Necessity (the anchor's component put into the fine-tuned model) and sufficiency (the other way round)."""
     pair, score = (question.tuned, question.history.anchor), score_of(question.openings, question.compliances)
-    ask: dict[str, Any] = {"source": states(question, question.asked, -1), "score": score, "prompts": question.asked}
+    ask = {"source": states(question, question.asked, -1), "score": score, "prompts": question.asked}
     models = {checkpoint.name: opened(question.history, checkpoint) for checkpoint in pair}
     goal = {name: float(score(model, question.asked).mean()) for name, model in models.items()}
     tables = []
     for into, source in (pair, pair[::-1]):
-        put: dict[str, Any] = {"checkpoint": source.name, "goal": goal[source.name]}
+        put = {"checkpoint": source.name, "goal": goal[source.name]}
         table = patch_spans(models[into.name], spans(question), **ask, **put)
         tables.append(table.assign(model=into.name))
     table = pd.concat(tables, ignore_index=True)

@@ -8,7 +8,7 @@ orthogonalize.png into the folder; a model/ that is there already is checked and
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -106,7 +106,7 @@ def measure(
         (twin,) = random_directions(Directions((direction,)), rng=rng)
         random[draw] = (score(orthogonalized(before, twin), prompts) - baseline).mean()
     numbers = summarise(score(after, prompts) - baseline, random, rng=rng)
-    row: dict[str, Any] = {"condition": "orthogonalize", "layer": direction.layer, "baseline": baseline.mean()}
+    row = {"condition": "orthogonalize", "layer": direction.layer, "baseline": baseline.mean()}
     table = pd.DataFrame([{**row, "with_intervention": row["baseline"] + numbers["difference"], **numbers}])
     table.attrs["score"] = name_of(score)
     return table

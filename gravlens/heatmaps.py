@@ -45,7 +45,7 @@ def plot_heatmap(
     reach = limit or float(np.nanmax(np.abs(cells), initial=0)) or 1.0
     ax.set_facecolor("0.9")
     look = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach, "origin": "lower" if upward else "upper"}
-    image = ax.imshow(cells, aspect="auto", **look)  # pyright: ignore[reportArgumentType]
+    image = ax.imshow(cells, aspect="auto", **look)
     if cells.size <= WRITTEN:
         _write_numbers(ax, cells, reach)
     every = 1 + len(grid) // 30

@@ -249,7 +249,7 @@ def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
     rows = nulls[nulls["layer"].isna()] if "layer" in nulls else nulls
     for number, (name, null) in enumerate(rows.groupby("null", sort=False)):
         p99 = null.groupby("step")["p99"].max()
-        look: dict[str, Any] = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
+        look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
         marker = "_" * (len(p99) == 1)  # one step makes no line
         ax.plot(p99.index, p99, marker=marker, ms=12, mew=1.5, label=f"{_words(name)}, p99", **look)
 
@@ -345,6 +345,6 @@ def _legend(ax: Axes, *, columns: int = 2, side: str = "left") -> Axes:
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: not isinstance(handles[index], Container))
     handles, labels = [handles[index] for index in order], [labels[index] for index in order]
-    place: dict[str, Any] = {"loc": f"lower {side}", "bbox_to_anchor": (float(side == "right"), 1.0)}
+    place = {"loc": f"lower {side}", "bbox_to_anchor": (float(side == "right"), 1.0)}
     ax.legend(handles, labels, ncols=columns, borderaxespad=0.3, columnspacing=1.2, **place)
     return ax
