@@ -7,7 +7,7 @@ TRL's `SFTTrainer` is blocked in the same way, with LoRA, gradient accumulation 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -122,7 +122,7 @@ class Draws:
 @contextmanager
 def block(
     trainer: Trainer, *blockers: Blocker, tokenizer: Any | None = None, rng: np.random.Generator | None = None
-) -> Iterator[None]:
+) -> Generator[None]:
     """Let blockers take part in a trainer's steps: `with block(trainer, Penalty(vs, probes)): trainer.train()`.
 
     They are bound here, where the trainer's model is the anchor; a run that is resumed from Trainer's own checkpoint
@@ -208,14 +208,14 @@ def _add_gradient(loss: Tensor, model: nn.Module) -> float:
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     total = 0.0
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
+        if gradient is not None:  # pyright: ignore[reportUnnecessaryComparison] (allow_unused)
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             total += float(gradient.square().sum())
     return total**0.5
 
 
 @contextmanager
-def without_dropout(module: nn.Module) -> Iterator[None]:
+def without_dropout(module: nn.Module) -> Generator[None]:
     """The anchor was read without: with it, motion would be noise where the model has not moved."""
     training = module.training
     module.eval()

@@ -1,7 +1,7 @@
 """Damage without training: rounding, pruning, the update's mirror image. Does it move a model along v_rev too?"""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,7 +36,7 @@ BITS = range(2, 17)
 
 
 @contextmanager
-def rounded(model: OpenModel, bits: int, *, norm: float | None = None) -> Iterator[OpenModel]:
+def rounded(model: OpenModel, bits: int, *, norm: float | None = None) -> Generator[OpenModel]:
     """The model with every matrix rounded to nearest, symmetric, one scale per output channel, and put back after.
 
     A channel's largest weight is 2^(bits − 1) − 1 steps: 127 at 8 bits, 7 at 4. Embeddings are matrices with a channel
@@ -59,7 +59,7 @@ def rounded(model: OpenModel, bits: int, *, norm: float | None = None) -> Iterat
 
 
 @contextmanager
-def pruned(model: OpenModel, share: float, *, norm: float | None = None) -> Iterator[OpenModel]:
+def pruned(model: OpenModel, share: float, *, norm: float | None = None) -> Generator[OpenModel]:
     """The model with the smallest weights of every matrix set to 0, and put back after (docs/controls.md).
 
     Args:
@@ -78,7 +78,7 @@ def pruned(model: OpenModel, share: float, *, norm: float | None = None) -> Iter
 
 
 @contextmanager
-def sign_flipped(model: OpenModel, checkpoint: Source, *, norm: float | None = None) -> Iterator[OpenModel]:
+def sign_flipped(model: OpenModel, checkpoint: Source, *, norm: float | None = None) -> Generator[OpenModel]:
     """The mirror image of an update, θ = anchor − (θ_t − anchor), and the anchor back after.
 
     Of the same size, tensor by tensor, as what training did, and where states follow weights linearly its drift is the
@@ -101,7 +101,7 @@ def sign_flipped(model: OpenModel, checkpoint: Source, *, norm: float | None = N
 
 
 @contextmanager
-def updated(model: OpenModel, checkpoint: Source, *, norm: float | None = None) -> Iterator[OpenModel]:
+def updated(model: OpenModel, checkpoint: Source, *, norm: float | None = None) -> Generator[OpenModel]:
     """The anchor with a run's own update θ_t − anchor, and the anchor back after: the positive control beside damage.
 
     Args:
@@ -119,7 +119,7 @@ def updated(model: OpenModel, checkpoint: Source, *, norm: float | None = None) 
 
 
 @contextmanager
-def reweighted(model: OpenModel, weights: Mapping[str, Tensor], *, norm: float | None = None) -> Iterator[OpenModel]:
+def reweighted(model: OpenModel, weights: Mapping[str, Tensor], *, norm: float | None = None) -> Generator[OpenModel]:
     """A model with other weights for as long as the context lasts; they are put back bit for bit, whatever happens.
 
     Args:

@@ -133,9 +133,7 @@ class Directions:
         arrays, meta = read_tensors(path, "directions")
         rows = zip(arrays["vectors"], meta["directions"], strict=True)
         numbers = ("distance", "reliability")  # JSON has no NaN
-        return cls(
-            tuple(Direction(v, **{**m, **{n: np.nan if m[n] is None else m[n] for n in numbers}}) for v, m in rows)
-        )
+        return cls(tuple(Direction(v, **(m | {n: np.nan if m[n] is None else m[n] for n in numbers})) for v, m in rows))
 
     def to_xarray(self) -> xarray.Dataset:
         """`vector` [layer, d_model], and by layer `distance`, `reliability`, `estimator`, `undefined` ("": defined)."""
@@ -254,7 +252,7 @@ def _estimate(
 ) -> Direction:
     difference = estimator(witness, anchor)
     distance = float(np.linalg.norm(difference))
-    noise = _noise(residuals, layer)
+    noise = noise_floor(residuals, layer)
     undefined = None
     if not distance > noise:
         undefined = f"witness and anchor differ by {distance:.2g}, the forward pass's own noise reaches {noise:.2g}"
@@ -274,7 +272,8 @@ def _estimate(
     )
 
 
-def _noise(residuals: Residuals, layer: int) -> float:
+def noise_floor(residuals: Residuals, layer: int) -> float:
+    """How far the forward pass's own rounding may move a mean state, residual units (docs/directions.md)."""
     i = residuals.layers.index(layer)
     # Contrasts are shorter than the states that they are differences of, and whose rounding they have.
     lengths = residuals.meta.get("state_lengths")

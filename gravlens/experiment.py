@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,7 +83,7 @@ def _waves(checkpoints: Mapping[str, str | None]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _workers(threads: int, workers: int | None) -> Iterator[Callable[[str, Sequence[Callable[[], Any]]], None]]:
+def _workers(threads: int, workers: int | None) -> Generator[Callable[[str, Sequence[Callable[[], Any]]], None]]:
     """Runs lists of jobs in fresh processes of a fixed number of threads, with a bar."""
     count = workers or max(1, (os.cpu_count() or 1) // threads)
     before = os.environ.get("OMP_NUM_THREADS")

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,14 +76,14 @@ def nulls_of(setting: Setting, home: Path, vs: Directions, unblocked: Trajectory
     measured, held_out = load_states(home, "measured", "probes"), states_of(setting, arm, home, "held_out")
     nulls = [isotropic(vs, steps=setting.save_steps, draws=ISOTROPIC_DRAWS, rng=rng), *_weight_noise(setting, home)]
     # no shrinkage: the prompts are few for their participation ratio (docs/nulls.md)
-    common = {"steps": setting.save_steps, "draws": DRAWS, "rng": rng}
+    common: dict[str, Any] = {"steps": setting.save_steps, "draws": DRAWS, "rng": rng}
     columns = [held_out.layers.index(layer) for layer in vs.layers]
     states = held_out.of("anchor")[:, columns]
     nulls.append(sample_covariance(vs, states, name="covariance_of_states", **common))
     ends = [f"{run}/{steps[-1]}" for run, steps in held_out.runs.items()]
     moved = np.concatenate([drift_per_prompt(held_out, end, vs.layers) for end in ends])
     # about 0: what all prompts have in common stays in, and each run is partly held against itself
-    drawn = {"steps": setting.save_steps[-1:], "draws": DRAWS, "rng": rng, "centred": False}
+    drawn: dict[str, Any] = {"steps": setting.save_steps[-1:], "draws": DRAWS, "rng": rng, "centred": False}
     nulls.append(sample_covariance(vs, moved, name="covariance_of_drifts", **drawn))
     nulls.append(sign_flips(unblocked, draws=DRAWS, rng=rng))
     others = {name: other_states(setting, home, name) for name in OTHER_PROMPTS if _kept(arm, home)}

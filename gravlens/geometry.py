@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gravlens.covariance import whitening
-from gravlens.directions import Directions, Estimator, _noise, difference_of_means, locate_vrev
+from gravlens.directions import Directions, Estimator, difference_of_means, locate_vrev, noise_floor
 from gravlens.errors import GravlensError
 from gravlens.residuals import Residuals
 
@@ -83,7 +83,7 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
     width, plain = residuals.values.shape[-1], locate_vrev(residuals)
     found = []
     for direction in locate_vrev(geometry.apply(residuals), estimator=estimator):
-        floor = _noise(residuals, direction.layer) * _gain(geometry.maps[direction.layer], width)
+        floor = noise_floor(residuals, direction.layer) * _gain(geometry.maps[direction.layer], width)
         undefined = plain[direction.layer].undefined or direction.undefined
         if undefined is None and not direction.distance > floor:
             undefined = f"witness and anchor differ by {direction.distance:.2g} in the {geometry.name} geometry, where "

@@ -1,7 +1,7 @@
 """`intervene` owns the hooks: they carry interventions out, count, and are gone when the block is left."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ class Firings:
 
 
 @contextmanager
-def intervene(model: OpenModel | nn.Module, *interventions: Intervention) -> Iterator[Firings]:
+def intervene(model: OpenModel | nn.Module, *interventions: Intervention) -> Generator[Firings]:
     """Carry out interventions on every forward pass inside the `with` block, at all token positions or those of `At`.
 
     Prefill and each decoded token count alike, so a cached generation sees what an uncached one sees. At one layer the

@@ -1,7 +1,7 @@
 """Forward passes of an opened model: the trunk alone, next-token logits, log-probabilities, greedy generation."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -66,7 +66,7 @@ READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def reading(batch: Batch, ends: Int[Tensor, " prompt"] | None = None) -> Iterator[None]:
+def reading(batch: Batch, ends: Int[Tensor, " prompt"] | None = None) -> Generator[None]:
     """Make known what the forward passes inside read. All of gravlens's own do; this is for a pass of your own.
 
     Args:

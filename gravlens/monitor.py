@@ -3,7 +3,7 @@
 What it reads is what `follow` reads of saved checkpoints; nothing of the training is changed by it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -264,7 +264,7 @@ def _told_by_first(stop: bool, device: torch.device) -> bool:
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def undisturbed(module: nn.Module) -> Generator[None]:
     """Every part in eval mode; afterwards its own mode, and the random generators as they were."""
     training = [part for part in module.modules() if part.training]
     devices = sorted({weight.device.index for weight in module.parameters() if weight.device.type == "cuda"})

@@ -5,7 +5,7 @@ deepest layer is left after its keys and values. Prompts are sorted by length an
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -211,7 +211,7 @@ class Kept:
         return (total / self._counts[:, None, None]).float()
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def hooked(self) -> Generator[None]:
         """With the hooks on; nothing is left of them, however it ends."""
         handles = [resid_post(self._model, layer).register_forward_hook(self._hook(layer)) for layer in self._layers]
         try:
@@ -252,7 +252,7 @@ def reuses_keys(model: OpenModel) -> bool:
 
 def hooks_on(part: nn.Module) -> list[Any]:
     """Forward hooks, but those that transformers leaves behind once hidden states were asked of it; they look on."""
-    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
 
 

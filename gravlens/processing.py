@@ -57,7 +57,7 @@ def _projections(name: str, part: nn.Module, width: int) -> Iterator[Write]:
         if isinstance(module, nn.Linear | Conv1D):
             axis = 1 if isinstance(module, Conv1D) else 0
             if module.weight.ndim == 2 and module.weight.shape[axis] == width:
-                bias = () if module.bias is None else ((module.bias, 0),)
+                bias = () if module.bias is None else ((module.bias, 0),)  # pyright: ignore[reportUnnecessaryComparison]
                 yield Write(f"{name}.{child}", module, ((module.weight, axis), *bias))
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +189,7 @@ def _taken_away(path: Path) -> None:
 
 
 @contextmanager
-def room_on_disk(folder: Path) -> Iterator[None]:
+def room_on_disk(folder: Path) -> Generator[None]:
     """A full disk, or a folder that cannot be written, as one clear error."""
     try:
         yield
@@ -213,7 +213,7 @@ def find_view(folder: Path, question: str) -> np.ndarray | None:
 
 
 @contextmanager
-def view_writer(folder: Path, question: str, shape: tuple[int, ...]) -> Iterator[TensorWriter]:
+def view_writer(folder: Path, question: str, shape: tuple[int, ...]) -> Generator[TensorWriter]:
     """A whole answer that is being put together; nothing is left of one that is not finished."""
     with room_on_disk(folder), TensorWriter(folder / "views", question[:32], "view", "values", shape, {}) as view:
         yield view

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -95,7 +95,7 @@ def meta_of(content: bytes, path: Path | str, kind: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(path: Path | str, kind: str) -> Iterator[Any]:
+def _opened(path: Path | str, kind: str) -> Generator[Any]:
     try:
         with safe_open(path, framework="np") as file:
             yield file

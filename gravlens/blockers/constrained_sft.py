@@ -1,7 +1,7 @@
 """Constrained fine-tuning: the task's loss itself, weighted by how far each token has left the anchor."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ class ConstrainedSFT:
         anchor = copy.deepcopy(model.module).eval().requires_grad_(False)
 
         @contextmanager
-        def during(_weight: float = 1.0) -> Iterator[None]:
+        def during(_weight: float = 1.0) -> Generator[None]:
             handle = model.module.register_forward_hook(lambda *call: self._replace(anchor, *call), with_kwargs=True)
             try:
                 yield

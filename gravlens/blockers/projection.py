@@ -128,7 +128,7 @@ class _Projector:
         for layer, s in enumerate(terms):
             rows = torch.autograd.grad(s, self.parameters, retain_graph=s is not terms[-1], allow_unused=True)
             for kept, row in zip(self.gradients, rows, strict=True):
-                if row is not None:
+                if row is not None:  # pyright: ignore[reportUnnecessaryComparison] (allow_unused)
                     kept[layer] = row
         flat = (gradient.flatten(1) for gradient in self.gradients)
         gram = sum((one @ one.T).double().cpu() for one in flat)
