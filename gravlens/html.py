@@ -64,7 +64,8 @@ def cell(value: Any) -> str:
         return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} … ({len(text):,} letters in all)"
     if value != value:
         return ""
-    return f"{float(value):.3f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{float(value):.3g}"
+    number = float(value)
+    return f"{number:.3f}" if 0.01 <= abs(number) < 1000 or number == 0 else f"{number:.3g}"
 
 
 def _cells(row: Sequence[Any], *, named: bool) -> Iterable[str]:

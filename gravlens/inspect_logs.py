@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,15 @@ def to_inspect_log(
 
 def _inspect() -> Any:
     try:
-        import inspect_ai.log
-        import inspect_ai.model
-        import inspect_ai.scorer
+        for part in ("log", "model", "scorer"):
+            import_module(f"inspect_ai.{part}")
+        return import_module("inspect_ai")
     except ImportError as error:
         raise GravlensError(
             "inspect-ai is not installed.",
             "It writes Inspect's logs.",
             "pip install inspect-ai, or gravlens with its extra: pip install -e '.[exchange]'.",
         ) from error
-    return inspect_ai
 
 
 def _check(path: Path, prompts: PromptSet, answers: Sequence[str] | None, columns: Mapping[str, np.ndarray]) -> None:

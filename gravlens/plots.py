@@ -227,7 +227,7 @@ def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, *, label: str, look: 
     small = mean.loc[mean.index.isin(_unjudged(rows, value)["layer"]), "mean"]
     if len(small):
         known = UNJUDGED in ax.get_legend_handles_labels()[1]
-        ax.plot(small.index, small, **HOLLOW | look, label="_" if known else UNJUDGED)
+        ax.plot(small.index, small, **{**HOLLOW, **look}, label="_" if known else UNJUDGED)
 
 
 def _left_out(layers: set[int]) -> str:

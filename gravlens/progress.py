@@ -1,7 +1,7 @@
 """One kind of progress bar for all that takes long: tqdm's, gone when it is done, silent under TQDM_DISABLE=1."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ def silent() -> bool:
 @contextmanager
 def progress(
     what: str, things: Iterable[Any] | None = None, *, total: int | None = None, unit: str = "it", leave: bool = False
-) -> Iterator["tqdm[Any]"]:
+) -> Generator["tqdm[Any]"]:
     """A bar over things, or over `total` steps that its `update` counts.
 
     One bar at a time: what is called while a bar of gravlens is counting is a part of what that counts.

@@ -65,7 +65,7 @@ FILES = {
 }
 MOST_ROWS = 1000
 PRINTED_ROWS = 60  # a folded table of more is not printed
-WORDS = {True: "yes", False: "no"}
+WORDS: dict[Any, str] = {True: "yes", False: "no"}
 
 
 class Cell(NamedTuple):

@@ -1,5 +1,6 @@
 """Files of the package, each loaded when something is first asked of it: help and completion wait for none of them."""
 # ruff: noqa: F401
+# pyright: reportUnusedImport=false
 
 from importlib import import_module
 from typing import TYPE_CHECKING
