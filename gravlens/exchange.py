@@ -84,6 +84,9 @@ def to_gguf(
 def from_gguf(path: Path | str) -> Directions:
     """Read a control vector of llama.cpp, repeng or `to_gguf`: each distance is the length of a layer's vector.
 
+    Args:
+        path: the file, `.gguf`.
+
     Raises:
         GravlensError: a file that is absent, damaged, no GGUF, or holds anything but `direction.{layer}` in fp32.
     """
@@ -159,6 +162,9 @@ def to_steered(
 def from_steered(path: Path | str) -> Directions:
     """Read a `.pt` of lm-evaluation-harness' `steered`; a pickle that would run code is never opened.
 
+    Args:
+        path: the file, `.pt`.
+
     Raises:
         GravlensError: a file that is absent, damaged, or holds more than plain tensors; a `.csv` (it names features of
             sparse autoencoders); anything but `add` to whole blocks, one vector a layer.
@@ -224,6 +230,10 @@ def _not_added(path: Path, found: str) -> GravlensError:
 def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
     """Write `vectors` [layer, d_model] of unit length, `layers`, `distances` and `facts` (JSON) for numpy alone.
 
+    Args:
+        directions: defined ones, one a layer; `distances` are in residual units.
+        path: the file, `.npz`.
+
     Raises:
         GravlensError: an undefined direction, or two of one layer.
     """
@@ -235,6 +245,9 @@ def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
 
 def from_npz(path: Path | str) -> Directions:
     """Read a `.npz` with `vectors` [layer, d_model] and `layers`; without `distances` they are the vectors' lengths.
+
+    Args:
+        path: the file, `.npz`.
 
     Raises:
         GravlensError: a file that is absent, damaged, pickled, or whose arrays do not fit each other.

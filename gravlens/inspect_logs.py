@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from gravlens import __version__
 from gravlens.behavior import Prompts
@@ -25,7 +26,7 @@ def to_inspect_log(
     path: Path | str,
     *,
     answers: Sequence[str] | None = None,
-    scores: Mapping[str, Sequence[float] | np.ndarray],
+    scores: Mapping[str, Sequence[float] | Float[np.ndarray, " prompt"]],
     model: str,
     task: str = "gravlens",
     metadata: Mapping[str, Any] | None = None,

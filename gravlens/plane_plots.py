@@ -30,8 +30,14 @@ PLOTLY_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 def plot_residual_plane(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Witness, anchor and each run's way from it, on the plane of v_rev and of the first component of the rest.
 
-    `table` is that of `residual_plane`; both axes are in witness–anchor distances and equally long. Prompts are faint
-    points. Runs beyond six share one look. GravlensError where there is nothing to draw.
+    Prompts are faint points. Runs beyond six share one look.
+
+    Args:
+        table: of `residual_plane`; both axes are in witness–anchor distances and equally long.
+        ax: where it is drawn; default: a figure of its own.
+
+    Raises:
+        GravlensError: there is nothing to draw.
     """
     need(table, COLUMNS, "residual_plane(…).")
     ax = axes_of(ax)
@@ -61,8 +67,13 @@ def plot_residual_plane(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def explore_residual_plane(table: pd.DataFrame) -> PlotlyFigure:
     """The same as a plotly figure: zoom in, and hover over a point for its name, step and coordinates.
 
-    A notebook shows it; `figure.write_html("plane.html")` writes one page that needs no network. GravlensError where
-    plotly is not installed (`pip install 'gravlens[plots]'`), or there is nothing to draw.
+    A notebook shows it; `figure.write_html("plane.html")` writes one page that needs no network.
+
+    Args:
+        table: of `residual_plane`; both axes are in witness–anchor distances.
+
+    Raises:
+        GravlensError: plotly is not installed (`pip install 'gravlens[plots]'`), or there is nothing to draw.
     """
     go: Any = _plotly()
     need(table, COLUMNS, "residual_plane(…).")

@@ -116,6 +116,14 @@ def test_the_index_links_to_every_page_and_names_every_file() -> None:
     assert [name for name in rooms if f"`{name}`" not in index] == []
 
 
+def test_the_log_is_dated_newest_first() -> None:
+    dates = [
+        re.match(r"(\d{4}-\d{2}-\d{2}): \S", heading) for heading in re.findall("^## (.*)", TEXTS["docs/log.md"], re.M)
+    ]
+    found = [date[1] for date in dates if date]
+    assert len(found) == len(dates) and found == sorted(found, reverse=True)
+
+
 def keys(source: str) -> set[str]:
     """Every text that is a key in a dict display: fields of results.json, columns of its tables, names of figures."""
     displays = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Dict)]

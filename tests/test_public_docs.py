@@ -47,7 +47,7 @@ UNIT = re.compile(
     r"\b0 to 1\b|\bfrom 0\b|between 0 and 1|score|measure|harm\b|difference of each|steps since|rating|else 0"
 )
 # drawn on in the style and with the arguments of every other figure; `ax`: where to draw, None makes new Axes
-FIGURES = {"plots", "frontiers", "heatmaps"}
+FIGURES = {"plots", "frontiers", "heatmaps", "plane_plots"}
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import gravlens
+from gravlens import paper
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs/reference").glob("*.md"))}
@@ -37,6 +38,40 @@ def test_every_name_in_the_reference_is_there_and_documented() -> None:
 
 def test_the_reference_lists_its_pages() -> None:
     assert set(re.findall(r"\]\((\w+\.md)\)", REFERENCE["index.md"])) == REFERENCE.keys() - {"index.md"}
+
+
+# -- mathematics and paper ---------------------------------------------------------------------------------------------
+
+
+def functions_named(page: str) -> set[str]:
+    """What a page's tables name under the heading `function`."""
+    found: set[str] = set()
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+        if "function" in rows[0]:
+            column = rows[0].index("function")
+            found |= {name for row in rows[2:] for name in re.findall(r"`([\w.]+)`", row[column])}
+    return found
+
+
+@pytest.mark.parametrize("page", ["mathematics.md", "paper.md"])
+def test_every_function_in_the_tables_is_public(page: str) -> None:
+    named = functions_named((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert [name for name in named if name.split(".")[0] not in gravlens.__all__] == []
+
+
+def test_a_function_that_is_not_there_is_seen() -> None:
+    assert functions_named("| a | function |\n|---|---|\n| x | `gone`, `follow` |\n") == {"gone", "follow"}
+
+
+def test_the_papers_figures_are_those_that_results_stand_beside() -> None:
+    page = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+    figures = [figure for _, figure in paper.PAPER_STEPS.values()]
+    figures += [paper.PAPER_PAIRS, paper.PAPER_ALIGNMENT["penalty"], *list(paper.PAPER_HARM.values())[:2]]
+    numbers = [number for figure in figures for number in re.findall(r"[−\d][\d.]*", figure.split("(")[0])]
+    assert len(numbers) > 10
+    assert [number for number in numbers if number.replace("0.", ".").rstrip("%") not in page] == []
 
 
 # -- the navigation ----------------------------------------------------------------------------------------------------
