@@ -4,7 +4,12 @@ The public names stand in `__init__.pyi` and are loaded when they are first used
 costs nothing: neither torch nor transformers nor matplotlib.
 """
 
+import warnings
+
 import lazy_loader
+
+# Without ipywidgets tqdm writes its bars as text, and says so in red when it is first imported in a notebook.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
 

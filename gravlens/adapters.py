@@ -1,6 +1,7 @@
 """PEFT adapters: what an adapter is added to, and adding it to an opened model in place."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def merge_adapter(module: Any, folder: Path) -> None:
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     weight_files(folder)
     try:
-        merged, lost = _merged(module, folder)
+        with warnings.catch_warnings():  # PEFT asks transformers for names that it will drop
+            warnings.simplefilter("ignore", FutureWarning)
+            merged, lost = _merged(module, folder)
     except GravlensError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:

@@ -50,8 +50,7 @@ class Effect:
     baseline: Float[np.ndarray, " prompt"]
 
     def _repr_html_(self) -> str:
-        shown = self.table.assign(layer=["several" if layer is pd.NA else layer for layer in self.table.layer])
-        return html.of_frame(shown, title="Effect", notes=[f"score: {self.table.attrs.get('score')}"])
+        return html.of_frame(_shown(self.table), title="Effect", notes=[f"score: {self.table.attrs.get('score')}"])
 
 
 def causal_effect(
@@ -165,7 +164,7 @@ class DoseResponse:
 
     def _repr_html_(self) -> str:
         notes = [f"score: {self.table.attrs.get('score')}; Spearman with strength: {self.spearman:.3f}"]
-        return html.of_frame(self.table, title="DoseResponse", notes=notes)
+        return html.of_frame(_shown(self.table), title="DoseResponse", notes=notes)
 
 
 def dose_response(
@@ -311,6 +310,10 @@ def _table(rows: Sequence[Mapping[str, Any]], score: Score) -> pd.DataFrame:
 def _layer(interventions: Sequence[Intervention]) -> Any:
     layers = {direction.layer for one in interventions for direction in each(one.directions)}
     return layers.pop() if len(layers) == 1 else pd.NA
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(layer=["several" if layer is pd.NA else layer for layer in table.layer])
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -202,7 +203,8 @@ def _with_adapters(module: Any, rank: int, seed: int) -> Any:
             "pip install peft, or gravlens with its extra: pip install -e '.[train]'.",
         ) from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng():  # an adapter's first matrix is drawn from the global generator
+    with torch.random.fork_rng(), warnings.catch_warnings():  # its first matrix is of the global generator
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for names that it will drop
         torch.manual_seed(seed)
         return get_peft_model(module, config)
 

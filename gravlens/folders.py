@@ -18,6 +18,7 @@ from gravlens.store import damaged
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE = "trainer_state.json"
+TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # Trainer's pickles that are no weights
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -87,13 +88,21 @@ def _adapter_file(folder: Path) -> list[Path]:
 
 
 def _no_weights(folder: Path, loader: str, package: str) -> GravlensError:
-    pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
-    holds = f"only pickled weights ({', '.join(pickles[:3])})" if pickles else "no weights as safetensors"
+    found = {path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in folder.glob(suffix)}
+    pickles = sorted(name for name in found if not name.startswith(TRAINING))
+    convert = (
+        f'convert it once: python -c "from {package} import {loader} as M; '
+        f"M.from_pretrained('{folder.name}').save_pretrained('{folder.name}-safetensors')\""
+    )
+    if pickles:
+        given, remedy = f"only pickled weights ({', '.join(pickles[:3])})", f"if you trust it, {convert}"
+    else:
+        given = "no weights as safetensors"
+        remedy = (
+            f"wait until it is written, or copy it again; if it was published as a pickle that you trust, {convert}"
+        )
     return GravlensError(
-        f"{folder} holds {holds}.",
-        "Reading a pickle can run code, so safetensors are needed.",
-        f'if you trust it, convert it once: python -c "from {package} import {loader} as M; '
-        f"M.from_pretrained('{folder.name}').save_pretrained('{folder.name}-safetensors')\"",
+        f"{folder} holds {given}.", "Reading a pickle can run code, so safetensors are needed.", remedy
     )
 
 

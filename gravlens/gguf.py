@@ -6,10 +6,12 @@ folder. So a file is converted once, and from there on it is a checkpoint like a
 
 import copy
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gravlens.errors import GravlensError
+from gravlens.models import quiet
+from gravlens.progress import silent
 
 MARK = "gravlens_gguf.json"
 LAYOUT = 1  # raised whenever the folders that are written change
@@ -40,7 +44,9 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
         made = Path(part) / folder.name
-        _convert(_alone(gguf, Path(part) / "alone"), made)
+        # transformers shows a bar of its own for the longest part
+        with quiet(), redirect_stderr(io.StringIO()) if silent() else nullcontext():
+            _convert(_alone(gguf, Path(part) / "alone"), made)
         (made / MARK).write_text(json.dumps(mark))
         _put_in_place(made, folder)
     return folder

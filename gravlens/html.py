@@ -28,7 +28,8 @@ def table(
     """
     cut = len(rows) - MOST_ROWS
     told = [*notes, *([f"{cut:,} of {len(rows):,} rows are left out" + (f": see {rest}" if rest else "")] * (cut > 0))]
-    head = "".join(f"<th{TEXT}>{escape(name)}</th>" for name in columns)
+    sides = [_side(value) for value in rows[0]] if rows else [TEXT] * len(columns)
+    head = "".join(f"<th{side}>{escape(name)}</th>" for name, side in zip(columns, sides, strict=False))
     body = "".join(f"<tr>{''.join(_cells(row, named=not columns))}</tr>" for row in rows[:MOST_ROWS])
     lines = "".join(f"<br>{escape(line)}" for line in told)
     caption = f'<caption style="caption-side: top; text-align: left"><b>{escape(title)}</b>{lines}</caption>'
@@ -71,5 +72,8 @@ def cell(value: Any) -> str:
 def _cells(row: Sequence[Any], *, named: bool) -> Iterable[str]:
     for place, value in enumerate(row):
         tag = "th" if named and place == 0 else "td"
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        yield f"<{tag}{NUMBER if number else TEXT}>{escape(cell(value))}</{tag}>"
+        yield f"<{tag}{TEXT if named else _side(value)}>{escape(cell(value))}</{tag}>"
+
+
+def _side(value: Any) -> str:
+    return NUMBER if isinstance(value, Real) and not isinstance(value, bool) else TEXT

@@ -49,11 +49,9 @@ class NullDraws:
             f"{len(self.cosines):,} draws for {served}",
             f"cosine with v_rev, mean over the layers {html.listed(self.layers)}",
         ]
-        means = self.cosines.mean(-1)
-        rows = list(
-            zip(self.steps, means.mean(0), np.quantile(means, 0.5, 0), np.quantile(means, 0.99, 0), strict=True)
-        )
-        return html.table(("step", "mean", "median", "p99"), rows, title=f"NullDraws: {self.name}", notes=notes)
+        quantiles = np.quantile(self.cosines.mean(-1), (0.01, 0.5, 0.99), axis=0).round(3) + 0.0  # no −0
+        rows = list(zip(self.steps, *quantiles, strict=True))
+        return html.table(("step", "p1", "median", "p99"), rows, title=f"NullDraws: {self.name}", notes=notes)
 
 
 def isotropic_p_value(cosine: float, d_model: int) -> float:

@@ -527,6 +527,12 @@ def no_weights(folder: Path) -> None:
         path.unlink()
 
 
+def no_weights_but_states(folder: Path) -> None:
+    no_weights(folder)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin"):
+        (folder / name).write_bytes(b"")
+
+
 def cut_the_state(folder: Path) -> None:
     (folder / "trainer_state.json").write_text('{"global_')
 
@@ -535,6 +541,7 @@ UNFINISHED = {
     "a shard that the index names": (lose_a_shard, "model-00002"),
     "the end of a shard": (cut_a_shard, "model-00002"),
     "weights": (no_weights, "no weights"),
+    "weights, beside Trainer's own pickles": (no_weights_but_states, "no weights"),
     "the end of trainer_state.json": (cut_the_state, "global_step"),
 }
 

@@ -1,6 +1,6 @@
 """How a command ends: 0 done, 1 a check failed, 2 bad input, 130 interrupted; each failure is one line on stderr."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ class Commands(OneMessage, TyperGroup):
 
 
 @contextmanager
-def one_message() -> Iterator[None]:
+def one_message() -> Generator[None]:
     """Turn what a user can mend, or did, into one message and an exit code."""
     try:
         yield
