@@ -331,11 +331,9 @@ def _directions(
             "A file of directions holds one vector a layer, all of the model's width.",
             "a file that was made for one model.",
         )
-    made = []
-    for layer, vector in sorted(vectors, key=lambda pair: pair[0]):
-        one = direction_from(vector, layer=layer, name=f"layer {layer} of {path.name}")
-        made.append(replace(one, **{"estimator": name, **facts.get(layer, {})}))
-    return Directions(tuple(made))
+    ordered = sorted(vectors, key=lambda pair: pair[0])
+    plain = [direction_from(vector, layer=i, name=f"layer {i} of {path.name}") for i, vector in ordered]
+    return Directions(tuple(replace(one, **{"estimator": name, **facts.get(one.layer, {})}) for one in plain))
 
 
 def _present(path: Path | str) -> Path:
