@@ -1,20 +1,14 @@
 """Makes and measures a setting's checkpoints and runs in worker processes; what is complete is never made again."""
 
 import json
-import multiprocessing
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
 from gravlens.arms import UNBLOCKED, Arm, Grounds
 from gravlens.behavior import (
@@ -37,6 +31,7 @@ from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting
 from gravlens.store import once, write_json
 from gravlens.swapping import open_each
+from gravlens.workers import processes
 
 PROMPT_SETS = ("probes", "held_out")
 N_HARMLESS = 32  # prompts of the data that a harmful − harmless contrast is made with
@@ -58,7 +53,7 @@ def carry_out(setting: Setting, cache: Path, *, arms: Sequence[Arm] | None = Non
         workers: processes at a time (default: as many as the setting's threads allow).
     """
     home = home_of(setting, cache)
-    with _workers(setting.threads, workers) as run_all:
+    with processes(setting.threads, workers) as run_all:
         for wave in _waves(setting.checkpoints):
             run_all("checkpoints", [partial(make_checkpoint, setting, name, home) for name in wave])
         run_all("history", [partial(measure_history, setting, home)])
@@ -80,29 +75,6 @@ def _waves(checkpoints: Mapping[str, str | None]) -> Iterator[list[str]]:
         wave = [name for name in left if checkpoints[name] in made]
         yield wave
         made.update(wave)
-
-
-@contextmanager
-def _workers(threads: int, workers: int | None) -> Iterator[Callable[[str, Sequence[Callable[[], Any]]], None]]:
-    """Runs lists of jobs in fresh processes of a fixed number of threads, with a bar."""
-    count = workers or max(1, (os.cpu_count() or 1) // threads)
-    before = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "TQDM_DISABLE")}
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["TQDM_DISABLE"] = "1"
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
-
-    def run_all(name: str, jobs: Sequence[Callable[[], Any]]) -> None:
-        futures: list[Future[Any]] = [pool.submit(job) for job in jobs]
-        for future in tqdm(as_completed(futures), name, len(futures)):
-            future.result()
-
-    try:
-        yield run_all
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 # --- one unit of work each, by folder ---------------------------------------------------------------------------

@@ -30,7 +30,8 @@ ROOMS = (
     "covariance directions estimators trajectory geometry subspaces interventions hooks weights nulls choices noise "
     "controls damage resampling crossfit decomposition inspection readout effects questions ablation selectivity "
     "tradeoff demands claims refusal leaks blocking blockers thresholds monitor finetune arms "
-    "plots frontiers heatmaps paper report fetch settings experiment gathering findings comparison paired reproduce cli"
+    "plots frontiers heatmaps paper report fetch settings workers experiment gathering findings comparison "
+    "paired reproduce cli"
 ).split()
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 40, 7

@@ -1,0 +1,84 @@
+"""Processes of a fixed number of threads that share a list of jobs, and end as one at Ctrl-C."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+Job = Callable[[], Any]
+CAN_WAIT = hasattr(signal, "pthread_sigmask")  # not on Windows
+_interrupted: list[bool] = []  # in a worker: whether it is to end
+
+
+@contextmanager
+def processes(threads: int, count: int | None) -> Iterator[Callable[[str, Sequence[Job]], None]]:
+    """Runs lists of jobs in fresh processes, with a bar.
+
+    Args:
+        threads: of each process.
+        count: of processes; default: as many as the threads allow.
+    """
+    count = count or max(1, (os.cpu_count() or 1) // threads)
+    before = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "TQDM_DISABLE")}
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TQDM_DISABLE"] = "1"
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(threads,))
+
+    def run_all(name: str, jobs: Sequence[Job]) -> None:
+        with _ctrl_c_later():
+            futures: list[Future[Any]] = [pool.submit(_done, job) for job in jobs]
+        for future in tqdm(as_completed(futures), name, len(futures)):
+            future.result()
+
+    try:
+        yield run_all
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Processes that are started here hear Ctrl-C when they have begun, not among their imports."""
+    if not CAN_WAIT:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(threads: int) -> None:
+    signal.signal(signal.SIGINT, _note)
+    if CAN_WAIT:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    torch.set_num_threads(threads)
+
+
+def _note(*_: object) -> None:
+    """Ctrl-C between jobs, or while the next one's modules are imported."""
+    _interrupted.append(True)
+
+
+def _done(job: Job) -> Any:
+    """Do a job, unless Ctrl-C has ended one before: a worker would go on with what is queued, and be waited for."""
+    if _interrupted:
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return job()
+    except KeyboardInterrupt:
+        _interrupted.append(True)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, _note)
