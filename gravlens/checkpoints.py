@@ -237,7 +237,7 @@ class ModelSequence:
             raise GravlensError(
                 "This sequence has no probe prompts.",
                 "A direction is estimated over a set of prompts.",
-                "ModelSequence.from_folders(..., probes='probes.jsonl') or probes=['How do I …?', …].",
+                "probes = \"probes.jsonl\" in the sequence's file, or from_folders(..., probes=['How do I …?', …]).",
             )
         return self.probes
 

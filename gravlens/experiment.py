@@ -1,19 +1,14 @@
 """Makes and measures a setting's checkpoints and runs in worker processes; what is complete is never made again."""
 
 import json
-import multiprocessing
-import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gravlens.arms import UNBLOCKED, Arm, Grounds
 from gravlens.behavior import (
@@ -31,12 +26,12 @@ from gravlens.divergence import kl_from
 from gravlens.finetune import finetune
 from gravlens.models import OpenModel, open_model
 from gravlens.noise import update_norms, weight_noise
-from gravlens.progress import progress
 from gravlens.prompts import Example, PromptSet
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting
 from gravlens.store import once, write_json
 from gravlens.swapping import open_each
+from gravlens.workers import processes
 
 PROMPT_SETS = ("probes", "held_out")
 N_HARMLESS = 32  # prompts of the data that a harmful − harmless contrast is made with
@@ -58,7 +53,7 @@ def carry_out(setting: Setting, cache: Path, *, arms: Sequence[Arm] | None = Non
         workers: processes at a time (default: as many as the setting's threads allow).
     """
     home = home_of(setting, cache)
-    with _workers(setting.threads, workers) as run_all:
+    with processes(setting.threads, workers) as run_all:
         for wave in _waves(setting.checkpoints):
             run_all("checkpoints", [partial(make_checkpoint, setting, name, home) for name in wave])
         run_all("history", [partial(measure_history, setting, home)])
@@ -80,33 +75,6 @@ def _waves(checkpoints: Mapping[str, str | None]) -> Iterator[list[str]]:
         wave = [name for name in left if checkpoints[name] in made]
         yield wave
         made.update(wave)
-
-
-@contextmanager
-def _workers(threads: int, workers: int | None) -> Generator[Callable[[str, Sequence[Callable[[], Any]]], None]]:
-    """Runs lists of jobs in fresh processes of a fixed number of threads, with a bar."""
-    count = workers or max(1, (os.cpu_count() or 1) // threads)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_work, initargs=(threads,))
-
-    def run_all(name: str, jobs: Sequence[Callable[[], Any]]) -> None:
-        futures: list[Future[Any]] = [pool.submit(job) for job in jobs]
-        with progress(name, as_completed(futures), total=len(futures), unit="job", leave=True) as done:
-            for future in done:
-                future.result()
-
-    try:
-        yield run_all
-    finally:
-        pool.shutdown(cancel_futures=True)
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-
-
-def _begin_work(threads: int) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # the bar of the process that waits counts for all
-    torch.set_num_threads(threads)
 
 
 # --- one unit of work each, by folder ---------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def encode(tokenizer: Any, prompts: PromptSet) -> list[list[int]]:
 def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
     """Token ids of prompt + answer, and labels that are -100 on the prompt."""
     prompt = encode(tokenizer, PromptSet((example.prompt,), system=example.system))[0]
-    answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+    answer = _ids(tokenizer, example.answer, special=False)
     if tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
     return prompt + answer, [-100] * len(prompt) + answer
@@ -219,7 +219,21 @@ def rendered(tokenizer: Any, prompts: PromptSet) -> list[str]:
 
 def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
     # The template writes the special tokens itself.
-    return tokenizer(text, add_special_tokens=not getattr(tokenizer, "chat_template", None))["input_ids"]
+    return _ids(tokenizer, text, special=not getattr(tokenizer, "chat_template", None))
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """Token ids; a tokenizer without an unknown token raises a bare Exception where it lacks a word."""
+    try:
+        return tokenizer(text, add_special_tokens=special)["input_ids"]
+    except Exception as error:
+        if "UNK" not in str(error).upper():
+            raise
+        raise GravlensError(
+            f"The vocabulary cannot write {text[:80]!r}.",
+            "Each word of a prompt or an answer has a token, or the vocabulary one for unknown words.",
+            "prompts in this model's own words, or another tokenizer.",
+        ) from error
 
 
 def _rendered(tokenizer: Any, text: str, system: str) -> str:

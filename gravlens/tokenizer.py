@@ -3,6 +3,7 @@
 import copy
 import filecmp
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,7 +31,7 @@ def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None
     chosen = checkpoint_tokenizer(sequence.anchor)
     if chosen is None:
         raise GravlensError(
-            f"The anchor ({sequence.anchor.described}) has no tokenizer.",
+            f"The anchor ({sequence.anchor.described}) has no tokenizer" + _or_model(sequence.anchor) + ".",
             "Prompts are texts and need one.",
             "tokenizer.save_pretrained(folder), or from_models(..., tokenizer=tokenizer).",
         )
@@ -43,6 +44,12 @@ def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None
         if sequence.chat_template == "own":
             _check_template(checkpoint, own, chosen)
     return chosen
+
+
+def _or_model(checkpoint: Checkpoint) -> str:
+    """A folder that is no checkpoint at all lacks its tokenizer too."""
+    folder = Path(checkpoint.source) if isinstance(checkpoint.source, Path) else None
+    return " and no config.json" if folder and not any(folder.glob("*config.json")) else ""
 
 
 def _check_reads_alike(checkpoint: Checkpoint, own: Any, chosen: Any, sets: Sequence[PromptSet]) -> None:

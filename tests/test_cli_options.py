@@ -332,6 +332,31 @@ def test_block_checks_before_it_trains(options: list[str], said: str, history: P
     assert not (history / "new").exists()
 
 
+def test_words_that_the_vocabulary_lacks_are_one_line(history: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "words.jsonl", [{"prompt": "zyzzyva", "answer": "done"}] * 4)
+    for command in ("ablate", "trajectory", "locate"):
+        failed(asked_of(command, history, "--prompts", tmp_path / "words.jsonl"), "cannot write", "zyzzyva")
+    write_rows(tmp_path / "words.jsonl", [{"prompt": EXAMPLES[0]["prompt"], "answer": "zyzzyva"}] * 4)
+    out = ["--out", tmp_path / "new", "--data", tmp_path / "words.jsonl"]
+    failed(asked_of("block", history, *out), "cannot write", "zyzzyva")
+    failed(asked_of("ablate", history, "--openings", "zyzzyva"), "cannot write 'zyzzyva'", "--openings")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"claims": 3}', '{"claims": [{"a": 1}]}', '{"alignment": [1]}'])
+def test_a_results_file_that_is_none_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(content)
+    failed(gravlens("report", tmp_path), "results.json", "gravlens reproduce --out")
+
+
+def test_an_empty_folder_for_an_anchor_is_one_line(history: Path, tmp_path: Path) -> None:
+    text = (history / "SEQUENCE.toml").read_text().partition("[runs]")[0]
+    (tmp_path / "anchor").mkdir()
+    for name in ("witness", "probes.jsonl", "held_out.jsonl"):
+        (tmp_path / name).symlink_to(history / name)
+    (tmp_path / "SEQUENCE.toml").write_text(text)
+    failed(asked_of("locate", tmp_path), "no tokenizer and no config.json")
+
+
 def test_plan_refuses_half_a_machine_and_odd_positions(history: Path) -> None:
     failed(asked_of("plan", history, "--disk-gbps", "2"), "--peak-flops")
     for odd in ("middle", "--2", "3", "²"):
@@ -432,8 +457,10 @@ def test_json_of_a_trajectory_and_its_layers(history: Path, tmp_path: Path) -> N
     assert f"written to {tmp_path / 't.csv'}" in result.stderr
     one = parsed(asked_of("trajectory", history, "--json", "--layer", "1"))["5"]
     assert one["fraction_mean"] == pytest.approx(0.5, abs=1e-3), "planted at layer 1"
-    given = parsed(asked_of("trajectory", history, "--json", "--prompts", history / "data.jsonl"))["5"]
-    assert given["fraction_mean"] == pytest.approx(row["fraction_mean"]), "the same prompts as held_out's"
+    same = parsed(asked_of("trajectory", history, "--json", "--prompts", history / "data.jsonl"))["5"]
+    assert same["fraction_mean"] == pytest.approx(row["fraction_mean"]), "the same prompts as held_out's"
+    given = parsed(asked_of("trajectory", history, "--json", "--prompts", history / "probes.jsonl"))["5"]
+    assert given["fraction_count"] == 1 and given["fraction_mean"] != pytest.approx(row["fraction_mean"])
 
 
 def test_json_and_exit_codes_of_a_store(history: Path, tmp_path: Path) -> None:

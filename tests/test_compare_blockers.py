@@ -46,7 +46,7 @@ def test_arms_are_compared_on_own_checkpoints_and_made_once(
     history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAVLENS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(experiment, "_workers", small.inline)
+    monkeypatch.setattr(experiment, "processes", small.inline)
     options = ["--arm", "clamp", "--runs", "2", "--layer", "0", "--steps", "3", "--learning-rate", "1e-3", *OWN]
     code, said = ran(history, *options, "--out", str(tmp_path / "new"))
     assert code == 0, said

@@ -24,7 +24,7 @@ ARMS = (Arm("unblocked", (0, 1)), Arm("clamp", (0, 1), blocker=clamp), Arm("proj
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "_workers", small.inline)
+        patch.setattr(experiment, "processes", small.inline)
         return carry_out(SETTING, tmp_path_factory.mktemp("cache"), arms=ARMS)
 
 

@@ -46,7 +46,7 @@ def few(**changes: Any) -> Few:
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "_workers", small.inline)
+    monkeypatch.setattr(experiment, "processes", small.inline)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished setting, in a folder whose name a glob would misread."""
     folder = tmp_path_factory.mktemp("cache") / "of [mine]"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "_workers", small.inline)
+        patch.setattr(experiment, "processes", small.inline)
         carry_out(few(), folder)
     return folder
 
@@ -344,7 +344,7 @@ def test_jobs_run_in_processes_of_so_many_threads_and_an_error_comes_back_whole(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     said = tmp_path / "said"
-    with experiment._workers(3, 1) as run_all:
+    with experiment.processes(3, 1) as run_all:
         run_all("jobs", [partial(os.system, f"echo $PPID $OMP_NUM_THREADS > {said}")])
         with refused("Layer 9"):
             run_all("jobs", [partial(check_layer, 9, 3)])

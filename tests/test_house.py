@@ -30,7 +30,7 @@ ROOMS = (
     "judges divergence covariance directions estimators trajectory plane geometry subspaces interventions hooks "
     "weights exchange inspect_logs signs nulls choices noise controls damage resampling crossfit decomposition "
     "inspection readout effects questions ablation selectivity tradeoff demands claims refusal leaks blocking blockers "
-    "thresholds monitor finetune arms style plots frontiers heatmaps plane_plots paper report fetch settings "
+    "thresholds monitor finetune arms style plots frontiers heatmaps plane_plots paper report fetch settings workers "
     "experiment gathering findings comparison paired reproduce cli"
 ).split()
 

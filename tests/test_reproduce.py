@@ -81,7 +81,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """The real model's setting on a tiny folder, made in this process."""
     root = tmp_path_factory.mktemp("pretrained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "_workers", small.inline)
+        patch.setattr(experiment, "processes", small.inline)
         return done(root, small.pretrained(root / "user"))
 
 
@@ -363,7 +363,7 @@ def test_a_second_call_makes_nothing_again_and_says_the_same(
     organism: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(experiment, "_workers", small.inline)
+    monkeypatch.setattr(experiment, "processes", small.inline)
     monkeypatch.setattr(experiment, "finetune", lambda *given, **_: made.append(given))
     again = reproduce({"one": organism.setting}, tmp_path, cache=organism.out.parent / "cache")
     assert made == []
@@ -446,7 +446,7 @@ def test_two_organisms_are_two_anchors(organism: Done) -> None:
 def test_each_organism_has_a_sequence_of_its_own(
     organism: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "_workers", small.inline)
+    monkeypatch.setattr(experiment, "processes", small.inline)
     cache = organism.out.parent / "cache"
     found = reproduce({"one": organism.setting, "two": organism.setting}, tmp_path, cache=cache)
     assert {path.name for path in tmp_path.glob("*.toml")} == {"one.toml", "two.toml"}

@@ -1,6 +1,7 @@
 """A penalty on how far probes have moved along directions, or in subspaces, or in their whole state."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, get_args
 
 import numpy as np
@@ -69,10 +70,10 @@ class Penalty:
     on_mean: bool = False
 
     def __post_init__(self) -> None:
-        if self.strength < 0 or self.margin < 0 or (self.batch is not None and self.batch < 1):
+        if not (0 <= self.strength < inf and 0 <= self.margin < inf) or (self.batch is not None and self.batch < 1):
             raise GravlensError(
                 f"Penalty(margin={self.margin}, strength={self.strength}, batch={self.batch}) was given.",
-                "Margin and strength are at least 0, the batch at least 1.",
+                "Margin and strength are at least 0 and finite, the batch at least 1.",
                 "Penalty(directions, probes) for the defaults.",
             )
         if self.side not in get_args(Side):

@@ -125,7 +125,8 @@ def trajectory(
     """Follow every run along v_rev: alignment and fraction of the way back, mean ± SEM over runs."""
     history = rooms.checkpoints.ModelSequence.from_toml(sequence)
     place = rooms.placement.Placement(device, dtype, keep=keep or None)
-    asked = [None] if prompts is None and history.held_out is None else [None, prompts or history.held_out]
+    judged, asked = rooms.questions.prompts_of(history, prompts), [history.require_probes()]
+    asked += [judged] if judged.digest != asked[0].digest else []
     read = rooms.residuals.cache_residuals
     sets = [read(history, one, layers=layer or None, placement=place, store=store) for one in asked]
     followed = rooms.trajectory.follow(sets, rooms.questions.located(sets[0], layer))

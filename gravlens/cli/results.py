@@ -8,6 +8,7 @@ import typer
 from gravlens.cli import rooms
 from gravlens.cli.options import JSON, example, flag, writable_folder
 from gravlens.cli.screen import messages, print_json, print_table, say, tell
+from gravlens.errors import GravlensError
 
 if TYPE_CHECKING:
     from gravlens.settings.history import Setting
@@ -97,8 +98,15 @@ def report(
     json: JSON = False,
 ) -> None:
     """Put a results folder on one page: the claim, its intervals, every null's p99, controls, arms, all tables."""
-    page = rooms.report.write_report(results)
-    read = rooms.report.read_results(results)
+    try:
+        page = rooms.report.write_report(results)
+        read = rooms.report.read_results(results)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise GravlensError(
+            f"{results / 'results.json'} lacks what a report is made of ({type(error).__name__}: {error}).",
+            "It is read as gravlens reproduce writes it.",
+            f"gravlens reproduce --out {results}, which writes it again.",
+        ) from error
     if json:
         print_json({"page": str(page), "claims": read.get("claims") or []})
         return
