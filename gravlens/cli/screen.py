@@ -59,6 +59,11 @@ def say(text: str) -> None:
     messages.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def wrote(path: Any, json: bool) -> None:
+    """Say that a file was written, beside the JSON or below the table."""
+    (say if json else tell)(f"written to {path}")
+
+
 def fail(text: str) -> None:
     """The one line of a command that failed."""
     messages.print(f"[bold red]gravlens:[/] {escape(' '.join(text.split()))}", highlight=False, soft_wrap=True)
