@@ -38,6 +38,10 @@ COMMANDS = {
         "--layer --all-layers --checkpoint --prompts --max-prompts --openings --compliances --n-random --twins --out "
         "--device --dtype --json"
     ).split(),
+    "block": (
+        "--data --out --kind --strength --margin --layer --steps --batch --learning-rate --lr --lora --save-step "
+        "--seed --only-blocked --prompts --device --dtype --json"
+    ).split(),
     "store": [],
 }
 

@@ -209,10 +209,13 @@ def test_help_and_completion_load_nothing_heavy() -> None:
     assert "gravlens.cli.interventions" in loaded and HEAVY.isdisjoint(loaded)
 
 
-def test_completion_is_printed_and_completes_commands_options_and_choices() -> None:
+def test_completion_is_installed_and_completes_commands_options_and_choices(tmp_path: Path) -> None:
     quiet = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     shown = python("-m", "gravlens.cli", "--show-completion", "bash", **quiet)
     assert shown.returncode == 0 and "complete -o default" in shown.stdout and "_GRAVLENS_COMPLETE" in shown.stdout
+
+    installed = python("-m", "gravlens.cli", "--install-completion", "bash", HOME=str(tmp_path), **quiet)
+    assert installed.returncode == 0 and list(tmp_path.rglob("gravlens*"))
 
     def completed(line: str) -> list[str]:
         words = line.split(" ")
@@ -308,6 +311,10 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_work(
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     failed(gravlens(command, *needed, "--out", tmp_path / "new"), "cannot be written into")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_path_is_said_as_it_is(tmp_path: Path) -> None:
+    failed(gravlens("locate", tmp_path / "[/red]" / ":bomb:.toml"), "[/red]/:bomb:.toml")
 
 
 def test_both_kinds_of_layers_are_one_line(history: Path) -> None:

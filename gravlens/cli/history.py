@@ -10,7 +10,7 @@ import typer
 from gravlens.cli import rooms
 from gravlens.cli.files import write_table
 from gravlens.cli.options import DEVICE, DTYPE, JSON, KEEP, LAYERS, PROMPTS, SEQUENCE, STORE, example, writable_file
-from gravlens.cli.screen import print_json, print_table, records, say, tell
+from gravlens.cli.screen import print_json, print_table, records, wrote
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
@@ -102,7 +102,7 @@ def locate(
         rows = ((v.layer, v.distance, f"{v.reliability:.3f}", v.undefined) for v in found)
         print_table(("layer", "distance", "reliability", "remark"), rows, title="v_rev")
     if out is not None:
-        (say if json else tell)(f"written to {out}")
+        wrote(out, json)
 
 
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens trajectory SEQUENCE.toml --out trajectory.csv"))
@@ -130,9 +130,14 @@ def trajectory(
     read = rooms.residuals.cache_residuals
     sets = [read(history, one, layers=layer or None, placement=place, store=store) for one in asked]
     followed = rooms.trajectory.follow(sets, rooms.questions.located(sets[0], layer))
-    summary = followed.summary()
     if out is not None:
-        say(f"written to {write_table(followed.table, out)}")
+        write_table(followed.table, out)
+    _print_summary(followed.summary(), json)
+    if out is not None:
+        wrote(out, json)
+
+
+def _print_summary(summary: Any, json: bool) -> None:
     if json:
         flat = summary.set_axis([f"{measure}_{kind}" for measure, kind in summary.columns], axis=1)
         print_json(flat.to_dict(orient="index"))

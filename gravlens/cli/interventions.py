@@ -26,7 +26,7 @@ from gravlens.cli.options import (
     flag,
     writable_folder,
 )
-from gravlens.cli.screen import cell, print_json, print_table, records, say, tell
+from gravlens.cli.screen import cell, print_json, print_table, records, tell, wrote
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
@@ -71,15 +71,15 @@ def ablate(
         rooms.placement.Placement(device, dtype),
     )
     found = rooms.ablation.ablate_vrev(question, layers=layers, n_random=n_random, twins=twins)
-    if out is not None:
-        for path in write_effect(found.table, out / "ablate_layer"):
-            say(f"written to {path}")
+    written = [] if out is None else write_effect(found.table, out / "ablate_layer")
     if json:
         print_json(_told(found))
-        return
-    print_table(COLUMNS, map(_row, records(found.table)), title=f"{_words(found)}, mean over prompts")
-    for line in found.lines():
-        tell(line)
+    else:
+        print_table(COLUMNS, map(_row, records(found.table)), title=f"{_words(found)}, mean over prompts")
+        for line in found.lines():
+            tell(line)
+    for path in written:
+        wrote(path, json)
 
 
 MEASURED = {

@@ -13,8 +13,8 @@ from gravlens.cli import rooms
 
 WIDE = 160
 
-console = Console()
-messages = Console(stderr=True)
+console = Console(emoji=False)  # a path is no place for pictures
+messages = Console(emoji=False, stderr=True)
 
 
 def print_json(content: Any) -> None:
@@ -39,7 +39,7 @@ def print_table(
     table = Table(*columns, title=title and escape(title), caption=caption and escape(caption))
     for row in rows:
         table.add_row(*(escape(cell(value)) for value in row))
-    (Console(width=max(console.width, WIDE)) if wide else console).print(table)
+    (Console(emoji=False, width=max(console.width, WIDE)) if wide else console).print(table)
 
 
 def cell(value: Any) -> str:
@@ -57,6 +57,11 @@ def tell(text: str) -> None:
 def say(text: str) -> None:
     """A line beside the result."""
     messages.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def wrote(path: Any, json: bool) -> None:
+    """Say that a file was written, beside the JSON or below the table."""
+    (say if json else tell)(f"written to {path}")
 
 
 def fail(text: str) -> None:
