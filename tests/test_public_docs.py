@@ -3,8 +3,8 @@
 The rules, over `gravlens.__all__` and the public methods of its classes, read from the source without running it:
 
 - each parameter (of a class: each field) stands under `Args:` (`Attributes:`) or in backticks in the text. Where there
-  are one or two and their type says all, a noun of gravlens or an array with its shape, no section is needed. A text
-  may hand over to another function with "see `that`, like all that is not named here";
+  are one or two and their type says all (a noun of gravlens, an array with its shape, a path), no section is needed. A
+  text may hand over to another function with "see `that`, like all that is not named here";
 - arrays and tensors have a shape, in jaxtyping's form (weights by name, `Mapping[str, Tensor]`, have any);
 - what raises a GravlensError, itself or by a function of its own file, has `Raises:` or names the error;
 - what gives a table names its columns in backticks;
@@ -46,8 +46,7 @@ UNIT = re.compile(
     r"fractions?\b|shares?\b|probabilit|cosine|alignment|correlation|ratio|p-value|\bp\b|λ|β|strength|rank|"  # or none
     r"\b0 to 1\b|\bfrom 0\b|between 0 and 1|score|measure|harm\b|difference of each|steps since|rating|else 0"
 )
-# drawn on in the style and with the arguments of every other figure; `ax`: where to draw, None makes new Axes
-FIGURES = {"plots", "frontiers", "heatmaps", "plane_plots"}
+EVERYWHERE = {"ax"}  # means the same in every figure: the Axes to draw on; None makes new ones
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------
@@ -122,12 +121,12 @@ def parameters(node: Documented) -> dict[str, ast.expr | None]:
 # -- the rules ---------------------------------------------------------------------------------------------------------
 
 SHAPED = {"Float", "Int", "Bool"}
-NOUNS = {*CLASSES, "Span", "Spans", "Judge", "Prompts", "Source", "Residuals"}
+NOUNS = {*CLASSES, "Span", "Spans", "Judge", "Prompts", "Source", "Path"}
 HANDS_OVER = re.compile(r"see `(\w+)`, like all that is not named here")
 
 
 def says_all(annotation: ast.expr | None) -> bool:
-    """Whether a type is a noun of gravlens, or an array with its shape."""
+    """Whether a type is a noun of gravlens, an array with its shape, or a path."""
     return annotation is not None and any(
         isinstance(node, ast.Name) and node.id in NOUNS | SHAPED for node in ast.walk(annotation)
     )
@@ -220,12 +219,11 @@ def is_method(name: str) -> bool:
 
 @every_name
 def test_it_is_documented_and_so_is_each_parameter(name: str) -> None:
-    module, node = DOCUMENTED[name]
+    _, node = DOCUMENTED[name]
     assert text_of(node)
     # few parameters explain themselves in a method, and a callback's are Trainer's
     few = is_method(name) and (len(parameters(node)) <= 2 or node.name.startswith("on_"))
-    missing = [] if few else undescribed(node)
-    assert [parameter for parameter in missing if module not in FIGURES or parameter != "ax"] == []
+    assert few or [parameter for parameter in undescribed(node) if parameter not in EVERYWHERE] == []
     assert unknown(node) == []
 
 
