@@ -147,7 +147,9 @@ def compared(
     name: str, python: Path, home: Path, model: OpenModel, vs: Directions, ids: list[list[int]]
 ) -> dict[str, Any]:
     """Greatest differences of logits over all tokens: as it should be, and as it would be if something were amiss."""
-    subprocess.run([python, CONTENDERS, name, home], check=True)
+    done = subprocess.run([python, CONTENDERS, name, home], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed in {python}:\n{done.stderr[-3000:]}")
     with np.load(home / f"{name}.npz", allow_pickle=False) as file:
         theirs = {key: file[key] for key in file.files}
 

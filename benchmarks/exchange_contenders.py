@@ -65,7 +65,8 @@ def llama_cpp(home: Path, ids: list[list[int]]) -> Logits:
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(home / "model.gguf").encode(), llama.llama_model_default_params())
     wanted = llama.llama_context_default_params()
-    wanted.n_ctx, wanted.n_batch, wanted.n_ubatch, wanted.n_threads = 256, 256, 256, 1
+    wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = 256
+    wanted.n_threads = wanted.n_threads_batch = 1
     wanted.type_k = wanted.type_v = llama.GGML_TYPE_F32
     wanted.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama.llama_init_from_model(model, wanted)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from gravlens.exchange import from_gguf, from_npz, from_steered, to_gguf, to_npz
 from gravlens.inference import final_logits
 from gravlens.prompts import PromptSet, encode
 
+ROOT = Path(__file__).resolve().parents[1]
 FORMATS = {"gguf": (to_gguf, from_gguf), "pt": (to_steered, from_steered), "npz": (to_npz, from_npz)}
 every_format = pytest.mark.parametrize("ending", FORMATS)
 
@@ -175,6 +177,22 @@ def test_blocks_that_the_harness_cannot_name_are_refused(tmp_path: Path) -> None
         to_steered(directions(1), tmp_path / "v.pt", model=tiny.opened("bridge", tmp_path / "model"))
     with pytest.raises(GravlensError, match=r"v\.bin was named.*Try: v\.pt"):
         to_steered(directions(1), tmp_path / "v.bin")
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_the_harness_steers_as_it_is_steered_here(build: Any, strength: float, tmp_path: Path) -> None:
+    harness = pytest.importorskip("lm_eval.models.hf_steered")
+    folder = tiny.save(build(), tmp_path / "model")
+    here = open_model(folder)
+    path = to_steered(directions(0, 2), tmp_path / "v.pt", strength=strength, model=here)
+    there = harness.SteeredModel(str(folder), str(path), device="cpu", dtype="float32")
+    ids = torch.tensor(encode(tiny.TOKENIZER, tiny.PROMPTS)[:1])
+    with torch.no_grad(), intervene(here, Steer(directions(0, 2), strength)):
+        wanted = here.module(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(there._model_call(ids), wanted, atol=1e-5, rtol=1e-5)
+        assert (here.module(ids).logits - wanted).abs().max() > 0.1
 
 
 def test_a_steered_file_of_others_may_leave_out_the_coefficient_and_be_in_half_precision(tmp_path: Path) -> None:
@@ -375,3 +393,22 @@ def test_an_orthogonalised_model_is_an_ordinary_folder(tmp_path: Path) -> None:
     assert (found.logits - before.logits).abs().max() > 0.1
     for states in found.hidden_states[:-1]:  # the last is after the final norm
         assert (states @ torch.tensor(v.vector)).abs().max() < 1e-5 * states.norm(dim=-1).max()
+
+
+# -- the figures of the page -------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_page_is_what_was_measured() -> None:
+    page = (ROOT / "docs" / "exchange.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "docs" / "data" / "exchange.json").read_text())["programs"]
+    assert set(measured) == {"repeng", "lm_eval", "llama_cpp"}
+    for name, program in measured.items():
+        files = list(program["files"].values())
+        amiss = ("next_layer", "layer_before", "opposite_sign", "no_vector")
+        least = [min(file[what] for file in files if what in file) for what in amiss]
+        worst = max(file["as_here"] for file in files)
+        assert worst < 2e-5 and min(least) > 1e5 * worst
+        (row,) = re.findall(rf"^\| {name} {re.escape(program['version'])} \|[^|]+\|(.*)\|$", page, re.M)
+        close = [f"{value:.1e}" if value else "0" for value in (program["unsteered"], worst)]
+        assert [cell.strip() for cell in row.split("|")] == [*close, *(f"{value:.1f}" for value in least)]
+    assert f"read it back to {measured['repeng']['read_back']:.1e}." in page
