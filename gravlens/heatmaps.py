@@ -66,7 +66,9 @@ def _write_numbers(ax: Axes, cells: np.ndarray, reach: float) -> None:
     for row, column in np.argwhere(np.isfinite(cells)):
         number = cells[row, column]
         colour = "white" if abs(number) > DARK * reach else "black"
-        ax.text(column, row, _signed(f"{round(number, 2) + 0.0:.2f}"), ha="center", va="center", color=colour, fontsize=7)
+        ax.text(
+            column, row, _signed(f"{round(number, 2) + 0.0:.2f}"), ha="center", va="center", color=colour, fontsize=7
+        )
 
 
 def _dash_negative(ax: Axes, cells: np.ndarray, reach: float) -> None:

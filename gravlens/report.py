@@ -180,14 +180,15 @@ def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
     for measure in ("alignment", "fraction"):
         yield _every_run(results, measure)
     rows = [[Cell(name), _cell(value)] for name, value in _flat(results.get("environment") or {})]
-    yield Table("Environment", ("what", "value"), rows)
+    yield Table("Environment", ("what", "value"), rows, lead="What this was made with; seconds of wall clock a phase.")
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("organism", "statement", "holds", "figures")
     said = [{**check, "holds": WORDS.get(check.get("holds"), "nothing to block")} for check in checks]
     rows = [[_cell(check.get(column)) for column in columns] for check in said]
-    return Table("The paper's picture, held against each history", columns, rows)
+    lead = "What should hold where the paper is right, asked of each history here; one that fails is listed as such."
+    return Table("The paper's picture, held against each history", columns, rows, lead=lead)
 
 
 def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -263,7 +264,8 @@ def _every_run(results: Mapping[str, Any], measure: str) -> Table:
             by_run.setdefault(row["run"], {})[row["step"]] = row[measure]
     steps = sorted({step for values in by_run.values() for step in values})
     rows = [[Cell(run), *(_spread_cell(values.get(step)) for step in steps)] for run, values in by_run.items()]
-    return Table(f"Every run: {measure}", ("run", *(f"step {step}" for step in steps)), rows)
+    lead = "Unblocked runs, held-out prompts, mean over layers: the spread that every mean above hides."
+    return Table(f"Every run: {measure}", ("run", *(f"step {step}" for step in steps)), rows, lead=lead)
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
