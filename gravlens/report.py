@@ -219,7 +219,7 @@ def _damage(damage: Sequence[Mapping[str, Any]]) -> Table:
     rows = [[_cell(row.get(column)) for column in columns] for row in damage]
     lead = "The anchor rounded, pruned or moved at random, without training: does that alone lead back?"
     note = "Refusal log-odds are in nats. Damage that turns along v_rev would be fragility, not gravity."
-    headings = ("organism", "damage of the anchor, no training", "alignment", "fraction", "refusal log-odds")
+    headings = ("organism", "damage", "alignment", "fraction", "refusal log-odds")
     return Table("Damage alone", headings, rows, note, lead)
 
 
