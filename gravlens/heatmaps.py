@@ -67,7 +67,13 @@ def _write_numbers(ax: Axes, cells: np.ndarray, reach: float) -> None:
         number = cells[row, column]
         colour = "white" if abs(number) > DARK * reach else "black"
         ax.text(
-            column, row, _signed(f"{round(number, 2) + 0.0:.2f}"), ha="center", va="center", color=colour, fontsize=7
+            column,
+            row,
+            _signed(f"{round(float(number), 2) + 0.0:.2f}"),
+            ha="center",
+            va="center",
+            color=colour,
+            fontsize=7,
         )
 
 
