@@ -26,6 +26,7 @@ NOT_RUN: dict[str, Any] = {"va": "center", "color": GREY, "style": "italic", "bb
 THIN: dict[str, Any] = {"color": BLUE, "alpha": 0.4, "lw": 0.7, "marker": ".", "ms": 2}
 HOLLOW: dict[str, Any] = {"marker": "o", "ls": "", "mfc": "white", "zorder": 4}
 WITHOUT_ZERO = ("task_loss", "seconds_per_step")
+OVER_TICKS = -0.14  # in widths of the axes: where a legend on the left begins
 UNJUDGED = "drift too small to judge"
 
 
@@ -221,7 +222,7 @@ def _mark_steps(ax: Axes, steps: np.ndarray) -> None:
     ax.set_xticks([], minor=True)
 
 
-def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, *, label: str, look: Mapping[str, Any]) -> None:
+def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, *, label: str, look: dict[str, Any]) -> None:
     mean = _over_runs(rows, "layer", value)
     ax.errorbar(mean.index, mean["mean"], mean["sem"], capsize=2, label=label, **look)
     small = mean.loc[mean.index.isin(_unjudged(rows, value)["layer"]), "mean"]
@@ -291,10 +292,10 @@ def _name_rows(ax: Axes, names: Iterable[Any]) -> None:
 
 
 def _legend(ax: Axes, *, columns: int = 2, side: str = "left") -> Axes:
-    """Above the axes, where no line can pass behind it, means first; on the right it has the room of the row names."""
+    """Above the axes, where no line can pass behind it, means first; it has the room over the ticks or row names."""
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: not isinstance(handles[index], Container))
     handles, labels = [handles[index] for index in order], [labels[index] for index in order]
-    place = {"loc": f"lower {side}", "bbox_to_anchor": (float(side == "right"), 1.0)}
+    place = {"loc": f"lower {side}", "bbox_to_anchor": (1.0 if side == "right" else OVER_TICKS, 1.0)}
     ax.legend(handles, labels, ncols=columns, borderaxespad=0.3, columnspacing=1.2, **place)
     return ax

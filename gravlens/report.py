@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -34,18 +35,24 @@ PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}  # the last one found 
 # Figures in their order: title, and what each says; others follow under their own name.
 CAPTIONS = {
     "alignment": (
-        "Heading",
+        "Alignment over steps",
         "Mean over layers at each step, held-out prompts: every run thin, mean ± SEM bold, nulls dashed.",
     ),
-    "fraction": ("Way made", "0 is the anchor, 1 the witness. A cosine tells the heading, this tells the way made."),
-    "layers": ("Heading, layer by layer", "Every layer beside the mean, since a mean over layers hides layers."),
+    "fraction": (
+        "Fraction over steps",
+        "0 is the anchor, 1 the witness. A cosine tells the heading, this tells the way made.",
+    ),
+    "layers": ("Alignment by layer", "Every layer beside the mean, since a mean over layers hides layers."),
     "effect": (
         "Effect at inference",
         "What an intervention does to the score, with its 95 % interval and the random directions.",
     ),
     "harmfulness": ("Harm by arm", "Every run as a small point, mean ± SEM above it, the history dashed."),
-    "arm_fraction": ("Way made, by arm", "How far back each arm ends."),
-    "task_loss": ("Price of blocking", "Loss on held-out pairs of the task that the runs learn: lower is better."),
+    "arm_fraction": ("Fraction by arm", "How far back each arm ends."),
+    "task_loss": (
+        "Task loss by arm",
+        "What blocking costs: loss on held-out pairs of the task that the runs learn: lower is better.",
+    ),
 }
 # column -> (heading, in per cent); behaviour is measured on the history too
 BEHAVIOUR = {
@@ -64,7 +71,8 @@ FILES = {
     "trajectory": ("Trajectory: every run, step and layer", "Where no layer stands, it is the mean over layers."),
 }
 MOST_ROWS = 1000
-PRINTED_ROWS = 60  # a folded table of more is not printed
+PRINTED_ROWS, PRINTED_COLUMNS = 60, 10  # a folded table of more is not printed
+MINUS = re.compile(r"(?<![\w-])-(?=\d)")  # of a number, not of a name such as unblocked-0
 WORDS: dict[Any, str] = {True: "yes", False: "no"}
 
 
@@ -89,7 +97,7 @@ class Table:
     @property
     def printed(self) -> bool:
         """Whether paper has room for it."""
-        return len(self.rows) <= PRINTED_ROWS
+        return len(self.rows) <= PRINTED_ROWS and len(self.columns) <= PRINTED_COLUMNS
 
     @property
     def numbers(self) -> list[bool]:
@@ -138,7 +146,12 @@ def _cell(value: Any) -> Cell:
     if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
         return Cell((str(value) if isinstance(value, int) else f"{value:.4g}").replace("-", "−"), float(value))
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return Cell("" if value is None or value != value else text)
+    return Cell("" if value is None or value != value else MINUS.sub("−", text))
+
+
+def _decimal_cell(number: float | None) -> Cell:
+    """A number that may be undefined, such as the cosine of no drift."""
+    return Cell("") if number is None or not isfinite(number) else Cell(decimal(number), number)
 
 
 def _spread_cell(entry: Any, percent: bool = False) -> Cell:
@@ -180,14 +193,15 @@ def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
     for measure in ("alignment", "fraction"):
         yield _every_run(results, measure)
     rows = [[Cell(name), _cell(value)] for name, value in _flat(results.get("environment") or {})]
-    yield Table("Environment", ("what", "value"), rows)
+    yield Table("Environment", ("what", "value"), rows, lead="What this was made with; seconds of wall clock a phase.")
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("organism", "statement", "holds", "figures")
     said = [{**check, "holds": WORDS.get(check.get("holds"), "nothing to block")} for check in checks]
     rows = [[_cell(check.get(column)) for column in columns] for check in said]
-    return Table("The paper's picture, held against each history", columns, rows)
+    lead = "What should hold where the paper is right, asked of each history here; one that fails is listed as such."
+    return Table("The paper's picture, held against each history", columns, rows, lead=lead)
 
 
 def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -214,11 +228,14 @@ def _demands(claims: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _damage(damage: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ("organism", "damage", "alignment", "fraction", "score")
-    rows = [[_cell(row.get(column)) for column in columns] for row in damage]
+    measures = ("alignment", "fraction", "score")
+    rows = [
+        [_cell(row.get("organism")), _cell(row.get("damage")), *(_decimal_cell(row.get(name)) for name in measures)]
+        for row in damage
+    ]
     lead = "The anchor rounded, pruned or moved at random, without training: does that alone lead back?"
     note = "Refusal log-odds are in nats. Damage that turns along v_rev would be fragility, not gravity."
-    headings = ("organism", "damage of the anchor, no training", "alignment", "fraction", "refusal log-odds")
+    headings = ("organism", "damage", "alignment", "fraction", "refusal log-odds")
     return Table("Damage alone", headings, rows, note, lead)
 
 
@@ -263,7 +280,8 @@ def _every_run(results: Mapping[str, Any], measure: str) -> Table:
             by_run.setdefault(row["run"], {})[row["step"]] = row[measure]
     steps = sorted({step for values in by_run.values() for step in values})
     rows = [[Cell(run), *(_spread_cell(values.get(step)) for step in steps)] for run, values in by_run.items()]
-    return Table(f"Every run: {measure}", ("run", *(f"step {step}" for step in steps)), rows)
+    lead = "Unblocked runs, held-out prompts, mean over layers: the spread that every mean above hides."
+    return Table(f"Every run: {measure}", ("run", *(f"step {step}" for step in steps)), rows, lead=lead)
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -42,9 +42,6 @@ COMMANDS = {
         "--data --out --kind --strength --margin --layer --steps --batch --learning-rate --lr --lora --save-step "
         "--seed --only-blocked --prompts --device --dtype --json"
     ).split(),
-    "block": (
-        "--data --out --kind --strength --margin --layer --steps --batch --learning-rate --seed --only-blocked --device --json"
-    ).split(),
     "store": [],
 }
 
