@@ -17,7 +17,7 @@ try() {
 }
 
 try gravlens --help
-try gravlens reproduce --quick --out first
+try gravlens reproduce --out first
 try gravlens inspect first/SEQUENCE.toml
 try gravlens plan first/SEQUENCE.toml
 try gravlens locate first/SEQUENCE.toml --out vrev.safetensors
