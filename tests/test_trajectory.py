@@ -44,6 +44,17 @@ def test_alignment_projection_fraction_and_norm_have_their_closed_form(a: float,
     assert found == pytest.approx(wanted, abs=1e-5)
 
 
+def test_named_axes_hold_what_the_table_holds_and_nan_where_a_run_lacks_a_step() -> None:
+    residuals = history({"seed0/1": (0.3, 0.4), "seed0/5": (0.6, 0.1), "seed1/5": (0.2, 0.0)})
+    followed = follow(residuals, locate_vrev(residuals))
+    found = followed.to_xarray()
+    assert dict(found.sizes) == {"run": 2, "prompts": 1, "step": 2, "layer": LAYERS}
+    for run, step in (("seed0", 1), ("seed0", 5), ("seed1", 5)):
+        rows = found.sel(run=run, step=step, prompts="given").to_dataframe()[list(MEASURES)]
+        np.testing.assert_array_equal(rows.to_numpy(), per_layer(followed, run, step))
+    assert np.isnan(found.fraction.sel(run="seed1", step=1)).all()
+
+
 def test_the_witness_is_all_the_way_back_and_straight() -> None:
     residuals = history({"seed0/1": (1, 0)})
     residuals.values[2] = residuals.of("witness")
