@@ -83,7 +83,7 @@ SHOWN = {
         "fetch": "30 layers, d_model 576, 134.5 M parameters",
         "answers": "the witness begins",
         "behaviour": "witness.*anchor.*tuned",
-        "vrev": "Directions.*10 of 30 rows are left out",
+        "vrev": "Directions.*>1</td>.*>29</td>",
         "follow": "Trajectory.*everyday",
         "figure": PICTURE,
         "layers": PICTURE,
