@@ -129,8 +129,9 @@ def test_what_is_complete_is_not_made_again_and_nothing_is_written_over(
     ]:
         with refused(named, "holds another run"):
             block_beside(sequence, EXAMPLES, out=out, block=block, training=training)
-    with refused("holds another run"):
-        block_beside(sequence, [*EXAMPLES, Example("more", "data")], out=out, block=Block("clamp"), training=TRAINING)
+    with refused("unblocked", "holds another run"):
+        other = [Example(EXAMPLES[0].prompt, EXAMPLES[1].answer), *EXAMPLES[1:]]
+        block_beside(sequence, other, out=out, block=Block("clamp", 300.0), training=TRAINING)
 
 
 def test_a_stopped_pair_goes_on(sequence: ModelSequence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
