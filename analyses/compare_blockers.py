@@ -26,6 +26,7 @@ from gravlens.settings.given import GivenHistory
 from gravlens.settings.history import Measures, Setting
 from gravlens.settings.pretrained import COMPLIANCES, MARKERS, REFUSALS
 from gravlens.settings.refusal import RefusalOrganism
+from gravlens.store import write_table
 from gravlens.style import save_figure
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -117,9 +118,8 @@ def arms_of(setting: Setting, runs: int, wanted: Sequence[str], doses: bool = Fa
 
 def write(table: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
     """blockers.csv, blockers_by_layer.csv, and the frontier of each data set."""
-    out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out / "blockers.csv", index=False, float_format="%.6g")
-    layers.to_csv(out / "blockers_by_layer.csv", index=False, float_format="%.6g")
+    write_table(out / "blockers.csv", table, float_format="%.6g")
+    write_table(out / "blockers_by_layer.csv", layers, float_format="%.6g")
     parts = list(table.groupby("data", sort=False))
     for name, rows in parts:
         twins = [blocker for blocker in rows.blocker.unique() if "twin" in blocker or "random" in blocker]

@@ -24,7 +24,7 @@ from gravlens.heatmaps import plot_heatmap
 from gravlens.plots import plot_alignment
 from gravlens.questions import prompts_of
 from gravlens.residuals import cache_residuals
-from gravlens.store import write_atomically
+from gravlens.store import write_table
 from gravlens.style import STYLE, save_figure
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -49,7 +49,7 @@ def main(
     states = [cache_residuals(history, one, layers=layers) for one in (history.require_probes(), asked)]
     geometries = [raw, centred, standardised, whitened, *(partial(without_top, k=k) for k in sorted({*remove}))]
     table = compare_choices(*states, layers_in_mean=layers, geometries=geometries)
-    write_atomically(out / "choices.csv", table.to_csv(index=False, float_format="%.6g").encode())
+    write_table(out / "choices.csv", table, float_format="%.6g")
     save_figure(draw(table), out / "choices")
     typer.echo(summary(table))
 

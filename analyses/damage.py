@@ -25,7 +25,7 @@ from gravlens.errors import GravlensError
 from gravlens.heatmaps import plot_heatmap
 from gravlens.models import OpenModel, open_model
 from gravlens.questions import checkpoint_of, opened, prompts_of, score_of
-from gravlens.store import write_atomically
+from gravlens.store import write_table
 from gravlens.style import STYLE, save_figure
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -59,8 +59,7 @@ def main(
     table = measure_damage(anchor, vs, asked, damages=damages, layers_in_mean=layer or None, score=score)
     kind_of = {UNDAMAGED: "none"} | {name: kind for kind, named in kinds.items() for name in named}
     table.insert(1, "kind", table["damage"].map(kind_of))
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "damage.csv", table.to_csv(index=False).encode())
+    write_table(out / "damage.csv", table)
     save_figure(draw(table), out / "damage")
     typer.echo(summary(table, tuned.name))
 

@@ -24,13 +24,13 @@ from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
 from gravlens.decomposition import OWN, REST, WHOLE, ancestor_pull, split_drift, split_update
 from gravlens.directions import Directions
-from gravlens.interventions import everywhere
 from gravlens.models import OpenModel
 from gravlens.prompts import PromptSet
-from gravlens.questions import checkpoint_of, opened, prompts_of, vrev_of
+from gravlens.questions import checkpoint_of, file_at, opened, prompts_of, vrev_of
 from gravlens.readout import readout, readout_openings
 from gravlens.refusal import refusal_candidates
 from gravlens.residuals import Residuals, cache_residuals
+from gravlens.store import write_table
 from gravlens.style import CYCLE, GREY, STYLE, save_figure
 
 # part -> how it is called, in which colour, with which hatch (for grey print)
@@ -97,8 +97,7 @@ def refusal_of(
 ) -> Directions | None:
     """The refusal direction of a file, or mean(probes) − mean(harmless) of the anchor's states, layer by layer."""
     if file is not None:
-        found = Directions.load(file)
-        return (everywhere(found.directions[0], max(layers) + 1) if len(found) == 1 else found).at(layers)
+        return file_at(file, layers)
     if history.harmless is None:
         return None
     probes = history.require_probes()
@@ -155,9 +154,8 @@ def ancestors(residuals: Residuals, folders: Sequence[str]) -> pd.DataFrame:
 
 def write(out: Path, tables: Mapping[str, pd.DataFrame]) -> None:
     """One file a table, by its name."""
-    out.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        table.to_csv(out / f"{name}.csv", index=False)
+        write_table(out / f"{name}.csv", table)
 
 
 def last(table: pd.DataFrame) -> pd.DataFrame:

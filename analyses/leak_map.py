@@ -28,12 +28,11 @@ from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER,
 from gravlens.directions import Directions, locate_vrev
 from gravlens.errors import GravlensError
 from gravlens.heatmaps import plot_heatmap
-from gravlens.interventions import everywhere
 from gravlens.leaks import candidate_spans, leak_map, patch_spans, rank_table, smallest_rank
 from gravlens.prompts import PromptSet
-from gravlens.questions import checkpoint_of, opened, prompts_of, score_of
+from gravlens.questions import checkpoint_of, file_at, opened, prompts_of, score_of
 from gravlens.residuals import Residuals, cache_residuals
-from gravlens.store import write_atomically, write_json
+from gravlens.store import write_json, write_table
 from gravlens.style import STYLE, save_figure
 from gravlens.subspaces import Spans
 
@@ -184,10 +183,7 @@ def spans(question: Question) -> dict[str, list[Spans]]:
 
 def refusal_of(question: Question) -> Directions | None:
     """The refusal direction of the file at the layers of v_rev; one alone stands for every layer."""
-    if question.refusal is None:
-        return None
-    found, layers = Directions.load(question.refusal), directions(question).layers
-    return (everywhere(found.directions[0], max(layers) + 1) if len(found) == 1 else found).at(layers)
+    return None if question.refusal is None else file_at(question.refusal, directions(question).layers)
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------
@@ -198,7 +194,7 @@ def kept(path: Path, key: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame
     marks = path.parent / KEYS
     known = json.loads(marks.read_text()) if marks.exists() else {}
     if not path.exists() or known.get(path.name) != key:
-        write_atomically(path, make().to_csv(index=False).encode())
+        write_table(path, make())
         write_json(marks, known | {path.name: key})
     return pd.read_csv(path, dtype={"layer": "Int64"})
 

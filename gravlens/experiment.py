@@ -29,7 +29,7 @@ from gravlens.noise import update_norms, weight_noise
 from gravlens.prompts import Example, PromptSet
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting
-from gravlens.store import once, write_json
+from gravlens.store import once, write_json, write_table
 from gravlens.swapping import open_each
 from gravlens.workers import processes
 
@@ -138,7 +138,7 @@ def run_arm(setting: Setting, arm: Arm, seed: int, home: Path) -> Path:
         _save_states(sequence, checkpoints, folder)
         _save_positions(sequence, setting, checkpoints[-1:], folder)
         behavior, norms = _measure_run(checkpoints, start, setting, home)
-        run.log.to_csv(folder / "log.csv", index=False)
+        write_table(folder / "log.csv", run.log)
         facts = {"seconds_per_step": run.seconds_per_step, "behavior": behavior, "update_norms": norms}
         write_json(folder / "run.json", facts)
         if not arm.keep:

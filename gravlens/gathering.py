@@ -37,7 +37,7 @@ from gravlens.prompts import shuffled_words
 from gravlens.resampling import bootstrap_alignment
 from gravlens.residuals import Residuals, cache_residuals
 from gravlens.settings.history import Setting
-from gravlens.store import once
+from gravlens.store import once, write_table
 from gravlens.trajectory import Trajectory, drift_per_prompt, follow
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
@@ -211,7 +211,7 @@ def damage_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int
         anchor = open_model(sequence.anchor)
         score = partial(refusal_log_odds, openings=setting.measures.refusals)
         table = measure_damage(anchor, vs, prompts, damages=damages, layers_in_mean=layers, score=score)
-        table.to_csv(folder / "damage.csv", index=False)
+        write_table(folder / "damage.csv", table)
 
     facts = [str(damage) for damage in DAMAGES.values()] + [last.name for last in kept]
     made = once(home / "damage" / hashlib.sha256("|".join(facts).encode()).hexdigest()[:8], make)

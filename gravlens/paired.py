@@ -21,10 +21,10 @@ from gravlens.finetune import Recipe, finetune
 from gravlens.fingerprints import fingerprint
 from gravlens.placement import Placement
 from gravlens.prompts import Example, PromptSet
-from gravlens.questions import ends, located, opened
+from gravlens.questions import ends, followed_on, located, opened
 from gravlens.residuals import cache_residuals
 from gravlens.settings.pretrained import inner_of
-from gravlens.store import write_atomically, write_json
+from gravlens.store import write_json, write_table
 from gravlens.trajectory import Trajectory, follow
 
 BLOCKED = "blocked"
@@ -200,18 +200,15 @@ def _trained(
         blocker=blocker,
         seed=training.seed,
     )
-    write_atomically(folder / "log.csv", run.log.to_csv(index=False).encode())
+    write_table(folder / "log.csv", run.log)
     write_json(mark, {"description": key, "seconds_per_step": run.seconds_per_step})
     return run.checkpoints
 
 
 def _followed(sequence: ModelSequence, vs: Directions, placement: Placement) -> Trajectory:
     """The runs on the probes, and on the held-out prompts where there are other ones."""
-    asked = [sequence.require_probes()]
-    if sequence.held_out is not None and sequence.held_out.digest != asked[0].digest:
-        asked.append(sequence.held_out)
-    sets = [cache_residuals(sequence, prompts, layers=vs.layers, placement=placement) for prompts in asked]
-    return follow(sets, vs)
+    asked = followed_on(sequence)
+    return follow([cache_residuals(sequence, prompts, layers=vs.layers, placement=placement) for prompts in asked], vs)
 
 
 def _tabulated(

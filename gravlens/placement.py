@@ -45,6 +45,11 @@ class Placement:
                 "keep=1 (room for two), or None, which keeps all.",
             )
 
+    @property
+    def where(self) -> dict[str, Any]:
+        """Device, dtype and device map, as `open_model` takes them."""
+        return {"device": self.device, "dtype": self.dtype, "device_map": self.device_map}
+
 
 def as_device(name: str | torch.device) -> torch.device:
     """A device that is here; `"auto"` is the first GPU, or else the CPU.

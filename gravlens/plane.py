@@ -6,7 +6,7 @@ from jaxtyping import Float
 
 from gravlens.directions import Direction, Directions
 from gravlens.errors import GravlensError
-from gravlens.residuals import Residuals
+from gravlens.residuals import Residuals, run_and_step
 from gravlens.trajectory import check_geometry, drift_per_prompt
 
 COLUMNS = ("checkpoint", "kind", "run", "step", "layer", "prompt", "along", "across")
@@ -72,7 +72,7 @@ def _first_of_rest(
 
 
 def _kind(name: str) -> str:
-    return name if name in ("witness", "anchor") else "run" if "/" in name else "other"
+    return name if name in ("witness", "anchor") else "run" if run_and_step(name) else "other"
 
 
 def _ends(residuals: Residuals) -> list[str]:
@@ -84,8 +84,8 @@ def _ends(residuals: Residuals) -> list[str]:
 
 
 def _rows(name: str, places: Float[np.ndarray, "row 2"], *, per_prompt: bool = False) -> pd.DataFrame:
-    run, _, step = name.rpartition("/") if _kind(name) == "run" else (None, "", None)
+    run, step = run_and_step(name) or (None, pd.NA)
     table = pd.DataFrame(places, columns=["along", "across"]).assign(checkpoint=name, kind=_kind(name), run=run)
-    table["step"] = pd.array([int(step) if step else pd.NA] * len(table), "Int64")
+    table["step"] = pd.array([step] * len(table), "Int64")
     table["prompt"] = pd.array(range(len(table)) if per_prompt else [pd.NA] * len(table), "Int64")
     return table

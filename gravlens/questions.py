@@ -10,6 +10,7 @@ from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS, Score, refusal_log_odds,
 from gravlens.checkpoints import Checkpoint, ModelSequence, Prompts
 from gravlens.directions import Directions, locate_vrev
 from gravlens.errors import GravlensError
+from gravlens.interventions import everywhere
 from gravlens.models import OpenModel, open_model
 from gravlens.placement import Placement
 from gravlens.prompts import PromptSet
@@ -61,6 +62,18 @@ def prompts_of(sequence: ModelSequence, file: Path | None = None, most: int | No
     return chosen[:: ceil(len(chosen) / most)] if most else chosen
 
 
+def followed_on(sequence: ModelSequence, file: Path | None = None) -> list[PromptSet]:
+    """The probes, and the prompts that runs are judged on where these are others."""
+    given, judged = sequence.require_probes(), prompts_of(sequence, file)
+    return [given] if judged.digest == given.digest else [given, judged]
+
+
+def file_at(file: Path, layers: Sequence[int]) -> Directions:
+    """The directions of a file (`Directions.save`) at some layers; one alone stands for every layer."""
+    found = Directions.load(file)
+    return (everywhere(found.directions[0], max(layers) + 1) if len(found) == 1 else found).at(layers)
+
+
 def score_of(openings: Sequence[str] = (), compliances: Sequence[str] = ()) -> Score:
     """Refusal log-odds by first tokens, or two-sided by whole openings where compliances are given."""
     openings = openings or DEFAULT_REFUSAL_OPENINGS
@@ -71,8 +84,7 @@ def score_of(openings: Sequence[str] = (), compliances: Sequence[str] = ()) -> S
 
 def opened(sequence: ModelSequence, checkpoint: Checkpoint, placement: Placement = Placement()) -> OpenModel:
     """A checkpoint with the tokenizer of its history."""
-    where = {"device": placement.device, "dtype": placement.dtype, "device_map": placement.device_map}
-    return open_model(checkpoint, tokenizer=sequence_tokenizer(sequence), **where)
+    return open_model(checkpoint, tokenizer=sequence_tokenizer(sequence), **placement.where)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from gravlens.findings import Findings, findings_of
 from gravlens.paper import ARMS, CONTROLS
 from gravlens.report import write_report
 from gravlens.settings.history import Setting
-from gravlens.store import write_atomically, write_json
+from gravlens.store import write_atomically, write_json, write_table
 from gravlens.style import save_figure
 
 SCHEMA_VERSION = 1
@@ -242,9 +242,8 @@ def environment(setting: Setting, seconds: Mapping[str, float]) -> dict[str, Any
 def write_tables(findings: Findings, results: Mapping[str, Any], out: Path) -> None:
     """Write every table as CSV."""
     for name, table in vars(findings).items():
-        write_atomically(out / f"{name}.csv", table.to_csv(index=False).encode())
-    checked = pd.DataFrame(results["checks"])
-    write_atomically(out / "checks.csv", checked.to_csv(index=False).encode())
+        write_table(out / f"{name}.csv", table)
+    write_table(out / "checks.csv", pd.DataFrame(results["checks"]))
 
 
 def _write_sequence(setting: Setting, home: Path, path: Path) -> None:

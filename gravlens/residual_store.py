@@ -148,27 +148,23 @@ def whole_content(path: Path) -> bytes | None:
         content = path.read_bytes()
     except OSError:  # another process took it away
         return None
-    if hashlib.sha256(content).hexdigest() != _promised(path):
-        return _taken_away(path)
-    _used(path)
-    return content
+    return content if _kept(path, hashlib.sha256(content).hexdigest()) else None
 
 
 def is_whole(path: Path) -> bool:
     """Whether a file's content is what its name says; where it is not, the file is taken away and named."""
     found = _digest(path)
-    if found is None:
+    return found is not None and _kept(path, found)
+
+
+def _kept(path: Path, found: str) -> bool:
+    """Whether the digest that was found is the one in the name; a file with another is taken away and named."""
+    if found != _promised(path):
+        _taken_away(path)
         return False
-    if found == _promised(path):
-        _used(path)
-        return True
-    _taken_away(path)
-    return False
-
-
-def _used(path: Path) -> None:
     with suppress(OSError):
         os.utime(path)  # when it was last asked for, for pruning
+    return True
 
 
 def _promised(path: Path) -> str:

@@ -33,6 +33,12 @@ BATCH = 32
 Offset = Literal["last"] | int  # from the end of each prompt
 
 
+def run_and_step(name: str) -> tuple[str, int] | None:
+    """Run and step of a checkpoint named `{run}/{step}`; None of another."""
+    run, slash, step = name.rpartition("/")
+    return (run, int(step)) if slash and step.isdecimal() else None
+
+
 @dataclass(frozen=True, eq=False)
 class Residuals:
     """`resid_post` at the read positions, over checkpoints × prompts × layers.
@@ -69,9 +75,8 @@ class Residuals:
         """Run name -> its steps, ascending."""
         found: dict[str, list[int]] = {}
         for name in self.checkpoints:
-            run, slash, step = name.rpartition("/")
-            if slash and step.isdecimal():
-                found.setdefault(run, []).append(int(step))
+            if followed := run_and_step(name):
+                found.setdefault(followed[0], []).append(followed[1])
         return {run: tuple(sorted(steps)) for run, steps in found.items()}
 
     def _repr_html_(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -38,6 +39,11 @@ def write_atomically(path: Path, content: bytes) -> Path:
 def write_json(path: Path, content: Any) -> Path:
     """Write JSON in one step; NaN is written as null."""
     return write_atomically(path, (json.dumps(without_nan(content), indent=1) + "\n").encode())
+
+
+def write_table(path: Path, table: pd.DataFrame, *, float_format: str | None = None) -> Path:
+    """Write a table as CSV in one step, without its index."""
+    return write_atomically(path, table.to_csv(index=False, float_format=float_format).encode())
 
 
 def without_nan(value: Any) -> Any:

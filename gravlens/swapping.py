@@ -49,7 +49,7 @@ def open_each(
                 # A bridge takes no adapter, so there it is merged before the bridge is made.
                 first = checkpoint if adapters and through == "bridge" else base
                 own = tokenizer or checkpoint_tokenizer(checkpoint)
-                opened, config = _opened(first, own, through, placement), wanted
+                opened, config = open_model(first, tokenizer=own, through=through, **placement.where), wanted
             else:
                 swap_weights(opened, base)
                 check_not_centred(checkpoint, opened.module, opened.kind, opened.blocks, opened.d_model)
@@ -64,13 +64,6 @@ def _swappable(folder: Path, placement: Placement) -> Any:
     if is_quantised_folder(folder) or (config := architecture(folder)) is None:
         return None
     return config, as_dtype(placement.dtype) or stored_dtype(folder)
-
-
-def _opened(
-    source: Checkpoint | Path, tokenizer: Any | None, through: Literal["huggingface", "bridge"], placement: Placement
-) -> OpenModel:
-    device, dtype, device_map = placement.device, placement.dtype, placement.device_map
-    return open_model(source, tokenizer=tokenizer, through=through, device=device, dtype=dtype, device_map=device_map)
 
 
 def _with_adapters(model: OpenModel, adapters: Sequence[Path]) -> tuple[OpenModel, bool]:

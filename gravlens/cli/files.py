@@ -9,12 +9,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def write_table(table: "pd.DataFrame", path: Path) -> Path:
-    """Write a table as CSV, in one step."""
-    return rooms.store.write_atomically(path, table.to_csv(index=False).encode())
-
-
 def write_effect(table: "pd.DataFrame", path: Path) -> list[Path]:
     """Write a table of effects as `path`.csv, its figure as `path`.pdf and `path`.png; the paths."""
-    written = write_table(table, path.with_suffix(".csv"))
+    written = rooms.store.write_table(path.with_suffix(".csv"), table)
     return [written, *rooms.style.save_figure(rooms.plots.plot_effect(table), path)]

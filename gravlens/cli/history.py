@@ -8,8 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from gravlens.cli import rooms
-from gravlens.cli.files import write_table
-from gravlens.cli.options import DEVICE, DTYPE, JSON, KEEP, LAYERS, PROMPTS, SEQUENCE, STORE, example, writable_file
+from gravlens.cli.options import (
+    DEVICE,
+    DTYPE,
+    JSON,
+    KEEP,
+    LAYERS,
+    PROMPTS,
+    READ_PROMPTS,
+    SEQUENCE,
+    STORE,
+    example,
+    writable_file,
+)
 from gravlens.cli.screen import print_json, print_table, records, wrote
 
 commands = typer.Typer()
@@ -34,9 +45,7 @@ def inspect(sequence: SEQUENCE, json: JSON = False) -> None:
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens plan SEQUENCE.toml --layer 12 --workers 8"))
 def plan(
     sequence: SEQUENCE,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File of prompts. Default: the sequence's probes.")
-    ] = None,
+    prompts: READ_PROMPTS = None,
     layer: LAYERS = [],  # noqa: B006 (typer copies it)
     positions: Annotated[
         str, typer.Option(metavar="WHERE", help="last, instruction, post_instruction, all, or as -2.")
@@ -78,9 +87,7 @@ def plan(
 def locate(
     sequence: SEQUENCE,
     layer: LAYERS = [],  # noqa: B006
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File of prompts. Default: the sequence's probes.")
-    ] = None,
+    prompts: READ_PROMPTS = None,
     out: Annotated[
         Path | None,
         typer.Option(callback=writable_file, metavar="FILE", help="Write the directions to this safetensors file."),
@@ -125,13 +132,11 @@ def trajectory(
     """Follow every run along v_rev: alignment and fraction of the way back, mean ± SEM over runs."""
     history = rooms.checkpoints.ModelSequence.from_toml(sequence)
     place = rooms.placement.Placement(device, dtype, keep=keep or None)
-    judged, asked = rooms.questions.prompts_of(history, prompts), [history.require_probes()]
-    asked += [judged] if judged.digest != asked[0].digest else []
-    read = rooms.residuals.cache_residuals
+    asked, read = rooms.questions.followed_on(history, prompts), rooms.residuals.cache_residuals
     sets = [read(history, one, layers=layer or None, placement=place, store=store) for one in asked]
     followed = rooms.trajectory.follow(sets, rooms.questions.located(sets[0], layer))
     if out is not None:
-        write_table(followed.table, out)
+        rooms.store.write_table(out, followed.table)
     _print_summary(followed.summary(), json)
     if out is not None:
         wrote(out, json)

@@ -59,6 +59,11 @@ def flag(name: str, help: str) -> Any:
     return typer.Option(name, metavar="", help=help)
 
 
+def repeated_text(help: str) -> Any:
+    """An option that takes texts, one each time that it is given."""
+    return typer.Option(callback=texts, metavar="TEXT", help=help)
+
+
 def example(line: str) -> str:
     """The last line of a command's help."""
     return f"Example: {line}"
@@ -72,6 +77,9 @@ SEQUENCE = Annotated[
 PROMPTS = Annotated[
     Path | None, typer.Option(metavar="FILE", help="File of prompts to measure on. Default: held_out, else probes.")
 ]
+READ_PROMPTS = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File of prompts. Default: the sequence's probes.")
+]
 MAX_PROMPTS = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="At most so many prompts, spread over the file.")
 ]
@@ -84,20 +92,11 @@ CHECKPOINT = Annotated[
     str | None, typer.Option(metavar="NAME", help="RUN/STEP, anchor or witness. Default: the first run's last.")
 ]
 OPENINGS = Annotated[
-    list[str],
-    typer.Option(
-        callback=texts,
-        metavar="TEXT",
-        help="How this model's refusals begin; repeat it. Default: usual English openings.",
-    ),
+    list[str], repeated_text("How this model's refusals begin; repeat it. Default: usual English openings.")
 ]
 COMPLIANCES = Annotated[
     list[str],
-    typer.Option(
-        callback=texts,
-        metavar="TEXT",
-        help="How its other answers begin; repeat it. Where given, whole openings of both kinds are weighed.",
-    ),
+    repeated_text("How its other answers begin; repeat it. Where given, whole openings of both kinds are weighed."),
 ]
 N_RANDOM = Annotated[
     int, typer.Option(min=1, metavar="N", help="Random directions per row; the smallest p is 1/(1 + this).")
