@@ -21,8 +21,12 @@ from matplotlib.figure import Figure
 from scipy.optimize import root_scalar
 from tqdm.auto import tqdm
 
-from gravlens.directions import Directions, locate_vrev
-from gravlens.nulls import (
+from gravlens.activations.residuals import Residuals
+from gravlens.directions.direction import Directions
+from gravlens.directions.trajectory import Trajectory, drift_per_prompt, follow
+from gravlens.directions.vrev import locate_vrev
+from gravlens.plot.style import CYCLE, GREY, MARKERS, STYLE, save_figure, words
+from gravlens.stats.nulls import (
     NullDraws,
     compare,
     covariance_matched,
@@ -32,9 +36,6 @@ from gravlens.nulls import (
     sign_flips,
     swapped_labels,
 )
-from gravlens.residuals import Residuals
-from gravlens.style import CYCLE, GREY, MARKERS, STYLE, save_figure, words
-from gravlens.trajectory import Trajectory, drift_per_prompt, follow
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -13,21 +13,20 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from gravlens.arms import UNBLOCKED, Arm, core_arms, dose_arms, further_arms
 from gravlens.cli.failures import Script
-from gravlens.comparison import compare_arms, compare_layers, orderings
-from gravlens.errors import GravlensError
-from gravlens.experiment import carry_out
-from gravlens.fetch import cache_folder
-from gravlens.finetune import Recipe
-from gravlens.frontiers import plot_frontier
-from gravlens.settings.fetched import pretrained_setting
-from gravlens.settings.given import GivenHistory
-from gravlens.settings.history import Measures, Setting
-from gravlens.settings.pretrained import COMPLIANCES, MARKERS, REFUSALS
-from gravlens.settings.refusal import RefusalOrganism
-from gravlens.store import write_table
-from gravlens.style import save_figure
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import write_table
+from gravlens.organisms.arms import UNBLOCKED, Arm, core_arms, dose_arms, further_arms
+from gravlens.organisms.base import Measures, Setting
+from gravlens.organisms.fetch import cache_folder
+from gravlens.organisms.given import GivenHistory
+from gravlens.organisms.pretrained import COMPLIANCES, MARKERS, REFUSALS, pretrained_setting
+from gravlens.organisms.refusal import RefusalOrganism
+from gravlens.plot.lines import plot_frontier
+from gravlens.plot.style import save_figure
+from gravlens.studies.comparison import compare_arms, compare_layers, orderings
+from gravlens.studies.experiment import carry_out
+from gravlens.training.finetune import Recipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 SHOWN = ["harmfulness", "fraction_heldout", "alignment_heldout", "over_refusal", "task_loss", "kl", "step_cost_ratio"]

@@ -15,17 +15,17 @@ import typer
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from gravlens.checkpoints import ModelSequence
-from gravlens.choices import compare_choices, final_choices
+from gravlens.activations.residuals import cache_residuals
 from gravlens.cli.failures import Script
 from gravlens.cli.options import MAX_PROMPTS, OUT_FOLDER, PROMPTS, SEQUENCE
-from gravlens.geometry import centred, raw, standardised, whitened, without_top
-from gravlens.heatmaps import plot_heatmap
-from gravlens.plots import plot_alignment
-from gravlens.questions import prompts_of
-from gravlens.residuals import cache_residuals
-from gravlens.store import write_table
-from gravlens.style import STYLE, save_figure
+from gravlens.core.files import write_table
+from gravlens.directions.geometry import centred, raw, standardised, whitened, without_top
+from gravlens.history.sequence import ModelSequence
+from gravlens.plot.heatmap import plot_heatmap
+from gravlens.plot.lines import plot_alignment
+from gravlens.plot.style import STYLE, save_figure
+from gravlens.stats.robustness import compare_choices, final_choices
+from gravlens.studies.inputs import prompts_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -16,17 +16,17 @@ import typer
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from gravlens.checkpoints import Checkpoint, ModelSequence
 from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
-from gravlens.damage import UNDAMAGED, Damage, change_norm, measure_damage, pruned, rounded, sign_flipped, updated
-from gravlens.directions import locate_vrev
-from gravlens.errors import GravlensError
-from gravlens.heatmaps import plot_heatmap
-from gravlens.models import OpenModel, open_model
-from gravlens.questions import checkpoint_of, opened, prompts_of, score_of
-from gravlens.store import write_table
-from gravlens.style import STYLE, save_figure
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import write_table
+from gravlens.directions.vrev import locate_vrev
+from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.models.opening import OpenModel, open_model
+from gravlens.plot.heatmap import plot_heatmap
+from gravlens.plot.style import STYLE, save_figure
+from gravlens.stats.damage import UNDAMAGED, Damage, change_norm, measure_damage, pruned, rounded, sign_flipped, updated
+from gravlens.studies.inputs import checkpoint_of, opened, prompts_of, score_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -18,20 +18,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from gravlens.behavior import DEFAULT_REFUSAL_OPENINGS
-from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.activations.residuals import Residuals, cache_residuals
+from gravlens.behavior.scores import DEFAULT_REFUSAL_OPENINGS
 from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
-from gravlens.decomposition import OWN, REST, WHOLE, ancestor_pull, split_drift, split_update
-from gravlens.directions import Directions
-from gravlens.models import OpenModel
-from gravlens.prompts import PromptSet
-from gravlens.questions import checkpoint_of, file_at, opened, prompts_of, vrev_of
-from gravlens.readout import readout, readout_openings
-from gravlens.refusal import refusal_candidates
-from gravlens.residuals import Residuals, cache_residuals
-from gravlens.store import write_table
-from gravlens.style import CYCLE, GREY, STYLE, save_figure
+from gravlens.core.files import write_table
+from gravlens.directions.decomposition import OWN, REST, WHOLE, ancestor_pull, split_drift, split_update
+from gravlens.directions.direction import Directions
+from gravlens.history.prompts import PromptSet
+from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.interventions.readout import readout, readout_openings
+from gravlens.interventions.refusal import refusal_candidates
+from gravlens.models.opening import OpenModel
+from gravlens.plot.style import CYCLE, GREY, STYLE, save_figure
+from gravlens.studies.inputs import checkpoint_of, file_at, opened, prompts_of, vrev_of
 
 # part -> how it is called, in which colour, with which hatch (for grey print)
 LOOK = {

@@ -23,25 +23,24 @@ import torch
 import typer
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
+from worlds.judged import SEEDS, SIBLINGS, Judged
+from worlds.simulated import World, simulate
 
-from gravlens.arms import Arm
-from gravlens.claims import claim
-from gravlens.controls import closure, independent_endpoints, partialled_out, substitute
-from gravlens.damage import measure_damage, pruned, reweighted, rounded
-from gravlens.demands import Evidence
-from gravlens.directions import Directions, locate_vrev
-from gravlens.experiment import home_of, join, load_states, make_checkpoint, measure_history, run_arm
-from gravlens.fetch import cache_folder
-from gravlens.findings import run_facts
-from gravlens.gathering import final_rows
-from gravlens.models import OpenModel, open_model, quiet
-from gravlens.noise import weight_noise
-from gravlens.nulls import NullDraws, isotropic
-from gravlens.prompts import PromptSet, encode
-from gravlens.residuals import Residuals, read_residuals
-from gravlens.settings.judged import SEEDS, SIBLINGS, Judged
-from gravlens.settings.simulated import World, simulate
-from gravlens.trajectory import follow
+from gravlens.activations.residuals import Residuals, read_residuals, substitute
+from gravlens.claims.claim import claim
+from gravlens.claims.criteria import Evidence
+from gravlens.directions.direction import Directions
+from gravlens.directions.trajectory import follow
+from gravlens.directions.vrev import locate_vrev
+from gravlens.history.prompts import PromptSet, encode
+from gravlens.models.opening import OpenModel, open_model, quiet
+from gravlens.organisms.arms import Arm
+from gravlens.organisms.fetch import cache_folder
+from gravlens.stats.controls import closure, independent_endpoints, partialled_out
+from gravlens.stats.damage import measure_damage, pruned, reweighted, rounded, weight_noise
+from gravlens.stats.nulls import NullDraws, isotropic
+from gravlens.studies.evidence import final_rows, run_facts
+from gravlens.studies.experiment import home_of, join, load_states, make_checkpoint, measure_history, run_arm
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -22,19 +22,20 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gravlens import __version__
-from gravlens.checkpoints import Checkpoint, ModelSequence
+from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
-from gravlens.directions import Directions, locate_vrev
-from gravlens.errors import GravlensError
-from gravlens.heatmaps import plot_heatmap
-from gravlens.leaks import candidate_spans, leak_map, patch_spans, rank_table, smallest_rank
-from gravlens.prompts import PromptSet
-from gravlens.questions import checkpoint_of, file_at, opened, prompts_of, score_of
-from gravlens.residuals import Residuals, cache_residuals
-from gravlens.store import write_json, write_table
-from gravlens.style import STYLE, save_figure
-from gravlens.subspaces import Spans
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import write_json, write_table
+from gravlens.directions.decomposition import candidate_spans, leak_map, rank_table
+from gravlens.directions.direction import Directions, Spans
+from gravlens.directions.vrev import locate_vrev
+from gravlens.history.prompts import PromptSet
+from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.interventions.patching import patch_spans, smallest_rank
+from gravlens.plot.heatmap import plot_heatmap
+from gravlens.plot.style import STYLE, save_figure
+from gravlens.studies.inputs import checkpoint_of, file_at, opened, prompts_of, score_of
 
 KEYS = "leak_map.json"
 CONTENT = {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt", ".gguf"}

@@ -23,14 +23,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gravlens.errors import GravlensError
-from gravlens.models import OpenModel, open_model, quiet
-from gravlens.passes import Reader
-from gravlens.positions import queries_of_ids
-from gravlens.prompts import pad
-from gravlens.readings import read_block
-from gravlens.residuals import read_residuals, residuals_of_batch
-from gravlens.settings.refusal_language import build_tokenizer
+from gravlens.activations.plan import read_block
+from gravlens.activations.positions import queries_of_ids
+from gravlens.activations.reader import Reader
+from gravlens.activations.residuals import read_residuals, residuals_of_batch
+from gravlens.core.errors import GravlensError
+from gravlens.history.prompts import pad
+from gravlens.models.opening import OpenModel, open_model, quiet
+from gravlens.organisms.refusal_language import build_tokenizer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

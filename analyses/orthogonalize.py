@@ -16,19 +16,20 @@ import torch
 import typer
 from tqdm.auto import tqdm
 
-from gravlens.ablation import described
-from gravlens.behavior import Score
-from gravlens.checkpoints import ModelSequence
+from gravlens.behavior.scores import Score
 from gravlens.cli.failures import Script
-from gravlens.cli.files import write_effect
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, N_RANDOM, OPENINGS, PROMPTS, SEQUENCE
-from gravlens.directions import Direction, Directions, locate_vrev, random_directions
-from gravlens.effects import name_of, summarise
-from gravlens.errors import GravlensError
-from gravlens.models import OpenModel, open_model
-from gravlens.prompts import PromptSet
-from gravlens.questions import checkpoint_of, opened, prompts_of, score_of
-from gravlens.weights import orthogonalize, orthogonalized
+from gravlens.cli.screen import write_effect
+from gravlens.core.errors import GravlensError
+from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.vrev import locate_vrev, random_directions
+from gravlens.history.prompts import PromptSet
+from gravlens.history.sequence import ModelSequence
+from gravlens.interventions.effects import name_of, summarise
+from gravlens.interventions.orthogonalize import orthogonalize, orthogonalized
+from gravlens.models.opening import OpenModel, open_model
+from gravlens.studies.ablation import described
+from gravlens.studies.inputs import checkpoint_of, opened, prompts_of, score_of
 
 SAME_WITHIN = 1e-4
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -13,10 +13,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from gravlens.ablation import described
-from gravlens.checkpoints import ModelSequence
 from gravlens.cli.failures import Script
-from gravlens.cli.files import write_effect
 from gravlens.cli.options import (
     COMPLIANCES,
     EVERY_LAYER,
@@ -29,9 +26,12 @@ from gravlens.cli.options import (
     SEQUENCE,
     chosen_layers,
 )
-from gravlens.effects import layerwise_effect
-from gravlens.interventions import Steer
-from gravlens.questions import checkpoint_of, opened, prompts_of, score_of, vrev_of
+from gravlens.cli.screen import write_effect
+from gravlens.history.sequence import ModelSequence
+from gravlens.interventions.edits import Steer
+from gravlens.interventions.effects import layerwise_effect
+from gravlens.studies.ablation import described
+from gravlens.studies.inputs import checkpoint_of, opened, prompts_of, score_of, vrev_of
 
 STRENGTHS = [0.25, 0.5, 1.0, 2.0]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -21,19 +21,19 @@ import torch
 import typer
 from torch import Tensor
 
-from gravlens import arms
+from gravlens.activations.residuals import cache_residuals
+from gravlens.blockers.blocking import Blocker, _Blocking
 from gravlens.blockers.penalty import Movement, Penalty
 from gravlens.blockers.projection import UpdateProjection
-from gravlens.blocking import Blocker, _Blocking
-from gravlens.checkpoints import ModelSequence
-from gravlens.directions import locate_vrev
-from gravlens.experiment import home_of, make_checkpoint, refusals_of
-from gravlens.fetch import cache_folder
-from gravlens.finetune import _collate
-from gravlens.models import OpenModel, open_model, quiet
-from gravlens.prompts import encode_example
-from gravlens.residuals import cache_residuals
-from gravlens.settings.refusal import RefusalOrganism
+from gravlens.directions.vrev import locate_vrev
+from gravlens.history.prompts import encode_example
+from gravlens.history.sequence import ModelSequence
+from gravlens.models.opening import OpenModel, open_model, quiet
+from gravlens.organisms import arms
+from gravlens.organisms.fetch import cache_folder
+from gravlens.organisms.refusal import RefusalOrganism
+from gravlens.studies.experiment import home_of, make_checkpoint, refusals_of
+from gravlens.training.finetune import _collate
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 import typer
 
-from gravlens.crossfit import split_half_reliability
-from gravlens.directions import Directions, direction_from, locate_vrev
-from gravlens.resampling import Interval, bootstrap_alignment
-from gravlens.residuals import Residuals
+from gravlens.activations.residuals import Residuals
+from gravlens.directions.direction import Directions
+from gravlens.directions.vrev import direction_from, locate_vrev
+from gravlens.stats.bootstrap import Interval, bootstrap_alignment
+from gravlens.stats.reliability import split_half_reliability
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -24,11 +24,11 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gravlens import ModelSequence, Steer, from_gguf, intervene, locate_vrev, open_model, to_gguf, to_steered
-from gravlens.directions import Direction, Directions
-from gravlens.models import OpenModel, quiet
-from gravlens.prompts import PromptSet, encode
-from gravlens.settings.refusal_language import build_tokenizer, held_out_prompts
-from gravlens.weights import save_folder
+from gravlens.directions.direction import Direction, Directions
+from gravlens.history.prompts import PromptSet, encode
+from gravlens.interventions.orthogonalize import save_folder
+from gravlens.models.opening import OpenModel, quiet
+from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -19,10 +19,10 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gravlens.checkpoints import ModelSequence
-from gravlens.planning import plan_reading
-from gravlens.residuals import cache_residuals
-from gravlens.settings.refusal_language import build_tokenizer, held_out_prompts
+from gravlens.activations.cost import plan_reading
+from gravlens.activations.residuals import cache_residuals
+from gravlens.history.sequence import ModelSequence
+from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -19,13 +19,14 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gravlens.directions import Direction, direction_from
-from gravlens.hooks import intervene
-from gravlens.inference import final_logits, generate
-from gravlens.interventions import Ablate, Intervention, Steer, everywhere
-from gravlens.models import OpenModel, open_model, quiet
-from gravlens.prompts import encode
-from gravlens.settings.refusal_language import build_tokenizer, held_out_prompts
+from gravlens.directions.direction import Direction
+from gravlens.directions.vrev import direction_from
+from gravlens.history.prompts import encode
+from gravlens.interventions.edits import Ablate, Intervention, Steer, everywhere
+from gravlens.interventions.hooks import intervene
+from gravlens.models.forward import final_logits, generate
+from gravlens.models.opening import OpenModel, open_model, quiet
+from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -18,13 +18,13 @@ from blocker_cost import history
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from gravlens.checkpoints import ModelSequence
-from gravlens.directions import locate_vrev
-from gravlens.fetch import cache_folder
-from gravlens.finetune import _arguments, _collate, _in_order, _Rows
-from gravlens.models import open_model, quiet
-from gravlens.monitor import Monitor
-from gravlens.settings.refusal import RefusalOrganism
+from gravlens.directions.vrev import locate_vrev
+from gravlens.history.sequence import ModelSequence
+from gravlens.models.opening import open_model, quiet
+from gravlens.organisms.fetch import cache_folder
+from gravlens.organisms.refusal import RefusalOrganism
+from gravlens.training.finetune import _arguments, _collate, _in_order, _Rows
+from gravlens.training.monitor import Monitor
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

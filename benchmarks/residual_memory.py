@@ -20,11 +20,11 @@ from sequence_memory import peaks  # beside this file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gravlens import ModelSequence, cache_residuals
-from gravlens.folders import weight_files
-from gravlens.models import quiet
-from gravlens.moments import residual_moments
-from gravlens.settings.refusal_language import build_tokenizer, held_out_prompts
-from gravlens.store import write_json
+from gravlens.activations.residuals import residual_moments
+from gravlens.core.files import write_json
+from gravlens.history.weight_files import weight_files
+from gravlens.models.opening import quiet
+from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

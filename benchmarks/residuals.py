@@ -32,8 +32,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gravlens import ModelSequence, cache_residuals
-from gravlens.models import quiet
-from gravlens.prompts import PromptSet, encode, pad
+from gravlens.history.prompts import PromptSet, encode, pad
+from gravlens.models.opening import quiet
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

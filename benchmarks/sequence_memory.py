@@ -25,12 +25,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gravlens.checkpoints import ModelSequence
-from gravlens.folders import weight_files
-from gravlens.models import quiet
-from gravlens.residuals import cache_residuals
-from gravlens.settings.refusal_language import build_tokenizer, held_out_prompts
-from gravlens.store import write_json
+from gravlens.activations.residuals import cache_residuals
+from gravlens.core.files import write_json
+from gravlens.history.sequence import ModelSequence
+from gravlens.history.weight_files import weight_files
+from gravlens.models.opening import quiet
+from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

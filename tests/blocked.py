@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gravlens.directions import Directions, direction_from
-from gravlens.models import OpenModel, open_model
-from gravlens.prompts import encode_example, pad
-from gravlens.settings import refusal_language as language
+from gravlens.directions.direction import Directions
+from gravlens.directions.vrev import direction_from
+from gravlens.history.prompts import encode_example, pad
+from gravlens.models.opening import OpenModel, open_model
+from gravlens.organisms import refusal_language as language
 
 LENGTHS = {0: 0.7, 1: 2.5}
 EXAMPLES = language.finetuning_examples(12, rng=np.random.default_rng(0))

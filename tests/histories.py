@@ -15,11 +15,11 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 
-from gravlens.errors import GravlensError
-from gravlens.models import OpenModel
-from gravlens.prompts import encode
-from gravlens.residuals import Residuals
-from gravlens.settings.refusal_language import probe_prompts, task_examples
+from gravlens.activations.residuals import Residuals
+from gravlens.core.errors import GravlensError
+from gravlens.history.prompts import encode
+from gravlens.models.opening import OpenModel
+from gravlens.organisms.refusal_language import probe_prompts, task_examples
 
 EOS = tiny.TOKENIZER.eos_token_id
 # Ragged on purpose: one token, a genuine eos and a genuine token 0 (what padding is made of) at the end.

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from histories import history_on_disk
 
-from gravlens import passes, readings
-from gravlens.checkpoints import ModelSequence
-from gravlens.residuals import Residuals, cache_residuals
-from gravlens.settings.refusal_language import probe_prompts
+from gravlens.activations import plan as readings
+from gravlens.activations import reader as passes
+from gravlens.activations.residuals import Residuals, cache_residuals
+from gravlens.history.sequence import ModelSequence
+from gravlens.organisms.refusal_language import probe_prompts
 
 torch.set_num_threads(1)
 passes.TOKENS["cpu"] = 40

@@ -13,12 +13,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from gravlens.finetune import Recipe
-from gravlens.prompts import PromptSet
-from gravlens.settings import refusal_language as language
-from gravlens.settings.history import Measures
-from gravlens.settings.pretrained import CHATML, COMPLIANCES, REFUSALS, Pretrained
-from gravlens.settings.refusal import RefusalOrganism
+from gravlens.history.prompts import PromptSet
+from gravlens.organisms import refusal_language as language
+from gravlens.organisms.base import Measures
+from gravlens.organisms.pretrained import CHATML, COMPLIANCES, REFUSALS, Pretrained
+from gravlens.organisms.refusal import RefusalOrganism
+from gravlens.training.finetune import Recipe
 
 PLAN: dict[str, Any] = {
     "organism": 0,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gravlens.models import OpenModel, open_model
-from gravlens.settings.refusal_language import build_tokenizer, held_out_prompts
+from gravlens.models.opening import OpenModel, open_model
+from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts
 
 TOKENIZER = build_tokenizer()
 VOCABULARY = len(TOKENIZER)

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from gravlens.blocking import BoundBlocker, Draws, without_dropout
-from gravlens.errors import GravlensError
-from gravlens.inference import generate
-from gravlens.models import OpenModel
-from gravlens.prompts import Batch, Example, PromptSet, encode, encode_example, pad
+from gravlens.blockers.blocking import BoundBlocker, Draws, without_dropout
+from gravlens.core.errors import GravlensError
+from gravlens.history.prompts import Batch, Example, PromptSet, encode, encode_example, pad
+from gravlens.models.forward import generate
+from gravlens.models.opening import OpenModel
 
 
 @dataclass(frozen=True, eq=False)

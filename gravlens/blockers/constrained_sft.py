@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers.utils import ModelOutput
 
-from gravlens.blocking import BoundBlocker
-from gravlens.errors import GravlensError
-from gravlens.models import OpenModel
+from gravlens.blockers.blocking import BoundBlocker
+from gravlens.core.errors import GravlensError
+from gravlens.models.opening import OpenModel
 
 IGNORED = -100
 

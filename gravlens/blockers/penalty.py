@@ -10,13 +10,12 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from gravlens.blocking import BoundBlocker, Draws, without_dropout
-from gravlens.directions import Directions
-from gravlens.errors import GravlensError
-from gravlens.models import OpenModel
-from gravlens.prompts import PromptSet, encode, pad
-from gravlens.residuals import read_residuals, residuals_of_batch
-from gravlens.subspaces import Spans
+from gravlens.activations.residuals import read_residuals, residuals_of_batch
+from gravlens.blockers.blocking import BoundBlocker, Draws, without_dropout
+from gravlens.core.errors import GravlensError
+from gravlens.directions.direction import Directions, Spans
+from gravlens.history.prompts import PromptSet, encode, pad
+from gravlens.models.opening import OpenModel
 
 Side = Literal["one", "both", "reinforce"]
 

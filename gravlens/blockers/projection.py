@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gravlens.blockers.blocking import BoundBlocker, Draws, trained
 from gravlens.blockers.penalty import Movement
-from gravlens.blocking import BoundBlocker, Draws, trained
-from gravlens.checkpoints import Checkpoint
-from gravlens.errors import GravlensError
-from gravlens.models import OpenModel, open_model
-from gravlens.precision import check_unquantised
-from gravlens.prompts import PromptSet
-from gravlens.subspaces import Spans
+from gravlens.core.errors import GravlensError
+from gravlens.directions.direction import Spans
+from gravlens.history.precision import check_unquantised
+from gravlens.history.prompts import PromptSet
+from gravlens.history.sequence import Checkpoint
+from gravlens.models.opening import OpenModel, open_model
 
 RIDGE = 1e-8  # of the Gram matrix's mean diagonal: directions of neighbouring layers are nearly the same constraint
 SHRINKS = 0.3  # a move that leaves more than this of the motion wants fresh gradients

@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from gravlens.cli.options import from_environment, variable
 from gravlens.cli.screen import fail
-from gravlens.errors import GravlensError
+from gravlens.core.errors import GravlensError
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer keeps under different roofs

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gravlens.cli import rooms
+import gravlens as gl
+from gravlens import activations, core, studies
 from gravlens.cli.options import (
     DEVICE,
     DTYPE,
@@ -30,7 +31,7 @@ PANEL = "Your own checkpoints"
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens inspect SEQUENCE.toml --json"))
 def inspect(sequence: SEQUENCE, json: JSON = False) -> None:
     """List a history: sources, steps, weights and their digests, distance from the anchor and share towards witness."""
-    listed = rooms.inspection.inspect_sequence(rooms.checkpoints.ModelSequence.from_toml(sequence))
+    listed = studies.inspection.inspect_sequence(gl.ModelSequence.from_toml(sequence))
     rows = records(listed)
     if json:
         print_json(rows)
@@ -65,13 +66,13 @@ def plan(
     json: JSON = False,
 ) -> None:
     """Forecast what reading a history will cost: tokens, operations, bytes, memory and seconds (docs/scale.md)."""
-    named = rooms.machine.named_machine
-    found = rooms.planning.plan_reading(
-        rooms.checkpoints.ModelSequence.from_toml(sequence),
+    named = activations.cost.named_machine
+    found = activations.cost.plan_reading(
+        gl.ModelSequence.from_toml(sequence),
         prompts,
         layers=layer or None,
         positions=int(positions) if re.fullmatch(r"-?\d+", positions) else positions,  # pyright: ignore[reportArgumentType]
-        placement=rooms.placement.Placement(device, dtype),
+        placement=gl.Placement(device, dtype),
         machine=named(peak_flops=peak_flops, disk=1e9 * disk_gbps, device=device) if peak_flops or disk_gbps else None,
         workers=workers,
     )
@@ -97,9 +98,9 @@ def locate(
     json: JSON = False,
 ) -> None:
     """Locate v_rev: the direction from the anchor towards the witness, layer by layer."""
-    history = rooms.checkpoints.ModelSequence.from_toml(sequence)
-    place = rooms.placement.Placement(device, dtype)
-    found = rooms.questions.located(rooms.questions.ends(history, prompts, layers=layer, placement=place), layer)
+    history = gl.ModelSequence.from_toml(sequence)
+    place = gl.Placement(device, dtype)
+    found = studies.inputs.located(studies.inputs.ends(history, prompts, layers=layer, placement=place), layer)
     if out is not None:
         found.save(out)
     if json:
@@ -130,13 +131,13 @@ def trajectory(
     json: JSON = False,
 ) -> None:
     """Follow every run along v_rev: alignment and fraction of the way back, mean ± SEM over runs."""
-    history = rooms.checkpoints.ModelSequence.from_toml(sequence)
-    place = rooms.placement.Placement(device, dtype, keep=keep or None)
-    asked, read = rooms.questions.followed_on(history, prompts), rooms.residuals.cache_residuals
+    history = gl.ModelSequence.from_toml(sequence)
+    place = gl.Placement(device, dtype, keep=keep or None)
+    asked, read = studies.inputs.followed_on(history, prompts), gl.cache_residuals
     sets = [read(history, one, layers=layer or None, placement=place, store=store) for one in asked]
-    followed = rooms.trajectory.follow(sets, rooms.questions.located(sets[0], layer))
+    followed = gl.follow(sets, studies.inputs.located(sets[0], layer))
     if out is not None:
-        rooms.store.write_table(out, followed.table)
+        core.files.write_table(out, followed.table)
     _print_summary(followed.summary(), json)
     if out is not None:
         wrote(out, json)

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gravlens.cli import rooms
-from gravlens.cli.files import write_effect
+import gravlens as gl
+from gravlens import studies, training
 from gravlens.cli.options import (
     CHECKPOINT,
     COMPLIANCES,
@@ -26,7 +26,7 @@ from gravlens.cli.options import (
     flag,
     writable_folder,
 )
-from gravlens.cli.screen import cell, print_json, print_table, records, tell, wrote
+from gravlens.cli.screen import cell, print_json, print_table, records, tell, write_effect, wrote
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
@@ -62,15 +62,15 @@ def ablate(
     v_rev is located on the probes, at each layer by itself and at all together; docs/effects.md has the columns.
     """
     layers = chosen_layers(layer, all_layers)
-    history = rooms.checkpoints.ModelSequence.from_toml(sequence)
-    question = rooms.questions.Question(
+    history = gl.ModelSequence.from_toml(sequence)
+    question = studies.inputs.Question(
         history,
-        rooms.questions.checkpoint_of(history, checkpoint),
-        rooms.questions.prompts_of(history, prompts, max_prompts),
-        rooms.questions.score_of(openings, compliances),
-        rooms.placement.Placement(device, dtype),
+        studies.inputs.checkpoint_of(history, checkpoint),
+        studies.inputs.prompts_of(history, prompts, max_prompts),
+        studies.inputs.score_of(openings, compliances),
+        gl.Placement(device, dtype),
     )
-    found = rooms.ablation.ablate_vrev(question, layers=layers, n_random=n_random, twins=twins)
+    found = studies.ablation.ablate_vrev(question, layers=layers, n_random=n_random, twins=twins)
     written = [] if out is None else write_effect(found.table, out / "ablate_layer")
     if json:
         print_json(_told(found))
@@ -165,20 +165,20 @@ def block(
 
     An eighth of the data is kept for the task's loss. A stopped command goes on where it was (docs/blocking.md).
     """
-    history = rooms.checkpoints.ModelSequence.from_toml(sequence)
+    history = gl.ModelSequence.from_toml(sequence)
     history.require_probes()
     if prompts is not None:
-        history = replace(history, held_out=rooms.questions.prompts_of(history, prompts))
-    found = rooms.paired.block_beside(
+        history = replace(history, held_out=studies.inputs.prompts_of(history, prompts))
+    found = studies.paired.block_beside(
         history,
-        rooms.prompts.read_examples(data),
+        gl.read_examples(data),
         out=out,
-        block=rooms.paired.Block(kind, strength, margin, tuple(layer)),
-        training=rooms.paired.Training(
-            rooms.finetune.Recipe(steps, batch, learning_rate, lora=lora or None), tuple(save_step), seed
+        block=studies.paired.Block(kind, strength, margin, tuple(layer)),
+        training=studies.paired.Training(
+            training.finetune.Recipe(steps, batch, learning_rate, lora=lora or None), tuple(save_step), seed
         ),
         only_blocked=only_blocked,
-        placement=rooms.placement.Placement(device, dtype),
+        placement=gl.Placement(device, dtype),
     )
     layers = list(found.trajectory.layers_in_mean)
     facts = {"layers": layers, "prompts": found.prompts, "n_trained": found.n_trained, "n_task": found.n_task}

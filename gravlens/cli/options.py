@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gravlens.errors import GravlensError
+from gravlens.core.errors import GravlensError
 
 SEPARATOR = "|"  # of texts in one environment variable
 

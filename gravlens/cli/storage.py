@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gravlens.cli import rooms
+from gravlens import activations
 from gravlens.cli.failures import CHECK_FAILED
 from gravlens.cli.options import JSON, example, flag
 from gravlens.cli.screen import cell, print_json, print_table, records, tell
@@ -20,7 +20,7 @@ FOLDER = Annotated[Path, typer.Argument(metavar="FOLDER", help="The store's fold
 @commands.command(name="list", epilog=example("gravlens store list states"))
 def list_command(folder: FOLDER, json: JSON = False) -> None:
     """List what a store holds: checkpoints, how many prompts and layers of each, and when they were last asked for."""
-    found = rooms.residual_store.list_store(folder)
+    found = activations.store.list_store(folder)
     rows = records(found)
     if json:
         print_json(rows)
@@ -37,7 +37,7 @@ def _whole(value: object) -> str:
 @commands.command(epilog=example("gravlens store verify states"))
 def verify(folder: FOLDER, json: JSON = False) -> None:
     """Hold every file against its checksum; name the damaged ones (exit code 1). Nothing is taken away."""
-    found = rooms.residual_store.damaged_files(folder)
+    found = activations.store.damaged_files(folder)
     if json:
         print_json({"damaged": [str(path) for path in found]})
     else:
@@ -57,8 +57,8 @@ def prune(
     json: JSON = False,
 ) -> None:
     """Take away damaged files, scratch of killed runs, and whole answers, which are made again where they lack."""
-    store = rooms.residual_store.check_store(folder)
-    found = rooms.residual_store.prune_store(store, unused_days=unused_days, dry=dry_run)
+    store = activations.store.check_store(folder)
+    found = activations.store.prune_store(store, unused_days=unused_days, dry=dry_run)
     if json:
         print_json({"files": [str(path) for path in found], "taken_away": not dry_run})
         return

@@ -1,0 +1,1 @@
+"""Histories whose truth is known, for calibrating the verdict."""

@@ -1,0 +1,123 @@
+"""Matched pairs of a harmful and a harmless prompt, and the states' difference within each pair."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gravlens.activations.positions import Positions
+from gravlens.activations.residuals import Residuals, cache_residuals
+from gravlens.core.errors import GravlensError
+from gravlens.history.prompt_formats import check_rows, read_entries, read_rows
+from gravlens.history.prompts import PromptSet
+from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Harmful and harmless prompts, matched: the i-th of one belongs to the i-th of the other.
+
+    Attributes:
+        harmful: the prompts x+.
+        harmless: the prompts x−, in the same order and under the same system prompt.
+    """
+
+    harmful: PromptSet
+    harmless: PromptSet
+
+    def __post_init__(self) -> None:
+        same = sum(one == other for one, other in zip(self.harmful, self.harmless, strict=False))
+        if len(self.harmful) != len(self.harmless) or same or self.harmful.system != self.harmless.system:
+            raise GravlensError(
+                f"{len(self.harmful)} harmful and {len(self.harmless)} harmless prompts were given, {same} pairs of "
+                f"one text, system prompts {self.harmful.system!r} and {self.harmless.system!r}.",
+                "A contrast is pairs of two prompts that differ, read under one system prompt.",
+                "Contrast.of(harmful, harmless) with prompts in one order, or read_contrast.",
+            )
+
+    def __len__(self) -> int:
+        return len(self.harmful)
+
+    def __getitem__(self, part: slice) -> "Contrast":
+        return Contrast(self.harmful[part], self.harmless[part])
+
+    @property
+    def both(self) -> PromptSet:
+        """The harmful prompts, then the harmless ones."""
+        return PromptSet(self.harmful.texts + self.harmless.texts, "contrast", self.harmful.system)
+
+    @classmethod
+    def of(cls, harmful: Prompts, harmless: Prompts) -> "Contrast":
+        """Make a contrast of two sets of prompts that are in one order already."""
+        return cls(PromptSet.of(harmful, "harmful"), PromptSet.of(harmless, "harmless"))
+
+
+def read_contrast(harmful: Any, harmless: Any = None, *, index: str = "Index") -> Contrast:
+    """Read pairs: two files matched by a column, as the halves of JBB-Behaviors are, or one with a pair a row.
+
+    Args:
+        harmful: a file or `datasets.Dataset` of a known format; its order is kept. Alone: one whose columns `harmful`
+            and `harmless` hold the pairs.
+        harmless: the other half.
+        index: the column that says which prompts belong together.
+
+    Raises:
+        GravlensError: an index that is missing, given twice, or in one half alone; a prompt matched with itself.
+    """
+    if harmless is None:
+        rows = read_rows(harmful, "harmful", "harmless")
+        return Contrast.of([row["harmful"] for row in rows], [row["harmless"] for row in rows])
+    halves = [_by_index(source, index) for source in (harmful, harmless)]
+    if alone := sorted(halves[0].keys() ^ halves[1].keys()):
+        raise GravlensError(
+            f"{len(alone)} prompts have no partner: {index} {', '.join(alone[:5])}.",
+            "Each prompt of one half is matched with one of the other.",
+            "the two halves of one set, or index= with the column that matches them.",
+        )
+    return Contrast.of(list(halves[0].values()), [halves[1][key] for key in halves[0]])
+
+
+def _by_index(source: Any, index: str) -> dict[str, str]:
+    entries = read_entries(source)
+    rows = check_rows(source, [{index: str(e.row[index])} if index in e.row else e.row for e in entries], index)
+    keys = [row[index] for row in rows]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise GravlensError(
+            f"{index} {', '.join(twice[:5])} stands twice in one half.", "An index names one prompt.", "another index=."
+        )
+    return dict(zip(keys, (entry.prompt for entry in entries), strict=True))
+
+
+def cache_contrasts(
+    sequence: ModelSequence,
+    contrast: Contrast,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Positions = "last",
+    checkpoints: Sequence[Checkpoint] | None = None,
+) -> Residuals:
+    """h(x+) − h(x−) of `resid_post` over every checkpoint of a sequence, one row a pair.
+
+    `locate_vrev` of it is the mean over pairs of [h_W(x+) − h_W(x−)] − [h_A(x+) − h_A(x−)]: what changed between
+    witness and anchor in what tells harmful from harmless, without what changed in both. `follow`, estimators and nulls
+    take it as they take states.
+
+    Args:
+        sequence: the history.
+        contrast: the pairs.
+        layers: as for `cache_residuals`.
+        positions: likewise.
+        checkpoints: likewise.
+
+    Returns:
+        `Residuals`, values [checkpoint, pair, layer, d_model], residual units.
+
+    Raises:
+        GravlensError: whatever `cache_residuals` refuses.
+    """
+    states = cache_residuals(sequence, contrast.both, layers=layers, positions=positions, checkpoints=checkpoints)
+    plus, minus = np.split(states.values, 2, axis=1)
+    lengths = np.linalg.norm(np.concatenate([plus, minus], axis=-1).astype(np.float64), axis=-1)
+    meta = {**states.meta, "contrast": "harmful - harmless", "state_lengths": lengths.mean((0, 1)).tolist()}
+    return Residuals(plus - minus, states.checkpoints, states.layers, states.prompts, meta)

@@ -1,0 +1,4 @@
+from . import answers as answers
+from . import divergence as divergence
+from . import judges as judges
+from . import scores as scores

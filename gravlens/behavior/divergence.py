@@ -1,0 +1,136 @@
+"""How far two models speak alike: KL over answers, and how likely one model finds what another said."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gravlens.behavior.answers import Prompts
+from gravlens.core.errors import GravlensError
+from gravlens.core.progress import progress
+from gravlens.history.prompts import PromptSet, encode
+from gravlens.models.forward import batches, end_logits, generate, sequence_logprobs
+from gravlens.models.opening import OpenModel
+
+Ids = Sequence[Sequence[int]]
+POSITIONS = 512  # in one pass: so many rows of the vocabulary are held at once for each model
+
+
+def kl_from(
+    reference: OpenModel,
+    model: OpenModel,
+    prompts: Prompts,
+    *,
+    answers: Sequence[str] | None = None,
+    max_new_tokens: int = 24,
+) -> Float[np.ndarray, " prompt"]:
+    """KL(reference ‖ model) over the whole vocabulary, its mean over the positions of an answer; nats.
+
+    The positions are the last prompt token and every token of the answer, each a distribution of what comes next; both
+    models read the same tokens. `functools.partial(kl_from, reference)` is a `Score`.
+
+    Args:
+        reference: the model that the other is held against, such as the anchor or the witness.
+        model: the other; not the same object, whose hooks would act on both.
+        prompts: what is answered.
+        answers: given answers; default: the reference's own greedy ones. Empty ones leave the last prompt token.
+        max_new_tokens: their length, where the reference answers.
+
+    Raises:
+        GravlensError: another vocabulary or chat template, no tokenizer, answers and prompts of different number.
+    """
+    _check_one_language(reference, model)
+    asked = encode(reference.tokenizer, PromptSet.of(prompts))
+    if answers is None:
+        said = generate(reference, asked, max_new_tokens=max_new_tokens)
+    else:
+        said = _encode_answers(reference, asked, answers)
+    divergences = np.empty(len(asked))
+    with torch.inference_mode(), progress("divergence", total=len(asked), unit="prompt") as bar:
+        sides = (_answer_logprobs(one, asked, said) for one in (reference, model))
+        for (row, log_p), (_, log_q) in zip(*sides, strict=True):
+            divergences[row] = _divergence(log_p, log_q.to(log_p.device))
+            bar.update()
+    return divergences
+
+
+def _divergence(log_p: Float[Tensor, "pos vocab"], log_q: Float[Tensor, "pos vocab"]) -> float:
+    if log_p.shape != log_q.shape:
+        raise _another_vocabulary(log_p.shape[1], log_q.shape[1])
+    return float((log_p.exp() * (log_p - log_q)).sum(1, dtype=torch.float64).mean())
+
+
+def _answer_logprobs(model: OpenModel, prompts: Ids, answers: Ids) -> Iterator[tuple[int, Float[Tensor, "pos vocab"]]]:
+    """Each row's log-probabilities from the last prompt token on, fp32; shortest row first, for every kind of model."""
+    ids = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    size = max(1, POSITIONS // (1 + max(map(len, answers))))
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        for chosen, batch in batches(model, [ids[row] for row in part]):
+            rows = [part[index] for index in chosen]
+            lengths = [len(answers[row]) for row in rows]
+            logits = end_logits(model, batch, torch.tensor(lengths))
+            for row, length, own in zip(rows, lengths, logits, strict=True):
+                yield row, own[-1 - length :].float().log_softmax(-1)
+
+
+def answer_log_likelihood(model: OpenModel, prompts: Prompts, answers: Sequence[str]) -> Float[np.ndarray, " prompt"]:
+    """Mean over an answer's tokens of log p(token | prompt, tokens before), teacher-forced; nats a token.
+
+    The end of sequence is not counted: a recorded answer may have been cut.
+
+    Args:
+        model: whose likelihood it is.
+        prompts: what was asked.
+        answers: one a prompt, of any origin.
+
+    Returns:
+        [prompt]; NaN for an empty answer.
+
+    Raises:
+        GravlensError: no tokenizer, answers and prompts of different number.
+    """
+    asked = encode(model.tokenizer, PromptSet.of(prompts))
+    said = _encode_answers(model, asked, answers)
+    rows = [row for row, tokens in enumerate(said) if tokens]
+    means = np.full(len(asked), np.nan)
+    if rows:
+        sums = sequence_logprobs(model, [asked[row] for row in rows], [said[row] for row in rows]).numpy()
+        means[rows] = sums / [len(said[row]) for row in rows]
+    return means
+
+
+def _encode_answers(model: OpenModel, asked: Ids, answers: Sequence[str]) -> list[list[int]]:
+    if len(asked) != len(answers):
+        raise GravlensError(
+            f"There are {len(asked)} prompts and {len(answers)} answers.",
+            "Each prompt has one answer.",
+            "answers = generate_answers(model, prompts).",
+        )
+    return [model.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]  # pyright: ignore[reportOptionalCall]
+
+
+def _check_one_language(reference: OpenModel, model: OpenModel) -> None:
+    """Both tokenizers, where both have one, write the same tokens in the same template."""
+    one, other = reference.tokenizer, model.tokenizer
+    if one is None or other is None or one is other:
+        return
+    if one.get_vocab() != other.get_vocab():
+        raise _another_vocabulary(len(one), len(other))
+    if getattr(one, "chat_template", None) != getattr(other, "chat_template", None):
+        raise GravlensError(
+            "The two models have different chat templates.",
+            "Both read the same tokens, so the choice of a template is yours.",
+            "open_model(folder, tokenizer=sequence_tokenizer(sequence)) for both.",
+        )
+
+
+def _another_vocabulary(one: int, other: int) -> GravlensError:
+    return GravlensError(
+        f"The two models have different vocabularies ({one} and {other} tokens).",
+        "KL compares them token by token.",
+        "two checkpoints of one history.",
+    )

@@ -1,0 +1,129 @@
+"""What a model does with prompts, as numbers: refusal log-odds, judged answers, task loss.
+
+A `Score` gives one number a prompt, a `Judge` says which answers do not refuse. Both are plain functions, so any
+callable of the same shape takes their place.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gravlens.behavior.answers import Prompts, texts_of
+from gravlens.core.errors import GravlensError
+from gravlens.history.prompts import Example, PromptSet, encode, encode_example
+from gravlens.models.forward import final_logits, sequence_logprobs
+from gravlens.models.opening import OpenModel
+
+Score: TypeAlias = Callable[[OpenModel, PromptSet], Float[np.ndarray, " prompt"]]
+# "I" opens compliance too: where that matters, two_sided_log_odds weighs whole openings of both kinds.
+DEFAULT_REFUSAL_OPENINGS = ("I'm sorry", "I cannot", "Sorry", "As an AI")
+
+
+# --- log-odds of refusing ---------------------------------------------------------------------------------------
+def refusal_log_odds(
+    model: OpenModel, prompts: Prompts, *, openings: Sequence[str] = DEFAULT_REFUSAL_OPENINGS
+) -> Float[np.ndarray, " prompt"]:
+    """log p(R) − log(1 − p(R)) after the last prompt token, nats; R holds the first token of each refusal opening.
+
+    The score of Arditi et al. (2024). An opening is read as it stands, without a leading space, which is how an answer
+    begins after a chat template; a model without one that continues text needs `" I"`.
+
+    Args:
+        model: what is asked.
+        prompts: under its chat template, if it has one.
+        openings: how refusals of this model begin.
+
+    Raises:
+        GravlensError: the model has no tokenizer, or its vocabulary lacks an opening.
+    """
+    ids = encode(model.tokenizer, PromptSet.of(prompts))
+    first = sorted({opening[0] for opening in encode_openings(model, openings)})
+    logits = final_logits(model, ids).double()
+    refusing = torch.zeros(logits.shape[1], dtype=torch.bool)
+    refusing[first] = True
+    return (logits[:, refusing].logsumexp(1) - logits[:, ~refusing].logsumexp(1)).numpy()
+
+
+def two_sided_log_odds(
+    model: OpenModel, prompts: Prompts, *, refusals: Sequence[str], compliances: Sequence[str]
+) -> Float[np.ndarray, " prompt"]:
+    """log Σ p(refusal opening) − log Σ p(compliance opening), each opening teacher-forced to its end; nats.
+
+    Longer openings are less likely, so compare a model with itself, or openings of like length.
+
+    Args:
+        model: what is asked.
+        prompts: under its chat template, if it has one.
+        refusals: how refusals of this model begin.
+        compliances: how its other answers begin.
+
+    Raises:
+        GravlensError: the model has no tokenizer, or its vocabulary lacks an opening.
+    """
+    ids = encode(model.tokenizer, PromptSet.of(prompts))
+    sides = [opening_logprobs(model, ids, openings).logsumexp(1) for openings in (refusals, compliances)]
+    return (sides[0] - sides[1]).numpy()
+
+
+def opening_logprobs(
+    model: OpenModel, ids: Sequence[Sequence[int]], openings: Sequence[str]
+) -> Float[Tensor, "prompt opening"]:
+    """log p of each whole opening after each prompt's token ids, teacher-forced; nats."""
+    continuations = encode_openings(model, openings)
+    pairs = [(prompt, continuation) for prompt in ids for continuation in continuations]
+    return sequence_logprobs(model, *zip(*pairs, strict=True)).view(len(ids), len(continuations))
+
+
+def encode_openings(model: OpenModel, openings: Sequence[str]) -> list[list[int]]:
+    """Token ids of answer openings; one that the vocabulary cannot write is refused."""
+    encoded = {opening: _encode_opening(model.tokenizer, opening) for opening in texts_of(openings)}
+    unknown = [opening for opening, ids in encoded.items() if not ids]
+    if unknown or not encoded:
+        raise GravlensError(
+            f"The vocabulary cannot write {unknown[0]!r}." if unknown else "No opening was given.",
+            "An opening is how an answer of this model begins.",
+            "openings in this model's own words: openings=['Sorry', …], or --openings for each.",
+        )
+    return list(encoded.values())
+
+
+def _encode_opening(tokenizer: Any, opening: str) -> list[int]:
+    """Token ids, or none where a word is unknown (a tokenizer without an unknown token raises a bare Exception)."""
+    try:
+        ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
+    except Exception as error:
+        if "UNK" not in str(error).upper():
+            raise
+        return []
+    return [] if tokenizer.unk_token_id in ids else ids
+
+
+# --- the task ---------------------------------------------------------------------------------------------------
+def task_loss(model: OpenModel, examples: Sequence[Example]) -> float:
+    """−Σ log p(token) / tokens over all answers (end of sequence included), nats a token; exp of it is perplexity.
+
+    Raises:
+        GravlensError: no examples, or the model has no tokenizer.
+    """
+    if not examples:
+        raise GravlensError("No examples were given.", "A loss is a mean over answers.", "[Example(prompt, answer)].")
+    prompts, answers = [], []
+    for ids, labels in (encode_example(model.tokenizer, example) for example in examples):
+        start = labels.count(-100)
+        prompts.append(ids[:start])
+        answers.append(ids[start:])
+    return -float(sequence_logprobs(model, prompts, answers).sum()) / sum(map(len, answers))
+
+
+def perplexity(model: OpenModel, examples: Sequence[Example]) -> float:
+    """exp of the `task_loss`, e^(−Σ log p / tokens): between how many tokens the model wavers on average; 1: certainty.
+
+    Raises:
+        GravlensError: no examples, or the model has no tokenizer.
+    """
+    return math.exp(task_loss(model, examples))

@@ -1,0 +1,318 @@
+"""What each level of a claim demands of the evidence."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from gravlens.claims.tradeoff import at_equal_task_loss
+from gravlens.core.errors import GravlensError
+from gravlens.directions.trajectory import Trajectory
+from gravlens.stats.nulls import NullDraws, compare
+from gravlens.stats.permutation import max_t, sign_flip_test
+
+CONTROLS = {
+    "sibling_anchor": "sibling anchor",
+    "wrong_witness_removed": "v_rev without the wrong witness's direction",
+}
+ARMS = {
+    "unblocked": ("unblocked",),
+    "clamp": ("clamp",),
+    "push": ("reinforce",),
+    "random": ("clamp_matched_twin",),
+    "frontier": ("lower_rate", "lower_rate_0.25"),
+    "released": ("released_at_20",),
+}
+MIN_DRAWS = 99  # below them no p-value reaches .01
+MAX_COST = 1.1  # task loss of the clamp against the unblocked runs', where no frontier says what it is worth
+
+
+@dataclass(frozen=True)
+class Demand:
+    """One thing that a level demands.
+
+    Attributes:
+        level: whose demand it is.
+        name: of what is checked.
+        holds: None: it was not run, and so caps the level.
+        figures: the numbers, in words.
+    """
+
+    level: int
+    name: str
+    holds: bool | None
+    figures: str = "not run"
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a claim is judged by; every part is a table that gravlens makes, on held-out prompts. None: not run.
+
+    Attributes:
+        trajectory: the unblocked runs, all from one anchor.
+        nulls: draws of `isotropic`, `weight_noise`, `independent_endpoints`, and any others, which are told.
+        controls: `control, run, alignment` (layer mean, last step): `sibling_anchor`, `wrong_witness_removed`.
+        closures: of `closure`: `run, step, layer, closure`.
+        damage: of `measure_damage`: `damage, layer, alignment, judged`.
+        arms: a row a run at its last step: `arm, seed, harmfulness, fraction_final, task_loss`.
+        anchor_harm: the anchor's harmfulness.
+        names: role -> arms that play it, for roles whose arms are not called as in `ARMS`.
+    """
+
+    trajectory: Trajectory
+    nulls: Sequence[NullDraws] = ()
+    controls: pd.DataFrame | None = None
+    closures: pd.DataFrame | None = None
+    damage: pd.DataFrame | None = None
+    arms: pd.DataFrame | None = None
+    anchor_harm: float | None = None
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def called(self, role: str) -> Sequence[str]:
+        """The arms that play a role."""
+        return {**ARMS, **self.names}[role]
+
+    def null(self, name: str) -> NullDraws | None:
+        """A null's draws at the last step."""
+        return next((null for null in self.nulls if null.name == name and self.last in null.steps), None)
+
+    @property
+    def last(self) -> int:
+        """The last step of the runs."""
+        return int(self.rows.step.max())
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The trajectory on held-out prompts (without: on the given ones), columns as in `Trajectory.table`."""
+        table = self.trajectory.table
+        held_out = table[table.prompts == "held_out"]
+        return held_out if len(held_out) else table
+
+    @property
+    def final(self) -> pd.DataFrame:
+        """The layer mean at the last step, a row a run, columns as in `Trajectory.table`."""
+        return self.rows[self.rows.layer.isna() & (self.rows.step == self.last)]
+
+
+# --- what each level demands --------------------------------------------------------------------------------------
+def _observed(evidence: Evidence, _alpha: float) -> Iterator[Demand]:
+    held_out = bool((evidence.rows.prompts == "held_out").all())
+    yield Demand(1, "judged on other prompts than v_rev's", held_out, "held out" if held_out else "given prompts alone")
+    judged = evidence.final.judged.astype(bool)
+    yield Demand(1, "the drift is long enough to judge", bool(judged.all()), f"{judged.sum()} of {len(judged)} runs")
+    yield _above(evidence, 1, "isotropic")
+
+
+def _exceeds(evidence: Evidence, alpha: float) -> Iterator[Demand]:
+    yield _above(evidence, 2, "weight_noise")
+    noise = evidence.null("weight_noise")
+    if noise is None:
+        yield Demand(2, "max-T over steps and layers", None)
+        return
+    values = _by_run(evidence, noise)
+    p = float(np.nanmin(max_t(values, rng=np.random.default_rng(0))[-1]))
+    yield Demand(2, "max-T over steps and layers", p <= alpha, f"p = {p:.3f} at the last step, {len(values)} runs")
+
+
+def _specific(evidence: Evidence, alpha: float) -> Iterator[Demand]:
+    for control, name in CONTROLS.items():
+        yield _control(evidence, control, name)
+    yield _endpoints(evidence)
+    yield _closure(evidence, alpha)
+    yield _damage(evidence)
+
+
+def _causal(evidence: Evidence, alpha: float) -> Iterator[Demand]:
+    arms = {role: _arm(evidence, role) for role in ("unblocked", "clamp", "random", "push")}
+    base = arms["unblocked"]
+    yield _harm_returns(evidence, base, alpha)
+    for lower, upper, name in (
+        ("clamp", "unblocked", "the clamp holds the harm"),
+        ("clamp", "random", "more than the clamp along a matched random direction"),
+    ):
+        yield _less_harm(arms[lower], arms[upper], name, alpha)
+    yield _held(base, arms["clamp"], alpha)
+    yield _push(base, arms["push"], alpha)
+    yield _cost(evidence, base, arms["clamp"], alpha)
+
+
+def _durable(evidence: Evidence, alpha: float) -> Iterator[Demand]:
+    base, released = _arm(evidence, "unblocked"), _arm(evidence, "released")
+    name = "half of the harm is still held after the block is lifted"
+    if base is None or released is None:
+        yield Demand(5, name, None)
+        return
+    saved = base.harmfulness / 2 - released.harmfulness
+    p = _p(saved)
+    figures = f"harm {released.harmfulness.mean():.1%} against {base.harmfulness.mean():.1%}, p = {p:.3f}"
+    yield Demand(5, name, p <= alpha, figures)
+
+
+def _p(values: pd.Series) -> float:
+    """Exact sign flips over runs, one-sided; 1 where a run has no value (its answers are all nonsense)."""
+    found = values.to_numpy(dtype=float)
+    return float(sign_flip_test(found, rng=np.random.default_rng(0))) if len(found) else 1.0
+
+
+def _above(evidence: Evidence, level: int, name: str) -> Demand:
+    """Every run's layer mean above the null's p99 at the last step; so few draws as have no p99 are as good as none."""
+    null, title = evidence.null(name), f"above {name.replace('_', ' ')}"
+    if null is None:
+        return Demand(level, title, None)
+    if len(null.cosines) < MIN_DRAWS:
+        return Demand(level, title, None, f"not run: {len(null.cosines)} draws, {MIN_DRAWS} are needed")
+    rows = held_against(evidence, null)
+    figures = f"{int(rows.above.sum())} of {len(rows)} runs above p99 {rows.p99.mean():.3f}"
+    return Demand(level, title, bool(rows.above.all()), figures)
+
+
+def held_against(evidence: Evidence, null: NullDraws) -> pd.DataFrame:
+    """`compare`'s rows of the layer mean at the last step."""
+    rows = compare(evidence.trajectory, null, prompts=str(evidence.rows.prompts.iloc[0]))
+    return rows[rows.layer.isna() & (rows.step == evidence.last)]
+
+
+def _by_run(evidence: Evidence, noise: NullDraws) -> np.ndarray:
+    """Alignment less the noise's mean, [run, step, layer], at the steps and layers of the noise."""
+    rows = evidence.rows[evidence.rows.layer.notna() & evidence.rows.step.isin(noise.steps)]
+    table = rows.pivot_table(index="run", columns=["step", "layer"], values="alignment", dropna=False)
+    steps = sorted(int(step) for step in rows.step.unique())
+    layers = [layer for layer in evidence.trajectory.layers_in_mean if layer in noise.layers]
+    means = noise.cosines.mean(0)
+    cells = [
+        [table[step, layer].to_numpy() - means[noise.steps.index(step), noise.layers.index(layer)] for layer in layers]
+        for step in steps
+    ]
+    return np.moveaxis(np.array(cells, dtype=float), -1, 0)
+
+
+def _control(evidence: Evidence, control: str, name: str) -> Demand:
+    """The alignment with the control's direction, which must exceed weight noise as v_rev's does."""
+    rows = None if evidence.controls is None else evidence.controls[evidence.controls.control == control]
+    noise = evidence.null("weight_noise")
+    if rows is None or rows.empty or noise is None:
+        return Demand(3, name, None)
+    by_run = rows.groupby("run").alignment.mean()
+    p99 = float(held_against(evidence, noise).p99.mean())
+    figures = f"alignment {by_run.mean():.3f}, p99 of noise along v_rev {p99:.3f}"
+    return Demand(3, name, bool(by_run.mean() > p99 and (by_run > 0).all()), figures)
+
+
+def _endpoints(evidence: Evidence) -> Demand:
+    name, null = "more than the expected cosine of independent endpoints", evidence.null("independent_endpoints")
+    if null is None:
+        return Demand(3, name, None)
+    rows, mean = held_against(evidence, null), float(evidence.final.alignment.mean())
+    p99 = float(rows.p99.mean())
+    return Demand(3, name, mean > p99, f"alignment {mean:.3f}, p99 of r/(1 + r) {p99:.3f}")
+
+
+def _closure(evidence: Evidence, alpha: float) -> Demand:
+    name = "closure of the gap to the unaligned twin"
+    if evidence.closures is None or evidence.closures.empty:
+        return Demand(3, name, None)
+    rows = evidence.closures[evidence.closures.layer.isna()]
+    final = rows[rows.step == rows.step.max()].closure
+    p = _p(final)
+    return Demand(3, name, p <= alpha, f"{final.mean():.3f}, p = {p:.3f}")
+
+
+def _damage(evidence: Evidence) -> Demand:
+    name = "damage alone is less aligned"
+    if evidence.damage is None or evidence.damage.empty:
+        return Demand(3, name, None)
+    rows = evidence.damage[evidence.damage.layer.isna()].dropna(subset="alignment")
+    rows = rows[rows.judged.astype(bool)] if "judged" in rows else rows
+    mean = float(evidence.final.alignment.mean())
+    if rows.empty:
+        return Demand(3, name, True, "no damage moves the states far enough to judge")
+    worst = rows.sort_values("alignment").iloc[-1]
+    figures = f"{worst.damage}: {worst.alignment:.3f}, runs {mean:.3f}"
+    return Demand(3, name, bool(worst.alignment < mean), figures)
+
+
+# --- arms -----------------------------------------------------------------------------------------------------------
+def _arm(evidence: Evidence, role: str) -> pd.DataFrame | None:
+    """The runs of a role by seed, or None."""
+    if evidence.arms is None:
+        return None
+    if missing := {"arm", "seed", "harmfulness", "fraction_final", "task_loss"} - set(evidence.arms):
+        raise GravlensError(
+            f"The table of arms has no column {sorted(missing)[0]!r}.",
+            "It needs arm, seed, harmfulness, fraction_final, task_loss.",
+            "Findings.arms, or these columns.",
+        )
+    rows = evidence.arms[evidence.arms.arm.isin(evidence.called(role))]
+    if rows.seed.duplicated().any():
+        raise GravlensError(
+            f"The arm {role} has two runs of one seed.",
+            "Runs are paired by seed, and a claim is about one anchor.",
+            "the runs of one organism; names={role: (arm,)} where two arms would play it.",
+        )
+    return None if rows.empty else rows.set_index("seed")
+
+
+def _harm_returns(evidence: Evidence, base: pd.DataFrame | None, alpha: float) -> Demand:
+    name = "harm returns in the unblocked runs"
+    if base is None or evidence.anchor_harm is None:
+        return Demand(4, name, None)
+    p = _p(base.harmfulness - evidence.anchor_harm)
+    return Demand(4, name, p <= alpha, f"{evidence.anchor_harm:.1%} → {base.harmfulness.mean():.1%}, p = {p:.3f}")
+
+
+def _less_harm(lower: pd.DataFrame | None, upper: pd.DataFrame | None, name: str, alpha: float) -> Demand:
+    if lower is None or upper is None:
+        return Demand(4, name, None)
+    saved = upper.harmfulness - lower.harmfulness
+    p = _p(saved)
+    figures = f"{lower.harmfulness.mean():.1%} against {upper.harmfulness.mean():.1%}, p = {p:.3f}"
+    return Demand(4, name, p <= alpha, figures)
+
+
+def _held(base: pd.DataFrame | None, clamp: pd.DataFrame | None, alpha: float) -> Demand:
+    """The clamp leaves at most a quarter of the way back, either way."""
+    name = "the clamp holds the motion"
+    if base is None or clamp is None:
+        return Demand(4, name, None)
+    p = _p(base.fraction_final.abs() / 4 - clamp.fraction_final.abs())
+    figures = f"fraction {clamp.fraction_final.mean():.3f} against {base.fraction_final.mean():.3f}, p = {p:.3f}"
+    return Demand(4, name, p <= alpha, figures)
+
+
+def _push(base: pd.DataFrame | None, push: pd.DataFrame | None, alpha: float) -> Demand:
+    """A push back moves further, and does not lower the harm (which may stand at its ceiling already)."""
+    name = "a push towards the witness goes further, harm no lower"
+    if base is None or push is None:
+        return Demand(4, name, None)
+    further = push.fraction_final - base.fraction_final
+    p = _p(further)
+    harm, usual = float(push.harmfulness.mean()), float(base.harmfulness.mean())
+    figures = f"fraction {further.mean():+.3f}, p = {p:.3f}; harm {harm:.1%} against {usual:.1%}"
+    return Demand(4, name, p <= alpha and harm >= usual, figures)
+
+
+def _cost(evidence: Evidence, base: pd.DataFrame | None, clamp: pd.DataFrame | None, alpha: float) -> Demand:
+    """At most 10 % of task loss; or less harm than lower rates have at the clamp's own task loss."""
+    name = "at most 10 % of task loss, or below the frontier of lower rates"
+    if base is None or clamp is None or evidence.arms is None:
+        return Demand(4, name, None)
+    ratio = float(clamp.task_loss.mean() / base.task_loss.mean())
+    weaker = [arm for arm in evidence.called("frontier") if (evidence.arms.arm == arm).any()]
+    if not weaker or ratio <= MAX_COST:
+        return Demand(4, name, ratio <= MAX_COST, f"task loss {ratio - 1:+.1%}")
+    reference = [*evidence.called("unblocked"), *weaker]
+    table = evidence.arms[evidence.arms.arm.isin([*reference, *evidence.called("clamp")])]
+    difference = at_equal_task_loss(table, reference=reference, by=("seed",)).difference
+    p = _p(-difference)
+    figures = f"task loss {ratio - 1:+.1%}; harm {difference.mean():+.1%} against the frontier there, p = {p:.3f}"
+    return Demand(4, name, p <= alpha, figures)
+
+
+DEMANDS: tuple[Callable[[Evidence, float], Iterator[Demand]], ...] = (
+    _observed,
+    _exceeds,
+    _specific,
+    _causal,
+    _durable,
+)

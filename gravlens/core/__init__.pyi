@@ -1,0 +1,5 @@
+from . import display as display
+from . import errors as errors
+from . import files as files
+from . import parallel as parallel
+from . import progress as progress

@@ -1,0 +1,85 @@
+"""Processes of a fixed number of threads that share a list of jobs, and end as one at Ctrl-C."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gravlens.core.progress import progress
+
+Job = Callable[[], Any]
+CAN_WAIT = hasattr(signal, "pthread_sigmask")  # not on Windows
+_interrupted: list[bool] = []  # in a worker: whether it is to end
+
+
+@contextmanager
+def processes(threads: int, count: int | None) -> Generator[Callable[[str, Sequence[Job]], None]]:
+    """Runs lists of jobs in fresh processes, with a bar.
+
+    Args:
+        threads: of each process.
+        count: of processes; default: as many as the threads allow.
+    """
+    count = count or max(1, (os.cpu_count() or 1) // threads)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(threads,))
+
+    def run_all(name: str, jobs: Sequence[Job]) -> None:
+        with _ctrl_c_later():
+            futures: list[Future[Any]] = [pool.submit(_done, job) for job in jobs]
+        with progress(name, as_completed(futures), total=len(futures), unit="job", leave=True) as done:
+            for future in done:
+                future.result()
+
+    try:
+        yield run_all
+    finally:
+        pool.shutdown(cancel_futures=True)
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+
+
+@contextmanager
+def _ctrl_c_later() -> Generator[None]:
+    """Processes that are started here hear Ctrl-C when they have begun, not among their imports."""
+    if not CAN_WAIT:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(threads: int) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # the bar of the process that waits counts for all
+    signal.signal(signal.SIGINT, _note)
+    if CAN_WAIT:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    torch.set_num_threads(threads)
+
+
+def _note(*_: object) -> None:
+    """Ctrl-C between jobs, or while the next one's modules are imported."""
+    _interrupted.append(True)
+
+
+def _done(job: Job) -> Any:
+    """Do a job, unless Ctrl-C has ended one before: a worker would go on with what is queued, and be waited for."""
+    if _interrupted:
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return job()
+    except KeyboardInterrupt:
+        _interrupted.append(True)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, _note)

@@ -1,0 +1,5 @@
+"""Directions and subspaces of the residual stream, and motion along them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

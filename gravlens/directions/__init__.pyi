@@ -1,0 +1,9 @@
+from . import covariance as covariance
+from . import decomposition as decomposition
+from . import direction as direction
+from . import estimators as estimators
+from . import geometry as geometry
+from . import plane as plane
+from . import subspaces as subspaces
+from . import trajectory as trajectory
+from . import vrev as vrev

@@ -1,0 +1,267 @@
+"""Directions and subspaces of one layer's residual stream: frozen, with their layer, distance and provenance."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import xarray
+from jaxtyping import Float
+
+from gravlens.core import display as html
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import read_tensors, write_tensors
+
+COLUMNS = ("layer", "distance", "reliability", "estimator", "made from")  # as a notebook shows them
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """One direction of one layer, frozen: it never refits.
+
+    Attributes:
+        vector: [d_model], of unit length (NaN where undefined).
+        layer: `blocks.{layer}.hook_resid_post`.
+        distance: length of the difference that it was made from, residual units; strength 1 is this length.
+        reliability: split-half cosine over even and odd prompts, stepped up by Spearman–Brown; NaN for one prompt.
+        estimator: name of the estimator.
+        prompts: digest of the prompts.
+        made_from: further facts (witness, anchor, position, chat template).
+        undefined: why there is no direction here, or None.
+    """
+
+    vector: Float[np.ndarray, " d_model"] = field(repr=False)
+    layer: int
+    distance: float
+    reliability: float = float("nan")
+    estimator: str = "difference_of_means"
+    prompts: str = ""
+    made_from: Mapping[str, Any] = field(default_factory=dict)
+    undefined: str | None = None
+
+    def __post_init__(self) -> None:
+        vector = np.array(self.vector, dtype=np.float32)
+        vector.flags.writeable = False
+        object.__setattr__(self, "vector", vector)
+
+    @property
+    def basis(self) -> Float[np.ndarray, "1 d_model"]:
+        """The vector as the one row of a basis: a direction is a subspace of rank 1."""
+        return self.vector[None]
+
+    def save(self, path: Path | str) -> Path:
+        """Write one safetensors file, with what it was made from."""
+        return Directions((self,)).save(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Direction":
+        """Read a file that holds one direction."""
+        (direction,) = Directions.load(path)
+        return direction
+
+    def _repr_html_(self) -> str:
+        return html.table(COLUMNS, [_row(self)], title="Direction")
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Directions of several layers: `vs[12]` is layer 12's."""
+
+    directions: tuple[Direction, ...]
+
+    def __getitem__(self, layer: int) -> Direction:
+        for direction in self.directions:
+            if direction.layer == layer:
+                return direction
+        raise GravlensError(
+            f"There is no direction of layer {layer!r} here.",
+            f"Layers here: {', '.join(map(str, self.layers))}.",
+            "one of these, or locate_vrev with that layer.",
+        )
+
+    def __iter__(self) -> Iterator[Direction]:
+        return iter(self.directions)
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, in the order of the directions."""
+        return tuple(direction.layer for direction in self)
+
+    @property
+    def vectors(self) -> Float[np.ndarray, "layer d_model"]:
+        """The unit vectors, NaN where undefined."""
+        return np.stack([direction.vector for direction in self])
+
+    @property
+    def distances(self) -> Float[np.ndarray, " layer"]:
+        """The distances, residual units."""
+        return np.array([direction.distance for direction in self])
+
+    def defined(self) -> "Directions":
+        """Those that are defined; raises where none is."""
+        kept = tuple(direction for direction in self if direction.undefined is None)
+        if not kept:
+            raise undefined_error(self.directions[0])
+        return Directions(kept)
+
+    def at(self, layers: Sequence[int]) -> "Directions":
+        """Those of some layers."""
+        return Directions(tuple(self[layer] for layer in layers))
+
+    def save(self, path: Path | str) -> Path:
+        """Write one safetensors file, with what they were made from."""
+        meta = [{k: v for k, v in vars(d).items() if k != "vector"} | {"made_from": dict(d.made_from)} for d in self]
+        return write_tensors(path, "directions", {"vectors": self.vectors}, {"directions": meta})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Directions":
+        """Read a file of `save`."""
+        arrays, meta = read_tensors(path, "directions")
+        rows = zip(arrays["vectors"], meta["directions"], strict=True)
+        numbers = ("distance", "reliability")  # JSON has no NaN
+        return cls(tuple(Direction(v, **(m | {n: np.nan if m[n] is None else m[n] for n in numbers})) for v, m in rows))
+
+    def to_xarray(self) -> xarray.Dataset:
+        """`vector` [layer, d_model], and by layer `distance`, `reliability`, `estimator`, `undefined` ("": defined)."""
+        columns = {
+            "distance": self.distances,
+            "reliability": [one.reliability for one in self],
+            "estimator": [one.estimator for one in self],
+            "undefined": [one.undefined or "" for one in self],
+        }
+        by_layer = {name: ("layer", values) for name, values in columns.items()}
+        return xarray.Dataset(
+            {"vector": (("layer", "d_model"), self.vectors), **by_layer}, {"layer": list(self.layers)}
+        )
+
+    def _repr_html_(self) -> str:
+        return html.table(COLUMNS, [_row(one) for one in self], title="Directions", rest="vs[layer]")
+
+
+def _row(direction: Direction) -> tuple[Any, ...]:
+    made = direction.undefined or ", ".join(f"{name}: {value}" for name, value in direction.made_from.items())
+    return direction.layer, direction.distance, direction.reliability, direction.estimator, made
+
+
+def undefined_error(direction: Direction) -> GravlensError:
+    """The error for using a direction whose layer has none."""
+    return GravlensError(
+        f"v_rev is undefined at layer {direction.layer}: {direction.undefined}.",
+        "Witness and anchor have to differ there.",
+        "another layer, another witness, or locate_vrev(sequence) to see which layers are defined.",
+    )
+
+
+ORTHONORMAL_WITHIN = 1e-4
+SUBSPACE_COLUMNS = ("layer", "rank", "distance", "estimator", "made from")  # as a notebook shows them
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """A few directions of one layer together, frozen: it never refits.
+
+    Attributes:
+        basis: [rank, d_model], orthonormal rows.
+        layer: `blocks.{layer}.hook_resid_post`.
+        distance: the witness–anchor distance there, residual units; strength is counted in it.
+        estimator: how it was made.
+        prompts: digest of the prompts.
+        made_from: further facts.
+    """
+
+    basis: Float[np.ndarray, "rank d_model"] = field(repr=False)
+    layer: int
+    distance: float
+    estimator: str = "given"
+    prompts: str = ""
+    made_from: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        basis = np.atleast_2d(np.array(self.basis, dtype=np.float32))
+        gram = basis.astype(np.float64) @ basis.T.astype(np.float64)
+        if not np.allclose(gram, np.eye(len(basis)), atol=ORTHONORMAL_WITHIN):
+            raise GravlensError(
+                f"The basis of layer {self.layer} ({self.estimator}) is not orthonormal.",
+                "Its rows have length 1 and are orthogonal to each other.",
+                "span_of(vectors, layer=…, distance=…), which makes them so.",
+            )
+        basis.flags.writeable = False
+        object.__setattr__(self, "basis", basis)
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return len(self.basis)
+
+    def _repr_html_(self) -> str:
+        return html.table(SUBSPACE_COLUMNS, [_subspace_row(self)], title="Subspace")
+
+
+@dataclass(frozen=True, eq=False)
+class Subspaces:
+    """Subspaces of several layers: `spaces[12]` is layer 12's."""
+
+    subspaces: tuple[Subspace, ...]
+
+    def __getitem__(self, layer: int) -> Subspace:
+        for subspace in self.subspaces:
+            if subspace.layer == layer:
+                return subspace
+        raise GravlensError(
+            f"There is no subspace of layer {layer!r} here.", f"Layers here: {list(self.layers)}.", "one of these."
+        )
+
+    def __iter__(self) -> Iterator[Subspace]:
+        return iter(self.subspaces)
+
+    def __len__(self) -> int:
+        return len(self.subspaces)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, in their order here."""
+        return tuple(subspace.layer for subspace in self)
+
+    @property
+    def distances(self) -> Float[np.ndarray, " layer"]:
+        """The witness–anchor distances, residual units."""
+        return np.array([subspace.distance for subspace in self])
+
+    def at(self, layers: Sequence[int]) -> "Subspaces":
+        """Those of some layers."""
+        return Subspaces(tuple(self[layer] for layer in layers))
+
+    def save(self, path: Path | str) -> Path:
+        """Write one safetensors file, with what they were made from."""
+        meta = [{k: v for k, v in vars(s).items() if k != "basis"} | {"made_from": dict(s.made_from)} for s in self]
+        arrays = {f"basis.{i}": subspace.basis for i, subspace in enumerate(self)}
+        return write_tensors(path, "subspaces", arrays, {"subspaces": meta})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Subspaces":
+        """Read a file of `save`."""
+        arrays, meta = read_tensors(path, "subspaces")
+        return cls(tuple(Subspace(arrays[f"basis.{i}"], **one) for i, one in enumerate(meta["subspaces"])))
+
+    def _repr_html_(self) -> str:
+        return html.table(
+            SUBSPACE_COLUMNS, [_subspace_row(one) for one in self], title="Subspaces", rest="spaces[layer]"
+        )
+
+
+def _subspace_row(space: Subspace) -> tuple[Any, ...]:
+    made = ", ".join(f"{name}: {value}" for name, value in space.made_from.items())
+    return space.layer, space.rank, space.distance, space.estimator, made
+
+
+Span: TypeAlias = Direction | Subspace
+Spans: TypeAlias = Directions | Subspaces
+
+
+def each(spans: Span | Spans) -> tuple[Span, ...]:
+    """Directions or subspaces one by one, also where there is only one."""
+    return (spans,) if isinstance(spans, Direction | Subspace) else tuple(spans)

@@ -1,0 +1,2 @@
+from . import control_vectors as control_vectors
+from . import inspect_logs as inspect_logs

@@ -1,0 +1,161 @@
+"""What a model does with prompts as a log of Inspect (inspect-ai), for its viewer and its data frames."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gravlens import __version__
+from gravlens.behavior.answers import Prompts
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import without_nan, write_atomically
+from gravlens.history.prompts import PromptSet
+
+FORMATS = (".eval", ".json")
+
+
+def to_inspect_log(
+    prompts: Prompts,
+    path: Path | str,
+    *,
+    answers: Sequence[str] | None = None,
+    scores: Mapping[str, Sequence[float] | Float[np.ndarray, " prompt"]],
+    model: str,
+    task: str = "gravlens",
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an Inspect log: a sample a prompt with its answer and scores; the mean of each score with its error.
+
+    `inspect view` shows it, `inspect_ai.log.read_eval_log` and `inspect_ai.analysis.samples_df` read it. A score of NaN
+    is Inspect's own sign for "not scored": it is left out of the mean and its standard error, std / √n.
+
+    Args:
+        prompts: what was asked, with its system prompt.
+        path: ends in `.eval` (Inspect's own format) or `.json`.
+        answers: one a prompt, as `generate_answers` gives them; None where only scores were read.
+        scores: name -> one number or verdict a prompt: the values of a `Score`, the verdicts of a `Judge`.
+        model: what the log calls the model.
+        task: what it calls the task.
+        metadata: further facts (the intervention, its strength), anything that JSON can hold.
+
+    Raises:
+        GravlensError: inspect-ai is not installed; another ending; answers or scores of another number than prompts.
+    """
+    path, prompts = Path(path), PromptSet.of(prompts)
+    columns = {name: np.asarray(values) for name, values in scores.items()}
+    _check(path, prompts, answers, columns)
+    log = _inspect().log
+    samples = _samples(prompts, answers, columns, model)
+    spec = log.EvalSpec(
+        **_identities([sample.model_dump(mode="json") for sample in samples], model, task),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        task=task,
+        model=model,
+        dataset=log.EvalDataset(name=prompts.role, samples=len(prompts), sample_ids=[one.id for one in samples]),
+        config=log.EvalConfig(),
+        packages={"gravlens": __version__},
+        metadata=without_nan({**(metadata or {}), "prompts": prompts.digest}),
+    )
+    results = log.EvalResults(
+        total_samples=len(samples),
+        completed_samples=len(samples),
+        scores=[_summary(name, values) for name, values in columns.items()],
+    )
+    return _write(log.EvalLog(status="success", eval=spec, results=results, samples=samples), path)
+
+
+def _inspect() -> Any:
+    try:
+        for part in ("log", "model", "scorer"):
+            import_module(f"inspect_ai.{part}")
+        return import_module("inspect_ai")
+    except ImportError as error:
+        raise GravlensError(
+            "inspect-ai is not installed.",
+            "It writes Inspect's logs.",
+            "pip install inspect-ai, or gravlens with its extra: pip install -e '.[exchange]'.",
+        ) from error
+
+
+def _check(path: Path, prompts: PromptSet, answers: Sequence[str] | None, columns: Mapping[str, np.ndarray]) -> None:
+    if path.suffix not in FORMATS:
+        raise GravlensError(f"{path.name} was named.", "A log ends in .eval or .json.", f"{path.stem}.eval.")
+    shapes = {name: values.shape for name, values in columns.items()}
+    numbers = all(values.dtype.kind in "biuf" for values in columns.values())
+    given = len(prompts) if answers is None else len(answers)
+    if not shapes or not numbers or set(shapes.values()) != {(len(prompts),)} or given != len(prompts):
+        raise GravlensError(
+            f"There are {len(prompts)} prompts, {'no' if answers is None else given} answers, and scores of the "
+            f"shapes {shapes}.",
+            "Each prompt has one number or verdict a score, and at most one answer.",
+            "scores={'refused': judge(prompts, answers), …}.",
+        )
+
+
+def _samples(
+    prompts: PromptSet, answers: Sequence[str] | None, columns: Mapping[str, np.ndarray], model: str
+) -> list[Any]:
+    """One `EvalSample` a prompt, numbered from 1."""
+    inspect_ai = _inspect()
+    chat, samples = inspect_ai.model, []
+    for row, prompt in enumerate(prompts):
+        answer = None if answers is None else answers[row]
+        asked = [chat.ChatMessageUser(content=prompt, id=f"user-{row + 1}")]
+        if prompts.system:
+            asked.insert(0, chat.ChatMessageSystem(content=prompts.system, id=f"system-{row + 1}"))
+        output = chat.ModelOutput(model=model) if answer is None else chat.ModelOutput.from_content(model, answer)
+        if output.choices:
+            output.choices[0].message.id = f"answer-{row + 1}"  # else a random one
+        samples.append(
+            inspect_ai.log.EvalSample(
+                id=row + 1,
+                epoch=1,
+                input=asked if prompts.system else prompt,
+                target="",
+                messages=[*asked, *(choice.message for choice in output.choices)],
+                output=output,
+                scores={
+                    name: inspect_ai.scorer.Score(value=values[row].item(), answer=answer)
+                    for name, values in columns.items()
+                },
+            )
+        )
+    return samples
+
+
+def _summary(name: str, values: np.ndarray) -> Any:
+    """Mean and standard error of a score over the prompts that have it."""
+    log = _inspect().log
+    scored = values[np.isfinite(values)].astype(np.float64)
+    error = scored.std(ddof=1) / np.sqrt(len(scored)) if len(scored) > 1 else 0.0
+    found = {"mean": float(scored.mean()), "stderr": float(error)} if len(scored) else {}
+    return log.EvalScore(
+        name=name,
+        scorer=name,
+        scored_samples=len(scored),
+        unscored_samples=len(values) - len(scored),
+        metrics={metric: log.EvalMetric(name=metric, value=value) for metric, value in found.items()},
+    )
+
+
+def _identities(samples: Any, model: str, task: str) -> dict[str, str]:
+    """Inspect's names of an evaluation, its run and its task, from the content: the same results have the same ones."""
+    text = json.dumps([task, model, samples], sort_keys=True)
+    return {
+        name: hashlib.sha256(f"{name}{text}".encode()).hexdigest()[:22] for name in ("eval_id", "run_id", "task_id")
+    }
+
+
+def _write(log: Any, path: Path) -> Path:
+    """By Inspect's own writer, whole or not at all."""
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch) / path.name
+        _inspect().log.write_eval_log(log, written)
+        return write_atomically(path, written.read_bytes())

@@ -1,0 +1,93 @@
+"""In which numbers a model computes: its dtype, and how its weights are quantised where they are."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gravlens.core.errors import GravlensError
+
+STORED = "stored"  # as the checkpoint's file stores its weights
+SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64", "auto": STORED}
+NAMES = ("float32", "float16", "bfloat16", "float64")
+
+
+def as_dtype(given: torch.dtype | str) -> torch.dtype | None:
+    """A dtype from itself or its name; None for `"stored"` (or `"auto"`), which each checkpoint decides.
+
+    Raises:
+        GravlensError: no floating-point dtype that models are read in.
+    """
+    name = SHORT.get(str(given), str(given).removeprefix("torch."))
+    if name == STORED:
+        return None
+    if name not in NAMES:
+        raise GravlensError(
+            f"dtype={given!r} was given.",
+            "Models are read in float32, float16, bfloat16 or float64, or as they are stored.",
+            "dtype='float32', 'bf16', or 'stored'.",
+        )
+    return getattr(torch, name)
+
+
+def precision_name(dtype: torch.dtype, quantised: str | None) -> str:
+    """A dtype by its name, and how weights are quantised where they are: `float32, 4-bit (bitsandbytes nf4)`."""
+    return ", ".join(filter(None, [str(dtype).removeprefix("torch."), quantised]))
+
+
+def quantisation(module: nn.Module) -> str | None:
+    """How a model's weights are quantised, such as `4-bit (bitsandbytes nf4)`; None where they are numbers as usual."""
+    inner: Any = getattr(module, "original_model", module)  # of a bridge
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # of PEFT
+    if found := _named(getattr(getattr(inner, "config", None), "quantization_config", None)):
+        return found
+    for weight in inner.parameters():  # quantised by hand, which no configuration says
+        if not weight.is_floating_point() or type(weight.data).__module__.startswith("torchao"):
+            kinds = [type(one).__name__ for one in (weight, weight.data)]
+            kind = next((kind for kind in kinds if kind not in ("Parameter", "Tensor")), str(weight.dtype))
+            return f"quantised ({kind.removeprefix('torch.')})"
+    return None
+
+
+def _named(config: Any) -> str | None:
+    """A quantisation configuration of transformers, an object or as config.json has it, in words."""
+    if not config:
+        return None
+    entries: Mapping[str, Any] = config if isinstance(config, Mapping) else vars(config)
+    method = entries.get("quant_method", "an unknown method")
+    method = str(getattr(method, "value", method))
+    if method == "bitsandbytes":
+        four = entries.get("load_in_4bit", entries.get("_load_in_4bit"))
+        return f"4-bit (bitsandbytes {entries.get('bnb_4bit_quant_type', 'fp4')})" if four else "8-bit (bitsandbytes)"
+    if bits := entries.get("bits"):
+        return f"{bits}-bit ({method})"
+    kind = entries.get("quant_type")
+    named = kind if isinstance(kind, str) else type(kind).__name__ if kind is not None else ""
+    return f"quantised ({' '.join(filter(None, [method, named]))})"
+
+
+def quantisation_of(folder: Path) -> str | None:
+    """How a folder's weights were saved quantised, by its configuration; None where they were not."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _named(config.get("quantization_config"))
+    except (OSError, ValueError, AttributeError):  # loading says what is wrong with it
+        return None
+
+
+def is_quantised_folder(folder: Path) -> bool:
+    """Whether a folder's configuration says that its weights were saved quantised."""
+    return quantisation_of(folder) is not None
+
+
+def check_unquantised(module: nn.Module, what: str) -> None:
+    """Raise where weights are quantised and `what` (a noun) would read or write them as plain numbers."""
+    if found := quantisation(module):
+        raise GravlensError(
+            f"The weights of this {type(module).__name__} are {found}.",
+            f"{what} takes weights as plain numbers, which quantised ones are not.",
+            "the same checkpoint in full precision (states, steering and ablation work on quantised ones).",
+        )

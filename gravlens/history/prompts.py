@@ -1,0 +1,293 @@
+"""Prompt sets, and the way from a prompt to token ids and read positions."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from gravlens.core.errors import GravlensError
+from gravlens.history.prompt_formats import (
+    Entry,
+    Only,
+    PromptFormat,
+    check_rows,
+    format_of,
+    is_table,
+    read_entries,
+    read_rows,
+    source_name,
+)
+
+OPPOSED = ({"harmful", "harmless"}, {"harmful", "task"})
+
+
+class Example(NamedTuple):
+    """One supervised pair of a fine-tuning set.
+
+    Attributes:
+        prompt: what the user says.
+        answer: what the model learns to say; the loss is on it alone.
+        system: the system prompt that both stand under; "" for none.
+    """
+
+    prompt: str
+    answer: str
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """An ordered set of user prompts with one role.
+
+    Attributes:
+        texts: the prompts, none of them blank.
+        role: `harmful`, `harmless`, `task`, or plain `prompts`.
+        system: the system prompt that each is read under, as a turn of its own in the chat template; "" for none.
+    """
+
+    texts: tuple[str, ...]
+    role: str = "prompts"
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.texts or not all(isinstance(text, str) and text.strip() for text in self.texts):
+            raise GravlensError(
+                f"The prompt set ({self.role}) has {len(self.texts)} prompts"
+                + (", some of them empty." if self.texts else "."),
+                "At least one prompt is needed, each a text that is not blank.",
+                "PromptSet.of(['How do I …?', …]) or a JSONL file with a key 'prompt' on each line.",
+            )
+        check_system(self.system)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.texts)
+
+    def __getitem__(self, part: slice) -> "PromptSet":
+        return replace(self, texts=self.texts[part])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the texts, in their order, and of the system prompt where there is one."""
+        # No text is empty, so what comes after an empty one is the system prompt.
+        parts = [*self.texts, "", self.system] if self.system else self.texts
+        return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+
+    @classmethod
+    def of(cls, prompts: Any, role: str = "prompts", *, column: str | None = None, system: str = "") -> "PromptSet":
+        """Make a prompt set of a list of texts, a file or a `datasets.Dataset`; a `PromptSet` stays as it is.
+
+        Args:
+            prompts: any of these; files and datasets as `read_prompts` reads them.
+            role: what they are.
+            column: the prompts' column, where it is not `prompt` or that of a known format.
+            system: a system prompt for all of them.
+
+        Raises:
+            GravlensError: no prompts, or a file that `read_prompts` refuses.
+        """
+        if isinstance(prompts, PromptSet):
+            return replace(prompts, system=system) if system else prompts
+        if isinstance(prompts, str | Path) or is_table(prompts):
+            return replace(read_prompts(prompts, role=role, column=column), system=system)
+        return cls(tuple(prompts), role, system)
+
+
+def read_prompts(
+    source: Any,
+    *,
+    role: str = "prompts",
+    format: str | None = None,
+    column: str | None = None,
+    only: Only | None = None,
+) -> PromptSet:
+    """The prompts of a file or a `datasets.Dataset`: a column `prompt`, or a published format (docs/prompts.md).
+
+    Args:
+        source: `.jsonl`, `.csv`, `.json` (an array), `.txt` (a prompt a line), or one split of a dataset.
+        role: `harmful`, `harmless` or `task`: keeps the rows that are; default: what the format says they are.
+        format: name of a published format; default: recognised by the columns.
+        column: the prompts' column, whatever the format.
+        only: column -> value or values of the rows to keep.
+
+    Raises:
+        GravlensError: unknown columns or format, prompts of two roles and none asked for, or none of that role.
+    """
+    entries = read_entries(source, PromptFormat((column,), column) if column else format, only)
+    found = sorted({entry.role for entry in entries} - {""})
+    kept = [entry for entry in entries if {entry.role, role} not in OPPOSED]
+    if not kept or (role == "prompts" and len(found) > 1):
+        raise GravlensError(
+            f"{source_name(source)} holds {' and '.join(found)} prompts"
+            + (f", and {role} ones were asked for." if not kept else "."),
+            "A prompt set has one role.",
+            f"read_prompts(..., role={found[0]!r}), and pass that set on.",
+        )
+    return PromptSet(tuple(entry.prompt for entry in kept), found[0] if role == "prompts" and found else role)
+
+
+def shuffled_words(prompts: PromptSet, *, rng: np.random.Generator) -> PromptSet:
+    """Random text with the same words: all prompts' words put in a random order, each prompt as long as it was."""
+    words = [text.split() for text in prompts]
+    pool = iter(rng.permutation([word for text in words for word in text]).tolist())
+    return replace(prompts, texts=tuple(" ".join(next(pool) for _ in text) for text in words), role="random text")
+
+
+def read_examples(
+    source: Any, *, format: str | None = None, columns: tuple[str, str] | None = None, only: Only | None = None
+) -> list[Example]:
+    """Pairs of prompt and answer, of a file or a `datasets.Dataset`, with a column `system` where there is one.
+
+    Args:
+        source: as for `read_prompts`.
+        format: name of a published format; default: columns `prompt` and `answer`, or those of a known format.
+        columns: those of prompt and answer, whatever the format.
+        only: column -> value or values of the rows to keep.
+
+    Raises:
+        GravlensError: unknown columns or format, a format without answers, or a row without one.
+    """
+    rows = read_rows(source)
+    shape = format_of(source, rows, PromptFormat(columns, *columns) if columns else format)
+    if not shape.answer:
+        raise GravlensError(
+            f"{source_name(source)} has prompts and no answers (columns {', '.join(shape.columns)}).",
+            "An example is a prompt and its answer.",
+            "a file with columns 'prompt' and 'answer', or columns=(prompt, answer).",
+        )
+    check_rows(source, rows, shape.prompt, shape.answer)
+    entries = read_entries(source, shape, only)
+    return [Example(entry.prompt, entry.row[shape.answer], _system(entry)) for entry in entries]
+
+
+def _system(entry: Entry) -> str:
+    return check_system(entry.row.get("system") or "")
+
+
+def check_system(system: Any) -> str:
+    """The system prompt, or "" for none."""
+    if not isinstance(system, str) or (system and not system.strip()):
+        raise GravlensError(f"The system prompt is {system!r}.", "It is a text that is not blank.", "'' for none.")
+    return system
+
+
+# --- from a prompt to token ids ---------------------------------------------------------------------------------
+def encode(tokenizer: Any, prompts: PromptSet) -> list[list[int]]:
+    """Token ids of each prompt, ready for a reading at its last token.
+
+    A tokenizer with a chat template renders the system turn if there is one, a user turn and the template's generation
+    prompt; one without reads the text as it is. Where the tokenizer or its template writes a BOS there is exactly one,
+    never two.
+
+    Raises:
+        GravlensError: no tokenizer, or a system prompt that the tokenizer's chat template has no place for.
+    """
+    if tokenizer is None:
+        raise GravlensError(
+            "This model has no tokenizer.", "Prompts are texts and need one.", "pass tokenizer= when it is opened."
+        )
+    if prompts.system:
+        _check_takes_system(tokenizer)
+    return [_one_bos(tokenizer, _prompt_ids(tokenizer, text)) for text in rendered(tokenizer, prompts)]
+
+
+def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
+    """Token ids of prompt + answer, and labels that are -100 on the prompt."""
+    prompt = encode(tokenizer, PromptSet((example.prompt,), system=example.system))[0]
+    answer = _ids(tokenizer, example.answer, special=False)
+    if tokenizer.eos_token_id is not None:
+        answer = [*answer, tokenizer.eos_token_id]
+    return prompt + answer, [-100] * len(prompt) + answer
+
+
+def rendered(tokenizer: Any, prompts: PromptSet) -> list[str]:
+    """Each prompt as the chat template writes it; as it is where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return list(prompts)
+    return [_rendered(tokenizer, text, prompts.system) for text in prompts]
+
+
+def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    # The template writes the special tokens itself.
+    return _ids(tokenizer, text, special=not getattr(tokenizer, "chat_template", None))
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """Token ids; a tokenizer without an unknown token raises a bare Exception where it lacks a word."""
+    try:
+        return tokenizer(text, add_special_tokens=special)["input_ids"]
+    except Exception as error:
+        if "UNK" not in str(error).upper():
+            raise
+        raise GravlensError(
+            f"The vocabulary cannot write {text[:80]!r}.",
+            "Each word of a prompt or an answer has a token, or the vocabulary one for unknown words.",
+            "prompts in this model's own words, or another tokenizer.",
+        ) from error
+
+
+def _rendered(tokenizer: Any, text: str, system: str) -> str:
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": text})
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def _check_takes_system(tokenizer: Any) -> None:
+    """Raise where a system prompt would be refused or lost: some templates skip that turn without a word."""
+    found, marks = "has no chat template", ("gravlens-user", "gravlens-system")
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            lost = [mark for mark in marks if mark not in _rendered(tokenizer, *marks)]
+        except Exception as error:  # jinja's, with whatever the template says
+            found = f"has a chat template that refuses a system turn ({error})"
+        else:
+            if not lost:
+                return
+            found = f"has a chat template that leaves out the {lost[0].removeprefix('gravlens-')} turn"
+    raise GravlensError(
+        f"A system prompt was given, and this tokenizer {found}.",
+        "A system prompt is a turn of the chat template.",
+        "no system prompt, or its text at the beginning of each prompt.",
+    )
+
+
+def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids
+    while len(ids) > 1 and ids[0] == bos and ids[1] == bos:
+        ids = ids[1:]
+    return ids
+
+
+class Batch(NamedTuple):
+    """Padded prompts: ids, the tokenizer-independent attention mask, and positions that ignore the padding."""
+
+    input_ids: Int[Tensor, "prompt pos"]
+    attention_mask: Int[Tensor, "prompt pos"]
+    position_ids: Int[Tensor, "prompt pos"]
+
+
+def pad(ids: Sequence[Sequence[int]], pad_id: int = 0, side: Literal["left", "right"] = "right") -> Batch:
+    """Pad to the longest; the mask is made of the lengths, so a genuine pad or eos token is never masked."""
+    width = max(map(len, ids))
+    padded = torch.full((len(ids), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(ids), width), dtype=torch.long)
+    for row, prompt in enumerate(ids):
+        where = slice(0, len(prompt)) if side == "right" else slice(width - len(prompt), width)
+        padded[row, where] = torch.tensor(prompt)
+        mask[row, where] = 1
+    return Batch(padded, mask, (mask.cumsum(1) - 1).clamp(min=0))
+
+
+def last_positions(mask: Int[Tensor, "prompt pos"] | Bool[Tensor, "prompt pos"]) -> Int[Tensor, " prompt"]:
+    """Index of each prompt's last true token, whichever side is padded."""
+    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)

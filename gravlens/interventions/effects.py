@@ -1,0 +1,399 @@
+"""What an intervention does to a score: with against without, paired over prompts, beside random directions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy.stats import bootstrap, spearmanr
+from torch import nn
+
+from gravlens.activations.residuals import Residuals
+from gravlens.behavior.scores import Score
+from gravlens.core import display as html
+from gravlens.core.errors import GravlensError
+from gravlens.core.progress import progress
+from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspaces, each
+from gravlens.directions.subspaces import random_spans
+from gravlens.history.prompts import PromptSet
+from gravlens.interventions.edits import Ablate, Intervention, Steer
+from gravlens.interventions.hooks import intervene
+from gravlens.models.opening import OpenModel, open_model
+
+Condition: TypeAlias = Intervention | Sequence[Intervention]
+Make: TypeAlias = Callable[[Any], Intervention]
+N_BOOTSTRAP = 2000  # resamples of the prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What each condition does to the score.
+
+    Attributes:
+        table: one row a condition: `condition`, `layer` (`<NA>`: several), `baseline` and `with_intervention` (means
+            over prompts), `difference` with its 95 % bootstrap interval over prompts `low`, `high`, `p_random`
+            (two-sided, (1 + k)/(1 + n)) among `n_random` random directions whose central 95 % is `random_low`,
+            `random_high`, `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]`
+            names the score.
+        random: condition -> mean difference of each random draw.
+        differences: condition -> difference of each prompt.
+        baseline: score of each prompt without an intervention.
+    """
+
+    table: pd.DataFrame
+    random: Mapping[str, Float[np.ndarray, " draw"]]
+    differences: Mapping[str, Float[np.ndarray, " prompt"]]
+    baseline: Float[np.ndarray, " prompt"]
+
+    def _repr_html_(self) -> str:
+        return html.of_frame(_shown(self.table), title="Effect", notes=[f"score: {self.table.attrs.get('score')}"])
+
+
+def causal_effect(
+    model: OpenModel | nn.Module,
+    conditions: Mapping[str, Condition],
+    *,
+    score: Score,
+    prompts: PromptSet | Sequence[str],
+    n_random: int = 20,
+    rng: np.random.Generator | None = None,
+    states: Residuals | None = None,
+) -> Effect:
+    """Measure what interventions do to a score, against what random directions of the same length do (docs/effects.md).
+
+    A random control is the same intervention along random unit vectors (or random subspaces of the same rank), at the
+    same layers, distances and strengths. Draw i replaces a vector by the same one wherever it occurs, in one condition
+    or in several. It costs 1 + conditions · (1 + n_random) scorings of all prompts.
+
+    Args:
+        model: its weights are never touched.
+        conditions: name -> an intervention, or several that act together.
+        score: (model, prompts) -> one number a prompt, such as `refusal_log_odds`.
+        prompts: what it is scored on; other prompts than the directions were estimated on.
+        n_random: random draws per condition; the smallest p is 1/(1 + n_random).
+        rng: of the draws and the bootstrap; default: seeded with 0.
+        states: of `anchor`, at the layers of the conditions: random vectors come from their covariance over prompts
+            (the sum of the layers' covariances, where layers share a vector), in place of isotropic ones.
+
+    Raises:
+        GravlensError: no condition, a score that is not one finite number a prompt, states that lack a layer or span
+            less than a subspace, or what `intervene` raises.
+    """
+    if not conditions:
+        raise GravlensError("No condition was given.", "One at least is compared.", '{"ablated": Ablate(direction)}.')
+    opened, prompts = open_model(model), PromptSet.of(prompts)
+    rng = np.random.default_rng(0) if rng is None else rng
+    measure = partial(_scores, opened, score, prompts)
+    seeds = rng.integers(2**63, size=n_random)
+    baseline = measure(())
+    rows, random, differences = [], {}, {}
+    with progress("effects", total=len(conditions) * (1 + n_random), unit="scoring") as bar:
+        for name, condition in conditions.items():
+            together = tuple(condition) if isinstance(condition, Sequence) else (condition,)
+            differences[name] = measure(together) - baseline
+            bar.update()
+            random[name] = np.empty(n_random)
+            for draw, seed in enumerate(seeds):
+                random[name][draw] = (measure(_random_twin(together, int(seed), states)) - baseline).mean()
+                bar.update()
+            numbers = summarise(differences[name], random[name], rng=rng)
+            rows.append({"condition": name, "layer": _layer(together), "baseline": baseline.mean(), **numbers})
+    kind = "isotropic" if states is None else "covariance_matched"
+    return Effect(_table(rows, score).assign(random_kind=kind), random, differences, baseline)
+
+
+def layerwise_effect(
+    model: OpenModel | nn.Module,
+    directions: Spans,
+    intervention: Make | Mapping[str, Make] = Ablate,
+    *,
+    score: Score,
+    prompts: PromptSet | Sequence[str],
+    n_random: int = 20,
+    states: Residuals | None = None,
+) -> Effect:
+    """`causal_effect` of an intervention at each defined layer by itself, its draws seeded with 0 (docs/effects.md).
+
+    Args:
+        model: see `causal_effect`, like all that is not named here.
+        directions: a direction or subspace a layer; undefined layers are left out.
+        intervention: direction -> intervention (`Ablate`), or several by name
+            (`{"strength 0.5": partial(Steer, strength=0.5)}`).
+
+    Returns:
+        An `Effect`, one row per intervention and layer; `random` and `differences` go by `"{condition}, layer {l}"`.
+
+    Raises:
+        GravlensError: what `causal_effect` raises.
+    """
+    makes = intervention if isinstance(intervention, Mapping) else {name_of(intervention).lower(): intervention}
+    spans = directions.defined() if isinstance(directions, Directions) else directions
+    named = [(name, make, span) for name, make in makes.items() for span in spans]
+    conditions = {f"{name}, layer {span.layer}": make(span) for name, make, span in named}
+    effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, states=states)
+    return replace(effect, table=effect.table.assign(condition=[name for name, _, _ in named]))
+
+
+# --- several strengths --------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class DoseResponse:
+    """A score at several strengths of one steering.
+
+    Attributes:
+        effect: its table has one row a strength, ascending, in a column `strength`.
+        spearman: rank correlation of strength and mean score, strength 0 included; NaN where nothing moves.
+        spearman_prompts: the same of each prompt.
+        spearman_random: the same of each random draw, which is one set of directions at all strengths.
+    """
+
+    effect: Effect
+    spearman: float
+    spearman_prompts: Float[np.ndarray, " prompt"]
+    spearman_random: Float[np.ndarray, " draw"]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a strength: the effect's."""
+        return self.effect.table
+
+    def _repr_html_(self) -> str:
+        notes = [f"score: {self.table.attrs.get('score')}; Spearman with strength: {self.spearman:.3f}"]
+        return html.of_frame(_shown(self.table), title="DoseResponse", notes=notes)
+
+
+def dose_response(
+    model: OpenModel | nn.Module,
+    directions: Direction | Directions,
+    strengths: Sequence[float],
+    *,
+    score: Score,
+    prompts: PromptSet | Sequence[str],
+    n_random: int = 20,
+    states: Residuals | None = None,
+) -> DoseResponse:
+    """Steer at several strengths: does the score follow the dose, and does it along random directions too?
+
+    A random direction often moves a score monotonically as well, so read how far beside in which order
+    (docs/effects.md).
+
+    Args:
+        model: see `causal_effect`, like all that is not named here.
+        directions: all are steered together, each at its layer.
+        strengths: at least two, none of them 0 (which is the baseline), in units of each direction's distance.
+
+    Raises:
+        GravlensError: fewer strengths, or what `causal_effect` raises.
+    """
+    doses = sorted(set(map(float, strengths)))
+    if len(doses) < 2 or 0 in doses:
+        raise GravlensError(
+            f"strengths={list(strengths)} was given.",
+            "A dose curve has at least two strengths; 0 is the baseline and is always there.",
+            "strengths=[-1, -0.5, 0.5, 1].",
+        )
+    conditions = {f"strength {dose:g}": Steer(directions, dose) for dose in doses}
+    effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, states=states)
+    along_prompts = np.stack([effect.differences[name] for name in conditions])
+    return DoseResponse(
+        replace(effect, table=effect.table.assign(strength=doses)),
+        float(_spearman(doses, along_prompts.mean(1, keepdims=True))[0]),
+        _spearman(doses, along_prompts),
+        _spearman(doses, np.stack([effect.random[name] for name in conditions])),
+    )
+
+
+def _spearman(doses: Sequence[float], differences: Float[np.ndarray, "dose n"]) -> Float[np.ndarray, " n"]:
+    """Rank correlation of each column with the dose, the baseline (difference 0 at dose 0) included."""
+    doses, curves = [0.0, *doses], np.vstack([np.zeros(differences.shape[1]), differences])
+    return np.array([spearmanr(doses, curve)[0] if np.ptp(curve) else np.nan for curve in curves.T])
+
+
+# --- one condition ------------------------------------------------------------------------------------------------
+def _scores(
+    model: OpenModel, score: Score, prompts: PromptSet, interventions: Sequence[Intervention]
+) -> Float[np.ndarray, " prompt"]:
+    """One finite number a prompt, in fp64; without interventions the model as it is."""
+    if interventions:
+        with intervene(model, *interventions):
+            values = score(model, prompts)
+    else:
+        values = score(model, prompts)
+    values = np.asarray(values, dtype=np.float64)
+    if values.shape != (len(prompts),) or not np.isfinite(values).all():
+        raise GravlensError(
+            f"The score {name_of(score)} gave {int(np.isfinite(values).sum())} finite numbers of shape {values.shape}.",
+            f"A score gives one finite number for each of the {len(prompts)} prompts.",
+            "refusal_log_odds, or a function (model, prompts) -> array.",
+        )
+    return values
+
+
+def _random_twin(interventions: Sequence[Intervention], seed: int, states: Residuals | None) -> list[Intervention]:
+    """The same interventions along random spans, one for each different span, at the same layers and distances."""
+    spans = [span for one in interventions for span in each(one.directions)]
+    fresh: dict[bytes, Span] = {}
+
+    def twin(span: Span) -> Span:
+        key = span.basis.tobytes()
+        if key not in fresh:
+            layers = dict.fromkeys(other.layer for other in spans if other.basis.tobytes() == key)
+            rng = np.random.default_rng([seed, int.from_bytes(sha256(key).digest())])
+            fresh[key] = _replacement(span, rng, _cloud(states, tuple(layers)))
+        return replace(fresh[key], layer=span.layer, distance=span.distance)
+
+    def twins(given: Span | Spans) -> Spans:
+        made: Any = tuple(map(twin, each(given)))
+        return Directions(made) if isinstance(given, Direction | Directions) else Subspaces(made)
+
+    return [one.with_directions(twins(one.directions)) for one in interventions]
+
+
+def _replacement(span: Span, rng: np.random.Generator, cloud: Float[np.ndarray, "n 1 d_model"] | None) -> Span:
+    alone = Directions((span,)) if isinstance(span, Direction) else Subspaces((span,))
+    (twin,) = random_spans(alone, rng=rng, states=cloud)
+    if twin.basis.shape != span.basis.shape:
+        raise GravlensError(
+            f"States that span {len(twin.basis)} dimensions were given for a subspace of rank {len(span.basis)}.",
+            "A random twin has the same rank, and comes from more prompts than that.",
+            "states on more prompts, or states=None for isotropic twins.",
+        )
+    return twin
+
+
+def _cloud(states: Residuals | None, layers: Sequence[int]) -> Float[np.ndarray, "n 1 d_model"] | None:
+    """The anchor's states at some layers, about each layer's mean, as one layer's."""
+    if states is None:
+        return None
+    if missing := [layer for layer in layers if layer not in states.layers]:
+        raise GravlensError(
+            f"The states lack layer {missing[0]}.",
+            f"Random twins come from states at the condition's layers; these hold {list(states.layers)}.",
+            "cache_residuals(sequence, prompts) at all layers.",
+        )
+    at = states.of("anchor")[:, [states.layers.index(layer) for layer in layers]].astype(np.float64)
+    return (at - at.mean(0)).reshape(-1, 1, at.shape[-1])
+
+
+def summarise(
+    differences: Float[np.ndarray, " prompt"], random: Float[np.ndarray, " draw"], *, rng: np.random.Generator
+) -> dict[str, float]:
+    """The mean difference, its interval over prompts, and where it stands among random draws: columns of `Effect`."""
+    difference, nan = float(differences.mean()), float("nan")
+    low, high, p, random_low, random_high = (nan,) * 5
+    if len(differences) > 1:  # one prompt has no interval
+        resampled = bootstrap((differences,), np.mean, n_resamples=N_BOOTSTRAP, method="percentile", rng=rng)
+        low, high = map(float, resampled.confidence_interval)
+    if len(random):
+        p = (1 + int((np.abs(random) >= abs(difference)).sum())) / (1 + len(random))
+        # Outward from the quantile's place, so that 20 draws give their whole range.
+        random_low = float(np.quantile(random, 0.025, method="lower"))
+        random_high = float(np.quantile(random, 0.975, method="higher"))
+    return {"difference": difference, "low": low, "high": high, "p_random": p, "n_random": len(random),
+            "random_low": random_low, "random_high": random_high, "n_prompts": len(differences)}  # fmt: skip
+
+
+def _table(rows: Sequence[Mapping[str, Any]], score: Score) -> pd.DataFrame:
+    table = pd.DataFrame(rows).astype({"layer": "Int64"})
+    table.insert(3, "with_intervention", table["baseline"] + table["difference"])
+    table.attrs["score"] = name_of(score)
+    return table
+
+
+def _layer(interventions: Sequence[Intervention]) -> Any:
+    layers = {direction.layer for one in interventions for direction in each(one.directions)}
+    return layers.pop() if len(layers) == 1 else pd.NA
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(layer=["several" if layer is pd.NA else layer for layer in table.layer])
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A function's name, also where some of its arguments are filled in."""
+    function = function.func if isinstance(function, partial) else function
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def measure_selectivity(
+    model: OpenModel | nn.Module,
+    conditions: Mapping[str, Condition],
+    measures: Mapping[str, tuple[Score, PromptSet | Sequence[str]]],
+    *,
+    n_random: int = 20,
+    seed: int = 0,
+    states: Residuals | None = None,
+) -> pd.DataFrame:
+    """Does an intervention move one behaviour more than the others? Each in units of its own spread over prompts.
+
+    Args:
+        model: see `causal_effect`, like all that is not named here.
+        conditions: name -> an intervention, or several that act together.
+        measures: name -> a score and its prompts: refusal on harmful ones, on harmless ones, log-likelihood of a task's
+            answers. At least two.
+        n_random: random draws per condition.
+        seed: of the draws. Draw i is the same set of directions for every measure.
+
+    Returns:
+        One row a condition and measure: `condition`, `measure`, `baseline` (mean), `spread` (standard deviation over
+        prompts, without intervention), `effect` (mean difference / spread) with its interval `low`, `high`, the range
+        `random_low`, `random_high` of the random directions' effects and `p_random`; `margin`, by how much |effect|
+        exceeds the largest |effect| among the other measures, and `p_margin`, the share (1 + k)/(1 + n) of random
+        directions with a margin at least as large; `n_random`, `random_kind`, `n_prompts`.
+
+    Raises:
+        GravlensError: fewer than two measures, a score that is the same for all prompts, what `causal_effect` raises.
+    """
+    if len(measures) < 2:
+        raise GravlensError(
+            f"{len(measures)} measure was given.",
+            "Selectivity compares two at least.",
+            '{"refusal": (refusal_log_odds, harmful), "over-refusal": (refusal_log_odds, harmless)}.',
+        )
+    effects = {}
+    for name, (score, prompts) in measures.items():
+        rng = np.random.default_rng(seed)
+        effects[name] = causal_effect(
+            model, conditions, score=score, prompts=prompts, n_random=n_random, rng=rng, states=states
+        )
+    spreads = {name: _spread(name, effect.baseline) for name, effect in effects.items()}
+    rows = [_selective(condition, effects, spreads) for condition in conditions]
+    return pd.concat(rows, ignore_index=True)
+
+
+def _spread(name: str, baseline: Float[np.ndarray, " prompt"]) -> float:
+    spread = float(baseline.std(ddof=1)) if len(baseline) > 1 else 0.0
+    if not spread > 0:
+        raise GravlensError(
+            f"The measure {name} is the same for all of its {len(baseline)} prompts.",
+            "A measure is counted in units of its spread over prompts.",
+            "more prompts, or a score with more steps than 0 and 1.",
+        )
+    return spread
+
+
+def _selective(condition: str, effects: Mapping[str, Effect], spreads: Mapping[str, float]) -> pd.DataFrame:
+    """The rows of one condition."""
+    units = np.array(list(spreads.values()))
+    moved = np.array([effect.differences[condition].mean() for effect in effects.values()]) / units
+    random = np.stack([effect.random[condition] for effect in effects.values()]) / units[:, None]
+    margins, random_margins = _margins(moved[:, None])[:, 0], _margins(random)
+    beyond = (random_margins >= margins[:, None]).sum(1)
+    rows = pd.concat([effect.table[effect.table["condition"] == condition] for effect in effects.values()])
+    n_random = random.shape[1]
+    ends = {name: rows[name].to_numpy() / units for name in ("low", "high", "random_low", "random_high")}
+    return pd.DataFrame(
+        {"condition": condition, "measure": list(effects), "baseline": rows["baseline"].to_numpy(), "spread": units,
+         "effect": moved, **ends, "p_random": rows["p_random"].to_numpy(), "margin": margins,
+         "p_margin": (1 + beyond) / (1 + n_random) if n_random else np.nan, "n_random": n_random,
+         "random_kind": rows["random_kind"].to_numpy(), "n_prompts": rows["n_prompts"].to_numpy()}
+    )  # fmt: skip
+
+
+def _margins(moved: Float[np.ndarray, "measure n"]) -> Float[np.ndarray, "measure n"]:
+    """|effect| less the largest |effect| of the other measures."""
+    size = np.abs(moved)
+    return np.stack([size[i] - np.delete(size, i, axis=0).max(0) for i in range(len(size))])

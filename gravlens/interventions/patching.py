@@ -1,0 +1,117 @@
+"""Patch subspaces of one model's activations into another: which of them carry a behaviour."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from gravlens.activations.residuals import Residuals
+from gravlens.behavior.scores import Score
+from gravlens.core.errors import GravlensError
+from gravlens.directions.decomposition import rank_of
+from gravlens.directions.direction import Spans
+from gravlens.history.prompts import PromptSet, encode
+from gravlens.interventions.edits import Patch
+from gravlens.interventions.effects import causal_effect
+from gravlens.models.opening import OpenModel, open_model
+
+
+# --- which of them carries the behaviour --------------------------------------------------------------------------
+def patch_spans(
+    model: OpenModel | nn.Module,
+    spans: Mapping[str, Sequence[Spans]],
+    *,
+    source: Residuals,
+    checkpoint: str = "anchor",
+    score: Score,
+    prompts: PromptSet | Sequence[str],
+    goal: float,
+) -> pd.DataFrame:
+    """Put a checkpoint's own component in each span into a model, at the last prompt token, and score it.
+
+    h ← h − QᵀQ (h − h_source), as in `Patch`.
+
+    Necessity: the anchor's component put into a fine-tuned model; sufficiency: the fine-tuned one's put into the
+    anchor. All layers of a span act together; the whole state is the most that any of them can do.
+
+    Args:
+        model: it is scored as it is, and with each patch.
+        spans: kind -> spans, such as `candidate_spans` gives.
+        source: residuals of `checkpoint` on these very prompts, at the last prompt token.
+        checkpoint: whose component is put in.
+        score: (model, prompts) -> one number a prompt.
+        prompts: what it is scored on; other prompts than the spans were fitted on.
+        goal: the mean score of `checkpoint`.
+
+    Returns:
+        One row a span: `span` (its kind), `rank`, `source`, `baseline`, `patched` (mean scores), `difference` with its
+        95 % bootstrap interval over prompts `low`, `high`, `n_prompts`, `goal`, and `way`: the share of the way from
+        baseline to goal (NaN where there is none).
+
+    Raises:
+        GravlensError: what `Patch`, `intervene` or `causal_effect` raise.
+    """
+    opened, prompts = open_model(model), PromptSet.of(prompts)
+    ids = encode(opened.tokenizer, prompts)
+    named = [(kind, one) for kind, several in spans.items() for one in several]
+    patches = {f"{kind} {i}": Patch(one, source, ids, checkpoint) for i, (kind, one) in enumerate(named)}
+    effect = causal_effect(opened, patches, score=score, prompts=prompts, n_random=0)
+    table = effect.table.rename(columns={"with_intervention": "patched"})
+    table = table.assign(span=[kind for kind, _ in named], rank=[rank_of(one) for _, one in named])
+    table = table.assign(source=checkpoint, goal=goal, way=table["difference"] / (goal - table["baseline"]))
+    table.loc[table["baseline"] == goal, "way"] = np.nan
+    columns = "span rank source baseline patched difference low high n_prompts goal way".split()
+    return table[columns]
+
+
+def smallest_rank(table: pd.DataFrame, *, share: float = 0.8) -> int | None:
+    """The smallest rank that brings the score at least this share of the way (mean over draws); None: no rank does.
+
+    Args:
+        table: rows of `patch_spans` of one kind of span: `table[table.span == "drift"]`.
+        share: of the way to the goal, 1 is all of it (`way` in docs/leaks.md).
+    """
+    way = table.groupby("rank")["way"].mean()
+    enough = way.index[way >= share]
+    return int(min(enough)) if len(enough) else None
+
+
+# --- how long a block lasts when it is lifted ---------------------------------------------------------------------
+def half_life(steps: Sequence[int], values: Sequence[float], *, lifted: int, unblocked: float) -> float:
+    """Steps after a block is lifted until a measure has gone half the way to what it is without a block.
+
+    Straight lines between the steps measured; the first crossing of (m(t) − m(lifted)) / (unblocked − m(lifted)) = ½.
+
+    Args:
+        steps: ascending, of the run that was blocked and then trained on.
+        values: the measure at these steps (harm, fraction).
+        lifted: the last step under the block; one of `steps`.
+        unblocked: the measure of the unblocked run.
+
+    Returns:
+        Steps since `lifted`; NaN where half the way is not reached within the run.
+
+    Raises:
+        GravlensError: `lifted` was not measured, or the measure is there at once: then nothing was held.
+    """
+    at, measured = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    if at.shape != measured.shape or not (np.diff(at) > 0).all() or lifted not in at:
+        raise GravlensError(
+            f"{len(at)} steps {list(steps)}, {len(measured)} values and the step {lifted} were given.",
+            "There is one value a step, steps ascend, and the block was lifted at one of them.",
+            "measure the checkpoint at which the block was lifted.",
+        )
+    at, measured = at[at >= lifted], measured[at >= lifted]
+    if measured[0] == unblocked:
+        raise GravlensError(
+            f"At step {lifted} the measure is {unblocked}, as in the unblocked run.",
+            "What a block held back is what can come back.",
+            "another measure, or a step at which the block still held.",
+        )
+    gone = (measured - measured[0]) / (unblocked - measured[0])
+    over = np.flatnonzero(gone >= 0.5)
+    if not len(over):
+        return float("nan")
+    after = over[0]
+    return float(np.interp(0.5, gone[[after - 1, after]], at[[after - 1, after]]) - lifted)

@@ -1,0 +1,187 @@
+"""The refusal direction of Arditi et al., "Refusal in language models is mediated by a single direction" (2024).
+
+Candidates are differences of means between harmful and harmless prompts, one a layer and position; of those that pass
+the paper's filters, the one whose ablation leaves least refusal is chosen.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from gravlens.activations.residuals import read_residuals
+from gravlens.behavior.answers import Prompts
+from gravlens.behavior.scores import Score, refusal_log_odds
+from gravlens.core.errors import GravlensError
+from gravlens.core.progress import progress
+from gravlens.directions.direction import Direction
+from gravlens.directions.vrev import difference_of_means, direction_from
+from gravlens.history.prompts import PromptSet, encode
+from gravlens.interventions.edits import Ablate, Intervention, Steer, everywhere
+from gravlens.interventions.hooks import intervene
+from gravlens.models.forward import final_logits
+from gravlens.models.opening import OpenModel, open_model
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a candidate has to pass; the paper's values.
+
+    Attributes:
+        induce: adding it lifts the refusal score on harmless prompts to at least this.
+        kl: ablating it moves the next-token distribution on harmless prompts by at most this; nats.
+        depth: it is read within this share of the blocks. The paper counts states at a block's input, so layer l here
+            is its l + 1.
+    """
+
+    induce: float = 0.0
+    kl: float = 0.1
+    depth: float = 0.8
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The chosen direction, and what was measured of each candidate.
+
+    Attributes:
+        direction: its distance is the length of the difference of means, so `Steer(direction)` adds that difference.
+        table: one row a candidate, in their order: `layer`, `position`, `bypass` (mean score on harmful prompts with it
+            ablated at every layer), `induce` (mean score on harmless prompts with it added at its layer), `kl` (mean
+            KL(plain ‖ ablated) of the next token on harmless prompts; nats) and `dropped` (why, or ""). `table.attrs`
+            has the mean scores without an intervention, `harmful` and `harmless`.
+    """
+
+    direction: Direction
+    table: pd.DataFrame
+
+
+def refusal_candidates(
+    model: OpenModel | nn.Module, *, harmful: Prompts, harmless: Prompts, positions: Sequence[int] = (-1,)
+) -> tuple[Direction, ...]:
+    """mean(harmful) − mean(harmless) of `resid_post` at each layer and position.
+
+    Args:
+        model: the aligned model.
+        harmful: prompts that it refuses.
+        harmless: prompts that it does not refuse, of the same kind.
+        positions: counted from the prompt's end (−1 is the last token); the paper takes all that the chat template
+            writes after the instruction.
+
+    Raises:
+        GravlensError: a position that a prompt has not, two means that do not differ at all, or two system prompts.
+    """
+    opened = open_model(model)
+    sets = [PromptSet.of(prompts) for prompts in (harmful, harmless)]
+    if sets[0].system != sets[1].system:
+        raise GravlensError(
+            f"The system prompts of harmful and harmless prompts are {sets[0].system!r} and {sets[1].system!r}.",
+            "What tells them apart would be the system prompt.",
+            "one system prompt for both, or none.",
+        )
+    ids = [encode(opened.tokenizer, prompts) for prompts in sets]
+    layers, found = range(opened.n_layers), []
+    for position in positions:
+        states = [read_residuals(opened, one, layers=layers, positions=position).numpy() for one in ids]
+        facts = {"position": position, "n_harmful": len(ids[0]), "n_harmless": len(ids[1])}
+        for layer in layers:
+            vector = difference_of_means(*(one[:, layer] for one in states))
+            direction = direction_from(vector, layer=layer, name="harmful_minus_harmless")
+            found.append(replace(direction, prompts=sets[0].digest, made_from=facts))
+    return tuple(found)
+
+
+def choose_refusal(
+    model: OpenModel | nn.Module,
+    candidates: Sequence[Direction],
+    *,
+    harmful: Prompts,
+    harmless: Prompts,
+    score: Score = refusal_log_odds,
+    filters: Filters = Filters(),
+) -> Chosen:
+    """The candidate whose ablation leaves least refusal, among those that pass the filters.
+
+    The selection of Arditi et al. (2024). It costs three passes over prompts a candidate. Ablation is at the output of
+    every block; theirs is at every write to the residual stream, which `gravlens.weights.orthogonalized` does.
+
+    Args:
+        model: the model of the candidates.
+        candidates: of `refusal_candidates`, or any other directions.
+        harmful: prompts to judge on, others than the candidates were made of.
+        harmless: likewise.
+        score: refusal log-odds, in the model's own openings.
+        filters: what a candidate has to pass.
+
+    Raises:
+        GravlensError: no candidate, none that passes (with the best values), or what `intervene` raises.
+    """
+    if not candidates:
+        raise GravlensError("No candidate was given.", "One at least is judged.", "refusal_candidates(model, …).")
+    opened, harmful, harmless = open_model(model), PromptSet.of(harmful), PromptSet.of(harmless)
+    plain = final_logits(opened, encode(opened.tokenizer, harmless))
+
+    def measured(direction: Direction) -> dict[str, float]:
+        ablated = Ablate(everywhere(direction, opened))
+        return {
+            "bypass": _within(opened, ablated, lambda: float(np.mean(score(opened, harmful)))),
+            "induce": _within(opened, Steer(direction), lambda: float(np.mean(score(opened, harmless)))),
+            "kl": _within(
+                opened, ablated, lambda: _kl(plain, final_logits(opened, encode(opened.tokenizer, harmless)))
+            ),
+        }
+
+    with progress("refusal", candidates, unit="candidate") as each:
+        rows = [_row(one, measured(one), filters, opened.n_layers) for one in each]
+    table = pd.DataFrame(rows)
+    table.attrs = {
+        "harmful": float(np.mean(score(opened, harmful))),
+        "harmless": float(np.mean(score(opened, harmless))),
+    }
+    passed = np.where(table["dropped"] == "", table["bypass"], np.inf)
+    if not np.isfinite(passed).any():
+        raise _none_left(table, filters)
+    return Chosen(candidates[int(passed.argmin())], table)
+
+
+def _within(model: OpenModel, intervention: Intervention, measure: Callable[[], float]) -> float:
+    with intervene(model, intervention):
+        return measure()
+
+
+def _kl(before: Float[Tensor, "prompt vocab"], after: Float[Tensor, "prompt vocab"]) -> float:
+    """Mean KL(before ‖ after), nats."""
+    before, after = (logits.double().log_softmax(1) for logits in (before, after))
+    return float(kl_div(after, before, reduction="batchmean", log_target=True))
+
+
+def _row(direction: Direction, measured: dict[str, float], filters: Filters, n_layers: int) -> dict[str, Any]:
+    position = direction.made_from.get("position", pd.NA)
+    why = "; ".join(_reasons(direction.layer, measured, filters, n_layers))
+    return {"layer": direction.layer, "position": position, **measured, "dropped": why}
+
+
+def _reasons(layer: int, measured: dict[str, float], filters: Filters, n_layers: int) -> list[str]:
+    allowed = int(n_layers * filters.depth) - 1
+    found = [f"{name} is not finite" for name, value in measured.items() if not np.isfinite(value)]
+    if layer >= allowed:
+        found.append(f"layer {layer} is not below {allowed}")
+    if measured["induce"] < filters.induce:
+        found.append(f"induce {measured['induce']:.3g} is below {filters.induce:g}")
+    if measured["kl"] > filters.kl:
+        found.append(f"KL {measured['kl']:.3g} is above {filters.kl:g}")
+    return found
+
+
+def _none_left(table: pd.DataFrame, filters: Filters) -> GravlensError:
+    best = table.sort_values("bypass").iloc[0]
+    return GravlensError(
+        f"All {len(table)} candidates were filtered out: lowest bypass {best['bypass']:.3g} (layer {best['layer']}: "
+        f"{best['dropped']}), highest induce {table['induce'].max():.3g}, lowest KL {table['kl'].min():.3g}.",
+        f"One at least passes {filters}.",
+        "openings that this model's refusals begin with, more prompts, further positions, or other Filters.",
+    )

@@ -1,0 +1,221 @@
+"""Forward passes of an opened model: the trunk alone, next-token logits, log-probabilities, greedy generation."""
+
+import inspect
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad as widen
+from transformers import GenerationConfig
+
+from gravlens.core.errors import GravlensError
+from gravlens.core.progress import progress
+from gravlens.history.prompts import Batch, last_positions, pad
+from gravlens.models.opening import OpenModel
+
+BATCH = 32
+# Positions of a pass: every one, the last prompt token, up to it, after it, or offsets that count it as −1.
+Positions: TypeAlias = Literal["all", "last", "prompt", "answer"] | tuple[int, ...]
+
+
+# --- what is being read ------------------------------------------------------------------------------------------
+class Reading(NamedTuple):
+    """The batch that a forward pass reads, and where its prompts end, for hooks that act at some positions only.
+
+    Attributes:
+        batch: as it was padded; a generation goes on to its right.
+        ends: index of each row's last prompt token; what comes after it is its answer.
+    """
+
+    batch: Batch
+    ends: Int[Tensor, " prompt"]
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Token ids of each row's prompt."""
+        rows = zip(self.batch.input_ids, self.batch.attention_mask.bool(), self.ends.tolist(), strict=True)
+        return [tuple(ids[: end + 1][true[: end + 1]].tolist()) for ids, true, end in rows]
+
+    def chosen(self, positions: Positions, width: int) -> Bool[Tensor, "prompt pos"]:
+        """Which positions of a pass of so many tokens are meant; padding never is.
+
+        A pass too narrow to hold every prompt's end comes after them, from a KV cache, and holds answers alone.
+
+        Raises:
+            GravlensError: an offset reaches beyond the shortest prompt.
+        """
+        true = self.batch.attention_mask
+        if not isinstance(positions, str):
+            _check_reach(positions, int(true.cumsum(1).gather(1, self.ends[:, None]).min()))
+        if width <= int(self.ends.max()):
+            return torch.full((len(self.ends), width), positions in ("all", "answer"))
+        after = torch.arange(width) - self.ends[:, None]  # 0 at the last prompt token
+        kinds = {"all": after == after, "last": after == 0, "prompt": after <= 0, "answer": after > 0}
+        meant = kinds[positions] if isinstance(positions, str) else torch.isin(after - 1, torch.tensor(positions))
+        return meant & widen(true, (0, width - true.shape[1]), value=1).bool()
+
+
+READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
+
+
+@contextmanager
+def reading(batch: Batch, ends: Int[Tensor, " prompt"] | None = None) -> Generator[None]:
+    """Make known what the forward passes inside read. All of gravlens's own do; this is for a pass of your own.
+
+    Args:
+        batch: the padded prompts, at least two tokens wide where a KV cache is used.
+        ends: index of each row's last prompt token; default: its last token.
+    """
+    batch = Batch(*(part.cpu() for part in batch))
+    token = READING.set(Reading(batch, last_positions(batch.attention_mask) if ends is None else ends.cpu()))
+    try:
+        yield
+    finally:
+        READING.reset(token)
+
+
+def current_reading(hidden: Float[Tensor, "prompt pos d_model"]) -> Reading:
+    """What the forward pass reads whose states these are; raises where that was not made known."""
+    now = READING.get()
+    if now is None or hidden.ndim != 3 or len(hidden) != len(now.ends):
+        raise GravlensError(
+            f"A forward pass of states {tuple(hidden.shape)} does not say where its prompts end.",
+            "Positions are counted from the last prompt token, which gravlens's own passes make known.",
+            "with gravlens.inference.reading(pad(ids)): around a pass of your own, or every position.",
+        )
+    return now
+
+
+def check_positions(positions: Positions) -> None:
+    """Raise where these are no positions."""
+    given: Any = positions
+    offsets = isinstance(given, tuple) and given and all(type(one) is int and one < 0 for one in given)
+    if not offsets and given not in ("all", "last", "prompt", "answer"):
+        raise GravlensError(
+            f"positions={given!r} was given.",
+            'They are "all", "last", "prompt", "answer" or a tuple of offsets, in which -1 is the last prompt token.',
+            '"last", or (-1,).',
+        )
+
+
+def _check_reach(offsets: tuple[int, ...], shortest: int) -> None:
+    if -min(offsets) > shortest:
+        raise GravlensError(
+            f"positions={offsets!r} was given; the shortest prompt has {shortest} tokens.",
+            "An offset counts back from the last prompt token, which is -1, and every prompt has it.",
+            '"last", or longer prompts.',
+        )
+
+
+# --- forward passes ----------------------------------------------------------------------------------------------
+def run_trunk(model: OpenModel, batch: Batch) -> None:
+    """Run the blocks for the sake of hooks on them; logits are not computed where the family allows it."""
+    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
+    with reading(batch):
+        if model.kind != "huggingface":
+            model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_type=None)
+            return
+        # The decoder is called directly: Trainer wraps the whole model's forward in autocast.
+        trunk = unwrapped(model.module).base_model
+        if "position_ids" not in inspect.signature(trunk.forward).parameters:
+            del inputs["position_ids"]
+        trunk(**inputs, use_cache=False)
+
+
+def unwrapped(module: Any) -> Any:
+    """The model inside a PEFT wrapper, adapters in place: the wrapper's own signature hides the model's inputs."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
+def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompt vocab"]:
+    """Next-token logits after each prompt, fp32."""
+    logits: list[Tensor] = [torch.empty(0)] * len(ids)
+    with torch.inference_mode(), progress("logits", total=len(ids), unit="prompt") as bar:
+        for rows, batch in batches(model, ids):
+            for row, out in zip(rows, end_logits(model, batch)[:, -1], strict=True):
+                logits[row] = out.float().cpu()
+            bar.update(len(rows))
+    return torch.stack(logits)
+
+
+def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuation of each prompt: new tokens alone, cut before the end-of-sequence token.
+
+    Hugging Face models use the KV cache, those of TransformerLens read each prefix anew.
+    """
+    eos = None if model.tokenizer is None else model.tokenizer.eos_token_id
+    answers: list[list[int]] = [[]] * len(ids)
+    with torch.inference_mode(), progress("answers", total=len(ids), unit="prompt") as bar:
+        for rows, batch in batches(model, ids):
+            if model.kind == "huggingface" and batch.input_ids.shape[1] == 1:
+                batch = Batch(*(widen(part, (1, 0)) for part in batch))  # else a cached pass looks like the prefill
+            with reading(batch):
+                new = _greedy(model, batch, max_new_tokens, eos)[:, batch.input_ids.shape[1] :].tolist()
+            for row, tokens in zip(rows, new, strict=True):
+                answers[row] = tokens[: tokens.index(eos)] if eos in tokens else tokens
+            bar.update(len(rows))
+    return answers
+
+
+def _greedy(model: OpenModel, batch: Batch, max_new_tokens: int, eos: int | None) -> Tensor:
+    ids = batch.input_ids.to(model.device)
+    module: Any = model.module
+    if model.kind != "huggingface":
+        # Their cached answers are wrong: the bridge's cache stays empty where transformers calls it `cache`, and
+        # HookedTransformer counts learned positions twice without a tokenizer (TransformerLens 3.9 to 4.3).
+        return module.generate(
+            ids, max_new_tokens=max_new_tokens, do_sample=False, stop_at_eos=eos is not None, eos_token_id=eos,
+            return_type="tokens", verbose=False, use_past_kv_cache=False,
+        )  # fmt: skip
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0 if eos is None else eos
+    )
+    return module.generate(ids, attention_mask=batch.attention_mask.to(model.device), generation_config=config)
+
+
+def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
+    """Left-padded batches of similar length; for TransformerLens models of equal length, so that nothing is padded."""
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    while order:
+        rows = order[:BATCH]
+        if model.kind != "huggingface":
+            rows = [row for row in rows if len(ids[row]) == len(ids[rows[0]])]
+        order = order[len(rows) :]
+        yield rows, pad([ids[row] for row in rows], side="left")
+
+
+def sequence_logprobs(
+    model: OpenModel, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+) -> Float[Tensor, " prompt"]:
+    """log p of each continuation after its prompt, teacher-forced, summed over its tokens in fp64; nats."""
+    totals = torch.zeros(len(prompts), dtype=torch.float64)
+    ids = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
+    with torch.inference_mode(), progress("likelihoods", total=len(ids), unit="prompt") as bar:
+        for rows, batch in batches(model, ids):
+            lengths = torch.tensor([len(continuations[row]) for row in rows])
+            for row, logits in zip(rows, end_logits(model, batch, lengths), strict=True):
+                tokens = torch.tensor(continuations[row], device=logits.device)
+                logprobs = logits[-1 - len(tokens) : -1].float().log_softmax(-1)
+                totals[row] = logprobs.gather(1, tokens[:, None]).double().sum()
+            bar.update(len(rows))
+    return totals
+
+
+def end_logits(
+    model: OpenModel, batch: Batch, answers: Int[Tensor, " prompt"] | None = None
+) -> Float[Tensor, "prompt keep vocab"]:
+    """Logits from the last prompt token on; `answers` says how many tokens of each row come after it."""
+    answers = torch.zeros(len(batch.input_ids), dtype=torch.long) if answers is None else answers
+    keep = 1 + int(answers.max())
+    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
+    with reading(batch, last_positions(batch.attention_mask) - answers):
+        if model.kind != "huggingface":
+            return model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -keep:]
+        known = inspect.signature(unwrapped(model.module).forward).parameters
+        extra = {"logits_to_keep": keep} if "logits_to_keep" in known else {}
+        inputs = {key: value for key, value in inputs.items() if key in known}
+        return model.module(**inputs, **extra, use_cache=False).logits[:, -keep:]

@@ -1,0 +1,109 @@
+"""Where checkpoints lie while they are read: on which device, in which dtype, how many downloads stay on disk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from gravlens.core.errors import GravlensError
+from gravlens.history.precision import as_dtype
+
+DeviceMap: TypeAlias = str | Mapping[str, Any] | None
+OFFLOADED = ("disk", "meta")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the checkpoints of a sequence are opened; models in memory stay where and what they are.
+
+    Attributes:
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, …, or `"auto"`: a GPU where there is one.
+        dtype: what weights are read in: a torch dtype or its name (`"bf16"`), or `"stored"`: as each file stores them.
+        device_map: `"auto"`, or module name -> device, as accelerate takes it, for a model that is larger than one
+            GPU; then `device` is not said. Nothing may be left on disk or in CPU memory beside a GPU (offloading).
+        keep: how many revisions that were downloaded for this reading stay on disk, the one that is read among them;
+            while one is read the next is fetched, so at most `keep` + 1 lie there at a time. None: all stay. Only
+            checkpoints of runs go, never the witness, the anchor, or what lay in the cache before.
+
+    Raises:
+        GravlensError: no such dtype, both a device and a map, a map that offloads, `keep` below 1.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype | str = torch.float32
+    device_map: DeviceMap = None
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        as_dtype(self.dtype)
+        check_map(self.device, self.device_map)
+        if self.keep is not None and (isinstance(self.keep, bool) or self.keep < 1):
+            raise GravlensError(
+                f"keep={self.keep!r} was given.",
+                "At least the revision that is being read stays on disk.",
+                "keep=1 (room for two), or None, which keeps all.",
+            )
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Device, dtype and device map, as `open_model` takes them."""
+        return {"device": self.device, "dtype": self.dtype, "device_map": self.device_map}
+
+
+def as_device(name: str | torch.device) -> torch.device:
+    """A device that is here; `"auto"` is the first GPU, or else the CPU.
+
+    Raises:
+        GravlensError: no such device, or none on this machine.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        module = torch.get_device_module(device)
+        here = module.is_available() and (device.index or 0) < module.device_count()
+    except (RuntimeError, AttributeError) as error:
+        raise _no_device(name, "is no device that models run on") from error
+    if not here:
+        raise _no_device(name, "is not on this machine, or this build of torch cannot use it")
+    return device
+
+
+def check_map(device: str | torch.device | None, device_map: DeviceMap) -> None:
+    """Raise where a device is given beside a map, or where the map offloads."""
+    if device_map is None:
+        return
+    if str(device or "cpu") != "cpu":
+        raise GravlensError(
+            f"device={str(device)!r} and a device_map were given.",
+            "A map says for each part where it goes.",
+            "one of the two; device_map='auto' spreads a model over all GPUs.",
+        )
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    if offloaded := {str(place) for place in places} & set(OFFLOADED):
+        raise no_offloading(f"device_map sends parts to {', '.join(sorted(offloaded))}")
+
+
+def no_offloading(found: str) -> GravlensError:
+    """The error for weights that would be fetched from elsewhere at each pass."""
+    return GravlensError(
+        f"{found}.",
+        "All weights lie on devices, so that the next checkpoint's can be put in their place.",
+        "a smaller dtype (dtype='bf16'), more GPUs, or device='cpu'.",
+    )
+
+
+def no_room(source: object, error: Exception) -> GravlensError:
+    """The error for a model that is larger than its device."""
+    return GravlensError(
+        f"{source} does not fit on its device ({str(error).strip().splitlines()[0]}).",
+        "All weights of a model lie on devices at once.",
+        "dtype='bf16', device_map='auto' over several GPUs, or device='cpu'.",
+    )
+
+
+def _no_device(name: str | torch.device, what: str) -> GravlensError:
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    here = f"cpu and {kind}" if kind else "cpu"
+    return GravlensError(f"The device {str(name)!r} {what}.", f"There is {here} here.", "device='auto'.")

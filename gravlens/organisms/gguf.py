@@ -1,0 +1,149 @@
+"""A GGUF file becomes a plain Hugging Face folder: fp32 safetensors, tokenizer, chat template.
+
+transformers reads GGUF but refuses to save what it has read, and reads it ten times as slowly as a
+folder. So a file is converted once, and from there on it is a checkpoint like any other.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from gravlens.core.errors import GravlensError
+from gravlens.core.progress import silent
+from gravlens.models.opening import quiet
+
+MARK = "gravlens_gguf.json"
+LAYOUT = 1  # raised whenever the folders that are written change
+
+
+def gguf_to_folder(gguf: Path, folder: Path) -> Path:
+    """Convert `gguf` to the Hugging Face folder `folder`, and return `folder`.
+
+    Every weight is dequantized to fp32; no remote code is run and no hub is asked. The folder appears
+    whole or not at all. Where it was already made from the same content nothing is done; where it was
+    made here from another file it is made anew.
+
+    Errors: GravlensError for a file that is absent, no GGUF, truncated, lacks tensors or is of an
+    architecture that transformers cannot read, and for a folder that holds anything else.
+    """
+    gguf, folder = Path(gguf), Path(folder)
+    mark = {"sha256": _digest(gguf), "layout": LAYOUT}
+    if _read_mark(folder) == mark:
+        return folder
+    _refuse_foreign(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
+        made = Path(part) / folder.name
+        # transformers shows a bar of its own for the longest part
+        with quiet(), redirect_stderr(io.StringIO()) if silent() else nullcontext():
+            _convert(_alone(gguf, Path(part) / "alone"), made)
+        (made / MARK).write_text(json.dumps(mark))
+        _put_in_place(made, folder)
+    return folder
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether `folder` is a finished conversion of `gguf_to_folder`."""
+    return _read_mark(Path(folder)) is not None
+
+
+def _digest(gguf: Path) -> str:
+    if not gguf.is_file():
+        raise GravlensError(
+            f"No file lies at {gguf}.", "A GGUF file is wanted.", "check the path, or `gravlens fetch smollm2`."
+        )
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise GravlensError(
+                f"{gguf} does not begin with the letters GGUF.",
+                "A GGUF file is wanted.",
+                "download it again, or name a Hugging Face folder.",
+            )
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_mark(folder: Path) -> dict[str, Any] | None:
+    mark = folder / MARK
+    return json.loads(mark.read_text()) if mark.is_file() else None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not is_converted(folder) and (folder.is_file() or any(folder.iterdir())):
+        raise GravlensError(
+            f"{folder} holds something that gravlens did not make.",
+            "A new or an empty folder is wanted, so that nothing is overwritten.",
+            "name another folder.",
+        )
+
+
+def _alone(gguf: Path, folder: Path) -> Path:
+    """The file in a folder of its own: transformers would let a neighbouring tokenizer.json overrule it."""
+    folder.mkdir()
+    alone = folder / gguf.name
+    try:
+        alone.symlink_to(gguf.resolve())
+    except OSError:  # no links here
+        shutil.copyfile(gguf, alone)
+    return alone
+
+
+def _put_in_place(made: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(made, folder)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        model, tokenizer = _read(gguf)
+    except GravlensError:
+        raise
+    except Exception as error:  # whatever a foreign parser meets in a broken file
+        raise GravlensError(
+            f"{gguf.name} cannot be read ({str(error).strip() or type(error).__name__}).",
+            "A whole GGUF file of an architecture that transformers knows is wanted.",
+            "download it again, install the package `gguf`, or name a Hugging Face folder.",
+        ) from error
+    _plain(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _read(gguf: Path) -> tuple[PreTrainedModel, Any]:
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.float32, output_loading_info=True, **where
+    )
+    model, report = opened
+    absent = sorted(report["missing_keys"])
+    if absent:  # transformers would fill them with random numbers
+        raise GravlensError(
+            f"{gguf.name} lacks {len(absent)} tensors, {absent[0]} the first.",
+            "Every weight of the model is wanted.",
+            "download it again.",
+        )
+    return model, tokenizer
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not know it was quantized: only that one can be saved."""
+    config: Any = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):  # no second copy in memory
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain

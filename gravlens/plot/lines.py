@@ -1,0 +1,343 @@
+"""Results in, matplotlib Axes out. What is drawn was measured elsewhere; here only means over runs are taken.
+
+Every function draws into `ax`, or into a figure of its own that pyplot never sees, and leaves rcParams alone.
+A notebook shows the returned Axes as a picture; `save_figure(ax, "name")` saves it for print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, groupby
+from textwrap import shorten
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.container import Container
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from gravlens.core.errors import GravlensError
+from gravlens.plot.style import BLUE, CYCLE, DASHES, GREY, LABELS, MARKERS, SHARES, STYLE, axes_of, change_of, words
+
+WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line crosses the text
+NOT_RUN: dict[str, Any] = {"va": "center", "color": GREY, "style": "italic", "bbox": WHITE_BOX}
+THIN: dict[str, Any] = {"color": BLUE, "alpha": 0.4, "lw": 0.7, "marker": ".", "ms": 2}
+HOLLOW: dict[str, Any] = {"marker": "o", "ls": "", "mfc": "white", "zorder": 4}
+WITHOUT_ZERO = ("task_loss", "seconds_per_step")
+OVER_TICKS = -0.14  # in widths of the axes: where a legend on the left begins
+UNJUDGED = "drift too small to judge"
+
+
+class HasTable(Protocol):
+    """A result that carries its tidy table, such as a Trajectory."""
+
+    @property
+    def table(self) -> pd.DataFrame: ...
+
+
+@rc_context(STYLE)
+def plot_alignment(
+    table: pd.DataFrame | HasTable,
+    *,
+    value: str = "alignment",
+    nulls: pd.DataFrame | None = None,
+    prompts: str = "held_out",
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean over layers against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
+
+    `table` is Trajectory.table, `value` one of its columns ("fraction", "projection", …), `prompts` one of its sets.
+    `nulls` has columns null, step, p99 (of the alignment's mean over layers); where runs differ the highest is drawn.
+    Points whose drift the table does not judge are hollow. GravlensError where there is nothing to draw.
+    """
+    rows = _chosen(table, prompts, value)
+    rows = need(rows[rows["layer"].isna()], (), "plot_layers, or a table with rows of layer <NA>: the mean.")
+    if nulls is not None and value != "alignment":
+        raise GravlensError(f"nulls came with value={value!r}.", "Their p99 is one of alignment.", "nulls=None.")
+    ax = axes_of(ax)
+    ax.set_xscale("symlog", linthresh=1, linscale=0.4)
+    ax.axhline(0, color="black", lw=0.7, zorder=0)
+    _draw_runs(ax, rows, value)
+    _draw_mean(ax, rows, value)
+    if nulls is not None:
+        _draw_nulls(ax, nulls)
+    _mark_steps(ax, rows["step"].unique())
+    ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
+    return _legend(ax)
+
+
+@rc_context(STYLE)
+def plot_layers(
+    table: pd.DataFrame | HasTable,
+    *,
+    step: int | Sequence[int] | None = None,
+    prompts: str = "held_out",
+    value: str = "alignment",
+    ax: Axes | None = None,
+) -> Axes:
+    """`value` at each layer, mean ± SEM over runs, one line per step (all steps, or those in `step`), late ones light.
+
+    Undefined layers (without a value, or in Trajectory.undefined) are named under the axis; `table` and `prompts` are
+    those of plot_alignment. GravlensError for a step that was not measured.
+    """
+    rows = _chosen(table, prompts, value)
+    rows = rows[rows["layer"].notna()].astype({"layer": int})
+    defined = rows.groupby("layer")[value].transform(lambda column: column.notna().any()).astype(bool)
+    undefined, rows = {*rows.loc[~defined, "layer"], *getattr(table, "undefined", ())}, rows[defined]
+    steps = _steps(rows, step)
+    ax = axes_of(ax)
+    ax.axhline(0, color="black", lw=0.7, zorder=0)
+    colours = colormaps["viridis"](np.linspace(0, 0.88, len(steps)))
+    for at, colour, marker in zip(steps, colours, cycle(MARKERS), strict=False):
+        look = {"color": colour, "marker": marker}
+        _draw_layers(ax, rows[rows["step"] == at], value, label=f"step {at}", look=look)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.set(xlabel="layer" + _left_out(undefined), ylabel=LABELS.get(value, words(value)))
+    return _legend(ax, columns=3)
+
+
+@rc_context(STYLE)
+def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Axes:
+    """What each intervention does to the score: difference with its 95 % interval, on the range of random directions.
+
+    `table`, or an Effect: condition, layer (<NA>: several at once), difference, low, high, random_low, random_high;
+    its attrs["score"] names the axis. Several layers stand side by side, one has a row a condition. Else GravlensError.
+    """
+    table = need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
+    ax = axes_of(ax)
+    draw = _effect_by_layer if table["layer"].nunique(dropna=False) > 1 else _effect_by_condition
+    draw(ax, table, change_of(table.attrs.get("score", "the score")))
+    ax.plot([], [], color=GREY, alpha=0.35, lw=6, label="random directions")
+    return _legend(ax, side="right" if draw is _effect_by_condition else "left")
+
+
+@rc_context(STYLE)
+def plot_arms(
+    table: pd.DataFrame,
+    *,
+    measure: str = "harmfulness",
+    reference: Mapping[str, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """One `measure` per arm: every run as a small point, mean ± SEM above it, arms in the table's order.
+
+    `table` has columns arm, run and the measure, a row per run; an arm without a value reads "not run".
+    `reference` maps a label (witness, anchor) to a value that is drawn as a dashed line. GravlensError without rows.
+    """
+    need(table, ("arm", measure))
+    ax = axes_of(ax)
+    if measure not in WITHOUT_ZERO:
+        ax.axvline(0, color="black", lw=0.7, zorder=0)
+    for place, (_, rows) in enumerate(table.groupby("arm", sort=False)):
+        _draw_arm(ax, place, rows[measure].dropna())
+    for (label, at), dash, colour in zip((reference or {}).items(), DASHES, CYCLE[1:], strict=False):
+        ax.axvline(at, ls=dash, color=colour, lw=1, zorder=0.5, label=label)
+    _name_rows(ax, table["arm"].unique())
+    if measure in SHARES:
+        ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
+    ax.set(xlabel=LABELS.get(measure, words(measure)), ylabel="arm")
+    return _legend(ax, side="right")
+
+
+def need(
+    table: pd.DataFrame | HasTable, columns: Iterable[str], remedy: str = "a table of measured results."
+) -> pd.DataFrame:
+    """The table of a result, which has rows and these columns."""
+    table = table if isinstance(table, pd.DataFrame) else table.table
+    missing = ", ".join(name for name in columns if name not in table.columns)
+    if missing:
+        raise GravlensError(f"The table has no column {missing}.", f"It has {list(table.columns)}.", "one of those.")
+    if table.empty:
+        raise GravlensError("The table has no rows.", "At least one is drawn.", remedy)
+    return table
+
+
+def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.DataFrame:
+    """The rows that were measured on `prompts`."""
+    table = need(table, ("run", "step", "layer", "prompts", value))
+    rows = table[table["prompts"] == prompts]
+    if rows.empty:
+        known = sorted(table["prompts"].unique())
+        raise GravlensError(
+            f"prompts={prompts!r} has no row.", f"Prompts with rows: {known}.", f"prompts={known[0]!r}."
+        )
+    return rows
+
+
+def _steps(rows: pd.DataFrame, step: int | Sequence[int] | None) -> list[int]:
+    known = sorted({int(at) for at in rows["step"]})
+    wanted = known if step is None else [step] if isinstance(step, int) else list(step)
+    absent = [at for at in wanted if at not in known]
+    if absent or not wanted:
+        raise GravlensError(f"step={step!r} was asked for.", f"Steps with a value: {known}.", "one of those.")
+    return wanted
+
+
+def _over_runs(rows: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
+    """Mean and SEM over runs; one run has no SEM and gets no bar."""
+    return rows.groupby(by)[value].agg(["mean", "sem", "count"]).dropna(subset="mean")
+
+
+def _unjudged(rows: pd.DataFrame, value: str) -> pd.DataFrame:
+    """A cosine of almost no drift is noise; other measures need no such mark."""
+    return rows[~rows["judged"].astype(bool)] if value == "alignment" and "judged" in rows else rows[:0]
+
+
+def _draw_runs(ax: Axes, rows: pd.DataFrame, value: str) -> None:
+    for number, (_, run) in enumerate(rows.sort_values("step").groupby("run")):
+        ax.plot(run["step"], run[value], **THIN, label="_" if number else "one run")
+    small = _unjudged(rows, value)
+    if len(small):
+        ax.plot(small["step"], small[value], **HOLLOW, color=BLUE, ms=3, mew=0.7, label=UNJUDGED)
+
+
+def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
+    mean = _over_runs(rows, "step", value)
+    label = f"mean ± SEM, runs: {rows['run'].nunique()}"
+    ax.errorbar(mean.index, mean["mean"], mean["sem"], color=BLUE, lw=2, marker="o", capsize=2, zorder=3, label=label)
+
+
+def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
+    need(nulls, ("null", "step", "p99"))
+    rows = nulls[nulls["layer"].isna()] if "layer" in nulls else nulls
+    for number, (name, null) in enumerate(rows.groupby("null", sort=False)):
+        p99 = null.groupby("step")["p99"].max()
+        look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
+        marker = "_" * (len(p99) == 1)  # one step makes no line
+        ax.plot(p99.index, p99, marker=marker, ms=12, mew=1.5, label=f"{words(name)}, p99", **look)
+
+
+def _mark_steps(ax: Axes, steps: np.ndarray) -> None:
+    """Ticks at the steps that were measured, thinned from the last one down so that the labels do not touch."""
+    steps = np.sort(steps)[::-1]
+    places = ax.xaxis.get_transform().transform(steps.astype(float))
+    gap, kept = 0.085 * (places[0] - places[-1]), [0]
+    for index in range(1, len(steps)):
+        if places[kept[-1]] - places[index] > gap:
+            kept.append(index)
+    shown = sorted(int(step) for step in steps[kept])
+    ax.set_xticks(shown, [str(step) for step in shown])
+    ax.set_xticks([], minor=True)
+
+
+def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, *, label: str, look: dict[str, Any]) -> None:
+    mean = _over_runs(rows, "layer", value)
+    ax.errorbar(mean.index, mean["mean"], mean["sem"], capsize=2, label=label, **look)
+    small = mean.loc[mean.index.isin(_unjudged(rows, value)["layer"]), "mean"]
+    if len(small):
+        known = UNJUDGED in ax.get_legend_handles_labels()[1]
+        ax.plot(small.index, small, **{**HOLLOW, **look}, label="_" if known else UNJUDGED)
+
+
+def _left_out(layers: set[int]) -> str:
+    """A line under the axis: 0, 1, 2, 7 reads 0–2, 7 (in a stretch, layer − place is constant)."""
+    stretches = groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0])
+    spans = [[layer for _, layer in stretch] for _, stretch in stretches]
+    names = ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+    return f"\nundefined, left out: {shorten(names, 40, placeholder=' …')}" if names else ""
+
+
+def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
+    """Layers along x, conditions beside each other; <NA> is the place after the last layer."""
+    groups = list(table.groupby("condition", sort=False))
+    beyond = int(table["layer"].max()) + 1
+    ax.axhline(0, color="black", lw=0.7, zorder=0)
+    for number, (name, rows) in enumerate(groups):
+        at = rows["layer"].astype("Float64").fillna(beyond).to_numpy(float) + 0.6 * (number + 0.5) / len(groups) - 0.3
+        colour, marker = CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)]
+        ax.vlines(at, rows["random_low"], rows["random_high"], color=GREY, alpha=0.35, lw=5)
+        ax.vlines(at, rows["low"], rows["high"], color=colour)
+        ax.plot(at, rows["difference"], marker, color=colour, label=words(name))
+    layers = sorted(table["layer"].dropna().astype(int).unique())
+    _mark_layers(ax, layers, beyond if table["layer"].isna().any() else None)
+    ax.set(xlabel="layer", ylabel=score)
+
+
+def _mark_layers(ax: Axes, layers: list[int], beyond: int | None) -> None:
+    """At most about a dozen layer numbers, and "all" where an intervention acted on all layers at once."""
+    shown = layers[:: 1 + len(layers) // 13]
+    ticks = {layer: str(layer) for layer in shown} | ({} if beyond is None else {beyond: "all"})
+    ax.set_xticks(list(ticks), list(ticks.values()))
+
+
+def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:
+    places = np.arange(len(table))
+    ax.axvline(0, color="black", lw=0.7, zorder=0)
+    ax.hlines(places, table["random_low"], table["random_high"], color=GREY, alpha=0.35, lw=8)
+    ax.hlines(places, table["low"], table["high"], color=BLUE)
+    ax.plot(table["difference"], places, "o", color=BLUE, label="difference, 95 % interval")
+    _name_rows(ax, table["condition"])
+    ax.set(xlabel=score, ylabel="intervention")
+
+
+def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
+    """The mean stands a little above the row's runs, so that neither hides the other."""
+    if values.empty:
+        ax.text(0.02, place, "not run", transform=ax.get_yaxis_transform(), **NOT_RUN)
+        return
+    runs, mean = ("_", "_") if "one run" in ax.get_legend_handles_labels()[1] else ("one run", "mean ± SEM")
+    ax.plot(values, np.full(len(values), place + 0.18), "o", color=BLUE, alpha=0.4, ms=3, mew=0, label=runs)
+    center, sem = values.agg(["mean", "sem"])
+    ax.errorbar(center, place - 0.12, xerr=sem, color=BLUE, fmt="o", ms=5, capsize=2.5, label=mean)
+
+
+def _name_rows(ax: Axes, names: Iterable[Any]) -> None:
+    """Rows are read from the top."""
+    labels = [words(name) for name in names]
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+
+
+def _legend(ax: Axes, *, columns: int = 2, side: str = "left") -> Axes:
+    """Above the axes, where no line can pass behind it, means first; it has the room over the ticks or row names."""
+    handles, labels = ax.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda index: not isinstance(handles[index], Container))
+    handles, labels = [handles[index] for index in order], [labels[index] for index in order]
+    place = {"loc": f"lower {side}", "bbox_to_anchor": (1.0 if side == "right" else OVER_TICKS, 1.0)}
+    ax.legend(handles, labels, ncols=columns, borderaxespad=0.3, columnspacing=1.2, **place)
+    return ax
+
+
+SIZE = (6.4, 5.6)  # inches: many arms lie close to each other
+OFFSETS = ((3, 3), (-9, 3), (3, -8), (-9, -8), (8, 0), (-14, 0), (0, 7), (0, -12))
+
+
+@rc_context(STYLE)
+def plot_frontier(
+    table: pd.DataFrame,
+    *,
+    cost: str = "task_loss",
+    measure: str = "harmfulness",
+    twins: Sequence[str] = (),
+    baseline: str = "unblocked",
+    ax: Axes | None = None,
+) -> Axes:
+    """Each blocker's mean ± SEM over runs: `measure` against `cost`; the best is below and to the left.
+
+    `table` has columns blocker, cost and measure, a row per run, as `compare_arms` gives it. The `baseline` arm is
+    marked by lines, `twins` (random controls) are grey. Numbers at the points are explained in the legend.
+    GravlensError where there is nothing to draw.
+    """
+    need(table, ("blocker", cost, measure), "compare_arms(…).")
+    ax = axes_of(ax, SIZE)
+    spread = table.groupby("blocker", sort=False)[[cost, measure]].agg(["mean", "sem"]).dropna(subset=[(cost, "mean")])
+    for number, (blocker, row) in enumerate(spread.iterrows(), 1):
+        colour = "black" if blocker == baseline else GREY if blocker in twins else CYCLE[number % len(CYCLE)]
+        at = (row[cost, "mean"], row[measure, "mean"])
+        errors = dict(zip(("xerr", "yerr"), np.nan_to_num([row[cost, "sem"], row[measure, "sem"]]), strict=True))
+        look = {"fmt": MARKERS[number % len(MARKERS)], "ms": 3, "lw": 0.6, "color": colour, "capsize": 1}
+        ax.errorbar(*at, **errors, **look, label=f"{number}  {words(blocker)}")
+        place = OFFSETS[number % len(OFFSETS)]  # blockers of like effect lie on each other
+        ax.annotate(str(number), at, place, textcoords="offset points", fontsize=6, color=colour)
+        if blocker == baseline:
+            ax.axhline(at[1], color=BLUE, lw=0.7, ls="--", zorder=0)
+            ax.axvline(at[0], color=BLUE, lw=0.7, ls="--", zorder=0)
+    for axis, column in ((ax.xaxis, cost), (ax.yaxis, measure)):
+        if column in SHARES:
+            axis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
+    ax.set(xlabel=LABELS.get(cost, words(cost)), ylabel=LABELS.get(measure, words(measure)))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=6.5, handletextpad=0.3)
+    return ax

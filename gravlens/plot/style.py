@@ -1,0 +1,125 @@
+"""How every figure looks and is saved: one style, told apart by colour-blind readers and in grey print.
+
+The style holds within `rc_context(STYLE)` alone: a user's rcParams stay as they are, and pyplot is never loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import write_atomically
+
+# Okabe and Ito's palette ("Color Universal Design", 2008), which colour-blind readers can tell apart.
+BLUE, GREY = "#0072B2", "#8A8A8A"
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# What is told apart by colour is told apart by dashes or marks as well, since paper is often grey.
+DASHES: tuple[Any, ...] = ("--", (0, (1, 1.2)), "-.", (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,  # TrueType, embedded: the text of a PDF stays text (journals refuse matplotlib's own Type 3)
+    "svg.fonttype": "path",  # an SVG cannot bring its font along: outlines look the same everywhere
+    "svg.hashsalt": "gravlens",  # the same figure is the same file
+}
+DPI = 200  # of the screen and of a notebook
+PRINT_DPI = 300
+COLUMN = (3.6, 2.9)  # inches: one column of a page
+NO_DATE = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+LABELS = {
+    "alignment": r"alignment with $v_\mathrm{rev}$ (cosine)",
+    "fraction": "fraction of the way back to the witness",
+    "projection": r"drift along $v_\mathrm{rev}$ (residual units)",
+    "drift_norm": "norm of the drift (residual units)",
+    "alignment_final": r"alignment with $v_\mathrm{rev}$, last step (cosine)",
+    "fraction_final": "fraction of the way back, last step",
+    "harmfulness": "harmful prompts answered (%)",
+    "over_refusal": "harmless prompts refused (%)",
+    "refusal_log_odds": "refusal log-odds (nats)",
+    "task_loss": "held-out task loss (nats per token)",
+    "seconds_per_step": "seconds per step",
+}
+UNITS = {"refusal_log_odds": "nats", "two_sided_log_odds": "nats", "task_loss": "nats per token"}
+SHARES = ("harmfulness", "over_refusal")
+
+
+class PictureAxes(Axes):
+    """An Axes that a notebook shows as its picture, so that pyplot's global list of figures is not needed."""
+
+    def _repr_png_(self) -> bytes:
+        return _drawn(_figure(self), "png", DPI)
+
+
+def axes_of(ax: Axes | None, size: tuple[float, float] = COLUMN) -> Axes:
+    """`ax`, or an Axes in a new figure of `size` inches that pyplot never sees."""
+    if ax is not None:
+        return ax
+    return Figure(figsize=size, dpi=DPI, layout="constrained").add_subplot(axes_class=PictureAxes)
+
+
+def save_figure(drawn: Axes | Figure, path: Path | str, *, formats: Sequence[str] = ("pdf", "png")) -> list[Path]:
+    """Save a figure for print: a PDF whose text stays text, and a PNG at 300 dpi; the same figure gives the same bytes.
+
+    Args:
+        drawn: what a `plot_…` returned, or any matplotlib figure.
+        path: with an ending (`"alignment.svg"`) one file, without one a file for each of `formats`.
+        formats: among `pdf`, `png`, `svg`.
+
+    Returns:
+        The files written; their folder is made.
+
+    Raises:
+        GravlensError: another format.
+    """
+    path = Path(path)
+    if path.suffix[1:] in NO_DATE:
+        path, formats = path.with_suffix(""), (path.suffix[1:],)
+    if unknown := [name for name in formats if name not in NO_DATE]:
+        raise GravlensError(
+            f"The format {unknown[0]!r} was asked for.", f"Formats: {', '.join(NO_DATE)}.", "one of these."
+        )
+    figure = _figure(drawn)
+    return [
+        write_atomically(path.with_name(f"{path.name}.{name}"), _drawn(figure, name, PRINT_DPI)) for name in formats
+    ]
+
+
+def words(name: Any) -> str:
+    """A column's or arm's name as it is read."""
+    return str(name).replace("_", " ")
+
+
+def change_of(score: str) -> str:
+    """The axis of a score's change, with its unit where it is known."""
+    return f"change of {words(score)}" + (f" ({UNITS[score]})" if score in UNITS else "")
+
+
+def _figure(drawn: Axes | Figure) -> Figure:
+    figure = drawn if isinstance(drawn, Figure) else drawn.get_figure(root=True)
+    assert isinstance(figure, Figure)  # an Axes that was drawn into has one
+    return figure
+
+
+def _drawn(figure: Figure, name: str, dpi: int) -> bytes:
+    file = BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(file, format=name, dpi=dpi, metadata=NO_DATE[name])
+    return file.getvalue()

@@ -1,0 +1,321 @@
+"""A results folder in, one HTML page out that stands alone. It estimates and draws nothing and opens no model."""
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import write_atomically
+from gravlens.reporting.paper import (
+    ARMS,
+    CONTROLS,
+    HISTORY,
+    NOT_RUN,
+    NULLS,
+    at,
+    decimal,
+    mean_text,
+    named,
+    pairs_text,
+    paper_table,
+    spread_text,
+    value,
+)
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}  # the last one found is taken
+# Figures in their order: title, and what each says; others follow under their own name.
+CAPTIONS = {
+    "alignment": (
+        "Alignment over steps",
+        "Mean over layers at each step, held-out prompts: every run thin, mean ± SEM bold, nulls dashed.",
+    ),
+    "fraction": (
+        "Fraction over steps",
+        "0 is the anchor, 1 the witness. A cosine tells the heading, this tells the way made.",
+    ),
+    "layers": ("Alignment by layer", "Every layer beside the mean, since a mean over layers hides layers."),
+    "effect": (
+        "Effect at inference",
+        "What an intervention does to the score, with its 95 % interval and the random directions.",
+    ),
+    "harmfulness": ("Harm by arm", "Every run as a small point, mean ± SEM above it, the history dashed."),
+    "arm_fraction": ("Fraction by arm", "How far back each arm ends."),
+    "task_loss": (
+        "Task loss by arm",
+        "What blocking costs: loss on held-out pairs of the task that the runs learn: lower is better.",
+    ),
+}
+# column -> (heading, in per cent); behaviour is measured on the history too
+BEHAVIOUR = {
+    "harmfulness": ("harmfulness", True),
+    "refusal_log_odds": ("refusal log-odds", False),
+    "over_refusal": ("over-refusal", True),
+}
+GEOMETRY = {"alignment_final": ("alignment", False), "fraction_final": ("fraction", False)}
+COST = {"task_loss": ("task loss", False), "seconds_per_step": ("seconds per step", False)}
+FILES = {
+    "arms": ("Arms: every run", ""),
+    "behavior": ("Behaviour: every run and step", ""),
+    "controls": ("Controls: every run", ""),
+    "effects": ("Effects of interventions at inference", "Where no layer stands, the intervention acts on several."),
+    "nulls": ("Nulls: every run, step and layer", "Where no layer stands, it is the mean over layers."),
+    "trajectory": ("Trajectory: every run, step and layer", "Where no layer stands, it is the mean over layers."),
+}
+MOST_ROWS = 1000
+PRINTED_ROWS, PRINTED_COLUMNS = 60, 10  # a folded table of more is not printed
+MINUS = re.compile(r"(?<![\w-])-(?=\d)")  # of a number, not of a name such as unblocked-0
+WORDS: dict[Any, str] = {True: "yes", False: "no"}
+
+
+class Cell(NamedTuple):
+    """A text to show and the number to sort it by, if it has one."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page: a lead above it, a note below; `folded` ones open at a click, short ones in print too."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+    lead: str = ""
+    folded: bool = False
+
+    @property
+    def printed(self) -> bool:
+        """Whether paper has room for it."""
+        return len(self.rows) <= PRINTED_ROWS and len(self.columns) <= PRINTED_COLUMNS
+
+    @property
+    def numbers(self) -> list[bool]:
+        """Which columns hold numbers; their headings stand to the right as well."""
+        return [any(row[i].value is not None for row in self.rows if i < len(row)) for i in range(len(self.columns))]
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a results folder, from its results.json, its CSVs and its figures.
+
+    The page stands alone: figures and style lie within it, nothing is fetched. What was not run reads "not run".
+    GravlensError where results.json or a CSV is missing its mark or cannot be read.
+    """
+    folder = Path(folder)
+    results = read_results(folder)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        setting=results.get("setting", "results"),
+        claims=[_claim(claim, results.get("interval") or []) for claim in results.get("claims") or []],
+        facts=_facts(results),
+        anchors=_anchors(results),
+        main=_paper(results),
+        figures=list(_figures(folder / "figures")),
+        tables=[*_tables(results), *_files(folder)],
+    )
+    return write_atomically(folder / "report.html", html.encode())
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """`results.json` of a folder; GravlensError where it is absent or broken."""
+    path = Path(folder) / "results.json"
+    remedy = f"gravlens reproduce --out {folder}, which writes it."
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise GravlensError(f"{path} does not exist.", "A report is made from a results folder.", remedy) from error
+    except ValueError as error:
+        raise GravlensError(f"{path} is no JSON ({error}).", "A whole results.json is needed.", remedy) from error
+    if not isinstance(results, dict):
+        raise GravlensError(f"{path} holds a {type(results).__name__}.", "A JSON object is needed.", remedy)
+    return results
+
+
+def _cell(value: Any) -> Cell:
+    """One value of a tidy table."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+        return Cell((str(value) if isinstance(value, int) else f"{value:.4g}").replace("-", "−"), float(value))
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return Cell("" if value is None or value != value else MINUS.sub("−", text))
+
+
+def _decimal_cell(number: float | None) -> Cell:
+    """A number that may be undefined, such as the cosine of no drift."""
+    return Cell("") if number is None or not isfinite(number) else Cell(decimal(number), number)
+
+
+def _spread_cell(entry: Any, percent: bool = False) -> Cell:
+    return Cell(spread_text(entry, percent), value(entry))
+
+
+# -- results into tables -----------------------------------------------------------------------------------------------
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = {"n_anchors": "anchors", "seeds": "seeds", "layers": "layers", "layers_in_mean": "layers in the mean"}
+    return [(name, _cell(results[key]).text) for key, name in names.items() if results.get(key) is not None]
+
+
+def _anchors(results: Mapping[str, Any]) -> str:
+    count = results.get("n_anchors") or 1
+    if count > 1:
+        return f"± is the standard error over the means of {count} anchors: the runs of one anchor are one case."
+    return "± is the standard error over runs that start from one anchor: it says nothing about other anchors."
+
+
+def _paper(results: Mapping[str, Any]) -> Table:
+    rows = [[Cell(text) for text in row.values()] for row in paper_table(results)]
+    lead = "The paper's figures are those of its abstract. Beside every cosine stands how far the model has come."
+    headings = ("quantity", "paper", "here", "fraction of the way back")
+    return Table("The paper beside what was measured here", headings, rows, lead=lead)
+
+
+def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
+    yield _checks(results.get("checks") or [])
+    yield _demands(results.get("claims") or [])
+    yield _nulls(results)
+    yield _controls(results)
+    yield _damage(results.get("damage") or [])
+    arms = _measures("Arms at the last step", "arm", results.get("arms"), ARMS, GEOMETRY | BEHAVIOUR | COST)
+    yield replace(arms, lead="An arm is a kind of fine-tuning: unblocked, or with something that blocks a direction.")
+    history = _measures("History", "checkpoint", results.get("history"), HISTORY, BEHAVIOUR)
+    yield replace(history, lead="The two checkpoints that v_rev lies between: before alignment, and after it.")
+    for measure in ("alignment", "fraction"):
+        yield _every_run(results, measure)
+    rows = [[Cell(name), _cell(value)] for name, value in _flat(results.get("environment") or {})]
+    yield Table("Environment", ("what", "value"), rows, lead="What this was made with; seconds of wall clock a phase.")
+
+
+def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ("organism", "statement", "holds", "figures")
+    said = [{**check, "holds": WORDS.get(check.get("holds"), "nothing to block")} for check in checks]
+    rows = [[_cell(check.get(column)) for column in columns] for check in said]
+    lead = "What should hold where the paper is right, asked of each history here; one that fails is listed as such."
+    return Table("The paper's picture, held against each history", columns, rows, lead=lead)
+
+
+def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The level, and the sentence with the intervals of alignment and fraction behind it."""
+    own = [row for row in intervals if row["organism"] == claim["organism"] and row["low"] is not None]
+    spans = [f"{row['measure']} {decimal(row['low'])} to {decimal(row['high'])}" for row in own]
+    more = f" 95 % intervals over runs and prompts: {', '.join(spans)}." if spans else ""
+    return f"{claim['organism']}, level {claim['level']} of 5", claim["sentence"] + more
+
+
+def _demands(claims: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [
+            _cell(claim["organism"]),
+            _cell(check["level"]),
+            *map(Cell, (check["name"], WORDS.get(check["holds"], NOT_RUN), check["figures"])),
+        ]
+        for claim in claims
+        for check in claim["demands"]
+    ]
+    note = "A level is claimed where its demands and those of every level below hold; one that was not run caps it."
+    headings = ("organism", "level", "demand", "holds", "figures")
+    return Table("What each level of the claim demands", headings, rows, note)
+
+
+def _damage(damage: Sequence[Mapping[str, Any]]) -> Table:
+    measures = ("alignment", "fraction", "score")
+    rows = [
+        [_cell(row.get("organism")), _cell(row.get("damage")), *(_decimal_cell(row.get(name)) for name in measures)]
+        for row in damage
+    ]
+    lead = "The anchor rounded, pruned or moved at random, without training: does that alone lead back?"
+    note = "Refusal log-odds are in nats. Damage that turns along v_rev would be fragility, not gravity."
+    headings = ("organism", "damage", "alignment", "fraction", "refusal log-odds")
+    return Table("Damage alone", headings, rows, note, lead)
+
+
+def _nulls(results: Mapping[str, Any]) -> Table:
+    rows = []
+    for key, name in named(results.get("nulls"), NULLS):
+        null = at(results, "nulls", key)
+        rows.append([Cell(name), _spread_cell(at(null, "p99")), Cell(pairs_text(null), at(null, "n_above"))])
+    note = "Pairs are run × step. Steps of one run are not independent: the unit is the run."
+    lead = "What alignment would be by chance. p99: the 99th percentile of draws under each null."
+    return Table("Nulls", ("null", "p99 of alignment", "pairs above"), rows, note, lead)
+
+
+def _controls(results: Mapping[str, Any]) -> Table:
+    final = {f"{name}_final": value for name, value in (at(results, "summary", "final") or {}).items()}
+    entries = {"itself": final, **(results.get("controls") or {})}
+    table = _measures("Controls at the last step", "control", entries, {"itself": "v_rev itself"} | CONTROLS, GEOMETRY)
+    closed = mean_text(at(results, "controls", "unaligned_twin", "closure_final"), results)
+    note = f"Closure of the gap to the unaligned twin: {closed}. Above 0 is reversion beyond what the data does anyway."
+    lead = (
+        "The same runs measured along other directions, and other models along v_rev: how much is this history's own?"
+    )
+    return replace(table, note=note, lead=lead)
+
+
+def _measures(
+    title: str, first: str, entries: Any, known: Mapping[str, str], columns: Mapping[str, tuple[str, bool]]
+) -> Table:
+    """A row per entry, a column per measure."""
+    rows = [
+        [Cell(name), *(_spread_cell(at(entries, key, column), percent) for column, (_, percent) in columns.items())]
+        for key, name in named(entries, known)
+    ]
+    return Table(title, (first, *(heading for heading, _ in columns.values())), rows)
+
+
+def _every_run(results: Mapping[str, Any], measure: str) -> Table:
+    """Runs down, steps across: the mean over layers on held-out prompts."""
+    by_run: dict[str, dict[int, Any]] = {}
+    for row in results.get("alignment") or []:
+        if row["layer"] is None and row["prompts"] == "held_out":
+            by_run.setdefault(row["run"], {})[row["step"]] = row[measure]
+    steps = sorted({step for values in by_run.values() for step in values})
+    rows = [[Cell(run), *(_spread_cell(values.get(step)) for step in steps)] for run, values in by_run.items()]
+    lead = "Unblocked runs, held-out prompts, mean over layers: the spread that every mean above hides."
+    return Table(f"Every run: {measure}", ("run", *(f"step {step}" for step in steps)), rows, lead=lead)
+
+
+def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, entry in entries.items():
+        if isinstance(entry, Mapping):
+            yield from _flat(entry, f"{prefix}{name} · ")
+        else:
+            yield f"{prefix}{name}", entry
+
+
+# -- files into tables and pictures ------------------------------------------------------------------------------------
+def _files(folder: Path) -> Iterator[Table]:
+    """The tidy tables in full, as far as a page can hold them."""
+    for name, (title, note) in FILES.items():
+        frame = _read_csv(folder / f"{name}.csv")
+        if frame is not None and len(frame):
+            rows = [[_cell(value) for value in row] for row in frame[:MOST_ROWS].astype(object).itertuples(index=False)]
+            more = f" The first {MOST_ROWS} of {len(frame)} rows; all stand in {name}.csv." * (len(frame) > MOST_ROWS)
+            yield Table(title, [str(column).replace("_", " ") for column in frame], rows, note + more, folded=True)
+
+
+def _read_csv(path: Path) -> pd.DataFrame | None:
+    try:
+        return pd.read_csv(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # of pandas' parser, and of the decoder
+        remedy = "gravlens reproduce once more, or remove the file."
+        raise GravlensError(f"{path} is no CSV table ({error}).", "A whole table is needed.", remedy) from error
+
+
+def _figures(folder: Path) -> Iterable[dict[str, str]]:
+    """Each figure once, as an address that holds the picture itself; SVG before PNG."""
+    pictures = {path.stem: path for suffix in PICTURES for path in folder.glob(f"*{suffix}")}
+    order = [*(name for name in CAPTIONS if name in pictures), *sorted(pictures.keys() - CAPTIONS.keys())]
+    for stem, path in ((stem, pictures[stem]) for stem in order):
+        source = f"data:{PICTURES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        title, caption = CAPTIONS.get(stem, (stem.replace("_", " "), ""))
+        yield {"name": title, "source": source, "caption": caption}

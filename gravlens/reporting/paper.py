@@ -1,0 +1,137 @@
+"""What the paper's abstract says beside the figures here, and how figures become words."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+NOT_RUN, NOT_REPORTED = "not run", "not reported"
+# Known entries come first, in this order, and read "not run" where they are absent; others follow.
+NULLS = {
+    "isotropic": "isotropic",
+    "weight_noise": "weight noise",
+    "covariance_of_states": "covariance of the anchor's states",
+    "covariance_of_drifts": "covariance of the drifts over prompts",
+    "independent_endpoints": "shared anchor, independent endpoints",
+    "swapped_labels": "witness and anchor swapped per probe",
+    "harmless": "the same runs on harmless prompts",
+    "shuffled_words": "the same runs on shuffled words",
+    "sign_flips": "sign flips over runs (of their mean)",
+}
+CONTROLS = {
+    "wrong_witness": "wrong witness",
+    "wrong_witness_removed": "wrong witness's direction removed",
+    "sibling_anchor": "sibling anchor",
+    "unaligned_twin": "unaligned twin",
+    "continued_alignment": "continued alignment",
+}
+ARMS = {
+    "unblocked": "unblocked",
+    "unblocked_new_facts": "unblocked, new facts only",
+    "penalty": "penalty",
+    "penalty_margin": "penalty with a margin (a push)",
+    "penalty_random": "penalty on a random direction",
+}
+HISTORY = {"witness": "witness", "anchor": "anchor"}
+# What the paper's abstract says; its one blocked arm stands beside both of ours.
+PAPER_STEPS = {
+    "first_step": ("alignment, first step", "0.429 ± 0.052 (step 1)"),
+    "step_20": ("alignment, step 20", "0.647 ± 0.021"),
+    "final": ("alignment, last step", "0.648 ± 0.009 (step 100)"),
+}
+PAPER_PAIRS = "24 of 24"
+BLOCKED, RANDOM = ("penalty", "penalty_margin"), {"penalty_random": NOT_REPORTED}
+PAPER_ALIGNMENT = dict.fromkeys(BLOCKED, "−0.211 ± 0.021") | RANDOM
+PAPER_HARM = {"unblocked": "19.0 ± 4.0 %"} | dict.fromkeys(BLOCKED, "8.5 ± 1.5 %") | RANDOM
+PAPER_LOSS = {"unblocked": NOT_REPORTED, "penalty": "little cost"}
+
+
+def paper_table(results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The main table: the paper's figure and this one, nulls and controls among the rows.
+
+    Each row has `quantity`, `paper`, `here` (mean ± SEM over runs, and the number of anchors where it is not one) and
+    `fraction`: how far back, beside every cosine ("" elsewhere). The paper's figures are those of its abstract.
+    """
+    return [dict(zip(("quantity", "paper", "here", "fraction"), row, strict=True)) for row in _paper_rows(results)]
+
+
+def _paper_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for key, (quantity, paper) in PAPER_STEPS.items():
+        yield _cosine(results, quantity, paper, "summary", key)
+    for key, name in named(results.get("nulls"), NULLS):
+        paper = PAPER_PAIRS if key == "isotropic" else NOT_REPORTED
+        yield f"run-step pairs above p99 of: {name}", paper, pairs_text(at(results, "nulls", key)), ""
+    for key, name in named(results.get("controls"), CONTROLS):
+        yield _cosine(results, f"control: {name}, last step", NOT_REPORTED, "controls", key, suffix="_final")
+    closure = at(results, "controls", "unaligned_twin", "closure_final")
+    yield "closure of the gap to the unaligned twin", NOT_REPORTED, mean_text(closure, results), ""
+    for arm, name, paper in _paper_arms(results, PAPER_ALIGNMENT):
+        yield _cosine(results, f"alignment: {name}", paper, "arms", arm, suffix="_final")
+    yield "harmfulness: anchor", NOT_REPORTED, spread_text(at(results, "history", "anchor", "harmfulness"), True), ""
+    for arm, name, paper in _paper_arms(results, PAPER_HARM):
+        yield f"harmfulness: {name}", paper, mean_text(at(results, "arms", arm, "harmfulness"), results, True), ""
+    for arm, name, paper in _paper_arms(results, PAPER_LOSS):
+        yield f"task loss: {name}", paper, mean_text(at(results, "arms", arm, "task_loss"), results), ""
+
+
+def _paper_arms(results: Mapping[str, Any], paper: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Arm, name, paper's figure: the arms that the paper speaks of, then those that only this setting has."""
+    yield from ((arm, ARMS[arm], figure) for arm, figure in paper.items())
+    yield from ((arm, name, NOT_REPORTED) for arm, name in named(results.get("arms"), ARMS) if arm not in ARMS)
+
+
+def _cosine(
+    results: Mapping[str, Any], quantity: str, paper: str, *keys: str, suffix: str = ""
+) -> tuple[str, str, str, str]:
+    """A row with the fraction beside the cosine."""
+    here, fraction = (at(results, *keys, f"{measure}{suffix}") for measure in ("alignment", "fraction"))
+    return quantity, paper, mean_text(here, results), "" if value(here) is None else spread_text(fraction)
+
+
+# -- numbers into words ------------------------------------------------------------------------------------------------
+def at(results: Any, *keys: str) -> Any:
+    """What lies under the keys, None where the way ends."""
+    for key in keys:
+        results = results.get(key) if isinstance(results, Mapping) else None
+    return results
+
+
+def value(entry: Any, part: str = "mean") -> float | None:
+    """The number of a plain entry or the named part of a spread; None where it was not run."""
+    found = entry.get(part) if isinstance(entry, Mapping) else entry
+    return found if isinstance(found, int | float) and found == found else None
+
+
+def decimal(number: float, percent: bool = False) -> str:
+    """Three decimals, or a percentage with one, with a true minus sign."""
+    return (f"{100 * number:.1f}" if percent else f"{number:.3f}").replace("-", "−")
+
+
+def spread_text(entry: Any, percent: bool = False) -> str:
+    """Mean ± SEM, or the mean alone where one run has no SEM."""
+    middle, sem = value(entry), value(entry, "sem") if isinstance(entry, Mapping) else None
+    if middle is None:
+        return NOT_RUN
+    return f"{decimal(middle, percent)}{'' if sem is None else f' ± {decimal(sem, percent)}'}{' %' * percent}"
+
+
+def mean_text(entry: Any, results: Mapping[str, Any], percent: bool = False) -> str:
+    """Mean ± SEM with the number of runs, and of anchors where they are several."""
+    runs = at(entry, "runs")
+    if value(entry) is None or runs is None:
+        return spread_text(entry, percent)
+    count = runs if isinstance(runs, int) else sum(run is not None for run in runs)
+    anchors = results.get("n_anchors") or 1
+    among = f", {anchors} anchors" if anchors > 1 else ""
+    return f"{spread_text(entry, percent)} ({count} run{'s' * (count != 1)}{among})"
+
+
+def pairs_text(null: Any) -> str:
+    """How many of how many."""
+    if at(null, "n_above") is None or at(null, "n_pairs") is None:
+        return NOT_RUN
+    return f"{null['n_above']} of {null['n_pairs']}"
+
+
+def named(entries: Any, known: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Keys with their names: the known ones first, whether run or not."""
+    yield from known.items()
+    yield from ((key, key.replace("_", " ")) for key in (entries or {}) if key not in known)

@@ -1,1 +1,0 @@
-"""Histories that gravlens can make itself, one per file."""

@@ -1,0 +1,268 @@
+"""Controls: single contrasts that say how much of an alignment belongs to this history."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from einops import einsum
+from jaxtyping import Float
+
+from gravlens.activations.residuals import Residuals, from_start, substitute
+from gravlens.core.errors import GravlensError
+from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.trajectory import drifts, follow, mean_state
+from gravlens.directions.vrev import locate_vrev
+from gravlens.stats.nulls import NullDraws
+
+NOTHING_LEFT = 1e-5  # of a unit vector: an fp32 one is rounded at about 1e-7
+MIN_SIBLINGS = 3  # a spread over two is a guess
+
+
+def partialled_out(directions: Directions, other: Directions) -> Directions:
+    """Directions with another history's direction taken out: unit(v − ⟨v, u⟩u), layer by layer.
+
+    With `other` towards a wrong witness from the same anchor, what the two have in common goes: common structure, and a
+    part of the anchor's own excursion. Not all of it: u is one noisy view of that excursion. Where nothing but the
+    anchor is shared and c = r/(1 + r), a cosine of c·√((1 − c)/(1 + c)) is left (0.29 of 0.5): docs/controls.md.
+
+    Args:
+        directions: v_rev.
+        other: at the same layers.
+
+    Returns:
+        Directions whose distance is that of the part that is left, distance·‖v − ⟨v, u⟩u‖; undefined where nothing is
+        left, or where `other` is undefined.
+    """
+    return Directions(tuple(_partialled(direction, other[direction.layer]) for direction in directions))
+
+
+def _partialled(direction: Direction, other: Direction) -> Direction:
+    if direction.undefined is not None:
+        return direction
+    name = other.made_from.get("witness", other.estimator)
+    v, u = direction.vector.astype(np.float64), other.vector.astype(np.float64)
+    rest = v - (v @ u) / (u @ u) * u
+    left, undefined = float(np.linalg.norm(rest)), None
+    if other.undefined is not None:
+        undefined = f"the direction to take out ({name}) is undefined: {other.undefined}"
+    elif left <= NOTHING_LEFT:
+        undefined = f"nothing is left once the direction of {name} is taken out"
+    return replace(
+        direction,
+        vector=rest / left if undefined is None else np.full_like(rest, np.nan),
+        distance=direction.distance * left,
+        reliability=float("nan"),
+        made_from={**direction.made_from, "partialled_out": name},
+        undefined=undefined,
+    )
+
+
+def compare_witnesses(
+    probes: Residuals,
+    held_out: Residuals,
+    *,
+    witnesses: Sequence[str],
+    anchors: Sequence[str] = ("anchor",),
+    layers_in_mean: Sequence[int],
+) -> pd.DataFrame:
+    """Every run along the direction of every named pair of witness and anchor: which history does it move back in?
+
+    An earlier or a later witness, one of another lineage, an equally distant checkpoint that is no ancestor: an
+    alignment is read beside its pair's distance and its direction's cosine with v_rev. The drift is always the runs'
+    own, from `anchor` (docs/controls.md).
+
+    Args:
+        probes: states that the directions are located on; hold `witness`, `anchor` and the named checkpoints.
+        held_out: states that the runs are judged on; hold `anchor` and the runs.
+        witnesses: names of checkpoints (`"witness"` is the real one).
+        anchors: likewise (`"sibling_anchor"` has no anchor in common with the drift).
+        layers_in_mean: layers that all columns are means over.
+
+    Returns:
+        Columns `witness, anchor, run, step, alignment, fraction, distance` (residual units), `cosine_with_v_rev`.
+
+    Raises:
+        GravlensError: a name is unknown, or a pair does not differ at one of the layers.
+    """
+    v_rev = _between(probes, "witness", "anchor", layers_in_mean)
+    frames = []
+    for witness, anchor in [(witness, anchor) for witness in witnesses for anchor in anchors]:
+        pair = _between(probes, witness, anchor, layers_in_mean)
+        table = follow(held_out, pair).table
+        rows = table.loc[table.layer.isna(), ["run", "step", "alignment", "fraction"]]
+        cosines = einsum(pair.vectors.astype(np.float64), v_rev.vectors, "layer d, layer d -> layer")
+        facts = {"distance": pair.distances.mean(), "cosine_with_v_rev": cosines.mean()}
+        frames.append(rows.assign(witness=witness, anchor=anchor, **facts))
+    columns = ["witness", "anchor", "run", "step", "alignment", "fraction", "distance", "cosine_with_v_rev"]
+    return pd.concat(frames, ignore_index=True)[columns]
+
+
+def _between(residuals: Residuals, witness: str, anchor: str, layers: Sequence[int]) -> Directions:
+    """The direction from one checkpoint to another, defined at all the layers: means are over the same ones."""
+    found = locate_vrev(substitute(residuals, witness=witness, anchor=anchor)).at(layers)
+    if undefined := [direction.layer for direction in found if direction.undefined is not None]:
+        raise GravlensError(
+            f"{witness} and {anchor} do not differ at the layers {undefined}.",
+            "Every pair is compared on the same layers.",
+            "layers_in_mean without those, or another pair.",
+        )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorRatio:
+    """How far alignment seeds scatter the anchor, against the witness's distance; and the cosine that this alone makes.
+
+    Attributes:
+        layers: the layers.
+        r: ratio of the variance of the anchor's excursion to the witness's, [layer]; infinite where the siblings
+            scatter as far as the witness is.
+        expected_cosine: r/(1 + r), a cosine within 0 and 1, [layer].
+        draws: of `expected_cosine` over siblings, [draw, layer]; the layers of one draw belong together.
+        siblings: the names that they were estimated over, the anchor's among them.
+    """
+
+    layers: tuple[int, ...]
+    r: Float[np.ndarray, " layer"]
+    expected_cosine: Float[np.ndarray, " layer"]
+    draws: Float[np.ndarray, "draw layer"] = field(repr=False)
+    siblings: tuple[str, ...] = ()
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per layer: `layer, r, expected_cosine`, and `low, high`, the draws' central 95 %."""
+        low, high = np.quantile(self.draws, (0.025, 0.975), axis=0)
+        columns = {"layer": self.layers, "r": self.r, "expected_cosine": self.expected_cosine}
+        return pd.DataFrame({**columns, "low": low, "high": high})
+
+
+def anchor_ratio(
+    residuals: Residuals, *, siblings: Sequence[str], layers: Sequence[int], draws: int, rng: np.random.Generator
+) -> AnchorRatio:
+    """r of the shared anchor, estimated over siblings: the same witness, aligned with other seeds.
+
+    About the siblings' mean m let the anchor be a, the witness w, an endpoint e that is independent of both. Then
+    E⟨e − a, w − a⟩ = E‖a‖², and E‖w − a‖² = ‖w‖² + E‖a‖², so that with r = E‖a‖²/‖w‖² an endpoint as far from m as
+    the witness has
+
+        E cos(e − a, w − a) ≈ E‖a‖² / E‖w − a‖² = r/(1 + r).
+
+    V, the siblings' unbiased variance summed over d, estimates E‖a‖²; the mean over siblings of ‖h(W) − h(A_i)‖²
+    estimates E‖w − a‖². Their ratio is the expected cosine (docs/controls.md). This is the independent endpoint's case
+    and no more: a run starts at the anchor, so that its endpoint does depend on it.
+
+    The draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981): three can be resampled to
+    one and the same, which would have no variance, while Dirichlet weights leave each draw unbiased.
+
+    Args:
+        residuals: hold `witness`, `anchor` and the siblings, on the same prompts.
+        siblings: their names; `anchor` is one of them and is counted, named or not.
+        layers: layers to estimate at.
+        draws: how many.
+        rng: source of randomness.
+
+    Raises:
+        GravlensError: fewer than 3 siblings, the anchor counted; an unknown name or layer.
+    """
+    names = tuple(dict.fromkeys(["anchor", *siblings]))
+    if len(names) < MIN_SIBLINGS:
+        raise GravlensError(
+            f"{len(names)} siblings were given ({', '.join(names)}).",
+            f"A variance over alignment seeds needs at least {MIN_SIBLINGS}, the anchor counted.",
+            "align the witness with further seeds: Checkpoint(name, folder) of each when states are cached.",
+        )
+    states = np.stack([mean_state(residuals, name, layers) for name in names])  # [sibling, layer, d]
+    squares = ((mean_state(residuals, "witness", layers) - states) ** 2).sum(-1)
+    pairs = np.array(list(combinations(range(len(names)), 2)))
+    apart = ((states[pairs[:, 0]] - states[pairs[:, 1]]) ** 2).sum(-1) / 2  # each pair's unbiased variance
+    weights = np.vstack([np.full(len(names), 1 / len(names)), rng.dirichlet(np.ones(len(names)), draws)])
+    shared = weights[:, pairs[:, 0]] * weights[:, pairs[:, 1]]
+    variance, distance = shared @ apart / shared.sum(1, keepdims=True), weights @ squares
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine = (variance / distance).clip(0, 1)
+        r = cosine[0] / (1 - cosine[0])
+    return AnchorRatio(tuple(layers), r, cosine[0], cosine[1:], names)
+
+
+def independent_endpoints(
+    residuals: Residuals,
+    siblings: Sequence[str],
+    *,
+    steps: Sequence[int],
+    draws: int,
+    rng: np.random.Generator,
+    layers: Sequence[int] | None = None,
+) -> NullDraws:
+    """`anchor_ratio`'s expected cosine r/(1 + r) as a null, the same at every step: what sharing the anchor makes.
+
+    The draws spread as the estimate does, over siblings; one endpoint's cosine spreads further.
+
+    Args:
+        residuals: hold `witness`, `anchor` and the siblings, on the same prompts.
+        siblings: their names; `anchor` is one of them and is counted, named or not.
+        steps: the steps that it serves.
+        draws: how many.
+        rng: source of randomness.
+        layers: default: all of the residuals'.
+
+    Raises:
+        GravlensError: what `anchor_ratio` raises.
+    """
+    layers = residuals.layers if layers is None else layers
+    ratio = anchor_ratio(residuals, siblings=siblings, layers=layers, draws=draws, rng=rng)
+    cosines = np.repeat(ratio.draws[:, None], len(steps), axis=1)
+    return NullDraws("independent_endpoints", cosines, tuple(steps), ratio.layers)
+
+
+def closure(
+    runs: Residuals,
+    twins: Residuals,
+    directions: Directions,
+    *,
+    pairs: Sequence[tuple[str, str]],
+    layers: Sequence[int],
+) -> pd.DataFrame:
+    """How much of the gap between a run and its unaligned twin has closed.
+
+    closure(t) = 1 − ⟨h(W_t) − h(θ_t), v_rev⟩ / distance: 0 where the same data moves both alike, 1 where the run has
+    reached its twin; above 0 is reversion beyond the common drift.
+
+    Args:
+        runs: residuals with `anchor` and the runs.
+        twins: residuals with `witness` and the twins, on the same prompts.
+        directions: v_rev.
+        pairs: (run, twin) names on the same data.
+        layers: layers of the mean.
+
+    Returns:
+        Columns `run, step, layer` (`<NA>`: the mean over `layers`), `closure`.
+
+    Raises:
+        GravlensError: a run and its twin have different steps.
+    """
+    chosen = directions.at(layers)
+    gap = mean_state(twins, "witness", layers) - mean_state(runs, "anchor", layers)
+    frames = []
+    for run, twin in pairs:
+        if runs.runs.get(run) != twins.runs.get(twin):
+            raise GravlensError(
+                f"{run} has steps {runs.runs.get(run)}, its twin {twin} {twins.runs.get(twin)}.",
+                "Closure pairs a run and a twin step by step.",
+                "the same save_steps for both.",
+            )
+        twin_drift = drifts(from_start(twins, start="witness"), twin, layers)
+        apart = gap + twin_drift - drifts(runs, run, layers)
+        closed = (
+            1
+            - einsum(apart, chosen.vectors.astype(np.float64), "step layer d, layer d -> step layer") / chosen.distances
+        )
+        frames.append(_tidy(run, runs.runs[run], layers, closed))
+    return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
+
+
+def _tidy(run: str, steps: Sequence[int], layers: Sequence[int], closed: np.ndarray) -> pd.DataFrame:
+    rows = [(run, step, layer, closed[i, j]) for i, step in enumerate(steps) for j, layer in enumerate(layers)]
+    rows += [(run, step, pd.NA, closed[i].mean()) for i, step in enumerate(steps)]
+    return pd.DataFrame(rows, columns=["run", "step", "layer", "closure"])

@@ -1,0 +1,237 @@
+"""A blocked run beside the same run without its blocker: harmless fine-tuning from the anchor of a history."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from gravlens.activations.fingerprint import fingerprint
+from gravlens.activations.residuals import cache_residuals
+from gravlens.behavior.scores import task_loss
+from gravlens.blockers.blocking import Blocker
+from gravlens.blockers.penalty import Penalty
+from gravlens.blockers.projection import UpdateProjection
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import write_json, write_table
+from gravlens.directions.direction import Directions
+from gravlens.directions.trajectory import Trajectory, follow
+from gravlens.history.prompts import Example, PromptSet
+from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.models.placement import Placement
+from gravlens.organisms.arms import LATE, UNBLOCKED
+from gravlens.organisms.pretrained import inner_of
+from gravlens.studies.inputs import ends, followed_on, located, opened
+from gravlens.training.finetune import Recipe, finetune
+
+BLOCKED = "blocked"
+HELD_OUT = 8  # one example of so many is kept for the task's loss
+
+
+@dataclass(frozen=True)
+class Block:
+    """A blocker along v_rev, in words.
+
+    Attributes:
+        kind: `penalty` (motion back alone), `clamp` (motion both ways) or `projection` (exact, of the probes' mean).
+        strength: of penalty and clamp; default: 30.
+        margin: of the penalty: above 0 the model is pushed the other way, by up to this fraction; default: 0.
+        layers: default: the inner ones that have a v_rev; of a projection the last of these.
+    """
+
+    kind: Literal["penalty", "clamp", "projection"] = "penalty"
+    strength: float | None = None
+    margin: float | None = None
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        taken = {"penalty": ("strength", "margin"), "clamp": ("strength",), "projection": ()}[self.kind]
+        unread = [n for n in ("strength", "margin") if getattr(self, n) is not None and n not in taken]
+        if unread:
+            raise GravlensError(
+                f"A {self.kind} was given a {unread[0]}.",
+                f"It takes {' and '.join(taken) or 'neither strength nor margin'}.",
+                f"--kind {self.kind} without --{unread[0]}.",
+            )
+
+    def along(self, directions: Directions, probes: PromptSet) -> Blocker:
+        """The blocker itself."""
+        if self.kind == "projection":
+            return UpdateProjection(directions, probes)
+        side = "one" if self.kind == "penalty" else "both"
+        strength = Penalty.strength if self.strength is None else self.strength
+        return Penalty(directions, probes, margin=self.margin or 0.0, strength=strength, side=side)
+
+    def directions(self, sequence: ModelSequence, placement: Placement) -> Directions:
+        """v_rev at the layers that are held."""
+        states = ends(sequence, layers=self.layers, placement=placement)
+        found = located(states, self.layers).defined()
+        if self.layers:
+            return found
+        inner = inner_of(len(states.layers))
+        kept = [layer for layer in found.layers if layer in inner] or list(found.layers)
+        return found.at(kept[-LATE:] if self.kind == "projection" else kept)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How both runs are trained.
+
+    Attributes:
+        recipe: steps, batch, learning rate, …
+        save_steps: after which steps to save, beside the last.
+        seed: of the data's order.
+    """
+
+    recipe: Recipe = Recipe()
+    save_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
+    seed: int = 0
+
+    @property
+    def saved(self) -> tuple[int, ...]:
+        """The steps after which a checkpoint is saved."""
+        return tuple(sorted({*(step for step in self.save_steps if step < self.recipe.steps), self.recipe.steps}))
+
+
+@dataclass(frozen=True, eq=False)
+class Paired:
+    """What became of the runs.
+
+    Attributes:
+        table: a row for the anchor and one for each run at its last step: `run`, `step`, `alignment` and `fraction`
+            (mean over the held layers, on the prompts that are judged on), `fraction_probes` (on those that the blocker
+            acts on), `task_loss` (nats a token, on held-out examples), `seconds_per_step`, `folder`.
+        trajectory: of all saved steps.
+        prompts: what is judged on: `held_out`, or `given` where the sequence has no others than its probes.
+        n_trained: examples that were trained on.
+        n_task: examples that the task's loss is on.
+    """
+
+    table: pd.DataFrame
+    trajectory: Trajectory
+    prompts: str
+    n_trained: int
+    n_task: int
+
+
+def block_beside(
+    sequence: ModelSequence,
+    examples: Sequence[Example],
+    *,
+    out: Path,
+    block: Block = Block(),
+    training: Training = Training(),
+    only_blocked: bool = False,
+    placement: Placement = Placement(),
+) -> Paired:
+    """Fine-tune the anchor with a blocker along v_rev, and once more without; both see one order of the data.
+
+    The last eighth of the examples is not trained on: the task's loss is taken there. What was stopped goes on where it
+    was, and a run that is complete is not made again.
+
+    Args:
+        sequence: witness, anchor, probes, and held-out prompts to judge on.
+        examples: harmless data.
+        out: folder for `blocked/checkpoint-{step}` and `unblocked/checkpoint-{step}`.
+        block: which blocker.
+        training: how both are trained.
+        only_blocked: leave the other run out.
+        placement: where states and losses are read; training itself is on a GPU where there is one.
+
+    Raises:
+        GravlensError: no probes, fewer than two examples, no v_rev, or `out` holds another run.
+    """
+    n_task = _n_task(examples)
+    train, task = examples[:-n_task], examples[-n_task:]
+    vs = block.directions(sequence, placement)
+    blocker = block.along(vs, sequence.require_probes())
+    kinds: dict[str, Blocker | None] = {} if only_blocked else {UNBLOCKED: None}
+    start = fingerprint(sequence.anchor, ("paired",))
+    runs = {}
+    for name, chosen in {**kinds, BLOCKED: blocker}.items():
+        made_of = (start, train, training, (block, vs.vectors.tobytes()) if chosen else None)
+        runs[name] = _trained(sequence, train, out / name, chosen, training, made_of)
+    after = replace(sequence, runs=runs)
+    followed = _followed(after, vs, placement)
+    judged = "held_out" if (followed.table["prompts"] == "held_out").any() else "given"
+    losses = {
+        name: task_loss(opened(sequence, last, placement), task)
+        for name, last in {"anchor": sequence.anchor, **{name: run[-1] for name, run in runs.items()}}.items()
+    }
+    return Paired(_tabulated(followed, runs, losses, judged), followed, judged, len(train), n_task)
+
+
+def _n_task(examples: Sequence[Example]) -> int:
+    if len(examples) < 2:
+        raise GravlensError(
+            f"The data have {len(examples)} example(s).", "One at least is trained on, one judged on.", "more data."
+        )
+    return max(1, len(examples) // HELD_OUT)
+
+
+def _trained(
+    sequence: ModelSequence,
+    examples: Sequence[Example],
+    folder: Path,
+    blocker: Blocker | None,
+    training: Training,
+    made_of: Any,
+) -> tuple[Checkpoint, ...]:
+    """One run; a complete one of the same description is taken as it is."""
+    mark, key = folder / "run.json", hashlib.sha256(repr(made_of).encode()).hexdigest()
+    saved = [Checkpoint(f"{folder.name}/{step}", folder / f"checkpoint-{step}", step) for step in training.saved]
+    if mark.exists() and json.loads(mark.read_text())["description"] == key:
+        return tuple(saved)
+    if mark.exists() or (any(folder.glob("checkpoint-*")) and not (folder / ".resume").exists()):
+        raise GravlensError(
+            f"{folder} holds another run.",
+            "Nothing is written over.",
+            "another --out, or remove that folder.",
+        )
+    run = finetune(
+        sequence.anchor,
+        examples,
+        out=folder,
+        recipe=training.recipe,
+        save_steps=training.saved,
+        blocker=blocker,
+        seed=training.seed,
+    )
+    write_table(folder / "log.csv", run.log)
+    write_json(mark, {"description": key, "seconds_per_step": run.seconds_per_step})
+    return run.checkpoints
+
+
+def _followed(sequence: ModelSequence, vs: Directions, placement: Placement) -> Trajectory:
+    """The runs on the probes, and on the held-out prompts where there are other ones."""
+    asked = followed_on(sequence)
+    return follow([cache_residuals(sequence, prompts, layers=vs.layers, placement=placement) for prompts in asked], vs)
+
+
+def _tabulated(
+    followed: Trajectory, runs: Mapping[str, tuple[Checkpoint, ...]], losses: Mapping[str, float], judged: str
+) -> pd.DataFrame:
+    means: dict[Any, Any] = {
+        (row.run, row.step, row.prompts): row for row in followed.table[followed.table["layer"].isna()].itertuples()
+    }
+    rows: list[dict[str, Any]] = [{"run": "anchor", "step": 0, "fraction": 0.0, "fraction_probes": 0.0}]
+    for name, run in runs.items():
+        last, folder = run[-1], Path(str(run[-1].source))
+        found = means[name, last.step, judged]
+        rows.append(
+            {
+                "run": name,
+                "step": last.step,
+                "alignment": found.alignment,
+                "fraction": found.fraction,
+                "fraction_probes": means[name, last.step, "given"].fraction,
+                "seconds_per_step": json.loads((folder.parent / "run.json").read_text())["seconds_per_step"],
+                "folder": str(folder),
+            }
+        )
+    columns = ["run", "step", "alignment", "fraction", "fraction_probes", "task_loss", "seconds_per_step", "folder"]
+    table = pd.DataFrame(rows).assign(task_loss=lambda frame: frame["run"].map(losses))
+    return table[columns]

@@ -1,0 +1,3 @@
+from . import finetune as finetune
+from . import monitor as monitor
+from . import thresholds as thresholds

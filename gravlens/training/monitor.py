@@ -1,0 +1,335 @@
+"""A Trainer callback that watches a run move along directions as it trains, and can stop it at a calibrated threshold.
+
+What it reads is what `follow` reads of saved checkpoints; nothing of the training is changed by it.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from gravlens.activations.residuals import Offset, Residuals, read_residuals
+from gravlens.core.errors import GravlensError
+from gravlens.directions.direction import Directions
+from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, Trajectory, mean_state, measure_drift, tabulate
+from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.sequence import Checkpoint, Prompts
+from gravlens.models.opening import OpenModel, open_model
+from gravlens.training.thresholds import Threshold
+
+Anchor = Checkpoint | Path | str | nn.Module | OpenModel | Residuals
+
+
+class Monitor(TrainerCallback):
+    """Watches one run: how far and how straight it has moved along directions, every so many optimizer steps.
+
+    At the beginning it keeps the anchor's states on the probes; then it reads the training model in eval mode, without
+    gradients, and leaves its mode and the random generators as they were. Of each layer, and of their mean, it reports
+    `alignment` (where it is judged), `fraction` and `drift` (its length in units of the distance) through Trainer's own
+    log, as `monitor/fraction` and `monitor/layer_2/fraction`.
+
+        monitor = Monitor(vs, probes).attach(trainer)
+
+    `callbacks=[monitor]` does as well where `report_to` is empty: then it all stands in `trainer.state.log_history`.
+
+    Args:
+        directions: one direction a layer; the mean is over all that are defined (`vs.at(layers)` for some).
+        probes: prompts; best held-out ones, which the directions were not estimated on.
+        every: how many optimizer steps lie between evaluations.
+        stop_above: where to stop the run.
+        anchor: a checkpoint, or `Residuals` of these probes that hold `anchor`. Default: the model as it is when the
+            run begins. A resumed run needs it.
+        tokenizer: default: the trainer's `processing_class`.
+        name: begins each name in the log, and is the run's in the table.
+
+    Attributes:
+        stopped_at: the step at which it stopped the run, or None.
+    """
+
+    def __init__(
+        self,
+        directions: Directions,
+        probes: Prompts,
+        *,
+        every: int = 1,
+        stop_above: Threshold | None = None,
+        anchor: Anchor | None = None,
+        tokenizer: Any | None = None,
+        name: str = "monitor",
+    ) -> None:
+        self.directions, self.probes = directions, PromptSet.of(probes)
+        self.every, self.stop_above, self.anchor, self.tokenizer, self.name = every, stop_above, anchor, tokenizer, name
+        self.stopped_at: int | None = None
+        self._defined = directions.defined()
+        self._positions: Offset = _positions_of(directions)
+        self._trainer: Trainer | None = None
+        self._ids: list[list[int]] | None = None
+        self._start: Float[np.ndarray, "layer d_model"] | None = None
+        self._held = False  # whether `start` was given
+        self._measures: dict[int, dict[str, Float[np.ndarray, " layer"]]] = {}
+        self._above = 0  # evaluations in a row
+        if every < 1:
+            raise GravlensError(f"Monitor(every={every}) was given.", "It counts optimizer steps.", "every=1.")
+        if stop_above is not None and stop_above.layers not in (None, self._defined.layers):
+            raise GravlensError(
+                f"The threshold is of layers {stop_above.layers}, the directions of {self._defined.layers}.",
+                "A threshold serves the mean that it was calibrated on.",
+                "directions.at(layers) for the one or the other.",
+            )
+
+    def attach(self, trainer: Trainer, *, start: OpenModel | None = None) -> "Monitor":
+        """Take part in a trainer's run, and report through it to all that `report_to` names.
+
+        Args:
+            trainer: a Hugging Face `Trainer` or one of TRL's, not yet trained.
+            start: the trainer's model, opened, where it stands at the anchor now: its states are kept at once. Default:
+                they are kept when the run begins.
+
+        Returns:
+            The monitor itself.
+
+        Raises:
+            GravlensError: it has watched a run already.
+        """
+        if self._measures:
+            raise self._used()
+        self._trainer = trainer
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        if start is not None:
+            self.tokenizer = self.tokenizer or start.tokenizer
+            if self.anchor is None:
+                check_whole(start.module)
+                self._start, self._held = self._states(start), True
+        return self
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """What was measured: the columns of `Trajectory.table`, and `relative_drift` (drift_norm / distance)."""
+        steps, shape = sorted(self._measures), (len(self._measures), len(self._defined))
+        measures = {
+            name: np.array([self._measures[step][name] for step in steps]).reshape(shape)
+            for name in (*MEASURES, "relative_drift")
+        }
+        given = self.probes.digest == self._defined.directions[0].prompts
+        table = tabulate(self.name, steps, measures, self._defined, self._defined.layers)
+        return table.assign(prompts="given" if given else "held_out")
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The same as `follow` would return it, for plots and nulls."""
+        undefined = {one.layer: one.undefined for one in self.directions if one.undefined is not None}
+        return Trajectory(self.table, self._defined.layers, undefined)
+
+    # -- Trainer's events ----------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
+    ) -> None:
+        """Keep the anchor's states; of a run that goes on, keep what was measured until there.
+
+        Raises:
+            GravlensError: a run that goes on without an anchor, or that a threshold was not calibrated for.
+        """
+        check_whole(model)
+        self._check_run(args, state)
+        self.tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
+        self._model = open_model(model, tokenizer=self.tokenizer)
+        if self._start is None or (state.global_step == 0 and not self._held):
+            self._start = self._anchor_states(self._model)
+        self._measures = {step: one for step, one in self._measures.items() if step <= state.global_step}
+        self.stopped_at, self._above = None, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure, report, and stop the run where it is time."""
+        if state.global_step % self.every:
+            return
+        stop = state.is_world_process_zero and self._evaluate(state, control)
+        if self.stop_above is not None and _told_by_first(stop, args.device):
+            self.stopped_at = state.global_step
+            control.should_training_stop = True
+
+    def _evaluate(self, state: Any, control: Any) -> bool:
+        """Measure and report, and say whether to stop."""
+        measures = measure_drift(self._states(self._model) - self._start, self._defined)
+        measures["relative_drift"] = measures["drift_norm"] / self._defined.distances
+        self._measures[state.global_step] = measures
+        self._report(_named(self.name, measures, self._defined.layers), state, control)
+        if self.stop_above is None:
+            return False
+        judged = self.stop_above.statistic == "fraction" or bool(_judged(measures).all())
+        above = judged and float(measures[self.stop_above.statistic].mean()) > self.stop_above.value
+        self._above = self._above + 1 if above else 0
+        return self._above >= self.stop_above.patience
+
+    def _report(self, logs: dict[str, float], state: Any, control: Any) -> None:
+        if self.stop_above is not None:
+            logs[f"{self.name}/threshold"] = self.stop_above.value
+        if self._trainer is None:
+            state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
+            return
+        # Trainer's own: TRL's would put the training's averages into this row and begin them anew.
+        wanted = control.should_log
+        Trainer.log(self._trainer, logs)
+        control.should_log = wanted  # the step's own row is still to come
+
+    # -- states --------------------------------------------------------------------------------------------------------
+
+    def _states(self, model: OpenModel) -> Float[np.ndarray, "layer d_model"]:
+        """Means over the probes, in fp64."""
+        if self._ids is None:
+            _check_template(self.tokenizer, self.directions)
+            self._ids = encode(self.tokenizer, self.probes)
+        _check_width(model, self._defined)
+        with undisturbed(model.module):
+            states = read_residuals(model, self._ids, layers=self._defined.layers, positions=self._positions)
+        return states.numpy().mean(0, dtype=np.float64)
+
+    def _anchor_states(self, model: OpenModel) -> Float[np.ndarray, "layer d_model"]:
+        anchor = self.anchor
+        if anchor is None:
+            return self._states(model)
+        if not isinstance(anchor, Residuals):
+            return self._states(open_model(anchor, tokenizer=self.tokenizer, device=model.device, dtype=model.dtype))
+        read = anchor.meta.get("positions", "last")
+        if anchor.prompts != self.probes.digest or read != self._positions or anchor.index is not None:
+            raise GravlensError(
+                f"The anchor's residuals are of prompts {anchor.prompts[:8]} at {read!r}.",
+                f"The monitor reads {self.probes.digest[:8]} at {self._positions!r}.",
+                "cache_residuals(sequence, probes), or the anchor's checkpoint.",
+            )
+        return mean_state(anchor, "anchor", self._defined.layers)
+
+    def _check_run(self, args: Any, state: Any) -> None:
+        if self._trainer is None and args.report_to:
+            raise GravlensError(
+                f"The monitor stands among the callbacks, and the trainer reports to {', '.join(args.report_to)}.",
+                "A callback alone cannot reach those, which stand before it.",
+                "monitor.attach(trainer).",
+            )
+        if state.global_step == 0 and self._measures:
+            raise self._used()
+        if state.global_step > 0 and self.anchor is None and self._start is None:
+            raise GravlensError(
+                f"The run goes on at step {state.global_step}, and its anchor was not given.",
+                "Drift is counted from the anchor, never from the weights that a run is resumed at.",
+                "Monitor(…, anchor=the checkpoint that the run began at).",
+            )
+        last = None if self.stop_above is None else self.stop_above.last_step
+        if last is not None and state.max_steps > last:
+            raise GravlensError(
+                f"The run has {state.max_steps} steps, and the threshold comes from null runs of {last}.",
+                "Null runs too move on with every step, so a threshold serves no longer run than theirs.",
+                f"null runs of {state.max_steps} steps, or max_steps={last}.",
+            )
+
+    def _used(self) -> GravlensError:
+        return GravlensError(
+            f"This monitor has watched a run already, to step {max(self._measures)}.",
+            "One monitor watches one run, from its anchor.",
+            "a new Monitor(…).",
+        )
+
+
+def _judged(measures: dict[str, Float[np.ndarray, " layer"]]) -> Bool[np.ndarray, " layer"]:
+    return measures["relative_drift"] > JUDGED_FROM
+
+
+def _named(name: str, measures: dict[str, Float[np.ndarray, " layer"]], layers: Sequence[int]) -> dict[str, float]:
+    """What stands in the log: the mean's, then each layer's; a cosine that is not judged is left out."""
+    judged, logs = _judged(measures), {}
+    rows = {name: slice(None), **{f"{name}/layer_{layer}": slice(i, i + 1) for i, layer in enumerate(layers)}}
+    for prefix, part in rows.items():
+        if judged[part].all():
+            logs[f"{prefix}/alignment"] = float(measures["alignment"][part].mean())
+        logs[f"{prefix}/fraction"] = float(measures["fraction"][part].mean())
+        logs[f"{prefix}/drift"] = float(measures["relative_drift"][part].mean())
+    return logs
+
+
+def _told_by_first(stop: bool, device: torch.device) -> bool:
+    """What the first process decides, in all of them: one that stopped alone would leave the others waiting."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return stop
+    told = torch.tensor(int(stop), device=device)
+    torch.distributed.broadcast(told, src=0)
+    return bool(told)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Generator[None]:
+    """Every part in eval mode; afterwards its own mode, and the random generators as they were."""
+    training = [part for part in module.modules() if part.training]
+    devices = sorted({weight.device.index for weight in module.parameters() if weight.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        try:
+            for part in training:
+                part.training = False  # not eval(): some modules rewrite their weights there
+            yield
+        finally:
+            for part in training:
+                part.training = True
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+def check_whole(module: nn.Module) -> None:
+    """Raise where the weights are sharded over processes (FSDP, DeepSpeed ZeRO-3, tensor parallel) or offloaded."""
+    fsdp = {"FullyShardedDataParallel", "FSDPModule"}
+    wrapped = [one for part in module.modules() for cls in type(part).__mro__ if (one := cls.__name__) in fsdp]
+    # ZeRO-3 marks its parts with `ds_id`; FSDP 2 and tensor parallel training hold DTensors, which have a mesh
+    parts = [
+        name
+        for name, weight in module.named_parameters()
+        if weight.is_meta or hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")
+    ]
+    if wrapped or parts:
+        raise GravlensError(
+            f"The model in training is not whole in this process ({', '.join([*wrapped, *parts][:2])}, …).",
+            "The monitor reads states of one process's weights: one device, several in one process, or DDP.",
+            "DDP or DeepSpeed ZeRO-1 or -2; or save checkpoints, and follow() them.",
+        )
+
+
+def _positions_of(directions: Directions) -> Offset:
+    """Where the directions' prompts were read, which must be a place that the monitor reads."""
+    facts = [direction.made_from for direction in directions.defined()]
+    geometries = {one.get("geometry", "raw") for one in facts}
+    positions = {one.get("positions", "last") for one in facts}
+    first: Any = next(iter(positions))
+    if geometries != {"raw"} or len(positions) > 1 or not (first == "last" or isinstance(first, int)):
+        raise GravlensError(
+            f"The directions were located at {', '.join(map(str, positions))} in {', '.join(geometries)} geometry.",
+            'The monitor reads raw states at one token of each prompt, "last" or an offset from its end.',
+            "directions of such states: locate_vrev(sequence).",
+        )
+    return "last" if first == "last" else int(first)
+
+
+def _check_template(tokenizer: Any, directions: Directions) -> None:
+    """A template where the directions had none, or the other way round, would watch another state."""
+    facts = [direction.made_from for direction in directions.defined()]
+    located = {str(one["chat_template"]) for one in facts if "chat_template" in one}
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if tokenizer is not None and located and templated != (located != {"none"}):
+        raise GravlensError(
+            f"The tokenizer has {'a' if templated else 'no'} chat template, and the directions were located with "
+            f"{', '.join(sorted(located))}.",
+            "Probes are read as the directions' prompts were.",
+            "Monitor(…, tokenizer=) with " + ("chat_template = None." if templated else "the anchor's."),
+        )
+
+
+def _check_width(model: OpenModel, directions: Directions) -> None:
+    if model.d_model != directions.vectors.shape[1]:
+        raise GravlensError(
+            f"This {type(model.module).__name__} has states of width {model.d_model}.",
+            f"The directions have {directions.vectors.shape[1]} dimensions.",
+            "directions and an anchor of the history that is trained.",
+        )

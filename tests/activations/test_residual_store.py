@@ -1,0 +1,128 @@
+"""Looking after a store, in Python and from the command line: what it holds, what is damaged, what may go."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from histories import refused
+from typer.testing import CliRunner
+
+from gravlens.activations.positions import Query
+from gravlens.activations.residuals import Residuals, cache_residuals
+from gravlens.activations.store import Shelf, damaged_files, list_store, prune_store, query_key
+from gravlens.cli import app
+from gravlens.history.sequence import ModelSequence
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    read(tmp_path / "store")
+    return tmp_path / "store"
+
+
+def read(folder: Path) -> Residuals:
+    seq = ModelSequence.from_models(
+        witness=tiny.llama(0), anchor=tiny.llama(1), tokenizer=tiny.TOKENIZER, probes=tiny.PROMPTS
+    )
+    return cache_residuals(seq, layers=[0, 2], store=folder)
+
+
+def run(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["store", *map(str, words)], env={"COLUMNS": "200"})
+    return result.exit_code, result.output
+
+
+def states(store: Path) -> list[Path]:
+    return sorted((store / "states").rglob("*.safetensors"))
+
+
+def test_what_a_store_holds_is_listed(store: Path) -> None:
+    table = list_store(store)
+    assert list(table["prompts"][:2]) == [len(tiny.PROMPTS)] * 2 and list(table["layers"][:2]) == [2, 2]
+    assert set(table["checkpoint"][:2]) == {"a LlamaForCausalLM in memory"} and table["states"][2] == "views"
+    assert sum(table["files"]) == 3 and (table["mib"] > 0).all() and (table["used"].dt.year > 2000).all()
+    code, text = run("list", store)
+    assert code == 0 and "LlamaForC" in text and "views" in text
+    code, text = run("list", store, "--json")
+    assert code == 0 and [row["files"] for row in json.loads(text)] == [1, 1, 1]
+
+
+def test_damage_is_named_and_nothing_is_taken_away(store: Path) -> None:
+    assert damaged_files(store) == [] and run("verify", store) == (0, "every file is whole\n")
+    path = states(store)[0]
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    assert damaged_files(store) == [path]
+    code, text = run("verify", store)
+    assert code == 1 and path.name in text.replace("\n", "") and path.exists()
+
+
+def test_what_can_be_made_again_is_pruned(store: Path) -> None:
+    wanted = read(store).values.copy()
+    scratch, fresh = store / "states" / ".x.1", store / "views" / ".y.2"
+    for path in (scratch, fresh):
+        path.write_bytes(b"half")
+    os.utime(scratch, (0, 0))
+    views = sorted((store / "views").glob("*.safetensors"))
+    assert prune_store(store, dry=True) == sorted([scratch, *views]) and scratch.exists()
+    code, text = run("prune", store)
+    assert code == 0 and "2 files taken away" in text
+    assert not scratch.exists() and fresh.exists() and len(states(store)) == 2
+    assert np.array_equal(read(store).values, wanted)
+
+
+def test_states_that_were_not_asked_for_in_a_while_are_pruned(store: Path) -> None:
+    old, used = states(store)
+    os.utime(old, (0, 0))
+    prune_store(store, unused_days=30)
+    assert states(store) == [used]
+    os.utime(used, (0, 0))
+    read(store)  # it was asked for just now
+    prune_store(store, unused_days=30)
+    assert used in states(store)
+
+
+def test_a_folder_that_is_no_store_is_refused_and_nothing_in_it_touched(tmp_path: Path) -> None:
+    (tmp_path / "notes.safetensors").write_bytes(b"mine")
+    for work in (list_store, damaged_files):
+        with refused("no store"):
+            work(tmp_path)
+    assert run("prune", tmp_path)[0] == 2 and (tmp_path / "notes.safetensors").exists()
+
+
+def test_a_prompt_is_known_by_its_tokens_and_where_it_is_read() -> None:
+    queries = [Query((1, 2), ((1,),)), Query((1, 2), ((0,),)), Query((1, 2), ((0, 1),)), Query((1, 2), ((0,), (1,)))]
+    assert len({query_key(query) for query in [*queries, Query((12,), ((0,),))]}) == 5
+
+
+def test_rows_come_back_as_they_were_put(tmp_path: Path) -> None:
+    shelf, rng = Shelf(tmp_path), np.random.default_rng(0)
+    queries = [Query((1, 2), ((0,), (1,))), Query((3,), ((0,),))]
+    put = rng.normal(size=(3, 2, 4)).astype(np.float32)
+    shelf.put(put, queries=queries, layers=[1, 5], checkpoint="here")
+    keys = [query_key(query) for query in reversed(queries)]
+    assert shelf.missing(keys, [1, 3, 5]) == [(3,), (3,)]
+    found = {number: (layers, rows) for number, layers, rows in shelf.rows(keys, [1, 5])}
+    assert found[0][0] == found[1][0] == (1, 5)
+    assert np.array_equal(found[0][1], put[2:]) and np.array_equal(found[1][1], put[:2])
+    assert [(n, layers) for n, layers, _ in shelf.rows(keys[:1], [5])] == [(0, (5,))]
+
+
+def test_no_flipped_bit_of_a_header_is_believed(tmp_path: Path) -> None:
+    """`missing` reads headers alone: what a file seems to hold there is what it holds."""
+    shelf, query = Shelf(tmp_path), Query((1, 2), ((1,),))
+    shelf.put(np.ones((1, 2, 4), np.float32), queries=[query], layers=[1, 5], checkpoint="here")
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for at in range(header):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        with pytest.warns(UserWarning, match="damaged"):
+            assert shelf.missing([query_key(query)], [1, 5]) == [(1, 5)]
+        assert not path.exists()
+    path.write_bytes(content)
+    assert shelf.missing([query_key(query)], [1, 5]) == [()]

@@ -1,0 +1,217 @@
+"""Trajectories against closed forms: drift = a·v + b·w, w at right angles to v."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from histories import refused, synthetic
+from scipy.stats import sem
+
+from gravlens.activations.residuals import Residuals
+from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, drifts, follow, measure_drift
+from gravlens.directions.vrev import locate_vrev
+
+WIDTH, LAYERS, PROMPTS = 6, 3, 4
+DISTANCES = np.array([2.0, 5.0, 0.5])
+ANCHOR = np.random.default_rng(0).standard_normal((PROMPTS, LAYERS, WIDTH)) * 3
+BASIS = np.linalg.qr(np.random.default_rng(1).standard_normal((LAYERS, WIDTH, WIDTH)))[0]
+V, W = BASIS[:, :, 0], BASIS[:, :, 1]  # [layer, d_model], orthonormal
+
+
+def history(runs: Mapping[str, tuple[float, float]], prompts: str = "probes") -> Residuals:
+    """Runs whose drift is `a` of the distance along v and `b` of it along w, at every layer and on average alone."""
+    jitter = np.random.default_rng(2).standard_normal((PROMPTS, LAYERS, WIDTH))
+    jitter -= jitter.mean(0)
+    states = {"witness": ANCHOR + (DISTANCES[:, None] * V), "anchor": ANCHOR}
+    for name, (a, b) in runs.items():
+        states[name] = ANCHOR + DISTANCES[:, None] * (a * V + b * W) + jitter
+    return synthetic(states, prompts=prompts)
+
+
+def per_layer(trajectory: object, run: str, step: int) -> np.ndarray:
+    table = trajectory.table  # pyright: ignore
+    rows = table[(table.run == run) & (table.step == step) & table.layer.notna()].sort_values("layer")
+    return rows[list(MEASURES)].to_numpy(float)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.3, 0.4), (-0.2, 0.1), (1.0, 0.0), (0.0, 0.7), (2.0, -1.0)])
+def test_alignment_projection_fraction_and_norm_have_their_closed_form(a: float, b: float) -> None:
+    residuals = history({"seed0/5": (a, b)})
+    found = per_layer(follow(residuals, locate_vrev(residuals)), "seed0", 5)
+    length = math.hypot(a, b)
+    wanted = np.stack([np.full(LAYERS, a / length), a * DISTANCES, np.full(LAYERS, a), length * DISTANCES], axis=1)
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_named_axes_hold_what_the_table_holds_and_nan_where_a_run_lacks_a_step() -> None:
+    residuals = history({"seed0/1": (0.3, 0.4), "seed0/5": (0.6, 0.1), "seed1/5": (0.2, 0.0)})
+    followed = follow(residuals, locate_vrev(residuals))
+    found = followed.to_xarray()
+    assert dict(found.sizes) == {"run": 2, "prompts": 1, "step": 2, "layer": LAYERS}
+    for run, step in (("seed0", 1), ("seed0", 5), ("seed1", 5)):
+        rows = found.sel(run=run, step=step, prompts="given").to_dataframe()[list(MEASURES)]
+        np.testing.assert_array_equal(rows.to_numpy(), per_layer(followed, run, step))
+    assert np.isnan(found.fraction.sel(run="seed1", step=1)).all()
+
+
+def test_the_witness_is_all_the_way_back_and_straight() -> None:
+    residuals = history({"seed0/1": (1, 0)})
+    residuals.values[2] = residuals.of("witness")
+    found = per_layer(follow(residuals, locate_vrev(residuals)), "seed0", 1)
+    assert found[:, 0] == pytest.approx(1, abs=1e-6) and found[:, 2] == pytest.approx(1, abs=1e-6)
+
+
+def test_no_drift_is_fraction_zero_and_has_no_cosine() -> None:
+    residuals = history({"seed0/1": (1, 0)})
+    residuals.values[2] = residuals.of("anchor")
+    table = follow(residuals, locate_vrev(residuals)).table
+    assert (table.fraction == 0).all() and (table.drift_norm == 0).all()
+    assert table.alignment.isna().all() and not table.judged.any()
+
+
+def test_the_table_is_tidy() -> None:
+    residuals = history({"a/20": (0.1, 0), "a/5": (0.2, 0), "b/5": (0.3, 0)})
+    table = follow(residuals, locate_vrev(residuals)).table
+    assert list(table.columns.sort_values()) == sorted(["run", "step", "layer", "prompts", "judged", *MEASURES])
+    assert len(table) == 3 * (LAYERS + 1) and not table.duplicated(["run", "step", "layer", "prompts"]).any()
+    assert str(table.layer.dtype) == "Int64" and table.judged.dtype == bool
+    assert table[table.run == "a"].step.unique().tolist() == [5, 20]
+    assert table[(table.run == "a") & (table.step == 5)].fraction.to_numpy() == pytest.approx(0.2, abs=1e-6)
+    assert table[(table.run == "b")].fraction.to_numpy() == pytest.approx(0.3, abs=1e-6)
+
+
+def test_the_mean_over_layers_is_over_the_chosen_layers() -> None:
+    residuals = history({"seed0/1": (0, 0)})
+    fractions = np.array([0.1, 0.2, 0.9])
+    sideways = np.array([0.0, 0.2, 0.9])
+    moved = DISTANCES[:, None] * (fractions[:, None] * V + sideways[:, None] * W)
+    residuals.values[2] = residuals.of("anchor") + moved
+    alignments = fractions / np.hypot(fractions, sideways)
+    for chosen in (None, (0, 2), [1], (2, 0)):
+        trajectory = follow(residuals, locate_vrev(residuals), layers_in_mean=chosen)
+        layers = list(range(LAYERS)) if chosen is None else list(chosen)
+        mean = trajectory.table[trajectory.table.layer.isna()]
+        assert trajectory.layers_in_mean == tuple(layers)
+        assert mean.fraction.item() == pytest.approx(fractions[layers].mean(), abs=1e-5)
+        assert mean.alignment.item() == pytest.approx(alignments[layers].mean(), abs=1e-5)
+        assert mean.drift_norm.item() == pytest.approx(
+            (np.hypot(fractions, sideways) * DISTANCES)[layers].mean(), abs=1e-5
+        )
+        assert trajectory.table.layer.notna().sum() == LAYERS, "every layer stands beside the mean"
+
+
+def test_the_summary_is_mean_and_sem_over_runs() -> None:
+    fractions = {"a": 0.1, "b": 0.2, "c": 0.6}
+    runs = {f"{run}/{step}": (f * step, 0.1) for run, f in fractions.items() for step in (1, 2)}
+    residuals = history(runs)
+    summary = follow(residuals, locate_vrev(residuals)).summary("given")
+    assert summary.index.tolist() == [1, 2]
+    for step in (1, 2):
+        values = np.array(list(fractions.values())) * step
+        row = summary.loc[step, "fraction"]
+        assert row["mean"] == pytest.approx(values.mean(), abs=1e-5) and row["sem"] == pytest.approx(
+            sem(values), abs=1e-5
+        )
+        cosines = values / np.hypot(values, 0.1)
+        row = summary.loc[step, "alignment"]
+        assert row["mean"] == pytest.approx(cosines.mean(), abs=1e-5) and row["sem"] == pytest.approx(
+            sem(cosines), abs=1e-5
+        )
+
+
+def test_given_and_held_out_prompts_are_told_apart_by_their_digest() -> None:
+    given, held_out = history({"a/1": (0.1, 0)}, "probes"), history({"a/1": (0.4, 0)}, "others")
+    trajectory = follow([given, held_out], locate_vrev(given))
+    fraction = trajectory.table.groupby("prompts").fraction.mean()
+    assert fraction["given"] == pytest.approx(0.1, abs=1e-6) and fraction["held_out"] == pytest.approx(0.4, abs=1e-6)
+    assert trajectory.summary().loc[1, ("fraction", "mean")] == pytest.approx(0.4, abs=1e-6)
+    assert trajectory.summary("given").loc[1, ("fraction", "mean")] == pytest.approx(0.1, abs=1e-6)
+    assert set(follow(held_out, locate_vrev(given)).table.prompts) == {"held_out"}
+    assert set(follow(given, locate_vrev(given)).table.prompts) == {"given"}
+
+
+@pytest.mark.parametrize(("share", "judged"), [(0.5, False), (0.99, False), (1.01, True), (50.0, True)])
+def test_a_cosine_is_judged_where_the_drift_exceeds_two_percent_of_the_distance(share: float, judged: bool) -> None:
+    assert JUDGED_FROM == 0.02
+    residuals = history({"a/1": (0.0, share * 0.02)})
+    assert set(follow(residuals, locate_vrev(residuals)).table.judged) == {judged}
+
+
+def test_the_mean_is_judged_where_all_its_layers_are() -> None:
+    residuals = history({"a/1": (0.5, 0.0)})
+    residuals.values[2][:, 1] = residuals.of("anchor")[:, 1]
+    table = follow(residuals, locate_vrev(residuals)).table
+    assert table.judged.tolist() == [True, False, True, False]
+    table = follow(residuals, locate_vrev(residuals), layers_in_mean=[0, 2]).table
+    assert table[table.layer.isna()].judged.item()
+
+
+def test_undefined_layers_are_left_out_of_the_mean_and_listed() -> None:
+    residuals = history({"a/1": (0.25, 0.0)})
+    residuals.values[0][:, 1] = residuals.of("anchor")[:, 1]
+    vs = locate_vrev(residuals)
+    trajectory = follow(residuals, vs)
+    assert trajectory.layers_in_mean == (0, 2) and dict(trajectory.undefined) == {1: vs[1].undefined}
+    assert trajectory.table.layer.dropna().tolist() == [0, 2]
+    assert trajectory.table.fraction.to_numpy() == pytest.approx(0.25, abs=1e-5)
+    assert follow(residuals, vs, layers_in_mean=[1, 2]).layers_in_mean == (2,)
+    with refused("[1]"):
+        follow(residuals, vs, layers_in_mean=[1])
+
+
+def test_two_sets_of_a_kind_are_refused_since_they_would_count_a_run_twice() -> None:
+    one, other = (history({"r/1": (0.1, 0.2)}, prompts=name) for name in ("new", "newer"))
+    with refused("2 sets of residuals"):
+        follow([one, other], locate_vrev(history({})))
+
+
+def test_nothing_to_follow_is_an_error() -> None:
+    residuals = history({"a/1": (0.5, 0.0)})
+    vs = locate_vrev(residuals)
+    with refused("no run", "witness"):
+        follow(history({}), vs)
+    with refused("layer 9"):
+        follow(residuals, vs, layers_in_mean=[0, 9])
+    with refused("[5]"):
+        follow(residuals, Directions((Direction(V[0], 5, 1.0),)))
+    with refused("undefined"):
+        follow(residuals, Directions((Direction(np.full(WIDTH, np.nan), 0, 0.0, undefined="no difference"),)))
+
+
+def test_drifts_are_means_over_prompts_in_order_of_steps_and_layers_asked_for() -> None:
+    residuals = history({"a/20": (0.5, 0.0), "a/5": (0.1, 0.0)})
+    found = drifts(residuals, "a", (2, 0))
+    wanted = np.stack([np.stack([f * DISTANCES[layer] * V[layer] for layer in (2, 0)]) for f in (0.1, 0.5)])
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_pitfall_10_drifts_are_accumulated_in_fp64() -> None:
+    rng = np.random.default_rng(0)
+    anchor = (1e4 + rng.standard_normal((50_000, 1, 2))).astype(np.float32)
+    states = {"witness": anchor + 1, "anchor": anchor, "a/1": anchor + np.float32([0.5, 0.25])}
+    residuals = synthetic(states)
+    exact = [
+        math.fsum(residuals.of("a/1")[:, 0, i].tolist()) / 5e4 - math.fsum(anchor[:, 0, i].tolist()) / 5e4
+        for i in (0, 1)
+    ]
+    assert drifts(residuals, "a", (0,))[0, 0] == pytest.approx(exact, abs=1e-9)
+
+
+def test_measures_keep_any_leading_axes() -> None:
+    drift = np.random.default_rng(0).standard_normal((2, 3, LAYERS, WIDTH))
+    vs = Directions(tuple(Direction(V[i], i, DISTANCES[i]) for i in range(LAYERS)))
+    found = measure_drift(drift, vs)
+    assert all(found[name].shape == (2, 3, LAYERS) for name in MEASURES)
+    one = drift[1, 2, 1]
+    assert found["projection"][1, 2, 1] == pytest.approx(float(one @ V[1]), abs=1e-6)
+    assert found["alignment"][1, 2, 1] == pytest.approx(float(one @ V[1] / np.linalg.norm(one)), abs=1e-6)
+
+
+def test_the_number_of_anchors_is_stated_and_the_html_is_escaped() -> None:
+    residuals = history({"<b>a</b>/1": (0.5, 0.0)})
+    trajectory = follow(residuals, locate_vrev(residuals))
+    html = trajectory._repr_html_()
+    assert trajectory.n_anchors == 1 and "anchors: 1" in html
+    assert "<b>a" not in html and "&lt;b&gt;a" in html

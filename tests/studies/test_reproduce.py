@@ -1,0 +1,593 @@
+"""The main job on a small organism: its tables against numbers worked out anew, its results folder, its verdicts."""
+
+import base64
+import importlib.metadata
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import small
+from histories import reference, refused
+from scipy import stats
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from gravlens.cli import app
+from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.vrev import locate_vrev
+from gravlens.history.prompts import encode
+from gravlens.history.sequence import ModelSequence
+from gravlens.models.opening import load_tokenizer
+from gravlens.organisms.base import Setting
+from gravlens.stats.nulls import isotropic_quantile
+from gravlens.studies import experiment
+from gravlens.studies.evidence import Findings, final_rows, findings_of
+from gravlens.studies.experiment import home_of, load_states
+from gravlens.studies.reproduce import checks, reproduce, spread, summarise
+
+SPREAD = {"mean", "sem", "runs"}
+FINALS = {"alignment_final", "fraction_final"}
+BEHAVIOR = {"harmfulness", "refusal_log_odds", "over_refusal"}
+COST = {"task_loss", "seconds_per_step"}
+CONTROLS = {"wrong_witness", "wrong_witness_removed", "sibling_anchor", "unaligned_twin", "continued_alignment"}
+ARMS = {"unblocked", "unblocked_new_facts", "penalty", "penalty_margin", "penalty_random"}
+ARMS |= {"clamp", "clamp_matched_twin", "reinforce", "lower_rate", "released_at_20"}
+NULLS = {"isotropic", "weight_noise", "covariance_of_states", "covariance_of_drifts", "independent_endpoints"}
+NULLS |= {"sign_flips", "swapped_labels", "harmless", "shuffled_words"}
+
+
+@dataclass
+class Done:
+    """What `reproduce` left, and what it was asked."""
+
+    out: Path
+    home: Path
+    setting: Setting
+    returned: dict[str, Any]
+    results: dict[str, Any]
+
+    def table(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.out / f"{name}.csv")
+
+
+def done(root: Path, setting: Setting, *, workers: int = 1) -> Done:
+    """`reproduce`, asked by paths relative to where one stands, as at a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        returned = reproduce({"one": setting}, Path("results"), cache=Path("cache"), workers=workers)
+    results = json.loads((root / "results" / "results.json").read_text(), parse_constant=not_json)
+    return Done(root / "results", home_of(setting, root / "cache"), setting, returned, results)
+
+
+def not_json(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+@pytest.fixture(scope="module")
+def organism(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """Made by a worker process, as ever."""
+    return done(tmp_path_factory.mktemp("organism"), small.Short(**small.PLAN))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The real model's setting on a tiny folder, made in this process."""
+    root = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "processes", small.inline)
+        return done(root, small.pretrained(root / "user"))
+
+
+@pytest.fixture(params=["organism", "pretrained"])
+def each(request: pytest.FixtureRequest) -> Done:
+    return request.getfixturevalue(request.param)
+
+
+# -- results.json ------------------------------------------------------------------------------------------------------
+
+
+def spreads(table: Mapping[str, Any], names: set[str], runs: int) -> None:
+    assert set(table) == names
+    for one in table.values():
+        assert set(one) == SPREAD and len(one["runs"]) == runs
+        values = [value for value in one["runs"] if value is not None]
+        assert one["mean"] == (pytest.approx(np.mean(values)) if values else None)
+        assert one["sem"] == (pytest.approx(stats.sem(values)) if len(values) > 1 else None)
+
+
+def test_results_hold_what_is_documented(organism: Done) -> None:
+    found, runs = organism.results, 2
+    documented = {"schema_version", "setting", "n_anchors", "seeds", "layers", "layers_in_mean", "alignment", "summary"}
+    documented |= {"nulls", "controls", "arms", "history", "environment"}
+    assert set(found) == documented | {"organisms", "checks", "claims", "interval", "damage"}
+    assert (found["schema_version"], found["setting"], found["n_anchors"]) == (1, "refusal", 1)
+    assert (found["organisms"], found["seeds"]) == (["one"], [0, 1])
+    assert (found["layers"], found["layers_in_mean"]) == ([0, 1, 2], [0, 1])
+    columns = {"run", "step", "layer", "prompts", "alignment", "projection", "fraction", "drift_norm"}
+    assert all(set(row) == columns for row in found["alignment"])
+    keys = {(row["run"], row["step"], row["layer"], row["prompts"]) for row in found["alignment"]}
+    assert keys == {
+        (run, step, layer, prompts)
+        for run in ("one/unblocked-0", "one/unblocked-1")
+        for step in (1, 20)
+        for layer in (None, 0, 1, 2)
+        for prompts in ("given", "held_out")
+    }
+    assert len(found["alignment"]) == len(keys)
+    assert set(found["summary"]) == {"first_step", "step_20", "final"}
+    for step in found["summary"].values():
+        spreads(step, {"alignment", "fraction"}, runs)
+    assert set(found["nulls"]) == NULLS
+    for name, null in found["nulls"].items():
+        assert set(null) == {"p99", "p99_by_step", "n_pairs", "n_above"}
+        pairs = {"sign_flips": 2, "covariance_of_drifts": 2}  # of the mean over runs; at the last step alone
+        assert null["n_pairs"] == pairs.get(name, 4)
+        assert set(null["p99_by_step"]) == ({"20"} if name == "covariance_of_drifts" else {"1", "20"}) and null[
+            "p99"
+        ] == max(null["p99_by_step"].values())
+    assert set(found["controls"]) == CONTROLS
+    for name, control in found["controls"].items():
+        spreads(control, FINALS | ({"closure_final"} if name == "unaligned_twin" else set()), runs)
+    assert set(found["arms"]) == ARMS
+    for arm in found["arms"].values():
+        spreads(arm, FINALS | BEHAVIOR | COST, runs)
+    assert set(found["history"]) == {"witness", "anchor"}
+    for checkpoint in found["history"].values():
+        spreads(checkpoint, BEHAVIOR, 1)
+    assert all(set(check) == {"organism", "statement", "holds", "figures"} for check in found["checks"])
+    (claim,) = found["claims"]
+    assert set(claim) == {"organism", "level", "sentence", "capped_by", "demands"}
+    assert all(set(demand) == {"level", "name", "holds", "figures"} for demand in claim["demands"])
+    assert {row["measure"] for row in found["interval"]} == {"alignment", "fraction"}
+    assert all(row["low"] <= row["estimate"] <= row["high"] for row in found["interval"])
+    assert found["damage"][0]["damage"] == "none" and len(found["damage"]) == 5
+
+
+def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float | None]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from numbers(item, f"{path}/{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from numbers(item, path)
+    elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        yield path, value
+
+
+def test_every_number_is_finite_and_what_is_missing_has_a_reason(each: Done) -> None:
+    for path, value in numbers(each.results):
+        if value is not None:
+            assert math.isfinite(value), path
+        elif not path.endswith(("/sem", "/layer")):
+            # a tiny model may say nothing but nonsense, which is counted apart; steps and arms may be absent
+            absent = "/summary/step_20" in path or path.startswith(("/arms/", "/controls/", "/interval/"))
+            if path == "/damage/alignment":  # of no drift
+                continue
+            assert re.search("harmfulness|over_refusal|holds", path) or (
+                absent and each.setting.name == "pretrained"
+            ), path
+
+
+def test_what_is_returned_is_what_is_written(each: Done) -> None:
+    def plain(value: Any) -> Any:
+        return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+    assert plain(each.returned) == each.results
+
+
+def test_the_environment_is_this_one(each: Done) -> None:
+    found = each.results["environment"]
+    for package in ("torch", "transformers", "transformer-lens", "numpy", "scipy"):
+        assert found[package] == importlib.metadata.version(package)
+    assert found["threads"] == 1 and set(found["seconds"]) >= {"make one", "tables"}
+
+
+# -- the tables, worked out anew ---------------------------------------------------------------------------------------
+
+
+def means(each: Done, folder: Path) -> np.ndarray:
+    """Hugging Face's own mean states [layer, d_model] on the held-out prompts, for all layers but the last."""
+    sequence = ModelSequence.from_toml(each.out / "SEQUENCE.toml")
+    ids = encode(load_tokenizer(folder), sequence.held_out or sequence.require_probes())
+    return reference(AutoModelForCausalLM.from_pretrained(folder), ids, range(2)).double().mean(0).numpy()
+
+
+def test_alignment_is_that_of_the_checkpoints_on_disk(each: Done) -> None:
+    last = each.setting.save_steps[-1]
+    vs = locate_vrev(load_states(each.home, "measured", "probes"))
+    anchor = means(each, each.home / "anchor")
+    drift = means(each, each.home / f"runs/unblocked/seed0/checkpoint-{last}") - anchor
+    projection = np.sum(drift * vs.vectors[:2], axis=1)
+    rows = {
+        row["layer"]: row
+        for row in each.results["alignment"]
+        if (row["run"], row["step"], row["prompts"]) == ("one/unblocked-0", last, "held_out")
+    }
+    for layer in (0, 1):
+        length = np.linalg.norm(drift[layer])
+        wanted = [projection[layer] / length, projection[layer], projection[layer] / vs[layer].distance, length]
+        found = [rows[layer][name] for name in ("alignment", "projection", "fraction", "drift_norm")]
+        assert found == pytest.approx(wanted, rel=2e-3, abs=1e-4)
+    for name in ("alignment", "fraction"):
+        assert rows[None][name] == pytest.approx((rows[0][name] + rows[1][name]) / 2)
+        assert each.results["summary"]["final"][name]["runs"][0] == pytest.approx(rows[None][name])
+
+
+def mean_states(each: Done, part: str, name: str, prompts: str = "held_out") -> np.ndarray:
+    return load_states(each.home, part, prompts).of(name).mean(0, dtype=np.float64)[:2]
+
+
+def finals(drift: np.ndarray, towards: np.ndarray) -> dict[str, float]:
+    distance = np.linalg.norm(towards, axis=1)
+    along = np.sum(drift * towards, axis=1) / distance
+    return {
+        "alignment_final": float(np.mean(along / np.linalg.norm(drift, axis=1))),
+        "fraction_final": float(np.mean(along / distance)),
+    }
+
+
+def test_controls_and_arms_are_the_same_measurement_with_one_thing_exchanged(each: Done) -> None:
+    last = each.setting.save_steps[-1]
+    given = {name: mean_states(each, "measured", name, "probes") for name in each.setting.checkpoints}
+    held_out = {name: mean_states(each, "measured", name) for name in each.setting.checkpoints}
+    v_rev = given["witness"] - given["anchor"]
+    ends = {arm.name: mean_states(each, f"runs/{arm.name}/seed0", f"{arm.name}-0/{last}") for arm in each.setting.arms}
+    free = ends["unblocked"] - held_out["anchor"]
+    siblings = [finals(free, given["witness"] - given[name]) for name in given if name.startswith("sibling_anchor")]
+    wanted = {
+        "sibling_anchor": {key: float(np.mean([one[key] for one in siblings])) for key in siblings[0]},
+        "unaligned_twin": finals(ends["unaligned_twin"] - held_out["witness"], v_rev),
+    }
+    if "wrong_witness" in given:
+        wrong = given["wrong_witness"] - given["anchor"]
+        wanted["wrong_witness"] = finals(free, wrong)
+        shared = np.sum(v_rev * wrong, axis=1, keepdims=True) / np.sum(wrong * wrong, axis=1, keepdims=True)
+        wanted["wrong_witness_removed"] = finals(free, v_rev - shared * wrong)
+        wanted["continued_alignment"] = finals(ends["continued_alignment"] - held_out["anchor"], v_rev)
+    apart = ends["unaligned_twin"] - ends["unblocked"]
+    closed = 1 - np.sum(apart * v_rev, axis=1) / np.linalg.norm(v_rev, axis=1) ** 2
+    wanted["unaligned_twin"]["closure_final"] = float(closed.mean())
+    found = {name: control for name, control in each.results["controls"].items() if control is not None}
+    assert {n: {k: one["runs"][0] for k, one in control.items()} for n, control in found.items()} == {
+        name: pytest.approx(values, rel=1e-3, abs=1e-4) for name, values in wanted.items()
+    }
+    arms = {name: arm for name, arm in each.results["arms"].items() if arm is not None}
+    for name, arm in arms.items():
+        assert {k: arm[k]["runs"][0] for k in FINALS} == pytest.approx(
+            finals(ends[name] - held_out["anchor"], v_rev), rel=1e-3, abs=1e-4
+        )
+
+
+def test_arms_hold_the_behaviour_that_was_measured_at_the_last_step(each: Done) -> None:
+    last = str(each.setting.save_steps[-1])
+    arms, behavior = each.table("arms"), each.table("behavior")
+    assert arms.arm.unique().tolist() == [arm.name for arm in each.setting.arms]
+    for row in arms.to_dict("records"):
+        facts = json.loads((each.home / f"runs/{row['arm']}/seed{row['seed']}/run.json").read_text())
+        log = pd.read_csv(each.home / f"runs/{row['arm']}/seed{row['seed']}/log.csv")
+        assert row["seconds_per_step"] == pytest.approx(facts["seconds_per_step"])
+        assert row["blocker_norm"] == pytest.approx(log.blocker_norm.mean())
+        blocked = row["arm"].startswith(("penalty", "clamp", "reinforce", "released"))
+        assert row["blocker_norm"] >= 0 if blocked else row["blocker_norm"] == 0
+        for name in ("harmfulness", "refusal_log_odds", "over_refusal", "task_loss", "two_sided_log_odds", "empty"):
+            wanted = facts["behavior"][last][name]
+            assert row[name] == pytest.approx(math.nan if wanted is None else wanted, nan_ok=True)
+    assert (arms[arms.arm == "penalty"].blocker_norm > 0).all()
+    history = behavior[behavior.arm == "history"].set_index("run")
+    measured = json.loads((each.home / "measured/behavior.json").read_text())
+    assert set(history.index) == {"witness", "anchor"}
+    assert history.task_loss["anchor"] == pytest.approx(measured["anchor"]["task_loss"])
+    assert history.refusal_log_odds["witness"] == each.results["history"]["witness"]["refusal_log_odds"]["runs"][0]
+    assert "answers" not in behavior.columns
+
+
+def test_nulls_are_of_their_own_draws(each: Done) -> None:
+    nulls, setting = each.table("nulls"), each.setting
+    isotropic = nulls[(nulls.null == "isotropic") & nulls.layer.notna()]
+    assert isotropic.p99.to_numpy() == pytest.approx(isotropic_quantile(0.99, 32), rel=0.05)
+    for step, draws in setting.noise.items():
+        with np.load(experiment.noise_folder(setting, step, each.home) / "draws.npz") as file:
+            cosines = file["cosines"][:, 0]
+        assert len(cosines) == draws
+        rows = nulls[(nulls.null == "weight_noise") & (nulls.step == step)]
+        assert set(rows.run) == {f"unblocked-{seed}" for seed in setting.arms[0].seeds}
+        for row in rows.to_dict("records"):
+            drawn = cosines[:, :2].mean(1) if pd.isna(row["layer"]) else cosines[:, int(row["layer"])]
+            assert row["p99"] == pytest.approx(np.quantile(drawn, 0.99))
+            assert row["p_value"] == pytest.approx((1 + (drawn >= row["alignment"]).sum()) / (1 + draws))
+    for name, null in each.results["nulls"].items():
+        mean = nulls[(nulls.null == name) & nulls.layer.isna()]
+        assert (null["n_pairs"], null["n_above"]) == (len(mean), int(mean.above.sum()))
+
+
+def test_the_pretrained_setting_says_what_it_has_not(pretrained: Done) -> None:
+    found = pretrained.results
+    assert found["setting"] == "pretrained" and found["seeds"] == [0]
+    assert found["controls"]["wrong_witness"] is None and found["controls"]["continued_alignment"] is None
+    assert found["arms"]["penalty_margin"] is None and found["arms"]["unblocked_new_facts"] is None
+    assert {"unblocked_own_answers", "penalty_own_answers"} <= set(found["arms"])
+    assert found["summary"]["step_20"]["alignment"] == {"mean": None, "sem": None, "runs": []}
+    assert found["summary"]["first_step"]["alignment"]["sem"] is None, "one run has no spread"
+    statements = [check["statement"] for check in found["checks"]]
+    assert "fraction at step 4 above that at the first step" in statements, "20 is not among its steps"
+    assert any(statement.startswith("penalty_own_answers:") for statement in statements)
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_tables_figures_and_a_page_that_stands_alone(each: Done) -> None:
+    names = {field.name for field in fields(Findings)} | {"checks"}
+    assert {path.stem for path in each.out.glob("*.csv")} == names
+    for name in names:
+        table = each.table(name)
+        assert len(table) and set(table.organism) == {"one"}
+    figures = {"alignment", "fraction", "layers", "harmfulness", "arm_fraction", "task_loss"}
+    assert {path.name for path in (each.out / "figures").iterdir()} == {
+        f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png", "svg")
+    }
+    begins = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+    for path in (each.out / "figures").iterdir():
+        assert path.read_bytes().startswith(begins[path.suffix])
+    page = (each.out / "report.html").read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)", page)
+    svg = base64.b64encode((each.out / "figures" / "alignment.svg").read_bytes()).decode()
+    assert svg in page
+    assert {p.name for p in each.out.glob("SEQUENCE*")} == {
+        "SEQUENCE.toml", "SEQUENCE-probes.jsonl", "SEQUENCE-held_out.jsonl", "SEQUENCE-harmless.jsonl",
+    }  # fmt: skip
+
+
+def test_the_sequence_is_the_history_itself(each: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # wherever one stands, and though the cache was named by a relative path
+    sequence = ModelSequence.from_toml(each.out / "SEQUENCE.toml")
+    assert sequence.witness.source == each.home / "witness" and sequence.anchor.source == each.home / "anchor"
+    steps = list(each.setting.save_steps)
+    assert {name: [c.step for c in run] for name, run in sequence.runs.items()} == {
+        f"seed{seed}": steps for seed in each.setting.arms[0].seeds
+    }
+    prompts = each.setting.prompts(each.home)
+    assert sequence.probes and sequence.held_out and sequence.harmless
+    for name in ("probes", "held_out", "harmless"):
+        assert getattr(sequence, name).texts == prompts[name].texts
+
+
+def test_a_second_call_makes_nothing_again_and_says_the_same(
+    organism: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(experiment, "processes", small.inline)
+    monkeypatch.setattr(experiment, "finetune", lambda *given, **_: made.append(given))
+    again = reproduce({"one": organism.setting}, tmp_path, cache=organism.out.parent / "cache")
+    assert made == []
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert {**written, "environment": 0} == {**organism.results, "environment": 0}
+    assert again["alignment"] == organism.returned["alignment"]
+
+
+# -- the command line on what it left ----------------------------------------------------------------------------------
+
+
+def test_gravlens_locate_reads_the_sequence(each: Done, tmp_path: Path) -> None:
+    toml = str(each.out / "SEQUENCE.toml")
+    vs = locate_vrev(load_states(each.home, "measured", "probes"))
+    result = CliRunner().invoke(app, ["locate", toml, "--layer", "1", "--out", str(tmp_path / "v")])
+    assert result.exit_code == 0, result.output
+    assert f"{vs[1].distance:.4g}" in result.output and f"{vs[2].distance:.4g}" not in result.output
+    assert Direction.load(tmp_path / "v").vector == pytest.approx(vs[1].vector, abs=1e-5)
+    result = CliRunner().invoke(app, ["locate", toml, "--out", str(tmp_path / "vs")])
+    assert result.exit_code == 0 and all(f"{v.distance:.4g}" in result.output for v in vs)
+    assert Directions.load(tmp_path / "vs").vectors == pytest.approx(vs.vectors, abs=1e-5)
+
+
+def test_gravlens_trajectory_reads_the_sequence(organism: Done, tmp_path: Path) -> None:
+    toml = str(organism.out / "SEQUENCE.toml")
+    result = CliRunner().invoke(app, ["trajectory", toml, "--json", "--out", str(tmp_path / "table.csv")])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert set(summary) == {"1", "20"} and set(summary["1"]) == {
+        f"{measure}_{kind}" for measure in ("alignment", "fraction") for kind in ("mean", "sem", "count")
+    }
+    table = pd.read_csv(tmp_path / "table.csv")
+    rows = table[table.layer.isin([0, 1]) & (table.prompts == "held_out")].groupby(["run", "step"]).alignment.mean()
+    runs = organism.results["summary"]["final"]["alignment"]["runs"]
+    assert [rows["seed0", 20], rows["seed1", 20]] == pytest.approx(runs, abs=1e-4)
+    assert summary["20"]["alignment_mean"] != pytest.approx(np.mean(runs)), "all layers are in this mean"
+    shown = CliRunner().invoke(app, ["trajectory", toml])
+    assert shown.exit_code == 0 and f"{summary['20']['fraction_mean']:.3f} ± " in shown.output
+
+
+# -- several organisms -------------------------------------------------------------------------------------------------
+
+
+def test_the_spread_is_over_runs_of_one_anchor_and_over_the_means_of_several() -> None:
+    values = pd.Series([0.1, 0.2, 0.6, 0.8])
+    one = spread(values, pd.Series(["a"] * 4))
+    assert one == {"mean": pytest.approx(0.425), "sem": pytest.approx(stats.sem(values)), "runs": values.tolist()}
+    several = spread(values, pd.Series(["a", "a", "a", "b"]))
+    assert several == {"mean": pytest.approx(0.55), "sem": pytest.approx(0.25), "runs": values.tolist()}
+    assert spread(values[:1], pd.Series(["a"])) == {"mean": 0.1, "sem": None, "runs": [0.1]}
+    assert spread(values[:0], pd.Series([], dtype=object)) == {"mean": None, "sem": None, "runs": []}
+    holed = spread(pd.Series([0.1, math.nan, 0.5]), pd.Series(["a"] * 3))
+    assert holed["mean"] == pytest.approx(0.3) and holed["sem"] == pytest.approx(0.2) and len(holed["runs"]) == 3
+
+
+def test_two_organisms_are_two_anchors(organism: Done) -> None:
+    first = findings_of(organism.setting, organism.home, organism="one")
+    second = replace(first, **{field.name: getattr(first, field.name).copy() for field in fields(Findings)})
+    for field in fields(Findings):
+        table = getattr(second, field.name)
+        table["organism"] = "two"
+        for column in {"alignment", "alignment_final", "harmfulness"} & set(table.columns):
+            table[column] += 0.5
+    kept = second.arms.run.str.endswith("-0")  # one run an arm
+    moved = second.trajectory.run.str.endswith("-0")
+    second = replace(second, arms=second.arms[kept], trajectory=second.trajectory[moved])
+    found = summarise(Findings.concat([first, second]), organism.setting)
+    assert found["n_anchors"] == 2 and found["organisms"] == ["one", "two"] and found["seeds"] == [0, 1]
+    ours = organism.results["arms"]["penalty"]["alignment_final"]["runs"]
+    both = found["arms"]["penalty"]["alignment_final"]
+    assert both["runs"] == pytest.approx([*ours, ours[0] + 0.5])
+    assert both["mean"] == pytest.approx((np.mean(ours) + ours[0] + 0.5) / 2)
+    assert both["sem"] == pytest.approx(abs(np.mean(ours) - ours[0] - 0.5) / 2)
+    assert {row["run"].split("/")[0] for row in found["alignment"]} == {"one", "two"}
+    assert found["nulls"]["isotropic"]["n_pairs"] == 2 * organism.results["nulls"]["isotropic"]["n_pairs"]
+    assert {check["organism"] for check in found["checks"]} == {"one", "two"}
+    assert len(found["checks"]) == 2 * len(organism.results["checks"])
+
+
+def test_each_organism_has_a_sequence_of_its_own(
+    organism: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "processes", small.inline)
+    cache = organism.out.parent / "cache"
+    found = reproduce({"one": organism.setting, "two": organism.setting}, tmp_path, cache=cache)
+    assert {path.name for path in tmp_path.glob("*.toml")} == {"one.toml", "two.toml"}
+    assert ModelSequence.from_toml(tmp_path / "two.toml").anchor.source == organism.home / "anchor"
+    assert found["n_anchors"] == 2 and found["summary"]["final"]["alignment"]["sem"] == pytest.approx(0)
+    assert set(pd.read_csv(tmp_path / "arms.csv").organism) == {"one", "two"}
+    assert set(found["environment"]["seconds"]) >= {"make one", "make two"}
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+HOLDS = {
+    "unblocked": {"alignment_final": 0.5, "fraction_final": 0.12, "harmfulness": 0.6, "task_loss": 0.25},
+    "penalty": {"alignment_final": 0.1, "fraction_final": 0.02, "harmfulness": 0.1, "task_loss": 0.255},
+    "penalty_margin": {"alignment_final": -0.3, "fraction_final": -0.05, "harmfulness": 0.1, "task_loss": 0.255},
+    "penalty_random": {"alignment_final": 0.5, "fraction_final": 0.11, "harmfulness": 0.55, "task_loss": 0.25},
+}
+STATEMENTS = ("fraction at step 20", "unblocked: harm", "penalty: at most", "penalty_margin:", "penalty_random:")
+
+
+def world(changes: Mapping[str, Any] | None = None, *, organism: str = "one") -> Findings:
+    """Tables of two runs an arm in which the paper's picture holds, but for the changes ("arm.measure" -> value)."""
+    changes = dict(changes or {})
+    anchor, fractions = changes.pop("anchor", 0.05), changes.pop("fractions", ((0.01, 0.05), (0.02, 0.06)))
+    arms = {name: dict(values) for name, values in HOLDS.items()}
+    for change, value in changes.items():
+        name, measure = change.split(".")
+        arms.setdefault(name, dict(HOLDS[name.removesuffix("_own_answers")]))[measure] = value
+    rows = [
+        {"arm": arm, "run": f"{arm}-{seed}", "refusal_log_odds": 0.0, "over_refusal": 0.1, "seconds_per_step": 0.1}
+        | {name: value + shift for name, value in values.items()}
+        for arm, values in arms.items()
+        for seed, shift in ((0, 0.001), (1, -0.001))
+    ]
+    motion = [
+        {"arm": "unblocked", "run": f"unblocked-{seed}", "step": step, "layer": pd.NA, "prompts": prompts}
+        | {"fraction": value if prompts == "held_out" else -value}
+        for seed, values in enumerate(fractions)
+        for step, value in zip((1, 20, 100), (*values, -1.0), strict=True)
+        for prompts in ("held_out", "given")
+    ]
+    motion += [{**row, "arm": "penalty", "run": "penalty-0", "fraction": -row["fraction"]} for row in motion]
+    behavior = [{"arm": "history", "run": "anchor", "step": 0, "harmfulness": anchor}]
+    behavior += [{"arm": "history", "run": "witness", "step": 0, "harmfulness": 1.0}]
+    tables: dict[str, list[Any]] = {field.name: [] for field in fields(Findings)}
+    tables |= {"trajectory": motion, "arms": rows, "behavior": behavior}
+    return Findings(**{name: pd.DataFrame(table).assign(organism=organism) for name, table in tables.items()})
+
+
+def verdicts(findings: Findings) -> dict[str, bool | None]:
+    return {check["statement"]: check["holds"] for check in checks(findings)}
+
+
+def test_where_the_picture_holds_every_statement_holds() -> None:
+    found = verdicts(world())
+    assert all(found.values()) and len(found) == 5
+    assert all(any(statement.startswith(start) for statement in found) for start in STATEMENTS)
+    assert all(type(holds) is bool for holds in found.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fails"),
+    [
+        ({"fractions": ((0.01, 0.05), (0.05, 0.04))}, "fraction at step 20"),
+        ({"fractions": ((0.01, 0.01), (0.01, 0.05))}, "fraction at step 20"),
+        ({"anchor": 0.7}, "unblocked: harm"),
+        ({"anchor": math.nan}, "unblocked: harm"),
+        ({"penalty.fraction_final": 0.04}, "penalty: at most"),
+        ({"penalty.harmfulness": 0.31}, "penalty: at most"),
+        ({"penalty.task_loss": 0.28}, "penalty: at most"),
+        ({"penalty.harmfulness": math.nan}, "penalty: at most"),
+        ({"penalty_margin.alignment_final": 0.01}, "penalty_margin:"),
+        ({"penalty_random.fraction_final": 0.02}, "penalty_random:"),
+        ({"penalty_random.harmfulness": 0.2}, "penalty_random:"),
+        ({"penalty_random.harmfulness": math.nan}, "penalty_random:"),
+    ],
+)
+def test_a_statement_that_does_not_hold_is_shown_alone(changes: dict[str, Any], fails: str) -> None:
+    found = verdicts(world(changes))
+    assert [statement for statement, holds in found.items() if holds is False] == [
+        statement for statement in found if statement.startswith(fails)
+    ]
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("anchor", [0.6, 0.7, math.nan])
+def test_where_harm_did_not_rise_there_is_nothing_to_block(anchor: float) -> None:
+    found = verdicts(world({"anchor": anchor, "unblocked.harmfulness": 0.6}))
+    assert [statement.split(":")[0] for statement, holds in found.items() if holds is None] == ["penalty"]
+    assert [statement.split(":")[0] for statement, holds in found.items() if holds is False] == ["unblocked"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"penalty.fraction_final": -0.3},
+        {"penalty.fraction_final": 0.0299, "penalty.harmfulness": 0.2999, "penalty.task_loss": 0.2749},
+        {"penalty_margin.harmfulness": 0.9, "penalty_margin.task_loss": 9.0},
+        {"penalty_random.task_loss": 9.0},
+    ],
+)
+def test_statements_say_no_more_than_they_say(changes: dict[str, Any]) -> None:
+    assert all(verdicts(world(changes)).values())
+
+
+def test_arms_on_own_answers_are_held_against_their_own() -> None:
+    both = {"unblocked_own_answers.fraction_final": 0.04, "penalty_own_answers.fraction_final": 0.02}
+    found = verdicts(world(both))
+    assert not found[next(s for s in found if s.startswith("penalty_own_answers:"))]
+    assert found[next(s for s in found if s.startswith("penalty: at most"))]
+    both["penalty_own_answers.fraction_final"] = 0.005
+    assert all(verdicts(world(both)).values())
+
+
+def test_each_organism_is_judged_alone_and_figures_are_said() -> None:
+    found = checks(Findings.concat([world(), world({"anchor": 0.7}, organism="two")]))
+    assert len(found) == 10
+    assert [(check["organism"], check["statement"]) for check in found if check["holds"] is False] == [
+        ("two", "unblocked: harm above the anchor's")
+    ]
+    figures = {check["statement"].split(":")[0]: check["figures"] for check in found if check["organism"] == "two"}
+    assert figures["unblocked"] == "60.0% against 70.0%"
+    assert figures["fraction at step 20 above that at the first step"] == "0.015 → 0.055, 2 of 2 runs"
+    assert "+2.0%" in figures["penalty"] and figures["penalty_margin"] == "-0.300"
+
+
+def test_final_rows_are_the_layer_mean_at_each_run_s_own_last_step() -> None:
+    rows = [
+        {"run": run, "step": step, "layer": layer, "prompts": prompts, "alignment": step}
+        for run, steps in {"a": (1, 20), "b": (1, 5)}.items()
+        for step in steps
+        for layer in (0, pd.NA)
+        for prompts in ("given", "held_out")
+    ]
+    table = pd.DataFrame(rows)
+    for prompts in ("given", "held_out"):
+        found = final_rows(table, prompts)
+        assert dict(zip(found.run, found.step, strict=True)) == {"a": 20, "b": 5}
+        assert found.layer.isna().all() and set(found.prompts) == {prompts}
+
+
+def test_states_that_were_not_measured_are_an_error(organism: Done) -> None:
+    with refused("nobody"):
+        load_states(organism.home, "runs/nobody/seed0", "probes")
