@@ -167,7 +167,7 @@ from .studies.comparison import compare_layers as compare_layers
 from .studies.comparison import orderings as orderings
 from .studies.inspection import inspect_sequence as inspect_sequence
 from .studies.reproduce import reproduce as reproduce
-from .training.finetune import Recipe as Recipe
+from .training.recipe import Recipe as Recipe
 from .training.finetune import finetune as finetune
 from .training.monitor import Monitor as Monitor
 from .training.thresholds import Threshold as Threshold

@@ -12,7 +12,7 @@ from gravlens.cli.screen import messages, print_json, print_table, say, tell
 from gravlens.core.errors import GravlensError
 
 if TYPE_CHECKING:
-    from gravlens.organisms.base import Setting
+    from gravlens.organisms.base import Organism
 commands = typer.Typer()
 PANEL = "The main job"
 FIRST_REPORTED = 4  # organisms 0 to 3 were seen while the configuration was chosen (docs/log.md)
@@ -51,11 +51,11 @@ def reproduce(
 
     What is complete is cached (see GRAVLENS_CACHE) and not made again, so a stopped run goes on where it was.
     """
-    chosen: dict[str, Setting]
+    chosen: dict[str, Organism]
     if setting == "refusal":
         chosen = _organisms(organisms, runs, quick)
     else:
-        made = gl.organisms.pretrained.pretrained_setting(
+        made = gl.organisms.pretrained.pretrained_organism(
             model, harmful, harmless, runs=runs, threads=threads, quick=quick
         )
         chosen = {"pretrained": made}
@@ -69,7 +69,7 @@ def reproduce(
     tell(f"\n{written}")
 
 
-def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Setting]":
+def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Organism]":
     extra: dict[str, Any] = {"noise_draws": 100} if quick else {}
     seeds = range(FIRST_REPORTED, FIRST_REPORTED + organisms)
     count = runs or (2 if quick else 6)
@@ -124,10 +124,14 @@ def _print_results(results: dict[str, Any]) -> None:
         [row[key] for key in ("quantity", "paper", "here", "fraction")] for row in reporting.paper.paper_table(results)
     )
     print_table(("", "paper", "here", "fraction of the way back"), rows, title=title)
-    words = {True: "yes", False: "NO", None: "nothing to block"}
-    checked = [(row["organism"], row["statement"], words[row["holds"]], row["figures"]) for row in results["checks"]]
-    columns = ("organism", "statement", "holds", "figures")
-    print_table(columns, checked, title="the paper's picture, held against each history")
+    words = {True: "yes", False: "NO", None: "not run"}
+    demands = (
+        (claim["organism"], demand["level"], demand["name"], words[demand["holds"]], demand["figures"])
+        for claim in results["claims"]
+        for demand in claim["demands"]
+    )
+    columns = ("organism", "level", "demand", "holds", "figures")
+    print_table(columns, demands, title="what each level of the claim demands")
     _print_claims(results)
 
 

@@ -179,7 +179,6 @@ def _paper(results: Mapping[str, Any]) -> Table:
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
-    yield _checks(results.get("checks") or [])
     yield _demands(results.get("claims") or [])
     yield _nulls(results)
     yield _controls(results)
@@ -192,14 +191,6 @@ def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
         yield _every_run(results, measure)
     rows = [[Cell(name), _cell(value)] for name, value in _flat(results.get("environment") or {})]
     yield Table("Environment", ("what", "value"), rows, lead="What this was made with; seconds of wall clock a phase.")
-
-
-def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ("organism", "statement", "holds", "figures")
-    said = [{**check, "holds": WORDS.get(check.get("holds"), "nothing to block")} for check in checks]
-    rows = [[_cell(check.get(column)) for column in columns] for check in said]
-    lead = "What should hold where the paper is right, asked of each history here; one that fails is listed as such."
-    return Table("The paper's picture, held against each history", columns, rows, lead=lead)
 
 
 def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

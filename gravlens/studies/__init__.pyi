@@ -6,3 +6,4 @@ from . import inputs as inputs
 from . import inspection as inspection
 from . import paired as paired
 from . import reproduce as reproduce
+from . import study as study

@@ -22,10 +22,11 @@ from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.models.placement import Placement
-from gravlens.organisms.arms import LATE, UNBLOCKED
-from gravlens.organisms.pretrained import inner_of
+from gravlens.organisms.arms import LATE
+from gravlens.organisms.base import UNBLOCKED, inner_of
 from gravlens.studies.inputs import ends, followed_on, located, opened
-from gravlens.training.finetune import Recipe, finetune
+from gravlens.training.finetune import finetune
+from gravlens.training.recipe import Recipe
 
 BLOCKED = "blocked"
 HELD_OUT = 8  # one example of so many is kept for the task's loss

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -27,44 +27,17 @@ from gravlens.history.prompts import Example, encode_example
 from gravlens.history.sequence import Checkpoint
 from gravlens.interventions.orthogonalize import save_folder
 from gravlens.models.opening import OpenModel, open_model, quiet
-from gravlens.training.monitor import Monitor
+from gravlens.training.recipe import Recipe
 
 RESUMABLE_AFTER = 60.0  # seconds between the states that a stopped run goes on from
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: a small part of `TrainingArguments`, under their meaning there.
+class Watcher(Protocol):
+    """Watches a run and may stop it, as `Monitor` does; training itself needs none of its statistics."""
 
-    The optimizer is AdamW with the gradient's norm clipped at 1. Checkpoints are saved merged.
-
-    Attributes:
-        steps: optimizer steps.
-        batch: examples of a pass; a step sees `batch` · `accumulation`.
-        learning_rate: its strength after the warm-up; AdamW's first step is about as long in every weight.
-        weight_decay: AdamW's λ.
-        beta2: AdamW's β_2.
-        warmup_steps: steps in which the rate rises from 0; the first update is then empty.
-        schedule: `constant` after the warm-up, or `cosine`, down to 10 %.
-        bf16: the task's pass in autocast; weights, and the passes of a blocker, stay fp32.
-        freeze_embeddings: train all but the token embeddings and the unembedding.
-        accumulation: passes whose gradients make one step.
-        gradient_checkpointing: compute activations again in the backward pass, for less memory.
-        lora: rank of adapters on all linear layers (PEFT, alpha twice the rank); None trains all weights.
-    """
-
-    steps: int = 100
-    batch: int = 4
-    learning_rate: float = 7e-5
-    weight_decay: float = 0.01
-    beta2: float = 0.999
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    bf16: bool = False
-    freeze_embeddings: bool = False
-    accumulation: int = 1
-    gradient_checkpointing: bool = False
-    lora: int | None = None
+    def attach(self, trainer: Any, *, start: OpenModel) -> Any:
+        """Add a callback to the trainer."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +61,7 @@ def finetune(
     recipe: Recipe = Recipe(),
     save_steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     blocker: Blocker | Sequence[Blocker] | None = None,
-    monitor: Monitor | None = None,
+    monitor: Watcher | None = None,
     seed: int = 0,
 ) -> Finetuned:
     """Fine-tune a checkpoint; the loss is on the answers alone.
