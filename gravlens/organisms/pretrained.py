@@ -8,6 +8,7 @@ come with the harmless prompts, if they do).
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -146,8 +147,7 @@ class Pretrained:
         trained = Path(str(made.checkpoints[-1].source))
         for path in trained.iterdir():
             os.replace(path, folder / path.name)
-        trained.rmdir()
-        trained.parent.rmdir()
+        shutil.rmtree(folder / "run")
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """`given_answers` (those of the harmless file) or `own_answers` (the witness's), on the same prompts."""

@@ -1,3 +1,4 @@
 from . import finetune as finetune
 from . import monitor as monitor
+from . import run_folder as run_folder
 from . import thresholds as thresholds
