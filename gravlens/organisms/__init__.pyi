@@ -6,3 +6,6 @@ from . import given as given
 from . import pretrained as pretrained
 from . import refusal as refusal
 from . import refusal_language as refusal_language
+from .given import GivenHistory as GivenHistory
+from .pretrained import Pretrained as Pretrained
+from .refusal import RefusalOrganism as RefusalOrganism
