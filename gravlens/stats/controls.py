@@ -9,7 +9,9 @@ import pandas as pd
 from einops import einsum
 from jaxtyping import Float
 
-from gravlens.activations.residuals import Residuals, check_states, from_start, substitute
+from gravlens.activations.residuals import Residuals, check_states
+from gravlens.activations.residuals import from_start as from_start
+from gravlens.activations.residuals import substitute as substitute
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.trajectory import drifts, follow, mean_state
