@@ -106,7 +106,7 @@ class Arm:
         start: the checkpoint that the runs start from.
         blocker: makes the blocker of a run, or None.
         other: the arm whose run of another seed the blocker is made of; those runs are made first.
-        rate: learning rate as a multiple of the recipe's.
+        rate: learning rate as a ratio to the recipe's.
         more_steps: steps at which states are read in addition to the organism's.
         keep: whether the weights of the checkpoints are kept.
     """
@@ -185,7 +185,7 @@ class Organism(Protocol):
         ...
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
-        """Return the fine-tuning data of one run; `home` holds the checkpoints made before."""
+        """Return the `data` of one run in the order that its `seed` gives; `home` holds the checkpoints made before."""
         ...
 
     def prompts(self, home: Path) -> PromptSets:

@@ -8,6 +8,7 @@ that come with the harmless prompts, if there are any.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from gravlens.behavior.answers import generate_answers
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompt_formats import read_rows
 from gravlens.history.prompts import Example, PromptSet
-from gravlens.interventions.orthogonalize import save_folder
+from gravlens.interventions.orthogonalization import save_folder
 from gravlens.models.opening import load_tokenizer, open_model
 from gravlens.organisms.arms import made_by
 from gravlens.organisms.base import ENGLISH, Arm, Measures, PromptSets, inner_layers, unknown_data
@@ -127,8 +128,7 @@ class Pretrained:
         trained = Path(str(made.checkpoints[-1].source))
         for path in trained.iterdir():
             os.replace(path, folder / path.name)
-        trained.rmdir()
-        trained.parent.rmdir()
+        shutil.rmtree(folder / "run")
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """Return `given_answers` (of the harmless file) or `own_answers` (the witness's), on the same prompts."""

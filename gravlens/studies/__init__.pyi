@@ -7,3 +7,7 @@ from . import inspection as inspection
 from . import paired as paired
 from . import reproduce as reproduce
 from . import study as study
+from .comparison import compare_arms as compare_arms
+from .comparison import compare_layers as compare_layers
+from .comparison import orderings as orderings
+from .study import Study as Study

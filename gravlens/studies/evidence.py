@@ -16,7 +16,7 @@ from gravlens.behavior.scores import refusal_log_odds
 from gravlens.claims.claim import Claim, claim
 from gravlens.claims.criteria import Evidence
 from gravlens.core.files import once, write_table
-from gravlens.directions.trajectory import Trajectory, drift_per_prompt
+from gravlens.directions.trajectory import Trajectory, drift_per_prompt, rows_on
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import shuffled_words
 from gravlens.history.sequence import Checkpoint
@@ -43,7 +43,8 @@ OTHER_PROMPTS = ("harmless", "shuffled_words")
 
 def final_rows(table: pd.DataFrame, prompts: str = "held_out") -> pd.DataFrame:
     """Return the rows of the layer mean at each run's last step."""
-    rows = table[table.layer.isna() & (table.prompts == prompts)]
+    rows = rows_on(table, prompts)
+    rows = rows[rows.layer.isna()]
     return rows[rows.step == rows.groupby("run").step.transform("max")]
 
 

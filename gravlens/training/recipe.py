@@ -1,5 +1,6 @@
 """Hyperparameters of a fine-tuning run, importable without the training machinery."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,3 +38,7 @@ class Recipe:
     accumulation: int = 1
     gradient_checkpointing: bool = False
     lora: int | None = None
+
+    def saved_steps(self, asked: Iterable[int]) -> tuple[int, ...]:
+        """Return the steps of `asked` that a run reaches, in order, and always its last."""
+        return tuple(sorted({*(step for step in asked if 0 < step < self.steps), self.steps}))
