@@ -34,13 +34,14 @@ from gravlens.directions.trajectory import follow
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.models.opening import OpenModel, open_model, quiet
-from gravlens.organisms.arms import Arm
+from gravlens.organisms.base import Arm
 from gravlens.organisms.fetch import cache_folder
 from gravlens.stats.controls import closure, independent_endpoints, partialled_out
 from gravlens.stats.damage import measure_damage, pruned, reweighted, rounded, weight_noise
 from gravlens.stats.nulls import NullDraws, isotropic
-from gravlens.studies.evidence import final_rows, run_facts
-from gravlens.studies.experiment import home_of, join, load_states, make_checkpoint, measure_history, run_arm
+from gravlens.studies.evidence import final_rows
+from gravlens.studies.experiment import make_checkpoint, measure_history, run_arm
+from gravlens.studies.study import Study, join
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -95,13 +96,18 @@ def tell(table: pd.DataFrame) -> None:
 
 def make_organism(seed: int, cache: Path) -> None:
     """Witness, alignments, and every run."""
-    home = home_of(setting := Judged(organism=seed), cache)
+    study = study_of(seed, cache)
     with quiet():
-        for name in setting.checkpoints:
-            make_checkpoint(setting, name, home)
-        measure_history(setting, home)
-        for arm, run in product(setting.arms, SEEDS):
-            run_arm(setting, arm, run, home)
+        for name in study.organism.checkpoints:
+            make_checkpoint(study, name)
+        measure_history(study)
+        for arm, run in product(study.organism.arms, SEEDS):
+            run_arm(study, arm, run)
+
+
+def study_of(seed: int, cache: Path) -> Study:
+    """Return the study of an organism of this seed."""
+    return Study.at(Judged(organism=seed), cache)
 
 
 def verdicts(seed: int, cache: Path, ring: Sequence[int]) -> list[dict[str, Any]]:
@@ -191,12 +197,11 @@ def simulated_evidence(world: World, rng: np.random.Generator) -> Evidence:
 
 
 @dataclass(frozen=True, eq=False)
-class Organism:
+class Material:
     """What the histories of one organism are made of; `states`: prompt set -> all checkpoints that are no run's."""
 
     seed: int
-    setting: Judged
-    home: Path
+    study: Study
     anchor: OpenModel
     witness: OpenModel
     states: Mapping[str, Residuals]
@@ -204,20 +209,20 @@ class Organism:
     @property
     def held_out(self) -> PromptSet:
         """The prompts to judge on."""
-        return self.setting.prompts(self.home)["held_out"]
+        return self.study.prompts["held_out"]
 
-    def runs(self, arm: str, home: Path | None = None) -> Residuals:
-        """States of an arm's runs on the held-out prompts, and of the history."""
-        parts = [load_states(home or self.home, f"runs/{arm}/seed{run}", "held_out") for run in SEEDS]
+    def runs(self, arm: str, study: Study | None = None) -> Residuals:
+        """States of an arm's runs, of this or another study, on the held-out prompts, and of the history."""
+        parts = [(study or self.study).states(f"runs/{arm}/seed{run}", "held_out") for run in SEEDS]
         return join([self.states["held_out"], *parts])
 
     def norms(self, arm: str) -> dict[int, dict[str, float]]:
         """Mean norm of the runs' updates, by tensor, at the last two steps."""
-        facts = [run_facts(self.home, Arm(arm, SEEDS), run)["update_norms"] for run in SEEDS]
-        names = facts[0][str(self.setting.save_steps[-1])]
+        facts = [self.study.facts(Arm(arm, SEEDS), run)["update_norms"] for run in SEEDS]
+        names = facts[0][str(self.study.organism.save_steps[-1])]
         return {
             step: {name: float(np.mean([one[str(step)].get(name, 0.0) for one in facts])) for name in names}
-            for step in self.setting.save_steps[-2:]
+            for step in self.study.organism.save_steps[-2:]
         }
 
     def noise(self, vs: Directions, norms: Mapping[int, Mapping[str, float]]) -> NullDraws:
@@ -246,20 +251,19 @@ class Organism:
         return gather(probes, ours, theirs, noise, damage=self.damage, behavior=behavior)
 
 
-def organism_of(seed: int, cache: Path, ring: Sequence[int]) -> Organism:
+def material_of(seed: int, cache: Path, ring: Sequence[int]) -> Material:
     """The organism of a seed; the next two of the ring are its wrong witnesses."""
-    setting = Judged(organism=seed)
-    home = home_of(setting, cache)
-    anchor, witness = (open_model(home / name) for name in ("anchor", "witness"))
+    study = study_of(seed, cache)
+    anchor, witness = (open_model(study.home / name) for name in ("anchor", "witness"))
     others = [ring[(ring.index(seed) + i) % len(ring)] for i in (1, 2)]
-    folders = [home_of(Judged(organism=other), cache) / "witness" for other in others]
+    folders = [study_of(other, cache).home / "witness" for other in others]
     states = {}
     for name in ("probes", "held_out"):
-        own, prompts = load_states(home, "measured", name), setting.prompts(home)[name]
+        own, prompts = study.states("measured", name), study.prompts[name]
         more = [states_of(open_model(folder), prompts) for folder in folders]
         checkpoints = (*own.checkpoints, "wrong_witness", "another_wrong_witness")
         states[name] = replace(own, values=np.stack([*own.values, *more]), checkpoints=checkpoints)
-    return Organism(seed, setting, home, anchor, witness, states)
+    return Material(seed, study, anchor, witness, states)
 
 
 def states_of(model: OpenModel, prompts: PromptSet) -> np.ndarray:
@@ -276,7 +280,7 @@ def rename(states: Residuals, names: Mapping[str, str]) -> Residuals:
 
 def organism_histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[tuple[str, Evidence]]:
     """Trained histories, and those that move an organism's weights without training."""
-    organism = organism_of(seed, cache, ring)
+    organism = material_of(seed, cache, ring)
     twins, norms = organism.runs("unaligned_twin"), organism.norms
     behavior = Behavior(arms_of(organism), anchor_harm(organism))
     unblocked = organism.runs("unblocked")
@@ -285,7 +289,7 @@ def organism_histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[
     yield "rehearsal", organism.evidence(organism.runs("rehearsal"), twins, norms("rehearsal"), behavior=rehearsed)
     continued = organism.runs("continued_alignment")
     yield "continued alignment", organism.evidence(continued, twins, norms("continued_alignment"))
-    following = home_of(Judged(organism=ring[(ring.index(seed) + 1) % len(ring)]), cache)
+    following = study_of(ring[(ring.index(seed) + 1) % len(ring)], cache)
     wrong = {"wrong_witness": "witness", "another_wrong_witness": "wrong_witness"}
     theirs = organism.runs("unaligned_twin", following)
     yield "wrong witness", organism.evidence(unblocked, theirs, norms("unblocked"), names=wrong)
@@ -297,25 +301,25 @@ def organism_histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[
         yield name, walked(organism, shares)
 
 
-def arms_of(organism: Organism) -> pd.DataFrame:
+def arms_of(organism: Material) -> pd.DataFrame:
     """The arms of the refusal organism at their last step."""
-    vs = locate_vrev(organism.states["probes"]).at(organism.setting.layers_in_mean)
+    vs = locate_vrev(organism.states["probes"]).at(organism.study.organism.layers_in_mean)
     frames = []
     for arm in ("unblocked", "clamp", "clamp_matched_twin", "reinforce", "released", "rehearsal"):
-        facts = [run_facts(organism.home, Arm(arm, SEEDS), run)["behavior"] for run in SEEDS]
-        last = str(organism.setting.save_steps[-1])
+        facts = [organism.study.facts(Arm(arm, SEEDS), run)["behavior"] for run in SEEDS]
+        last = str(organism.study.organism.save_steps[-1])
         measured = {name: [one[last][name] for one in facts] for name in ("harmfulness", "task_loss")}
         fraction = final_rows(follow(organism.runs(arm), vs).table).fraction.to_numpy()
         frames.append(pd.DataFrame({"arm": arm, "seed": SEEDS, "fraction_final": fraction, **measured}))
     return pd.concat(frames, ignore_index=True)
 
 
-def anchor_harm(organism: Organism) -> float:
+def anchor_harm(organism: Material) -> float:
     """Of the anchor itself."""
-    return json.loads((organism.home / "measured" / "behavior.json").read_text())["anchor"]["harmfulness"]
+    return json.loads((organism.study.home / "measured" / "behavior.json").read_text())["anchor"]["harmfulness"]
 
 
-def walked(organism: Organism, shares: Sequence[float]) -> Evidence:
+def walked(organism: Material, shares: Sequence[float]) -> Evidence:
     """Runs that go shares of the way from anchor to witness in the weights, with noise; twins have the noise alone."""
     generator = torch.Generator().manual_seed(organism.seed)
     anchor, witness = (dict(model.module.named_parameters()) for model in (organism.anchor, organism.witness))
