@@ -206,7 +206,7 @@ def _demands(claims: Sequence[Mapping[str, Any]]) -> Table:
         [
             _cell(claim["organism"]),
             _cell(check["level"]),
-            *map(Cell, (check["name"], WORDS.get(check["holds"], NOT_RUN), check["figures"])),
+            *map(_cell, (check["name"], WORDS.get(check["holds"], NOT_RUN), check["figures"])),
         ]
         for claim in claims
         for check in claim["demands"]
