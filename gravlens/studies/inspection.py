@@ -1,4 +1,4 @@
-"""What a history holds: each checkpoint's source, weights and place between anchor and witness, on one table."""
+"""List the checkpoints of a history: source, stored weights, and distance from the anchor in weight space."""
 
 import math
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ from gravlens.models.opening import open_model, weights_of
 
 
 def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
-    """List a history: where each checkpoint comes from, what its weights are, how far they are from the anchor's.
+    """List the checkpoints of a history with their sources, stored weights and distances from the anchor.
 
-    Files are digested as they are stored, one tensor at a time; of an adapter, its base and then itself. Distances are
-    those of `split_update`, in fp32, over the tensors that anchor, witness and checkpoint share by name and shape.
+    Files are hashed as they are stored, one tensor at a time; for an adapter, its base first. Distances are those of
+    `split_update`, in fp32, over the tensors that anchor, witness and checkpoint share by name and shape.
 
     Returns:
         One row per checkpoint: `role` (witness, anchor, or the run), `step`, `source`, `tensors`, `parameters`,
-        `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (tensors that the
-        distance is over), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor; NaN without
-        either), `remark` (why a checkpoint was skipped). Distances are NaN where a model is no plain
-        Hugging Face one, or quantised. `attrs` has `chat_template` and `system`, how the sequence reads prompts.
+        `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (number of tensors in
+        the distance), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor; NaN if one is
+        0), `remark` (why a checkpoint was skipped). Distances are NaN if a model is quantised, or not a plain Hugging
+        Face model. `attrs` has `chat_template` and `system`, with which the sequence's prompts are read.
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
@@ -62,7 +62,7 @@ def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def _places(sequence: ModelSequence) -> list[dict[Any, Any]]:
-    """Distance and cosine of every checkpoint, in their order."""
+    """Return distance and cosine of every checkpoint, in order."""
     if any(_is_no_plain_model(checkpoint) for checkpoint in sequence):
         return [{"compared": 0, "distance": math.nan, "cosine": math.nan} for _ in sequence]
     table = split_update(sequence.anchor, sequence.witness, sequence, shared=True)
