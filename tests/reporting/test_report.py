@@ -19,7 +19,7 @@ HOSTILE = '<script>alert("run")</script>'
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-MAIN = "The paper beside what was measured here"
+MAIN = "The paper and this reproduction"
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 
 
@@ -369,7 +369,7 @@ def test_it_suits_the_dark_paper_and_a_phone(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "does not exist"), ("{broken", "is no JSON"), ("", "is no JSON"), ("[1]", "holds a list")],
+    [(None, "does not exist"), ("{broken", "not valid JSON"), ("", "not valid JSON"), ("[1]", "holds a list")],
 )
 def test_a_missing_or_broken_results_file_is_named_with_the_remedy(
     folder: Path, content: str | None, says: str
@@ -384,7 +384,7 @@ def test_a_missing_or_broken_results_file_is_named_with_the_remedy(
 
 def test_a_broken_csv_is_named(folder: Path) -> None:
     (folder / "nulls.csv").write_text('null,run\n"a,b\n')
-    with pytest.raises(GravlensError, match=r"nulls\.csv is no CSV table"):
+    with pytest.raises(GravlensError, match=r"nulls\.csv is not a valid CSV table"):
         write_report(folder)
 
 
