@@ -9,8 +9,7 @@ import pandas as pd
 
 from gravlens.directions.direction import Directions
 from gravlens.organisms.base import UNBLOCKED, Arm
-from gravlens.studies.evidence import numbers
-from gravlens.studies.study import Study
+from gravlens.studies.study import Study, numbers
 
 CLIP = 1.0  # of the gradient's norm, in gravlens.finetune
 BEHAVIOR = ("harmfulness", "refusal_log_odds", "two_sided_log_odds", "over_refusal", "task_loss", "empty", "degenerate")

@@ -34,7 +34,7 @@ from gravlens.stats.nulls import (
     sign_flips,
     swapped_labels,
 )
-from gravlens.studies.study import Study
+from gravlens.studies.study import Study, numbers
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
 CONTROL_COLUMNS = ["control", "run", "alignment_final", "fraction_final"]
@@ -270,11 +270,6 @@ def _behavior(study: Study) -> pd.DataFrame:
         for step, measured in study.facts(arm, seed)["behavior"].items()
     ]
     return pd.DataFrame(rows)
-
-
-def numbers(measured: dict[str, Any]) -> dict[str, float]:
-    """Return measures without the answers; JSON has null for a rate of no answers."""
-    return {key: np.nan if value is None else value for key, value in measured.items() if key != "answers"}
 
 
 def _arms(study: Study, follows: Mapping[str, Trajectory], behavior: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """An organism and the folder of its checkpoints and measurements: what every function of a study works on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -140,3 +140,8 @@ def join(parts: Sequence[Residuals]) -> Residuals:
     """Concatenate residuals of the same prompts and layers along the checkpoints."""
     values = np.concatenate([part.values for part in parts])
     return replace(parts[0], values=values, checkpoints=tuple(name for part in parts for name in part.checkpoints))
+
+
+def numbers(measured: Mapping[str, Any]) -> dict[str, float]:
+    """Return measures of behavior without the answers; JSON has null for a rate of no answers."""
+    return {key: np.nan if value is None else value for key, value in measured.items() if key != "answers"}

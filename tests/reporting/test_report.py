@@ -230,7 +230,7 @@ def test_a_long_file_is_cut_and_says_so(folder: Path) -> None:
         pd.DataFrame({"run": ["a"] * rows, "layer": None}).to_csv(folder / "trajectory.csv", index=False)
         page = page_of(folder)
         assert len(page.tables[f"{title} ({shown} rows)"]) == shown + 1
-        assert (f"The first 1000 of {rows} rows; all stand in trajectory.csv." in page.text) is says
+        assert (f"The first 1000 of {rows} rows; all are in trajectory.csv." in page.text) is says
 
 
 def test_the_number_of_runs_counts_those_with_a_value() -> None:

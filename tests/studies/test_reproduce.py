@@ -321,9 +321,9 @@ def test_the_pretrained_organism_says_what_it_has_not(pretrained: Done) -> None:
     assert {"unblocked_own_answers", "penalty_own_answers"} <= set(found["arms"])
     assert found["summary"]["step_20"]["alignment"] == {"mean": None, "sem": None, "runs": []}
     assert found["summary"]["first_step"]["alignment"]["sem"] is None, "one run has no spread"
-    statements = [check["statement"] for check in found["checks"]]
-    assert "fraction at step 4 above that at the first step" in statements, "20 is not among its steps"
-    assert any(statement.startswith("penalty_own_answers:") for statement in statements)
+    (claim,) = found["claims"]
+    holds = {demand["name"]: demand["holds"] for demand in claim["demands"]}
+    assert holds["sibling anchor"] is not None and holds["the clamp holds the harm"] is None, "it has no clamp"
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
