@@ -22,9 +22,11 @@ from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.models.placement import Placement
+from gravlens.models.swapping import open_each
+from gravlens.models.tokenizers import sequence_tokenizer
 from gravlens.organisms.arms import LATE
 from gravlens.organisms.base import UNBLOCKED, inner_of
-from gravlens.studies.inputs import ends, followed_on, located, opened
+from gravlens.studies.inputs import ends, followed_on, located
 from gravlens.training.finetune import finetune
 from gravlens.training.recipe import Recipe
 
@@ -158,10 +160,11 @@ def block_beside(
     after = replace(sequence, runs=runs)
     followed = _followed(after, vs, placement)
     judged = "held_out" if (followed.table["prompts"] == "held_out").any() else "given"
-    losses = {
-        name: task_loss(opened(sequence, last, placement), task)
-        for name, last in {"anchor": sequence.anchor, **{name: run[-1] for name, run in runs.items()}}.items()
-    }
+    last = {"anchor": sequence.anchor, **{name: run[-1] for name, run in runs.items()}}
+    models = open_each(
+        last.values(), tokenizer=sequence_tokenizer(sequence), through="huggingface", placement=placement
+    )
+    losses = {name: task_loss(model, task) for name, (_, model) in zip(last, models, strict=True)}
     return Paired(_tabulated(followed, runs, losses, judged), followed, judged, len(train), n_task)
 
 
@@ -186,9 +189,9 @@ def _trained(
     """Make one run, or reuse a complete one of the same description."""
     mark, key = folder / "run.json", hashlib.sha256(repr(made_of).encode()).hexdigest()
     saved = [Checkpoint(f"{folder.name}/{step}", folder / f"checkpoint-{step}", step) for step in training.saved]
-    if mark.exists() and json.loads(mark.read_text())["description"] == key:
-        return tuple(saved)
     if mark.exists():
+        if json.loads(mark.read_text())["description"] == key:
+            return tuple(saved)
         raise GravlensError(
             f"{folder} holds another run.",
             "Results are never overwritten.",

@@ -369,7 +369,7 @@ def test_it_suits_the_dark_paper_and_a_phone(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "does not exist"), ("{broken", "not valid JSON"), ("", "not valid JSON"), ("[1]", "holds a list")],
+    [(None, "does not exist"), ("{broken", "is not valid JSON"), ("", "is not valid JSON"), ("[1]", "holds a list")],
 )
 def test_a_missing_or_broken_results_file_is_named_with_the_remedy(
     folder: Path, content: str | None, says: str
