@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from gravlens.activations.plan import Plan
@@ -36,8 +35,8 @@ from gravlens.core import display as html
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_atomically
 from gravlens.history.precision import as_dtype
-from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
-from gravlens.history.sources import lineage
+from gravlens.history.sequence import ModelSequence, Prompts
+from gravlens.history.sources import Resolved, resolve
 from gravlens.history.weight_files import weight_files
 from gravlens.models.opening import OpenModel, block_list, open_model, quiet
 from gravlens.models.placement import Placement, as_device
@@ -426,9 +425,10 @@ def plan_reading(
     """
     asked = prepare(sequence, prompts, layers=layers, positions=positions)
     plan = asked.plan
-    config, shape = _configuration(sequence.anchor)
+    anchor = resolve(sequence.anchor, weights=False)
+    config, shape = _configuration(anchor)
     if machine is None:
-        folder = lineage(sequence.anchor, weights=False)[0]
+        folder = anchor.base.path
         whole = folder if list(folder.glob("*.safetensors")) else None
         machine = measured_machine(plan, shape, config, whole, placement)
     dtype = as_dtype(placement.dtype) or getattr(config, "dtype", None) or torch.float32
@@ -499,22 +499,21 @@ def _memory(plan: Plan, shape: Shape, passes: Sequence[Pass], width: int) -> int
     return width * (shape.parameters + shape.largest + batch) + 8 * rows * len(plan.layers) * plan.d_model
 
 
-def _configuration(checkpoint: Checkpoint) -> tuple[PretrainedConfig, Shape]:
-    if isinstance(checkpoint.source, nn.Module):
+def _configuration(checkpoint: Resolved) -> tuple[PretrainedConfig, Shape]:
+    if not checkpoint.folders:
         raise GravlensError(
             f"{checkpoint.name} is {checkpoint.described}.",
             "A plan is made from the configurations of folders or hub ids.",
             "model.save_pretrained(folder).",
         )
-    config = AutoConfig.from_pretrained(lineage(checkpoint, weights=False)[0], trust_remote_code=False)
+    config = AutoConfig.from_pretrained(checkpoint.base.path, trust_remote_code=False)
     return config, shape_of(config)
 
 
-def _bytes(checkpoint: Checkpoint, shape: Shape, config: PretrainedConfig) -> int:
+def _bytes(checkpoint: Resolved, shape: Shape, config: PretrainedConfig) -> int:
     """Of a checkpoint's files, its base's too; by the configuration where they are not here."""
-    folders = lineage(checkpoint, weights=False)
-    if all(list(folder.glob("*.safetensors")) for folder in folders):
-        return sum(path.stat().st_size for folder in folders for path in weight_files(folder))
+    if all(list(path.glob("*.safetensors")) for path in checkpoint.paths):
+        return sum(path.stat().st_size for folder in checkpoint.folders for path in folder.weights.files)
     return shape.parameters * (getattr(config, "dtype", None) or torch.float32).itemsize
 
 

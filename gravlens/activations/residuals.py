@@ -22,6 +22,7 @@ from gravlens.core.errors import GravlensError, check_layer
 from gravlens.core.files import read_tensors, write_tensors
 from gravlens.history.prompts import Batch, last_positions, pad
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
+from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.forward import run_trunk
 from gravlens.models.opening import OpenModel
 from gravlens.models.placement import Placement
@@ -167,7 +168,7 @@ class Asked:
 
     Attributes:
         plan: prompts as tokens, layers, read positions.
-        checkpoints: in order.
+        checkpoints: in order, each resolved once for the whole call.
         prompts: digest of the prompt set.
         positions: in a word.
         chat_template: whose.
@@ -175,7 +176,7 @@ class Asked:
     """
 
     plan: Plan
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[Resolved, ...]
     prompts: str
     positions: str | int
     chat_template: str
@@ -207,9 +208,11 @@ def prepare(
 ) -> Asked:
     """What `cache_residuals` would read; no model is opened."""
     prompts = sequence.require_probes() if prompts is None else sequence.prompts_of(prompts)
-    tokenizer = sequence_tokenizer(sequence, prompts)
+    known = Known()
+    tokenizer = sequence_tokenizer(sequence, prompts, known)
     queries = queries_of(tokenizer, prompts, positions)
-    wanted = tuple(sequence if checkpoints is None else checkpoints)
+    asked = sequence if checkpoints is None else checkpoints
+    wanted = tuple(resolve(checkpoint, known, weights=False) for checkpoint in asked)
     n_layers, d_model = one_shape(wanted)
     plan = Plan.of(queries, layers_of(layers, n_layers), d_model)
     template = sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none"

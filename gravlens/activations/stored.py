@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import nn
 
-from gravlens.activations.fingerprint import fingerprint
+from gravlens.activations.fingerprint import check_same_content, fingerprint
 from gravlens.activations.plan import Plan, Through, read_block
 from gravlens.activations.positions import Query
 from gravlens.activations.reader import Reader
@@ -26,6 +26,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.files import map_tensor
 from gravlens.core.progress import progress
 from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import Resolved, changed_meanwhile, resolve
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import open_each, precision_of
 from gravlens.models.tokenizers import check_vocabulary
@@ -48,8 +49,9 @@ class Stored:
     through: Through
     placement: Placement
 
-    def shelf(self, checkpoint: Checkpoint, precision: str) -> Shelf:
-        """Where the states of a checkpoint lie."""
+    def shelf(self, checkpoint: Checkpoint | Resolved, precision: str) -> Shelf:
+        """Where the states of a checkpoint lie; a worker is given one that it resolves itself."""
+        checkpoint = resolve(checkpoint, weights=False)
         how = (self.through, precision, *_releases(self.through))
         return Shelf(self.folder / "states" / fingerprint(checkpoint, how, self.folder / "digests")[:32])
 
@@ -65,14 +67,14 @@ class Task:
     """What a store lacks of one checkpoint, or some blocks of it.
 
     Attributes:
-        checkpoint: a folder or hub id; a model in memory where no executor is used.
+        checkpoint: resolved where it is read in this process; a worker, whose disk may be another, resolves it itself.
         shelf: where its states go.
         blocks: prompts and the layers that are lacking.
         prefix: token ids that every prompt begins with.
         store: how the checkpoint is opened.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | Resolved
     shelf: Shelf
     blocks: Blocks
     prefix: tuple[int, ...]
@@ -80,24 +82,25 @@ class Task:
 
 
 def read_through_store(
-    plan: Plan, checkpoints: Sequence[Checkpoint], store: Stored, executor: Executor | None
+    plan: Plan, checkpoints: Sequence[Resolved], store: Stored, executor: Executor | None
 ) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
     """States from a store's folder, memory-mapped, and the precisions that they were computed in.
 
     Raises:
         GravlensError: the store cannot be written, or loses what is written into it; what `run_all` raises.
     """
+    rows: Sequence[Checkpoint | Resolved] = checkpoints
     if executor is not None:
-        checkpoints = [_sendable(checkpoint) for checkpoint in checkpoints]
+        rows = [_sendable(checkpoint.checkpoint) for checkpoint in checkpoints]
         store = replace(store, folder=store.folder.absolute())
     precisions = [precision_of(checkpoint, store.placement) for checkpoint in checkpoints]
-    pairs = zip(checkpoints, precisions, strict=True)
+    pairs = zip(rows, precisions, strict=True)
     shelves = run_each([partial(store.shelf, *pair) for pair in pairs], executor, "digests")
     keys = [query_key(query) for query in plan.queries]
     question = hashlib.sha256(json.dumps([[s.folder.name for s in shelves], keys, plan.layers]).encode()).hexdigest()
     view = find_view(store.folder, question)
     for _ in range(ATTEMPTS if view is None else 0):
-        if tasks := _lacking(plan, keys, dict(zip(shelves, checkpoints, strict=True)), store):
+        if tasks := _lacking(plan, keys, dict(zip(shelves, rows, strict=True)), store):
             run_all(tasks, executor)
         view = _put_together(plan, keys, shelves, store.folder, question)
         if view is not None:
@@ -111,7 +114,9 @@ def read_through_store(
     )
 
 
-def _lacking(plan: Plan, keys: Sequence[str], checkpoints: dict[Shelf, Checkpoint], store: Stored) -> list[Task]:
+def _lacking(
+    plan: Plan, keys: Sequence[str], checkpoints: Mapping[Shelf, Checkpoint | Resolved], store: Stored
+) -> list[Task]:
     """The tasks that complete a store; a checkpoint that is there under two names is read once."""
     tasks = []
     for shelf, checkpoint in checkpoints.items():
@@ -192,7 +197,11 @@ def run_rest(task: Task) -> None:
     rest = [
         (queries, layers) for queries, layers in task.blocks if any(lacks[query_key(q)] & set(layers) for q in queries)
     ]
-    run_tasks([replace(task, blocks=tuple(rest))] if rest else [])
+    if rest:
+        resolved = resolve(task.checkpoint, weights=False)
+        if task.store.shelf(resolved, precision_of(resolved, task.store.placement)) != task.shelf:
+            raise changed_meanwhile(resolved)
+        run_tasks([replace(task, checkpoint=resolved, blocks=tuple(rest))])
 
 
 def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> None:
@@ -202,8 +211,7 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
     store = tasks[0].store
     opened = open_each([task.checkpoint for task in tasks], through=store.through, placement=store.placement)
     for task, (checkpoint, model) in zip(tasks, opened, strict=True):
-        if not isinstance(checkpoint.source, nn.Module):
-            _check_unchanged(task, checkpoint)
+        check_same_content(resolve(task.checkpoint))
         check_vocabulary(checkpoint, model, [query.ids for queries, _ in task.blocks for query in queries])
         readers: dict[tuple[int, ...], Reader] = {}  # all blocks lack the same layers, mostly
         for queries, layers in task.blocks:
@@ -215,16 +223,6 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
                 states[[row for i in batch for row in rows(i)]] = found
             task.shelf.put(states, queries=queries, layers=layers, checkpoint=checkpoint.described)
             tick()
-
-
-def _check_unchanged(task: Task, checkpoint: Checkpoint) -> None:
-    """Raise where a folder was written between its digest and its opening: its states would be another's."""
-    if task.store.shelf(checkpoint, precision_of(checkpoint, task.store.placement)) != task.shelf:
-        raise GravlensError(
-            f"{checkpoint.name} ({checkpoint.described}) changed while it was opened.",
-            "A checkpoint stays as it is while it is read.",
-            "the same call once it is written to its end; nothing was kept of it.",
-        )
 
 
 # --- executors ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from gravlens.directions.trajectory import JUDGED_FROM, drift_per_prompt, drifts
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.precision import check_unquantised
 from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import Resolved
 from gravlens.models.opening import OpenModel
 from gravlens.models.swapping import open_each
 
@@ -152,7 +153,11 @@ def _spread(values: Float[np.ndarray, "step layer"], shape: tuple[int, ...]) -> 
 
 # --- the update over the weights --------------------------------------------------------------------------------
 def split_update(
-    anchor: Checkpoint, witness: Checkpoint, checkpoints: Iterable[Checkpoint], *, shared: bool = False
+    anchor: Checkpoint | Resolved,
+    witness: Checkpoint | Resolved,
+    checkpoints: Iterable[Checkpoint | Resolved],
+    *,
+    shared: bool = False,
 ) -> pd.DataFrame:
     """How much of each update θ_t − θ_anchor lies along the task vector θ_witness − θ_anchor, tensor by tensor.
 

@@ -1,8 +1,6 @@
 """In which numbers a model computes: its dtype, and how its weights are quantised where they are."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,8 +50,13 @@ def quantisation(module: nn.Module) -> str | None:
     return None
 
 
+def quantisation_in(config: Mapping[str, Any] | None) -> str | None:
+    """Return how weights were saved quantised, by the content of a config.json; None if they were not."""
+    return _named((config or {}).get("quantization_config"))
+
+
 def _named(config: Any) -> str | None:
-    """A quantisation configuration of transformers, an object or as config.json has it, in words."""
+    """Describe a quantisation configuration: transformers' object, or its JSON."""
     if not config:
         return None
     entries: Mapping[str, Any] = config if isinstance(config, Mapping) else vars(config)
@@ -67,20 +70,6 @@ def _named(config: Any) -> str | None:
     kind = entries.get("quant_type")
     named = kind if isinstance(kind, str) else type(kind).__name__ if kind is not None else ""
     return f"quantised ({' '.join(filter(None, [method, named]))})"
-
-
-def quantisation_of(folder: Path) -> str | None:
-    """How a folder's weights were saved quantised, by its configuration; None where they were not."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return _named(config.get("quantization_config"))
-    except (OSError, ValueError, AttributeError):  # loading says what is wrong with it
-        return None
-
-
-def is_quantised_folder(folder: Path) -> bool:
-    """Whether a folder's configuration says that its weights were saved quantised."""
-    return quantisation_of(folder) is not None
 
 
 def check_unquantised(module: nn.Module, what: str) -> None:

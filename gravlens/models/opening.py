@@ -17,11 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.core.files import damaged
-from gravlens.history.hub import local_folder
 from gravlens.history.precision import as_dtype, precision_name, quantisation
 from gravlens.history.sequence import Checkpoint
-from gravlens.history.sources import lineage
-from gravlens.history.weight_files import is_adapter, stored_dtype, weight_files
+from gravlens.history.sources import Folder, Resolved, as_folder, resolve
 from gravlens.models.adapters import merge_adapter
 from gravlens.models.families import Kind, boot_bridge, check_not_centred
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
@@ -77,7 +75,7 @@ class OpenModel:
 
 
 def open_model(
-    source: "Checkpoint | Path | str | nn.Module | OpenModel",
+    source: "Checkpoint | Resolved | Path | str | nn.Module | OpenModel",
     *,
     tokenizer: Any | None = None,
     device: str | torch.device = "cpu",
@@ -92,7 +90,7 @@ def open_model(
     is, quantised or not, unless its writing weights were centred. An `OpenModel` is returned unchanged.
 
     Args:
-        source: a checkpoint, a folder, a hub id, a model in memory, or an `OpenModel`.
+        source: a checkpoint (resolved or not), a folder, a hub id, a model in memory, or an `OpenModel`.
         tokenizer: default: the checkpoint's, after its `template`.
         device: as in `Placement`.
         dtype: likewise.
@@ -106,18 +104,19 @@ def open_model(
     """
     if isinstance(source, OpenModel):
         return source
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint("this checkpoint", source)
+    resolved = resolve(source if isinstance(source, Checkpoint | Resolved) else Checkpoint("this checkpoint", source))
+    checkpoint = resolved.checkpoint
     if isinstance(checkpoint.source, nn.Module):
-        return _adopt(checkpoint, checkpoint.source, tokenizer or checkpoint_tokenizer(checkpoint), {})
-    base, *adapters = lineage(checkpoint)
+        return _adopt(checkpoint, checkpoint.source, tokenizer or checkpoint_tokenizer(resolved), {})
+    base, *adapters = resolved.folders
     module = load_huggingface(base, dtype, device=device, device_map=device_map)
-    tokenizer = tokenizer or checkpoint_tokenizer(checkpoint)
+    tokenizer = tokenizer or checkpoint_tokenizer(resolved)
     for adapter in adapters:
         merge_adapter(module, adapter)
     weights = weights_of(module)
     _own_memory(weights)
     if through == "bridge":  # which may hold views of them
-        module = boot_bridge(str(base), module, tokenizer)
+        module = boot_bridge(str(base.path), module, tokenizer)
     return _adopt(checkpoint, module, tokenizer, weights)
 
 
@@ -133,7 +132,7 @@ def _own_memory(weights: Mapping[str, Tensor]) -> None:
 
 
 def load_huggingface(
-    source: Path | str,
+    source: Folder | Path | str,
     dtype: torch.dtype | str = torch.float32,
     *,
     device: str | torch.device = "cpu",
@@ -141,15 +140,15 @@ def load_huggingface(
 ) -> Any:
     """A causal language model from a folder or hub id: safetensors only, no code of the checkpoint is run."""
     check_map(device, device_map)
-    place, folder = as_device(device), local_folder(source)
-    weight_files(folder)
-    if is_adapter(folder):  # transformers would open whatever base it names
+    place, folder = as_device(device), as_folder(source)
+    source, stored = folder.source, folder.weights.dtype
+    if folder.is_adapter:  # transformers would open whatever base it names
         raise GravlensError(f"{source} is an adapter.", "A whole model is needed.", "open_model(…) merges adapters.")
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=as_dtype(dtype) or stored_dtype(folder) or "auto",
+                folder.path,
+                dtype=as_dtype(dtype) or stored or "auto",
                 device_map=device_map or (None if place.type == "cpu" else {"": place}),
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -173,36 +172,37 @@ def load_huggingface(
     return model.eval()
 
 
-def load_tokenizer(source: Path | str) -> Any | None:
+def load_tokenizer(source: Folder | Path | str) -> Any | None:
     """The tokenizer of a folder or hub id, or None where it has none."""
-    folder = local_folder(source, weights=False)
+    folder = as_folder(source, weights=False)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None
 
 
-def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any | None:
+def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
     """The tokenizer that a checkpoint is read with, after its `template`; or None."""
-    if isinstance(checkpoint.template, Checkpoint):
-        return checkpoint_tokenizer(checkpoint.template)
-    own = own_tokenizer(checkpoint)
-    if own is None or checkpoint.template == "own" or not getattr(own, "chat_template", None):
+    resolved = resolve(checkpoint, weights=False)
+    if resolved.template is not None:
+        return checkpoint_tokenizer(resolved.template)
+    own = own_tokenizer(resolved)
+    if own is None or resolved.checkpoint.template == "own" or not getattr(own, "chat_template", None):
         return own
     plain = copy.deepcopy(own)  # the user's own stays as it was
     plain.chat_template = None
     return plain
 
 
-def own_tokenizer(checkpoint: Checkpoint) -> Any | None:
+def own_tokenizer(resolved: Resolved) -> Any | None:
     """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None."""
+    checkpoint = resolved.checkpoint
     if checkpoint.tokenizer is not None:
         return checkpoint.tokenizer
     if isinstance(checkpoint.source, nn.Module):
         return getattr(checkpoint.source, "tokenizer", None)
-    folders = reversed(lineage(checkpoint, weights=False))
-    return next((found for folder in folders if (found := load_tokenizer(folder))), None)
+    return next((found for folder in reversed(resolved.folders) if (found := load_tokenizer(folder))), None)
 
 
 def not_opened(source: Path | str, error: Exception) -> GravlensError:

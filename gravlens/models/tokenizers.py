@@ -6,29 +6,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from gravlens.core.errors import GravlensError
-from gravlens.history.hub import local_folder
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.opening import OpenModel, checkpoint_tokenizer, own_tokenizer
 
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
 
-def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None) -> Any:
-    """The one tokenizer that all checkpoints are read with, the anchor's; templates never mix silently.
+def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None, known: Known | None = None) -> Any:
+    """Return the one tokenizer that all checkpoints are read with, the anchor's; templates never mix silently.
 
     The vocabulary may have grown on the way: the tokenizers of the witness and of each run's first checkpoint must read
-    `prompts` (by default all of the sequence's) as the same token ids as the anchor's.
+    `prompts` as the same token ids as the anchor's.
+
+    Args:
+        sequence: the history.
+        prompts: default: all of the sequence's.
+        known: folders that were resolved before; see `resolve`.
 
     Raises:
         GravlensError: no tokenizer is found, another reads a prompt as other ids (or has another vocabulary, where
             there are no prompts), the anchor and one of them have different chat templates and `chat_template` makes no
             choice, or the template has no place for the prompts' system prompt.
     """
-    chosen = checkpoint_tokenizer(sequence.anchor)
+    known = {} if known is None else known
+    anchor = resolve(sequence.anchor, known, weights=False)
+    chosen = checkpoint_tokenizer(anchor)
     if chosen is None:
         raise GravlensError(
             f"The anchor ({sequence.anchor.described}) has no tokenizer" + _or_model(sequence.anchor) + ".",
@@ -37,7 +42,8 @@ def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None
         )
     sets = [sequence.probes, sequence.held_out, sequence.harmless] if prompts is None else [prompts]
     for checkpoint in (sequence.witness, *(run[0] for run in sequence.runs.values() if run)):
-        own = None if _same_tokenizer(checkpoint, sequence.anchor) else own_tokenizer(checkpoint)
+        resolved = resolve(checkpoint, known, weights=False)
+        own = None if _same_tokenizer(resolved, anchor) else own_tokenizer(resolved)
         if own is None or own is chosen or own is sequence.tokenizer:
             continue
         _check_reads_alike(checkpoint, own, chosen, [one for one in sets if one is not None])
@@ -90,11 +96,11 @@ def _check_template(checkpoint: Checkpoint, own: Any, anchor: Any) -> None:
         )
 
 
-def _same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two folders hold the same files of a tokenizer, which need not be opened twice."""
-    if isinstance(one.source, nn.Module) or isinstance(other.source, nn.Module):
+def _same_tokenizer(one: Resolved, other: Resolved) -> bool:
+    """Whether two folders have identical tokenizer files: comparing bytes is much faster than opening a tokenizer."""
+    if not (one.folders and other.folders):
         return False
-    a, b = local_folder(one.source, weights=False), local_folder(other.source, weights=False)
+    a, b = one.paths[-1], other.paths[-1]
     same, _, _ = filecmp.cmpfiles(a, b, _TOKENIZER_FILES, shallow=False)
     absent = [name for name in _TOKENIZER_FILES if not (a / name).exists() and not (b / name).exists()]
     return "tokenizer.json" in same and len(same) + len(absent) == len(_TOKENIZER_FILES)

@@ -14,13 +14,12 @@ from bomb import Bomb
 from histories import RAGGED, assert_same_states, moved, refused, weights_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_decomposition import spied
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from gravlens.activations.residuals import cache_residuals, read_residuals
 from gravlens.history.sequence import Checkpoint, ModelSequence, Run
-from gravlens.history.sources import lineage
+from gravlens.history.sources import resolve
 from gravlens.history.weight_files import contents, tensors_of
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import load_huggingface, open_model
@@ -269,7 +268,10 @@ def test_a_run_of_adapters_alone_opens_its_base_once(pair: Path, monkeypatch: py
     for step in (1, 2, 3):
         adapter(pair / "aligned", pair / f"out/checkpoint-{step}", step)
     opened: list[Any] = []
-    monkeypatch.setattr("gravlens.models.opening.load_huggingface", spied(opened))
+    monkeypatch.setattr(
+        "gravlens.models.opening.load_huggingface",
+        lambda *given, **named: opened.append(given) or load_huggingface(*given, **named),
+    )
     run = sequence(pair, runs={"seed0": pair / "out"}).runs["seed0"]
     grads = [
         all(weight.requires_grad for weight in model.module.parameters())
@@ -333,7 +335,7 @@ def test_an_anchor_may_be_an_adapter_and_its_run_go_on_from_it(pair: Path) -> No
     config = json.loads((over_anchor / "adapter_config.json").read_text())
     (over_anchor / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(aligned)}))
     found = sequence(pair, anchor=aligned, runs={"seed0": [over_anchor, over_base]})
-    chains = [[folder.name for folder in lineage(checkpoint)] for checkpoint in found]
+    chains = [[path.name for path in resolve(checkpoint).paths] for checkpoint in found]
     assert chains == [["base"], ["base", "dpo"], ["base", "dpo", "step1"], ["base", "step2"]]
     model = merged(pair / "base", aligned)
     assert_same_states(states(found.anchor), states(model))
