@@ -34,7 +34,7 @@ from gravlens.activations.stored import least_tokens, part_sizes
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_atomically
-from gravlens.history.precision import as_dtype
+from gravlens.models.precision import as_dtype
 from gravlens.history.sequence import ModelSequence, Prompts
 from gravlens.history.sources import Resolved, resolve
 from gravlens.history.weight_files import weight_files

@@ -12,7 +12,7 @@ from gravlens.blockers.blocking import BoundBlocker, Draws, trained
 from gravlens.blockers.penalty import Movement
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Spans
-from gravlens.history.precision import check_unquantised
+from gravlens.models.precision import check_unquantised
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import OpenModel, open_model

@@ -24,7 +24,7 @@ from gravlens.directions.subspaces import (
 )
 from gravlens.directions.trajectory import JUDGED_FROM, drift_per_prompt, drifts, measure_drift
 from gravlens.directions.vrev import locate_vrev
-from gravlens.history.precision import check_unquantised
+from gravlens.models.precision import check_unquantised
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved
 from gravlens.models.opening import OpenModel

@@ -1,5 +1,4 @@
 from . import hub as hub
-from . import precision as precision
 from . import prefetch as prefetch
 from . import prompt_formats as prompt_formats
 from . import prompts as prompts

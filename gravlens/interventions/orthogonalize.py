@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction
-from gravlens.history.precision import check_unquantised
+from gravlens.models.precision import check_unquantised
 from gravlens.history.prompts import pad
 from gravlens.history.sequence import Checkpoint
 from gravlens.interventions.edits import Ablate

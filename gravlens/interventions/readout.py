@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gravlens.behavior.scores import encode_openings
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction
-from gravlens.history.precision import check_unquantised
+from gravlens.models.precision import check_unquantised
 from gravlens.interventions.hooks import check_fit
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import OpenModel, open_model

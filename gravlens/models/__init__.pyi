@@ -3,5 +3,6 @@ from . import families as families
 from . import forward as forward
 from . import opening as opening
 from . import placement as placement
+from . import precision as precision
 from . import swapping as swapping
 from . import tokenizers as tokenizers

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.precision import check_unquantised
+from gravlens.models.precision import check_unquantised
 from gravlens.history.sources import Folder
 
 NAME = "gravlens"  # PEFT's name of the adapter while it is merged

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.core.files import damaged
-from gravlens.history.precision import as_dtype, precision_name, quantisation
+from gravlens.models.precision import as_dtype, precision_name, quantisation
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
 from gravlens.models.adapters import merge_adapter

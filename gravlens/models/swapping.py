@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.precision import as_dtype, check_unquantised, precision_name, quantisation_in
+from gravlens.models.precision import as_dtype, check_unquantised, precision_name, quantisation_in
 from gravlens.history.prefetch import in_turn
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder

@@ -20,7 +20,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, measure_drift
-from gravlens.history.precision import check_unquantised
+from gravlens.models.precision import check_unquantised
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import OpenModel, open_model

@@ -8,7 +8,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from gravlens.directions.decomposition import WHOLE, split_update
-from gravlens.history.precision import quantisation, quantisation_in
+from gravlens.models.precision import quantisation, quantisation_in
 from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.history.weight_files import contents

@@ -21,7 +21,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.directions.decomposition import split_update
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import direction_from
-from gravlens.history.precision import quantisation
+from gravlens.models.precision import quantisation
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.interventions.orthogonalize import orthogonalize
