@@ -34,12 +34,12 @@ from gravlens.activations.stored import least_tokens, part_sizes
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_atomically
-from gravlens.models.precision import as_dtype
 from gravlens.history.sequence import ModelSequence, Prompts
 from gravlens.history.sources import Resolved, resolve
 from gravlens.history.weight_files import weight_files
 from gravlens.models.opening import OpenModel, block_list, open_model, quiet
 from gravlens.models.placement import Placement, as_device
+from gravlens.models.precision import as_dtype
 
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 TRIAL_TOKENS = 104  # of the trial whether keys and values may be reused, once a model that is opened
@@ -400,7 +400,7 @@ class Forecast:
 
 
 def plan_reading(
-    sequence: ModelSequence,
+    sequence: ModelSequence | Path | str,
     prompts: Prompts | None = None,
     *,
     layers: Sequence[int] | None = None,
@@ -423,6 +423,7 @@ def plan_reading(
     Raises:
         GravlensError: what `cache_residuals` raises before it opens a model; a model in memory.
     """
+    sequence = ModelSequence.of(sequence)
     asked = prepare(sequence, prompts, layers=layers, positions=positions)
     plan = asked.plan
     anchor = resolve(sequence.anchor, weights=False)

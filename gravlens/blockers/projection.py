@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from gravlens.blockers.blocking import BoundBlocker, Draws, trained
 from gravlens.blockers.penalty import Movement
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Spans
-from gravlens.models.precision import check_unquantised
+from gravlens.directions.direction import Spans, each
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.precision import check_unquantised
 
 RIDGE = 1e-8  # of the Gram matrix's mean diagonal: directions of neighbouring layers are nearly the same constraint
 SHRINKS = 0.3  # a move that leaves more than this of the motion wants fresh gradients
@@ -59,7 +59,7 @@ class UpdateProjection:
                 "The tolerance is above 0, the others at least 1.",
                 "UpdateProjection(directions, probes) for the defaults.",
             )
-        if (rank := max(len(span.basis) for span in self.directions)) > 1:
+        if (rank := max(len(span.basis) for span in each(self.directions))) > 1:
             raise GravlensError(
                 f"UpdateProjection was given a subspace of rank {rank}.",
                 "Motion is held along one direction a layer.",

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from scipy.optimize import nnls
 from torch import Tensor
 
-from gravlens.activations.residuals import Residuals, substitute
-from gravlens.core.errors import GravlensError
+from gravlens.activations.residuals import Residuals, check_states, substitute
+from gravlens.core.errors import GravlensError, as_list
 from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspaces
 from gravlens.directions.subspaces import (
     NOTHING_LEFT,
@@ -24,10 +24,10 @@ from gravlens.directions.subspaces import (
 )
 from gravlens.directions.trajectory import JUDGED_FROM, drift_per_prompt, drifts, measure_drift
 from gravlens.directions.vrev import locate_vrev
-from gravlens.models.precision import check_unquantised
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved
 from gravlens.models.opening import OpenModel
+from gravlens.models.precision import check_unquantised
 from gravlens.models.swapping import open_each
 
 OWN, REST, WHOLE = "top_components", "rest", "all"
@@ -57,6 +57,7 @@ def split_drift(
     Raises:
         GravlensError: no run, a part that is undefined at a layer or has a name of ours, more components than drifts.
     """
+    check_states(residuals)
     if taken := {OWN, REST} & parts.keys():
         raise GravlensError(f"A part is called {taken.pop()!r}.", f"{OWN} and {REST} are added.", "another name.")
     chosen = _layers(residuals, parts) if layers is None else tuple(layers)
@@ -125,6 +126,7 @@ def ancestor_pull(
     Raises:
         GravlensError: no run, no witness, one twice, or one that does not differ from the anchor at a layer.
     """
+    check_states(residuals)
     if not witnesses or len(set(witnesses)) < len(witnesses):
         raise GravlensError(f"The witnesses {list(witnesses)} were given.", "Each is named once.", "their names.")
     found = {name: locate_vrev(substitute(residuals, witness=name)) for name in witnesses}
@@ -336,6 +338,7 @@ def _leaks(residuals: Residuals, checkpoint: str, vs: Directions) -> pd.DataFram
 
 def _by_position(several: Sequence[Residuals]) -> dict[int, Residuals]:
     """Position (−1 is the last prompt token) -> residuals."""
+    several = [check_states(one) for one in as_list(several)]
     positions = [one.meta.get("positions", "last") for one in several]
     found = dict(zip([-1 if p == "last" else int(p) for p in positions], several, strict=True))
     if len(found) < len(several):
@@ -386,6 +389,7 @@ def candidate_spans(
     Raises:
         GravlensError: a checkpoint or layer that the residuals lack, a rank above the number of drifts.
     """
+    check_states(residuals)
     vs = directions.defined()
     drift = [drift_subspaces(residuals, vs, at=fit_on, rank=rank) for rank in ranks]
     anchor = residuals.of("anchor")[:, [residuals.layers.index(layer) for layer in vs.layers]]
@@ -430,6 +434,7 @@ def rank_table(
         kind), `rank`, `fitted_on`, `layer`, `share` (of the summed squared length of the per-prompt drifts; a random
         isotropic span of rank k holds k / d_model), `angle_vrev` and `angle_refusal` (degrees; 0: it lies within).
     """
+    check_states(residuals)
     frames = []
     for checkpoint in at:
         run, _, step = checkpoint.rpartition("/")

@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -17,12 +17,12 @@ from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.core.files import damaged
-from gravlens.models.precision import as_dtype, precision_name, quantisation
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
 from gravlens.models.adapters import merge_adapter
 from gravlens.models.families import Kind, boot_bridge, check_not_centred
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
+from gravlens.models.precision import as_dtype, precision_name, quantisation
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +74,11 @@ class OpenModel:
         return next(self.module.parameters())
 
 
+Openable: TypeAlias = OpenModel | Checkpoint | Resolved | Path | str | nn.Module
+
+
 def open_model(
-    source: "Checkpoint | Resolved | Path | str | nn.Module | OpenModel",
+    source: Openable,
     *,
     tokenizer: Any | None = None,
     device: str | torch.device = "cpu",
@@ -196,8 +199,20 @@ def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
 
 
 def own_tokenizer(resolved: Resolved) -> Any | None:
-    """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None."""
+    """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None.
+
+    Raises:
+        GravlensError: a folder or hub id was handed over that holds none.
+    """
     checkpoint = resolved.checkpoint
+    if isinstance(checkpoint.tokenizer, str | Path):
+        if (found := load_tokenizer(checkpoint.tokenizer)) is None:
+            raise GravlensError(
+                f"{checkpoint.tokenizer} holds no tokenizer.",
+                "tokenizer= is a tokenizer, or a folder or hub id of one.",
+                "a folder written by tokenizer.save_pretrained.",
+            )
+        return found
     if checkpoint.tokenizer is not None:
         return checkpoint.tokenizer
     if isinstance(checkpoint.source, nn.Module):

@@ -15,7 +15,9 @@ from gravlens.models.opening import OpenModel, checkpoint_tokenizer, own_tokeniz
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
 
-def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None, known: Known | None = None) -> Any:
+def sequence_tokenizer(
+    sequence: ModelSequence | Path | str, prompts: PromptSet | None = None, known: Known | None = None
+) -> Any:
     """Return the one tokenizer that all checkpoints are read with, the anchor's; templates never mix silently.
 
     The vocabulary may have grown on the way: the tokenizers of the witness and of each run's first checkpoint must read
@@ -31,6 +33,7 @@ def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None
             there are no prompts), the anchor and one of them have different chat templates and `chat_template` makes no
             choice, or the template has no place for the prompts' system prompt.
     """
+    sequence = ModelSequence.of(sequence)
     known = {} if known is None else known
     anchor = resolve(sequence.anchor, known, weights=False)
     chosen = checkpoint_tokenizer(anchor)
@@ -38,13 +41,13 @@ def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None
         raise GravlensError(
             f"The anchor ({sequence.anchor.described}) has no tokenizer" + _or_model(sequence.anchor) + ".",
             "Prompts are texts and need one.",
-            "tokenizer.save_pretrained(folder), or from_models(..., tokenizer=tokenizer).",
+            "tokenizer.save_pretrained(folder), or tokenizer= where the sequence is made.",
         )
     sets = [sequence.probes, sequence.held_out, sequence.harmless] if prompts is None else [prompts]
     for checkpoint in (sequence.witness, *(run[0] for run in sequence.runs.values() if run)):
         resolved = resolve(checkpoint, known, weights=False)
         own = None if _same_tokenizer(resolved, anchor) else own_tokenizer(resolved)
-        if own is None or own is chosen or own is sequence.tokenizer:
+        if own is None or own is chosen:
             continue
         _check_reads_alike(checkpoint, own, chosen, [one for one in sets if one is not None])
         if sequence.chat_template == "own":
@@ -97,7 +100,10 @@ def _check_template(checkpoint: Checkpoint, own: Any, anchor: Any) -> None:
 
 
 def _same_tokenizer(one: Resolved, other: Resolved) -> bool:
-    """Whether two folders have identical tokenizer files: comparing bytes is much faster than opening a tokenizer."""
+    """Whether both were given one tokenizer, or hold identical files: comparing them is faster than opening them."""
+    given = one.checkpoint.tokenizer, other.checkpoint.tokenizer
+    if given != (None, None):
+        return given[0] is given[1]
     if not (one.folders and other.folders):
         return False
     a, b = one.paths[-1], other.paths[-1]

@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
 
 from gravlens.directions.decomposition import WHOLE, split_update
-from gravlens.models.precision import quantisation, quantisation_in
 from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.history.weight_files import contents
 from gravlens.models.opening import open_model, weights_of
+from gravlens.models.precision import quantisation, quantisation_in
 
 
-def inspect_sequence(sequence: ModelSequence) -> pd.DataFrame:
+def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
     """List a history: where each checkpoint comes from, what its weights are, how far they are from the anchor's.
 
     Files are digested as they are stored, one tensor at a time; of an adapter, its base and then itself. Distances are
@@ -31,7 +32,7 @@ def inspect_sequence(sequence: ModelSequence) -> pd.DataFrame:
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
     """
-    known = Known()
+    sequence, known = ModelSequence.of(sequence), Known()
     resolved = [resolve(checkpoint, known) for checkpoint in sequence]
     runs = {id(checkpoint): name for name, run in sequence.runs.items() for checkpoint in run}
     rows = [

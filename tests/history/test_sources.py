@@ -268,10 +268,7 @@ def test_a_run_of_adapters_alone_opens_its_base_once(pair: Path, monkeypatch: py
     for step in (1, 2, 3):
         adapter(pair / "aligned", pair / f"out/checkpoint-{step}", step)
     opened: list[Any] = []
-    monkeypatch.setattr(
-        "gravlens.models.opening.load_huggingface",
-        lambda *given, **named: opened.append(given) or load_huggingface(*given, **named),
-    )
+    monkeypatch.setattr("gravlens.models.opening.load_huggingface", tiny.spied(opened))
     run = sequence(pair, runs={"seed0": pair / "out"}).runs["seed0"]
     grads = [
         all(weight.requires_grad for weight in model.module.parameters())

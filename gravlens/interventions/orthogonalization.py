@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction
-from gravlens.models.precision import check_unquantised
 from gravlens.history.prompts import pad
 from gravlens.history.sequence import Checkpoint
 from gravlens.interventions.edits import Ablate
 from gravlens.interventions.hooks import check_fit
 from gravlens.models.families import Write, writes_of
 from gravlens.models.opening import OpenModel, open_model, quiet
+from gravlens.models.precision import check_unquantised
 
 LEFT_WITHIN = 1e-4  # of a state's length, along v
 LINEAR_WITHIN = 1e-2
