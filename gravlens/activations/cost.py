@@ -39,7 +39,8 @@ from gravlens.history.precision import as_dtype
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 from gravlens.history.sources import lineage
 from gravlens.history.weight_files import weight_files
-from gravlens.models.opening import OpenModel, block_list, open_model, quiet
+from gravlens.models.families import block_list
+from gravlens.models.opening import OpenModel, open_model, quiet
 from gravlens.models.placement import Placement, as_device
 
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")

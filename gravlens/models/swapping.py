@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig
 
 from gravlens.core.errors import GravlensError
 from gravlens.history.hub import local_folder
@@ -18,7 +18,7 @@ from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import lineage
 from gravlens.history.weight_files import architecture, held_dtype, shapes_of, stored_dtype, tensors_of
 from gravlens.models.adapters import merge_adapter
-from gravlens.models.families import check_not_centred, folded_apart, is_folded
+from gravlens.models.families import check_not_centred, folded_apart
 from gravlens.models.opening import (
     OpenModel,
     checkpoint_tokenizer,
@@ -61,7 +61,7 @@ def open_each(
                 opened, config = open_model(first, tokenizer=own, through=through, **placement.where), wanted
             else:
                 swap_weights(opened, base)
-                check_not_centred(checkpoint, opened.module, opened.kind, opened.blocks, opened.d_model)
+                check_not_centred(checkpoint, opened.family)
             if adapters:
                 opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
                 config = wanted if same else None  # embeddings that were untied do not fit the next weights
@@ -132,9 +132,9 @@ def one_shape(checkpoints: Sequence[Checkpoint]) -> tuple[int, int]:
 
 def _check_folded_alike(checkpoints: Sequence[Checkpoint]) -> None:
     models = [(checkpoint, open_model(checkpoint)) for checkpoint in checkpoints]
-    unlike = {is_folded(model.module, model.kind): (checkpoint, model) for checkpoint, model in models}
+    unlike = {model.family.is_folded: (checkpoint, model) for checkpoint, model in models}
     if len(unlike) > 1:
-        raise folded_apart(unlike[True][0], unlike[True][1].kind, unlike[False][0])
+        raise folded_apart(unlike[True][0], unlike[True][1].family, unlike[False][0])
 
 
 def _shape(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -144,7 +144,7 @@ def _shape(checkpoint: Checkpoint) -> tuple[int, int]:
     folder = lineage(checkpoint, weights=False)[0]
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise not_opened(folder, error) from error
     return config.num_hidden_layers, config.hidden_size

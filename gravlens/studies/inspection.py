@@ -72,5 +72,5 @@ def _places(sequence: ModelSequence) -> list[dict[Any, Any]]:
 def _is_no_plain_model(checkpoint: Checkpoint) -> bool:
     if isinstance(checkpoint.source, nn.Module):
         model = open_model(checkpoint)
-        return model.kind != "huggingface" or quantisation(model.module) is not None
+        return not model.family.own_tensors or quantisation(model.module) is not None
     return any(is_quantised_folder(folder) for folder in lineage(checkpoint))
