@@ -69,6 +69,14 @@ class Evidence:
     anchor_harm: float | None = None
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.names) - set(ARMS)):
+            raise GravlensError(
+                f"names= has the unknown role {unknown[0]!r}.",
+                f"The roles that arms play are {', '.join(ARMS)}.",
+                f"names={{'clamp': ({unknown[0]!r},)}}, a role and the arms that play it.",
+            )
+
     def called(self, role: str) -> Sequence[str]:
         """The arms that play a role."""
         return {**ARMS, **self.names}[role]

@@ -88,6 +88,9 @@ class OpenModel:
 Openable: TypeAlias = OpenModel | Checkpoint | Path | str | nn.Module
 
 
+Openable: TypeAlias = OpenModel | Checkpoint | Path | str | nn.Module
+
+
 def open_model(
     source: Openable,
     *,
@@ -207,7 +210,19 @@ def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any | None:
 
 
 def own_tokenizer(checkpoint: Checkpoint) -> Any | None:
-    """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None."""
+    """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None.
+
+    Raises:
+        GravlensError: a folder or hub id was handed over that holds none.
+    """
+    if isinstance(checkpoint.tokenizer, str | Path):
+        if (found := load_tokenizer(checkpoint.tokenizer)) is None:
+            raise GravlensError(
+                f"{checkpoint.tokenizer} holds no tokenizer.",
+                "tokenizer= is a tokenizer, or a folder or hub id of one.",
+                "a folder written by tokenizer.save_pretrained.",
+            )
+        return found
     if checkpoint.tokenizer is not None:
         return checkpoint.tokenizer
     if isinstance(checkpoint.source, nn.Module):

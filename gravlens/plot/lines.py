@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import Container
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, of_kind
 from gravlens.plot.style import BLUE, CYCLE, DASHES, GREY, LABELS, MARKERS, SHARES, STYLE, axes_of, change_of, words
 
 WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line crosses the text
@@ -34,7 +34,9 @@ class HasTable(Protocol):
     """A result that carries its tidy table, such as a Trajectory."""
 
     @property
-    def table(self) -> pd.DataFrame: ...
+    def table(self) -> pd.DataFrame:
+        """Columns such as `run, step, layer, prompts, alignment`; which ones are needed is said by each figure."""
+        ...
 
 
 @rc_context(STYLE)
@@ -145,13 +147,18 @@ def need(
     table: pd.DataFrame | HasTable, columns: Iterable[str], remedy: str = "a table of measured results."
 ) -> pd.DataFrame:
     """The table of a result, which has rows and these columns."""
-    table = table if isinstance(table, pd.DataFrame) else table.table
-    missing = ", ".join(name for name in columns if name not in table.columns)
+    found: Any = of_kind(
+        table if isinstance(table, pd.DataFrame) else getattr(table, "table", table),
+        pd.DataFrame,
+        "A table is needed, or a result that has one.",
+        "follow(residuals, directions), causal_effect(model, …), or their .table.",
+    )
+    missing = ", ".join(name for name in columns if name not in found.columns)
     if missing:
-        raise GravlensError(f"The table has no column {missing}.", f"It has {list(table.columns)}.", "one of those.")
-    if table.empty:
+        raise GravlensError(f"The table has no column {missing}.", f"It has {list(found.columns)}.", "one of those.")
+    if found.empty:
         raise GravlensError("The table has no rows.", "At least one is drawn.", remedy)
-    return table
+    return found
 
 
 def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.DataFrame:

@@ -241,6 +241,8 @@ def test_other_names_of_the_arms() -> None:
 def test_bad_evidence_is_one_clear_error() -> None:
     with refused("no run"):
         claim(Evidence(replace(trajectory(), table=trajectory().table.iloc[:0])))
+    with refused("'clmap'"):
+        evidence(names={"clmap": ("held",)})
     with refused("arm unblocked"):  # two anchors are two claims
         judge(arms=pd.concat([arms(), arms()]))
     with refused("task_loss"):

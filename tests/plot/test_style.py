@@ -14,7 +14,7 @@ from matplotlib import colors, pyplot
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from test_plane import plane
+from planes import plane
 
 import gravlens
 from gravlens.plot import lines as plots
