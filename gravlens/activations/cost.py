@@ -37,7 +37,8 @@ from gravlens.core.files import write_atomically
 from gravlens.history.sequence import ModelSequence, Prompts
 from gravlens.history.sources import Resolved, resolve
 from gravlens.history.weight_files import weight_files
-from gravlens.models.opening import OpenModel, block_list, open_model, quiet
+from gravlens.models.families import block_list
+from gravlens.models.opening import OpenModel, open_model, quiet
 from gravlens.models.placement import Placement, as_device
 from gravlens.models.precision import as_dtype
 

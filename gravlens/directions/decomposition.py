@@ -208,7 +208,7 @@ def _weights(
     if shared and (both := {n: w for n, w in weights.items() if n in like and w.shape == like[n].shape}):
         weights, like = both, {name: like[name] for name in both}
     shapes = [{name: tuple(weight.shape) for name, weight in some.items()} for some in (weights, like)]
-    if model.kind != "huggingface" or (like and shapes[0] != shapes[1]):
+    if not model.family.own_tensors or (like and shapes[0] != shapes[1]):
         apart = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:1]
         raise GravlensError(
             f"{checkpoint.name} ({checkpoint.described}) is a {type(model.module).__name__}"

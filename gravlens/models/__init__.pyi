@@ -1,6 +1,7 @@
 from . import adapters as adapters
 from . import families as families
 from . import forward as forward
+from . import lens as lens
 from . import opening as opening
 from . import placement as placement
 from . import precision as precision

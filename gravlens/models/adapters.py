@@ -4,8 +4,8 @@ import warnings
 from typing import Any
 
 from gravlens.core.errors import GravlensError
-from gravlens.models.precision import check_unquantised
 from gravlens.history.sources import Folder
+from gravlens.models.precision import check_unquantised
 
 NAME = "gravlens"  # PEFT's name of the adapter while it is merged
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
+import transformers
 
 from gravlens.core.errors import GravlensError
-from gravlens.models.precision import as_dtype, check_unquantised, precision_name, quantisation_in
 from gravlens.history.prefetch import in_turn
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder
 from gravlens.models.adapters import merge_adapter
-from gravlens.models.families import check_not_centred, folded_apart, is_folded
+from gravlens.models.families import check_not_centred, folded_apart
 from gravlens.models.opening import (
     OpenModel,
     checkpoint_tokenizer,
@@ -26,6 +25,7 @@ from gravlens.models.opening import (
     weights_of,
 )
 from gravlens.models.placement import Placement
+from gravlens.models.precision import as_dtype, check_unquantised, precision_name, quantisation_in
 
 
 def open_each(
@@ -61,7 +61,7 @@ def open_each(
                 opened, config = open_model(first, tokenizer=own, through=through, **placement.where), wanted
             else:
                 swap_weights(opened, base)
-                check_not_centred(resolved.checkpoint, opened.module, opened.kind, opened.blocks, opened.d_model)
+                check_not_centred(resolved.checkpoint, opened.family)
             if adapters:
                 opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
                 config = wanted if same else None  # untied embeddings do not fit the next weights
@@ -136,9 +136,9 @@ def one_shape(checkpoints: Sequence[Resolved]) -> tuple[int, int]:
 
 def _check_folded_alike(checkpoints: Sequence[Checkpoint]) -> None:
     models = [(checkpoint, open_model(checkpoint)) for checkpoint in checkpoints]
-    unlike = {is_folded(model.module, model.kind): (checkpoint, model) for checkpoint, model in models}
+    unlike = {model.family.is_folded: (checkpoint, model) for checkpoint, model in models}
     if len(unlike) > 1:
-        raise folded_apart(unlike[True][0], unlike[True][1].kind, unlike[False][0])
+        raise folded_apart(unlike[True][0], unlike[True][1].family, unlike[False][0])
 
 
 def _shape(checkpoint: Resolved, known: dict[Path, tuple[int, int]]) -> tuple[int, int]:
@@ -150,7 +150,7 @@ def _shape(checkpoint: Resolved, known: dict[Path, tuple[int, int]]) -> tuple[in
         # Each architecture has its own names for these (GPT-2: n_layer, n_embd), which only transformers knows.
         try:
             with quiet():
-                config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+                config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
         except (OSError, ValueError, KeyError) as error:
             raise not_opened(folder, error) from error
         known[folder] = config.num_hidden_layers, config.hidden_size

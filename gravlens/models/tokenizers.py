@@ -114,8 +114,7 @@ def _same_tokenizer(one: Resolved, other: Resolved) -> bool:
 
 def check_vocabulary(checkpoint: Checkpoint, model: OpenModel, ids: Sequence[Sequence[int]]) -> None:
     """Raise where a prompt has a token that a checkpoint's embedding has no row for."""
-    hugging_face = model.kind == "huggingface"
-    rows = model.module.get_input_embeddings().weight.shape[0] if hugging_face else model.module.cfg.d_vocab
+    rows = model.family.vocabulary
     if (largest := max(map(max, ids))) >= rows:
         raise GravlensError(
             f"{checkpoint.name} ({checkpoint.described}) has embeddings of {rows} tokens, and a prompt holds token "

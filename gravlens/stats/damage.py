@@ -224,7 +224,7 @@ def _rows(drift: Float[np.ndarray, "layer d_model"], directions: Directions, mea
 
 # --- weights ------------------------------------------------------------------------------------------------------
 def _parameters(model: OpenModel) -> dict[str, Tensor]:
-    if model.kind != "huggingface":
+    if not model.family.own_tensors:
         raise GravlensError(
             f"A {type(model.module).__name__} was given.",
             "Damage goes to a Hugging Face model's own tensors, which no other kind holds as they were trained.",

@@ -74,5 +74,5 @@ def _places(resolved: Sequence[Resolved]) -> list[dict[Any, Any]]:
 def _is_no_plain_model(found: Resolved) -> bool:
     if not found.folders:
         model = open_model(found)
-        return model.kind != "huggingface" or quantisation(model.module) is not None
+        return not model.family.own_tensors or quantisation(model.module) is not None
     return quantisation_in(found.base.config) is not None

@@ -147,7 +147,7 @@ def finetune(
 def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: Recipe, seed: int) -> OpenModel:
     model = open_model(start)
     in_memory = isinstance(start, nn.Module | OpenModel) or isinstance(getattr(start, "source", None), nn.Module)
-    if model.kind != "huggingface":
+    if not model.family.own_tensors:
         raise GravlensError(
             f"A {type(model.module).__name__} was given to fine-tune.",
             "Hugging Face Trainer trains Hugging Face models.",
