@@ -122,11 +122,13 @@ class Resolved:
         checkpoint: what was resolved.
         folders: a whole model, then the adapters over it; empty for a model in memory.
         template: the checkpoint whose tokenizer and chat template it is read with, where that is another.
+        tokenizer: the folder of a tokenizer that takes the place of its own, where one was given.
     """
 
     checkpoint: Checkpoint
     folders: tuple[Folder, ...]
     template: "Resolved | None" = field(default=None, repr=False)
+    tokenizer: Folder | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -183,17 +185,18 @@ def resolve(checkpoint: Checkpoint | Resolved, known: Known | None = None, *, we
     if isinstance(checkpoint, Resolved):
         return checkpoint
     known = {} if known is None else known
-    other = checkpoint.template
+    other, given = checkpoint.template, checkpoint.tokenizer
     template = resolve(other, known, weights=False) if isinstance(other, Checkpoint) else None
+    tokenizer = _folder(given, known, False) if isinstance(given, str | Path) else None
     if isinstance(checkpoint.source, nn.Module):
-        return Resolved(checkpoint, (), template)
-    found, chain = checkpoint, [_folder(checkpoint, known, weights)]
+        return Resolved(checkpoint, (), template, tokenizer)
+    found, chain = checkpoint, [_folder(checkpoint.source, known, weights)]
     while chain[0].is_adapter:
         found = _base_of(found, chain[0].path, known)
-        chain.insert(0, _folder(found, known, weights))
+        chain.insert(0, _folder(_source(found), known, weights))
         if len(chain) > CHAIN:
             raise _no_base(chain[-1].path, "names adapters in a circle as its base", "a whole model at the end")
-    return Resolved(checkpoint, tuple(chain), template)
+    return Resolved(checkpoint, tuple(chain), template, tokenizer)
 
 
 def as_folder(source: Folder | Path | str, *, weights: bool = True) -> Folder:
@@ -201,8 +204,7 @@ def as_folder(source: Folder | Path | str, *, weights: bool = True) -> Folder:
     return source if isinstance(source, Folder) else Folder(local_folder(source, weights=weights), source)
 
 
-def _folder(checkpoint: Checkpoint, known: Known, weights: bool) -> Folder:
-    source = _source(checkpoint)
+def _folder(source: Path | str, known: Known, weights: bool) -> Folder:
     key = str(Path(source).resolve() if Path(source).is_dir() else source)
     if key in known:
         found = known[key].fetched() if weights else known[key]
@@ -225,7 +227,7 @@ def _base_of(checkpoint: Checkpoint, folder: Path, known: Known) -> Checkpoint:
             raise _no_base(folder, f"names {named or 'no'} base, which is not here", "a base in its own configuration")
         return Checkpoint(f"base of {checkpoint.name}", Path(named) if Path(named).is_dir() else named)
     base = checkpoint.base
-    if _contradicts(named, base) and (below := _folder(base, known, False)).is_adapter:
+    if _contradicts(named, base) and (below := _folder(_source(base), known, False)).is_adapter:
         base = _base_of(base, below.path, known)  # the anchor's own adapter, trained further
     if _contradicts(named, base):
         wanted = f"it would be added to {checkpoint.base.name} ({checkpoint.base.described})"

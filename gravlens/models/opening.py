@@ -213,8 +213,8 @@ def own_tokenizer(resolved: Resolved) -> Any | None:
         GravlensError: a folder or hub id was handed over that holds none.
     """
     checkpoint = resolved.checkpoint
-    if isinstance(checkpoint.tokenizer, str | Path):
-        if (found := load_tokenizer(checkpoint.tokenizer)) is None:
+    if resolved.tokenizer is not None:
+        if (found := load_tokenizer(resolved.tokenizer)) is None:
             raise GravlensError(
                 f"{checkpoint.tokenizer} holds no tokenizer.",
                 "tokenizer= is a tokenizer, or a folder or hub id of one.",

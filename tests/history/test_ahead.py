@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from folders import adapter, snapshot
 from histories import RAGGED, refused
 from huggingface_hub.errors import LocalEntryNotFoundError
-from test_sources import adapter, snapshot
 
 from gravlens.activations.residuals import cache_residuals
 from gravlens.core.errors import GravlensError

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from folders import adapter
 from histories import refused
 from test_ahead import ROLES, RUN, Hub, fake, models  # noqa: F401 (fixtures)
-from test_sources import adapter
 
 from gravlens.activations import fingerprint as fingerprints
 from gravlens.activations import plan
@@ -124,6 +124,12 @@ def test_a_hub_is_asked_once_for_each_revision_and_once_for_its_weights(
     assert asked == {(revision, size): 1 for revision in fake.commits for size in ("small", "whole")}
     assert len(counts.looked_up) == 16 and set(counts.looked_up.values()) == {1}
     assert set(counts.headers.values()) == {1}
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_tokenizer_on_a_hub_is_asked_for_once(home: Path, counts: Counts) -> None:
+    cache_residuals(sequence(home, tokenizer=ROLES["anchor"]))
+    assert counts.looked_up[ROLES["anchor"]] == 1 and set(counts.looked_up.values()) == {1}
 
 
 def test_a_folder_that_is_written_after_it_was_resolved_is_refused(

@@ -11,8 +11,9 @@ import pytest
 import tiny
 import torch
 from bomb import Bomb
+from folders import adapter, snapshot
 from histories import RAGGED, assert_same_states, moved, refused, weights_of
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -68,20 +69,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, (revision, save) in enumerate({"main": tiny.save, "step1000": sharded, "step200": tiny.save}.items()):
         snapshot(cache, revision, f"{number}" * 40, lambda folder, n=number, s=save: s(tiny.llama(n), folder))
     return cache
-
-
-def snapshot(cache: Path, revision: str, commit: str, make: Callable[[Path], Any], name: str = "owner--name") -> Path:
-    """One revision: a branch or tag names a commit, whose files are links to blobs."""
-    home = cache / f"models--{name}"
-    folder, blobs, ref = home / "snapshots" / commit, home / "blobs", home / "refs" / revision
-    make(folder)
-    blobs.mkdir(exist_ok=True)
-    for path in folder.iterdir():
-        blob = path.rename(blobs / f"{commit}-{path.name}")
-        path.symlink_to(blob)
-    ref.parent.mkdir(exist_ok=True)
-    ref.write_text(commit)
-    return folder
 
 
 @pytest.mark.usefixtures("hub")
@@ -228,17 +215,6 @@ def test_a_broken_state_of_trainer_is_named(pair: Path, text: str) -> None:
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
-
-QV = ["q_proj", "v_proj"]
-
-
-def adapter(base: Path, folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A LoRA adapter that does something, saved by PEFT over the model in `base`."""
-    torch.manual_seed(seed)
-    config = {"r": 2, "target_modules": QV, "task_type": "CAUSAL_LM", "init_lora_weights": False, **changes}
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**config)).save_pretrained(folder)
-    assert not list(folder.glob("model*.safetensors"))
-    return folder
 
 
 def merged(base: Path, folder: Path) -> Any:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from folders import adapter
 from histories import RAGGED, refused
-from test_sources import adapter
 from torch import nn
 from transformers import AutoModelForCausalLM
 
