@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gravlens.blockers.blocking import Blocker, block
@@ -27,7 +27,6 @@ from gravlens.history.prompts import Example, encode_example
 from gravlens.history.sequence import Checkpoint
 from gravlens.interventions.orthogonalize import save_folder
 from gravlens.models.opening import OpenModel, open_model, quiet
-from gravlens.training.monitor import Monitor
 
 RESUMABLE_AFTER = 60.0  # seconds between the states that a stopped run goes on from
 
@@ -88,7 +87,7 @@ def finetune(
     recipe: Recipe = Recipe(),
     save_steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     blocker: Blocker | Sequence[Blocker] | None = None,
-    monitor: Monitor | None = None,
+    monitor: TrainerCallback | None = None,
     seed: int = 0,
 ) -> Finetuned:
     """Fine-tune a checkpoint; the loss is on the answers alone.
@@ -103,7 +102,8 @@ def finetune(
         recipe: steps, batch, learning rate, …
         save_steps: after which optimizer steps to save.
         blocker: what takes part in the steps, one or several; their draws have a generator of their own.
-        monitor: watches the run, and may stop it; the state that it was stopped at is saved too.
+        monitor: a callback that watches the run and may stop it, such as a `Monitor`; where it stops, a checkpoint is
+            saved too. Of a resumed run it sees `on_train_begin` twice: at the start, and at the state that is resumed.
         seed: of the data's order.
 
     Raises:
@@ -121,12 +121,15 @@ def finetune(
             args=_arguments(recipe, seed, saver.resume),
             train_dataset=_Rows(rows),
             data_collator=_collate,
-            callbacks=[saver, _Counter(bar)],
+            callbacks=[saver, _Counter(bar), *([] if monitor is None else [monitor])],
         )
+        # Callbacks get the tokenizer; Trainer(processing_class=) would also change the special tokens in the config.
+        trainer.callback_handler.processing_class = model.tokenizer
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        if monitor is not None:
-            monitor.attach(trainer, start=model)
+        if monitor is not None and stopped is not None:  # Trainer loads the stopped state before its own event
+            given = {"model": model.module, "processing_class": model.tokenizer}
+            monitor.on_train_begin(trainer.args, TrainerState(max_steps=recipe.steps), trainer.control, **given)
         with block(trainer, *blockers, tokenizer=model.tokenizer, rng=np.random.default_rng([seed, 1])):
             trainer.train(resume_from_checkpoint=stopped)
     shutil.rmtree(saver.resume, ignore_errors=True)
