@@ -19,7 +19,7 @@ from gravlens.activations.plan import Plan
 from gravlens.activations.positions import Positions
 from gravlens.activations.reader import Reader, batches_of, tokens_for
 from gravlens.activations.residuals import prepare
-from gravlens.activations.stored import least_tokens, part_sizes
+from gravlens.activations.store import least_tokens, part_sizes
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError
 from gravlens.history.precision import as_dtype

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MixtralConfig, PretrainedConfig
 
 from gravlens.activations import plan as readings
-from gravlens.activations import stored
+from gravlens.activations import store
 from gravlens.activations.cost import (
     Machine,
     amount,
@@ -136,7 +136,7 @@ def test_workers_share_all_but_what_the_driver_does_and_the_last_round_is_seen(m
     assert three["passes"] == pytest.approx(2 / 3 * two["passes"]) and six["passes"] == pytest.approx(two["passes"] / 3)
     assert four["passes"] == three["passes"], "six tasks of four workers take two rounds, as of three"
     assert two["storing"] == six["storing"]
-    monkeypatch.setitem(stored.TASK_TOKENS, "cpu", 100)
+    monkeypatch.setitem(store.TASK_TOKENS, "cpu", 100)
     monkeypatch.setattr(readings, "BLOCK_BYTES", 0)
     monkeypatch.setattr(readings, "TOKENS_ELSEWHERE", 90)
     found = forecast(plan_of([10] * 40, layers=[0]), config(), sizes=[1000], machine=MACHINE, workers=4)
