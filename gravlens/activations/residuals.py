@@ -16,7 +16,7 @@ from torch import Tensor
 from gravlens.activations.plan import Plan, Through, read_each, read_here
 from gravlens.activations.positions import Positions, described, offset_of, queries_of
 from gravlens.activations.reader import Enough, Kept
-from gravlens.activations.stored import Stored, read_through_store
+from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, check_layer, of_kind
 from gravlens.core.files import read_tensors, write_tensors
@@ -157,7 +157,7 @@ def cache_residuals(
         _check_no(executor)
         values, precisions = read_here(asked.plan, asked.checkpoints, through, placement)
     else:
-        stored = Stored(Path(store), through, placement)
+        stored = Store(Path(store), through, placement)
         values, precisions = read_through_store(asked.plan, asked.checkpoints, stored, executor)
     return Residuals(values, asked.names, asked.plan.layers, asked.prompts, asked.meta(precisions), asked.plan.index)
 

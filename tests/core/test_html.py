@@ -66,8 +66,7 @@ def claimed(name: str) -> Claim:
 
 
 def forecast(name: str) -> Forecast:
-    machine = Machine(1e9, 1e9, 1e9, 1e9, 1.0, True, 1024, True)
-    return Forecast(2, 3, 4, 5, 6.0, 7, 8, 9, 1, 1, {name: 1.0}, machine)
+    return Forecast(2, 3, 4, 6.0, 7, 0, 8, 9, 1, 1, {name: 1.0}, Machine(1e9, 1e9))
 
 
 def threshold(name: str) -> Threshold:
