@@ -20,6 +20,7 @@ from gravlens.activations.reader import Reader, batches_of, tokens_for
 from gravlens.activations.residuals import prepare
 from gravlens.activations.store import least_tokens, part_sizes
 from gravlens.core import display as html
+from gravlens.core.display import amount, duration
 from gravlens.core.errors import GravlensError
 from gravlens.history.sequence import ModelSequence, Prompts
 from gravlens.history.sources import Resolved, resolve
@@ -95,13 +96,19 @@ class Forecast:
             ("checkpoints × prompts", f"{self.checkpoints:,} × {self.prompts:,}"),
             ("tokens of a checkpoint", f"{self.tokens:,}"),
             ("operations", f"{self.flops:.3g} FLOP"),
-            ("weights", f"{amount(self.bytes_read)}, read twice; {amount(self.bytes_downloaded)} to download"),
+            (
+                "weights",
+                f"{amount(self.bytes_read)}, read twice; {amount(self.bytes_downloaded)} to download",
+            ),
             ("states", f"{amount(self.bytes_stored)}, and the same again for the memory-mapped array"),
             ("memory of a worker", f"{amount(self.memory)} of weights"),
             ("tasks for an executor", f"{self.tasks:,}"),
             ("time", f"{duration(self.total)} with {self.workers} worker(s)"),
             ("time by part", ", ".join(f"{part} {duration(s)}" for part, s in self.seconds.items())),
-            (f"machine, {'measured here' if m.measured else 'as given'}", f"{m.flops:.3g} FLOP/s, {amount(m.disk)}/s"),
+            (
+                f"machine, {'measured here' if m.measured else 'as given'}",
+                f"{m.flops:.3g} FLOP/s, {amount(m.disk)}/s",
+            ),
         ]
 
     def _repr_html_(self) -> str:
@@ -259,15 +266,3 @@ def measured_machine(plan: Plan, config: PretrainedConfig, folder: Path, placeme
 
 def _seconds(work: Callable[[], Any]) -> float:
     return median(repeat(work, number=1, repeat=4)[1:])  # the first warms up
-
-
-def amount(size: float) -> str:
-    """Format bytes."""
-    power = min(int(math.log10(max(size, 1))) // 3, 4)
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds."""
-    unit, name = next(((u, n) for u, n in ((3600, "h"), (60, "min")) if seconds >= 2 * u), (1, "s"))
-    return f"{seconds / unit:.3g} {name}"

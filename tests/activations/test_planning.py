@@ -13,9 +13,7 @@ from gravlens.activations import plan as readings
 from gravlens.activations import store
 from gravlens.activations.cost import (
     Machine,
-    amount,
     count_parameters,
-    duration,
     forecast,
     measured_machine,
     named_machine,
@@ -25,6 +23,7 @@ from gravlens.activations.plan import Plan, read_block
 from gravlens.activations.positions import queries_of_ids
 from gravlens.activations.reader import Reader, reuses_keys
 from gravlens.activations.residuals import cache_residuals
+from gravlens.core.display import amount, duration
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import OpenModel, open_model
