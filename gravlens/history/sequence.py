@@ -28,14 +28,14 @@ Prompts = PromptSet | Sequence[str] | Path | str | Any  # a datasets.Dataset
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One state of the weights: a folder (opened when it is needed), a hub id, or a model in memory.
+    """One checkpoint: a folder (opened on demand), a hub id, or a model in memory.
 
     Attributes:
-        name: how results call it (`witness`, `anchor`, `seed0/20`).
+        name: its name in results (`witness`, `anchor`, `seed0/20`).
         source: the folder, the hub id (`owner/name` or `owner/name@revision`), or the model.
         step: optimizer steps since the anchor, for the checkpoints of a run.
-        base: where the source is a PEFT adapter, what it is added to; None: what its own configuration names.
-        template: whose chat template it is read with: its `own`, `none`, or that (and the tokenizer) of another
+        base: for a PEFT adapter, the checkpoint it is merged into; default: the one that its configuration names.
+        template: the chat template it is read with: its `own`, `none`, or that (and the tokenizer) of another
             checkpoint. A sequence sets it for its checkpoints, by its `chat_template`.
         tokenizer: one that takes the place of the checkpoint's own, or a folder or hub id that holds it. A sequence
             sets it too.
@@ -69,7 +69,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Run:
-    """Where the checkpoints of a run lie, for a run that may have holes.
+    """Folders of a run that may have missing checkpoints.
 
     Attributes:
         folders: a pattern, a Trainer's output folder, or a list of folders and hub ids.
@@ -89,7 +89,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class ModelSequence:
-    """A training history: what `locate_vrev` and everything after it reads.
+    """A training history: the input of `locate_vrev` and everything after it.
 
     Attributes:
         witness: a checkpoint of the dominant phase.

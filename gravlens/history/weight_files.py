@@ -1,4 +1,4 @@
-"""The files of one checkpoint's folder: which weights lie in it, whether they are whole, and what they are."""
+"""Weight files of a checkpoint folder: find them, verify that they are complete, read headers and tensors."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from gravlens.core.files import damaged
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE = "trainer_state.json"
-TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # Trainer's pickles that are no weights
+TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # pickles of Trainer that hold no weights
 Stamp: TypeAlias = tuple[int, ...]
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -68,7 +68,7 @@ def _model_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        plain = bool(names) and all(Path(name).name == name for name in names)  # a path would lead out of the folder
+        plain = bool(names) and all(Path(name).name == name for name in names)  # a path could lead out of the folder
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(index, error) from error
     if not plain:
@@ -198,12 +198,12 @@ def stamp(path: Path) -> Stamp:
 
 @dataclass(frozen=True)
 class Contents:
-    """What some weights are.
+    """Summary of weights.
 
     Attributes:
-        tensors: how many.
-        parameters: how many numbers.
-        dtype: as they are stored; several are joined by a comma.
+        tensors: number of tensors.
+        parameters: number of parameters.
+        dtype: stored dtypes, joined by commas.
         digest: SHA-256 of names, dtypes, shapes and bytes, in the order of the names.
     """
 
@@ -214,7 +214,7 @@ class Contents:
 
 
 def contents(named: Iterable[tuple[str, Tensor]]) -> Contents:
-    """Count and digest tensors, one at a time; equal weights have equal digests, sharded or not, on disk or not."""
+    """Count and hash tensors, one at a time; the digest is independent of sharding and equal on disk and in memory."""
     digest, tensors, parameters, dtypes = hashlib.sha256(), 0, 0, set()
     for name, tensor in named:
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -225,7 +225,7 @@ def contents(named: Iterable[tuple[str, Tensor]]) -> Contents:
 
 
 def trained_steps(folder: Path) -> int | None:
-    """`global_step` of a Trainer checkpoint, or None where Trainer left no state."""
+    """Return `global_step` of a Trainer checkpoint, or None if there is no trainer_state.json."""
     path = folder / STATE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The one tokenizer that the checkpoints of a history are read with, and whether theirs agree with it."""
+"""The tokenizer of a history: the anchor's, and checks that the other checkpoints agree with it."""
 
 import copy
 import filecmp
@@ -56,7 +56,7 @@ def sequence_tokenizer(
 
 
 def _or_model(checkpoint: Checkpoint) -> str:
-    """A folder that is no checkpoint at all lacks its tokenizer too."""
+    """Mention a missing config.json: then the folder is not a checkpoint at all."""
     folder = Path(checkpoint.source) if isinstance(checkpoint.source, Path) else None
     return " and no config.json" if folder and not any(folder.glob("*config.json")) else ""
 
@@ -71,7 +71,7 @@ def _check_reads_alike(checkpoint: Checkpoint, own: Any, chosen: Any, sets: Sequ
         wanted = encode(chosen, prompts)
         try:
             read = encode(own, prompts)
-        except Exception as error:  # whatever a tokenizer raises for a word that it has no token for
+        except Exception as error:  # tokenizers raise various exceptions for a word without a token
             raise _other_tokenizer(checkpoint, f"cannot read the prompts ({error}; {sizes})") from error
         for text, theirs, ours in zip(prompts, read, wanted, strict=True):
             if theirs != ours:
@@ -113,7 +113,7 @@ def _same_tokenizer(one: Resolved, other: Resolved) -> bool:
 
 
 def check_vocabulary(checkpoint: Checkpoint, model: OpenModel, ids: Sequence[Sequence[int]]) -> None:
-    """Raise where a prompt has a token that a checkpoint's embedding has no row for."""
+    """Raise if a prompt has a token id beyond a checkpoint's embedding."""
     rows = model.family.vocabulary
     if (largest := max(map(max, ids))) >= rows:
         raise GravlensError(
