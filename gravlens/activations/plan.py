@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from gravlens.activations.positions import Query
 from gravlens.activations.reader import TOKENS_ELSEWHERE, Reader, batches_of, common_prefix, tokens_for
 from gravlens.core.progress import progress
-from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import Resolved
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import open_each
 from gravlens.models.tokenizers import check_vocabulary
@@ -93,7 +93,7 @@ class Found(NamedTuple):
     precision: str
 
 
-def read_each(plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, placement: Placement) -> Iterator[Found]:
+def read_each(plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement) -> Iterator[Found]:
     """Every checkpoint's states, batch by batch; one model is open at a time, and nothing that was read is kept."""
     opened = open_each(checkpoints, through=through, placement=placement)
     ids = [query.ids for query in plan.queries]
@@ -108,7 +108,7 @@ def read_each(plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, p
 
 
 def read_here(
-    plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, placement: Placement
+    plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement
 ) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
     """States in memory, and the precisions that they were computed in."""
     values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)

@@ -4,7 +4,6 @@ What all prompts begin with is run once and its keys and values are reused. Befo
 deepest layer is left after its keys and values. Prompts are sorted by length and batched by tokens.
 """
 
-import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import DynamicCache
 from gravlens.activations.positions import Query
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import pad
-from gravlens.models.forward import run_trunk, unwrapped
+from gravlens.models.forward import run_trunk
 from gravlens.models.opening import OpenModel, resid_post
 
 TOKENS = {"cpu": 1024}  # of a batch: more of them fall out of a processor's caches
@@ -141,16 +140,12 @@ class Reader:
         token, and needs no mask.
         """
         batch = pad(ids)
-        trunk = unwrapped(self.model.module).base_model
-        inputs = {
-            "input_ids": batch.input_ids,
-            "attention_mask": None if held is None else torch.cat([held, batch.attention_mask], dim=1),
-            "position_ids": torch.tensor(starts)[:, None] + torch.arange(batch.input_ids.shape[1]),
-        }
-        known = inspect.signature(trunk.forward).parameters
-        inputs = {key: part.to(self.model.device) for key, part in inputs.items() if part is not None and key in known}
+        positions = torch.tensor(starts)[:, None] + torch.arange(batch.input_ids.shape[1])
+        inputs = {"input_ids": batch.input_ids, "position_ids": positions}
+        if held is not None:
+            inputs["attention_mask"] = torch.cat([held, batch.attention_mask], dim=1)
         with suppress(Enough):
-            trunk(**inputs, **{"cache" if "cache" in known else "past_key_values": cache}, use_cache=True)
+            self.model.family.trunk({key: part.to(self.model.device) for key, part in inputs.items()}, cache)
         return batch.attention_mask
 
 
@@ -236,7 +231,7 @@ def reuses_keys(model: OpenModel) -> bool:
 
     Not those of TransformerLens, nor a model in training or with hooks on it, whose passes are not to be cut.
     """
-    if model.kind != "huggingface" or any(part.training or hooks_on(part) for part in model.module.modules()):
+    if not model.family.kv_cache or any(part.training or hooks_on(part) for part in model.module.modules()):
         return False
     if model.module not in _REUSES:
         _REUSES[model.module] = _same_states(model)
@@ -250,7 +245,7 @@ def hooks_on(part: nn.Module) -> list[Any]:
 
 
 def _same_states(model: OpenModel) -> bool:
-    vocabulary = model.module.get_input_embeddings().weight.shape[0]
+    vocabulary = model.family.vocabulary
     ids = torch.linspace(1, vocabulary - 2, 40).long().tolist()
     prompts = [[*ids[:8], *ids[8 + 5 * i : 12 + 9 * i]] for i in range(3)]
     queries = [Query(tuple(one), ((len(one) - 1,),)) for one in prompts]

@@ -16,12 +16,13 @@ from torch import Tensor
 from gravlens.activations.plan import Plan, Through, read_each, read_here
 from gravlens.activations.positions import Positions, described, offset_of, queries_of
 from gravlens.activations.reader import Enough, Kept
-from gravlens.activations.stored import Stored, read_through_store
+from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, check_layer, of_kind
 from gravlens.core.files import read_tensors, write_tensors
 from gravlens.history.prompts import Batch, last_positions, pad
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
+from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.forward import run_trunk
 from gravlens.models.opening import OpenModel
 from gravlens.models.placement import Placement
@@ -156,7 +157,7 @@ def cache_residuals(
         _check_no(executor)
         values, precisions = read_here(asked.plan, asked.checkpoints, through, placement)
     else:
-        stored = Stored(Path(store), through, placement)
+        stored = Store(Path(store), through, placement)
         values, precisions = read_through_store(asked.plan, asked.checkpoints, stored, executor)
     return Residuals(values, asked.names, asked.plan.layers, asked.prompts, asked.meta(precisions), asked.plan.index)
 
@@ -167,7 +168,7 @@ class Asked:
 
     Attributes:
         plan: prompts as tokens, layers, read positions.
-        checkpoints: in order.
+        checkpoints: in order, each resolved once for the whole call.
         prompts: digest of the prompt set.
         positions: in a word.
         chat_template: whose.
@@ -175,7 +176,7 @@ class Asked:
     """
 
     plan: Plan
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[Resolved, ...]
     prompts: str
     positions: str | int
     chat_template: str
@@ -208,9 +209,11 @@ def prepare(
     """What `cache_residuals` would read; no model is opened."""
     sequence = ModelSequence.of(sequence)
     prompts = sequence.require_probes() if prompts is None else sequence.prompts_of(prompts)
-    tokenizer = sequence_tokenizer(sequence, prompts)
+    known = Known()
+    tokenizer = sequence_tokenizer(sequence, prompts, known)
     queries = queries_of(tokenizer, prompts, positions)
-    wanted = tuple(sequence if checkpoints is None else checkpoints)
+    asked = sequence if checkpoints is None else checkpoints
+    wanted = tuple(resolve(checkpoint, known, weights=False) for checkpoint in asked)
     n_layers, d_model = one_shape(wanted)
     plan = Plan.of(queries, layers_of(layers, n_layers), d_model)
     template = sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none"

@@ -12,10 +12,10 @@ from gravlens.blockers.blocking import BoundBlocker, Draws, trained
 from gravlens.blockers.penalty import Movement
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Spans, each
-from gravlens.history.precision import check_unquantised
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.precision import check_unquantised
 
 RIDGE = 1e-8  # of the Gram matrix's mean diagonal: directions of neighbouring layers are nearly the same constraint
 SHRINKS = 0.3  # a move that leaves more than this of the motion wants fresh gradients

@@ -26,7 +26,7 @@ from gravlens.cli.options import (
     flag,
     writable_folder,
 )
-from gravlens.cli.screen import cell, print_json, print_table, records, tell, write_effect, wrote
+from gravlens.cli.screen import print_json, print_table, records, tell, write_effect, wrote
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
@@ -197,6 +197,6 @@ def _print_pair(found: Any, title: str) -> None:
     tell(f"alignment and fraction on {judged}; {data}")
 
 
-def _run_row(row: dict[str, Any]) -> tuple[str, ...]:
+def _run_row(row: dict[str, Any]) -> tuple[Any, ...]:
     numbers = ("" if row[key] is None else f"{row[key]:.3f}" for key in MEASURED)
-    return (row["run"], str(row["step"]), *numbers, cell(row["seconds_per_step"]))
+    return (row["run"], str(row["step"]), *numbers, row["seconds_per_step"])

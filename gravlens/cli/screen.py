@@ -48,15 +48,8 @@ def print_table(
     """A table; a `wide` one may wrap its lines in a narrow terminal, which would else cut names short."""
     table = Table(*columns, title=title and escape(title), caption=caption and escape(caption))
     for row in rows:
-        table.add_row(*(escape(cell(value)) for value in row))
+        table.add_row(*(escape(core.display.cell(value)) for value in row))
     (Console(emoji=False, width=max(console.width, WIDE)) if wide else console).print(table)
-
-
-def cell(value: Any) -> str:
-    """A value as a table shows it."""
-    if value is None or value != value:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def tell(text: str) -> None:

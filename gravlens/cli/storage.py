@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from gravlens import activations
+from gravlens import activations, core
 from gravlens.cli.failures import CHECK_FAILED
 from gravlens.cli.options import JSON, example, flag
-from gravlens.cli.screen import cell, print_json, print_table, records, tell
+from gravlens.cli.screen import print_json, print_table, records, tell
 
 commands = typer.Typer(
     help="Look after a folder of states, as gravlens trajectory --store keeps it.",
@@ -31,7 +31,7 @@ def list_command(folder: FOLDER, json: JSON = False) -> None:
 
 def _whole(value: object) -> str:
     """Counts as whole numbers, which a column with gaps turns into fractions."""
-    return cell(int(value) if isinstance(value, float) else value)
+    return core.display.cell(int(value) if isinstance(value, float) else value)
 
 
 @commands.command(epilog=example("gravlens store verify states"))

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction
-from gravlens.history.precision import check_unquantised
 from gravlens.history.prompts import pad
 from gravlens.history.sequence import Checkpoint
 from gravlens.interventions.edits import Ablate
 from gravlens.interventions.hooks import check_fit
-from gravlens.models.families import Write, writes_of
+from gravlens.models.families import Write
 from gravlens.models.opening import OpenModel, open_model, quiet
+from gravlens.models.precision import check_unquantised
 
 LEFT_WITHIN = 1e-4  # of a state's length, along v
 LINEAR_WITHIN = 1e-2
@@ -72,7 +72,7 @@ def orthogonalized(source: Checkpoint | Path | str | nn.Module | OpenModel, dire
     """
     model = _own_copy(source)
     vector = _vector_of(direction, model)
-    writes = tuple(writes_of(model.module, model.blocks, model.d_model))
+    writes = tuple(model.family.writes())
     _untie(model.module)
     with torch.no_grad():
         for tensor, axis in (pair for write in writes for pair in write.tensors):
@@ -105,7 +105,7 @@ def _own_copy(source: Checkpoint | Path | str | nn.Module | OpenModel) -> OpenMo
     """A model that nobody else holds."""
     model = open_model(source)
     check_unquantised(model.module, "Orthogonalising")
-    if model.kind != "huggingface" or hasattr(model.module, "peft_config"):
+    if not model.family.own_tensors or hasattr(model.module, "peft_config"):
         raise GravlensError(
             f"A {type(model.module).__name__} was given.",
             "A plain Hugging Face model is orthogonalised.",
@@ -192,7 +192,7 @@ def _pushed(push: Float[Tensor, "row 1 d_model"]) -> Callable[[nn.Module, Any, T
 
 def _random_ids(model: OpenModel, lengths: Sequence[int]) -> list[list[int]]:
     rng = np.random.default_rng(0)
-    size = model.module.get_input_embeddings().num_embeddings
+    size = model.family.vocabulary
     return [rng.integers(size, size=length).tolist() for length in lengths]
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from gravlens.behavior.scores import encode_openings
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, one_direction
-from gravlens.history.precision import check_unquantised
 from gravlens.interventions.hooks import check_fit
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import Openable, OpenModel, open_model
+from gravlens.models.precision import check_unquantised
 
 # A norm's ε is nothing beside states of this root mean square.
 PROBE = 10.0
@@ -129,28 +129,19 @@ def _through_norm(norm: nn.Module, vector: Float[Tensor, " d_model"]) -> Float[T
 
 
 def _unembedding(model: OpenModel) -> Float[Tensor, "vocab d_model"]:
-    if model.kind != "huggingface":
-        return model.module.W_U.T
-    return _head(model).weight
-
-
-def _head(model: OpenModel) -> Any:
-    head = model.module.get_output_embeddings()
-    if head is None:
+    if model.family.head is None:
         raise _not_found(model, "it has no unembedding")
-    if not head.weight.is_floating_point():
-        check_unquantised(head, "A readout")
-    return head
+    weight = model.family.unembedding
+    if not weight.is_floating_point():
+        check_unquantised(model.family.head, "A readout")
+    return weight
 
 
 def _final_norm(model: OpenModel) -> nn.Module:
-    """The module that makes the unembedding's input of the last block's output: found by a pass of one token."""
-    if model.kind != "huggingface":
-        norm = getattr(model.module, "ln_final", None)
-        if norm is None:
-            raise _not_found(model, "it has no ln_final")
-        return norm
-    head, last = _head(model), model.blocks[-1]
+    """The module that maps the last block's output to the unembedding's input: by name, or traced on one prompt."""
+    if model.family.final_norm is not None:
+        return model.family.final_norm
+    head, last = model.family.head, model.blocks[-1]
     seen = _outside_the_blocks(model)
     stream = next((output for module, _, output in seen if module is last), None)
     wanted = next((given for module, given, _ in seen if module is head), None)

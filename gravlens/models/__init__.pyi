@@ -1,8 +1,10 @@
 from . import adapters as adapters
 from . import families as families
 from . import forward as forward
+from . import lens as lens
 from . import opening as opening
 from . import placement as placement
+from . import precision as precision
 from . import swapping as swapping
 from . import tokenizers as tokenizers
 from .tokenizers import sequence_tokenizer as sequence_tokenizer

@@ -1,6 +1,5 @@
 """Forward passes of an opened model: the trunk alone, next-token logits, log-probabilities, greedy generation."""
 
-import inspect
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad as widen
-from transformers import GenerationConfig
 
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
@@ -114,21 +112,8 @@ def _check_reach(offsets: tuple[int, ...], shortest: int) -> None:
 # --- forward passes ----------------------------------------------------------------------------------------------
 def run_trunk(model: OpenModel, batch: Batch) -> None:
     """Run the blocks for the sake of hooks on them; logits are not computed where the family allows it."""
-    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
     with reading(batch):
-        if model.kind != "huggingface":
-            model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_type=None)
-            return
-        # The decoder is called directly: Trainer wraps the whole model's forward in autocast.
-        trunk = unwrapped(model.module).base_model
-        if "position_ids" not in inspect.signature(trunk.forward).parameters:
-            del inputs["position_ids"]
-        trunk(**inputs, use_cache=False)
-
-
-def unwrapped(module: Any) -> Any:
-    """The model inside a PEFT wrapper, adapters in place: the wrapper's own signature hides the model's inputs."""
-    return module.get_base_model() if hasattr(module, "get_base_model") else module
+        model.family.trunk(_inputs(model, batch))
 
 
 def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompt vocab"]:
@@ -151,30 +136,19 @@ def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: 
     answers: list[list[int]] = [[]] * len(ids)
     with torch.inference_mode(), progress("answers", total=len(ids), unit="prompt") as bar:
         for rows, batch in batches(model, ids):
-            if model.kind == "huggingface" and batch.input_ids.shape[1] == 1:
+            if model.family.kv_cache and batch.input_ids.shape[1] == 1:
                 batch = Batch(*(widen(part, (1, 0)) for part in batch))  # else a cached pass looks like the prefill
             with reading(batch):
-                new = _greedy(model, batch, max_new_tokens, eos)[:, batch.input_ids.shape[1] :].tolist()
+                found = model.family.generate(_inputs(model, batch), max_new_tokens, eos)
+            new = found[:, batch.input_ids.shape[1] :].tolist()
             for row, tokens in zip(rows, new, strict=True):
                 answers[row] = tokens[: tokens.index(eos)] if eos in tokens else tokens
             bar.update(len(rows))
     return answers
 
 
-def _greedy(model: OpenModel, batch: Batch, max_new_tokens: int, eos: int | None) -> Tensor:
-    ids = batch.input_ids.to(model.device)
-    module: Any = model.module
-    if model.kind != "huggingface":
-        # Their cached answers are wrong: the bridge's cache stays empty where transformers calls it `cache`, and
-        # HookedTransformer counts learned positions twice without a tokenizer (TransformerLens 3.9 to 4.3).
-        return module.generate(
-            ids, max_new_tokens=max_new_tokens, do_sample=False, stop_at_eos=eos is not None, eos_token_id=eos,
-            return_type="tokens", verbose=False, use_past_kv_cache=False,
-        )  # fmt: skip
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0 if eos is None else eos
-    )
-    return module.generate(ids, attention_mask=batch.attention_mask.to(model.device), generation_config=config)
+def _inputs(model: OpenModel, batch: Batch) -> dict[str, Tensor]:
+    return {key: part.to(model.device) for key, part in batch._asdict().items()}
 
 
 def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
@@ -182,7 +156,7 @@ def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[li
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     while order:
         rows = order[:BATCH]
-        if model.kind != "huggingface":
+        if not model.family.padding:
             rows = [row for row in rows if len(ids[row]) == len(ids[rows[0]])]
         order = order[len(rows) :]
         yield rows, pad([ids[row] for row in rows], side="left")
@@ -211,11 +185,5 @@ def end_logits(
     """Logits from the last prompt token on; `answers` says how many tokens of each row come after it."""
     answers = torch.zeros(len(batch.input_ids), dtype=torch.long) if answers is None else answers
     keep = 1 + int(answers.max())
-    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
     with reading(batch, last_positions(batch.attention_mask) - answers):
-        if model.kind != "huggingface":
-            return model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -keep:]
-        known = inspect.signature(unwrapped(model.module).forward).parameters
-        extra = {"logits_to_keep": keep} if "logits_to_keep" in known else {}
-        inputs = {key: value for key, value in inputs.items() if key in known}
-        return model.module(**inputs, **extra, use_cache=False).logits[:, -keep:]
+        return model.family.logits(_inputs(model, batch), keep)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.precision import as_dtype
+from gravlens.models.precision import as_dtype
 
 DeviceMap: TypeAlias = str | Mapping[str, Any] | None
 OFFLOADED = ("disk", "meta")

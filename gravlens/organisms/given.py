@@ -12,7 +12,7 @@ from gravlens import __version__
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import Example, PromptSet, read_examples
 from gravlens.history.sequence import ModelSequence
-from gravlens.history.sources import lineage
+from gravlens.history.sources import resolve
 from gravlens.interventions.orthogonalization import save_folder
 from gravlens.models.opening import open_model
 from gravlens.organisms.arms import core_arms
@@ -92,12 +92,12 @@ class GivenHistory:
     @property
     def layers_in_mean(self) -> tuple[int, ...]:
         """The given layers, or the inner ones."""
-        return self.layers or inner_layers(lineage(self._history().anchor)[0])
+        return self.layers or inner_layers(resolve(self._history().anchor).base.path)
 
     def make(self, name: str, start: Path | None, folder: Path) -> None:
         """Link a checkpoint's files, or save an adapter merged."""
         checkpoint = getattr(self._history(), name)
-        whole, *adapters = lineage(checkpoint)
+        whole, *adapters = resolve(checkpoint).paths
         if adapters:
             folder.rmdir()
             save_folder(open_model(checkpoint), folder)

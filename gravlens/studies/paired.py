@@ -21,6 +21,7 @@ from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.history.sources import resolve
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import open_each
 from gravlens.models.tokenizers import sequence_tokenizer
@@ -152,7 +153,7 @@ def block_beside(
     vs = block.directions(sequence, placement)
     blocker = block.along(vs, sequence.require_probes())
     kinds: dict[str, Blocker | None] = {} if only_blocked else {UNBLOCKED: None}
-    start = fingerprint(sequence.anchor, ("paired",))
+    start = fingerprint(resolve(sequence.anchor, weights=False), ("paired",))
     runs = {}
     for name, chosen in {**kinds, BLOCKED: blocker}.items():
         made_of = (start, train, training, (block, vs.vectors.tobytes()) if chosen else None)

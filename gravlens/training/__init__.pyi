@@ -4,6 +4,5 @@ from . import recipe as recipe
 from . import run_folder as run_folder
 from . import thresholds as thresholds
 from .finetune import Finetuned as Finetuned
-from .finetune import Watcher as Watcher
 from .thresholds import Threshold as Threshold
 from .thresholds import calibrate as calibrate

@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gravlens.blockers.blocking import Blocker, block
@@ -27,19 +27,6 @@ from gravlens.training.recipe import Recipe
 from gravlens.training.run_folder import RESUME, claimed, digest
 
 RESUMABLE_AFTER = 60.0  # seconds between the states that a stopped run goes on from
-
-
-class Watcher(Protocol):
-    """Watches a run and may stop it, as `Monitor` does; training itself needs none of its statistics."""
-
-    @property
-    def stop_above(self) -> Any:
-        """Where it stops the run, if it does."""
-        ...
-
-    def attach(self, trainer: Any, *, start: OpenModel) -> Any:
-        """Add a callback to the trainer."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +54,7 @@ def finetune(
     recipe: Recipe = Recipe(),
     save_steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     blocker: Blocker | Sequence[Blocker] | None = None,
-    monitor: Watcher | None = None,
+    monitor: TrainerCallback | None = None,
     seed: int = 0,
 ) -> Finetuned:
     """Fine-tune a checkpoint; the loss is on the answers alone.
@@ -83,7 +70,8 @@ def finetune(
         recipe: steps, batch, learning rate, …
         save_steps: after which optimizer steps to save; the last step is always saved.
         blocker: what takes part in the steps, one or several; their draws have a generator of their own.
-        monitor: watches the run, and may stop it; the state that it was stopped at is saved too.
+        monitor: a callback that watches the run and may stop it, such as a `Monitor`; where it stops, a checkpoint is
+            saved too. Of a resumed run it sees `on_train_begin` twice: at the start, and at the state that is resumed.
         seed: of the data's order.
 
     Raises:
@@ -97,7 +85,7 @@ def finetune(
     description = {
         **{"recipe": asdict(recipe), "save_steps": saver.steps, "seed": seed},
         **{"data": digest(repr(rows)), "start": digest(model.module), "blocker": digest(blockers)},
-        "monitor": digest(monitor and monitor.stop_above),  # what is watched changes no weight; where it stops does
+        "monitor": digest(getattr(monitor, "stop_above", None)),  # watching changes no weight, stopping does
     }
     bar_of = progress("fine-tuning", total=recipe.steps, unit="step")
     with claimed(saver.out, description) as stopped, quiet(), bar_of as bar:
@@ -106,12 +94,15 @@ def finetune(
             args=_arguments(recipe, seed, saver.out / RESUME),
             train_dataset=_Rows(rows),
             data_collator=_collate,
-            callbacks=[saver, _Counter(bar)],
+            callbacks=[saver, _Counter(bar), *([] if monitor is None else [monitor])],
         )
+        # Callbacks get the tokenizer; Trainer(processing_class=) would also change the special tokens in the config.
+        trainer.callback_handler.processing_class = model.tokenizer
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        if monitor is not None:
-            monitor.attach(trainer, start=model)
+        if monitor is not None and stopped is not None:  # Trainer loads the stopped state before its own event
+            given = {"model": model.module, "processing_class": model.tokenizer}
+            monitor.on_train_begin(trainer.args, TrainerState(max_steps=recipe.steps), trainer.control, **given)
         with block(trainer, *blockers, tokenizer=model.tokenizer, rng=np.random.default_rng([seed, 1])):
             trainer.train(resume_from_checkpoint=None if stopped is None else str(stopped))
     model.module.eval()
@@ -121,7 +112,7 @@ def finetune(
 def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: Recipe, seed: int) -> OpenModel:
     model = open_model(start)
     in_memory = isinstance(start, nn.Module | OpenModel) or isinstance(getattr(start, "source", None), nn.Module)
-    if model.kind != "huggingface":
+    if not model.family.own_tensors:
         raise GravlensError(
             f"A {type(model.module).__name__} was given to fine-tune.",
             "Hugging Face Trainer trains Hugging Face models.",

@@ -72,7 +72,6 @@ class Monitor(TrainerCallback):
         self._trainer: Trainer | None = None
         self._ids: list[list[int]] | None = None
         self._start: Float[np.ndarray, "layer d_model"] | None = None
-        self._held = False  # whether `start` was given
         self._measures: dict[int, dict[str, Float[np.ndarray, " layer"]]] = {}
         self._above = 0  # evaluations in a row
         if every < 1:
@@ -84,13 +83,11 @@ class Monitor(TrainerCallback):
                 "directions.at(layers) for the one or the other.",
             )
 
-    def attach(self, trainer: Trainer, *, start: OpenModel | None = None) -> "Monitor":
+    def attach(self, trainer: Trainer) -> "Monitor":
         """Take part in a trainer's run, and report through it to all that `report_to` names.
 
         Args:
             trainer: a Hugging Face `Trainer` or one of TRL's, not yet trained.
-            start: the trainer's model, opened, where it stands at the anchor now: its states are kept at once. Default:
-                they are kept when the run begins.
 
         Returns:
             The monitor itself.
@@ -103,11 +100,6 @@ class Monitor(TrainerCallback):
         self._trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
-        if start is not None:
-            self.tokenizer = self.tokenizer or start.tokenizer
-            if self.anchor is None:
-                check_whole(start.module)
-                self._start, self._held = self._states(start), True
         return self
 
     @property
@@ -142,7 +134,7 @@ class Monitor(TrainerCallback):
         self._check_run(args, state)
         self.tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
         self._model = open_model(model, tokenizer=self.tokenizer)
-        if self._start is None or (state.global_step == 0 and not self._held):
+        if self._start is None or state.global_step == 0:
             self._start = self._anchor_states(self._model)
         self._measures = {step: one for step, one in self._measures.items() if step <= state.global_step}
         self.stopped_at, self._above = None, 0
