@@ -180,7 +180,8 @@ def forecast(
     tokens, tasks = prefix + sum(lengths), n * len(part_sizes(lengths, least_tokens(placement.device)))
     flops = 2 * sum(blocks[: plan.layers[-1] + 1]) * n * tokens
     stored = 4 * n * plan.ends[-1] * len(plan.layers) * plan.d_model
-    whole = parameters * (config.dtype or torch.float32).itemsize
+    dtype: Any = config.dtype or torch.float32  # a configuration without weights may name none
+    whole = parameters * dtype.itemsize
     weights = sum(whole if size is None else size for size in sizes)
     opened = n if workers == 1 else tasks  # every task opens its checkpoint
     rounds = math.ceil(opened / workers)  # some workers may be idle in the last one
@@ -192,7 +193,7 @@ def forecast(
         bytes_read=weights,
         bytes_downloaded=whole * list(sizes).count(None),
         bytes_stored=stored,
-        memory=parameters * (as_dtype(placement.dtype) or config.dtype or torch.float32).itemsize,
+        memory=parameters * (as_dtype(placement.dtype) or dtype).itemsize,
         tasks=tasks,
         workers=workers,
         seconds={

@@ -163,7 +163,8 @@ def read_header(path: Path) -> BlockFile | None:
             start += file.read(min(int.from_bytes(start, "little"), path.stat().st_size))
         if _header_digest(start) == path.name.split(".")[1]:
             meta = meta_of(start, path, KIND)
-            return BlockFile(path, *(tuple(meta[key]) for key in ("queries", "rows", "layers")), meta["checkpoint"])
+            queries, rows, layers = (tuple(meta[key]) for key in ("queries", "rows", "layers"))
+            return BlockFile(path, queries, rows, layers, meta["checkpoint"])
     except FileNotFoundError:
         return None  # another process has deleted it
     except (OSError, IndexError):

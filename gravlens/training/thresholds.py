@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import pandas as pd
@@ -93,13 +93,16 @@ def calibrate(
             draws of the mean over runs, fewer evaluations than `patience`, or null runs that never moved far enough for
             a cosine.
     """
-    draws: Any = nulls if hasattr(nulls, "cosines") else None
-    statistic = statistic or ("fraction" if draws is None else "alignment")
+    statistic = statistic or ("fraction" if isinstance(nulls, Sequence) else "alignment")
     if statistic not in get_args(Statistic):
         raise GravlensError(
             f"statistic={statistic!r} was given.", "A run is judged by one of two.", " or ".join(get_args(Statistic))
         )
-    values, steps, layers = _of_tables(nulls, statistic) if draws is None else _of_draws(draws, statistic)
+    if isinstance(nulls, Sequence):
+        values, steps, layers = _of_tables(nulls, statistic)
+    else:
+        source = nulls.name
+        values, steps, layers = _of_draws(nulls, statistic)
     _check_enough(len(values), quantile, patience, len(steps))
     windows = np.lib.stride_tricks.sliding_window_view(values, patience, axis=1)
     largest = np.sort(windows.min(-1).max(1))
@@ -110,8 +113,7 @@ def calibrate(
             "A cosine is defined only for runs that moved, and a value only for runs that did not diverge.",
             "statistic='fraction', or null runs that train as the run does.",
         )
-    name = source if draws is None else draws.name
-    return Threshold(statistic, value, patience, quantile, len(values), steps[-1], layers, name)
+    return Threshold(statistic, value, patience, quantile, len(values), steps[-1], layers, source)
 
 
 Series = tuple[Float[np.ndarray, "run step"], tuple[int, ...], tuple[int, ...]]  # values, steps, layers
