@@ -6,4 +6,5 @@ from . import opening as opening
 from . import placement as placement
 from . import swapping as swapping
 from . import tokenizers as tokenizers
+from .families import Family as Family
 from .tokenizers import sequence_tokenizer as sequence_tokenizer

@@ -116,7 +116,7 @@ class Family(ABC):
 
     @property
     def is_folded(self) -> bool:
-        """Whether the norms' weights were folded into the weights that read from them, which transformers never does."""
+        """Whether the norms' weights were folded into the weights that read from them; transformers never does it."""
         return False
 
 

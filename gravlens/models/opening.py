@@ -2,6 +2,9 @@
 
 import copy
 import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,9 +86,6 @@ class OpenModel:
     def precision(self) -> str:
         """The dtype and, where weights are quantised, how: see `precision_name`."""
         return precision_name(self.dtype, quantisation(self.module))
-
-
-Openable: TypeAlias = OpenModel | Checkpoint | Path | str | nn.Module
 
 
 Openable: TypeAlias = OpenModel | Checkpoint | Path | str | nn.Module
@@ -256,6 +256,24 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by their names, tied ones once: what `save_pretrained` writes."""
     state = module.state_dict()
     return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in state}}
+
+
+def save_folder(model: OpenModel, folder: Path) -> Path:
+    """Save a model and its tokenizer as a Hugging Face folder, atomically; an existing folder is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        with quiet():
+            model.module.save_pretrained(scratch)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.chmod(scratch, 0o755)  # mkdtemp makes it private to the user
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return folder
 
 
 @contextmanager

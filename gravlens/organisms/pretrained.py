@@ -25,8 +25,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.history.hub import local_folder
 from gravlens.history.prompt_formats import read_rows
 from gravlens.history.prompts import Example, PromptSet
-from gravlens.interventions.orthogonalization import save_folder
-from gravlens.models.opening import load_tokenizer, open_model
+from gravlens.models.opening import load_tokenizer, open_model, save_folder
 from gravlens.organisms.arms import Arm, matched_twin, penalty
 from gravlens.organisms.base import Measures
 from gravlens.organisms.fetch import cache_folder, fetched_prompts, fetched_smollm2
