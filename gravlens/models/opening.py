@@ -100,24 +100,24 @@ def open_model(
     device_map: DeviceMap = None,
     through: Literal["huggingface", "bridge"] = "huggingface",
 ) -> OpenModel:
-    """Open a checkpoint for reading.
+    """Open a checkpoint.
 
-    A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
-    weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is, where it
-    is, quantised or not, unless its writing weights were centred. An `OpenModel` is returned unchanged.
+    A folder or hub id is loaded as a Hugging Face model, or as a `TransformerBridge` (`through="bridge"`); weights are
+    never processed. A PEFT adapter is merged into its base. A model in memory is used as it is, also quantised, unless
+    its writing weights were centred. An `OpenModel` is returned unchanged.
 
     Args:
         source: a checkpoint, a folder, a hub id, a model in memory, or an `OpenModel`.
-        tokenizer: default: the checkpoint's, after its `template`.
+        tokenizer: default: the checkpoint's, by its `template`.
         device: as in `Placement`.
         dtype: likewise.
         device_map: likewise.
         through: `huggingface` or `bridge`.
 
     Raises:
-        GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model; an
-            adapter that does not fit its base; centred writing weights, whose `resid_post` is another; no such device
-            here, no such dtype, weights that would be offloaded.
+        GravlensError: a folder that is missing, corrupt, has pickled weights only, or is not a causal language model;
+            an adapter that does not fit its base; centred writing weights, which change `resid_post`; an unavailable
+            device, an unknown dtype, weights that would be offloaded.
     """
     if isinstance(source, OpenModel):
         return source
@@ -136,10 +136,10 @@ def open_model(
 
 
 def _own_memory(weights: Mapping[str, Tensor]) -> None:
-    """Take weights out of the file that they are a view of, on the CPU.
+    """Copy weights on the CPU out of the memory-mapped file.
 
-    An evicted file's room would stay taken; and a product's last bits depend on where in memory its numbers lie, so a
-    checkpoint would give other bits opened than swapped in.
+    The mapping would keep the disk space of an evicted file. And the last bits of a matrix product depend on memory
+    alignment: a checkpoint would give other bits loaded than swapped in.
     """
     for weight in weights.values():
         if weight.device.type == "cpu":
@@ -153,11 +153,11 @@ def load_huggingface(
     device: str | torch.device = "cpu",
     device_map: DeviceMap = None,
 ) -> Any:
-    """A causal language model from a folder or hub id: safetensors only, no code of the checkpoint is run."""
+    """Load a causal language model from a folder or hub id: safetensors only, without running the checkpoint's code."""
     check_map(device, device_map)
     place, folder = as_device(device), local_folder(source)
     weight_files(folder)
-    if is_adapter(folder):  # transformers would open whatever base it names
+    if is_adapter(folder):  # transformers would load whatever base it names
         raise GravlensError(f"{source} is an adapter.", "A whole model is needed.", "open_model(…) merges adapters.")
     try:
         with quiet():
@@ -177,18 +177,18 @@ def load_huggingface(
         raise not_opened(source, error) from error
     model, report = loaded
     if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
-        raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) found no room on a device")
+        raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) do not fit on a device")
     if missing := sorted(report["missing_keys"]):
         raise GravlensError(
-            f"The weights of {source} lack {', '.join(missing[:3])}.",
-            "Every weight is needed; transformers would draw the missing ones at random.",
-            "save that checkpoint again, whole (model.save_pretrained of a causal language model).",
+            f"Weights are missing from {source}: {', '.join(missing[:3])}.",
+            "All are needed; transformers would initialise the missing ones at random.",
+            "save the checkpoint again (model.save_pretrained of a causal language model).",
         )
     return model.eval()
 
 
 def load_tokenizer(source: Path | str) -> Any | None:
-    """The tokenizer of a folder or hub id, or None where it has none."""
+    """The tokenizer of a folder or hub id, or None if it has none."""
     folder = local_folder(source, weights=False)
     try:
         with quiet():
@@ -198,13 +198,13 @@ def load_tokenizer(source: Path | str) -> Any | None:
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any | None:
-    """The tokenizer that a checkpoint is read with, after its `template`; or None."""
+    """The tokenizer that a checkpoint is read with, by its `template`; or None."""
     if isinstance(checkpoint.template, Checkpoint):
         return checkpoint_tokenizer(checkpoint.template)
     own = own_tokenizer(checkpoint)
     if own is None or checkpoint.template == "own" or not getattr(own, "chat_template", None):
         return own
-    plain = copy.deepcopy(own)  # the user's own stays as it was
+    plain = copy.deepcopy(own)  # it may be the user's
     plain.chat_template = None
     return plain
 
@@ -235,9 +235,9 @@ def not_opened(source: Path | str, error: Exception) -> GravlensError:
     """The error for a folder that transformers cannot open."""
     return GravlensError(
         f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
-        "A folder written by save_pretrained, or a hub id in reach, is needed; no code of a checkpoint is run.",
-        "check the path and that config.json and *.safetensors lie in it"
-        + (", and install what it names." if isinstance(error, ImportError) else "."),
+        "A folder written by save_pretrained or a reachable hub id is needed; a checkpoint's own code is not run.",
+        "check the path and that it has config.json and *.safetensors"
+        + (", and install the missing package." if isinstance(error, ImportError) else "."),
     )
 
 
@@ -253,7 +253,7 @@ def resid_post(model: OpenModel, layer: int) -> nn.Module:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by their names, tied ones once: what `save_pretrained` writes."""
+    """Parameters and persistent buffers by name, tied ones once, as `save_pretrained` writes them."""
     state = module.state_dict()
     return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in state}}
 
@@ -278,7 +278,7 @@ def save_folder(model: OpenModel, folder: Path) -> Path:
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Silence transformers' own progress bars and notices while something is opened."""
+    """Silence transformers' progress bars and notices inside the block."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
