@@ -17,8 +17,8 @@ from transformers import DynamicCache
 from gravlens.activations.positions import Query
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import pad
+from gravlens.models.families import OpenModel, resid_post
 from gravlens.models.forward import run_trunk
-from gravlens.models.opening import OpenModel, resid_post
 
 TOKENS = {"cpu": 1024}  # of a batch: larger ones no longer fit into a processor's caches
 TOKENS_ELSEWHERE = 16384  # of a batch on an accelerator; split in half if memory runs out

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.direction import Span, each
 from gravlens.interventions.edits import Intervention, check_intervention
-from gravlens.models.opening import Openable, OpenModel, open_model, resid_post
+from gravlens.models.families import OpenModel, resid_post
+from gravlens.models.opening import Openable, open_model
 
 
 class Firings:

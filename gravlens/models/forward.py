@@ -13,7 +13,7 @@ from torch.nn.functional import pad as widen
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.prompts import Batch, last_positions, pad
-from gravlens.models.opening import OpenModel
+from gravlens.models.families import OpenModel
 
 BATCH = 32
 # Token positions: all, the last prompt token, up to it, after it, or offsets that count it as −1.

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,76 +16,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from gravlens.core.errors import GravlensError, check_layer
+from gravlens.core.errors import GravlensError
 from gravlens.core.files import damaged
 from gravlens.history.hub import local_folder
-from gravlens.history.precision import as_dtype, precision_name, quantisation
+from gravlens.history.precision import as_dtype
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import lineage
 from gravlens.history.weight_files import is_adapter, stored_dtype, weight_files
 from gravlens.models.adapters import merge_adapter
-from gravlens.models.families import Family, check_not_centred, family_of, library
+from gravlens.models.families import OpenModel, check_not_centred, family_of, library
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class OpenModel:
-    """A model that can be read, hooked and generated with.
-
-    Attributes:
-        family: its library's interface: blocks, logits, generation, weights by their role.
-        tokenizer: its tokenizer, or None.
-        weights: the parameters and persistent buffers under their Hugging Face names, where a checkpoint's weights
-            can be swapped in; empty for models that were handed over.
-    """
-
-    family: Family
-    tokenizer: Any | None
-    weights: Mapping[str, Tensor]
-
-    def __repr__(self) -> str:
-        return f"OpenModel(kind={self.kind!r}, d_model={self.d_model})"
-
-    @property
-    def module(self) -> Any:
-        """The Hugging Face model, `TransformerBridge` or `HookedTransformer` itself."""
-        return self.family.module
-
-    @property
-    def kind(self) -> str:
-        """`huggingface`, `bridge` or `hooked_transformer`."""
-        return self.family.name
-
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        """For each layer, the module whose output is `blocks.{layer}.hook_resid_post`."""
-        return self.family.blocks
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.family.d_model
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return len(self.blocks)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the inputs go."""
-        return self.family.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the residual stream is computed in."""
-        return self.family.embedding.dtype
-
-    @property
-    def precision(self) -> str:
-        """The dtype and, where weights are quantised, how: see `precision_name`."""
-        return precision_name(self.dtype, quantisation(self.module))
-
 
 Openable: TypeAlias = OpenModel | Checkpoint | Path | str | nn.Module
 
@@ -245,11 +184,6 @@ def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: 
     family = family_of(module)
     check_not_centred(checkpoint, family)
     return OpenModel(family, tokenizer or getattr(module, "tokenizer", None), weights)
-
-
-def resid_post(model: OpenModel, layer: int) -> nn.Module:
-    """The module whose output (or its first part) is `blocks.{layer}.hook_resid_post` [prompt, pos, d_model]."""
-    return model.blocks[check_layer(layer, model.n_layers)]
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
