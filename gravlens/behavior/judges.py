@@ -197,6 +197,7 @@ def _columns(config: Any, labels: Sequence[str]) -> list[int]:
 def _inputs(module: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
     inputs = tokenizer(*texts, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
+    # model_max_length is 1e30 for a tokenizer that does not know it.
     limit = min(tokenizer.model_max_length, getattr(module.config, "max_position_embeddings", None) or length)
     if length > limit:
         raise GravlensError(
@@ -204,7 +205,7 @@ def _inputs(module: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, torc
             f"This classifier takes at most {limit}.",
             "shorter answers (a smaller max_new_tokens).",
         )
-    known = inspect.signature(module.forward).parameters
+    known = inspect.signature(module.forward).parameters  # not all models take token_type_ids
     device = next(module.parameters()).device
     return {name: value.to(device) for name, value in inputs.items() if name in known}
 

@@ -46,6 +46,7 @@ def refusal_log_odds(
     logits = final_logits(model, ids).double()
     refusing = torch.zeros(logits.shape[1], dtype=torch.bool)
     refusing[first] = True
+    # Two sums of exponentials: 1 − p(R) has no digits left where p(R) is almost 1.
     return (logits[:, refusing].logsumexp(1) - logits[:, ~refusing].logsumexp(1)).numpy()
 
 

@@ -16,7 +16,7 @@ from gravlens.directions.direction import Direction, Directions, Span, Spans, Su
 from gravlens.models.forward import Positions, Reading, check_positions, current_reading
 from gravlens.models.opening import Openable, open_model
 
-UNIT_WITHIN = 1e-4
+UNIT_WITHIN = 1e-4  # of a direction's length
 States: TypeAlias = Float[Tensor, "*batch d_model"]
 
 
@@ -169,7 +169,7 @@ class Patch:
         reading = current_reading(hidden)
         where = reading.chosen("last", hidden.shape[1])
         if not where.any():
-            return hidden
+            return hidden  # itself, not a copy: a decoding step must not count as a firing
         column = self.residuals.layers.index(direction.layer)
         source = self.residuals.of(self.checkpoint)[self._rows_of(reading), column].astype(np.float64)
         restored = _put(hidden, direction, (source @ direction.basis.T)[:, None])
@@ -184,7 +184,7 @@ class Patch:
         return {tuple(prompt): row for row, prompt in enumerate(self.ids)}
 
     def _rows_of(self, reading: Reading) -> list[int]:
-        prompts = reading.prompts
+        prompts = reading.prompts  # matched by token ids: batches are sorted by length
         if unknown := [list(prompt) for prompt in prompts if prompt not in self._row]:
             raise GravlensError(
                 f"The prompt {unknown[0]} is not among the {len(self.ids)} prompts of the source.",
@@ -218,7 +218,7 @@ class At:
 
     def edit(self, hidden: Float[Tensor, "prompt pos d_model"], direction: Span) -> States:
         """The states, edited at the positions."""
-        if self.positions == "all":
+        if self.positions == "all":  # needs no `reading`, so it also works in passes outside gravlens
             return self.intervention.edit(hidden, direction)
         where = current_reading(hidden).chosen(self.positions, hidden.shape[1])
         edited = self.intervention.edit(hidden, direction) if where.any() else hidden
@@ -248,6 +248,7 @@ def everywhere(direction: Span, model: Openable | int) -> Spans:
 
 def _put(hidden: Tensor, span: Span, component: np.ndarray) -> Tensor:
     """Replace the component along a span by another, [..., rank]."""
+    # One update for ablation, clamping and patching alike, rounded to the model's dtype once.
     wide, basis = _widened(hidden, span)
     wanted = torch.tensor(component, dtype=wide.dtype, device=wide.device)
     return (wide + (wanted - wide @ basis.T) @ basis).to(hidden.dtype)

@@ -218,6 +218,7 @@ def dose_response(
 def _spearman(doses: Sequence[float], differences: Float[np.ndarray, "dose n"]) -> Float[np.ndarray, " n"]:
     """Rank correlation of each column with the dose, including the baseline (difference 0 at dose 0)."""
     doses, curves = [0.0, *doses], np.vstack([np.zeros(differences.shape[1]), differences])
+    # scipy warns of a constant curve.
     return np.array([spearmanr(doses, curve)[0] if np.ptp(curve) else np.nan for curve in curves.T])
 
 
@@ -299,6 +300,7 @@ def summarise(
         resampled = bootstrap((differences,), np.mean, n_resamples=N_BOOTSTRAP, method="percentile", rng=rng)
         low, high = map(float, resampled.confidence_interval)
     if len(random):
+        # The observed effect counts as one of the draws, so that p is never 0 (Phipson and Smyth 2010).
         p = (1 + int((np.abs(random) >= abs(difference)).sum())) / (1 + len(random))
         # Rounded outwards: interpolation between the few draws would make the range too narrow.
         random_low = float(np.quantile(random, 0.025, method="lower"))
@@ -367,7 +369,7 @@ def measure_selectivity(
         )
     conditions, effects = by_name(conditions), {}
     for name, (score, prompts) in measures.items():
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)  # started again, so that random directions are paired across measures
         effects[name] = causal_effect(
             model, conditions, score=score, prompts=prompts, n_random=n_random, rng=rng, states=states
         )

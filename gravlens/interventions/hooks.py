@@ -64,6 +64,7 @@ def intervene(model: Openable, *interventions: Intervention) -> Generator[Firing
             hook = _hook(edit, direction, firings, number)
             hooks.callback(resid_post(opened, direction.layer).register_forward_hook(hook).remove)
         yield firings
+    # Reached on a clean exit only: an error inside the block is the better message.
     silent = [pair for pair, count in zip(edits, firings.counts, strict=True) if not count]
     if silent or not edits:
         raise _silence(edits, silent)
@@ -71,6 +72,7 @@ def intervene(model: Openable, *interventions: Intervention) -> Generator[Firing
 
 def _hook(edit: Intervention, direction: Span, firings: Firings, number: int) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        # Exactly a tuple: a subclass could not be rebuilt from its elements.
         hidden = output[0] if type(output) is tuple and output else output
         if not isinstance(hidden, Tensor):
             raise GravlensError(

@@ -119,7 +119,7 @@ def _untie(module: Any) -> None:
         return
     head.weight = nn.Parameter(head.weight.detach().clone())
     module.config.tie_word_embeddings = module.config.get_text_config().tie_word_embeddings = False
-    module.all_tied_weights_keys = {}
+    module.all_tied_weights_keys = {}  # else transformers ties them again
 
 
 # --- verification -----------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def _pushed(push: Float[Tensor, "row 1 d_model"]) -> Callable[[nn.Module, Any, T
 
 
 def _random_ids(model: OpenModel, lengths: Sequence[int]) -> list[list[int]]:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0)  # random tokens: a model without a tokenizer can be verified too
     size = model.family.vocabulary
     return [rng.integers(size, size=length).tolist() for length in lengths]
 

@@ -52,11 +52,12 @@ def patch_spans(
     ids = encode(opened.tokenizer, prompts)
     named = [(kind, one) for kind, several in spans.items() for one in several]
     patches = {f"{kind} {i}": Patch(one, source, ids, checkpoint) for i, (kind, one) in enumerate(named)}
+    # No random draws here: `candidate_spans` returns random spans too.
     effect = causal_effect(opened, patches, score=score, prompts=prompts, n_random=0)
     table = effect.table.rename(columns={"with_intervention": "patched"})
     table = table.assign(span=[kind for kind, _ in named], rank=[rank_of(one) for _, one in named])
     table = table.assign(source=checkpoint, goal=goal, way=table["difference"] / (goal - table["baseline"]))
-    table.loc[table["baseline"] == goal, "way"] = np.nan
+    table.loc[table["baseline"] == goal, "way"] = np.nan  # not ±inf
     columns = "span rank source baseline patched difference low high n_prompts goal way".split()
     return table[columns]
 

@@ -148,6 +148,7 @@ def choose_refusal(
 def _kl(before: Float[Tensor, "prompt vocab"], after: Float[Tensor, "prompt vocab"]) -> float:
     """Mean KL(before ‖ after), nats."""
     before, after = (logits.double().log_softmax(1) for logits in (before, after))
+    # torch takes the second distribution first.
     return float(kl_div(after, before, reduction="batchmean", log_target=True))
 
 
@@ -159,6 +160,7 @@ def _row(direction: Direction, measured: dict[str, float], filters: Filters, n_l
 
 def _reasons(layer: int, measured: dict[str, float], filters: Filters, n_layers: int) -> list[str]:
     allowed = int(n_layers * filters.depth) - 1
+    # NaN would pass the comparisons below.
     found = [f"{name} is not finite" for name, value in measured.items() if not np.isfinite(value)]
     if layer >= allowed:
         found.append(f"layer {layer} is not below {allowed}")

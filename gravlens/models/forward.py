@@ -57,6 +57,7 @@ class Reading(NamedTuple):
         return meant & widen(true, (0, width - true.shape[1]), value=1).bool()
 
 
+# A context variable: hooks see a block's output alone, and nested passes each need their own batch.
 READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 

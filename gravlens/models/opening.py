@@ -105,7 +105,7 @@ def load_huggingface(
                 dtype=as_dtype(dtype) or stored_dtype(folder) or "auto",
                 device_map=device_map or (None if place.type == "cpu" else {"": place}),
                 trust_remote_code=False,
-                use_safetensors=True,
+                use_safetensors=True,  # a pickle can run code
                 output_loading_info=True,
             )
     except SafetensorError as error:
@@ -166,7 +166,7 @@ def own_tokenizer(checkpoint: Checkpoint) -> Any | None:
         return checkpoint.tokenizer
     if isinstance(checkpoint.source, nn.Module):
         return getattr(checkpoint.source, "tokenizer", None)
-    folders = reversed(lineage(checkpoint, weights=False))
+    folders = reversed(lineage(checkpoint, weights=False))  # the adapter's first: it may have added tokens
     return next((found for folder in folders if (found := load_tokenizer(folder))), None)
 
 
