@@ -10,7 +10,7 @@ import subprocess
 import sys
 from statistics import median
 
-REPEATS = 5
+REPEATS = 3
 IMPORTS = {
     "locate_vrev": "from gravlens.directions.vrev import locate_vrev",
     "open_model": "from gravlens.models.opening import open_model",

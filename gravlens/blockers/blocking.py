@@ -139,7 +139,7 @@ class Draws:
 def block(
     trainer: Trainer, *blockers: Blocker, tokenizer: Any | None = None, rng: np.random.Generator | None = None
 ) -> Generator[None]:
-    """Apply blockers to a trainer's steps, as in `with block(trainer, Penalty(vs, probes)): trainer.train()`.
+    """Apply blockers to a trainer's steps: `with gl.block(trainer, gl.blockers.Penalty(vs, probes)): ...`.
 
     They are bound at once, so the trainer's model must be the anchor; a run that is resumed from Trainer's own
     checkpoint inside the block continues with the same draws. The trainer's log has the norm of what they add as

@@ -24,7 +24,8 @@ from gravlens.core.files import without_nan, write_atomically
 from gravlens.directions.direction import Direction, Directions, each
 from gravlens.directions.vrev import direction_from
 from gravlens.interventions.edits import Steer
-from gravlens.models.opening import Openable, open_model, resid_post
+from gravlens.models.families import resid_post
+from gravlens.models.opening import Openable, open_model
 
 ARCHITECTURE = "controlvector"
 TENSOR = re.compile(r"direction\.(\d+)")  # name of a layer's vector in llama.cpp and repeng

@@ -7,4 +7,5 @@ from . import placement as placement
 from . import precision as precision
 from . import swapping as swapping
 from . import tokenizers as tokenizers
+from .families import Family as Family
 from .tokenizers import sequence_tokenizer as sequence_tokenizer

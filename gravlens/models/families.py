@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, check_layer
 from gravlens.history.sequence import Checkpoint
+from gravlens.models.precision import precision_name, quantisation
 
 Inputs: TypeAlias = Mapping[str, Tensor]  # the fields of a `Batch`, on the model's device
 CLASSES = {"TransformerBridge": "bridge", "HookedTransformer": "hooked_transformer"}
@@ -116,7 +117,7 @@ class Family(ABC):
 
     @property
     def is_folded(self) -> bool:
-        """Whether the norms' weights were folded into the weights that read from them, which transformers never does."""
+        """Whether the norms' weights were folded into the weights that read from them; transformers never does it."""
         return False
 
 
@@ -216,6 +217,70 @@ def family_of(module: Any) -> Family:
     """The family of a model in memory, told by the names of its classes, so that no library is imported for it."""
     names = (cls.__name__ for cls in type(module).__mro__)
     return library(next((CLASSES[name] for name in names if name in CLASSES), "huggingface"))(module)  # pyright: ignore[reportCallIssue]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OpenModel:
+    """A model that can be read, hooked and generated with.
+
+    Attributes:
+        family: its library's interface: blocks, logits, generation, weights by their role.
+        tokenizer: its tokenizer, or None.
+        weights: the parameters and persistent buffers under their Hugging Face names, where a checkpoint's weights
+            can be swapped in; empty for models that were handed over.
+    """
+
+    family: Family
+    tokenizer: Any | None
+    weights: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"OpenModel(kind={self.kind!r}, d_model={self.d_model})"
+
+    @property
+    def module(self) -> Any:
+        """The Hugging Face model, `TransformerBridge` or `HookedTransformer` itself."""
+        return self.family.module
+
+    @property
+    def kind(self) -> str:
+        """`huggingface`, `bridge` or `hooked_transformer`."""
+        return self.family.name
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """For each layer, the module whose output is `blocks.{layer}.hook_resid_post`."""
+        return self.family.blocks
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.family.d_model
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return self.family.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the residual stream is computed in."""
+        return self.family.embedding.dtype
+
+    @property
+    def precision(self) -> str:
+        """The dtype and, where weights are quantised, how: see `precision_name`."""
+        return precision_name(self.dtype, quantisation(self.module))
+
+
+def resid_post(model: OpenModel, layer: int) -> nn.Module:
+    """The module whose output (or its first part) is `blocks.{layer}.hook_resid_post` [prompt, pos, d_model]."""
+    return model.blocks[check_layer(layer, model.n_layers)]
 
 
 # --- parts of a Hugging Face model, found by shape --------------------------------------------------------------

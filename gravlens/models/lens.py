@@ -57,7 +57,7 @@ class _Lens(Family):
             return self.module.ln_final
         raise GravlensError(
             f"In {type(self.module).__name__} no final norm was found (it has no ln_final).",
-            "A direction is read out through the norm before the unembedding.",
+            "A logit lens needs the norm before the unembedding.",
             "the Hugging Face model, opened from its folder.",
         )
 

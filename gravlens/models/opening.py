@@ -2,9 +2,11 @@
 
 import copy
 import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -14,74 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from gravlens.core.errors import GravlensError, check_layer
+from gravlens.core.errors import GravlensError
 from gravlens.core.files import damaged
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
 from gravlens.models.adapters import merge_adapter
-from gravlens.models.families import Family, check_not_centred, family_of, library
+from gravlens.models.families import OpenModel, check_not_centred, family_of, library
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
-from gravlens.models.precision import as_dtype, precision_name, quantisation
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class OpenModel:
-    """A model that can be read, hooked and generated with.
-
-    Attributes:
-        family: its library's interface: blocks, logits, generation, weights by their role.
-        tokenizer: its tokenizer, or None.
-        weights: the parameters and persistent buffers under their Hugging Face names, where a checkpoint's weights
-            can be swapped in; empty for models that were handed over.
-    """
-
-    family: Family
-    tokenizer: Any | None
-    weights: Mapping[str, Tensor]
-
-    def __repr__(self) -> str:
-        return f"OpenModel(kind={self.kind!r}, d_model={self.d_model})"
-
-    @property
-    def module(self) -> Any:
-        """The Hugging Face model, `TransformerBridge` or `HookedTransformer` itself."""
-        return self.family.module
-
-    @property
-    def kind(self) -> str:
-        """`huggingface`, `bridge` or `hooked_transformer`."""
-        return self.family.name
-
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        """For each layer, the module whose output is `blocks.{layer}.hook_resid_post`."""
-        return self.family.blocks
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.family.d_model
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return len(self.blocks)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the inputs go."""
-        return self.family.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the residual stream is computed in."""
-        return self.family.embedding.dtype
-
-    @property
-    def precision(self) -> str:
-        """The dtype and, where weights are quantised, how: see `precision_name`."""
-        return precision_name(self.dtype, quantisation(self.module))
-
+from gravlens.models.precision import as_dtype
 
 Openable: TypeAlias = OpenModel | Checkpoint | Resolved | Path | str | nn.Module
 
@@ -95,24 +37,24 @@ def open_model(
     device_map: DeviceMap = None,
     through: Literal["huggingface", "bridge"] = "huggingface",
 ) -> OpenModel:
-    """Open a checkpoint for reading.
+    """Open a checkpoint.
 
-    A folder or hub id is opened as a plain Hugging Face model, or as a `TransformerBridge` (`through="bridge"`);
-    weights are never processed. A PEFT adapter is merged into its base. A model in memory is taken as it is, where it
-    is, quantised or not, unless its writing weights were centred. An `OpenModel` is returned unchanged.
+    A folder or hub id is loaded as a Hugging Face model, or as a `TransformerBridge` (`through="bridge"`); weights are
+    never processed. A PEFT adapter is merged into its base. A model in memory is used as it is, also quantised, unless
+    its writing weights were centred. An `OpenModel` is returned unchanged.
 
     Args:
         source: a checkpoint (resolved or not), a folder, a hub id, a model in memory, or an `OpenModel`.
-        tokenizer: default: the checkpoint's, after its `template`.
+        tokenizer: default: the checkpoint's, by its `template`.
         device: as in `Placement`.
         dtype: likewise.
         device_map: likewise.
         through: `huggingface` or `bridge`.
 
     Raises:
-        GravlensError: the folder is missing, damaged, holds pickled weights alone, or is no causal language model; an
-            adapter that does not fit its base; centred writing weights, whose `resid_post` is another; no such device
-            here, no such dtype, weights that would be offloaded.
+        GravlensError: a folder that is missing, corrupt, has pickled weights only, or is not a causal language model;
+            an adapter that does not fit its base; centred writing weights, which change `resid_post`; an unavailable
+            device, an unknown dtype, weights that would be offloaded.
     """
     if isinstance(source, OpenModel):
         return source
@@ -132,10 +74,10 @@ def open_model(
 
 
 def _own_memory(weights: Mapping[str, Tensor]) -> None:
-    """Take weights out of the file that they are a view of, on the CPU.
+    """Copy weights on the CPU out of the memory-mapped file.
 
-    An evicted file's room would stay taken; and a product's last bits depend on where in memory its numbers lie, so a
-    checkpoint would give other bits opened than swapped in.
+    The mapping would keep the disk space of an evicted file. And the last bits of a matrix product depend on memory
+    alignment: a checkpoint would give other bits loaded than swapped in.
     """
     for weight in weights.values():
         if weight.device.type == "cpu":
@@ -149,7 +91,7 @@ def load_huggingface(
     device: str | torch.device = "cpu",
     device_map: DeviceMap = None,
 ) -> Any:
-    """A causal language model from a folder or hub id: safetensors only, no code of the checkpoint is run."""
+    """Load a causal language model from a folder or hub id: safetensors only, without running the checkpoint's code."""
     check_map(device, device_map)
     place, folder = as_device(device), as_folder(source)
     source, stored = folder.source, folder.weights.dtype
@@ -162,7 +104,7 @@ def load_huggingface(
                 dtype=as_dtype(dtype) or stored or "auto",
                 device_map=device_map or (None if place.type == "cpu" else {"": place}),
                 trust_remote_code=False,
-                use_safetensors=True,
+                use_safetensors=True,  # a pickle can run code
                 output_loading_info=True,
             )
     except SafetensorError as error:
@@ -173,18 +115,18 @@ def load_huggingface(
         raise not_opened(source, error) from error
     model, report = loaded
     if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
-        raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) found no room on a device")
+        raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) do not fit on a device")
     if missing := sorted(report["missing_keys"]):
         raise GravlensError(
-            f"The weights of {source} lack {', '.join(missing[:3])}.",
-            "Every weight is needed; transformers would draw the missing ones at random.",
-            "save that checkpoint again, whole (model.save_pretrained of a causal language model).",
+            f"Weights are missing from {source}: {', '.join(missing[:3])}.",
+            "All are needed; transformers would initialise the missing ones at random.",
+            "save the checkpoint again (model.save_pretrained of a causal language model).",
         )
     return model.eval()
 
 
 def load_tokenizer(source: Folder | Path | str) -> Any | None:
-    """The tokenizer of a folder or hub id, or None where it has none."""
+    """The tokenizer of a folder or hub id, or None if it has none."""
     folder = as_folder(source, weights=False)
     try:
         with quiet():
@@ -201,7 +143,7 @@ def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
     own = own_tokenizer(resolved)
     if own is None or resolved.checkpoint.template == "own" or not getattr(own, "chat_template", None):
         return own
-    plain = copy.deepcopy(own)  # the user's own stays as it was
+    plain = copy.deepcopy(own)  # it may be the user's
     plain.chat_template = None
     return plain
 
@@ -225,16 +167,17 @@ def own_tokenizer(resolved: Resolved) -> Any | None:
         return checkpoint.tokenizer
     if isinstance(checkpoint.source, nn.Module):
         return getattr(checkpoint.source, "tokenizer", None)
-    return next((found for folder in reversed(resolved.folders) if (found := load_tokenizer(folder))), None)
+    folders = reversed(resolved.folders)  # the adapter's first: it may have added tokens
+    return next((found for folder in folders if (found := load_tokenizer(folder))), None)
 
 
 def not_opened(source: Path | str, error: Exception) -> GravlensError:
     """The error for a folder that transformers cannot open."""
     return GravlensError(
         f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
-        "A folder written by save_pretrained, or a hub id in reach, is needed; no code of a checkpoint is run.",
-        "check the path and that config.json and *.safetensors lie in it"
-        + (", and install what it names." if isinstance(error, ImportError) else "."),
+        "A folder written by save_pretrained or a reachable hub id is needed; a checkpoint's own code is not run.",
+        "check the path and that it has config.json and *.safetensors"
+        + (", and install the missing package." if isinstance(error, ImportError) else "."),
     )
 
 
@@ -244,20 +187,33 @@ def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: 
     return OpenModel(family, tokenizer or getattr(module, "tokenizer", None), weights)
 
 
-def resid_post(model: OpenModel, layer: int) -> nn.Module:
-    """The module whose output (or its first part) is `blocks.{layer}.hook_resid_post` [prompt, pos, d_model]."""
-    return model.blocks[check_layer(layer, model.n_layers)]
-
-
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by their names, tied ones once: what `save_pretrained` writes."""
+    """Parameters and persistent buffers by name, tied ones once, as `save_pretrained` writes them."""
     state = module.state_dict()
     return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in state}}
 
 
+def save_folder(model: OpenModel, folder: Path) -> Path:
+    """Save a model and its tokenizer as a Hugging Face folder, atomically; an existing folder is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        with quiet():
+            model.module.save_pretrained(scratch)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.chmod(scratch, 0o755)  # mkdtemp makes it private to the user
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return folder
+
+
 @contextmanager
 def quiet() -> Generator[None]:
-    """Silence transformers' own progress bars and notices while something is opened."""
+    """Silence transformers' progress bars and notices inside the block."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()

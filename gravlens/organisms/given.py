@@ -13,8 +13,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import Example, PromptSet, read_examples
 from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import resolve
-from gravlens.interventions.orthogonalization import save_folder
-from gravlens.models.opening import open_model
+from gravlens.models.opening import open_model, save_folder
 from gravlens.organisms.arms import core_arms
 from gravlens.organisms.base import ENGLISH, Arm, Measures, PromptSets, inner_layers
 from gravlens.training.recipe import Recipe

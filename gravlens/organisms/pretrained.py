@@ -22,8 +22,7 @@ from gravlens.behavior.answers import generate_answers
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompt_formats import read_rows
 from gravlens.history.prompts import Example, PromptSet
-from gravlens.interventions.orthogonalization import save_folder
-from gravlens.models.opening import load_tokenizer, open_model
+from gravlens.models.opening import load_tokenizer, open_model, save_folder
 from gravlens.organisms.arms import made_by
 from gravlens.organisms.base import ENGLISH, Arm, Measures, PromptSets, inner_layers, unknown_data
 from gravlens.organisms.fetch import cache_folder, fetched_prompts, fetched_smollm2

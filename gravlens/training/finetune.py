@@ -21,8 +21,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.prompts import Example, encode_example
 from gravlens.history.sequence import Checkpoint
-from gravlens.interventions.orthogonalization import save_folder
-from gravlens.models.opening import OpenModel, open_model, quiet
+from gravlens.models.opening import OpenModel, open_model, quiet, save_folder
 from gravlens.training.recipe import Recipe
 from gravlens.training.run_folder import RESUME, claimed, digest
 

@@ -36,8 +36,7 @@ from gravlens.directions.trajectory import follow
 from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.history.prompts import Example, encode, pad
 from gravlens.history.sequence import Checkpoint, ModelSequence
-from gravlens.interventions.orthogonalization import save_folder
-from gravlens.models.opening import open_model
+from gravlens.models.opening import open_model, save_folder
 from gravlens.organisms import refusal_language as language
 from gravlens.training.finetune import Finetuned, Recipe, finetune
 
