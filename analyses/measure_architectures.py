@@ -23,9 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gravlens.activations.plan import read_block
 from gravlens.activations.positions import queries_of_ids
-from gravlens.activations.reader import Reader
+from gravlens.activations.reader import Reader, read_block
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import pad

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from histories import history_on_disk
 
-from gravlens.activations import plan as readings
 from gravlens.activations import reader as passes
 from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.history.sequence import ModelSequence
@@ -24,7 +23,7 @@ from gravlens.organisms.refusal_language import probe_prompts
 
 torch.set_num_threads(1)
 passes.TOKENS["cpu"] = 40
-readings.BLOCK_BYTES, readings.TOKENS_ELSEWHERE = 1000, 60  # several files for each checkpoint
+passes.BLOCK_BYTES, passes.TOKENS_ELSEWHERE = 1000, 60  # several files for each checkpoint
 
 
 def read(home: Path, store: Path) -> Residuals:

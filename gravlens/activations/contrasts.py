@@ -7,28 +7,23 @@ from typing import Any, overload
 
 import numpy as np
 
-from gravlens.activations.positions import Positions, described, queries_of
-from gravlens.activations.residuals import Residuals, cache_residuals
+from gravlens.activations.positions import Positions
+from gravlens.activations.residuals import Request, Residuals, prepare
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompt_formats import check_rows, read_entries, read_rows
 from gravlens.history.prompts import Mask, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
-from gravlens.models.tokenizers import sequence_tokenizer
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Matched pairs: the i-th harmful and the i-th harmless prompt belong together.
-
-    Attributes:
-        harmful: the prompts x+.
-        harmless: the prompts x−, in the same order and with the same system prompt.
-    """
+    """Matched pairs: the i-th harmful prompt x+ and the i-th harmless prompt x−, under one system prompt."""
 
     harmful: PromptSet
     harmless: PromptSet
 
     def __post_init__(self) -> None:
+        # A pair of one text is a mistake in the files: its difference is exactly 0.
         same = sum(one == other for one, other in zip(self.harmful, self.harmless, strict=False))
         if len(self.harmful) != len(self.harmless) or same or self.harmful.system != self.harmless.system:
             raise GravlensError(
@@ -99,6 +94,7 @@ def _by_index(source: Any, index: str) -> dict[str, str]:
         raise GravlensError(
             f"{index} {', '.join(twice[:5])} is repeated in one half.", "The index must be unique.", "another index=."
         )
+    # Keys are strings: JSON may write an index as a number that CSV writes as text.
     return dict(zip(keys, (entry.prompt for entry in entries), strict=True))
 
 
@@ -112,9 +108,6 @@ def cache_contrasts(
 ) -> Residuals:
     """Read h(x+) − h(x−) of `resid_post` for every checkpoint of a sequence, one row per pair.
 
-    Positions with several rows a prompt are paired in order, one row per pair and position: both prompts of a pair need
-    the same number of them, as `"post_instruction"` usually gives.
-
     Its `locate_vrev` is the mean over pairs of [h_W(x+) − h_W(x−)] − [h_A(x+) − h_A(x−)], the change between witness
     and anchor in the contrast of harmful and harmless, without changes that both share. `follow`, estimators and null
     distributions accept it like states.
@@ -122,37 +115,32 @@ def cache_contrasts(
     Args:
         sequence: the history.
         contrast: the pairs.
-        layers: as for `cache_residuals`.
-        positions: as for `cache_residuals`.
-        checkpoints: as for `cache_residuals`.
-
-    Returns:
-        `Residuals`, values [checkpoint, pair, layer, d_model], residual units; with several rows a pair, `index` is
-        (pair, token of the harmful prompt).
+        layers, positions, checkpoints: as in `cache_residuals`. With several rows per prompt, rows are paired in order
+            and `index` is (pair, token of the harmful prompt).
 
     Raises:
-        GravlensError: two prompts of a pair that are read at different numbers of positions; whatever `cache_residuals`
-            refuses.
+        GravlensError: two prompts of a pair that are read at different numbers of positions; what `cache_residuals`
+            raises.
     """
-    sequence = ModelSequence.of(sequence)
-    _check_paired(sequence, contrast, positions)  # before any model is read
-    states = cache_residuals(sequence, contrast.both, layers=layers, positions=positions, checkpoints=checkpoints)
+    request = prepare(sequence, contrast.both, layers=layers, positions=positions, checkpoints=checkpoints)
+    _check_paired(contrast, request)  # before any model is opened
+    states = request.read()
     plus, minus = np.split(states.values, 2, axis=1)
+    # Lengths of the states, not of their differences: a drift is judged relative to them.
     lengths = np.linalg.norm(np.concatenate([plus, minus], axis=-1).astype(np.float64), axis=-1)
     meta = {**states.meta, "contrast": "harmful - harmless", "state_lengths": lengths.mean((0, 1)).tolist()}
     index = None if states.index is None else states.index[: plus.shape[1]]
     return replace(states, values=plus - minus, meta=meta, index=index)
 
 
-def _check_paired(sequence: ModelSequence, contrast: Contrast, positions: Positions) -> None:
-    both = sequence.prompts_of(contrast.both)
-    rows = [len(query.reads) for query in queries_of(sequence_tokenizer(sequence, both), both, positions)]
+def _check_paired(contrast: Contrast, request: Request) -> None:
+    rows = [len(query.reads) for query in request.plan.queries]
     pairs = zip(contrast, rows[: len(contrast)], rows[len(contrast) :], strict=True)
-    for pair, (texts, harmful, harmless) in enumerate(pairs):
+    for pair, ((text, other), harmful, harmless) in enumerate(pairs):
         if harmful != harmless:
             raise GravlensError(
-                f"positions={described(positions)!r} reads pair {pair} at {harmful} and {harmless} positions "
-                f"({texts[0][:40]!r}, {texts[1][:40]!r}).",
+                f"positions={request.meta['positions']!r} reads pair {pair} at {harmful} and {harmless} positions "
+                f"({text[:40]!r}, {other[:40]!r}).",
                 "A difference within a pair needs as many positions of one prompt as of the other.",
                 'positions="last", "instruction" (the mean over its tokens) or "post_instruction".',
             )

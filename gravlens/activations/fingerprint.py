@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gravlens.activations.reader import hooks_on
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import CONVENTION, write_json
-from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, changed_meanwhile
 from gravlens.history.weight_files import contents
 from gravlens.models.opening import weights_of
@@ -29,7 +28,6 @@ def fingerprint(checkpoint: Resolved, how: Sequence[str], memo: Path | None = No
     A hub's revision is known by its commit, which is a digest of its files: its weights need not be on this disk.
 
     Args:
-        checkpoint: a resolved checkpoint.
         how: what else the states depend on (`huggingface`, `float32`, the versions of libraries).
         memo: a folder that caches the digests of weights by their files' stamps, so that unchanged files are read once.
 
@@ -38,7 +36,7 @@ def fingerprint(checkpoint: Resolved, how: Sequence[str], memo: Path | None = No
     """
     module = checkpoint.checkpoint.source
     if isinstance(module, nn.Module):
-        _check_plain(checkpoint.checkpoint, module)
+        _check_plain(checkpoint, module)
         parts = [[contents(sorted(_state_of(module).items())).digest, _configuration_of(module)]]
     else:
         parts = [_part(folder, memo) for folder in checkpoint.folders]
@@ -49,12 +47,10 @@ def check_same_content(checkpoint: Resolved) -> None:
     """Raise if a folder's content is no longer what its fingerprint says."""
     checkpoint.check_unchanged()
     for folder in checkpoint.folders:
-        if not folder.commit and not _settled(folder) and _part(folder, None) != _part(_reread(folder), None):
+        if folder.commit or _settled(folder):
+            continue
+        if _part(folder, None) != _part(Folder(folder.path, folder.source), None):  # its files are read again
             raise changed_meanwhile(checkpoint)
-
-
-def _reread(folder: Folder) -> Folder:
-    return Folder(folder.path, folder.source)
 
 
 def _part(folder: Folder, memo: Path | None) -> list[Any]:
@@ -67,9 +63,10 @@ def _settled(folder: Folder) -> bool:
     return all(folder.resolved_at - one[-1] > SETTLED * 1e9 for one in stamps)
 
 
-def _check_plain(checkpoint: Checkpoint, module: nn.Module) -> None:
-    """Raise if more than the weights acts on the states. TransformerLens keeps its own hooks on hook points."""
+def _check_plain(checkpoint: Resolved, module: nn.Module) -> None:
+    """Raise if more than the weights acts on the states."""
     parts = list(module.modules())
+    # TransformerLens keeps its own hooks on hook points, which alone show a user's.
     points = [part for part in parts if hasattr(part, "fwd_hooks")] or parts
     hooked = any(hooks_on(part) for part in points)
     if hooked or any(part.training for part in parts):

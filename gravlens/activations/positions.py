@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeAlias
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import PromptSet, encode, rendered
 
-AT_ONCE = 256  # prompts are tokenised at a time, before their tokens are packed
+AT_ONCE = 256  # prompts are tokenised at a time: their token ids are int objects of their own until they are shared
+_MARK = "\u2983gravlens\u2984"  # rendered in place of the instruction, to find where it is in the template
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,7 @@ Positions: TypeAlias = Named | int | Answers | Callable[[list[int]], Sequence[in
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One prompt's tokens and read positions.
-
-    Attributes:
-        ids: token ids.
-        reads: for each row of the result, the positions (from 0) to average over.
-    """
+    """One prompt's token ids and, for each row of the result, the positions (from 0) to average over."""
 
     ids: tuple[int, ...]
     reads: tuple[tuple[int, ...], ...]
@@ -41,29 +37,33 @@ class Query:
     @property
     def start(self) -> int:
         """The first position that is read."""
-        return min(min(read) for read in self.reads)
+        return min(map(min, self.reads))
 
     @property
     def end(self) -> int:
         """One past the last position that is read; tokens from there on are not run."""
-        return 1 + max(max(read) for read in self.reads)
+        return 1 + max(map(max, self.reads))
 
 
 def described(positions: Positions) -> str | int:
-    """Positions in one word, for the metadata of a result."""
+    """Return positions in one word, for the metadata of a result."""
     if isinstance(positions, Answers):
         return "answer"
     return getattr(positions, "__name__", "a function") if callable(positions) else positions
 
 
 def queries_of(tokenizer: Any, prompts: PromptSet, positions: Positions = "last") -> list[Query]:
-    """Tokens and read positions of each prompt, by the one tokenizer of a history.
+    """Tokenise prompts with the one tokenizer of a history, and locate their read positions.
 
     Raises:
         GravlensError: positions that a prompt does not have, or that this tokenizer cannot locate.
     """
-    if isinstance(positions, Answers):
-        _check_one_each(positions.texts, prompts)
+    if isinstance(positions, Answers) and len(positions.texts) != len(prompts):
+        raise GravlensError(
+            f"{len(positions.texts)} answers were given for {len(prompts)} prompts.",
+            "One answer per prompt is needed, the same for all checkpoints.",
+            "Answers(generate_answers(open_model(seq.anchor), prompts)), or answers of your own.",
+        )
     numbers: dict[int, int] = {}  # one int object per token id: large prompt sets repeat each many times
     queries: list[Query] = []
     for start in range(0, len(prompts), AT_ONCE):
@@ -78,12 +78,12 @@ def _part_of(tokenizer: Any, prompts: PromptSet, positions: Positions, part: sli
     if isinstance(positions, Answers):
         return [_after(tokenizer, *pair) for pair in zip(ids, positions.texts[part], strict=True)]
     if positions in ("instruction", "post_instruction"):
-        return [_around(tokenizer, prompts, i, one, str(positions)) for i, one in enumerate(ids)]
+        return [_around(tokenizer, prompts[i : i + 1], one, str(positions)) for i, one in enumerate(ids)]
     return queries_of_ids(ids, positions)
 
 
 def queries_of_ids(ids: Sequence[Sequence[int]], positions: Positions = "last") -> list[Query]:
-    """Read positions of prompts given as token ids: `"last"`, `"all"`, an offset, or a function."""
+    """Locate read positions in prompts given as token ids: `"last"`, `"all"`, an offset, or a function."""
     if callable(positions):
         return [_chosen(list(one), positions) for one in ids]
     if positions == "all":
@@ -93,8 +93,9 @@ def queries_of_ids(ids: Sequence[Sequence[int]], positions: Positions = "last") 
 
 
 def offset_of(positions: Any, shortest: int) -> int:
-    """`"last"` or a negative index as a negative index; raise if the shortest prompt does not have it."""
+    """Return `"last"` or a negative index as a negative index; raise if the shortest prompt does not have it."""
     offset = -1 if positions == "last" else positions
+    # bool is an int, and 0 or more would be another token in each padded prompt.
     if not isinstance(offset, int) or isinstance(offset, bool) or offset >= 0 or -offset > shortest:
         raise GravlensError(
             f"positions={positions!r} was given; the shortest prompt has {shortest} tokens.",
@@ -106,33 +107,29 @@ def offset_of(positions: Any, shortest: int) -> int:
 
 
 def _chosen(ids: list[int], positions: Callable[[list[int]], Sequence[int]]) -> Query:
-    """Positions that a function returns for one prompt, sorted and unique; negative ones count from the end."""
-    name = getattr(positions, "__name__", "positions")
-    given = list(positions(list(ids)))
+    """Read each position that a function returns, sorted and unique; negative ones count from the end."""
+    given = list(positions(list(ids)))  # a copy, which the function may change
     if not given or not all(-len(ids) <= at < len(ids) and int(at) == at for at in given):
         raise GravlensError(
-            f"{name} returned {given} for a prompt of {len(ids)} tokens.",
+            f"{described(positions)} returned {given} for a prompt of {len(ids)} tokens.",
             "A function of a prompt's token ids returns at least one position in it.",
             "lambda ids: [len(ids) - 1], which is the last token.",
         )
     return Query(tuple(ids), tuple((at,) for at in sorted({int(at) % len(ids) for at in given})))
 
 
-# --- chat templates -----------------------------------------------------------------------------------------------
-_MARK = "\u2983gravlens\u2984"  # rendered in place of the instruction, to find where it is in the template
-
-
-def _around(tokenizer: Any, prompts: PromptSet, row: int, ids: list[int], which: str) -> Query:
+def _around(tokenizer: Any, prompt: PromptSet, ids: list[int], which: str) -> Query:
     """Read the mean over the instruction's tokens, or each token of the template after it."""
-    start, end, offsets = _place(tokenizer, prompts[row : row + 1])
+    start, end, offsets = _place(tokenizer, prompt)
     offsets = offsets[len(offsets) - len(ids) :]  # `encode` removes a second BOS token
+    # A token may begin before the instruction and end in it, with the space between them: it counts as inside.
     inside = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > max(a, start))
-    after = tuple(i for i, (a, b) in enumerate(offsets) if a >= end and b > a)
+    after = tuple(i for i, (a, b) in enumerate(offsets) if a >= end and b > a)  # special tokens may have a == b
     if which == "instruction":
         return Query(tuple(ids), (inside,))
     if not after:
         raise GravlensError(
-            f'positions="post_instruction" was given, and no token follows {prompts.texts[row][:40]!r}.',
+            f'positions="post_instruction" was given, and no token follows {prompt.texts[0][:40]!r}.',
             "These are the tokens that a chat template adds after the instruction.",
             'positions="last", or a tokenizer with a chat template.',
         )
@@ -140,35 +137,24 @@ def _around(tokenizer: Any, prompts: PromptSet, row: int, ids: list[int], which:
 
 
 def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int, int]]]:
-    """Start and end of the instruction in the rendered text, and each token's offsets there."""
-    text = prompt.texts[0]
+    """Return start and end of the instruction in the rendered text, and each token's offsets there."""
     before, _, after = rendered(tokenizer, replace(prompt, texts=(_MARK,)))[0].partition(_MARK)
     whole = rendered(tokenizer, prompt)[0]
-    templated = bool(getattr(tokenizer, "chat_template", None))
+    special = not getattr(tokenizer, "chat_template", None)  # a template writes its special tokens itself
     try:
-        offsets = tokenizer(whole, add_special_tokens=not templated, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)["offset_mapping"]
     except (NotImplementedError, KeyError) as error:  # slow tokenizers have no offsets
         raise GravlensError(
-            f"A {type(tokenizer).__name__} has no offsets for its tokens in {text[:40]!r}.",
+            f"A {type(tokenizer).__name__} has no offsets for its tokens in {prompt.texts[0][:40]!r}.",
             "Offsets tell the instruction's tokens from the template's.",
             'a fast tokenizer (a folder with tokenizer.json), positions="last", or a function.',
         ) from error
     return len(before), len(whole) - len(after), offsets
 
 
-# --- answers ------------------------------------------------------------------------------------------------------
 def _after(tokenizer: Any, ids: list[int], answer: str) -> Query:
-    """The mean over an answer's tokens, read after its prompt."""
+    """Read the mean over an answer's tokens after its prompt."""
     more = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not more:
         raise GravlensError(f"The answer {answer!r} has no token.", "At least one is needed.", "a non-empty answer.")
     return Query((*ids, *more), (tuple(range(len(ids), len(ids) + len(more))),))
-
-
-def _check_one_each(answers: Sequence[str], prompts: PromptSet) -> None:
-    if len(answers) != len(prompts):
-        raise GravlensError(
-            f"{len(answers)} answers were given for {len(prompts)} prompts.",
-            "One answer per prompt is needed, the same for all checkpoints.",
-            "Answers(generate_answers(open_model(seq.anchor), prompts)), or answers of your own.",
-        )

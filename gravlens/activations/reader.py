@@ -4,34 +4,49 @@ The prefix that all prompts share is run once and its KV cache is reused. Up to 
 deepest layer computes keys and values only. Prompts are sorted by length and batched by number of tokens.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gravlens.activations.positions import Query
+from gravlens.activations.positions import Query, offset_of
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import pad
+from gravlens.core.progress import progress
+from gravlens.history.prompts import Batch, last_positions, pad
+from gravlens.history.sources import Resolved
 from gravlens.models.families import OpenModel, resid_post
 from gravlens.models.forward import run_trunk
+from gravlens.models.placement import Placement
+from gravlens.models.swapping import open_each
+from gravlens.models.tokenizers import check_vocabulary
 
-TOKENS = {"cpu": 1024}  # of a batch: larger ones no longer fit into a processor's caches
+# Of a batch: larger ones no longer fit into a processor's caches. On a CPU 512 to 2,048 cost the same within the noise
+# of measurement, and 256 a sixth more (docs/log.md).
+TOKENS = {"cpu": 1024}
 TOKENS_ELSEWHERE = 16384  # of a batch on an accelerator; split in half if memory runs out
+BATCH = 32  # prompts of `read_residuals`
+BLOCK_BYTES = 4 << 20  # of states held in memory before they are written
 SHORTEST_PREFIX = 8
 LONGEST_TAIL = 8  # from the first position that is read to the last
 NO_MEMORY = ("out of memory", "enough memory", "allocate memory")  # the CPU allocators raise a plain RuntimeError
 EXACT, ROUNDED = 1e-4, 0.1  # allowed difference in fp32 and below, relative to a state's length
-_REUSES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+Through = Literal["huggingface", "bridge"]
+Offset = Literal["last"] | int  # from the end of each prompt
+_REUSES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # a trial per model, not per call
 
 
-# --- batches --------------------------------------------------------------------------------------------------------
+# --- prompts in batches and blocks ----------------------------------------------------------------------------------
 def common_prefix(queries: Sequence[Query]) -> int:
-    """Length of the prefix that all prompts share, up to the first position that is read; 0 if not worth a pass."""
+    """Return the length of the prefix that all prompts share before any read position; 0 if not worth a pass."""
     most = min(query.start for query in queries)
     columns = zip(*(query.ids[:most] for query in queries), strict=True)
     length = next((i for i, column in enumerate(columns) if len(set(column)) > 1), most)
@@ -39,10 +54,9 @@ def common_prefix(queries: Sequence[Query]) -> int:
 
 
 def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int) -> list[list[int]]:
-    """Indices of prompts, sorted by length; a batch has at most `tokens` tokens with padding, or one prompt."""
-    order = sorted(range(len(queries)), key=lambda i: queries[i].end)
+    """Return indices of prompts, by length, in batches of at most `tokens` tokens with padding, or of one prompt."""
     batches: list[list[int]] = [[]]
-    for i in order:
+    for i in sorted(range(len(queries)), key=lambda i: queries[i].end):
         if batches[-1] and (len(batches[-1]) + 1) * (queries[i].end - prefix) > tokens:
             batches.append([])
         batches[-1].append(i)
@@ -50,11 +64,63 @@ def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int) -> list[li
 
 
 def tokens_for(model: OpenModel) -> int:
-    """Default number of tokens of a batch."""
+    """Return the default number of tokens of a batch."""
     return TOKENS.get(model.device.type, TOKENS_ELSEWHERE)
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Plan:
+    """Prompts in blocks. A block is read and written as a whole, and read again as a whole after a killed run.
+
+    Attributes:
+        queries: the prompts.
+        layers: the layers to read, ascending.
+        d_model: width of the residual stream.
+        prefix: token ids that every prompt begins with.
+        blocks: indices of prompts, of similar lengths.
+    """
+
+    queries: tuple[Query, ...]
+    layers: tuple[int, ...]
+    d_model: int
+    prefix: tuple[int, ...]
+    blocks: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """One past each prompt's last row of the result."""
+        return list(accumulate(len(query.reads) for query in self.queries))
+
+    def rows(self, prompt: int) -> range:
+        """Return a prompt's rows of the result."""
+        end = self.ends[prompt]
+        return range(end - len(self.queries[prompt].reads), end)
+
+    @property
+    def index(self) -> Int[np.ndarray, "row 2"] | None:
+        """(prompt, token) of each row; None if each prompt is one row."""
+        if all(len(query.reads) == 1 for query in self.queries):
+            return None
+        return np.array([(i, read[-1]) for i, query in enumerate(self.queries) for read in query.reads])
+
+    @classmethod
+    def of(cls, queries: Sequence[Query], layers: Sequence[int], d_model: int) -> "Plan":
+        """Fill blocks up to BLOCK_BYTES of states, but with at least one full batch of an accelerator."""
+        prefix = common_prefix(queries)
+        blocks: list[list[int]] = []
+        size = tokens = 0
+        for i in sorted(range(len(queries)), key=lambda i: (queries[i].end, queries[i].ids, queries[i].reads)):
+            full = size > BLOCK_BYTES and tokens > TOKENS_ELSEWHERE
+            # Equal prompts stay in one block: a store keeps them once, and a killed run must leave whole blocks.
+            if not blocks or (full and queries[i] != queries[blocks[-1][-1]]):
+                blocks.append([])
+                size = tokens = 0
+            blocks[-1].append(i)
+            size, tokens = size + 4 * len(queries[i].reads) * len(layers) * d_model, tokens + queries[i].end - prefix
+        return cls(tuple(queries), tuple(layers), d_model, queries[0].ids[:prefix], tuple(map(tuple, blocks)))
+
+
+# --- one batch ------------------------------------------------------------------------------------------------------
 class Reader:
     """Read batches of prompts with one opened model.
 
@@ -72,7 +138,7 @@ class Reader:
         self._reuse = reuses_keys(model) if reuse is None else reuse
         self._prefix = tuple(prefix) if self._reuse else ()
         self._prefix_keys: _Keys | None = None
-        self._kept = Kept(model, self.layers, torch.device("cpu"))
+        self._kept = Kept(model, self.layers, torch.device("cpu"))  # leaves an accelerator's memory to the batch
 
     @property
     def shared(self) -> int:
@@ -80,7 +146,7 @@ class Reader:
         return len(self._prefix)
 
     def read(self, queries: Sequence[Query]) -> Float[Tensor, "row layer d_model"]:
-        """States of one batch, fp32 on the CPU; the batch is halved until it fits into memory.
+        """Read the states of one batch, fp32 on the CPU; the batch is halved until it fits into memory.
 
         Raises:
             GravlensError: one prompt alone does not fit into memory.
@@ -92,12 +158,14 @@ class Reader:
             if not any(told in str(error).lower() for told in NO_MEMORY):
                 raise
             if len(queries) == 1:
-                raise _too_long(queries[0], error) from error
-        half = len(queries) // 2
+                found = f"one prompt of {queries[0].end} tokens ({str(error).strip().splitlines()[0]})"
+                remedy = "a shorter prompt, bf16, or a larger device."
+                raise GravlensError(f"Out of memory on {found}.", "It must fit alone.", remedy) from error
+        half = len(queries) // 2  # outside `except`: the traceback would keep the failed pass's tensors alive
         return torch.cat([self.read(queries[:half]), self.read(queries[half:])])
 
     def _fits(self, queries: Sequence[Query]) -> bool:
-        """Whether all prompts fit into the attention window: it would count padding inside the cache as tokens."""
+        """Return whether all prompts fit into the attention window: it would count padding in the cache as tokens."""
         return max(query.end for query in queries) + LONGEST_TAIL < window_of(self.model.module.config)
 
     def _plain(self, queries: Sequence[Query]) -> Float[Tensor, "row layer d_model"]:
@@ -115,12 +183,12 @@ class Reader:
             body = self._run([query.ids[prefix:start] for query, start in rows], [prefix] * len(rows), cache)
             held = torch.cat([torch.ones(len(rows), prefix, dtype=torch.long), body], dim=1)
         self._kept.at([[[at - start for at in read] for read in query.reads] for query, start in rows])
-        cache.last = None
+        cache.last = None  # the tail needs the deepest block's output, not only its keys and values
         self._run([query.ids[start : query.end] for query, start in rows], tails, cache, held)
         return self._kept.rows()
 
     def _prefix_cache(self, n: int) -> "_Keys":
-        """The prefix's keys and values, expanded to `n` prompts."""
+        """Return the prefix's keys and values, expanded to `n` prompts."""
         if self._prefix and self._prefix_keys is None:
             keys = _Keys(self.layers[-1])
             self._run([self._prefix], [0], keys)
@@ -134,27 +202,16 @@ class Reader:
     def _run(
         self, ids: Sequence[Sequence[int]], starts: Sequence[int], cache: "_Keys", held: Tensor | None = None
     ) -> Int[Tensor, "prompt pos"]:
-        """Run tokens after those in the cache, and return their mask.
-
-        `held` is the mask of the cached tokens. Without it none is padding, and no mask is needed: padding on the right
-        comes after every token that is read.
-        """
+        """Run tokens after those in the cache, of which `held` is the mask, and return the tokens' own mask."""
         batch = pad(ids)
         positions = torch.tensor(starts)[:, None] + torch.arange(batch.input_ids.shape[1])
         inputs = {"input_ids": batch.input_ids, "position_ids": positions}
+        # Without padding in the cache no mask is needed: padding on the right comes after every token that is read.
         if held is not None:
             inputs["attention_mask"] = torch.cat([held, batch.attention_mask], dim=1)
         with suppress(Enough):
             self.model.family.trunk({key: part.to(self.model.device) for key, part in inputs.items()}, cache)
         return batch.attention_mask
-
-
-def _too_long(query: Query, error: Exception) -> GravlensError:
-    return GravlensError(
-        f"Out of memory on one prompt of {query.end} tokens ({str(error).strip().splitlines()[0]}).",
-        "A batch has at least one prompt.",
-        "a shorter prompt, bf16, or a larger device.",
-    )
 
 
 class Enough(Exception):  # noqa: N818 (a signal, not an error)
@@ -191,12 +248,12 @@ class Kept:
         self._counts, self._rows = lengths, torch.arange(len(lengths)).repeat_interleave(lengths)
 
     def rows(self) -> Float[Tensor, "row layer d_model"]:
-        """The mean state over each row's positions, accumulated in fp64."""
+        """Return the mean state over each row's positions."""
         found, rows = torch.stack([self._states.pop(layer) for layer in self._layers], dim=1), self._rows
         self._rows = None
         if rows is None or len(rows) == len(self._counts):
             return found
-        total = torch.zeros(len(self._counts), *found.shape[1:], dtype=torch.float64)
+        total = torch.zeros(len(self._counts), *found.shape[1:], dtype=torch.float64)  # fp32 sums lose digits
         total.index_add_(0, rows, found.double())
         return (total / self._counts[:, None, None]).float()
 
@@ -225,9 +282,77 @@ class Kept:
         return hook
 
 
+# --- one model, or each checkpoint ----------------------------------------------------------------------------------
+def read_block(
+    reader: Reader, queries: Sequence[Query]
+) -> Iterator[tuple[list[int], Float[np.ndarray, "row layer d_model"]]]:
+    """Yield indices of prompts and their rows, fp32, batch by batch."""
+    for batch in batches_of(queries, prefix=reader.shared, tokens=tokens_for(reader.model)):
+        yield batch, reader.read([queries[i] for i in batch]).numpy()
+
+
+def read_residuals(
+    model: OpenModel, ids: Sequence[Sequence[int]], *, layers: Sequence[int], positions: Offset = "last"
+) -> Float[Tensor, "prompt layer d_model"]:
+    """Read states of one open model, fp32 on the CPU; prompts are batched by length."""
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    out = torch.empty(len(ids), len(layers), model.d_model)
+    with torch.no_grad():  # `Reader` runs in inference mode, whose tensors a model in training must not cache
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            out[rows] = residuals_of_batch(model, pad([ids[r] for r in rows]), layers=layers, positions=positions).cpu()
+    return out
+
+
+def residuals_of_batch(
+    model: OpenModel, batch: Batch, *, layers: Sequence[int], positions: Offset = "last"
+) -> Float[Tensor, "prompt layer d_model"]:
+    """Read states of one padded batch, fp32; differentiable where gradients are on."""
+    kept, offset = Kept(model, layers, model.device), offset_of(positions, int(batch.attention_mask.sum(1).min()))
+    kept.at([[[end + 1 + offset]] for end in last_positions(batch.attention_mask).tolist()])
+    with kept.hooked():
+        with suppress(Enough):
+            run_trunk(model, batch)
+        return kept.rows()
+
+
+class Found(NamedTuple):
+    """States of one batch, read with one checkpoint."""
+
+    checkpoint: int
+    rows: list[int]
+    states: Float[np.ndarray, "row layer d_model"]
+    precision: str
+
+
+def read_each(plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement) -> Iterator[Found]:
+    """Yield every checkpoint's states batch by batch; one model is open at a time, and no states are kept."""
+    ids = [query.ids for query in plan.queries]
+    with progress("residuals", total=len(checkpoints) * len(ids), unit="prompt") as bar:
+        for number, (checkpoint, model) in enumerate(open_each(checkpoints, through=through, placement=placement)):
+            check_vocabulary(checkpoint, model, ids)
+            reader = Reader(model, layers=plan.layers, prefix=plan.prefix)
+            for block in plan.blocks:
+                for batch, states in read_block(reader, [plan.queries[i] for i in block]):
+                    yield Found(number, [row for i in batch for row in plan.rows(block[i])], states, model.precision)
+                    bar.update(len(batch))
+
+
+def read_here(
+    plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement
+) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
+    """Read all states into memory; also return the precisions that they were computed in."""
+    values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
+    precisions: set[str] = set()
+    for number, rows, states, precision in read_each(plan, checkpoints, through, placement):
+        values[number, rows] = states
+        precisions.add(precision)
+    return values, precisions
+
+
 # --- whether a KV cache may be used ---------------------------------------------------------------------------------
 def reuses_keys(model: OpenModel) -> bool:
-    """Whether a model gives the same states when it continues from a KV cache: tried once per model, on fixed tokens.
+    """Return whether a model gives the same states when it continues from a KV cache: tried once, on fixed tokens.
 
     Never for TransformerLens, a model in training, or one with hooks, which would see a pass cut into parts.
     """
@@ -239,15 +364,15 @@ def reuses_keys(model: OpenModel) -> bool:
 
 
 def hooks_on(part: nn.Module) -> list[Any]:
-    """Forward hooks, except those that transformers leaves behind after `output_hidden_states`: they only record."""
+    """Return forward hooks, except those that only record."""
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
+    # transformers leaves its recording hooks behind after `output_hidden_states`.
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
 
 
 def _same_states(model: OpenModel) -> bool:
-    vocabulary = model.family.vocabulary
-    ids = torch.linspace(1, vocabulary - 2, 40).long().tolist()
-    prompts = [[*ids[:8], *ids[8 + 5 * i : 12 + 9 * i]] for i in range(3)]
+    ids = torch.linspace(1, model.family.vocabulary - 2, 40).long().tolist()
+    prompts = [[*ids[:8], *ids[8 + 5 * i : 12 + 9 * i]] for i in range(3)]  # of different lengths: with padding
     queries = [Query(tuple(one), ((len(one) - 1,),)) for one in prompts]
     layers = range(model.n_layers)
     plain = Reader(model, layers=layers, reuse=False).read(queries)
@@ -260,10 +385,10 @@ def _same_states(model: OpenModel) -> bool:
 
 
 def window_of(config: Any) -> float:
-    """The shortest attention window of any layer, or the length from which rotary angles depend on the prompt's."""
+    """Return the shortest attention window of any layer, or the length from which rotary angles depend on length."""
     told = config.get_text_config().to_dict()
     named = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
-    sizes = [told.get(name) for name in named]
+    sizes = [told.get(name) for name in named]  # transformers has no common name for it
     if any(kind in str(told.get("rope_parameters")) for kind in ("dynamic", "longrope")):
         rope = told["rope_parameters"]
         sizes += [rope.get("original_max_position_embeddings"), told.get("max_position_embeddings")]

@@ -2,35 +2,29 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import xarray
 from jaxtyping import Float, Int
-from torch import Tensor
 
-from gravlens.activations.plan import Plan, Through, read_each, read_here
-from gravlens.activations.positions import Positions, described, offset_of, queries_of
-from gravlens.activations.reader import Enough, Kept
+from gravlens.activations.positions import Positions, described, queries_of
+from gravlens.activations.reader import BATCH as BATCH
+from gravlens.activations.reader import Offset as Offset
+from gravlens.activations.reader import Plan, Through, read_each, read_here
+from gravlens.activations.reader import read_residuals as read_residuals
+from gravlens.activations.reader import residuals_of_batch as residuals_of_batch
 from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, check_layer, of_kind
 from gravlens.core.files import read_tensors, write_tensors
-from gravlens.history.prompts import Batch, last_positions, pad
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 from gravlens.history.sources import Known, Resolved, resolve
-from gravlens.models.forward import run_trunk
-from gravlens.models.opening import OpenModel
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import one_shape
 from gravlens.models.tokenizers import sequence_tokenizer
-
-BATCH = 32
-Offset = Literal["last"] | int  # from the end of each prompt
 
 
 def run_and_step(name: str) -> tuple[str, int] | None:
@@ -44,8 +38,7 @@ class Residuals:
     """Hidden states `resid_post` over checkpoints × prompts × layers.
 
     Attributes:
-        values: [checkpoint, prompt, layer, d_model], fp32, in units of the residual stream; from a store they are
-            memory-mapped and read-only.
+        values: fp32, in units of the residual stream; from a store they are memory-mapped and read-only.
         checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
         layers: layer numbers, ascending.
         prompts: digest of the prompt set.
@@ -80,8 +73,7 @@ class Residuals:
         return {run: tuple(sorted(steps)) for run, steps in found.items()}
 
     def _repr_html_(self) -> str:
-        followed = {f"{run}/{step}" for run, steps in self.runs.items() for step in steps}
-        others = [name for name in self.checkpoints if name not in followed]
+        others = [name for name in self.checkpoints if not run_and_step(name)]
         rows = [("values", f"{list(self.values.shape)}: checkpoint, prompt, layer, d_model; {self.values.dtype}")]
         rows += [("checkpoints", html.listed(others))] if others else []
         rows += [(f"run {name}", f"steps {html.listed(steps)}") for name, steps in self.runs.items()]
@@ -139,14 +131,10 @@ def cache_residuals(
             after the instruction; `"all"`; a function of token ids that returns positions.
         checkpoints: default: witness, anchor and those of all runs.
         through: open folders as Hugging Face models or as `TransformerBridge`; both give the same states.
-        placement: device, dtype and disk; see `Placement`.
+        placement: device, dtype and disk.
         store: folder of a content-addressed cache: cached states are reused, a killed call resumes, and the values are
             memory-mapped. Default: the values are held in memory.
-        executor: its workers fill the store, one checkpoint per task; any `concurrent.futures.Executor`, also Dask's or
-            submitit's.
-
-    Returns:
-        `Residuals`, values [checkpoint, prompt, layer, d_model].
+        executor: any `concurrent.futures.Executor`, also Dask's or submitit's; its workers fill the store.
 
     Raises:
         GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened, has another shape or was
@@ -155,16 +143,14 @@ def cache_residuals(
     request = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
     if store is not None:
         cache = Store(Path(store), through, placement)
-        values, precisions = read_through_store(request.plan, request.checkpoints, cache, executor)
-    elif executor is None:
-        values, precisions = read_here(request.plan, request.checkpoints, through, placement)
-    else:
-        raise GravlensError(
-            f"A {type(executor).__name__} and no store were given.",
-            "Workers write states into a store; they send nothing back.",
-            'store="states", a folder that all workers reach.',
-        )
-    return Residuals(values, **request.labels(precisions), index=request.plan.index)
+        return request.result(*read_through_store(request.plan, request.checkpoints, cache, executor))
+    if executor is None:
+        return request.read(through, placement)
+    raise GravlensError(
+        f"A {type(executor).__name__} and no store were given.",
+        "Workers write states into a store; they send nothing back.",
+        'store="states", a folder that all workers reach.',
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,27 +161,25 @@ class Request:
         plan: prompts as token ids, layers, read positions.
         checkpoints: in order, each resolved once for the whole call.
         prompts: digest of the prompt set.
-        positions: name of the read positions.
-        chat_template: its origin.
-        system: the system prompt, or "".
+        meta: provenance, as in `Residuals`, without `dtype`.
     """
 
     plan: Plan
     checkpoints: tuple[Resolved, ...]
     prompts: str
-    positions: str | int
-    chat_template: str
-    system: str
+    meta: dict[str, Any]
+
+    def read(self, through: Through = "huggingface", placement: Placement = Placement()) -> Residuals:
+        """Read all states into memory."""
+        return self.result(*read_here(self.plan, self.checkpoints, through, placement))
+
+    def result(self, values: Float[np.ndarray, "checkpoint prompt layer d_model"], precisions: set[str]) -> Residuals:
+        """Return values with their labels."""
+        return Residuals(values, **self.labels(precisions), index=self.plan.index)
 
     def labels(self, precisions: set[str]) -> dict[str, Any]:
         """Return the fields that `Residuals` and `Moments` share."""
-        meta = {
-            "positions": self.positions,
-            "dtype": sorted(precisions),
-            "chat_template": self.chat_template,
-            **({"system": self.system} if self.system else {}),
-            "sources": {checkpoint.name: checkpoint.described for checkpoint in self.checkpoints},
-        }
+        meta = {"positions": self.meta["positions"], "dtype": sorted(precisions), **self.meta}
         names = tuple(checkpoint.name for checkpoint in self.checkpoints)
         return {"checkpoints": names, "layers": self.plan.layers, "prompts": self.prompts, "meta": meta}
 
@@ -211,15 +195,18 @@ def prepare(
     """Resolve the arguments of `cache_residuals`; no model is opened."""
     sequence = ModelSequence.of(sequence)
     prompts = sequence.require_probes() if prompts is None else sequence.prompts_of(prompts)
-    known = Known()
+    known = Known()  # checkpoints that share a folder, such as an adapter's base, resolve it once
     tokenizer = sequence_tokenizer(sequence, prompts, known)
     queries = queries_of(tokenizer, prompts, positions)
-    asked = sequence if checkpoints is None else checkpoints
-    wanted = tuple(resolve(checkpoint, known, weights=False) for checkpoint in asked)
+    wanted = [resolve(one, known, weights=False) for one in (sequence if checkpoints is None else checkpoints)]
     n_layers, d_model = one_shape(wanted)
-    plan = Plan.of(queries, layers_of(layers, n_layers), d_model)
-    template = sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none"
-    return Request(plan, wanted, prompts.digest, described(positions), template, prompts.system)
+    meta = {
+        "positions": described(positions),
+        "chat_template": sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none",
+        **({"system": prompts.system} if prompts.system else {}),
+        "sources": {checkpoint.name: checkpoint.described for checkpoint in wanted},
+    }
+    return Request(Plan.of(queries, layers_of(layers, n_layers), d_model), tuple(wanted), prompts.digest, meta)
 
 
 def check_states(given: Residuals) -> Residuals:
@@ -242,43 +229,15 @@ def layers_of(layers: int | Sequence[int] | None, n_layers: int) -> tuple[int, .
     return tuple(sorted({check_layer(layer, n_layers) for layer in layers}))
 
 
-def read_residuals(
-    model: OpenModel, ids: Sequence[Sequence[int]], *, layers: Sequence[int], positions: Offset = "last"
-) -> Float[Tensor, "prompt layer d_model"]:
-    """Read states of one open model, fp32 on the CPU; prompts are batched by length."""
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    out = torch.empty(len(ids), len(layers), model.d_model)
-    with torch.no_grad():  # `Reader` runs in inference mode, whose tensors a model in training must not cache
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
-            out[rows] = residuals_of_batch(model, pad([ids[r] for r in rows]), layers=layers, positions=positions).cpu()
-    return out
-
-
-def residuals_of_batch(
-    model: OpenModel, batch: Batch, *, layers: Sequence[int], positions: Offset = "last"
-) -> Float[Tensor, "prompt layer d_model"]:
-    """Read states of one padded batch, fp32; differentiable where gradients are on."""
-    kept, offset = Kept(model, layers, model.device), offset_of(positions, int(batch.attention_mask.sum(1).min()))
-    kept.at([[[end + 1 + offset]] for end in last_positions(batch.attention_mask).tolist()])
-    with kept.hooked():
-        with suppress(Enough):
-            run_trunk(model, batch)
-        return kept.rows()
-
-
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Mean, and optionally covariance, of `resid_post` over prompts.
 
     Attributes:
-        mean: [checkpoint, layer, d_model], fp64, in units of the residual stream.
-        covariance: [checkpoint, layer, d_model, d_model], fp64, divided by the number of rows; or None.
+        mean: fp64, in units of the residual stream.
+        covariance: fp64, divided by the number of rows; or None.
         rows: number of states of a checkpoint and layer.
-        checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
-        layers: layer numbers, ascending.
-        prompts: digest of the prompt set.
-        meta: provenance, as in `Residuals`.
+        checkpoints, layers, prompts, meta: as in `Residuals`.
     """
 
     mean: Float[np.ndarray, "checkpoint layer d_model"] = field(repr=False)
@@ -306,15 +265,13 @@ def residual_moments(
         sequence: the history.
         prompts: default: the sequence's probes.
         reduce: `"mean"`, or `"covariance"` for both.
-        layers: default: all.
-        positions: as in `cache_residuals`; with one row per token, the moments are over tokens.
-        checkpoints: default: witness, anchor and those of all runs.
-        placement: device, dtype and disk.
+        layers, positions, checkpoints, placement: as in `cache_residuals`; with one row per token, the moments are over
+            tokens.
 
     Raises:
         GravlensError: what `cache_residuals` raises.
     """
-    if reduce not in ("mean", "covariance"):
+    if reduce not in ("mean", "covariance"):  # else a misspelt "covariance" would silently give means
         raise GravlensError(f"reduce={reduce!r} was given.", 'reduce must be "mean" or "covariance".', 'reduce="mean".')
     request = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
     shape = (len(request.checkpoints), len(request.plan.layers), request.plan.d_model)
@@ -345,34 +302,26 @@ def substitute(residuals: Residuals, *, witness: str = "witness", anchor: str = 
 
     Args:
         residuals: states of both checkpoints.
-        witness: name of the checkpoint that serves as witness.
-        anchor: name of the checkpoint that serves as anchor.
+        witness, anchor: names of the checkpoints that take these roles.
 
     Raises:
         GravlensError: an unknown name.
     """
     check_states(residuals)
     values = np.stack([residuals.of(witness), residuals.of(anchor)])
-    sources = residuals.meta.get("sources", {})
-    meta = {
-        **residuals.meta,
-        "sources": {"witness": sources.get(witness, witness), "anchor": sources.get(anchor, anchor)},
-    }
+    sources = residuals.meta.get("sources", {})  # a file's metadata may name none
+    sources = {"witness": sources.get(witness, witness), "anchor": sources.get(anchor, anchor)}
+    meta = {**residuals.meta, "sources": sources}
     return replace(residuals, values=values, checkpoints=("witness", "anchor"), meta=meta)
 
 
 def from_start(residuals: Residuals, *, start: str) -> Residuals:
     """Measure drift from another start, h(θ_t) − h(start): an unaligned twin starts at the witness.
 
-    Args:
-        residuals: states of `anchor`, the start and the runs.
-        start: name of the checkpoint that replaces the anchor.
-
     Raises:
-        GravlensError: an unknown name.
+        GravlensError: `start` or `anchor` is not in the residuals.
     """
     check_states(residuals)
-    values = residuals.values.copy()
-    moved = replace(residuals, values=values)
+    moved = replace(residuals, values=residuals.values.copy())  # values of a store are read-only
     moved.of("anchor")[:] = residuals.of(start)
     return moved

@@ -20,10 +20,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing import current_process
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -31,9 +32,8 @@ from jaxtyping import Float
 from torch import nn
 
 from gravlens.activations.fingerprint import check_same_content, fingerprint
-from gravlens.activations.plan import Plan, Through, read_block
 from gravlens.activations.positions import Query
-from gravlens.activations.reader import Reader
+from gravlens.activations.reader import Plan, Reader, Through, read_block
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import TensorWriter, map_tensor, meta_of, tensor_bytes, write_atomically
 from gravlens.core.progress import progress
@@ -50,6 +50,7 @@ TASK_TOKENS = {"cpu": 1 << 16}
 TASK_TOKENS_ELSEWHERE = 1 << 22
 ATTEMPTS = 3  # a corrupt file is only found, and deleted, when the result is assembled
 T = TypeVar("T")
+States: TypeAlias = Float[np.ndarray, "row layer d_model"]
 Blocks = tuple[tuple[tuple[Query, ...], tuple[int, ...]], ...]  # prompts, and layers to read of them
 _ONE_AT_A_TIME = Lock()  # opening a model changes settings of the whole process: two threads would undo each other's
 
@@ -67,21 +68,13 @@ def _sha256(*parts: Any) -> str:
 # --- states of one checkpoint ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class BlockFile:
-    """Header of one file of states.
-
-    Attributes:
-        path: the file.
-        queries: keys of its prompts, in the order of its rows.
-        rows: number of rows of each prompt.
-        layers: its layers.
-        checkpoint: source of the checkpoint that first wrote it.
-    """
+    """Header of one file of states: keys of its prompts in the order of its rows, and the rows of each prompt."""
 
     path: Path
     queries: tuple[str, ...]
     rows: tuple[int, ...]
     layers: tuple[int, ...]
-    checkpoint: str
+    checkpoint: str  # the source that first wrote it: the folder is named by content
 
 
 @dataclass(frozen=True)
@@ -104,22 +97,17 @@ class StateFolder:
 
     def missing_of(self, blocks: Blocks) -> Blocks:
         """Restrict blocks to the prompts and layers that no file holds."""
-        absent = iter(self.missing([query_key(q) for queries, _ in blocks for q in queries], _layers_of(blocks)))
+        wanted = sorted({layer for _, layers in blocks for layer in layers})
+        absent = iter(self.missing([query_key(q) for queries, _ in blocks for q in queries], wanted))
         found = []
         for queries, layers in blocks:
-            lacks = [(query, set(layers) & set(next(absent))) for query in queries]
-            if rest := tuple(query for query, some in lacks if some):
-                found.append((rest, tuple(sorted(set.union(*(some for _, some in lacks))))))
+            gaps = [(query, set(layers) & set(next(absent))) for query in queries]
+            if rest := tuple(query for query, gap in gaps if gap):
+                # All of the block's missing layers for all of these prompts: one pass, one file.
+                found.append((rest, tuple(sorted(set.union(*(gap for _, gap in gaps))))))
         return tuple(found)
 
-    def put(
-        self,
-        states: Float[np.ndarray, "row layer d_model"],
-        *,
-        queries: Sequence[Query],
-        layers: Sequence[int],
-        checkpoint: str,
-    ) -> None:
+    def put(self, states: States, *, queries: Sequence[Query], layers: Sequence[int], checkpoint: str) -> None:
         """Write one file."""
         keys, rows = [query_key(query) for query in queries], [len(query.reads) for query in queries]
         meta = {"queries": keys, "rows": rows, "layers": list(layers), "checkpoint": checkpoint}
@@ -128,30 +116,24 @@ class StateFolder:
         with disk_errors(self.folder):
             write_atomically(self.folder / f"{'.'.join(digests)}.safetensors", content)
 
-    def rows(
-        self, queries: Sequence[str], layers: Sequence[int]
-    ) -> Iterator[tuple[int, tuple[int, ...], Float[np.ndarray, "row layer d_model"]]]:
+    def rows(self, queries: Sequence[str], layers: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...], States]]:
         """Yield (index of the prompt, layers, its rows), each once; corrupt files are deleted and yield nothing."""
         numbers: dict[str, list[int]] = {}
         for number, query in enumerate(queries):
             numbers.setdefault(query, []).append(number)
         left = {query: set(layers) for query in numbers}
         for file in self.files():
-            if not any(left.get(query, set()) & set(file.layers) for query in file.queries):
-                continue
-            if (states := map_verified(file.path, "states")) is None:
+            needed = any(left.get(query, set()) & set(file.layers) for query in file.queries)
+            # A corrupt file yields nothing: the caller counts what it got, and reads the rest again.
+            if not needed or (states := map_verified(file.path, "states")) is None:
                 continue
             for query, end, count in zip(file.queries, np.cumsum(file.rows).tolist(), file.rows, strict=True):
-                new = tuple(layer for layer in file.layers if layer in left.get(query, ()))
-                if new:
+                # Two runs may have stored the same states: each is yielded once.
+                if new := tuple(layer for layer in file.layers if layer in left.get(query, ())):
                     left[query] -= set(new)
                     columns = [file.layers.index(layer) for layer in new]
                     for number in numbers[query]:
                         yield number, new, states[end - count : end, columns]
-
-
-def _layers_of(blocks: Blocks) -> list[int]:
-    return sorted({layer for _, layers in blocks for layer in layers})
 
 
 # --- corruption -----------------------------------------------------------------------------------------------------
@@ -167,7 +149,7 @@ def read_header(path: Path) -> BlockFile | None:
             return BlockFile(path, queries, rows, layers, meta["checkpoint"])
     except FileNotFoundError:
         return None  # another process has deleted it
-    except (OSError, IndexError):
+    except (OSError, IndexError):  # unreadable sectors; a name without digests
         pass
     return _delete_corrupt(path)
 
@@ -233,17 +215,9 @@ class Store:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Blocks of prompts to read of one checkpoint.
+    """Blocks of prompts to read of one checkpoint, and where and how."""
 
-    Attributes:
-        checkpoint: resolved if it is read in this process; a worker, which may have another disk, resolves it itself.
-        states: folder for the states.
-        blocks: prompts and layers.
-        prefix: token ids that all prompts share.
-        store: how the checkpoint is opened.
-    """
-
-    checkpoint: Checkpoint | Resolved
+    checkpoint: Checkpoint | Resolved  # a worker, which may have another disk, resolves it itself
     states: StateFolder
     blocks: Blocks
     prefix: tuple[int, ...]
@@ -256,34 +230,30 @@ def read_through_store(
     """Return states, memory-mapped, and the precisions that they were computed in.
 
     Raises:
-        GravlensError: the store cannot be written, or loses what is written into it; what `run_all` raises.
+        GravlensError: the store cannot be written, or loses what is written into it; a worker's error.
     """
     sources: Sequence[Checkpoint | Resolved] = checkpoints
     if executor is not None:
         sources = [_sendable(checkpoint.checkpoint) for checkpoint in checkpoints]
         store = replace(store, folder=store.folder.absolute())
     precisions = [precision_of(checkpoint, store.placement) for checkpoint in checkpoints]
-    pairs = zip(sources, precisions, strict=True)
-    folders = run_each([partial(store.of, *pair) for pair in pairs], executor, "digests")
+    calls = [partial(store.of, *pair) for pair in zip(sources, precisions, strict=True)]
+    folders = run_each(calls, executor, "digests")  # by workers: all weights are read for it
     keys = [query_key(query) for query in plan.queries]
     request = _sha256([states.folder.name for states in folders], keys, plan.layers)
     blocks = tuple((tuple(plan.queries[i] for i in block), plan.layers) for block in plan.blocks)
     found = (map_verified(path, "values") for path in sorted((store.folder / "views").glob(f"{request}.*.safetensors")))
     view = next((one for one in found if one is not None), None)
+    unique = dict(zip(folders, sources, strict=True))  # one checkpoint under two names is read once
     for _ in range(ATTEMPTS if view is None else 0):
-        unique = dict(zip(folders, sources, strict=True))  # one checkpoint under two names is read once
         tasks = [Task(one, states, states.missing_of(blocks), plan.prefix, store) for states, one in unique.items()]
         run_all([task for task in tasks if task.blocks], executor)
-        view = _assemble(plan, keys, folders, store.folder, request)
-        if view is not None:
+        if (view := _assemble(plan, keys, folders, store.folder, request)) is not None:
             break
-    if view is not None:
-        return view, set(precisions)
-    raise GravlensError(
-        f"The store {store.folder} does not hold what was just written into it.",
-        "No other program may write into a store.",
-        "another folder, and check that disk.",
-    )
+    if view is None:
+        given = f"The store {store.folder} does not hold what was just written into it."
+        raise GravlensError(given, "No other program may write into it.", "another folder, and check that disk.")
+    return view, set(precisions)
 
 
 def _assemble(
@@ -298,7 +268,7 @@ def _assemble(
                 missing -= len(layers)
                 for row, state in zip(plan.rows(prompt), states, strict=True):
                     at = (number * n_rows + row) * n_layers
-                    # One write for a row with all layers; with some of them, one for each layer.
+                    # One write for a row with all layers, the usual case; with some of them, one for each layer.
                     pieces = [(layers[0], state)] if layers == plan.layers else zip(layers, state, strict=True)
                     for layer, piece in pieces:
                         view.write((at + plan.layers.index(layer)) * width, piece)
@@ -307,11 +277,7 @@ def _assemble(
 
 # --- tasks ----------------------------------------------------------------------------------------------------------
 def run_all(tasks: Sequence[Task], executor: Executor | None) -> None:
-    """Run tasks here, or submit them to an executor; its workers write files and return nothing.
-
-    Raises:
-        GravlensError: raised by a worker, or a worker died.
-    """
+    """Run tasks here, or submit them to an executor; its workers write files and return nothing."""
     if executor is not None:
         run_each([partial(resume, part) for task in tasks for part in divided(task)], executor, "residuals")
     elif tasks:
@@ -322,11 +288,8 @@ def run_all(tasks: Sequence[Task], executor: Executor | None) -> None:
 def divided(task: Task) -> list[Task]:
     """Split a task of many tokens; no part is shorter than `least_tokens`."""
     tokens = [sum(query.end - len(task.prefix) for query in queries) for queries, _ in task.blocks]
-    rest, parts = list(task.blocks), []
-    for size in part_sizes(tokens, least_tokens(task.store.placement.device)):
-        parts.append(replace(task, blocks=tuple(rest[:size])))
-        del rest[:size]
-    return parts
+    sizes, rest = part_sizes(tokens, least_tokens(task.store.placement.device)), iter(task.blocks)
+    return [replace(task, blocks=tuple(islice(rest, size))) for size in sizes]
 
 
 def least_tokens(device: str) -> int:
@@ -350,13 +313,14 @@ def resume(task: Task) -> None:
     """Run what is still missing of a task: little, if an earlier worker was killed at it."""
     if blocks := task.states.missing_of(task.blocks):
         resolved = resolve(task.checkpoint, weights=False)
+        # The driver named the folder by a digest: a checkpoint written since then would fill it with other states.
         if task.store.of(resolved, precision_of(resolved, task.store.placement)) != task.states:
             raise changed_meanwhile(resolved)
         run_tasks([replace(task, checkpoint=resolved, blocks=blocks)])
 
 
 def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> None:
-    """Read and write states; one model is open at a time, and weights of further checkpoints are swapped into it."""
+    """Read and write states, with one model open at a time."""
     store = tasks[0].store
     opened = open_each([task.checkpoint for task in tasks], through=store.through, placement=store.placement)
     for task, (checkpoint, model) in zip(tasks, opened, strict=True):
@@ -366,10 +330,10 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
         for queries, layers in task.blocks:
             if layers not in readers:
                 readers[layers] = Reader(model, layers=layers, prefix=task.prefix)
-            rows = Plan(queries, layers, model.d_model, task.prefix, ()).rows
-            states = np.empty((sum(len(query.reads) for query in queries), len(layers), model.d_model), np.float32)
+            plan = Plan(queries, layers, model.d_model, task.prefix, ())
+            states = np.empty((plan.ends[-1], len(layers), model.d_model), np.float32)
             for batch, found in read_block(readers[layers], queries):
-                states[[row for i in batch for row in rows(i)]] = found
+                states[[row for i in batch for row in plan.rows(i)]] = found
             task.states.put(states, queries=queries, layers=layers, checkpoint=checkpoint.described)
             tick()
 
@@ -378,14 +342,12 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
 def run_each(calls: Sequence[Callable[[], T]], executor: Executor | None, what: str) -> list[T]:
     """Run calls here or on an executor's workers; pending calls are cancelled on any error or interrupt.
 
-    Jobs need `result`, `done` and `cancel` only, which submitit's have too.
-
     Raises:
         GravlensError: raised by a call, or a worker died.
     """
     if executor is None:
         return [call() for call in calls]
-    jobs: list[Any] = []
+    jobs: list[Any] = []  # used are `result`, `done` and `cancel` only, which submitit's have too
     try:
         jobs += [executor.submit(_outcome, call) for call in calls]
         with progress(what, jobs, unit="task") as each:
@@ -409,11 +371,8 @@ def _outcome(call: Callable[[], T]) -> T | GravlensError:
     """Return a worker's error like a result: submitit would raise it as an exception of its own."""
     with _ONE_AT_A_TIME:
         if type(current_process()).__name__ == "ForkProcess":  # torch's thread pool does not survive fork: deadlock
-            return GravlensError(
-                "A worker process was forked from one that runs torch.",
-                "Workers must be spawned.",
-                'ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")).',
-            )
+            remedy = 'ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")).'
+            return GravlensError("A worker was forked from a process that runs torch.", "Spawn workers.", remedy)
         try:
             return call()
         except GravlensError as error:
@@ -429,11 +388,8 @@ def _raised(outcome: T | GravlensError) -> T:
 def _sendable(checkpoint: Checkpoint) -> Checkpoint:
     """Make a checkpoint's paths absolute and drop its tokenizer: workers get token ids."""
     if isinstance(checkpoint.source, nn.Module):
-        raise GravlensError(
-            f"{checkpoint.name} is {checkpoint.described}, and an executor was given.",
-            "Workers open checkpoints from disk.",
-            "folders (model.save_pretrained), or no executor.",
-        )
+        given = f"{checkpoint.name} is {checkpoint.described}, and an executor was given."
+        raise GravlensError(given, "Workers open folders.", "model.save_pretrained(folder), or no executor.")
     here = Path(checkpoint.source)
     base = None if checkpoint.base is None else _sendable(checkpoint.base)
     source = here.absolute() if here.is_dir() else checkpoint.source
@@ -442,22 +398,18 @@ def _sendable(checkpoint: Checkpoint) -> Checkpoint:
 
 # --- maintenance ----------------------------------------------------------------------------------------------------
 def check_store(folder: Path) -> Path:
-    """Raise where a folder is not a store."""
+    """Return a folder if it is a store, else raise: what is deleted in it must be gravlens'."""
     if not any((folder / name).is_dir() for name in ("states", "views")):
-        raise GravlensError(
-            f"{folder} is not a store of states.",
-            "A store contains a folder states/ after its first use.",
-            'the folder that was given as cache_residuals(..., store="…").',
-        )
+        given, wanted = f"{folder} is not a store of states.", "A store contains a folder states/ after its first use."
+        raise GravlensError(given, wanted, "the folder that was given as store= of cache_residuals.")
     return folder
 
 
 def list_store(folder: Path) -> pd.DataFrame:
     """List a store: one row for each checkpoint that was read in one way, and one for the assembled results.
 
-    Returns:
-        `states` (the folder's name), `checkpoint` (source when it was first read), `prompts`, `layers`, `files`,
-        `mib`, `used` (time of last write or use).
+    Columns: `states` (the folder's name), `checkpoint` (source when it was first read), `prompts`, `layers`, `files`,
+    `mib`, `used` (time of last write or use).
     """
     rows = []
     for states in sorted((check_store(folder) / "states").glob("*")):
@@ -485,13 +437,11 @@ def damaged_files(folder: Path) -> list[Path]:
 def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = False) -> list[Path]:
     """Delete corrupt files, assembled results, and scratch files of killed runs that are an hour old.
 
-    Args:
-        folder: the store.
-        unused_days: delete states too that were not written or used for this long.
-        dry: only return the files.
+    With `unused_days`, states too that were not written or used for this long; `dry` only returns the files.
     """
     now, old = time.time(), [] if unused_days is None else (folder / "states").rglob("*.safetensors")
     found = {*damaged_files(folder), *(folder / "views").glob("*.safetensors")}
+    # Younger scratch files may be another process's, which is still writing.
     found |= {path for path in folder.rglob(".*") if path.is_file() and path.stat().st_mtime < now - 3600}
     found |= {path for path in old if path.stat().st_mtime < now - 86400 * (unused_days or 0)}
     for path in () if dry else found:

@@ -18,7 +18,7 @@ from histories import refused, weights_of
 from safetensors.torch import load_file, save_file
 from submitit import LocalExecutor
 
-from gravlens.activations import plan as readings
+from gravlens.activations import reader as readings
 from gravlens.activations import store as stored_readings
 from gravlens.activations.positions import queries_of_ids
 from gravlens.activations.residuals import cache_residuals

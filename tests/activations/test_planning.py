@@ -9,7 +9,7 @@ from histories import refused, sequence_on_disk
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MixtralConfig, PretrainedConfig
 
-from gravlens.activations import plan as readings
+from gravlens.activations import reader as readings
 from gravlens.activations import store
 from gravlens.activations.cost import (
     Machine,
@@ -19,9 +19,8 @@ from gravlens.activations.cost import (
     named_machine,
     plan_reading,
 )
-from gravlens.activations.plan import Plan, read_block
 from gravlens.activations.positions import queries_of_ids
-from gravlens.activations.reader import Reader, reuses_keys
+from gravlens.activations.reader import Plan, Reader, read_block, reuses_keys
 from gravlens.activations.residuals import cache_residuals
 from gravlens.core.display import amount, duration
 from gravlens.history.prompts import PromptSet

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from gravlens.activations import plan as readings
-from gravlens.activations.plan import Plan
+from gravlens.activations import reader as readings
 from gravlens.activations.positions import Query
+from gravlens.activations.reader import Plan
 from gravlens.activations.residuals import cache_residuals
 from gravlens.history.sequence import ModelSequence
 

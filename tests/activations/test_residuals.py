@@ -25,7 +25,7 @@ from histories import (
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
-from gravlens.activations import residuals as engine
+from gravlens.activations import reader as engine
 from gravlens.activations.residuals import Residuals, cache_residuals, read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import PromptSet, encode, pad

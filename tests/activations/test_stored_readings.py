@@ -20,7 +20,6 @@ from histories import history_on_disk, refused
 from safetensors.torch import load_file, save_file
 
 from gravlens.activations import fingerprint as fingerprints
-from gravlens.activations import plan as readings
 from gravlens.activations import reader as passes
 from gravlens.activations import store as stored_readings
 from gravlens.activations.residuals import Residuals, cache_residuals
@@ -36,8 +35,8 @@ PROBES = probe_prompts()[:20]
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches to a block, several blocks to a checkpoint."""
     monkeypatch.setitem(passes.TOKENS, "cpu", 40)
-    monkeypatch.setattr(readings, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(readings, "TOKENS_ELSEWHERE", 60)
+    monkeypatch.setattr(passes, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(passes, "TOKENS_ELSEWHERE", 60)
 
 
 @pytest.fixture(autouse=True)

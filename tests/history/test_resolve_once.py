@@ -13,7 +13,7 @@ from histories import refused
 from test_ahead import ROLES, RUN, Hub, fake, models  # noqa: F401 (fixtures)
 
 from gravlens.activations import fingerprint as fingerprints
-from gravlens.activations import plan
+from gravlens.activations import reader
 from gravlens.activations.residuals import cache_residuals
 from gravlens.history import sources, weight_files
 from gravlens.history.sequence import Checkpoint, ModelSequence
@@ -139,14 +139,14 @@ def test_a_folder_that_is_written_after_it_was_resolved_is_refused(
     for name in ("base", "aligned"):
         shutil.copytree(home / name, tmp_path / name)
     pair = ModelSequence.from_folders(witness=tmp_path / "base", anchor=tmp_path / "aligned", probes=tiny.PROMPTS)
-    plain = plan.open_each
+    plain = reader.open_each
 
     def overwritten(*given: Any, **more: Any) -> Any:
         config = tmp_path / "aligned/config.json"
         config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
         return plain(*given, **more)
 
-    monkeypatch.setattr(plan, "open_each", overwritten)
+    monkeypatch.setattr(reader, "open_each", overwritten)
     with refused("anchor", "changed while it was opened"):
         cache_residuals(pair)
 

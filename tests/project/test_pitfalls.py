@@ -20,7 +20,7 @@ from bomb import Bomb
 from histories import EOS, PROMPT_IDS, RAGGED, assert_same_states, reference, refused, synthetic
 from torch import nn
 
-from gravlens.activations import residuals as engine
+from gravlens.activations import reader as engine
 from gravlens.activations.residuals import Residuals, cache_residuals, read_residuals, residuals_of_batch
 from gravlens.behavior.scores import refusal_log_odds
 from gravlens.core import files as store
