@@ -31,7 +31,6 @@ ARCHITECTURE = "controlvector"
 TENSOR = re.compile(r"direction\.(\d+)")  # name of a layer's vector in llama.cpp and repeng
 HOOKPOINT = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")  # name of a block in a Hugging Face model
 FACTS = "gravlens.facts"  # provenance of the directions; other programs ignore it
-TORCH_FILES = (".pt", ".pth")
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------
@@ -65,14 +64,14 @@ def to_gguf(
             "llama.cpp has no control vector at layer 0 and rejects a file that contains one.",
             f"{f'directions.at({rest})' if rest else 'a direction of another layer'}; for repeng layer_0=True.",
         )
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:  # GGUFWriter writes to a path only, and not atomically
         written = Path(scratch) / "vector.gguf"
         writer = GGUFWriter(written, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(chosen))
         writer.add_string(FACTS, _facts(chosen, strength))
         for one in chosen:
-            vector = strength * one.distance * one.vector.astype(np.float64)
+            vector = strength * one.distance * one.vector.astype(np.float64)  # rounded to fp32 once, at the end
             writer.add_tensor(f"direction.{one.layer}", vector.astype(np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -84,15 +83,13 @@ def to_gguf(
 def from_gguf(path: Path | str) -> Directions:
     """Read a control vector of llama.cpp, repeng or `to_gguf`; a direction's distance is the norm of its vector.
 
-    Args:
-        path: the file, `.gguf`.
-
     Raises:
         GravlensError: a file that is missing, corrupt, not GGUF, or has any tensor but `direction.{layer}` in fp32.
     """
     path = Path(path)
     with _parsing(path, "A GGUF file"):
         reader = GGUFReader(path)
+        # Copied: GGUFReader's arrays are views of a memory map of the file.
         tensors = [(tensor.name, tensor.tensor_type, np.array(tensor.data)) for tensor in reader.tensors]
         field = reader.get_field(FACTS)
         facts = "" if field is None else bytes(field.parts[field.data[0]]).decode()
@@ -109,11 +106,7 @@ def from_gguf(path: Path | str) -> Directions:
 
 # --- lm-evaluation-harness ------------------------------------------------------------------------------------------
 def to_steered(
-    directions: Direction | Directions,
-    path: Path | str,
-    *,
-    strength: float = 1.0,
-    model: Openable | None = None,
+    directions: Direction | Directions, path: Path | str, *, strength: float = 1.0, model: Openable | None = None
 ) -> Path:
     """Write a `.pt` for lm-evaluation-harness: `--model steered --model_args pretrained=…,steer_path=…`.
 
@@ -131,10 +124,8 @@ def to_steered(
             model's range, or a model with block names that the harness does not accept.
     """
     path = Path(path)
-    if path.suffix not in TORCH_FILES:
-        raise GravlensError(
-            f"The path {path.name} was given.", "The harness reads files with suffix .pt or .pth.", f"{path.stem}.pt."
-        )
+    if path.suffix not in (".pt", ".pth"):
+        raise GravlensError(f"The path {path.name} was given.", "The harness reads .pt or .pth.", f"{path.stem}.pt.")
     content = {
         _hookpoint(one.layer, model): {
             "steering_vector": torch.tensor(one.vector),
@@ -154,9 +145,6 @@ def to_steered(
 def from_steered(path: Path | str) -> Directions:
     """Read a `.pt` of lm-evaluation-harness' `steered`; a pickle that could run code is never loaded.
 
-    Args:
-        path: the file, `.pt`.
-
     Raises:
         GravlensError: a file that is missing, corrupt, or contains more than plain tensors; a `.csv` (names of features
             of sparse autoencoders); any action but `add` to whole blocks, one vector per layer.
@@ -164,11 +152,8 @@ def from_steered(path: Path | str) -> Directions:
     path = Path(path)
     with _parsing(path, "A torch file of plain tensors (others can run code and are not loaded)"):
         if path.suffix == ".csv":
-            raise GravlensError(
-                f"{path.name} is a table.",
-                "A steered .csv contains names of features of sparse autoencoders and no vector.",
-                "the .pt file.",
-            )
+            wanted = "A steered .csv contains names of features of sparse autoencoders and no vector."
+            raise GravlensError(f"{path.name} is a table.", wanted, "the .pt file.")
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
     vectors, facts = [], {}
     for hookpoint, entry in content.items():
@@ -179,33 +164,30 @@ def from_steered(path: Path | str) -> Directions:
 
 
 def _hookpoint(layer: int, model: Openable | None) -> str:
-    """Return a block's name in the model's `base_model`, where the harness looks it up."""
+    """Return a block's name for the harness."""
     if model is None:
         return f"layers.{layer}"
     opened = open_model(model)
+    # The harness looks names up in the model's `base_model`.
     block, names = resid_post(opened, layer), getattr(opened.module, "base_model", nn.Module()).named_modules()
     found = next((name for name, module in names if module is block), None)
     if found is None or not HOOKPOINT.fullmatch(found):
-        raise GravlensError(
-            f"Block {layer} of this {type(opened.module).__name__} has the name {found!r} for the harness.",
-            "It must be named layers.0, h.0 or blocks.0, as in Hugging Face models.",
-            "open_model(folder), which opens a Hugging Face model.",
-        )
+        given = f"Block {layer} of this {type(opened.module).__name__} has the name {found!r} for the harness."
+        wanted = "It must be named layers.0, h.0 or blocks.0, as in Hugging Face models."
+        raise GravlensError(given, wanted, "open_model(folder), which opens a Hugging Face model.")
     return found
 
 
 def _layer_of(path: Path, hookpoint: Any, entry: Any) -> int:
     """Return the layer of an entry that adds a vector to a whole block."""
-    named = HOOKPOINT.fullmatch(str(hookpoint))
+    named, found = HOOKPOINT.fullmatch(str(hookpoint)), None
     if not named or not isinstance(entry, dict) or not isinstance(entry.get("steering_vector"), Tensor):
-        raise _not_added(path, f"no vector of a block under {hookpoint!r}")
-    if entry.get("action") != "add" or entry.get("bias") is not None or entry.get("head_index") is not None:
-        raise _not_added(path, f"under {hookpoint!r} the action {entry.get('action')!r}, with a bias, or of one head")
-    return int(named[1])
-
-
-def _not_added(path: Path, found: str) -> GravlensError:
-    return GravlensError(
+        found = f"no vector of a block under {hookpoint!r}"
+    elif entry.get("action") != "add" or entry.get("bias") is not None or entry.get("head_index") is not None:
+        found = f"under {hookpoint!r} the action {entry.get('action')!r}, with a bias, or of one head"
+    if named and not found:
+        return int(named[1])
+    raise GravlensError(
         f"{path} contains {found}.",
         "A direction is one vector per layer that is added to the block's output (`layers.3`, action 'add').",
         "a file of to_steered, or the entries that add to blocks.",
@@ -214,11 +196,7 @@ def _not_added(path: Path, found: str) -> GravlensError:
 
 # --- npz ------------------------------------------------------------------------------------------------------------
 def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
-    """Write unit `vectors` [layer, d_model], `layers`, `distances` and `facts` (JSON) for plain NumPy.
-
-    Args:
-        directions: defined directions, one per layer; `distances` are in residual units.
-        path: the file, `.npz`.
+    """Write unit `vectors` [layer, d_model], `layers`, `distances` (residual units) and `facts` (JSON) for plain NumPy.
 
     Raises:
         GravlensError: an undefined direction, or two of one layer.
@@ -232,15 +210,12 @@ def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
 def from_npz(path: Path | str) -> Directions:
     """Read a `.npz` with `vectors` [layer, d_model] and `layers`; `distances` default to the vectors' norms.
 
-    Args:
-        path: the file, `.npz`.
-
     Raises:
         GravlensError: a file that is missing, corrupt or pickled, or arrays of different lengths.
     """
     path = Path(path)
     with _parsing(path, "A .npz of `vectors` [layer, d_model] and `layers` [layer]"):
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:  # a pickled array could run code
             arrays = {name: file[name] for name in file.files}
         layers, vectors = arrays["layers"].astype(int).tolist(), arrays["vectors"].astype(np.float64)
         if "distances" in arrays:
@@ -253,15 +228,12 @@ def from_npz(path: Path | str) -> Directions:
 def _checked(directions: Direction | Directions, strength: float) -> Directions:
     """Return the directions to write; raise where one is undefined, has length 0, or shares its layer."""
     chosen: tuple[Any, ...] = each(directions)
-    for one in chosen:
-        if one.undefined is not None:
-            raise GravlensError(
-                f"The direction of layer {one.layer} is undefined: {one.undefined}.",
-                "A file needs a vector for each of its layers.",
-                "directions.defined(), without the undefined ones.",
-            )
+    if gone := next((one for one in chosen if one.undefined is not None), None):
+        given = f"The direction of layer {gone.layer} is undefined: {gone.undefined}."
+        raise GravlensError(given, "A file needs a vector for each of its layers.", "directions.defined().")
     Steer(directions, strength)  # checks: at least one, unit length, finite strength and distance
     layers, lengths = [one.layer for one in chosen], [strength * one.distance for one in chosen]
+    # A vector of length 0 would steer nothing there, and has no direction when it is read again.
     if len(set(layers)) < len(layers) or not all(lengths):
         raise GravlensError(
             f"Vectors of layers {layers} and lengths {lengths} were given.",
@@ -274,13 +246,9 @@ def _checked(directions: Direction | Directions, strength: float) -> Directions:
 def _facts(directions: Iterable[Direction], strength: float) -> str:
     """Return the provenance of directions as JSON, by layer; a strength other than 1 is added to it."""
     written = {} if strength == 1 else {"strength": strength}
+    kept = ("estimator", "prompts", "reliability")
     facts = {
-        one.layer: {
-            "estimator": one.estimator,
-            "prompts": one.prompts,
-            "reliability": one.reliability,
-            "made_from": {**one.made_from, **written},
-        }
+        one.layer: {**{name: getattr(one, name) for name in kept}, "made_from": {**one.made_from, **written}}
         for one in directions
     }
     return json.dumps(without_nan(facts))
@@ -293,7 +261,7 @@ def _parsed(path: Path, facts: str) -> dict[int, dict[str, Any]]:
             int(layer): {
                 "estimator": str(one["estimator"]),
                 "prompts": str(one["prompts"]),
-                "reliability": float("nan") if one["reliability"] is None else float(one["reliability"]),
+                "reliability": float("nan" if one["reliability"] is None else one["reliability"]),  # JSON has no NaN
                 "made_from": dict(one["made_from"]),
             }
             for layer, one in json.loads(facts or "{}").items()
@@ -329,8 +297,5 @@ def _parsing(path: Path, expected: str) -> Generator[None]:
         # torch's message for an unsafe pickle advises to load it all the same.
         hide = type(error).__name__ == "UnpicklingError"
         first = "" if hide else f": {next(iter(str(error).strip().splitlines()), '')}"
-        raise GravlensError(
-            f"{path} cannot be read ({type(error).__name__}{first}).",
-            f"{expected} was expected.",
-            "write or copy it again.",
-        ) from error
+        given = f"{path} cannot be read ({type(error).__name__}{first})."
+        raise GravlensError(given, f"{expected} was expected.", "write or copy it again.") from error

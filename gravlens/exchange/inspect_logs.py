@@ -18,8 +18,6 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.files import without_nan, write_atomically
 from gravlens.history.prompts import PromptSet
 
-FORMATS = (".eval", ".json")
-
 
 def to_inspect_log(
     prompts: Prompts,
@@ -41,8 +39,7 @@ def to_inspect_log(
         path: with suffix `.eval` (Inspect's format) or `.json`.
         answers: one per prompt, as from `generate_answers`; None if there are only scores.
         scores: name -> one number or verdict per prompt: values of a `Score`, verdicts of a `Judge`.
-        model: name of the model in the log.
-        task: name of the task in the log.
+        model, task: names in the log.
         metadata: more facts (the intervention, its strength) for JSON.
 
     Raises:
@@ -77,28 +74,20 @@ def _inspect() -> Any:
             import_module(f"inspect_ai.{part}")
         return import_module("inspect_ai")
     except ImportError as error:
-        raise GravlensError(
-            "inspect-ai is not installed.",
-            "Logs are written with it.",
-            "pip install inspect-ai, or gravlens with its extra: pip install -e '.[exchange]'.",
-        ) from error
+        remedy = "pip install inspect-ai, or gravlens with its extra: pip install -e '.[exchange]'."
+        raise GravlensError("inspect-ai is not installed.", "Logs are written with it.", remedy) from error
 
 
 def _check(path: Path, prompts: PromptSet, answers: Sequence[str] | None, columns: Mapping[str, np.ndarray]) -> None:
-    if path.suffix not in FORMATS:
-        raise GravlensError(
-            f"The path {path.name} was given.", "A log has the suffix .eval or .json.", f"{path.stem}.eval."
-        )
+    if path.suffix not in (".eval", ".json"):
+        raise GravlensError(f"The path {path.name} was given.", "A log is a .eval or .json.", f"{path.stem}.eval.")
     shapes = {name: values.shape for name, values in columns.items()}
     numbers = all(values.dtype.kind in "biuf" for values in columns.values())
     given = len(prompts) if answers is None else len(answers)
     if not shapes or not numbers or set(shapes.values()) != {(len(prompts),)} or given != len(prompts):
-        raise GravlensError(
-            f"{len(prompts)} prompts, {'no' if answers is None else given} answers and scores of shapes {shapes} were "
-            "given.",
-            "Each prompt needs one number or verdict per score, and at most one answer.",
-            "scores={'refused': judge(prompts, answers), …}.",
-        )
+        found = f"{len(prompts)} prompts, {'no' if answers is None else given} answers and scores of shapes {shapes}"
+        wanted = "Each prompt needs one number or verdict per score, and at most one answer."
+        raise GravlensError(f"{found} were given.", wanted, "scores={'refused': judge(prompts, answers), …}.")
 
 
 def _samples(
@@ -113,31 +102,26 @@ def _samples(
         if prompts.system:
             asked.insert(0, chat.ChatMessageSystem(content=prompts.system, id=f"system-{row + 1}"))
         output = chat.ModelOutput(model=model) if answer is None else chat.ModelOutput.from_content(model, answer)
-        if output.choices:
-            output.choices[
-                0
-            ].message.id = f"answer-{row + 1}"  # by default random: the same results would be another log
-        samples.append(
-            inspect_ai.log.EvalSample(
-                id=row + 1,
-                epoch=1,
-                input=asked if prompts.system else prompt,
-                target="",
-                messages=[*asked, *(choice.message for choice in output.choices)],
-                output=output,
-                scores={
-                    name: inspect_ai.scorer.Score(value=values[row].item(), answer=answer)
-                    for name, values in columns.items()
-                },
-            )
+        for choice in output.choices:
+            choice.message.id = f"answer-{row + 1}"  # by default random: the same results would be another log
+        values = {name: column[row].item() for name, column in columns.items()}
+        sample = inspect_ai.log.EvalSample(
+            id=row + 1,
+            epoch=1,
+            input=asked if prompts.system else prompt,  # text only, where it says all
+            target="",
+            messages=[*asked, *(choice.message for choice in output.choices)],
+            output=output,
+            scores={name: inspect_ai.scorer.Score(value=value, answer=answer) for name, value in values.items()},
         )
+        samples.append(sample)
     return samples
 
 
 def _summary(name: str, values: np.ndarray) -> Any:
     """Compute mean and standard error of a score over the prompts that have it."""
     log = _inspect().log
-    scored = values[np.isfinite(values)].astype(np.float64)
+    scored = values[np.isfinite(values)].astype(np.float64)  # fp64: scores may be fp32, verdicts bool
     error = scored.std(ddof=1) / np.sqrt(len(scored)) if len(scored) > 1 else 0.0
     found = {"mean": float(scored.mean()), "stderr": float(error)} if len(scored) else {}
     return log.EvalScore(
@@ -150,16 +134,14 @@ def _summary(name: str, values: np.ndarray) -> Any:
 
 
 def _identities(samples: Any, model: str, task: str) -> dict[str, str]:
-    """Derive Inspect's ids of an evaluation, its run and its task from the content, so that they are reproducible."""
+    """Derive Inspect's ids from the content: by default they are random."""
     text = json.dumps([task, model, samples], sort_keys=True)
-    return {
-        name: hashlib.sha256(f"{name}{text}".encode()).hexdigest()[:22] for name in ("eval_id", "run_id", "task_id")
-    }
+    names = ("eval_id", "run_id", "task_id")  # Inspect's own have 22 characters
+    return {name: hashlib.sha256(f"{name}{text}".encode()).hexdigest()[:22] for name in names}
 
 
 def _write(log: Any, path: Path) -> Path:
-    """Write with Inspect's writer, atomically."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:  # Inspect's writer is not atomic, and chooses by the suffix
         written = Path(scratch) / path.name
         _inspect().log.write_eval_log(log, written)
         return write_atomically(path, written.read_bytes())
