@@ -26,9 +26,10 @@ class Contrast:
         # A pair of one text is a mistake in the files: its difference is exactly 0.
         same = sum(one == other for one, other in zip(self.harmful, self.harmless, strict=False))
         if len(self.harmful) != len(self.harmless) or same or self.harmful.system != self.harmless.system:
+            systems = f"{self.harmful.system!r} and {self.harmless.system!r}"
             raise GravlensError(
-                f"{len(self.harmful)} harmful and {len(self.harmless)} harmless prompts were given, {same} pairs of "
-                f"one text, system prompts {self.harmful.system!r} and {self.harmless.system!r}.",
+                f"{len(self.harmful)} harmful and {len(self.harmless)} harmless prompts were given, {same} pairs of one "
+                f"text, system prompts {systems}.",
                 "A contrast needs pairs of two different prompts with one system prompt.",
                 "Contrast.of(harmful, harmless) with prompts in matching order, or read_contrast.",
             )
@@ -78,23 +79,20 @@ def read_contrast(harmful: Any, harmless: Any = None, *, index: str = "Index") -
         return Contrast.of([row["harmful"] for row in rows], [row["harmless"] for row in rows])
     halves = [_by_index(source, index) for source in (harmful, harmless)]
     if alone := sorted(halves[0].keys() ^ halves[1].keys()):
-        raise GravlensError(
-            f"{len(alone)} prompts have no partner: {index} {', '.join(alone[:5])}.",
-            "Each prompt of one half must match one prompt of the other.",
-            "the two halves of one data set, or index= with the column to match by.",
-        )
+        given = f"{len(alone)} prompts have no partner: {index} {', '.join(alone[:5])}."
+        wanted = "Each prompt of one half must match one prompt of the other."
+        raise GravlensError(given, wanted, "the two halves of one data set, or index= with the column to match by.")
     return Contrast.of(list(halves[0].values()), [halves[1][key] for key in halves[0]])
 
 
 def _by_index(source: Any, index: str) -> dict[str, str]:
     entries = read_entries(source)
+    # Keys are strings: one half may be CSV and the other JSON, with numbers.
     rows = check_rows(source, [{index: str(e.row[index])} if index in e.row else e.row for e in entries], index)
     keys = [row[index] for row in rows]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise GravlensError(
-            f"{index} {', '.join(twice[:5])} is repeated in one half.", "The index must be unique.", "another index=."
-        )
-    # Keys are strings: JSON may write an index as a number that CSV writes as text.
+        given = f"{index} {', '.join(twice[:5])} is repeated in one half."
+        raise GravlensError(given, "The index must be unique.", "another index=.")
     return dict(zip(keys, (entry.prompt for entry in entries), strict=True))
 
 
@@ -113,10 +111,8 @@ def cache_contrasts(
     distributions accept it like states.
 
     Args:
-        sequence: the history.
-        contrast: the pairs.
-        layers, positions, checkpoints: as in `cache_residuals`. With several rows per prompt, rows are paired in order
-            and `index` is (pair, token of the harmful prompt).
+        positions: as in `cache_residuals`. With several rows per prompt, rows are paired in order and `index` is (pair,
+            token of the harmful prompt).
 
     Raises:
         GravlensError: two prompts of a pair that are read at different numbers of positions; what `cache_residuals`
@@ -138,9 +134,9 @@ def _check_paired(contrast: Contrast, request: Request) -> None:
     pairs = zip(contrast, rows[: len(contrast)], rows[len(contrast) :], strict=True)
     for pair, ((text, other), harmful, harmless) in enumerate(pairs):
         if harmful != harmless:
+            texts, positions = f"({text[:40]!r}, {other[:40]!r})", request.meta["positions"]
             raise GravlensError(
-                f"positions={request.meta['positions']!r} reads pair {pair} at {harmful} and {harmless} positions "
-                f"({text[:40]!r}, {other[:40]!r}).",
+                f"positions={positions!r} reads pair {pair} at {harmful} and {harmless} positions {texts}.",
                 "A difference within a pair needs as many positions of one prompt as of the other.",
                 'positions="last", "instruction" (the mean over its tokens) or "post_instruction".',
             )

@@ -70,11 +70,10 @@ def _check_plain(checkpoint: Resolved, module: nn.Module) -> None:
     points = [part for part in parts if hasattr(part, "fwd_hooks")] or parts
     hooked = any(hooks_on(part) for part in points)
     if hooked or any(part.training for part in parts):
-        raise GravlensError(
-            f"{checkpoint.name} ({checkpoint.described}) {'has hooks on it' if hooked else 'is in training mode'}.",
-            "A store is keyed by weights, which alone would not give these states again.",
-            "store=None" + (", or remove the hooks first." if hooked else ", or model.eval()."),
-        )
+        found, remedy = ("has hooks on it", "remove the hooks") if hooked else ("is in training mode", "model.eval()")
+        given = f"{checkpoint.name} ({checkpoint.described}) {found}."
+        wanted = "A store is keyed by weights, which alone would not give these states again."
+        raise GravlensError(given, wanted, f"store=None, or {remedy}.")
 
 
 def _state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -113,5 +112,5 @@ def _digest_of(folder: Folder, memo: Path | None) -> str:
 
 
 def _check(seen: list[list[int]], digest: str) -> str:
-    """Return a checksum of a memo's entry, so that a corrupt one is not believed."""
+    # A corrupt entry must not be believed: it would name another checkpoint's states.
     return hashlib.sha256(json.dumps([seen, digest]).encode()).hexdigest()

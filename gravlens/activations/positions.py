@@ -53,17 +53,11 @@ def described(positions: Positions) -> str | int:
 
 
 def queries_of(tokenizer: Any, prompts: PromptSet, positions: Positions = "last") -> list[Query]:
-    """Tokenise prompts with the one tokenizer of a history, and locate their read positions.
-
-    Raises:
-        GravlensError: positions that a prompt does not have, or that this tokenizer cannot locate.
-    """
+    """Tokenise prompts with the one tokenizer of a history, and locate their read positions."""
     if isinstance(positions, Answers) and len(positions.texts) != len(prompts):
-        raise GravlensError(
-            f"{len(positions.texts)} answers were given for {len(prompts)} prompts.",
-            "One answer per prompt is needed, the same for all checkpoints.",
-            "Answers(generate_answers(open_model(seq.anchor), prompts)), or answers of your own.",
-        )
+        given = f"{len(positions.texts)} answers were given for {len(prompts)} prompts."
+        remedy = "Answers(generate_answers(open_model(seq.anchor), prompts)), or answers of your own."
+        raise GravlensError(given, "One answer per prompt is needed, the same for all checkpoints.", remedy)
     numbers: dict[int, int] = {}  # one int object per token id: large prompt sets repeat each many times
     queries: list[Query] = []
     for start in range(0, len(prompts), AT_ONCE):
@@ -110,11 +104,9 @@ def _chosen(ids: list[int], positions: Callable[[list[int]], Sequence[int]]) -> 
     """Read each position that a function returns, sorted and unique; negative ones count from the end."""
     given = list(positions(list(ids)))  # a copy, which the function may change
     if not given or not all(-len(ids) <= at < len(ids) and int(at) == at for at in given):
-        raise GravlensError(
-            f"{described(positions)} returned {given} for a prompt of {len(ids)} tokens.",
-            "A function of a prompt's token ids returns at least one position in it.",
-            "lambda ids: [len(ids) - 1], which is the last token.",
-        )
+        found = f"{described(positions)} returned {given} for a prompt of {len(ids)} tokens."
+        wanted = "A function of a prompt's token ids returns at least one position in it."
+        raise GravlensError(found, wanted, "lambda ids: [len(ids) - 1], which is the last token.")
     return Query(tuple(ids), tuple((at,) for at in sorted({int(at) % len(ids) for at in given})))
 
 
@@ -128,11 +120,9 @@ def _around(tokenizer: Any, prompt: PromptSet, ids: list[int], which: str) -> Qu
     if which == "instruction":
         return Query(tuple(ids), (inside,))
     if not after:
-        raise GravlensError(
-            f'positions="post_instruction" was given, and no token follows {prompt.texts[0][:40]!r}.',
-            "These are the tokens that a chat template adds after the instruction.",
-            'positions="last", or a tokenizer with a chat template.',
-        )
+        given = f'positions="post_instruction" was given, and no token follows {prompt.texts[0][:40]!r}.'
+        wanted = "These are the tokens that a chat template adds after the instruction."
+        raise GravlensError(given, wanted, 'positions="last", or a tokenizer with a chat template.')
     return Query(tuple(ids), tuple((at,) for at in after))
 
 
@@ -144,11 +134,9 @@ def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int,
     try:
         offsets = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)["offset_mapping"]
     except (NotImplementedError, KeyError) as error:  # slow tokenizers have no offsets
-        raise GravlensError(
-            f"A {type(tokenizer).__name__} has no offsets for its tokens in {prompt.texts[0][:40]!r}.",
-            "Offsets tell the instruction's tokens from the template's.",
-            'a fast tokenizer (a folder with tokenizer.json), positions="last", or a function.',
-        ) from error
+        given = f"A {type(tokenizer).__name__} has no offsets for its tokens in {prompt.texts[0][:40]!r}."
+        remedy = 'a fast tokenizer (a folder with tokenizer.json), positions="last", or a function.'
+        raise GravlensError(given, "Offsets tell the instruction's tokens from the template's.", remedy) from error
     return len(before), len(whole) - len(after), offsets
 
 

@@ -44,7 +44,6 @@ Offset = Literal["last"] | int  # from the end of each prompt
 _REUSES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # a trial per model, not per call
 
 
-# --- prompts in batches and blocks ----------------------------------------------------------------------------------
 def common_prefix(queries: Sequence[Query]) -> int:
     """Return the length of the prefix that all prompts share before any read position; 0 if not worth a pass."""
     most = min(query.start for query in queries)
@@ -70,14 +69,10 @@ def tokens_for(model: OpenModel) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Prompts in blocks. A block is read and written as a whole, and read again as a whole after a killed run.
+    """Prompts in blocks of similar lengths (`blocks`: their indices), and the layers to read of them, ascending.
 
-    Attributes:
-        queries: the prompts.
-        layers: the layers to read, ascending.
-        d_model: width of the residual stream.
-        prefix: token ids that every prompt begins with.
-        blocks: indices of prompts, of similar lengths.
+    A block is read and written as a whole, and read again as a whole after a killed run. Every prompt begins with the
+    token ids `prefix`.
     """
 
     queries: tuple[Query, ...]
@@ -120,13 +115,10 @@ class Plan:
         return cls(tuple(queries), tuple(layers), d_model, queries[0].ids[:prefix], tuple(map(tuple, blocks)))
 
 
-# --- one batch ------------------------------------------------------------------------------------------------------
 class Reader:
-    """Read batches of prompts with one opened model.
+    """Read batches of prompts with one opened model, at ascending `layers`.
 
     Args:
-        model: the model.
-        layers: the layers to read, ascending.
         prefix: token ids that every prompt begins with, before any position that is read.
         reuse: continue from a KV cache; default: if a trial with and without one gives the same states.
     """
@@ -146,14 +138,12 @@ class Reader:
         return len(self._prefix)
 
     def read(self, queries: Sequence[Query]) -> Float[Tensor, "row layer d_model"]:
-        """Read the states of one batch, fp32 on the CPU; the batch is halved until it fits into memory.
-
-        Raises:
-            GravlensError: one prompt alone does not fit into memory.
-        """
+        """Read the states of one batch, fp32 on the CPU; halve it until it fits into memory, down to one prompt."""
         try:
             with torch.inference_mode(), self._kept.hooked():
-                return self._reused(queries) if self._reuse and self._fits(queries) else self._plain(queries)
+                # An attention window shorter than a prompt would count padding in the cache as tokens.
+                fits = max(query.end for query in queries) + LONGEST_TAIL < window_of(self.model.module.config)
+                return self._reused(queries) if self._reuse and fits else self._plain(queries)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and what the CPU's allocator raises
             if not any(told in str(error).lower() for told in NO_MEMORY):
                 raise
@@ -163,10 +153,6 @@ class Reader:
                 raise GravlensError(f"Out of memory on {found}.", "It must fit alone.", remedy) from error
         half = len(queries) // 2  # outside `except`: the traceback would keep the failed pass's tensors alive
         return torch.cat([self.read(queries[:half]), self.read(queries[half:])])
-
-    def _fits(self, queries: Sequence[Query]) -> bool:
-        """Return whether all prompts fit into the attention window: it would count padding in the cache as tokens."""
-        return max(query.end for query in queries) + LONGEST_TAIL < window_of(self.model.module.config)
 
     def _plain(self, queries: Sequence[Query]) -> Float[Tensor, "row layer d_model"]:
         self._kept.at([query.reads for query in queries])
@@ -282,7 +268,6 @@ class Kept:
         return hook
 
 
-# --- one model, or each checkpoint ----------------------------------------------------------------------------------
 def read_block(
     reader: Reader, queries: Sequence[Query]
 ) -> Iterator[tuple[list[int], Float[np.ndarray, "row layer d_model"]]]:
@@ -350,7 +335,6 @@ def read_here(
     return values, precisions
 
 
-# --- whether a KV cache may be used ---------------------------------------------------------------------------------
 def reuses_keys(model: OpenModel) -> bool:
     """Return whether a model gives the same states when it continues from a KV cache: tried once, on fixed tokens.
 

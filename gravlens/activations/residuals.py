@@ -56,11 +56,9 @@ class Residuals:
     def of(self, checkpoint: str) -> Float[np.ndarray, "prompt layer d_model"]:
         """Return the states of one checkpoint; GravlensError for an unknown name."""
         if checkpoint not in self.checkpoints:
-            raise GravlensError(
-                f"Checkpoint {checkpoint!r} is not in these residuals.",
-                f"They contain {', '.join(self.checkpoints)}.",
-                "one of these names, or cache_residuals with that checkpoint.",
-            )
+            given = f"Checkpoint {checkpoint!r} is not in these residuals."
+            wanted = f"They contain {', '.join(self.checkpoints)}."
+            raise GravlensError(given, wanted, "one of these names, or cache_residuals with that checkpoint.")
         return self.values[self.checkpoints.index(checkpoint)]
 
     @property
@@ -99,9 +97,8 @@ class Residuals:
         coords: dict[str, Any] = {"checkpoint": list(self.checkpoints), "layer": list(self.layers)}
         if self.index is not None:
             coords |= {"of_prompt": ("prompt", self.index[:, 0]), "pos": ("prompt", self.index[:, 1])}
-        return xarray.DataArray(
-            self.values, coords, ("checkpoint", "prompt", "layer", "d_model"), "resid_post", {"prompts": self.prompts}
-        )
+        axes = ("checkpoint", "prompt", "layer", "d_model")
+        return xarray.DataArray(self.values, coords, axes, "resid_post", {"prompts": self.prompts})
 
 
 def cache_residuals(
@@ -122,13 +119,12 @@ def cache_residuals(
     that is read and computes no logits; a prefix that all prompts share is run once; only the read positions are kept.
 
     Args:
-        sequence: the history.
         prompts: default: the sequence's probes; under its system prompt, unless they have their own.
         layers: default: all.
-        positions: `"last"`, the last prompt token (after the template's generation prompt); a negative index (−1 is the
-            last token); `"instruction"`, the mean over the prompt's own tokens; `Answers(texts)`, the mean over the
-            tokens of an answer after each prompt. With one row per token: `"post_instruction"`, the template's tokens
-            after the instruction; `"all"`; a function of token ids that returns positions.
+        positions: `"last"`, the last prompt token (after the template's generation prompt); a negative index;
+            `"instruction"`, the mean over the prompt's own tokens; `Answers(texts)`, the mean over an answer after each
+            prompt. With one row per token: `"post_instruction"`, the template's tokens after the instruction; `"all"`;
+            a function of token ids that returns positions.
         checkpoints: default: witness, anchor and those of all runs.
         through: open folders as Hugging Face models or as `TransformerBridge`; both give the same states.
         placement: device, dtype and disk.
@@ -146,23 +142,13 @@ def cache_residuals(
         return request.result(*read_through_store(request.plan, request.checkpoints, cache, executor))
     if executor is None:
         return request.read(through, placement)
-    raise GravlensError(
-        f"A {type(executor).__name__} and no store were given.",
-        "Workers write states into a store; they send nothing back.",
-        'store="states", a folder that all workers reach.',
-    )
+    given, wanted = f"A {type(executor).__name__} and no store were given.", "Workers send nothing back: they fill one."
+    raise GravlensError(given, wanted, 'store="states", a folder that all workers reach.')
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What to read of which checkpoints, and the labels of the result.
-
-    Attributes:
-        plan: prompts as token ids, layers, read positions.
-        checkpoints: in order, each resolved once for the whole call.
-        prompts: digest of the prompt set.
-        meta: provenance, as in `Residuals`, without `dtype`.
-    """
+    """What to read of which checkpoints, each resolved once for the whole call, and the labels of the result."""
 
     plan: Plan
     checkpoints: tuple[Resolved, ...]
@@ -211,12 +197,8 @@ def prepare(
 
 def check_states(given: Residuals) -> Residuals:
     """Return residuals as they are; GravlensError for anything else."""
-    return of_kind(
-        given,
-        Residuals,
-        "Residuals of one set of prompts are needed.",
-        "cache_residuals(sequence), cache_residuals(sequence, sequence.held_out), or Residuals.load(path).",
-    )
+    remedy = "cache_residuals(sequence), cache_residuals(sequence, sequence.held_out), or Residuals.load(path)."
+    return of_kind(given, Residuals, "Residuals of one set of prompts are needed.", remedy)
 
 
 def layers_of(layers: int | Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
@@ -233,11 +215,8 @@ def layers_of(layers: int | Sequence[int] | None, n_layers: int) -> tuple[int, .
 class Moments:
     """Mean, and optionally covariance, of `resid_post` over prompts.
 
-    Attributes:
-        mean: fp64, in units of the residual stream.
-        covariance: fp64, divided by the number of rows; or None.
-        rows: number of states of a checkpoint and layer.
-        checkpoints, layers, prompts, meta: as in `Residuals`.
+    `mean` and `covariance` (divided by `rows`, the number of states of a checkpoint and layer) are fp64, in units of
+    the residual stream; the other fields are those of `Residuals`.
     """
 
     mean: Float[np.ndarray, "checkpoint layer d_model"] = field(repr=False)
@@ -262,11 +241,8 @@ def residual_moments(
     """Reduce the states of `cache_residuals` over prompts in fp64, in memory that does not grow with their number.
 
     Args:
-        sequence: the history.
-        prompts: default: the sequence's probes.
         reduce: `"mean"`, or `"covariance"` for both.
-        layers, positions, checkpoints, placement: as in `cache_residuals`; with one row per token, the moments are over
-            tokens.
+        positions: as in `cache_residuals`, like the rest; with one row per token, the moments are over tokens.
 
     Raises:
         GravlensError: what `cache_residuals` raises.
@@ -299,10 +275,6 @@ def substitute(residuals: Residuals, *, witness: str = "witness", anchor: str = 
 
     A *wrong witness* (another initialisation or lineage) shares this anchor, so its baseline is not 0. A *sibling
     anchor* A′ (this witness, another alignment seed) gives cos(h(θ_t) − h(A), h(W) − h(A′)), without a common anchor.
-
-    Args:
-        residuals: states of both checkpoints.
-        witness, anchor: names of the checkpoints that take these roles.
 
     Raises:
         GravlensError: an unknown name.

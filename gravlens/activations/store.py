@@ -227,11 +227,7 @@ class Task:
 def read_through_store(
     plan: Plan, checkpoints: Sequence[Resolved], store: Store, executor: Executor | None
 ) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
-    """Return states, memory-mapped, and the precisions that they were computed in.
-
-    Raises:
-        GravlensError: the store cannot be written, or loses what is written into it; a worker's error.
-    """
+    """Return states, memory-mapped, and the precisions that they were computed in."""
     sources: Sequence[Checkpoint | Resolved] = checkpoints
     if executor is not None:
         sources = [_sendable(checkpoint.checkpoint) for checkpoint in checkpoints]
@@ -340,11 +336,7 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
 
 # --- executors ------------------------------------------------------------------------------------------------------
 def run_each(calls: Sequence[Callable[[], T]], executor: Executor | None, what: str) -> list[T]:
-    """Run calls here or on an executor's workers; pending calls are cancelled on any error or interrupt.
-
-    Raises:
-        GravlensError: raised by a call, or a worker died.
-    """
+    """Run calls here or on an executor's workers; pending calls are cancelled on any error or interrupt."""
     if executor is None:
         return [call() for call in calls]
     jobs: list[Any] = []  # used are `result`, `done` and `cancel` only, which submitit's have too

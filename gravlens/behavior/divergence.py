@@ -45,11 +45,10 @@ def kl_from(
     reference, model = open_model(reference), open_model(model)
     _check_one_language(reference, model)
     asked = encode(reference.tokenizer, PromptSet.of(prompts))
-    if answers is None:
-        said = generate(reference, asked, max_new_tokens=max_new_tokens)
-    else:
-        said = _encode_answers(reference, asked, answers)
+    given = None if answers is None else _encode_answers(reference, asked, answers)
+    said = generate(reference, asked, max_new_tokens=max_new_tokens) if given is None else given
     divergences = np.empty(len(asked))
+    # Compared as they are yielded: kept, they would take prompts × positions × vocabulary in memory.
     with torch.inference_mode(), progress("divergence", total=len(asked), unit="prompt") as bar:
         sides = (_answer_logprobs(one, asked, said) for one in (reference, model))
         for (row, log_p), (_, log_q) in zip(*sides, strict=True):
@@ -59,15 +58,16 @@ def kl_from(
 
 
 def _divergence(log_p: Float[Tensor, "pos vocab"], log_q: Float[Tensor, "pos vocab"]) -> float:
-    if log_p.shape != log_q.shape:
+    if log_p.shape != log_q.shape:  # models without tokenizers show their vocabularies here first
         raise _another_vocabulary(log_p.shape[1], log_q.shape[1])
-    return float((log_p.exp() * (log_p - log_q)).sum(1, dtype=torch.float64).mean())
+    terms = log_p.exp() * (log_p - log_q)
+    return float(terms.sum(1, dtype=torch.float64).mean())  # fp64: terms of both signs nearly cancel for close models
 
 
 def _answer_logprobs(model: OpenModel, prompts: Ids, answers: Ids) -> Iterator[tuple[int, Float[Tensor, "pos vocab"]]]:
-    """Log-probabilities from the last prompt token on, fp32; shortest row first for any family, so rows pair up."""
+    """Yield log-probabilities from the last prompt token on, fp32."""
     ids = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # for any family, so that both models' rows pair up
     size = max(1, POSITIONS // (1 + max(map(len, answers))))
     for start in range(0, len(order), size):
         part = order[start : start + size]
@@ -82,15 +82,8 @@ def _answer_logprobs(model: OpenModel, prompts: Ids, answers: Ids) -> Iterator[t
 def answer_log_likelihood(model: Openable, prompts: Prompts, answers: Sequence[str]) -> Float[np.ndarray, " prompt"]:
     """Log-likelihood of answers, teacher-forced: mean of log p(token | prompt, tokens before); nats per token.
 
-    The end of sequence is not included: a recorded answer may have been truncated.
-
-    Args:
-        model: the model to score with.
-        prompts: the prompts.
-        answers: one per prompt, from any source.
-
-    Returns:
-        [prompt]; NaN for an empty answer.
+    Answers may be from any source; NaN for an empty one. The end of sequence is not included: a recorded answer may
+    have been truncated.
 
     Raises:
         GravlensError: no tokenizer, or different numbers of answers and prompts.
@@ -108,11 +101,8 @@ def answer_log_likelihood(model: Openable, prompts: Prompts, answers: Sequence[s
 
 def _encode_answers(model: OpenModel, asked: Ids, answers: Sequence[str]) -> list[list[int]]:
     if len(asked) != len(answers):
-        raise GravlensError(
-            f"There are {len(asked)} prompts and {len(answers)} answers.",
-            "One answer per prompt is needed.",
-            "answers = generate_answers(model, prompts).",
-        )
+        given = f"There are {len(asked)} prompts and {len(answers)} answers."
+        raise GravlensError(given, "One answer per prompt is needed.", "answers = generate_answers(model, prompts).")
     return [model.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]  # pyright: ignore[reportOptionalCall]
 
 
@@ -124,16 +114,10 @@ def _check_one_language(reference: OpenModel, model: OpenModel) -> None:
     if one.get_vocab() != other.get_vocab():
         raise _another_vocabulary(len(one), len(other))
     if getattr(one, "chat_template", None) != getattr(other, "chat_template", None):
-        raise GravlensError(
-            "The two models have different chat templates.",
-            "Both must read the same tokens, so choose one template.",
-            "open_model(folder, tokenizer=sequence_tokenizer(sequence)) for both.",
-        )
+        given, wanted = "The two models have different chat templates.", "Both must read the same tokens."
+        raise GravlensError(given, wanted, "open_model(folder, tokenizer=sequence_tokenizer(sequence)) for both.")
 
 
 def _another_vocabulary(one: int, other: int) -> GravlensError:
-    return GravlensError(
-        f"The two models have different vocabularies ({one} and {other} tokens).",
-        "KL divergence compares probabilities token by token.",
-        "two checkpoints of one history.",
-    )
+    given = f"The two models have different vocabularies ({one} and {other} tokens)."
+    return GravlensError(given, "KL divergence compares them token by token.", "two checkpoints of one history.")

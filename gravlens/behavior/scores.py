@@ -23,7 +23,6 @@ Score: TypeAlias = Callable[[OpenModel, PromptSet], Float[np.ndarray, " prompt"]
 DEFAULT_REFUSAL_OPENINGS = ("I'm sorry", "I cannot", "Sorry", "As an AI")
 
 
-# --- refusal log-odds -------------------------------------------------------------------------------------------
 def refusal_log_odds(
     model: Openable, prompts: Prompts, *, openings: Sequence[str] = DEFAULT_REFUSAL_OPENINGS
 ) -> Float[np.ndarray, " prompt"]:
@@ -31,11 +30,6 @@ def refusal_log_odds(
 
     The score of Arditi et al. (2024). Openings are tokenised without a leading space, as an answer begins after a chat
     template; for a model without a template, which continues text, give `" I"`.
-
-    Args:
-        model: the model to score.
-        prompts: rendered with its chat template, if it has one.
-        openings: how refusals of this model begin.
 
     Raises:
         GravlensError: the model has no tokenizer, or an opening has unknown words.
@@ -60,8 +54,7 @@ def two_sided_log_odds(
     Args:
         model: the model to score.
         prompts: rendered with its chat template, if it has one.
-        refusals: how refusals of this model begin.
-        compliances: how its other answers begin.
+        refusals, compliances: how refusals and other answers of this model begin.
 
     Raises:
         GravlensError: the model has no tokenizer, or an opening has unknown words.
@@ -75,57 +68,47 @@ def two_sided_log_odds(
 def opening_logprobs(
     model: OpenModel, ids: Sequence[Sequence[int]], openings: Sequence[str]
 ) -> Float[Tensor, "prompt opening"]:
-    """log p of each whole opening after each prompt's token ids, teacher-forced; nats."""
+    """Return log p of each whole opening after each prompt's token ids, teacher-forced; nats."""
     continuations = encode_openings(model, openings)
     pairs = [(prompt, continuation) for prompt in ids for continuation in continuations]
     return sequence_logprobs(model, *zip(*pairs, strict=True)).view(len(ids), len(continuations))
 
 
 def encode_openings(model: OpenModel, openings: Sequence[str]) -> list[list[int]]:
-    """Token ids of answer openings; raise if one has unknown words."""
+    """Return token ids of answer openings; raise if one has unknown words."""
     encoded = {opening: _encode_opening(model.tokenizer, opening) for opening in texts_of(openings)}
     unknown = [opening for opening, ids in encoded.items() if not ids]
     if unknown or not encoded:
-        raise GravlensError(
-            f"The vocabulary cannot write {unknown[0]!r}." if unknown else "No opening was given.",
-            "Openings are how answers of this model begin, in words that its tokenizer knows.",
-            "openings in this model's own words: openings=['Sorry', …], or --openings for each.",
-        )
+        given = f"The vocabulary cannot write {unknown[0]!r}." if unknown else "No opening was given."
+        wanted = "Openings are how answers of this model begin, in words that its tokenizer knows."
+        raise GravlensError(given, wanted, "openings=['Sorry', …] in this model's own words, or --openings for each.")
     return list(encoded.values())
 
 
 def _encode_opening(tokenizer: Any, opening: str) -> list[int]:
-    """Token ids, or none for an unknown word (a tokenizer without an unknown token raises a bare Exception)."""
+    """Return token ids, or none for an unknown word."""
     try:
         ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
-    except Exception as error:
+    except Exception as error:  # a tokenizer without an unknown token raises a bare Exception
         if "UNK" not in str(error).upper():
             raise
         return []
     return [] if tokenizer.unk_token_id in ids else ids
 
 
-# --- task performance -------------------------------------------------------------------------------------------
 def task_loss(model: Openable, examples: Sequence[Example]) -> float:
     """Cross-entropy of the answers, −Σ log p(token) / tokens, end of sequence included; nats per token.
-
-    Args:
-        model: the model to score.
-        examples: pairs of prompt and answer.
 
     Raises:
         GravlensError: no examples, or the model has no tokenizer.
     """
     model, examples = open_model(model), as_list(examples)
     if not examples:
-        raise GravlensError(
-            "No examples were given.",
-            "A loss is a mean over answers, so at least one is needed.",
-            "[Example(prompt, answer)].",
-        )
+        wanted = "A loss is a mean over answers, so at least one is needed."
+        raise GravlensError("No examples were given.", wanted, "[Example(prompt, answer)].")
     prompts, answers = [], []
     for ids, labels in (encode_example(model.tokenizer, example) for example in examples):
-        start = labels.count(-100)
+        start = labels.count(-100)  # tokens of the prompt, which the loss of transformers ignores
         prompts.append(ids[:start])
         answers.append(ids[start:])
     return -float(sequence_logprobs(model, prompts, answers).sum()) / sum(map(len, answers))
@@ -133,10 +116,6 @@ def task_loss(model: Openable, examples: Sequence[Example]) -> float:
 
 def perplexity(model: Openable, examples: Sequence[Example]) -> float:
     """exp of the `task_loss`, e^(−Σ log p / tokens); 1 is certainty.
-
-    Args:
-        model: the model to score.
-        examples: pairs of prompt and answer.
 
     Raises:
         GravlensError: no examples, or the model has no tokenizer.

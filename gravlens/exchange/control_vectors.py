@@ -33,7 +33,6 @@ HOOKPOINT = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")  # name of a bloc
 FACTS = "gravlens.facts"  # provenance of the directions; other programs ignore it
 
 
-# --- GGUF -----------------------------------------------------------------------------------------------------------
 def to_gguf(
     directions: Direction | Directions,
     path: Path | str,
@@ -104,7 +103,6 @@ def from_gguf(path: Path | str) -> Directions:
     return _directions(path, vectors, _parsed(path, facts), name="control_vector")
 
 
-# --- lm-evaluation-harness ------------------------------------------------------------------------------------------
 def to_steered(
     directions: Direction | Directions, path: Path | str, *, strength: float = 1.0, model: Openable | None = None
 ) -> Path:
@@ -194,7 +192,6 @@ def _layer_of(path: Path, hookpoint: Any, entry: Any) -> int:
     )
 
 
-# --- npz ------------------------------------------------------------------------------------------------------------
 def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
     """Write unit `vectors` [layer, d_model], `layers`, `distances` (residual units) and `facts` (JSON) for plain NumPy.
 
@@ -224,7 +221,6 @@ def from_npz(path: Path | str) -> Directions:
     return _directions(path, pairs, _parsed(path, facts), name="npz")
 
 
-# --- shared by all formats ------------------------------------------------------------------------------------------
 def _checked(directions: Direction | Directions, strength: float) -> Directions:
     """Return the directions to write; raise where one is undefined, has length 0, or shares its layer."""
     chosen: tuple[Any, ...] = each(directions)

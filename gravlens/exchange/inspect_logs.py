@@ -65,7 +65,10 @@ def to_inspect_log(
         completed_samples=len(samples),
         scores=[_summary(name, values) for name, values in columns.items()],
     )
-    return _write(log.EvalLog(status="success", eval=spec, results=results, samples=samples), path)
+    with tempfile.TemporaryDirectory() as scratch:  # Inspect's writer chooses the format by the suffix
+        written = Path(scratch) / path.name
+        log.write_eval_log(log.EvalLog(status="success", eval=spec, results=results, samples=samples), written)
+        return write_atomically(path, written.read_bytes())
 
 
 def _inspect() -> Any:
@@ -138,10 +141,3 @@ def _identities(samples: Any, model: str, task: str) -> dict[str, str]:
     text = json.dumps([task, model, samples], sort_keys=True)
     names = ("eval_id", "run_id", "task_id")  # Inspect's own have 22 characters
     return {name: hashlib.sha256(f"{name}{text}".encode()).hexdigest()[:22] for name in names}
-
-
-def _write(log: Any, path: Path) -> Path:
-    with tempfile.TemporaryDirectory() as scratch:  # Inspect's writer is not atomic, and chooses by the suffix
-        written = Path(scratch) / path.name
-        _inspect().log.write_eval_log(log, written)
-        return write_atomically(path, written.read_bytes())
