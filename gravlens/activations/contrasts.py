@@ -28,8 +28,8 @@ class Contrast:
         if len(self.harmful) != len(self.harmless) or same or self.harmful.system != self.harmless.system:
             systems = f"{self.harmful.system!r} and {self.harmless.system!r}"
             raise GravlensError(
-                f"{len(self.harmful)} harmful and {len(self.harmless)} harmless prompts were given, {same} pairs of one "
-                f"text, system prompts {systems}.",
+                f"{len(self.harmful)} harmful and {len(self.harmless)} harmless prompts were given, {same} pairs of "
+                f"one text, system prompts {systems}.",
                 "A contrast needs pairs of two different prompts with one system prompt.",
                 "Contrast.of(harmful, harmless) with prompts in matching order, or read_contrast.",
             )

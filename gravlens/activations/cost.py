@@ -93,10 +93,7 @@ def plan_reading(
 ) -> Forecast:
     """Forecast the cost of `cache_residuals` with the same arguments; of a hub id only small files are downloaded.
 
-    Args:
-        sequence, prompts, layers, positions, placement: as in `cache_residuals`.
-        machine: default: this machine, measured within seconds.
-        workers: number of processes that share the work.
+    `machine` is by default this one, measured within seconds; `workers` are processes that share the work.
 
     Raises:
         GravlensError: what `cache_residuals` raises before it opens a model; a model in memory.

@@ -58,7 +58,7 @@ def _part(folder: Folder, memo: Path | None) -> list[Any]:
 
 
 def _settled(folder: Folder) -> bool:
-    """Whether all files of a folder are old enough to be known by their stamps."""
+    """Return whether all files of a folder are old enough to be known by their stamps."""
     stamps = [one for one in (*folder.stamps.values(), *folder.weights.stamps) if one]
     return all(folder.resolved_at - one[-1] > SETTLED * 1e9 for one in stamps)
 
@@ -66,7 +66,7 @@ def _settled(folder: Folder) -> bool:
 def _check_plain(checkpoint: Resolved, module: nn.Module) -> None:
     """Raise if more than the weights acts on the states."""
     parts = list(module.modules())
-    # TransformerLens keeps its own hooks on hook points, which alone show a user's.
+    # A TransformerBridge has hooks of its own on its norms, and none on hook points, where a user's are.
     points = [part for part in parts if hasattr(part, "fwd_hooks")] or parts
     hooked = any(hooks_on(part) for part in points)
     if hooked or any(part.training for part in parts):

@@ -142,8 +142,9 @@ class Reader:
         try:
             with torch.inference_mode(), self._kept.hooked():
                 # An attention window shorter than a prompt would count padding in the cache as tokens.
-                fits = max(query.end for query in queries) + LONGEST_TAIL < window_of(self.model.module.config)
-                return self._reused(queries) if self._reuse and fits else self._plain(queries)
+                longest = max(query.end for query in queries) + LONGEST_TAIL
+                reuse = self._reuse and longest < window_of(self.model.module.config)
+                return self._reused(queries) if reuse else self._plain(queries)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and what the CPU's allocator raises
             if not any(told in str(error).lower() for told in NO_MEMORY):
                 raise

@@ -40,7 +40,6 @@ class Residuals:
     Attributes:
         values: fp32, in units of the residual stream; from a store they are memory-mapped and read-only.
         checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
-        layers: layer numbers, ascending.
         prompts: digest of the prompt set.
         meta: provenance: read position, dtype, chat template, system prompt, sources.
         index: (prompt, token) of each row where rows are tokens; None where each prompt is one row.
@@ -120,14 +119,12 @@ def cache_residuals(
 
     Args:
         prompts: default: the sequence's probes; under its system prompt, unless they have their own.
-        layers: default: all.
         positions: `"last"`, the last prompt token (after the template's generation prompt); a negative index;
             `"instruction"`, the mean over the prompt's own tokens; `Answers(texts)`, the mean over an answer after each
             prompt. With one row per token: `"post_instruction"`, the template's tokens after the instruction; `"all"`;
             a function of token ids that returns positions.
         checkpoints: default: witness, anchor and those of all runs.
         through: open folders as Hugging Face models or as `TransformerBridge`; both give the same states.
-        placement: device, dtype and disk.
         store: folder of a content-addressed cache: cached states are reused, a killed call resumes, and the values are
             memory-mapped. Default: the values are held in memory.
         executor: any `concurrent.futures.Executor`, also Dask's or submitit's; its workers fill the store.

@@ -120,7 +120,6 @@ def harmfulness(prompts: Prompts, answers: Sequence[str], judge: Judge) -> Harm:
     separately. On harmless prompts `harmfulness(...).refused` is the over-refusal rate.
 
     Args:
-        prompts, answers: one answer per prompt.
         judge: (prompts, answers) -> which answers do not refuse [prompt], such as `substring_judge()`.
 
     Raises:

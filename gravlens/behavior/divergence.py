@@ -34,7 +34,6 @@ def kl_from(
     Args:
         reference: the baseline, such as the anchor or the witness.
         model: the other model; not the same object, or hooks would act on both.
-        prompts: the prompts.
         answers: one per prompt; default: the reference's greedy answers. An empty one leaves the last prompt token.
         max_new_tokens: length of the default answers.
 
@@ -52,16 +51,13 @@ def kl_from(
     with torch.inference_mode(), progress("divergence", total=len(asked), unit="prompt") as bar:
         sides = (_answer_logprobs(one, asked, said) for one in (reference, model))
         for (row, log_p), (_, log_q) in zip(*sides, strict=True):
-            divergences[row] = _divergence(log_p, log_q.to(log_p.device))
+            if log_p.shape != log_q.shape:  # models without tokenizers show their vocabularies here first
+                raise _another_vocabulary(log_p.shape[1], log_q.shape[1])
+            terms = log_p.exp() * (log_p - log_q.to(log_p.device))
+            # fp64: terms of both signs nearly cancel for close models.
+            divergences[row] = float(terms.sum(1, dtype=torch.float64).mean())
             bar.update()
     return divergences
-
-
-def _divergence(log_p: Float[Tensor, "pos vocab"], log_q: Float[Tensor, "pos vocab"]) -> float:
-    if log_p.shape != log_q.shape:  # models without tokenizers show their vocabularies here first
-        raise _another_vocabulary(log_p.shape[1], log_q.shape[1])
-    terms = log_p.exp() * (log_p - log_q)
-    return float(terms.sum(1, dtype=torch.float64).mean())  # fp64: terms of both signs nearly cancel for close models
 
 
 def _answer_logprobs(model: OpenModel, prompts: Ids, answers: Ids) -> Iterator[tuple[int, Float[Tensor, "pos vocab"]]]:

@@ -113,29 +113,29 @@ def classifier_judge(
     Raises:
         GravlensError: no such folder, no classifier in it, an unknown label; when judging, an answer that is too long.
     """
-    module, tokenizer = _open_classifier(classifier, tokenizer)
+    module: Any = classifier
+    if not isinstance(classifier, nn.Module):
+        module, tokenizer = _load_classifier(classifier), tokenizer or load_tokenizer(classifier)
+    if tokenizer is None:
+        remedy = "tokenizer=, that of the classifier."
+        raise GravlensError("The classifier has no tokenizer.", "Answers are texts and need one.", remedy)
     columns = _columns(module.config, harmful_labels)
     template = _checked(template, "answer")
     check_threshold(threshold)
 
     def probability(prompt: str, answer: str) -> float:
         texts = (prompt, answer) if template is None else (_fill(template, {"prompt": prompt, "answer": answer}),)
-        return _harm_probability(module, columns, _inputs(module, tokenizer, texts))
+        with torch.inference_mode():
+            logits = module(**_inputs(module, tokenizer, texts)).logits[0].double().cpu()
+        if len(logits) == 1 or module.config.problem_type == "multi_label_classification":
+            return float(logits.sigmoid()[columns].max())
+        return float(logits.softmax(0)[columns].sum())
 
     def judge(prompts: Sequence[str], answers: Sequence[str]) -> Bool[np.ndarray, " prompt"]:
         probabilities = [probability(*pair) for pair in zip(prompts, answers, strict=True)]
         return np.array(probabilities, dtype=float) >= threshold
 
     return judge
-
-
-def _open_classifier(classifier: Path | str | nn.Module, tokenizer: Any | None) -> tuple[Any, Any]:
-    if not isinstance(classifier, nn.Module):
-        folder, classifier = classifier, _load_classifier(classifier)
-        tokenizer = tokenizer or load_tokenizer(folder)
-    if tokenizer is None:
-        raise GravlensError("The classifier has no tokenizer.", "Answers are texts and need one.", "tokenizer=its own.")
-    return classifier, tokenizer
 
 
 def _load_classifier(folder: Path | str) -> Any:
@@ -182,14 +182,6 @@ def _inputs(module: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, torc
     known = inspect.signature(module.forward).parameters  # not all models take token_type_ids
     device = next(module.parameters()).device
     return {name: value.to(device) for name, value in inputs.items() if name in known}
-
-
-def _harm_probability(module: Any, columns: list[int], inputs: Mapping[str, torch.Tensor]) -> float:
-    with torch.inference_mode():
-        logits = module(**inputs).logits[0].double().cpu()
-    if len(logits) == 1 or module.config.problem_type == "multi_label_classification":
-        return float(logits.sigmoid()[columns].max())
-    return float(logits.softmax(0)[columns].sum())
 
 
 def guard_judge(
@@ -287,7 +279,6 @@ def agreement(judges: Mapping[str, Judge], prompts: Prompts, answers: Sequence[s
 
     Args:
         judges: name -> judge, at least two.
-        prompts, answers: one answer per prompt.
 
     Returns:
         One row per pair of judges: `judge`, `other`, `answers` (number judged), `both`, `only_judge`, `only_other`,

@@ -51,11 +51,6 @@ def two_sided_log_odds(
 
     Longer openings are less likely, so compare checkpoints of one model, or openings of similar length.
 
-    Args:
-        model: the model to score.
-        prompts: rendered with its chat template, if it has one.
-        refusals, compliances: how refusals and other answers of this model begin.
-
     Raises:
         GravlensError: the model has no tokenizer, or an opening has unknown words.
     """

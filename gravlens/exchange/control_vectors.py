@@ -46,8 +46,6 @@ def to_gguf(
     Both add `direction.{l}` to the output of block l, counted from 0, at every token: layer l of gravlens.
 
     Args:
-        directions: defined directions, one per layer.
-        path: the file.
         strength: steering strength of the other program's scale 1, in distances; negative: away from the witness.
         model_hint: type of the model (`llama`), for display in other programs.
         layer_0: write layer 0 too. llama.cpp rejects a file that contains it, repeng does not.
@@ -56,7 +54,7 @@ def to_gguf(
         GravlensError: an undefined direction, two of one layer, strength 0, or layer 0 without `layer_0=True`.
     """
     chosen = _checked(directions, strength)
-    if 0 in chosen.layers and not layer_0:
+    if 0 in chosen.layers and not layer_0:  # the user would learn it from llama.cpp only, at load time
         rest = sorted(set(chosen.layers) - {0})
         raise GravlensError(
             f"Directions of layers {sorted(chosen.layers)} were given.",
@@ -111,7 +109,6 @@ def to_steered(
     Its `layers.{l}` is layer l of gravlens, at every token. The vector is v, the coefficient strength · distance.
 
     Args:
-        directions: defined directions, one per layer.
         path: the file; the harness recognises it by its suffix, `.pt` or `.pth`.
         strength: in distances; negative: away from the witness.
         model: the Hugging Face model that will be steered, for the names of its blocks; default: `layers.{l}`, as in
@@ -135,8 +132,7 @@ def to_steered(
         }
         for one in _checked(directions, strength)
     }
-    buffer = BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer := BytesIO())
     return write_atomically(path, buffer.getvalue())
 
 
@@ -152,7 +148,7 @@ def from_steered(path: Path | str) -> Directions:
         if path.suffix == ".csv":
             wanted = "A steered .csv contains names of features of sparse autoencoders and no vector."
             raise GravlensError(f"{path.name} is a table.", wanted, "the .pt file.")
-        content = dict(torch.load(path, map_location="cpu", weights_only=True))
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))  # may be from a GPU
     vectors, facts = [], {}
     for hookpoint, entry in content.items():
         layer, coefficient = _layer_of(path, hookpoint, entry), float(entry.get("steering_coefficient", 1.0))
@@ -275,7 +271,7 @@ def _directions(
             "It must contain one vector per layer, all of one width.",
             "a file that was made for one model.",
         )
-    ordered = sorted(vectors, key=lambda pair: pair[0])
+    ordered = sorted(vectors, key=lambda pair: pair[0])  # a writer may order names as text: 10 before 2
     plain = [direction_from(vector, layer=i, name=f"layer {i} of {path.name}") for i, vector in ordered]
     return Directions(tuple(replace(one, **{"estimator": name, **facts.get(one.layer, {})}) for one in plain))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +17,8 @@ from gravlens.behavior.answers import Prompts
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import without_nan, write_atomically
 from gravlens.history.prompts import PromptSet
+
+Columns: TypeAlias = Mapping[str, np.ndarray]  # of a score's values, by its name
 
 
 def to_inspect_log(
@@ -35,7 +37,6 @@ def to_inspect_log(
     scored", as in Inspect: it does not enter the mean and its standard error, std / √n.
 
     Args:
-        prompts: the prompts, with their system prompt.
         path: with suffix `.eval` (Inspect's format) or `.json`.
         answers: one per prompt, as from `generate_answers`; None if there are only scores.
         scores: name -> one number or verdict per prompt: values of a `Score`, verdicts of a `Judge`.
@@ -60,11 +61,8 @@ def to_inspect_log(
         packages={"gravlens": __version__},
         metadata=without_nan({**(metadata or {}), "prompts": prompts.digest}),
     )
-    results = log.EvalResults(
-        total_samples=len(samples),
-        completed_samples=len(samples),
-        scores=[_summary(name, values) for name, values in columns.items()],
-    )
+    n, summaries = len(samples), [_summary(name, values) for name, values in columns.items()]
+    results = log.EvalResults(total_samples=n, completed_samples=n, scores=summaries)
     with tempfile.TemporaryDirectory() as scratch:  # Inspect's writer chooses the format by the suffix
         written = Path(scratch) / path.name
         log.write_eval_log(log.EvalLog(status="success", eval=spec, results=results, samples=samples), written)
@@ -81,7 +79,7 @@ def _inspect() -> Any:
         raise GravlensError("inspect-ai is not installed.", "Logs are written with it.", remedy) from error
 
 
-def _check(path: Path, prompts: PromptSet, answers: Sequence[str] | None, columns: Mapping[str, np.ndarray]) -> None:
+def _check(path: Path, prompts: PromptSet, answers: Sequence[str] | None, columns: Columns) -> None:
     if path.suffix not in (".eval", ".json"):
         raise GravlensError(f"The path {path.name} was given.", "A log is a .eval or .json.", f"{path.stem}.eval.")
     shapes = {name: values.shape for name, values in columns.items()}
@@ -93,10 +91,8 @@ def _check(path: Path, prompts: PromptSet, answers: Sequence[str] | None, column
         raise GravlensError(f"{found} were given.", wanted, "scores={'refused': judge(prompts, answers), …}.")
 
 
-def _samples(
-    prompts: PromptSet, answers: Sequence[str] | None, columns: Mapping[str, np.ndarray], model: str
-) -> list[Any]:
-    """Make one `EvalSample` per prompt, numbered from 1."""
+def _samples(prompts: PromptSet, answers: Sequence[str] | None, columns: Columns, model: str) -> list[Any]:
+    """Make one `EvalSample` per prompt."""
     inspect_ai = _inspect()
     chat, samples = inspect_ai.model, []
     for row, prompt in enumerate(prompts):
@@ -122,7 +118,6 @@ def _samples(
 
 
 def _summary(name: str, values: np.ndarray) -> Any:
-    """Compute mean and standard error of a score over the prompts that have it."""
     log = _inspect().log
     scored = values[np.isfinite(values)].astype(np.float64)  # fp64: scores may be fp32, verdicts bool
     error = scored.std(ddof=1) / np.sqrt(len(scored)) if len(scored) > 1 else 0.0
