@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from gravlens.activations.machine import Machine, count_parameters, measured_machine
-from gravlens.activations.machine import named_machine as named_machine
+from gravlens.activations.machine import count_parameters, measured_rates
 from gravlens.activations.positions import Positions
 from gravlens.activations.reader import Plan
 from gravlens.activations.residuals import prepare
@@ -22,7 +21,17 @@ from gravlens.history.sources import Resolved
 from gravlens.models.placement import Placement
 from gravlens.models.precision import as_dtype
 
+SUSTAINED = 0.4  # share of a vendor's peak FLOP/s that dense forward passes reach: assumed, not measured
 STATE_PASSES = 3  # states are written in blocks, read back, and written as one array, each time with their SHA-256
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one worker: sustained FLOP/s, bytes/s of files with their SHA-256, and whether both were measured."""
+
+    flops: float
+    disk: float
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,15 @@ class Forecast:
         return {**asdict(self), "total": self.total}
 
 
+def named_machine(*, peak_flops: float, disk: float) -> Machine:
+    """Return rates of another machine: SUSTAINED of a vendor's peak FLOP/s, and bytes/s of a disk; both positive."""
+    if peak_flops > 0 and disk > 0:
+        return Machine(SUSTAINED * peak_flops, disk)
+    given = f"A machine with {peak_flops:g} FLOP/s and a disk of {disk:g} bytes/s was given."
+    remedy = "--peak-flops 989e12 --disk-gbps 2 (an H100 in bf16), or neither to measure this machine."
+    raise GravlensError(given, "Both rates must be positive.", remedy)
+
+
 def plan_reading(
     sequence: ModelSequence | Path | str,
     prompts: Prompts | None = None,
@@ -103,7 +121,7 @@ def plan_reading(
     sizes = [_bytes_on_disk(checkpoint) for checkpoint in request.checkpoints]
     folder = next(one.base.path for one in request.checkpoints if one.name == sequence.anchor.name)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    machine = machine or measured_machine(request.plan, config, folder, placement)
+    machine = machine or Machine(*measured_rates(request.plan, config, folder, placement), measured=True)
     return forecast(request.plan, config, sizes=sizes, machine=machine, workers=workers, placement=placement)
 
 

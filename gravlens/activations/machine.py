@@ -1,9 +1,8 @@
-"""Operations of a model and rates of a machine, assumed by a vendor's peak or measured here."""
+"""Operations per token of a model, by its configuration, and the rates of this machine, measured."""
 
 import hashlib
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -22,18 +21,8 @@ from gravlens.models.precision import as_dtype
 
 # Mixture-of-experts configurations have no common name for the number of experts that process a token.
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-SUSTAINED = 0.4  # share of a vendor's peak FLOP/s that dense forward passes reach: assumed, not measured
 TIMED, LARGEST_TIMED = 3e7, 2e9  # parameters of the shallow model that is timed: it has two blocks at least
 HASHED = 64 << 20  # bytes that are read and hashed to time the disk
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Rates of one worker: sustained FLOP/s, bytes/s of files with their SHA-256, and whether both were measured."""
-
-    flops: float
-    disk: float
-    measured: bool = False
 
 
 def count_parameters(config: PretrainedConfig) -> tuple[int, tuple[float, ...]]:
@@ -51,23 +40,12 @@ def count_parameters(config: PretrainedConfig) -> tuple[int, tuple[float, ...]]:
     return sum(p.numel() for p in module.parameters()), tuple(sum(map(multiplied, block)) for block in matrices)
 
 
-def named_machine(*, peak_flops: float, disk: float) -> Machine:
-    """Return rates of another machine: SUSTAINED of a vendor's peak FLOP/s, and bytes/s of a disk; both positive."""
-    if peak_flops > 0 and disk > 0:
-        return Machine(SUSTAINED * peak_flops, disk)
-    given = f"A machine with {peak_flops:g} FLOP/s and a disk of {disk:g} bytes/s was given."
-    remedy = "--peak-flops 989e12 --disk-gbps 2 (an H100 in bf16), or neither to measure this machine."
-    raise GravlensError(given, "Both rates must be positive.", remedy)
-
-
-def measured_machine(plan: Plan, config: PretrainedConfig, folder: Path, placement: Placement) -> Machine:
+def measured_rates(plan: Plan, config: PretrainedConfig, folder: Path, placement: Placement) -> tuple[float, float]:
     """Time one batch of a plan through a shallow model of random weights, and SHA-256 of a weight file of a folder."""
     blocks, config = count_parameters(config)[1], deepcopy(config)
     if 2 * blocks[0] > LARGEST_TIMED:
-        found, wanted = (
-            f"This model has blocks of {blocks[0]:.1e} parameters.",
-            f"{LARGEST_TIMED / 2:.0e} can be timed.",
-        )
+        found = f"This model has blocks of {blocks[0]:.1e} parameters."
+        wanted = f"Two blocks of up to {LARGEST_TIMED / 2:.0e} each can be timed."
         raise GravlensError(found, wanted, "--peak-flops and --disk-gbps of the machine that will read them.")
     text, depth = config.get_text_config(), min(len(blocks), max(2, int(TIMED / blocks[0])))
     text.num_hidden_layers = depth
@@ -79,13 +57,13 @@ def measured_machine(plan: Plan, config: PretrainedConfig, folder: Path, placeme
     model = open_model(module.to(as_device(placement.device), dtype).eval())
     reader = Reader(model, layers=range(depth), prefix=plan.prefix)
     batches = batches_of(plan.queries, prefix=reader.shared, tokens=tokens_for(model))
-    batch = [plan.queries[i] for i in batches[len(batches) // 2]]  # of middle length: padding is timed too
+    batch = [plan.queries[i] for i in batches[len(batches) // 2]]  # of middle length
     flops = 2 * sum(blocks[:depth]) * sum(query.end - reader.shared for query in batch)
     path = next(folder.glob("*.safetensors"), None)
     with path.open("rb") if path else BytesIO(bytes(HASHED)) as file:
         size = len(file.read(HASHED))
         hashing = _seconds(lambda: (file.seek(0), hashlib.sha256(file.read(HASHED))))
-    return Machine(flops / _seconds(lambda: reader.read(batch)), size / hashing, measured=True)
+    return flops / _seconds(lambda: reader.read(batch)), size / hashing
 
 
 def _seconds(work: Callable[[], Any]) -> float:

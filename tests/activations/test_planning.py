@@ -11,14 +11,8 @@ from transformers import LlamaConfig, MixtralConfig, PretrainedConfig
 
 from gravlens.activations import reader as readings
 from gravlens.activations import store
-from gravlens.activations.cost import (
-    Machine,
-    count_parameters,
-    forecast,
-    measured_machine,
-    named_machine,
-    plan_reading,
-)
+from gravlens.activations.cost import Machine, forecast, named_machine, plan_reading
+from gravlens.activations.machine import count_parameters, measured_rates
 from gravlens.activations.positions import queries_of_ids
 from gravlens.activations.reader import Plan, Reader, read_block, reuses_keys
 from gravlens.activations.residuals import cache_residuals
@@ -159,7 +153,7 @@ def test_models_in_memory_and_models_too_large_to_be_timed_are_refused(tmp_path:
         plan_reading(models, PROMPTS)
     huge = LlamaConfig(hidden_size=65536, intermediate_size=65536, num_hidden_layers=2, num_attention_heads=64)
     with refused("3.0e+10"):
-        measured_machine(plan_of([10], layers=[0]), huge, tmp_path, Placement())
+        measured_rates(plan_of([10], layers=[0]), huge, tmp_path, Placement())
 
 
 def test_a_named_machine_reaches_a_share_of_its_peak() -> None:
