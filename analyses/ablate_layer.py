@@ -8,8 +8,8 @@ ablate_layer.csv and ablate_layer.png.
 
 import typer
 
-from gravlens.cli.failures import Script
 from gravlens.cli.interventions import ablate
+from gravlens.cli.output import Script
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command(cls=Script)(ablate)

@@ -16,8 +16,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gravlens.activations.residuals import cache_residuals
-from gravlens.cli.failures import Script
 from gravlens.cli.options import MAX_PROMPTS, OUT_FOLDER, PROMPTS, SEQUENCE
+from gravlens.cli.output import Script
 from gravlens.core.files import write_table
 from gravlens.directions.geometry import centred, raw, standardised, whitened, without_top
 from gravlens.history.sequence import ModelSequence

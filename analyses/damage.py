@@ -16,8 +16,8 @@ import typer
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
+from gravlens.cli.output import Script
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_table
 from gravlens.directions.vrev import locate_vrev

@@ -20,8 +20,8 @@ from matplotlib.ticker import PercentFormatter
 
 from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.behavior.scores import DEFAULT_REFUSAL_OPENINGS
-from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
+from gravlens.cli.output import Script
 from gravlens.core.files import write_table
 from gravlens.directions.decomposition import OWN, REST, WHOLE, ancestor_pull, split_drift, split_update
 from gravlens.directions.direction import Directions

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 
 from gravlens import __version__
 from gravlens.activations.residuals import Residuals, cache_residuals
-from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
+from gravlens.cli.output import Script
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_json, write_table
 from gravlens.directions.decomposition import candidate_spans, leak_map, rank_table

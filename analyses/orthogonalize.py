@@ -17,9 +17,8 @@ import typer
 from tqdm.auto import tqdm
 
 from gravlens.behavior.scores import Score
-from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, N_RANDOM, OPENINGS, PROMPTS, SEQUENCE
-from gravlens.cli.screen import write_effect
+from gravlens.cli.output import Script, write_effect
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.vrev import locate_vrev, random_directions

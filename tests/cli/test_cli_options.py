@@ -22,8 +22,8 @@ from histories import plant, planted_vector, sequence_on_disk, write_rows
 from typer.testing import CliRunner
 
 from gravlens import __version__
-from gravlens.cli import app, failures
-from gravlens.cli.failures import OWN
+from gravlens.cli import app, output
+from gravlens.cli.output import BUILT_IN
 
 HEAVY = {"torch", "transformers", "transformer_lens", "matplotlib", "pandas", "scipy"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ OPTIONS = [
     (words, param)
     for words, leaf in COMMANDS.items()
     for param in leaf.params
-    if param.param_type_name == "option" and param.name not in OWN
+    if param.param_type_name == "option" and param.name not in BUILT_IN
 ]
 each_command = pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 each_option = pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_wrong_value_names_the_variable_that_it_came_from(monkeypatch: pytest.
 
 
 def test_variables_that_only_look_like_options_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in OWN:
+    for name in BUILT_IN:
         monkeypatch.setenv(f"GRAVLENS_{name.upper()}", "1")
     result = gravlens("report", "nowhere")
     failed(result, "results.json does not exist")
@@ -253,7 +253,7 @@ def documented(words: tuple[str, ...], param: Any) -> str:
 
 @each_command
 def test_the_page_has_every_command_with_every_option_and_no_other(words: tuple[str, ...]) -> None:
-    wanted = [documented(words, param) for param in COMMANDS[words].params if param.name not in OWN]
+    wanted = [documented(words, param) for param in COMMANDS[words].params if param.name not in BUILT_IN]
     found = [line for line in section(words).splitlines() if line.startswith("| `")]
     assert found == wanted, "\n".join(wanted)
 
@@ -264,7 +264,7 @@ def test_the_page_has_no_command_that_there_is_not() -> None:
 
 def test_the_exit_codes_of_the_page_are_those_of_the_command_line() -> None:
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)}
-    assert codes == {0, failures.CHECK_FAILED, failures.BAD_INPUT, failures.INTERRUPTED}
+    assert codes == {0, output.CHECK_FAILED, output.BAD_INPUT, output.INTERRUPTED}
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -303,13 +303,13 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_work(
     """SEQUENCE.toml is not even there."""
     (tmp_path / "file").write_text("")
     needed: list[Any] = {"reproduce": [], "block": ["S.toml", "--data", "d"]}.get(command, ["S.toml"])
-    failed(gravlens(command, *needed, "--out", tmp_path / "file" / "below"), f"{tmp_path / 'file'} is no folder")
+    failed(gravlens(command, *needed, "--out", tmp_path / "file" / "below"), f"{tmp_path / 'file'} is not a folder")
     if command in ("trajectory", "locate"):
         failed(gravlens(command, *needed, "--out", tmp_path), "is a folder")
     else:
-        failed(gravlens(command, *needed, "--out", tmp_path / "file"), "is no folder")
+        failed(gravlens(command, *needed, "--out", tmp_path / "file"), "is not a folder")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    failed(gravlens(command, *needed, "--out", tmp_path / "new"), "cannot be written into")
+    failed(gravlens(command, *needed, "--out", tmp_path / "new"), "is not writable")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -475,15 +475,15 @@ def test_json_and_exit_codes_of_a_store(history: Path, tmp_path: Path) -> None:
     assert asked_of("trajectory", history, "--store", states).exit_code == 0
     listed = parsed(gravlens("store", "list", states, "--json"))
     assert len(listed) == 4 and listed[-1]["prompts"] is None and all(row["used"] for row in listed)
-    assert parsed(gravlens("store", "verify", states, "--json")) == {"damaged": []}
+    assert parsed(gravlens("store", "verify", states, "--json")) == {"corrupt": []}
     one = next((states / "states").rglob("*.safetensors"))
     one.write_bytes(one.read_bytes()[:-1] + b"?")
     broken = gravlens("store", "verify", states, "--json")
-    assert broken.exit_code == 1 and json.loads(broken.stdout) == {"damaged": [str(one)]}
+    assert broken.exit_code == 1 and json.loads(broken.stdout) == {"corrupt": [str(one)]}
     assert gravlens("store", "verify", states).exit_code == 1
     dry = parsed(gravlens("store", "prune", states, "--dry-run", "--json"))
-    assert str(one) in dry["files"] and dry["taken_away"] is False and one.exists()
-    assert parsed(gravlens("store", "prune", states, "--json")) == {**dry, "taken_away": True} and not one.exists()
+    assert str(one) in dry["files"] and dry["deleted"] is False and one.exists()
+    assert parsed(gravlens("store", "prune", states, "--json")) == {**dry, "deleted": True} and not one.exists()
     failed(gravlens("store", "verify", tmp_path / "nowhere"), "nowhere")
 
 
