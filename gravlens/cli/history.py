@@ -20,6 +20,8 @@ from gravlens.cli.options import (
     SEQUENCE,
     STORE,
     example,
+    number,
+    place,
     repeated_layer,
     writable_file,
 )
@@ -28,16 +30,12 @@ from gravlens.cli.output import print_json, print_table, print_written, records
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
 POSITIONS = Annotated[
-    str,
-    typer.Option(metavar="WHERE", help="Token positions: last, instruction, post_instruction, all, or e.g. -2."),
+    str, typer.Option(metavar="WHERE", help="Token positions: last, instruction, post_instruction, all, or e.g. -2.")
 ]
 PEAK_FLOPS = Annotated[
-    float,
-    typer.Option(min=0, metavar="X", help="Peak FLOP/s of the target machine. 0: benchmark this machine instead."),
+    float, number("Peak FLOP/s of the target machine. 0: benchmark this machine instead.", metavar="X")
 ]
-DISK_GBPS = Annotated[
-    float, typer.Option(min=0, metavar="X", help="Disk speed of the target machine in GB/s; needs --peak-flops.")
-]
+DISK_GBPS = Annotated[float, number("Disk speed of the target machine in GB/s; needs --peak-flops.", metavar="X")]
 
 
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens inspect SEQUENCE.toml --json"))
@@ -66,7 +64,7 @@ def plan(
     positions: POSITIONS = "last",
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
-    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Number of processes that share the work.")] = 1,
+    workers: Annotated[int, number("Number of processes that share the work.", least=1)] = 1,
     peak_flops: PEAK_FLOPS = 0,
     disk_gbps: DISK_GBPS = 0,
     json: JSON = False,
@@ -96,8 +94,7 @@ def locate(
     layer: LAYERS = [],  # noqa: B006
     prompts: READ_PROMPTS = None,
     out: Annotated[
-        Path | None,
-        typer.Option(callback=writable_file, metavar="FILE", help="Save the directions to this safetensors file."),
+        Path | None, place("FILE", "Save the directions to this safetensors file.", check=writable_file)
     ] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
@@ -130,9 +127,7 @@ def trajectory(
         repeated_layer("Layer to average over, from 0; repeat for several. Default: all layers with a defined v_rev."),
     ] = [],  # noqa: B006
     prompts: PROMPTS = None,
-    out: Annotated[
-        Path | None, typer.Option(callback=writable_file, metavar="FILE", help="Save the tidy table to this CSV file.")
-    ] = None,
+    out: Annotated[Path | None, place("FILE", "Save the tidy table to this CSV file.", check=writable_file)] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
     keep: KEEP = 0,

@@ -24,6 +24,8 @@ from gravlens.cli.options import (
     chosen_layers,
     example,
     flag,
+    number,
+    place,
     repeated_layer,
     writable_folder,
 )
@@ -38,20 +40,13 @@ TWINS = Annotated[
     typer.Option(help="Random directions: with the covariance of the anchor's activations (matched), or isotropic."),
 ]
 EFFECT_FOLDER = Annotated[
-    Path | None,
-    typer.Option(callback=writable_folder, metavar="FOLDER", help="Folder for ablate_layer.csv, .pdf and .png."),
+    Path | None, place("FOLDER", "Folder for ablate_layer.csv, .pdf and .png.", check=writable_folder)
 ]
 COLUMNS = ("layer", "before", "ablated", "difference [95 %]", "random directions", "p")
 
 # block
-DATA = Annotated[
-    Path,
-    typer.Option(metavar="FILE", help="Harmless training data with prompt and answer: JSONL, CSV or JSON."),
-]
-RUNS_FOLDER = Annotated[
-    Path,
-    typer.Option(callback=writable_folder, metavar="FOLDER", help="Folder for the runs, blocked/ and unblocked/."),
-]
+DATA = Annotated[Path, place("FILE", "Harmless training data with prompt and answer: JSONL, CSV or JSON.")]
+RUNS_FOLDER = Annotated[Path, place("FOLDER", "Folder for the runs, blocked/ and unblocked/.", check=writable_folder)]
 KIND = Annotated[
     Literal["penalty", "clamp", "projection"],
     typer.Option(
@@ -60,39 +55,26 @@ KIND = Annotated[
         "each update so that the mean over the probes does not move.",
     ),
 ]
-STRENGTH = Annotated[
-    float | None, typer.Option(min=0, metavar="X", help="Weight λ of the penalty or the clamp. Default: 30.")
-]
+STRENGTH = Annotated[float | None, number("Weight λ of the penalty or the clamp. Default: 30.", metavar="X")]
 MARGIN = Annotated[
     float | None,
-    typer.Option(
-        min=0, metavar="X", help="Penalty only: push this fraction of the distance away from the witness. Default: 0."
-    ),
+    number("Penalty only: push this fraction of the distance away from the witness. Default: 0.", metavar="X"),
 ]
 BLOCKED_LAYERS = Annotated[
-    list[int],
-    repeated_layer("Layer to block, from 0; repeat for several. Default: the middle layers."),
+    list[int], repeated_layer("Layer to block, from 0; repeat for several. Default: the middle layers.")
 ]
-STEPS = Annotated[int, typer.Option(min=1, metavar="N", help="Number of optimizer steps.")]
-BATCH = Annotated[int, typer.Option(min=1, metavar="N", help="Examples per step.")]
+STEPS = Annotated[int, number("Number of optimizer steps.", least=1)]
+BATCH = Annotated[int, number("Examples per step.", least=1)]
 LEARNING_RATE = Annotated[
     float, typer.Option("--learning-rate", "--lr", min=0, metavar="X", help="Learning rate of AdamW.")
 ]
-LORA = Annotated[int, typer.Option(min=0, metavar="N", help="Rank of LoRA adapters; 0: train all weights.")]
+LORA = Annotated[int, number("Rank of LoRA adapters; 0: train all weights.")]
 SAVE_STEP = Annotated[
-    list[int],
-    typer.Option(
-        min=1, metavar="N", help="Save a checkpoint after step N; repeat for several. The last step is always saved."
-    ),
+    list[int], number("Save a checkpoint after step N; repeat for several. The last step is always saved.", least=1)
 ]
-SEED = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the data order.")]
+SEED = Annotated[int, number("Seed of the data order.")]
 ONLY_BLOCKED = Annotated[bool, flag("--only-blocked", "Skip the unblocked control run.")]
-MEASURED = {
-    "alignment": "alignment",
-    "fraction": "fraction",
-    "fraction_probes": "on probes",
-    "task_loss": "task loss",
-}
+MEASURED = {"alignment": "alignment", "fraction": "fraction", "fraction_probes": "on probes", "task_loss": "task loss"}
 
 
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens ablate SEQUENCE.toml --layer 12 --out results"))

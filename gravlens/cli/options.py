@@ -1,7 +1,7 @@
 """Options shared by the commands and the scripts of analyses/: one name, one meaning."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +65,16 @@ def flag(name: str, help: str) -> Any:
     return typer.Option(name, metavar="", help=help)
 
 
+def number(help: str, *, least: int = 0, metavar: str = "N") -> Any:
+    """An option that takes a number of at least `least`."""
+    return typer.Option(min=least, metavar=metavar, help=help)
+
+
+def place(metavar: str, help: str, *, check: Callable[[Path | None], Path | None] | None = None) -> Any:
+    """An option that takes the path of a file or folder."""
+    return typer.Option(metavar=metavar, help=help, callback=check)
+
+
 def repeated_text(help: str) -> Any:
     """An option that takes a text and may be repeated."""
     return typer.Option(callback=texts, metavar="TEXT", help=help)
@@ -89,15 +99,10 @@ SEQUENCE = Annotated[
     ),
 ]
 PROMPTS = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Prompts to evaluate on. Default: the held-out prompts, or else the probes."),
+    Path | None, place("FILE", "Prompts to evaluate on. Default: the held-out prompts, or else the probes.")
 ]
-READ_PROMPTS = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Prompts to read activations on. Default: the probes.")
-]
-MAX_PROMPTS = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Use at most N prompts, evenly spaced over the file.")
-]
+READ_PROMPTS = Annotated[Path | None, place("FILE", "Prompts to read activations on. Default: the probes.")]
+MAX_PROMPTS = Annotated[int | None, number("Use at most N prompts, evenly spaced over the file.", least=1)]
 LAYERS = Annotated[list[int], repeated_layer("Layer, counted from 0; repeat for several. Default: all layers.")]
 EVERY_LAYER = Annotated[bool, flag("--all-layers", "All layers with a defined v_rev (the default).")]
 CHECKPOINT = Annotated[
@@ -114,26 +119,17 @@ COMPLIANCES = Annotated[
         "How a compliant answer begins; repeat for several. If given, the score compares whole openings of both kinds."
     ),
 ]
-N_RANDOM = Annotated[
-    int,
-    typer.Option(min=1, metavar="N", help="Random directions per layer; the smallest possible p-value is 1/(N + 1)."),
-]
+N_RANDOM = Annotated[int, number("Random directions per layer; the smallest possible p-value is 1/(N + 1).", least=1)]
 # computation
 DEVICE = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, or auto (a GPU if there is one).")]
 DTYPE = Annotated[
     str, typer.Option(metavar="NAME", help="float32, bf16, fp16, or stored (the dtype each checkpoint was saved in).")
 ]
-KEEP = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Keep at most N downloaded run checkpoints on disk; 0: keep all.")
-]
-STORE = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Cache activations in this folder, and reuse those cached there.")
-]
+KEEP = Annotated[int, number("Keep at most N downloaded run checkpoints on disk; 0: keep all.")]
+STORE = Annotated[Path | None, place("FOLDER", "Cache activations in this folder, and reuse those cached there.")]
 # output
 JSON = Annotated[bool, flag("--json", "Print only JSON on stdout; notes go to stderr.")]
-OUT_FOLDER = Annotated[
-    Path, typer.Option(callback=writable_folder, metavar="FOLDER", help="Folder for the table and the figure.")
-]
+OUT_FOLDER = Annotated[Path, place("FOLDER", "Folder for the table and the figure.", check=writable_folder)]
 
 
 def chosen_layers(layers: Sequence[int], all_layers: bool) -> tuple[int, ...]:

@@ -156,7 +156,7 @@ def errors_as_one_line() -> Generator[None]:
 def _usage_error(error: Any) -> str:
     """Describe a wrong option or value, and the environment variable that set it."""
     context, parameter = error.ctx, getattr(error, "param", None)
-    message = error.format_message().rstrip(".")
+    message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's prefix
     if context and parameter and from_environment(context, parameter):
         message += f" (set by {variable(context, parameter)})"
     end = "" if message.endswith("?") else "."  # click may end with "Did you mean --layer?"

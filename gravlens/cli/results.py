@@ -7,7 +7,7 @@ import typer
 
 import gravlens as gl
 from gravlens import reporting, studies
-from gravlens.cli.options import JSON, example, flag, writable_folder
+from gravlens.cli.options import JSON, example, flag, number, place, writable_folder
 from gravlens.cli.output import messages, print_json, print_line, print_note, print_table
 from gravlens.core.errors import GravlensError
 
@@ -21,9 +21,7 @@ SETTING = Annotated[
     Literal["refusal", "pretrained"],
     typer.Option(help="refusal: a small model organism trained here; pretrained: a real language model."),
 ]
-RUNS = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Fine-tuning seeds of each arm; 0: the organism's own number.")
-]
+RUNS = Annotated[int, number("Fine-tuning seeds of each arm; 0: the organism's own number.")]
 MODEL = Annotated[
     str,
     typer.Option(
@@ -31,30 +29,22 @@ MODEL = Annotated[
     ),
 ]
 HARMFUL = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Harmful prompts, JSONL, CSV or TXT (pretrained). Default: from gravlens fetch prompts."
-    ),
+    Path | None, place("FILE", "Harmful prompts, JSONL, CSV or TXT (pretrained). Default: from gravlens fetch prompts.")
 ]
 HARMLESS = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Harmless prompts with answers (pretrained). Default: from gravlens fetch prompts."
-    ),
+    Path | None, place("FILE", "Harmless prompts with answers (pretrained). Default: from gravlens fetch prompts.")
 ]
-WORKERS = Annotated[int, typer.Option(min=0, metavar="N", help="Parallel processes; 0: one per core.")]
-THREADS = Annotated[int, typer.Option(min=0, metavar="N", help="Threads per process (pretrained); 0: all cores.")]
+WORKERS = Annotated[int, number("Parallel processes; 0: one per core.")]
+THREADS = Annotated[int, number("Threads per process (pretrained); 0: all cores.")]
 
 
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens reproduce --quick --out results"))
 def reproduce(
     setting: SETTING = "refusal",
     quick: Annotated[bool, flag("--quick", "A first look: two runs per arm and fewer null draws.")] = False,
-    organisms: Annotated[int, typer.Option(min=1, metavar="N", help="Number of organism seeds (refusal).")] = 1,
+    organisms: Annotated[int, number("Number of organism seeds (refusal).", least=1)] = 1,
     runs: RUNS = 0,
-    out: Annotated[Path, typer.Option(callback=writable_folder, metavar="FOLDER", help="Results folder.")] = Path(
-        "results"
-    ),
+    out: Annotated[Path, place("FOLDER", "Results folder.", check=writable_folder)] = Path("results"),
     model: MODEL = "",
     harmful: HARMFUL = None,
     harmless: HARMLESS = None,
@@ -96,7 +86,8 @@ def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Setting]":
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens fetch smollm2"))
 def fetch(
     what: Annotated[
-        Literal["smollm2", "prompts"], typer.Argument(help="smollm2: model weights; prompts: prompt sets.")
+        Literal["smollm2", "prompts"],
+        typer.Argument(metavar="WHAT", help="smollm2: model weights; prompts: prompt sets."),
     ],
     json: JSON = False,
 ) -> None:
@@ -114,8 +105,7 @@ def fetch(
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens report results"))
 def report(
     results: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDER", help="Results folder, as written by gravlens reproduce --out."),
+        Path, typer.Argument(metavar="FOLDER", help="Results folder, as written by gravlens reproduce --out.")
     ] = Path("results"),
     json: JSON = False,
 ) -> None:

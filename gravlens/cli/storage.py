@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gravlens import activations
-from gravlens.cli.options import JSON, example, flag
+from gravlens.cli.options import JSON, example, flag, number
 from gravlens.cli.output import CHECK_FAILED, cell, print_json, print_line, print_table, records
 
 commands = typer.Typer(
@@ -50,7 +50,7 @@ def verify(folder: FOLDER, json: JSON = False) -> None:
 def prune(
     folder: FOLDER,
     unused_days: Annotated[
-        float | None, typer.Option(min=0, metavar="DAYS", help="Also delete activations not used for this many days.")
+        float | None, number("Also delete activations not used for this many days.", metavar="DAYS")
     ] = None,
     dry_run: Annotated[bool, flag("--dry-run", "List the files without deleting them.")] = False,
     json: JSON = False,
