@@ -208,13 +208,11 @@ def test_help_and_completion_load_nothing_heavy() -> None:
     assert "gravlens.cli.interventions" in loaded and HEAVY.isdisjoint(loaded)
 
 
-NO_DETECTION = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # a test runner's parent need not be a shell
-
-
-def test_completion_is_shown_and_installed(tmp_path: Path) -> None:
-    shown = CliRunner().invoke(app, ["--show-completion", "bash"], env=NO_DETECTION)
+def test_completion_is_shown_and_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # the parent process need not be a shell
+    shown = gravlens("--show-completion", "bash")
     assert shown.exit_code == 0 and "complete -o default" in shown.stdout and "_GRAVLENS_COMPLETE" in shown.stdout
-    installed = python("-m", "gravlens.cli", "--install-completion", "bash", HOME=str(tmp_path), **NO_DETECTION)
+    installed = python("-m", "gravlens.cli", "--install-completion", "bash", HOME=str(tmp_path))
     assert installed.returncode == 0 and list(tmp_path.rglob("gravlens*")), installed.stderr
 
 
@@ -416,11 +414,12 @@ def test_an_interruption_or_a_full_disk_is_one_line(
 
 
 def test_ctrl_c_ends_a_process_with_one_line_and_130() -> None:
-    """The process interrupts itself at work. A background job may inherit an ignored SIGINT: the handler is set first."""
+    """The process interrupts itself at work; its handler is set first, since a background job inherits SIG_IGN."""
     code = (
-        "import signal\nfrom gravlens import activations\nfrom gravlens.cli import app\n"
+        "import signal, types\nfrom gravlens import activations\nfrom gravlens.cli import app\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "activations.store.damaged_files = lambda folder: signal.raise_signal(signal.SIGINT)\n"
+        "work = lambda folder: signal.raise_signal(signal.SIGINT)\n"
+        "activations.store = types.SimpleNamespace(damaged_files=work)\n"
         "app(['store', 'verify', 'states'], prog_name='gravlens')"
     )
     process = python("-c", code)
