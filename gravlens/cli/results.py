@@ -129,9 +129,10 @@ def report(
 def _print_results(results: dict[str, Any]) -> None:
     title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
     rows = (
-        [row[key] for key in ("quantity", "paper", "here", "fraction")] for row in reporting.paper.paper_table(results)
+        [row[key] for key in ("quantity", "paper", "here", "fraction of the way back")]
+        for row in reporting.paper.paper_table(results)
     )
-    print_table(("quantity", "paper", "here", "fraction"), rows, title=title)
+    print_table(("quantity", "paper", "here", "fraction of the way back"), rows, title=title)
     words = {True: "yes", False: "NO", None: "nothing to block"}
     checked = [(row["organism"], row["statement"], words[row["holds"]], row["figures"]) for row in results["checks"]]
     columns = ("organism", "statement", "holds", "figures")
