@@ -38,6 +38,6 @@ def main(
     ] = False,
 ) -> None:
     """Find, track, test and block the direction along which harmless fine-tuning undoes alignment."""
-    # Importing torch and transformers creates millions of objects that stay: with Python's threshold of 700, the garbage
-    # collector walks them again and again. Measured on `gravlens locate`: 5.5 s of CPU time, 4.8 s with this threshold.
+    # Importing torch and transformers creates millions of objects that stay. With Python's threshold of 700, the
+    # collector walks them again and again: measured on `gravlens locate`: 5.5 s of CPU time, 4.8 s with this threshold.
     gc.set_threshold(50_000)
