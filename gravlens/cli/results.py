@@ -129,7 +129,7 @@ def report(
 def _print_results(results: dict[str, Any]) -> None:
     title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
     rows = (
-        [row[key] for key in ("quantity", "paper", "here", "fraction of the way back")]
+        [row[key] for key in ("quantity", "paper", "here", "fraction")]
         for row in reporting.paper.paper_table(results)
     )
     print_table(("quantity", "paper", "here", "fraction of the way back"), rows, title=title)
