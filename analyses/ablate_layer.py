@@ -1,9 +1,8 @@
 """python analyses/ablate_layer.py SEQUENCE.toml --layer 12 --out results
 
-Does ablating v_rev in the fine-tuned model bring refusal back? It is `gravlens ablate` by the name that it has among
-the other questions of this folder: v_rev is located on the sequence's probes; the refusal log-odds is measured on its
-held-out prompts, with and without v_rev, beside random directions ablated at the same layer. With `--out` it writes
-ablate_layer.csv and ablate_layer.png.
+Does directional ablation of v_rev in the fine-tuned model bring refusal back? The same as `gravlens ablate`: v_rev is
+located on the sequence's probes, and the refusal log-odds is measured on its held-out prompts, with and without v_rev
+and with random directions ablated at the same layer. With `--out` it writes ablate_layer.csv and ablate_layer.png.
 """
 
 import typer

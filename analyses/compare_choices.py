@@ -1,9 +1,9 @@
 """python analyses/compare_choices.py SEQUENCE.toml    (or --layer 4 --layer 5)
 
-Does the conclusion depend on the choice? v_rev is estimated on the sequence's probes in five ways and in six geometries
-of the residual stream; every run is followed along each of these directions on the held-out prompts. Writes
-choices.csv (each choice, run, step and layer) and choices.png, and says how far apart the choices are and whether one
-of them turns the sign. No model is trained and nothing is generated: each checkpoint reads the prompts once.
+Robustness to analysis choices: v_rev is estimated on the sequence's probes with five estimators in six geometries of
+the residual stream, and every run is followed along each of these directions on the held-out prompts. Writes
+choices.csv (each choice, run, step and layer) and choices.png, and prints the range over choices and whether the sign
+changes. Nothing is trained or generated: each checkpoint reads the prompts once.
 """
 
 from functools import partial
@@ -34,10 +34,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     sequence: SEQUENCE,
     layer: Annotated[
-        list[int], typer.Option(help="A layer of the mean, counted from 0; repeat it. Default: all with a v_rev.")
+        list[int], typer.Option(help="A layer of the mean, from 0; repeatable. Default: all with a v_rev.")
     ] = [],  # noqa: B006
     remove: Annotated[
-        list[int], typer.Option(min=1, help="So many top components removed, as a geometry; repeat it.")
+        list[int], typer.Option(min=1, help="A geometry without this number of top components; repeatable.")
     ] = [1, 3],  # noqa: B006
     prompts: PROMPTS = None,
     max_prompts: MAX_PROMPTS = None,
@@ -56,7 +56,7 @@ def main(
 
 @rc_context(STYLE)
 def draw(table: pd.DataFrame) -> Figure:
-    """Alignment and fraction of each choice at the last step, and at each step the range of all choices."""
+    """Draw alignment and fraction of each choice at the last step, and the range over choices at each step."""
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     axes, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.95)), final_choices(table)
     for ax, value in zip(axes[:2], ("alignment", "fraction"), strict=True):
@@ -72,7 +72,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """The range of the alignment over the choices and whether its sign is the same in all, in words."""
+    """Describe the range of the alignment over the choices, and whether its sign changes."""
     final = final_choices(table)
     found = final.dropna(subset=["alignment"]).sort_values("alignment")
     least, most = found.iloc[0], found.iloc[-1]
@@ -94,7 +94,7 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def named(rows: pd.DataFrame) -> str:
-    """Choices by their names."""
+    """Return the names of choices."""
     pairs = rows["estimator"].str.replace("_", " ") + ", " + rows["geometry"].str.replace("_", " ")
     return "; ".join(pairs)
 

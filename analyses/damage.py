@@ -1,9 +1,9 @@
 """python analyses/damage.py SEQUENCE.toml --checkpoint seed0/100
 
-Does damage alone move a model along v_rev, and does it undo refusal? The anchor's weights are rounded, pruned, and
-moved along the mirror image of a run's update, with no training at all; rounding and pruning once as they are and once
-scaled to the total norm of that update (matched). The runs' own updates stand beside them. v_rev is located on the
-sequence's probes; drift and refusal log-odds are measured on its held-out prompts. Writes damage.csv and damage.png.
+Does damage alone move a model along v_rev, and does it undo refusal? Without any training, the anchor's weights are
+rounded, pruned, and moved along the mirrored update of a run; rounding and pruning both as they are and scaled to the
+total norm of that update (matched). The runs' own updates are the comparison. v_rev is located on the sequence's
+probes; drift and refusal log-odds are measured on its held-out prompts. Writes damage.csv and damage.png.
 """
 
 from collections.abc import Sequence
@@ -37,12 +37,12 @@ def main(
     checkpoint: Annotated[
         str | None, typer.Option(help="RUN/STEP whose update is mirrored and matched. Default: the first run's last.")
     ] = None,
-    bits: Annotated[list[int], typer.Option(help="Round every matrix to so many bits; repeat it.")] = [8, 4],  # noqa: B006
+    bits: Annotated[list[int], typer.Option(help="Round every matrix to this number of bits; repeatable.")] = [8, 4],  # noqa: B006
     share: Annotated[
-        list[float], typer.Option(help="Set this share of every matrix to 0, the smallest weights; repeat it.")
+        list[float], typer.Option(help="Prune this share of every matrix, the smallest weights; repeatable.")
     ] = [0.1, 0.3],  # noqa: B006
     layer: Annotated[
-        list[int], typer.Option(help="A layer of the mean, from 0; repeat it. Default: every layer with a v_rev.")
+        list[int], typer.Option(help="A layer of the mean, from 0; repeatable. Default: every layer with a v_rev.")
     ] = [],  # noqa: B006
     prompts: PROMPTS = None,
     max_prompts: MAX_PROMPTS = None,
@@ -67,7 +67,7 @@ def main(
 def damages_of(
     anchor: OpenModel, tuned: Checkpoint, bits: Sequence[int], shares: Sequence[float]
 ) -> dict[str, dict[str, Damage]]:
-    """Kind -> name -> damage: `own` size, and `matched` to the total norm of the run's update."""
+    """Return kind -> name -> damage: of its `own` size, or `matched` to the norm of the run's update."""
     after = open_model(tuned)
     norm = change_norm(*(dict(model.module.named_parameters()) for model in (anchor, after)))
     if not norm:
@@ -83,7 +83,7 @@ def damages_of(
 
 
 def runs_of(history: ModelSequence, tuned: Checkpoint) -> dict[str, Damage]:
-    """Name -> the run's own update: the one that is mirrored, and each other run's last."""
+    """Return name -> update of the mirrored run, and of each other run's last checkpoint."""
     own = tuned.name.rpartition("/")[0]
     others = [checkpoints[-1] for name, checkpoints in history.runs.items() if name != own]
     return {checkpoint.name: partial(updated, checkpoint=checkpoint) for checkpoint in [tuned, *others]}
@@ -91,7 +91,7 @@ def runs_of(history: ModelSequence, tuned: Checkpoint) -> dict[str, Damage]:
 
 @rc_context(STYLE)
 def draw(table: pd.DataFrame) -> Figure:
-    """Layer means of alignment and fraction, and the score, a row per damage and run; grey: not judged."""
+    """Draw layer means of alignment and fraction, and the score, one row per damage and run; grey: not judged."""
     mean = table[table["layer"].isna()]
     mean = mean.assign(alignment=mean["alignment"].where(mean["judged"]))
     rows = mean.melt("damage", ["alignment", "fraction", "score"], "measure")
@@ -110,7 +110,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def summary(table: pd.DataFrame, tuned: str) -> str:
-    """How far the largest of the damages goes along v_rev and how low refusal falls, beside the run, in one line."""
+    """Compare the largest fraction and the lowest score under damage with those of the run, in one line."""
     mean = table[table["layer"].isna()]
     damages = mean[mean["kind"].isin(["own", "matched"])]
     far, low = damages.sort_values("fraction").iloc[-1], damages.sort_values("score").iloc[0]

@@ -1,9 +1,9 @@
 """python analyses/decompose_drift.py SEQUENCE.toml --refusal refusal.safetensors --ancestor older-checkpoint
 
-Where does the motion of fine-tuning go? In activations: how much of the drift lies along v_rev, along the refusal
-direction, in the run's own leading components, and in the rest, v_rev first and refusal first; and which ancestor
-pulls, where there are several. In weights: how much of the update lies along witness − anchor. In words: what the
-directions read as. Writes drift_parts.csv, ancestors.csv, update_parts.csv, readout.csv and decompose_drift.png.
+Decompose the drift of fine-tuning. In activations: the shares along v_rev, along the refusal direction, in the run's
+own leading components, and the rest, with v_rev first and with refusal first; and the pull of each ancestor, if there
+are several. In weights: the share of the update along witness − anchor. In the vocabulary: a logit-lens readout of the
+directions. Writes drift_parts.csv, ancestors.csv, update_parts.csv, readout.csv and decompose_drift.png.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ LOOK = {
     OWN: ("run's own leading components", CYCLE[5], "...."),
     REST: ("rest", GREY, r"\\\\"),
 }
-SHOWN = 5  # tokens of either end on the screen
+SHOWN = 5  # printed tokens at either end
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -48,30 +48,31 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     sequence: SEQUENCE,
     checkpoint: Annotated[
-        list[str], typer.Option(help="RUN/STEP whose weights are compared; repeat it. Default: all of all runs.")
+        list[str],
+        typer.Option(help="RUN/STEP to compare in weights; repeatable. Default: all of every run."),
     ] = [],  # noqa: B006
     ancestor: Annotated[
-        list[str], typer.Option(help="Folder of a further ancestor, which competes with the witness; repeat it.")
+        list[str], typer.Option(help="Folder of a further ancestor, which competes with the witness; repeatable.")
     ] = [],  # noqa: B006
     refusal: Annotated[
         Path | None,
         typer.Option(
-            help="A refusal direction, file of Directions.save; one alone is used at all layers. Default: the anchor's "
-            "states on the probes minus those on the sequence's harmless prompts, where it has such."
+            help="Refusal direction, a file of Directions.save; one alone serves all layers. Default: the anchor's "
+            "states on the probes minus those on the sequence's harmless prompts, if it has any."
         ),
     ] = None,
-    components: Annotated[int, typer.Option(min=0, help="So many leading components of a run's own drift.")] = 3,
+    components: Annotated[int, typer.Option(min=0, help="Number of leading components of a run's own drift.")] = 3,
     layer: Annotated[
-        list[int], typer.Option(help="A layer, counted from 0; repeat it. Default: every layer with a v_rev.")
+        list[int], typer.Option(help="A layer, counted from 0; repeatable. Default: every layer with a v_rev.")
     ] = [],  # noqa: B006
-    top: Annotated[int, typer.Option(min=1, help="So many tokens of either end of the vocabulary readout.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Number of tokens at either end of the vocabulary readout.")] = 10,
     prompts: PROMPTS = None,
     max_prompts: MAX_PROMPTS = None,
     out: OUT_FOLDER = Path("."),
     openings: OPENINGS = [],  # noqa: B006
     compliances: COMPLIANCES = [],  # noqa: B006
 ) -> None:
-    """Where does the motion of fine-tuning go: in activations, in weights, and in words?"""
+    """Decompose the drift of fine-tuning in activations, in weights, and in the vocabulary."""
     history = ModelSequence.from_toml(sequence)
     chosen, asked = weights_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
     anchor, parts = opened(history, history.anchor), {"v_rev": vrev_of(history, layer)}
@@ -88,14 +89,14 @@ def main(
 
 
 def weights_of(history: ModelSequence, names: Sequence[str]) -> list[Checkpoint]:
-    """The checkpoints whose weights are compared: by name, or every one of every run."""
+    """Return the checkpoints to compare in weights: by name, or every one of every run."""
     return [checkpoint_of(history, name) for name in names] or [one for run in history.runs.values() for one in run]
 
 
 def refusal_of(
     history: ModelSequence, anchor: OpenModel, file: Path | None, layers: Sequence[int]
 ) -> Directions | None:
-    """The refusal direction of a file, or mean(probes) − mean(harmless) of the anchor's states, layer by layer."""
+    """Return the refusal direction of a file, or mean(probes) − mean(harmless) of the anchor's states, per layer."""
     if file is not None:
         return file_at(file, layers)
     if history.harmless is None:
@@ -111,7 +112,7 @@ def readouts(
     openings: Sequence[str],
     compliances: Sequence[str],
 ) -> pd.DataFrame:
-    """What each direction reads as in the anchor's vocabulary; the openings too where compliances are given."""
+    """Read each direction out in the anchor's vocabulary; with compliances, on whole openings too."""
     tables = []
     for name, directions in parts.items():
         for direction in directions:
@@ -126,13 +127,13 @@ def readouts(
 
 
 def states(history: ModelSequence, folders: Sequence[str], prompts: PromptSet, layers: Sequence[int]) -> Residuals:
-    """Residuals of the sequence and of further ancestors, `ancestor 1` and so on."""
+    """Read residuals of the sequence and of further ancestors, named `ancestor 1` and so on."""
     further = [Checkpoint(f"ancestor {i}", folder) for i, folder in enumerate(folders, 1)]
     return cache_residuals(history, prompts, layers=layers, checkpoints=[*history, *further])
 
 
 def splits(residuals: Residuals, parts: Mapping[str, Directions], components: int) -> pd.DataFrame:
-    """The drift's shares in each order of the parts: what two of them have in common goes to the first."""
+    """Split the drift in each order of the parts: their common component is assigned to the first."""
     tables = []
     for order in [list(parts)] if len(parts) == 1 else [list(parts), list(parts)[::-1]]:
         ordered = {name: parts[name] for name in order}
@@ -143,29 +144,29 @@ def splits(residuals: Residuals, parts: Mapping[str, Directions], components: in
 
 
 def ancestors(residuals: Residuals, folders: Sequence[str]) -> pd.DataFrame:
-    """The pulls of the witness and of further ancestors, these by their folders."""
+    """Return the pulls of the witness and of further ancestors, the latter by folder."""
     names = {f"ancestor {i}": folder for i, folder in enumerate(folders, 1)}
     table = ancestor_pull(residuals, ["witness", *names])
     return table.assign(witness=table["witness"].replace(names))
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------
 
 
 def write(out: Path, tables: Mapping[str, pd.DataFrame]) -> None:
-    """One file a table, by its name."""
+    """Write each table as CSV."""
     for name, table in tables.items():
         write_table(out / f"{name}.csv", table)
 
 
 def last(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each run's last step."""
+    """Return the rows of each run's last step."""
     return table[table["step"] == table.groupby("run")["step"].transform("max")]
 
 
 @rc_context(STYLE)
 def draw(split: pd.DataFrame) -> Figure:
-    """Shares of the drift over layers, stacked in the order of the projection; last step, mean over runs."""
+    """Draw stacked shares of the drift by layer, in the order of the projection; last step, mean over runs."""
     rows = last(split).dropna(subset=["layer"])
     orders = rows["order"].unique()
     figure = Figure(figsize=(1 + 2.8 * len(orders), 2.8), layout="constrained")
@@ -180,7 +181,7 @@ def draw(split: pd.DataFrame) -> Figure:
 
 
 def stack(ax: Axes, rows: pd.DataFrame) -> None:
-    """One order's bars: the part that was taken first stands at the bottom."""
+    """Draw the bars of one order, its first part at the bottom."""
     shares = rows.groupby(["layer", "part"], sort=False)["share"].mean().unstack()[rows["part"].unique()].sort_index()
     below = np.zeros(len(shares))
     for part in shares:
@@ -193,7 +194,7 @@ def stack(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def summary(split: pd.DataFrame, pulls: pd.DataFrame, update: pd.DataFrame, read: pd.DataFrame) -> str:
-    """Where it goes, in words: means over runs at the last step and over layers."""
+    """Describe the means over runs and layers at the last step."""
     means = last(split[split["layer"].isna()]).groupby(["order", "part"], sort=False)["share"].mean()
     pulled = last(pulls[pulls["layer"].isna()])
     coefficients = pulled.groupby("witness", sort=False)["coefficient"].mean()
@@ -211,12 +212,12 @@ def summary(split: pd.DataFrame, pulls: pd.DataFrame, update: pd.DataFrame, read
 
 
 def shares_of(shares: pd.Series) -> str:
-    """The parts' shares, in the order in which they were taken."""
+    """Format the parts' shares in order."""
     return ", then ".join(f"{part} {share:.1%}" for part, share in shares.items())
 
 
 def spoken(rows: pd.DataFrame) -> str:
-    """The tokens that one direction raises and lowers most, and the openings where they were measured."""
+    """Describe the tokens that one direction raises and lowers most, and the openings if measured."""
     raised, lowered = (", ".join(map(repr, tokens)) for tokens in (rows["token"][:SHOWN], rows["token"][::-1][:SHOWN]))
     name, layer, apart = rows[["direction", "layer", "refusals_minus_compliances"]].iloc[0]
     openings = "" if np.isnan(apart) else f"; refusals minus compliances {apart:+.2f}"

@@ -1,9 +1,9 @@
 """python analyses/judge_histories.py --seeds 20    (resumable; hours on two cores: see --help)
 
-Does the claim level ever exceed what is true? Histories whose highest true level is fixed by construction, before they
-are run, are handed to `claim` as a user's would be. Some are trained organisms, some move an organism's weights
-without training, some are simulated states. Writes verdicts.csv (a row a history and seed) and prints, for each
-history, how often each level was claimed.
+Calibration of the claim: does its level ever exceed the truth? Histories with a highest true level that is fixed by
+construction are judged by `claim` as a user's would be. Some are trained organisms, some move an organism's weights
+without training, some are simulated states. Writes verdicts.csv (one row per history and seed) and prints how often
+each level was claimed of each history.
 """
 
 import json
@@ -34,13 +34,14 @@ from gravlens.directions.trajectory import follow
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.models.opening import OpenModel, open_model, quiet
-from gravlens.organisms.arms import Arm
+from gravlens.organisms.base import Arm
 from gravlens.organisms.fetch import cache_folder
 from gravlens.stats.controls import closure, independent_endpoints, partialled_out
 from gravlens.stats.damage import measure_damage, pruned, reweighted, rounded, weight_noise
 from gravlens.stats.nulls import NullDraws, isotropic
-from gravlens.studies.evidence import final_rows, run_facts
-from gravlens.studies.experiment import home_of, join, load_states, make_checkpoint, measure_history, run_arm
+from gravlens.studies.evidence import final_rows
+from gravlens.studies.experiment import make_checkpoint, measure_history, run_arm
+from gravlens.studies.study import Study, join
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -66,11 +67,11 @@ WAY = (0.05, 0.3)  # of the way to the witness, at steps 1 and 2 of a planted dr
 @app.command()
 def main(
     seeds: Annotated[int, typer.Option(min=3, help="Organisms; the next two are each one's wrong witnesses.")] = 20,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
-    cache: Annotated[Path | None, typer.Option(help="Where organisms lie. Default: gravlens's cache.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes of one thread each.")] = 2,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the organisms. Default: gravlens's cache.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for verdicts.csv.")] = Path("."),
 ) -> None:
-    """Does the claim level ever exceed what is true? About 5 minutes a seed on one core; what is made is cached."""
+    """Does the claim level ever exceed the truth? About 5 minutes per seed on one core; organisms are cached."""
     where = cache or cache_folder()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -86,7 +87,7 @@ def main(
 
 
 def tell(table: pd.DataFrame) -> None:
-    """How often each level was claimed of each history; over-claims and under-claims."""
+    """Print how often each level was claimed of each history, and the over- and under-claims."""
     counts = table.pivot_table(index="history", columns="level", aggfunc="size", fill_value=0)
     typer.echo(counts.assign(highest_true=[HIGHEST[str(name)] for name in counts.index]).to_string())
     over, under = ((side * (table.level - table.highest_true_level) > 0).sum() for side in (1, -1))
@@ -94,18 +95,23 @@ def tell(table: pd.DataFrame) -> None:
 
 
 def make_organism(seed: int, cache: Path) -> None:
-    """Witness, alignments, and every run."""
-    home = home_of(setting := Judged(organism=seed), cache)
+    """Make witness, alignments, and every run."""
+    study = study_of(seed, cache)
     with quiet():
-        for name in setting.checkpoints:
-            make_checkpoint(setting, name, home)
-        measure_history(setting, home)
-        for arm, run in product(setting.arms, SEEDS):
-            run_arm(setting, arm, run, home)
+        for name in study.organism.checkpoints:
+            make_checkpoint(study, name)
+        measure_history(study)
+        for arm, run in product(study.organism.arms, SEEDS):
+            run_arm(study, arm, run)
+
+
+def study_of(seed: int, cache: Path) -> Study:
+    """Return the study of an organism of this seed."""
+    return Study.at(Judged(organism=seed), cache)
 
 
 def verdicts(seed: int, cache: Path, ring: Sequence[int]) -> list[dict[str, Any]]:
-    """The claim on each history of one seed."""
+    """Return the claim on each history of one seed."""
     rows = []
     with quiet():
         for history, evidence in histories(seed, cache, ring):
@@ -117,7 +123,7 @@ def verdicts(seed: int, cache: Path, ring: Sequence[int]) -> list[dict[str, Any]
 
 
 def histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[tuple[str, Evidence]]:
-    """All histories of one seed: name and evidence."""
+    """Yield name and evidence of all histories of one seed."""
     yield from organism_histories(seed, cache, ring)
     for name, world in WORLDS.items():
         yield name, simulated_evidence(world, np.random.default_rng([seed, *name.encode()]))
@@ -125,7 +131,7 @@ def histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[tuple[str
 
 @dataclass(frozen=True, eq=False)
 class Behavior:
-    """The arms at their last step, the anchor's harmfulness, and the arm that the others are held against."""
+    """The arms at their last step, the anchor's harmfulness, and the name of the baseline arm."""
 
     arms: pd.DataFrame
     anchor_harm: float
@@ -144,7 +150,7 @@ def gather(
     damage: Callable[[Directions], pd.DataFrame],
     behavior: Behavior | None = None,
 ) -> Evidence:
-    """Evidence from states; noise and damage are functions of the directions."""
+    """Return evidence from states; noise and damage are functions of the directions."""
     layers = probes.layers[:-1] if len(probes.layers) > 3 else probes.layers
     vs = locate_vrev(probes).at(layers)
     rng, steps = np.random.default_rng(0), next(iter(held_out.runs.values()))
@@ -162,7 +168,7 @@ def gather(
 
 
 def controls(probes: Residuals, held_out: Residuals, vs: Directions) -> pd.DataFrame:
-    """Sibling anchors (their mean), and v_rev without the wrong witness's direction."""
+    """Return the controls: sibling anchors (their mean), and v_rev without the wrong witness's direction."""
     wrong = locate_vrev(substitute(probes, witness="wrong_witness")).at(vs.layers)
     siblings = [locate_vrev(substitute(probes, anchor=name)).at(vs.layers) for name in SIBLINGS]
     others = {"wrong_witness_removed": [partialled_out(vs, wrong)], "sibling_anchor": siblings}
@@ -181,7 +187,7 @@ WORLDS = {
 
 
 def simulated_evidence(world: World, rng: np.random.Generator) -> Evidence:
-    """A simulated history, with its own noise for weight noise and for damage."""
+    """Return the evidence on a simulated history, with its own noise for weight noise and for damage."""
     made = simulate(world, rng=rng)
     noise, damage = partial(made.noise, draws=2_000, rng=rng), partial(made.damage, n=4, rng=rng)
     return gather(made.probes, made.held_out, made.twins, noise, damage=damage)
@@ -191,42 +197,41 @@ def simulated_evidence(world: World, rng: np.random.Generator) -> Evidence:
 
 
 @dataclass(frozen=True, eq=False)
-class Organism:
-    """What the histories of one organism are made of; `states`: prompt set -> all checkpoints that are no run's."""
+class Material:
+    """What the histories of one organism are made of; `states`: prompt set -> all checkpoints but those of runs."""
 
     seed: int
-    setting: Judged
-    home: Path
+    study: Study
     anchor: OpenModel
     witness: OpenModel
     states: Mapping[str, Residuals]
 
     @property
     def held_out(self) -> PromptSet:
-        """The prompts to judge on."""
-        return self.setting.prompts(self.home)["held_out"]
+        """The evaluation prompts."""
+        return self.study.prompts["held_out"]
 
-    def runs(self, arm: str, home: Path | None = None) -> Residuals:
-        """States of an arm's runs on the held-out prompts, and of the history."""
-        parts = [load_states(home or self.home, f"runs/{arm}/seed{run}", "held_out") for run in SEEDS]
+    def runs(self, arm: str, study: Study | None = None) -> Residuals:
+        """Return states of the history and of an arm's runs, of this or another study, on the held-out prompts."""
+        parts = [(study or self.study).states(f"runs/{arm}/seed{run}", "held_out") for run in SEEDS]
         return join([self.states["held_out"], *parts])
 
     def norms(self, arm: str) -> dict[int, dict[str, float]]:
-        """Mean norm of the runs' updates, by tensor, at the last two steps."""
-        facts = [run_facts(self.home, Arm(arm, SEEDS), run)["update_norms"] for run in SEEDS]
-        names = facts[0][str(self.setting.save_steps[-1])]
+        """Return the mean norm of the runs' updates, by tensor, at the last two steps."""
+        facts = [self.study.facts(Arm(arm, SEEDS), run)["update_norms"] for run in SEEDS]
+        names = facts[0][str(self.study.organism.save_steps[-1])]
         return {
             step: {name: float(np.mean([one[str(step)].get(name, 0.0) for one in facts])) for name in names}
-            for step in self.setting.save_steps[-2:]
+            for step in self.study.organism.save_steps[-2:]
         }
 
     def noise(self, vs: Directions, norms: Mapping[int, Mapping[str, float]]) -> NullDraws:
-        """Weight noise on the anchor."""
+        """Draw weight noise on the anchor."""
         rng = np.random.default_rng([self.seed, 7])
         return weight_noise(self.anchor, vs, self.held_out, norms=norms, draws=NOISE_DRAWS, rng=rng)
 
     def damage(self, vs: Directions) -> pd.DataFrame:
-        """Rounding and pruning of the anchor."""
+        """Measure rounding and pruning of the anchor."""
         damages = {"8 bits": partial(rounded, bits=8), "4 bits": partial(rounded, bits=4)}
         damages["pruned"] = partial(pruned, share=0.3)
         return measure_damage(self.anchor, vs, self.held_out, damages=damages)
@@ -240,43 +245,42 @@ class Organism:
         names: Mapping[str, str] = MappingProxyType({}),
         behavior: Behavior | None = None,
     ) -> Evidence:
-        """Evidence on runs of this organism; `names` gives its checkpoints other ones."""
+        """Return evidence on runs of this organism; `names` renames its checkpoints."""
         probes, ours, theirs = (rename(one, names) for one in (self.states["probes"], runs, twins))
         noise = partial(self.noise, norms=norms)
         return gather(probes, ours, theirs, noise, damage=self.damage, behavior=behavior)
 
 
-def organism_of(seed: int, cache: Path, ring: Sequence[int]) -> Organism:
-    """The organism of a seed; the next two of the ring are its wrong witnesses."""
-    setting = Judged(organism=seed)
-    home = home_of(setting, cache)
-    anchor, witness = (open_model(home / name) for name in ("anchor", "witness"))
+def material_of(seed: int, cache: Path, ring: Sequence[int]) -> Material:
+    """Return the material of a seed; the next two of the ring are its wrong witnesses."""
+    study = study_of(seed, cache)
+    anchor, witness = (open_model(study.home / name) for name in ("anchor", "witness"))
     others = [ring[(ring.index(seed) + i) % len(ring)] for i in (1, 2)]
-    folders = [home_of(Judged(organism=other), cache) / "witness" for other in others]
+    folders = [study_of(other, cache).home / "witness" for other in others]
     states = {}
     for name in ("probes", "held_out"):
-        own, prompts = load_states(home, "measured", name), setting.prompts(home)[name]
+        own, prompts = study.states("measured", name), study.prompts[name]
         more = [states_of(open_model(folder), prompts) for folder in folders]
         checkpoints = (*own.checkpoints, "wrong_witness", "another_wrong_witness")
         states[name] = replace(own, values=np.stack([*own.values, *more]), checkpoints=checkpoints)
-    return Organism(seed, setting, home, anchor, witness, states)
+    return Material(seed, study, anchor, witness, states)
 
 
 def states_of(model: OpenModel, prompts: PromptSet) -> np.ndarray:
-    """States [prompt, layer, d_model] at every layer."""
+    """Read states [prompt, layer, d_model] at every layer."""
     return read_residuals(model, encode(model.tokenizer, prompts), layers=range(model.n_layers)).numpy()
 
 
 def rename(states: Residuals, names: Mapping[str, str]) -> Residuals:
-    """Checkpoints under other names; what had a new name before is left out."""
+    """Rename checkpoints; those that had a new name before are dropped."""
     kept = [i for i, name in enumerate(states.checkpoints) if name in names or name not in names.values()]
     checkpoints = tuple(names.get(states.checkpoints[i], states.checkpoints[i]) for i in kept)
     return replace(states, values=states.values[kept], checkpoints=checkpoints)
 
 
 def organism_histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[tuple[str, Evidence]]:
-    """Trained histories, and those that move an organism's weights without training."""
-    organism = organism_of(seed, cache, ring)
+    """Yield trained histories, and those that move an organism's weights without training."""
+    organism = material_of(seed, cache, ring)
     twins, norms = organism.runs("unaligned_twin"), organism.norms
     behavior = Behavior(arms_of(organism), anchor_harm(organism))
     unblocked = organism.runs("unblocked")
@@ -285,7 +289,7 @@ def organism_histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[
     yield "rehearsal", organism.evidence(organism.runs("rehearsal"), twins, norms("rehearsal"), behavior=rehearsed)
     continued = organism.runs("continued_alignment")
     yield "continued alignment", organism.evidence(continued, twins, norms("continued_alignment"))
-    following = home_of(Judged(organism=ring[(ring.index(seed) + 1) % len(ring)]), cache)
+    following = study_of(ring[(ring.index(seed) + 1) % len(ring)], cache)
     wrong = {"wrong_witness": "witness", "another_wrong_witness": "wrong_witness"}
     theirs = organism.runs("unaligned_twin", following)
     yield "wrong witness", organism.evidence(unblocked, theirs, norms("unblocked"), names=wrong)
@@ -297,26 +301,26 @@ def organism_histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[
         yield name, walked(organism, shares)
 
 
-def arms_of(organism: Organism) -> pd.DataFrame:
-    """The arms of the refusal organism at their last step."""
-    vs = locate_vrev(organism.states["probes"]).at(organism.setting.layers_in_mean)
+def arms_of(organism: Material) -> pd.DataFrame:
+    """Return the arms of the refusal organism at their last step."""
+    vs = locate_vrev(organism.states["probes"]).at(organism.study.organism.layers_in_mean)
     frames = []
     for arm in ("unblocked", "clamp", "clamp_matched_twin", "reinforce", "released", "rehearsal"):
-        facts = [run_facts(organism.home, Arm(arm, SEEDS), run)["behavior"] for run in SEEDS]
-        last = str(organism.setting.save_steps[-1])
+        facts = [organism.study.facts(Arm(arm, SEEDS), run)["behavior"] for run in SEEDS]
+        last = str(organism.study.organism.save_steps[-1])
         measured = {name: [one[last][name] for one in facts] for name in ("harmfulness", "task_loss")}
         fraction = final_rows(follow(organism.runs(arm), vs).table).fraction.to_numpy()
         frames.append(pd.DataFrame({"arm": arm, "seed": SEEDS, "fraction_final": fraction, **measured}))
     return pd.concat(frames, ignore_index=True)
 
 
-def anchor_harm(organism: Organism) -> float:
-    """Of the anchor itself."""
-    return json.loads((organism.home / "measured" / "behavior.json").read_text())["anchor"]["harmfulness"]
+def anchor_harm(organism: Material) -> float:
+    """Return the anchor's harmfulness."""
+    return json.loads((organism.study.home / "measured" / "behavior.json").read_text())["anchor"]["harmfulness"]
 
 
-def walked(organism: Organism, shares: Sequence[float]) -> Evidence:
-    """Runs that go shares of the way from anchor to witness in the weights, with noise; twins have the noise alone."""
+def walked(organism: Material, shares: Sequence[float]) -> Evidence:
+    """Move weights by shares of the way from anchor to witness, with noise; twins have only the noise."""
     generator = torch.Generator().manual_seed(organism.seed)
     anchor, witness = (dict(model.module.named_parameters()) for model in (organism.anchor, organism.witness))
     way = {name: (witness[name] - weight).detach().clone() for name, weight in anchor.items()}

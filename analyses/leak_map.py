@@ -1,10 +1,9 @@
 """python analyses/leak_map.py SEQUENCE.toml --checkpoint seed0/100 --fit-on seed1/100 --position -1 --position -5
 
-Where has a fine-tuned model moved, in which few directions, and which of them carry the refusals that it lost? Three
-tables: leak_map.csv (each layer, token position and prompt set), ranks.csv (how much of the drift lies in spans that
-were fitted on other runs), patching.csv (the score with the anchor's component in each span put back, and with the
-fine-tuned one's put into the anchor); and leak_map.png. Run again, it keeps the tables whose weights, prompts and
-options are the same, and makes the others.
+Where has a fine-tuned model moved, in which few directions, and which of them carry the refusals that it lost? Writes
+leak_map.csv (drift by layer, token position and prompt set), ranks.csv (share of the drift within subspaces that were
+fitted on other runs), patching.csv (activation patching of each subspace: the anchor's component into the fine-tuned
+model, and the reverse) and leak_map.png. Tables of the same weights, prompts and options are reused.
 """
 
 import hashlib
@@ -44,7 +43,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What is asked of a history: all that the tables depend on."""
+    """Everything that the tables depend on."""
 
     history: ModelSequence
     tuned: Checkpoint
@@ -64,24 +63,25 @@ def main(
     sequence: SEQUENCE,
     checkpoint: Annotated[str | None, typer.Option(help="RUN/STEP. Default: the first run's last.")] = None,
     fit_on: Annotated[
-        list[str], typer.Option(help="RUN/STEP whose drift is fitted; repeat it. Default: each other run's last.")
+        list[str], typer.Option(help="RUN/STEP whose drift is fitted; repeatable. Default: each other run's last.")
     ] = [],  # noqa: B006
     position: Annotated[
-        list[int], typer.Option(help="Token position from the end, -1 is the last prompt token; repeat it.")
+        list[int], typer.Option(help="Token position from the end; -1 is the last prompt token; repeatable.")
     ] = [-1, -2, -5],  # noqa: B006
     rank: Annotated[
-        list[int], typer.Option(min=1, help="So many leading components of the fitted drift; repeat it.")
+        list[int], typer.Option(min=1, help="Number of leading components of the fitted drift; repeatable.")
     ] = [1, 2, 4, 16],  # noqa: B006
     layer: Annotated[
-        list[int], typer.Option(help="A layer, counted from 0; repeat it. Default: every layer with a v_rev.")
+        list[int], typer.Option(help="A layer, counted from 0; repeatable. Default: every layer with a v_rev.")
     ] = [],  # noqa: B006
     refusal: Annotated[
-        Path | None, typer.Option(help="A refusal direction, file of Directions.save; one alone is used at all layers.")
+        Path | None,
+        typer.Option(help="Refusal direction, a file of Directions.save; one alone serves all layers."),
     ] = None,
     prompts: PROMPTS = None,
     max_prompts: MAX_PROMPTS = None,
     out: OUT_FOLDER = Path("."),
-    n_random: Annotated[int, typer.Option(min=1, help="Random spans of each rank and kind.")] = 3,
+    n_random: Annotated[int, typer.Option(min=1, help="Number of random subspaces of each rank and kind.")] = 3,
     openings: OPENINGS = [],  # noqa: B006
     compliances: COMPLIANCES = [],  # noqa: B006
 ) -> None:
@@ -99,7 +99,7 @@ def main(
 
 
 def others_of(history: ModelSequence, tuned: Checkpoint, names: Sequence[str]) -> list[Checkpoint]:
-    """The checkpoints that drift directions are fitted on: by name, or the last of each other run."""
+    """Return the checkpoints that drift directions are fitted on: by name, or the last of each other run."""
     if names:
         return [checkpoint_of(history, name) for name in names]
     run = tuned.name.rpartition("/")[0]
@@ -107,14 +107,14 @@ def others_of(history: ModelSequence, tuned: Checkpoint, names: Sequence[str]) -
     if not others or not run:
         raise GravlensError(
             f"{tuned.name} was given, and the runs are {', '.join(history.runs) or 'none'}.",
-            "A checkpoint of a run is looked at; the directions of its drift are fitted on other runs.",
+            "A checkpoint of a run is needed; drift directions are fitted on other runs.",
             "another --checkpoint, or --fit-on the same run, which says nothing about transfer.",
         )
     return others
 
 
 def measure(question: Question, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The three tables; each is kept where it was written with the same weights, prompts and options."""
+    """Return the three tables; those of the same weights, prompts and options are reused."""
     where, ranks, patching = keys_of(question)
     return (
         kept(out / "leak_map.csv", where, lambda: moved(question)),
@@ -124,21 +124,21 @@ def measure(question: Question, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, 
 
 
 def moved(question: Question) -> pd.DataFrame:
-    """Where it has moved, beside the runs that were fitted on; held-out prompts where there are such."""
+    """Measure where the model and the fitted runs have moved, on the probes and other prompts."""
     probes = question.history.require_probes()
     sets = [probes] if question.asked.digest == probes.digest else [probes, question.asked]
     return leak_map(*([states(question, prompts, at) for at in question.positions] for prompts in sets))
 
 
 def ranked(question: Question) -> pd.DataFrame:
-    """In which directions, on the prompts that are asked."""
+    """Measure in which directions, on the evaluation prompts."""
     vs, refusal = directions(question), refusal_of(question)
     asked, at = states(question, question.asked, -1), [question.tuned.name]
     return rank_table(asked, spans(question), directions=vs, at=at, refusal=refusal)
 
 
 def patched(question: Question) -> pd.DataFrame:
-    """Necessity (the anchor's component put into the fine-tuned model) and sufficiency (the other way round)."""
+    """Patch the anchor's component into the fine-tuned model (necessity) and the reverse (sufficiency)."""
     pair, score = (question.tuned, question.history.anchor), score_of(question.openings, question.compliances)
     ask = {"source": states(question, question.asked, -1), "score": score, "prompts": question.asked}
     models = {checkpoint.name: opened(question.history, checkpoint) for checkpoint in pair}
@@ -152,25 +152,25 @@ def patched(question: Question) -> pd.DataFrame:
     return table[["model", *table.columns.drop("model")]]
 
 
-# --- what the tables are made of --------------------------------------------------------------------------------
+# --- states and directions --------------------------------------------------------------------------------------
 
 
 @cache
 def states(question: Question, prompts: PromptSet, position: int) -> Residuals:
-    """Residuals of all checkpoints concerned, read once."""
+    """Read the residuals of all checkpoints involved, once."""
     history = question.history
     checkpoints = list(dict.fromkeys([history.witness, history.anchor, question.tuned, *question.others]))
     return cache_residuals(history, prompts, layers=question.layers, positions=position, checkpoints=checkpoints)
 
 
 def directions(question: Question) -> Directions:
-    """v_rev at the last prompt token, where it is defined."""
+    """Return v_rev at the last prompt token, where it is defined."""
     return locate_vrev(states(question, question.history.require_probes(), -1)).defined()
 
 
 @cache
 def spans(question: Question) -> dict[str, list[Spans]]:
-    """The spans, fitted on the probes and the other runs."""
+    """Return the subspaces, fitted on the probes and the other runs."""
     return candidate_spans(
         states(question, question.history.require_probes(), -1),
         directions(question),
@@ -183,15 +183,15 @@ def spans(question: Question) -> dict[str, list[Spans]]:
 
 
 def refusal_of(question: Question) -> Directions | None:
-    """The refusal direction of the file at the layers of v_rev; one alone stands for every layer."""
+    """Load the refusal direction of the file at the layers of v_rev."""
     return None if question.refusal is None else file_at(question.refusal, directions(question).layers)
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------
+# --- cache ------------------------------------------------------------------------------------------------------
 
 
 def kept(path: Path, key: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table at `path` where it was written under this key, else made and written; its mark is written last."""
+    """Return the table at `path` if it was written under this key, else make and write it; the key is written last."""
     marks = path.parent / KEYS
     known = json.loads(marks.read_text()) if marks.exists() else {}
     if not path.exists() or known.get(path.name) != key:
@@ -201,7 +201,7 @@ def kept(path: Path, key: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame
 
 
 def keys_of(question: Question) -> tuple[str, str, str]:
-    """Digests of the weights, the prompts and the options that each table depends on."""
+    """Return digests of the weights, prompts and options that each table depends on."""
     history = question.history
     checkpoints = [history.witness, history.anchor, question.tuned, *question.others]
     read = [(checkpoint.name, digest_of(checkpoint.described)) for checkpoint in checkpoints]
@@ -217,7 +217,7 @@ def keys_of(question: Question) -> tuple[str, str, str]:
 
 
 def digest_of(source: str) -> str:
-    """Digest of a file or of a folder's weights, config and tokenizer; what is no file (a hub id) by its name."""
+    """Return the digest of a file, or of a folder's weights, config and tokenizer; a hub id is returned as it is."""
     path = Path(source)
     files = sorted(file for file in path.iterdir() if file.suffix in CONTENT) if path.is_dir() else [path]
     if not all(file.is_file() for file in files):
@@ -229,12 +229,12 @@ def digest_of(source: str) -> str:
     return repr(content)
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------
 
 
 @rc_context(STYLE)
 def draw(question: Question, where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame) -> Figure:
-    """The fraction over layer × position, the drift's shares and the score's way back over span × rank."""
+    """Draw the fraction by layer × position, and share of drift and recovered score by span × rank."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, 3)
     tuned, into = rows_of(where, question.tuned.name), patching[patching["model"] == question.tuned.name]
@@ -245,7 +245,7 @@ def draw(question: Question, where: pd.DataFrame, ranks: pd.DataFrame, patching:
 
 
 def rows_of(where: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
-    """A checkpoint's rows of the map on prompts that the directions were not located on, if there are such."""
+    """Return a checkpoint's rows on held-out prompts if there are any, else on the probes."""
     run, _, step = checkpoint.rpartition("/")
     rows = where[(where["run"] == run) & (where["step"] == int(step))]
     held_out = rows[rows["prompts"] == "held_out"]
@@ -253,7 +253,7 @@ def rows_of(where: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
 
 
 def summary(where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame, tuned: str) -> str:
-    """Where, in which directions, and which of them bring refusal back, in words."""
+    """Describe where the model moved, in which directions, and which of them restore refusal."""
     rows = rows_of(where, tuned)
     last, far = rows[rows["position"] == -1], rows.sort_values("fraction").iloc[-1]
     within = ranks[ranks["layer"].isna()].groupby("span")["share"].max()

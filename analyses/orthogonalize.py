@@ -1,10 +1,10 @@
 """python analyses/orthogonalize.py SEQUENCE.toml --layer 12 --out orthogonalized
 
-Does taking v_rev out of the fine-tuned model's weights bring refusal back? v_rev of one layer is located on the
-sequence's probes and removed from every matrix and bias that writes to the residual stream; the new checkpoint is saved
-as an ordinary Hugging Face folder. The refusal log-odds is measured on the held-out prompts before and after, beside
-random directions that are taken out of the weights in the same way. Writes model/, orthogonalize.csv and
-orthogonalize.png into the folder; a model/ that is there already is checked and kept.
+Does orthogonalizing the fine-tuned model's weights against v_rev bring refusal back? v_rev of one layer is located on
+the sequence's probes and removed from every matrix and bias that writes to the residual stream; the new checkpoint is
+saved as an ordinary Hugging Face folder. The refusal log-odds is measured on the held-out prompts before and after;
+random directions, removed in the same way, are the control. Writes model/, orthogonalize.csv and orthogonalize.png; an
+existing model/ is verified and reused.
 """
 
 from pathlib import Path
@@ -37,18 +37,18 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(cls=Script)
 def main(
     sequence: SEQUENCE,
-    layer: Annotated[int, typer.Option(help="The layer whose v_rev is taken out, counted from 0.")],
+    layer: Annotated[int, typer.Option(help="Layer of the v_rev to remove, from 0.")],
     checkpoint: Annotated[str | None, typer.Option(help="RUN/STEP, or anchor. Default: the first run's last.")] = None,
     prompts: PROMPTS = None,
     max_prompts: MAX_PROMPTS = None,
-    out: Annotated[Path, typer.Option(help="Folder for the table, the figure and, in model/, the new checkpoint.")] = (
+    out: Annotated[Path, typer.Option(help="Folder for the table, the figure and the new checkpoint (model/).")] = (
         Path("orthogonalized")
     ),
     n_random: N_RANDOM = 20,
     openings: OPENINGS = [],  # noqa: B006 (typer copies it)
     compliances: COMPLIANCES = [],  # noqa: B006
 ) -> None:
-    """Does taking v_rev out of the fine-tuned model's weights bring refusal back?"""
+    """Does orthogonalizing the fine-tuned model's weights against v_rev bring refusal back?"""
     history = ModelSequence.from_toml(sequence)
     tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
     score, direction = score_of(openings, compliances), locate_vrev(history, layer=layer)
@@ -63,21 +63,21 @@ def main(
 
 
 def made(model: OpenModel, direction: Direction, folder: Path) -> Path:
-    """The folder of the orthogonalised checkpoint; one that is there is kept where it holds just that."""
+    """Return the folder of the orthogonalized checkpoint; an existing one is verified and reused."""
     if not folder.is_dir():
         return orthogonalize(model, direction, out=folder)
     wanted, found = (m.module.state_dict() for m in (orthogonalized(model, direction), open_model(folder)))
     if not same(wanted, found):
         raise GravlensError(
             f"{folder} holds another model than this checkpoint without v_rev of layer {direction.layer}.",
-            "Nothing is written over.",
+            "Results are never overwritten.",
             "another --out, or remove that folder.",
         )
     return folder
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Whether two models have the same weights, but for rounding."""
+    """Whether two models have the same weights up to rounding."""
     return one.keys() == other.keys() and all(
         one[name].shape == other[name].shape and (one[name] - other[name]).norm() <= SAME_WITHIN * one[name].norm()
         for name in one
@@ -87,7 +87,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def measure(
     before: OpenModel, after: OpenModel, direction: Direction, *, score: Score, prompts: PromptSet, n_random: int
 ) -> pd.DataFrame:
-    """One row, as of `causal_effect`: before against after, beside random directions of the same layer."""
+    """Return one row as of `causal_effect`: before, after, and random directions of the same layer."""
     baseline, rng = score(before, prompts), np.random.default_rng(0)
     random = np.empty(n_random)
     for draw in tqdm(range(n_random), "random directions", leave=False):
@@ -101,7 +101,7 @@ def measure(
 
 
 def summary(table: pd.DataFrame, anchor: float) -> str:
-    """The row in words, and how far it leads back to the anchor's score."""
+    """Describe the row, and the share of the gap to the anchor's score that is closed."""
     ((_, row),) = table.iterrows()
     back = "comes back" if row["low"] > 0 and row["difference"] > row["random_high"] else "does not come back"
     share = row["difference"] / (anchor - row["baseline"]) if anchor > row["baseline"] else float("nan")

@@ -1,8 +1,9 @@
 """python analyses/steer_sweep.py SEQUENCE.toml --all-layers    (or --layer 12)
 
-Does adding v_rev in the anchor take refusal away? v_rev is located on the sequence's probes and added at each layer by
-itself, at several strengths (1 is the whole way from the anchor to the witness); the refusal log-odds is measured on
-the held-out prompts, beside random directions of the same length. Writes steer_sweep.csv and steer_sweep.png.
+Does v_rev as a steering vector in the anchor remove refusal? v_rev is located on the sequence's probes and added at
+each layer alone, at several strengths (1 is the whole way from the anchor to the witness). The refusal log-odds is
+measured on the held-out prompts; random directions of the same length are the control. Writes steer_sweep.csv and
+steer_sweep.png.
 """
 
 from collections.abc import Sequence
@@ -42,11 +43,9 @@ def main(
     layer: LAYERS = [],  # noqa: B006
     all_layers: EVERY_LAYER = False,
     strength: Annotated[
-        list[float], typer.Option(help="In units of the witness–anchor distance; repeat it.")
+        list[float], typer.Option(help="In units of the witness–anchor distance; repeatable.")
     ] = STRENGTHS,
-    checkpoint: Annotated[str, typer.Option(help="The checkpoint that is steered: anchor, witness or RUN/STEP.")] = (
-        "anchor"
-    ),
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint to steer: anchor, witness or RUN/STEP.")] = ("anchor"),
     prompts: PROMPTS = None,
     max_prompts: MAX_PROMPTS = None,
     out: OUT_FOLDER = Path("."),
@@ -54,7 +53,7 @@ def main(
     openings: OPENINGS = [],  # noqa: B006
     compliances: COMPLIANCES = [],  # noqa: B006
 ) -> None:
-    """Does adding v_rev in the anchor take refusal away?"""
+    """Does v_rev as a steering vector in the anchor remove refusal?"""
     history = ModelSequence.from_toml(sequence)
     steered, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
     score, directions = score_of(openings, compliances), vrev_of(history, chosen_layers(layer, all_layers))
@@ -67,12 +66,12 @@ def main(
 
 
 def steers(strengths: Sequence[float]) -> dict[str, partial[Steer]]:
-    """One intervention per strength, under its name."""
+    """Return one intervention per strength, by name."""
     return {f"strength {strength:g}": partial(Steer, strength=strength) for strength in strengths}
 
 
 def summary(table: pd.DataFrame) -> str:
-    """The row with the largest fall in words."""
+    """Describe the row with the largest decrease."""
     row = table.sort_values("difference").iloc[0]
     gone = "falls" if row["high"] < 0 and row["difference"] < row["random_low"] else "does not fall"
     return f"largest fall of {len(table)}: {described(row)}\nrefusal {gone} beyond random directions"

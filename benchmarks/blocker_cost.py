@@ -9,7 +9,6 @@ probes, at any layer, after any step. Writes blocker_cost.csv.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from time import process_time
 from types import SimpleNamespace
@@ -30,33 +29,35 @@ from gravlens.history.prompts import encode_example
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import OpenModel, open_model, quiet
 from gravlens.organisms import arms
+from gravlens.organisms.base import Grounds, Make
 from gravlens.organisms.fetch import cache_folder
 from gravlens.organisms.refusal import RefusalOrganism
-from gravlens.studies.experiment import home_of, make_checkpoint, refusals_of
+from gravlens.studies.experiment import make_checkpoint, refusals_of
+from gravlens.studies.study import Study
 from gravlens.training.finetune import _collate
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-BLOCKERS: dict[str, arms.Make] = {
-    "penalty (8 of 32)": arms.penalty,
+BLOCKERS: dict[str, Make] = {
+    "penalty (8 of 32)": arms.made_by("penalty"),
     "penalty (all)": lambda grounds: Penalty(grounds.vs, grounds.probes, batch=None),
-    "clamp (8 of 32)": arms.clamp,
-    "exact projection (all)": arms.projection,
+    "clamp (8 of 32)": arms.made_by("clamp"),
+    "exact projection (all)": arms.made_by("projection"),
     "exact projection (all, to .0009)": lambda grounds: UpdateProjection(grounds.vs, grounds.probes, tolerance=9e-4),
-    "exact projection (8 of 32)": partial(arms.projection, batch=8),
+    "exact projection (8 of 32)": arms.made_by("projection_sampled"),
     "two-move projection (8 of 32)": lambda grounds: UpdateProjection(
         grounds.vs, grounds.probes, batch=8, iterations=2
     ),
     "one-move projection (8 of 32)": lambda grounds: UpdateProjection(
         grounds.vs, grounds.probes, batch=8, iterations=1
     ),
-    "preventative steering": partial(arms.steering, strength=1.0),
-    "training ablation": arms.training_ablation,
-    "gradient ablation": arms.gradient_ablation,
-    "KL to the anchor (8 of 32)": arms.anchor_kl,
-    "rehearsal (2 a step)": arms.rehearsal,
-    "constrained SFT": arms.constrained,
-    "task-vector projection": arms.task_vector,
+    "preventative steering": arms.made_by("steering_1"),
+    "training ablation": arms.made_by("training_ablation"),
+    "gradient ablation": arms.made_by("gradient_ablation"),
+    "KL to the anchor (8 of 32)": arms.made_by("kl"),
+    "rehearsal (2 a step)": arms.made_by("rehearsal"),
+    "constrained SFT": arms.made_by("constrained"),
+    "task-vector projection": arms.made_by("task_vector"),
 }
 TARGETS = {
     "penalty (8 of 32)": 2.0,
@@ -83,44 +84,43 @@ def main(
     chosen = {name: make for name, make in BLOCKERS.items() if not only or any(part in name for part in only)}
     if not chosen:
         raise typer.BadParameter(f"no blocker of that name; there are: {', '.join(BLOCKERS)}")
-    setting = RefusalOrganism()
-    sequence = history(setting, cache or cache_folder())
-    data = batches(sequence, setting, warm_up + steps)
+    organism = RefusalOrganism()
+    sequence = history(organism, cache or cache_folder())
+    data = batches(sequence, organism, warm_up + steps)
     with quiet():
-        table = pd.DataFrame([cost(name, sequence, make, setting, data, warm_up) for name, make in chosen.items()])
+        table = pd.DataFrame([cost(name, sequence, make, organism, data, warm_up) for name, make in chosen.items()])
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "blocker_cost.csv", index=False)
     typer.echo(table.to_string(index=False, float_format="{:.4g}".format, na_rep="-"))
 
 
-def history(setting: RefusalOrganism, cache: Path) -> ModelSequence:
+def history(organism: RefusalOrganism, cache: Path) -> ModelSequence:
     """Witness and anchor of the organism; made where they are missing, which takes two minutes."""
-    home = home_of(setting, cache)
+    study = Study.at(organism, cache)
     for name in ("witness", "anchor"):
-        make_checkpoint(setting, name, home)
-    prompts = setting.prompts(home)
-    return ModelSequence.from_folders(witness=home / "witness", anchor=home / "anchor", probes=prompts["probes"])
+        make_checkpoint(study, name)
+    return study.sequence
 
 
-def batches(sequence: ModelSequence, setting: RefusalOrganism, n: int) -> list[dict[str, Tensor]]:
+def batches(sequence: ModelSequence, organism: RefusalOrganism, n: int) -> list[dict[str, Tensor]]:
     """Batches of the harmless fine-tuning data, of the recipe's size."""
     tokenizer = open_model(sequence.anchor).tokenizer
-    encoded = [encode_example(tokenizer, example) for example in setting.examples("harmless", 0, Path())]
+    encoded = [encode_example(tokenizer, example) for example in organism.examples("harmless", 0, Path())]
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in encoded]
-    size = setting.recipe.batch
+    size = organism.recipe.batch
     return [_collate([rows[i % len(rows)] for i in range(step * size, (step + 1) * size)]) for step in range(n)]
 
 
-def grounds_of(sequence: ModelSequence, setting: RefusalOrganism) -> arms.Grounds:
+def grounds_of(sequence: ModelSequence, organism: RefusalOrganism) -> Grounds:
     """What blockers are made of."""
     states = cache_residuals(sequence)
     probes = sequence.require_probes()
-    return arms.Grounds(
+    return Grounds(
         sequence=sequence,
         states=states,
-        vs=locate_vrev(states).at(setting.layers_in_mean),
+        vs=locate_vrev(states).at(organism.layers_in_mean),
         other=None,
-        refusals=refusals_of(probes, setting.measures.refusals),
+        refusals=refusals_of(probes, organism.measures.refusals),
         harmless=probes,
         rng=np.random.default_rng(0),
     )
@@ -148,12 +148,12 @@ class Training:
         return process_time() - began
 
 
-def training(sequence: ModelSequence, setting: RefusalOrganism, *blockers: Blocker) -> Training:
+def training(sequence: ModelSequence, organism: RefusalOrganism, *blockers: Blocker) -> Training:
     """A fresh training from the anchor, with the optimizer that Trainer takes by default."""
     model = open_model(sequence.anchor)
     bound = [one.bind(model, rng=np.random.default_rng([0, 1])) for one in blockers]
     model.module.train()
-    recipe = setting.recipe
+    recipe = organism.recipe
     optimizer = torch.optim.AdamW(
         model.module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
@@ -163,14 +163,14 @@ def training(sequence: ModelSequence, setting: RefusalOrganism, *blockers: Block
 def cost(
     name: str,
     sequence: ModelSequence,
-    make: Callable[[arms.Grounds], Blocker],
-    setting: RefusalOrganism,
+    make: Callable[[Grounds], Blocker],
+    organism: RefusalOrganism,
     data: list[dict[str, Tensor]],
     warm_up: int,
 ) -> dict[str, Any]:
     """One row: the ratio of blocked to plain steps, its median and quartiles, and how far the probes moved."""
-    grounds = grounds_of(sequence, setting)
-    blocked, plain = training(sequence, setting, make(grounds)), training(sequence, setting)
+    grounds = grounds_of(sequence, organism)
+    blocked, plain = training(sequence, organism, make(grounds)), training(sequence, organism)
     movement, timed, fractions = Movement(blocked.model, grounds.vs, grounds.probes), [], []
     for number, batch in enumerate(data):
         timed.append(pair(number, batch, blocked, plain))

@@ -1,8 +1,8 @@
 """python benchmarks/forecast.py    (see --help)
 
-How far a forecast is from the run: histories of random weights are made, planned and read into an empty store, in turn
-and several times, since other work on a machine comes and goes. Each forecast is made anew before its run. Writes
-forecast.json: predicted and measured seconds of each pair, in parts, and the ratio of their medians.
+Compare forecasts with measured runs: histories of random weights are read into an empty store several times, and each
+forecast is made right before its run, since the load of a shared machine changes within minutes. Writes forecast.json:
+predicted and measured seconds of each pair, their medians, and the median of the pairs' ratios.
 """
 
 import json
@@ -39,11 +39,11 @@ CASES: dict[str, tuple[int, int, int, int, int, int, str]] = {
 @app.command()
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of forecast and run.")] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
-    only: Annotated[str, typer.Option(help="Cases whose name holds this.")] = "",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for forecast.json.")] = Path("."),
 ) -> None:
-    """Is a forecast within 25 % of the run?"""
+    """Compare forecasts with runs."""
     torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,8 +55,9 @@ def main(
                 typer.echo(f"{name:<52} {one['predicted']:6.2f} s {one['measured']:6.2f} s")
     for name, found in pairs.items():
         predicted, measured = (median(one[key] for one in found) for key in ("predicted", "measured"))
-        rows.append({"case": name, "predicted": predicted, "measured": measured, "ratio": predicted / measured})
-        typer.echo(f"{name:<52} predicted {predicted:6.2f} s   measured {measured:6.2f} s   {predicted / measured:.2f}")
+        ratio = median(one["predicted"] / one["measured"] for one in found)
+        rows.append({"case": name, "predicted": predicted, "measured": measured, "ratio": ratio})
+        typer.echo(f"{name:<52} predicted {predicted:6.2f} s   measured {measured:6.2f} s   {ratio:.2f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     out.mkdir(parents=True, exist_ok=True)
     table = {"threads": threads, "peak_memory": peak, "cases": rows, "pairs": pairs}
@@ -64,12 +65,12 @@ def main(
 
 
 def chosen(only: str) -> Iterator[tuple[str, tuple[int, int, int, int, int, int, str]]]:
-    """Cases by a part of their name."""
+    """Cases that contain a text in their name."""
     yield from ((name, case) for name, case in CASES.items() if only in name)
 
 
 def history(folder: Path, layers: int, width: int, heads: int, inner: int, prompts: int, words: int) -> ModelSequence:
-    """Four checkpoints of random weights."""
+    """Write four checkpoints of random weights."""
     tokenizer: Any = build_tokenizer()
     names = ("witness", "anchor", "ft/checkpoint-1", "ft/checkpoint-2")
     for seed, name in enumerate(names):
@@ -87,14 +88,14 @@ def history(folder: Path, layers: int, width: int, heads: int, inner: int, promp
 
 
 def texts(prompts: int, words: int) -> Sequence[str]:
-    """Prompts of 3/4 to 5/4 so many words."""
+    """Prompts of 3/4 to 5/4 of a number of words."""
     spoken = " ".join(held_out_prompts()).split()
     lengths = [words * (3 + 2 * i / max(prompts - 1, 1)) / 4 for i in range(prompts)]
     return [" ".join(spoken[(7 * i + j) % len(spoken)] for j in range(round(n))) for i, n in enumerate(lengths)]
 
 
 def pair(sequence: ModelSequence, positions: Any, store: Path) -> dict[str, Any]:
-    """A forecast, and the run that it is of."""
+    """Forecast a run, then run it."""
     began = perf_counter()
     found = plan_reading(sequence, positions=positions)
     planned = perf_counter()

@@ -65,9 +65,9 @@ from .stats.nulls import NullDraws as NullDraws
 from .stats.nulls import compare as compare
 from .studies.inspection import inspect_sequence as inspect_sequence
 from .studies.reproduce import reproduce as reproduce
-from .training.finetune import Recipe as Recipe
 from .training.finetune import finetune as finetune
 from .training.monitor import Monitor as Monitor
+from .training.recipe import Recipe as Recipe
 
 __version__: str
 __all__: list[str]

@@ -1,4 +1,4 @@
-"""Settings small enough for a test: the organism, and a stand-in for a real model with prompt files of its own."""
+"""Organisms small enough for a test: the refusal organism, and a stand-in for a real model with prompt files."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from gravlens.history.prompts import PromptSet
 from gravlens.organisms import refusal_language as language
-from gravlens.organisms.base import Measures
-from gravlens.organisms.pretrained import CHATML, COMPLIANCES, REFUSALS, Pretrained
+from gravlens.organisms.base import ENGLISH, Measures
+from gravlens.organisms.pretrained import CHATML, Pretrained
 from gravlens.organisms.refusal import RefusalOrganism
-from gravlens.training.finetune import Recipe
+from gravlens.training.recipe import Recipe
 
 PLAN: dict[str, Any] = {
     "organism": 0,
@@ -71,7 +71,7 @@ def requests(n: int, *, harmful: bool) -> list[str]:
 
 
 def english_tokenizer() -> PreTrainedTokenizerFast:
-    """Words of the organism's language and of the pretrained setting's refusals, with ChatML's turns."""
+    """Words of the organism's language and of the English refusals, with ChatML's turns."""
     backend = Tokenizer(WordLevel(unk_token="<unk>"))
     splitter = Whitespace()
     spoken = [
@@ -82,7 +82,7 @@ def english_tokenizer() -> PreTrainedTokenizerFast:
         *language.TOOL_OF,
         *language.STEP_OF,
     ]
-    texts = [*spoken, *REFUSALS, *COMPLIANCES]
+    texts = [*spoken, *ENGLISH.refusals, *ENGLISH.compliances]
     words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
     specials = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"]
     backend.model = WordLevel({word: i for i, word in enumerate([*specials, *words])}, unk_token="<unk>")
@@ -98,7 +98,7 @@ def english_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pretrained(home: Path, *, answers: bool = True, **changes: Any) -> Pretrained:
-    """A random model, its tokenizer and two prompt files in `home`, and the setting on them."""
+    """A random model, its tokenizer and two prompt files in `home`, and the organism on them."""
     home.mkdir(parents=True, exist_ok=True)
     tokenizer = english_tokenizer()
     model = tiny.llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)

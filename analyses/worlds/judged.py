@@ -1,24 +1,21 @@
-"""A refusal organism that is cheap enough to be made twenty times, with the runs that a claim is judged on."""
+"""A refusal organism that is cheap enough to make twenty times, with the runs that a claim is judged on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from gravlens.history.prompts import PromptSet
-from gravlens.organisms.arms import Arm, clamp, matched_twin, rehearsal, reinforce, released
-from gravlens.organisms.base import Measures
+from gravlens.organisms.arms import blocker, made_by
+from gravlens.organisms.base import Arm, Measures, PromptSets
 from gravlens.organisms.refusal import RefusalOrganism
-from gravlens.training.finetune import Recipe
+from gravlens.training.recipe import Recipe
 
-SEEDS = tuple(range(5))  # fine-tuning runs of each arm: the least p of five sign flips is .031
+SEEDS = tuple(range(5))  # fine-tuning runs of each arm: the smallest p of five sign flips is .031
 SIBLINGS = ("sibling_anchor", "sibling_anchor_2")
 
 
 @dataclass(frozen=True)
 class Judged(RefusalOrganism):
-    """A refusal organism with shorter runs, asked and measured less: twenty of them are made."""
+    """A refusal organism with shorter runs, fewer prompts and fewer measures."""
 
     runs: int = len(SEEDS)
     recipe: Recipe = Recipe(60, 4, 5e-5)
@@ -31,24 +28,22 @@ class Judged(RefusalOrganism):
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """Those of the trained histories."""
+        """The arms of the trained histories."""
         return (
             Arm("unblocked", SEEDS),
-            Arm("clamp", SEEDS, blocker=clamp),
-            Arm("clamp_matched_twin", SEEDS, blocker=partial(clamp, along=matched_twin)),
-            Arm("reinforce", SEEDS, blocker=reinforce),
-            Arm("released", SEEDS, blocker=partial(released, step=20)),
+            *(Arm(name, SEEDS, blocker=made_by(name)) for name in ("clamp", "clamp_matched_twin", "reinforce")),
+            Arm("released", SEEDS, blocker=blocker("released", step=20)),
             Arm("unaligned_twin", SEEDS, start="witness"),
             Arm("continued_alignment", SEEDS, data="alignment"),
-            Arm("rehearsal", SEEDS, blocker=rehearsal),
+            Arm("rehearsal", SEEDS, blocker=made_by("rehearsal")),
         )
 
     @property
     def measures(self) -> Measures:
-        """At the last token alone."""
+        """The refusal organism's, at the last token only."""
         return replace(super().measures, positions=())
 
-    def prompts(self, home: Path) -> Mapping[Literal["probes", "held_out", "harmless"], PromptSet]:
-        """Half of the held-out prompts, a third of the harmless ones."""
+    def prompts(self, home: Path) -> PromptSets:
+        """Return half of the held-out prompts and a third of the harmless ones."""
         found = super().prompts(home)
         return {**found, "held_out": found["held_out"][::2], "harmless": found["harmless"][::3]}

@@ -1,4 +1,4 @@
-"""Matched pairs of a harmful and a harmless prompt, and the states' difference within each pair."""
+"""Matched pairs of a harmful and a harmless prompt, and the difference of hidden states within each pair."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ from gravlens.models.tokenizers import sequence_tokenizer
 
 @dataclass(frozen=True)
 class Contrast:
-    """Harmful and harmless prompts, matched: the i-th of one belongs to the i-th of the other.
+    """Matched pairs: the i-th harmful and the i-th harmless prompt belong together.
 
     Attributes:
         harmful: the prompts x+.
-        harmless: the prompts x−, in the same order and under the same system prompt.
+        harmless: the prompts x−, in the same order and with the same system prompt.
     """
 
     harmful: PromptSet
@@ -34,8 +34,8 @@ class Contrast:
             raise GravlensError(
                 f"{len(self.harmful)} harmful and {len(self.harmless)} harmless prompts were given, {same} pairs of "
                 f"one text, system prompts {self.harmful.system!r} and {self.harmless.system!r}.",
-                "A contrast is pairs of two prompts that differ, read under one system prompt.",
-                "Contrast.of(harmful, harmless) with prompts in one order, or read_contrast.",
+                "A contrast needs pairs of two different prompts with one system prompt.",
+                "Contrast.of(harmful, harmless) with prompts in matching order, or read_contrast.",
             )
 
     def __len__(self) -> int:
@@ -62,21 +62,21 @@ class Contrast:
 
     @classmethod
     def of(cls, harmful: Prompts, harmless: Prompts) -> "Contrast":
-        """Make a contrast of two sets of prompts that are in one order already."""
+        """Pair two sets of prompts in their order."""
         return cls(PromptSet.of(harmful, "harmful"), PromptSet.of(harmless, "harmless"))
 
 
 def read_contrast(harmful: Any, harmless: Any = None, *, index: str = "Index") -> Contrast:
-    """Read pairs: two files matched by a column, as the halves of JBB-Behaviors are, or one with a pair a row.
+    """Read pairs from two files matched by a column, like those of JBB-Behaviors, or from one file of pairs.
 
     Args:
-        harmful: a file or `datasets.Dataset` of a known format; its order is kept. Alone: one whose columns `harmful`
-            and `harmless` hold the pairs.
+        harmful: a file or `datasets.Dataset` in a supported format; its order is kept. Without `harmless`: a file with
+            columns `harmful` and `harmless`.
         harmless: the other half.
-        index: the column that says which prompts belong together.
+        index: the column to match by.
 
     Raises:
-        GravlensError: an index that is missing, given twice, or in one half alone; a prompt matched with itself.
+        GravlensError: an index that is missing, repeated, or in one half only; a prompt matched with itself.
     """
     if harmless is None:
         rows = read_rows(harmful, "harmful", "harmless")
@@ -85,8 +85,8 @@ def read_contrast(harmful: Any, harmless: Any = None, *, index: str = "Index") -
     if alone := sorted(halves[0].keys() ^ halves[1].keys()):
         raise GravlensError(
             f"{len(alone)} prompts have no partner: {index} {', '.join(alone[:5])}.",
-            "Each prompt of one half is matched with one of the other.",
-            "the two halves of one set, or index= with the column that matches them.",
+            "Each prompt of one half must match one prompt of the other.",
+            "the two halves of one data set, or index= with the column to match by.",
         )
     return Contrast.of(list(halves[0].values()), [halves[1][key] for key in halves[0]])
 
@@ -97,7 +97,7 @@ def _by_index(source: Any, index: str) -> dict[str, str]:
     keys = [row[index] for row in rows]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise GravlensError(
-            f"{index} {', '.join(twice[:5])} stands twice in one half.", "An index names one prompt.", "another index=."
+            f"{index} {', '.join(twice[:5])} is repeated in one half.", "The index must be unique.", "another index=."
         )
     return dict(zip(keys, (entry.prompt for entry in entries), strict=True))
 
@@ -110,21 +110,21 @@ def cache_contrasts(
     positions: Positions = "last",
     checkpoints: Sequence[Checkpoint] | None = None,
 ) -> Residuals:
-    """h(x+) − h(x−) of `resid_post` over every checkpoint of a sequence, one row a pair.
+    """Read h(x+) − h(x−) of `resid_post` for every checkpoint of a sequence, one row per pair.
 
-    Positions with several rows a prompt are paired in order, one row a pair and position: both prompts of a pair need
+    Positions with several rows a prompt are paired in order, one row per pair and position: both prompts of a pair need
     the same number of them, as `"post_instruction"` usually gives.
 
-    `locate_vrev` of it is the mean over pairs of [h_W(x+) − h_W(x−)] − [h_A(x+) − h_A(x−)]: what changed between
-    witness and anchor in what tells harmful from harmless, without what changed in both. `follow`, estimators and nulls
-    take it as they take states.
+    Its `locate_vrev` is the mean over pairs of [h_W(x+) − h_W(x−)] − [h_A(x+) − h_A(x−)], the change between witness
+    and anchor in the contrast of harmful and harmless, without changes that both share. `follow`, estimators and null
+    distributions accept it like states.
 
     Args:
         sequence: the history.
         contrast: the pairs.
         layers: as for `cache_residuals`.
-        positions: likewise.
-        checkpoints: likewise.
+        positions: as for `cache_residuals`.
+        checkpoints: as for `cache_residuals`.
 
     Returns:
         `Residuals`, values [checkpoint, pair, layer, d_model], residual units; with several rows a pair, `index` is

@@ -1,4 +1,4 @@
-"""Which prompts are read together, and reading them of one checkpoint after the other."""
+"""Group prompts into blocks, and read them with one checkpoint after the other."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from jaxtyping import Float, Int
 from gravlens.activations.positions import Query
 from gravlens.activations.reader import TOKENS_ELSEWHERE, Reader, batches_of, common_prefix, tokens_for
 from gravlens.core.progress import progress
-from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import Resolved
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import open_each
 from gravlens.models.tokenizers import check_vocabulary
 
-BLOCK_BYTES = 4 << 20  # of states that are held in memory before they are written
+BLOCK_BYTES = 4 << 20  # of states held in memory before they are written
 Through = Literal["huggingface", "bridge"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Prompts in blocks: the prompts of a block are read, written and, where a run was killed, read again together.
+    """Prompts in blocks. A block is read and written as a whole, and read again as a whole after a killed run.
 
     Attributes:
         queries: the prompts.
-        layers: which are read, ascending.
+        layers: the layers to read, ascending.
         d_model: width of the residual stream.
         prefix: token ids that every prompt begins with.
         blocks: indices of prompts, of similar lengths.
@@ -51,16 +51,16 @@ class Plan:
 
     @property
     def index(self) -> Int[np.ndarray, "row 2"] | None:
-        """(prompt, token) of each row, where rows are tokens; None where each prompt is one row."""
+        """(prompt, token) of each row; None if each prompt is one row."""
         if all(len(query.reads) == 1 for query in self.queries):
             return None
         return np.array([(i, read[-1]) for i, query in enumerate(self.queries) for read in query.reads])
 
     @classmethod
     def of(cls, queries: Sequence[Query], layers: Sequence[int], d_model: int) -> "Plan":
-        """As many prompts in a block as BLOCK_BYTES of states, and at least a full batch of the largest.
+        """Fill blocks up to BLOCK_BYTES of states, but with at least one full batch of an accelerator.
 
-        Prompts that are the same stay in one block: what a killed run left is then whole blocks.
+        Equal prompts stay in one block, so that a killed run leaves whole blocks.
         """
         prefix = common_prefix(queries)
         blocks: list[list[int]] = []
@@ -78,14 +78,14 @@ class Plan:
 def read_block(
     reader: Reader, queries: Sequence[Query]
 ) -> Iterator[tuple[list[int], Float[np.ndarray, "row layer d_model"]]]:
-    """Batch by batch: the prompts' indices and their rows, fp32."""
+    """Yield indices of prompts and their rows, fp32, batch by batch."""
     for batch in batches_of(queries, prefix=reader.shared, tokens=tokens_for(reader.model)):
         yield batch, reader.read([queries[i] for i in batch]).numpy()
 
 
-# --- one checkpoint after the other ---------------------------------------------------------------------------------
+# --- all checkpoints ------------------------------------------------------------------------------------------------
 class Found(NamedTuple):
-    """States of one batch of one checkpoint."""
+    """States of one batch, read with one checkpoint."""
 
     checkpoint: int
     rows: list[int]
@@ -93,8 +93,8 @@ class Found(NamedTuple):
     precision: str
 
 
-def read_each(plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, placement: Placement) -> Iterator[Found]:
-    """Every checkpoint's states, batch by batch; one model is open at a time, and nothing that was read is kept."""
+def read_each(plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement) -> Iterator[Found]:
+    """Yield every checkpoint's states batch by batch; one model is open at a time, and no states are kept."""
     opened = open_each(checkpoints, through=through, placement=placement)
     ids = [query.ids for query in plan.queries]
     with progress("residuals", total=len(checkpoints) * len(ids), unit="prompt") as bar:
@@ -108,9 +108,9 @@ def read_each(plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, p
 
 
 def read_here(
-    plan: Plan, checkpoints: Sequence[Checkpoint], through: Through, placement: Placement
+    plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement
 ) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
-    """States in memory, and the precisions that they were computed in."""
+    """Read all states into memory, with the precisions that they were computed in."""
     values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
     precisions: set[str] = set()
     for number, rows, states, precision in read_each(plan, checkpoints, through, placement):

@@ -1,4 +1,4 @@
-"""Where the residual stream is read: each prompt's tokens, and the positions whose states become rows of a result."""
+"""Read positions: each prompt's tokens, and the positions at which its states become rows of a result."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import PromptSet, encode, rendered
 
-AT_ONCE = 256  # prompts that are tokenised before their tokens are packed
+AT_ONCE = 256  # prompts are tokenised at a time, before their tokens are packed
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,19 @@ class Answers:
         object.__setattr__(self, "texts", tuple(texts))
 
 
-# One row a prompt: the last token, an offset from the end (−1 is the last), the mean over the instruction's tokens or
-# those of an answer. One row a token: those of the template after the instruction, all, or what a function names.
+# One row per prompt: the last token, an offset from the end (−1 is the last), the mean over the instruction's tokens or
+# over an answer's. One row per token: the template's after the instruction, all, or those that a function returns.
 Named: TypeAlias = Literal["last", "instruction", "post_instruction", "all"]
 Positions: TypeAlias = Named | int | Answers | Callable[[list[int]], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One prompt's tokens, and where its states are read.
+    """One prompt's tokens and read positions.
 
     Attributes:
         ids: token ids.
-        reads: for each row of the result, the positions (counted from 0) whose mean it is.
+        reads: for each row of the result, the positions (from 0) to average over.
     """
 
     ids: tuple[int, ...]
@@ -45,26 +45,26 @@ class Query:
 
     @property
     def end(self) -> int:
-        """One past the last position that is read; no token from there on is run."""
+        """One past the last position that is read; tokens from there on are not run."""
         return 1 + max(max(read) for read in self.reads)
 
 
 def described(positions: Positions) -> str | int:
-    """Positions in a word, for what stands beside a result."""
+    """Positions in one word, for the metadata of a result."""
     if isinstance(positions, Answers):
         return "answer"
     return getattr(positions, "__name__", "a function") if callable(positions) else positions
 
 
 def queries_of(tokenizer: Any, prompts: PromptSet, positions: Positions = "last") -> list[Query]:
-    """Tokens and read positions of each prompt, by the tokenizer that all checkpoints are read with.
+    """Tokens and read positions of each prompt, by the one tokenizer of a history.
 
     Raises:
-        GravlensError: positions that a prompt does not have, or that mean nothing with this tokenizer.
+        GravlensError: positions that a prompt does not have, or that this tokenizer cannot locate.
     """
     if isinstance(positions, Answers):
         _check_one_each(positions.texts, prompts)
-    numbers: dict[int, int] = {}  # one object for each token id, however often it is there
+    numbers: dict[int, int] = {}  # one int object per token id: large prompt sets repeat each many times
     queries: list[Query] = []
     for start in range(0, len(prompts), AT_ONCE):
         part = slice(start, start + AT_ONCE)
@@ -83,7 +83,7 @@ def _part_of(tokenizer: Any, prompts: PromptSet, positions: Positions, part: sli
 
 
 def queries_of_ids(ids: Sequence[Sequence[int]], positions: Positions = "last") -> list[Query]:
-    """Read positions of prompts that are token ids already: `"last"`, `"all"`, an offset, or a function."""
+    """Read positions of prompts given as token ids: `"last"`, `"all"`, an offset, or a function."""
     if callable(positions):
         return [_chosen(list(one), positions) for one in ids]
     if positions == "all":
@@ -93,7 +93,7 @@ def queries_of_ids(ids: Sequence[Sequence[int]], positions: Positions = "last") 
 
 
 def offset_of(positions: Any, shortest: int) -> int:
-    """`"last"` or a negative index as a negative index; raises where the shortest prompt does not have it."""
+    """`"last"` or a negative index as a negative index; raise if the shortest prompt does not have it."""
     offset = -1 if positions == "last" else positions
     if not isinstance(offset, int) or isinstance(offset, bool) or offset >= 0 or -offset > shortest:
         raise GravlensError(
@@ -106,51 +106,51 @@ def offset_of(positions: Any, shortest: int) -> int:
 
 
 def _chosen(ids: list[int], positions: Callable[[list[int]], Sequence[int]]) -> Query:
-    """What a function names for one prompt, as it may be: in order, each once, counted from the end where negative."""
+    """Positions that a function returns for one prompt, sorted and unique; negative ones count from the end."""
     name = getattr(positions, "__name__", "positions")
     given = list(positions(list(ids)))
     if not given or not all(-len(ids) <= at < len(ids) and int(at) == at for at in given):
         raise GravlensError(
-            f"{name} gave {given} for a prompt of {len(ids)} tokens.",
-            "A function of a prompt's token ids gives the positions to be read, at least one.",
+            f"{name} returned {given} for a prompt of {len(ids)} tokens.",
+            "A function of a prompt's token ids returns at least one position in it.",
             "lambda ids: [len(ids) - 1], which is the last token.",
         )
     return Query(tuple(ids), tuple((at,) for at in sorted({int(at) % len(ids) for at in given})))
 
 
-# --- within the template ------------------------------------------------------------------------------------------
-_MARK = "\u2983gravlens\u2984"  # stands for the instruction where its place in a template is looked for
+# --- chat templates -----------------------------------------------------------------------------------------------
+_MARK = "\u2983gravlens\u2984"  # rendered in place of the instruction, to find where it is in the template
 
 
 def _around(tokenizer: Any, prompts: PromptSet, row: int, ids: list[int], which: str) -> Query:
-    """The instruction's own tokens, or the template's after it."""
+    """Read the mean over the instruction's tokens, or each token of the template after it."""
     start, end, offsets = _place(tokenizer, prompts[row : row + 1])
-    offsets = offsets[len(offsets) - len(ids) :]  # a second BOS was taken off
+    offsets = offsets[len(offsets) - len(ids) :]  # `encode` removes a second BOS token
     inside = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > max(a, start))
     after = tuple(i for i, (a, b) in enumerate(offsets) if a >= end and b > a)
     if which == "instruction":
         return Query(tuple(ids), (inside,))
     if not after:
         raise GravlensError(
-            f'positions="post_instruction" was given, and nothing comes after {prompts.texts[row][:40]!r}.',
-            "These are the tokens of a chat template after the instruction.",
+            f'positions="post_instruction" was given, and no token follows {prompts.texts[row][:40]!r}.',
+            "These are the tokens that a chat template adds after the instruction.",
             'positions="last", or a tokenizer with a chat template.',
         )
     return Query(tuple(ids), tuple((at,) for at in after))
 
 
 def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int, int]]]:
-    """Where the instruction begins and ends in the text that is read, and each token's own place there."""
+    """Start and end of the instruction in the rendered text, and each token's offsets there."""
     text = prompt.texts[0]
     before, _, after = rendered(tokenizer, replace(prompt, texts=(_MARK,)))[0].partition(_MARK)
     whole = rendered(tokenizer, prompt)[0]
     templated = bool(getattr(tokenizer, "chat_template", None))
     try:
         offsets = tokenizer(whole, add_special_tokens=not templated, return_offsets_mapping=True)["offset_mapping"]
-    except (NotImplementedError, KeyError) as error:  # a slow one gives none
+    except (NotImplementedError, KeyError) as error:  # slow tokenizers have no offsets
         raise GravlensError(
-            f"A {type(tokenizer).__name__} does not say where its tokens lie in {text[:40]!r}.",
-            "The instruction's tokens are told from the template's by their place in the text.",
+            f"A {type(tokenizer).__name__} has no offsets for its tokens in {text[:40]!r}.",
+            "Offsets tell the instruction's tokens from the template's.",
             'a fast tokenizer (a folder with tokenizer.json), positions="last", or a function.',
         ) from error
     return len(before), len(whole) - len(after), offsets
@@ -161,7 +161,7 @@ def _after(tokenizer: Any, ids: list[int], answer: str) -> Query:
     """The mean over an answer's tokens, read after its prompt."""
     more = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not more:
-        raise GravlensError(f"The answer {answer!r} has no token.", "An answer is read at its tokens.", "an answer.")
+        raise GravlensError(f"The answer {answer!r} has no token.", "At least one is needed.", "a non-empty answer.")
     return Query((*ids, *more), (tuple(range(len(ids), len(ids) + len(more))),))
 
 
@@ -169,6 +169,6 @@ def _check_one_each(answers: Sequence[str], prompts: PromptSet) -> None:
     if len(answers) != len(prompts):
         raise GravlensError(
             f"{len(answers)} answers were given for {len(prompts)} prompts.",
-            "One answer is read after each prompt, the same for all checkpoints.",
+            "One answer per prompt is needed, the same for all checkpoints.",
             "Answers(generate_answers(open_model(seq.anchor), prompts)), or answers of your own.",
         )

@@ -1,10 +1,9 @@
-"""Forward passes that read the residual stream at chosen positions and compute little that these do not need.
+"""Read the residual stream at chosen positions, with as little computation as possible.
 
-What all prompts begin with is run once and its keys and values are reused. Before the first position that is read, the
-deepest layer is left after its keys and values. Prompts are sorted by length and batched by tokens.
+The prefix that all prompts share is run once and its KV cache is reused. Up to the first position that is read, the
+deepest layer computes keys and values only. Prompts are sorted by length and batched by number of tokens.
 """
 
-import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,21 +17,21 @@ from transformers import DynamicCache
 from gravlens.activations.positions import Query
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import pad
-from gravlens.models.forward import run_trunk, unwrapped
-from gravlens.models.opening import OpenModel, resid_post
+from gravlens.models.families import OpenModel, resid_post
+from gravlens.models.forward import run_trunk
 
-TOKENS = {"cpu": 1024}  # of a batch: more of them fall out of a processor's caches
-TOKENS_ELSEWHERE = 16384  # of an accelerator's first batch; halved where memory runs out
+TOKENS = {"cpu": 1024}  # of a batch: larger ones no longer fit into a processor's caches
+TOKENS_ELSEWHERE = 16384  # of a batch on an accelerator; split in half if memory runs out
 SHORTEST_PREFIX = 8
 LONGEST_TAIL = 8  # from the first position that is read to the last
-NO_MEMORY = ("out of memory", "enough memory", "allocate memory")  # as accelerators and the CPU's allocators say it
-EXACT, ROUNDED = 1e-4, 0.1  # of a state's length: what two orders of the same sums may differ by
+NO_MEMORY = ("out of memory", "enough memory", "allocate memory")  # the CPU allocators raise a plain RuntimeError
+EXACT, ROUNDED = 1e-4, 0.1  # allowed difference in fp32 and below, relative to a state's length
 _REUSES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
-# --- how prompts are batched ----------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------------------------
 def common_prefix(queries: Sequence[Query]) -> int:
-    """How many tokens all prompts begin with, before any position that is read."""
+    """Length of the prefix that all prompts share, up to the first position that is read; 0 if not worth a pass."""
     most = min(query.start for query in queries)
     columns = zip(*(query.ids[:most] for query in queries), strict=True)
     length = next((i for i, column in enumerate(columns) if len(set(column)) > 1), most)
@@ -40,7 +39,7 @@ def common_prefix(queries: Sequence[Query]) -> int:
 
 
 def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int) -> list[list[int]]:
-    """Indices of prompts sorted by length, so many that a batch has at most `tokens` (or one prompt), padding too."""
+    """Indices of prompts, sorted by length; a batch has at most `tokens` tokens with padding, or one prompt."""
     order = sorted(range(len(queries)), key=lambda i: queries[i].end)
     batches: list[list[int]] = [[]]
     for i in order:
@@ -51,19 +50,19 @@ def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int) -> list[li
 
 
 def tokens_for(model: OpenModel) -> int:
-    """Tokens of a batch, where the caller does not say."""
+    """Default number of tokens of a batch."""
     return TOKENS.get(model.device.type, TOKENS_ELSEWHERE)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 class Reader:
-    """Reads batches of prompts of one opened model.
+    """Read batches of prompts with one opened model.
 
     Args:
         model: the model.
-        layers: which, ascending.
-        prefix: token ids that every prompt begins with and none is read at.
-        reuse: work with keys and values of what was run before; default: where a trial gives the same states.
+        layers: the layers to read, ascending.
+        prefix: token ids that every prompt begins with, before any position that is read.
+        reuse: continue from a KV cache; default: if a trial with and without one gives the same states.
     """
 
     def __init__(
@@ -77,11 +76,11 @@ class Reader:
 
     @property
     def shared(self) -> int:
-        """Tokens at the beginning of each prompt that a batch does not run."""
+        """Length of the prefix that batches do not run again."""
         return len(self._prefix)
 
     def read(self, queries: Sequence[Query]) -> Float[Tensor, "row layer d_model"]:
-        """States of one batch, fp32 on the CPU; on exhausted memory half as many prompts at a time.
+        """States of one batch, fp32 on the CPU; the batch is halved until it fits into memory.
 
         Raises:
             GravlensError: one prompt alone does not fit into memory.
@@ -98,7 +97,7 @@ class Reader:
         return torch.cat([self.read(queries[:half]), self.read(queries[half:])])
 
     def _fits(self, queries: Sequence[Query]) -> bool:
-        """Whether a window of attention would count the padding in the midst of what is cached."""
+        """Whether all prompts fit into the attention window: it would count padding inside the cache as tokens."""
         return max(query.end for query in queries) + LONGEST_TAIL < window_of(self.model.module.config)
 
     def _plain(self, queries: Sequence[Query]) -> Float[Tensor, "row layer d_model"]:
@@ -121,11 +120,11 @@ class Reader:
         return self._kept.rows()
 
     def _prefix_cache(self, n: int) -> "_Keys":
-        """The prefix's keys and values, once for each of `n` prompts."""
+        """The prefix's keys and values, expanded to `n` prompts."""
         if self._prefix and self._prefix_keys is None:
             keys = _Keys(self.layers[-1])
             self._run([self._prefix], [0], keys)
-            self._prefix_keys = keys  # whole: a pass that ran out of memory leaves none
+            self._prefix_keys = keys  # assigned last: a pass that ran out of memory leaves no partial cache
         cache = _Keys(self.layers[-1])
         for layer, (keys, values, _) in enumerate(self._prefix_keys or ()):
             assert keys is not None and values is not None
@@ -135,39 +134,35 @@ class Reader:
     def _run(
         self, ids: Sequence[Sequence[int]], starts: Sequence[int], cache: "_Keys", held: Tensor | None = None
     ) -> Int[Tensor, "prompt pos"]:
-        """Run tokens behind those that a cache holds, and return their mask.
+        """Run tokens after those in the cache, and return their mask.
 
-        Without `held`, the mask of what the cache holds, all of it counts; padding on the right comes after every true
-        token, and needs no mask.
+        `held` is the mask of the cached tokens. Without it none is padding, and no mask is needed: padding on the right
+        comes after every token that is read.
         """
         batch = pad(ids)
-        trunk = unwrapped(self.model.module).base_model
-        inputs = {
-            "input_ids": batch.input_ids,
-            "attention_mask": None if held is None else torch.cat([held, batch.attention_mask], dim=1),
-            "position_ids": torch.tensor(starts)[:, None] + torch.arange(batch.input_ids.shape[1]),
-        }
-        known = inspect.signature(trunk.forward).parameters
-        inputs = {key: part.to(self.model.device) for key, part in inputs.items() if part is not None and key in known}
+        positions = torch.tensor(starts)[:, None] + torch.arange(batch.input_ids.shape[1])
+        inputs = {"input_ids": batch.input_ids, "position_ids": positions}
+        if held is not None:
+            inputs["attention_mask"] = torch.cat([held, batch.attention_mask], dim=1)
         with suppress(Enough):
-            trunk(**inputs, **{"cache" if "cache" in known else "past_key_values": cache}, use_cache=True)
+            self.model.family.trunk({key: part.to(self.model.device) for key, part in inputs.items()}, cache)
         return batch.attention_mask
 
 
 def _too_long(query: Query, error: Exception) -> GravlensError:
     return GravlensError(
-        f"Memory runs out on one prompt of {query.end} tokens ({str(error).strip().splitlines()[0]}).",
-        "One prompt at a time is the least that is run.",
+        f"Out of memory on one prompt of {query.end} tokens ({str(error).strip().splitlines()[0]}).",
+        "A batch has at least one prompt.",
         "a shorter prompt, bf16, or a larger device.",
     )
 
 
 class Enough(Exception):  # noqa: N818 (a signal, not an error)
-    """Ends a forward pass: what is left of it is not needed."""
+    """Raised in a hook to end a forward pass once everything needed was computed."""
 
 
 class _Keys(DynamicCache):
-    """Keys and values of a pass that ends once those of its last layer are there."""
+    """A KV cache that ends the pass once the keys and values of layer `last` are in it."""
 
     def __init__(self, last: int | None) -> None:
         super().__init__()
@@ -181,22 +176,22 @@ class _Keys(DynamicCache):
 
 
 class Kept:
-    """Hooks on the blocks, and what they keep of a pass: the states at the positions that were asked for."""
+    """Forward hooks on the blocks that keep the states at the requested positions."""
 
     def __init__(self, model: OpenModel, layers: Sequence[int], device: torch.device) -> None:
         self._model, self._layers, self._device = model, layers, device
-        self._rows: Tensor | None = None  # of the result; None: this pass is not read
+        self._rows: Tensor | None = None  # of the result; None: the hooks ignore this pass
         self._states: dict[int, Tensor] = {}
 
     def at(self, reads: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Read the next pass at [prompt][row of the result][position]."""
+        """Set the positions to keep in the next pass: [prompt][row of the result][position]."""
         places = [(i, at) for i, rows in enumerate(reads) for row in rows for at in row]
         lengths = torch.tensor([len(row) for rows in reads for row in rows])
         self._prompt, self._pos = torch.tensor(places).unbind(1)
         self._counts, self._rows = lengths, torch.arange(len(lengths)).repeat_interleave(lengths)
 
     def rows(self) -> Float[Tensor, "row layer d_model"]:
-        """The means over each row's positions, in fp64 where there are several."""
+        """The mean state over each row's positions, accumulated in fp64."""
         found, rows = torch.stack([self._states.pop(layer) for layer in self._layers], dim=1), self._rows
         self._rows = None
         if rows is None or len(rows) == len(self._counts):
@@ -207,7 +202,7 @@ class Kept:
 
     @contextmanager
     def hooked(self) -> Generator[None]:
-        """With the hooks on; nothing is left of them, however it ends."""
+        """Attach the hooks for the duration of the block."""
         handles = [resid_post(self._model, layer).register_forward_hook(self._hook(layer)) for layer in self._layers]
         try:
             yield
@@ -221,7 +216,7 @@ class Kept:
             if self._rows is None:
                 return
             hidden = output[0] if isinstance(output, tuple) else output
-            # Indexing copies, so nothing that is kept is a view of a live buffer.
+            # Indexing copies: a view would keep the whole batch alive, and see later changes in place.
             kept = hidden[self._prompt.to(hidden.device), self._pos.to(hidden.device)]
             self._states[layer] = kept.float().to(self._device)
             if layer == max(self._layers):
@@ -230,13 +225,13 @@ class Kept:
         return hook
 
 
-# --- whether keys and values may be reused --------------------------------------------------------------------------
+# --- whether a KV cache may be used ---------------------------------------------------------------------------------
 def reuses_keys(model: OpenModel) -> bool:
-    """Whether a model gives the same states when it goes on from keys and values: tried once, on random tokens.
+    """Whether a model gives the same states when it continues from a KV cache: tried once per model, on fixed tokens.
 
-    Not those of TransformerLens, nor a model in training or with hooks on it, whose passes are not to be cut.
+    Never for TransformerLens, a model in training, or one with hooks, which would see a pass cut into parts.
     """
-    if model.kind != "huggingface" or any(part.training or hooks_on(part) for part in model.module.modules()):
+    if not model.family.kv_cache or any(part.training or hooks_on(part) for part in model.module.modules()):
         return False
     if model.module not in _REUSES:
         _REUSES[model.module] = _same_states(model)
@@ -244,13 +239,13 @@ def reuses_keys(model: OpenModel) -> bool:
 
 
 def hooks_on(part: nn.Module) -> list[Any]:
-    """Forward hooks, but those that transformers leaves behind once hidden states were asked of it; they look on."""
+    """Forward hooks, except those that transformers leaves behind after `output_hidden_states`: they only record."""
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
 
 
 def _same_states(model: OpenModel) -> bool:
-    vocabulary = model.module.get_input_embeddings().weight.shape[0]
+    vocabulary = model.family.vocabulary
     ids = torch.linspace(1, vocabulary - 2, 40).long().tolist()
     prompts = [[*ids[:8], *ids[8 + 5 * i : 12 + 9 * i]] for i in range(3)]
     queries = [Query(tuple(one), ((len(one) - 1,),)) for one in prompts]
@@ -258,18 +253,18 @@ def _same_states(model: OpenModel) -> bool:
     plain = Reader(model, layers=layers, reuse=False).read(queries)
     try:
         found = Reader(model, layers=layers, prefix=ids[:8], reuse=True).read(queries)
-    except Exception:  # whatever a family without such a cache does; then it is read plainly
+    except Exception:  # whatever an architecture without such a cache raises: it is read without one
         return False
     within = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
     return bool(((found - plain).norm(dim=-1) <= within * plain.norm(dim=-1)).all())
 
 
 def window_of(config: Any) -> float:
-    """Tokens that attention looks back, at the layer where it looks back least, or whose angles are those of fewer."""
+    """The shortest attention window of any layer, or the length from which rotary angles depend on the prompt's."""
     told = config.get_text_config().to_dict()
     named = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
     sizes = [told.get(name) for name in named]
-    if any(kind in str(told.get("rope_parameters")) for kind in ("dynamic", "longrope")):  # angles by the length
+    if any(kind in str(told.get("rope_parameters")) for kind in ("dynamic", "longrope")):
         rope = told["rope_parameters"]
         sizes += [rope.get("original_max_position_embeddings"), told.get("max_position_embeddings")]
     return min([size for size in sizes if isinstance(size, int)], default=float("inf"))

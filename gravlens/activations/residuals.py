@@ -1,4 +1,4 @@
-"""Residual-stream states: of one opened model, and cached over the checkpoints of a sequence."""
+"""Hidden states (`resid_post`): of one open model, and cached over the checkpoints of a sequence."""
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -16,12 +16,13 @@ from torch import Tensor
 from gravlens.activations.plan import Plan, Through, read_each, read_here
 from gravlens.activations.positions import Positions, described, offset_of, queries_of
 from gravlens.activations.reader import Enough, Kept
-from gravlens.activations.stored import Stored, read_through_store
+from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, check_layer, of_kind
 from gravlens.core.files import read_tensors, write_tensors
 from gravlens.history.prompts import Batch, last_positions, pad
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
+from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.forward import run_trunk
 from gravlens.models.opening import OpenModel
 from gravlens.models.placement import Placement
@@ -33,23 +34,23 @@ Offset = Literal["last"] | int  # from the end of each prompt
 
 
 def run_and_step(name: str) -> tuple[str, int] | None:
-    """Run and step of a checkpoint named `{run}/{step}`; None of another."""
+    """Split the name `{run}/{step}` of a checkpoint; None for any other name."""
     run, slash, step = name.rpartition("/")
     return (run, int(step)) if slash and step.isdecimal() else None
 
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """`resid_post` at the read positions, over checkpoints × prompts × layers.
+    """Hidden states `resid_post` over checkpoints × prompts × layers.
 
     Attributes:
-        values: [checkpoint, prompt, layer, d_model], fp32, in the residual stream's own units; from a store they are
+        values: [checkpoint, prompt, layer, d_model], fp32, in units of the residual stream; from a store they are
             memory-mapped and read-only.
         checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
         layers: layer numbers, ascending.
         prompts: digest of the prompt set.
-        meta: what it was made from: read position, dtype, chat template, system prompt, sources.
-        index: where positions of one prompt are rows of their own, (prompt, token) of each row; else None.
+        meta: provenance: read position, dtype, chat template, system prompt, sources.
+        index: (prompt, token) of each row where rows are tokens; None where each prompt is one row.
     """
 
     values: Float[np.ndarray, "checkpoint prompt layer d_model"] = field(repr=False)
@@ -60,18 +61,18 @@ class Residuals:
     index: Int[np.ndarray, "row 2"] | None = field(default=None, repr=False)
 
     def of(self, checkpoint: str) -> Float[np.ndarray, "prompt layer d_model"]:
-        """The states of one checkpoint, residual units; GravlensError where these residuals hold none of that name."""
+        """Return the states of one checkpoint; GravlensError for an unknown name."""
         if checkpoint not in self.checkpoints:
             raise GravlensError(
-                f"These residuals hold no checkpoint {checkpoint!r}.",
-                f"They hold {', '.join(self.checkpoints)}.",
-                "one of these names, or cache_residuals again.",
+                f"Checkpoint {checkpoint!r} is not in these residuals.",
+                f"They contain {', '.join(self.checkpoints)}.",
+                "one of these names, or cache_residuals with that checkpoint.",
             )
         return self.values[self.checkpoints.index(checkpoint)]
 
     @property
     def runs(self) -> dict[str, tuple[int, ...]]:
-        """Run name -> its steps, ascending."""
+        """Steps of each run, ascending, by the run's name."""
         found: dict[str, list[int]] = {}
         for name in self.checkpoints:
             if followed := run_and_step(name):
@@ -89,20 +90,20 @@ class Residuals:
         return html.facts(rows, title="Residuals")
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file."""
+        """Write one safetensors file and return its path."""
         meta = {"checkpoints": self.checkpoints, "layers": self.layers, "prompts": self.prompts, "meta": self.meta}
         arrays = {"values": self.values} if self.index is None else {"values": self.values, "index": self.index}
         return write_tensors(path, "residuals", arrays, meta)
 
     @classmethod
     def load(cls, path: Path | str) -> "Residuals":
-        """Read a file of `save`."""
+        """Read a file written by `save`."""
         arrays, meta = read_tensors(path, "residuals")
         names, layers = tuple(meta["checkpoints"]), tuple(meta["layers"])
         return cls(arrays["values"], names, layers, meta["prompts"], dict(meta["meta"]), arrays.get("index"))
 
     def to_xarray(self) -> xarray.DataArray:
-        """The values with named axes."""
+        """Return the values with named axes."""
         coords: dict[str, Any] = {"checkpoint": list(self.checkpoints), "layer": list(self.layers)}
         if self.index is not None:
             coords |= {"of_prompt": ("prompt", self.index[:, 0]), "pos": ("prompt", self.index[:, 1])}
@@ -125,23 +126,23 @@ def cache_residuals(
 ) -> Residuals:
     """Read `resid_post` of every checkpoint of a sequence on the same prompts.
 
-    One model is opened and the weights of later folders are swapped into it; each pass stops at the deepest layer
-    asked for and computes no logits; what all prompts begin with is run once; only the read positions are kept.
+    One model is opened, and the weights of later folders are swapped into it. A forward pass stops at the deepest layer
+    that is read and computes no logits; a prefix that all prompts share is run once; only the read positions are kept.
 
     Args:
         sequence: the history.
-        prompts: default: the sequence's probes; under its system prompt, if they have none of their own.
+        prompts: default: the sequence's probes; under its system prompt, unless they have their own.
         layers: default: all.
-        positions: `"last"`, the last prompt token (after the template's generation prompt); a negative index counted
-            from the end (−1 is the last); `"instruction"`, the mean over the prompt's own tokens; `Answers(texts)`, the
-            mean over the tokens of an answer after each prompt. Rows of their own, one a token: `"post_instruction"`,
-            the template's tokens after the instruction; `"all"`; a function of token ids that gives positions.
-        checkpoints: which ones; default: witness, anchor and every run's.
-        through: read folders as Hugging Face models or through `TransformerBridge`; both give the same states.
+        positions: `"last"`, the last prompt token (after the template's generation prompt); a negative index (−1 is the
+            last token); `"instruction"`, the mean over the prompt's own tokens; `Answers(texts)`, the mean over the
+            tokens of an answer after each prompt. With one row per token: `"post_instruction"`, the template's tokens
+            after the instruction; `"all"`; a function of token ids that returns positions.
+        checkpoints: default: witness, anchor and those of all runs.
+        through: open folders as Hugging Face models or as `TransformerBridge`; both give the same states.
         placement: device, dtype and disk; see `Placement`.
-        store: a folder that keeps states by what they are of: what is there is not computed again, a killed call goes
-            on where it was, and the values are memory-mapped. Default: they are held in memory.
-        executor: whose workers fill the store, a checkpoint each; any `concurrent.futures.Executor`, Dask's or
+        store: folder of a content-addressed cache: cached states are reused, a killed call resumes, and the values are
+            memory-mapped. Default: the values are held in memory.
+        executor: its workers fill the store, one checkpoint per task; any `concurrent.futures.Executor`, also Dask's or
             submitit's.
 
     Returns:
@@ -149,52 +150,54 @@ def cache_residuals(
 
     Raises:
         GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened, has another shape or was
-            processed (centred, or folded where another is not); an executor without a store; a disk that is full.
+            processed (centred, or folded where another is not); an executor without a store; a full disk.
     """
-    asked = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
-    if store is None:
-        _check_no(executor)
-        values, precisions = read_here(asked.plan, asked.checkpoints, through, placement)
+    request = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
+    if store is not None:
+        cache = Store(Path(store), through, placement)
+        values, precisions = read_through_store(request.plan, request.checkpoints, cache, executor)
+    elif executor is None:
+        values, precisions = read_here(request.plan, request.checkpoints, through, placement)
     else:
-        stored = Stored(Path(store), through, placement)
-        values, precisions = read_through_store(asked.plan, asked.checkpoints, stored, executor)
-    return Residuals(values, asked.names, asked.plan.layers, asked.prompts, asked.meta(precisions), asked.plan.index)
+        raise GravlensError(
+            f"A {type(executor).__name__} and no store were given.",
+            "Workers write states into a store; they send nothing back.",
+            'store="states", a folder that all workers reach.',
+        )
+    return Residuals(values, **request.labels(precisions), index=request.plan.index)
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """What is to be read of which checkpoints, and how a result names it.
+class Request:
+    """What to read of which checkpoints, and the labels of the result.
 
     Attributes:
-        plan: prompts as tokens, layers, read positions.
-        checkpoints: in order.
+        plan: prompts as token ids, layers, read positions.
+        checkpoints: in order, each resolved once for the whole call.
         prompts: digest of the prompt set.
-        positions: in a word.
-        chat_template: whose.
-        system: the system prompt, or nothing.
+        positions: name of the read positions.
+        chat_template: its origin.
+        system: the system prompt, or "".
     """
 
     plan: Plan
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[Resolved, ...]
     prompts: str
     positions: str | int
     chat_template: str
     system: str
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the checkpoints."""
-        return tuple(checkpoint.name for checkpoint in self.checkpoints)
-
-    def meta(self, precisions: set[str]) -> dict[str, Any]:
-        """What a result was made from."""
-        return {
+    def labels(self, precisions: set[str]) -> dict[str, Any]:
+        """Return the fields that `Residuals` and `Moments` share."""
+        meta = {
             "positions": self.positions,
             "dtype": sorted(precisions),
             "chat_template": self.chat_template,
             **({"system": self.system} if self.system else {}),
             "sources": {checkpoint.name: checkpoint.described for checkpoint in self.checkpoints},
         }
+        names = tuple(checkpoint.name for checkpoint in self.checkpoints)
+        return {"checkpoints": names, "layers": self.plan.layers, "prompts": self.prompts, "meta": meta}
 
 
 def prepare(
@@ -204,30 +207,23 @@ def prepare(
     layers: int | Sequence[int] | None = None,
     positions: Positions = "last",
     checkpoints: Sequence[Checkpoint] | None = None,
-) -> Asked:
-    """What `cache_residuals` would read; no model is opened."""
+) -> Request:
+    """Resolve the arguments of `cache_residuals`; no model is opened."""
     sequence = ModelSequence.of(sequence)
     prompts = sequence.require_probes() if prompts is None else sequence.prompts_of(prompts)
-    tokenizer = sequence_tokenizer(sequence, prompts)
+    known = Known()
+    tokenizer = sequence_tokenizer(sequence, prompts, known)
     queries = queries_of(tokenizer, prompts, positions)
-    wanted = tuple(sequence if checkpoints is None else checkpoints)
+    asked = sequence if checkpoints is None else checkpoints
+    wanted = tuple(resolve(checkpoint, known, weights=False) for checkpoint in asked)
     n_layers, d_model = one_shape(wanted)
     plan = Plan.of(queries, layers_of(layers, n_layers), d_model)
     template = sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none"
-    return Asked(plan, wanted, prompts.digest, described(positions), template, prompts.system)
-
-
-def _check_no(executor: Executor | None) -> None:
-    if executor is not None:
-        raise GravlensError(
-            f"A {type(executor).__name__} and no store were given.",
-            "Workers write what they read into a store; they send nothing back.",
-            'store="states", a folder that all workers reach.',
-        )
+    return Request(plan, wanted, prompts.digest, described(positions), template, prompts.system)
 
 
 def check_states(given: Residuals) -> Residuals:
-    """Residuals as they are; GravlensError for anything else."""
+    """Return residuals as they are; GravlensError for anything else."""
     return of_kind(
         given,
         Residuals,
@@ -237,22 +233,22 @@ def check_states(given: Residuals) -> Residuals:
 
 
 def layers_of(layers: int | Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
-    """Layers that were asked for, ascending; None is all. Raises where one is out of range."""
+    """Sort and check layers; None means all."""
     if layers is None:
         return tuple(range(n_layers))
     layers = as_list(layers)
     if len(layers) == 0:
-        raise GravlensError("No layer was asked for.", f"Layers are 0 to {n_layers - 1}.", "layers=None for all.")
+        raise GravlensError("No layer was given.", f"Layers are 0 to {n_layers - 1}.", "layers=None for all.")
     return tuple(sorted({check_layer(layer, n_layers) for layer in layers}))
 
 
 def read_residuals(
     model: OpenModel, ids: Sequence[Sequence[int]], *, layers: Sequence[int], positions: Offset = "last"
 ) -> Float[Tensor, "prompt layer d_model"]:
-    """States of one opened model, fp32 on the CPU; prompts are batched by length."""
+    """Read states of one open model, fp32 on the CPU; prompts are batched by length."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     out = torch.empty(len(ids), len(layers), model.d_model)
-    with torch.no_grad():
+    with torch.no_grad():  # `Reader` runs in inference mode, whose tensors a model in training must not cache
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             out[rows] = residuals_of_batch(model, pad([ids[r] for r in rows]), layers=layers, positions=positions).cpu()
@@ -262,32 +258,27 @@ def read_residuals(
 def residuals_of_batch(
     model: OpenModel, batch: Batch, *, layers: Sequence[int], positions: Offset = "last"
 ) -> Float[Tensor, "prompt layer d_model"]:
-    """States of one padded batch, fp32; differentiable where gradients are on."""
-    kept = Kept(model, layers, model.device)
-    kept.at([[[at]] for at in _read_index(batch, positions).tolist()])
+    """Read states of one padded batch, fp32; differentiable where gradients are on."""
+    kept, offset = Kept(model, layers, model.device), offset_of(positions, int(batch.attention_mask.sum(1).min()))
+    kept.at([[[end + 1 + offset]] for end in last_positions(batch.attention_mask).tolist()])
     with kept.hooked():
         with suppress(Enough):
             run_trunk(model, batch)
         return kept.rows()
 
 
-def _read_index(batch: Batch, positions: Offset) -> Int[Tensor, " prompt"]:
-    offset = offset_of(positions, int(batch.attention_mask.sum(1).min()))
-    return last_positions(batch.attention_mask) + 1 + offset
-
-
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean, and covariance where it was asked for, of `resid_post` over prompts.
+    """Mean, and optionally covariance, of `resid_post` over prompts.
 
     Attributes:
-        mean: [checkpoint, layer, d_model], fp64, in the residual stream's own units.
+        mean: [checkpoint, layer, d_model], fp64, in units of the residual stream.
         covariance: [checkpoint, layer, d_model, d_model], fp64, divided by the number of rows; or None.
-        rows: how many states each is over.
+        rows: number of states of a checkpoint and layer.
         checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
         layers: layer numbers, ascending.
         prompts: digest of the prompt set.
-        meta: what it was made from, as in `Residuals`.
+        meta: provenance, as in `Residuals`.
     """
 
     mean: Float[np.ndarray, "checkpoint layer d_model"] = field(repr=False)
@@ -309,31 +300,29 @@ def residual_moments(
     checkpoints: Sequence[Checkpoint] | None = None,
     placement: Placement = Placement(),
 ) -> Moments:
-    """What `cache_residuals` reads, reduced over prompts in fp64 as it is read: memory does not grow with their number.
+    """Reduce the states of `cache_residuals` over prompts in fp64, in memory that does not grow with their number.
 
     Args:
         sequence: the history.
         prompts: default: the sequence's probes.
-        reduce: `"mean"`, or `"covariance"`, which gives both.
+        reduce: `"mean"`, or `"covariance"` for both.
         layers: default: all.
-        positions: as in `cache_residuals`; where rows are tokens, the moments are over tokens.
-        checkpoints: which ones; default: witness, anchor and every run's.
+        positions: as in `cache_residuals`; with one row per token, the moments are over tokens.
+        checkpoints: default: witness, anchor and those of all runs.
         placement: device, dtype and disk.
 
     Raises:
         GravlensError: what `cache_residuals` raises.
     """
     if reduce not in ("mean", "covariance"):
-        raise GravlensError(
-            f"reduce={reduce!r} was given.", "States are reduced over prompts.", '"mean" or "covariance".'
-        )
-    asked = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
-    shape = (len(asked.checkpoints), len(asked.plan.layers), asked.plan.d_model)
-    # About the first batch's mean, which is near the whole mean: what is squared and summed is not far from 0.
+        raise GravlensError(f"reduce={reduce!r} was given.", 'reduce must be "mean" or "covariance".', 'reduce="mean".')
+    request = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
+    shape = (len(request.checkpoints), len(request.plan.layers), request.plan.d_model)
+    # Squares are summed about the first batch's mean: about 0 they would cancel where the mean is large.
     about, total, rows = np.zeros(shape), np.zeros(shape), np.zeros(shape[0], int)
     squares = np.zeros((*shape, shape[-1])) if reduce == "covariance" else None
     precisions: set[str] = set()
-    for number, found, states, precision in read_each(asked.plan, asked.checkpoints, "huggingface", placement):
+    for number, found, states, precision in read_each(request.plan, request.checkpoints, "huggingface", placement):
         if not rows[number]:
             about[number] = states.mean(0, dtype=np.float64)
         away = states - about[number]
@@ -345,24 +334,22 @@ def residual_moments(
     offset = total / rows[:, None, None]
     if squares is not None:
         squares = squares / rows[:, None, None, None] - offset[..., :, None] * offset[..., None, :]
-    return Moments(
-        about + offset, squares, int(rows[0]), asked.names, asked.plan.layers, asked.prompts, asked.meta(precisions)
-    )
+    return Moments(about + offset, squares, int(rows[0]), **request.labels(precisions))
 
 
 def substitute(residuals: Residuals, *, witness: str = "witness", anchor: str = "anchor") -> Residuals:
-    """The pair of states that `locate_vrev` reads, with another checkpoint as witness or as anchor.
+    """Return residuals of a witness and an anchor for `locate_vrev`, with other checkpoints in these roles.
 
     A *wrong witness* (another initialisation or lineage) shares this anchor, so its baseline is not 0. A *sibling
-    anchor* A′ (this witness, another alignment seed) gives cos(h(θ_t) − h(A), h(W) − h(A′)): no anchor in common.
+    anchor* A′ (this witness, another alignment seed) gives cos(h(θ_t) − h(A), h(W) − h(A′)), without a common anchor.
 
     Args:
-        residuals: hold both checkpoints.
-        witness: name of the one that stands for the witness.
-        anchor: name of the one that stands for the anchor.
+        residuals: states of both checkpoints.
+        witness: name of the checkpoint that serves as witness.
+        anchor: name of the checkpoint that serves as anchor.
 
     Raises:
-        GravlensError: the residuals hold no checkpoint of that name.
+        GravlensError: an unknown name.
     """
     check_states(residuals)
     values = np.stack([residuals.of(witness), residuals.of(anchor)])
@@ -375,14 +362,14 @@ def substitute(residuals: Residuals, *, witness: str = "witness", anchor: str = 
 
 
 def from_start(residuals: Residuals, *, start: str) -> Residuals:
-    """Runs that start elsewhere (an unaligned twin starts at the witness): their drift is h(θ_t) − h(start).
+    """Measure drift from another start, h(θ_t) − h(start): an unaligned twin starts at the witness.
 
     Args:
-        residuals: hold `anchor`, the start and the runs.
-        start: name of the checkpoint that takes the anchor's place.
+        residuals: states of `anchor`, the start and the runs.
+        start: name of the checkpoint that replaces the anchor.
 
     Raises:
-        GravlensError: the residuals hold no checkpoint of that name.
+        GravlensError: an unknown name.
     """
     check_states(residuals)
     values = residuals.values.copy()

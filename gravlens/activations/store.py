@@ -1,12 +1,12 @@
-"""A folder of residual states that is asked by content: what is there is never computed again, what is damaged is.
+"""Content-addressed on-disk cache of hidden states: hits are reused, corrupt files are recomputed.
 
-    states/<fingerprint of a checkpoint>/<block>.<header>.<sha256>.safetensors    rows of some prompts at some layers
-    views/<question>.<sha256>.safetensors                                         one whole answer, memory-mapped
-    digests/<files>.json                                                 digests of weights by their files' marks
+    states/<fingerprint of a checkpoint>/<block>.<header>.<sha256>.safetensors    states of some prompts at some layers
+    views/<request>.<sha256>.safetensors                                          one whole result, memory-mapped
+    digests/<files>.json                                                          digests of weights, by their files
 
-A file is written under another name and then renamed, and its name holds the SHA-256 of what is in it, that of a header
-apart, since headers are believed before all is read. So a kill leaves whole files and scratch, two processes write the
-same, and no damage goes unseen.
+Files are written under a temporary name and renamed, and a file's name holds the SHA-256 of its content. So a killed
+run leaves complete files and scratch files, several processes can write at once, and corruption is detected. The header
+has a checksum of its own, because headers alone decide what is missing.
 """
 
 import hashlib
@@ -14,38 +14,66 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from importlib.metadata import version
+from multiprocessing import current_process
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from safetensors.numpy import load
+from torch import nn
 
+from gravlens.activations.fingerprint import check_same_content, fingerprint
+from gravlens.activations.plan import Plan, Through, read_block
 from gravlens.activations.positions import Query
+from gravlens.activations.reader import Reader
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import TensorWriter, map_tensor, meta_of, tensor_bytes, write_atomically
+from gravlens.core.progress import progress
+from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import Resolved, changed_meanwhile, resolve
+from gravlens.models.placement import Placement
+from gravlens.models.swapping import open_each, precision_of
+from gravlens.models.tokenizers import check_vocabulary
 
 KIND = "states"
+# Tokens of an executor's task, at least: below that, opening the checkpoint takes more than a tenth of the task. Both
+# times grow with the size of the model, so the number serves all of them (docs/scale.md).
+TASK_TOKENS = {"cpu": 1 << 16}
+TASK_TOKENS_ELSEWHERE = 1 << 22
+ATTEMPTS = 3  # a corrupt file is only found, and deleted, when the result is assembled
+T = TypeVar("T")
+Blocks = tuple[tuple[tuple[Query, ...], tuple[int, ...]], ...]  # prompts, and layers to read of them
+_ONE_AT_A_TIME = Lock()  # opening a model changes settings of the whole process: two threads would undo each other's
 
 
+@lru_cache(maxsize=1 << 16)  # every checkpoint asks for the same prompts
 def query_key(query: Query) -> str:
-    """A prompt's tokens and read positions, in 128 bits."""
-    return hashlib.sha256(json.dumps([query.ids, query.reads]).encode()).hexdigest()[:32]
+    """Hash a prompt's tokens and read positions."""
+    return _sha256(query.ids, query.reads)
 
 
+def _sha256(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+# --- states of one checkpoint ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Part:
-    """One file of states.
+class BlockFile:
+    """Header of one file of states.
 
     Attributes:
-        path: where it lies.
+        path: the file.
         queries: keys of its prompts, in the order of its rows.
-        rows: how many rows each has.
-        layers: which layers it holds.
+        rows: number of rows of each prompt.
+        layers: its layers.
         checkpoint: source of the checkpoint that first wrote it.
     """
 
@@ -57,22 +85,32 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """The folder with the states of one checkpoint, read in one way."""
+class StateFolder:
+    """States of one checkpoint, read in one way."""
 
     folder: Path
 
-    def parts(self) -> list[Part]:
-        """The files that are there, by their headers; one without a readable header is taken away and named."""
-        return [part for path in sorted(self.folder.glob("*.safetensors")) if (part := part_of(path))]
+    def files(self) -> list[BlockFile]:
+        """Read the headers of all files; corrupt ones are deleted with a warning."""
+        return [one for path in sorted(self.folder.glob("*.safetensors")) if (one := read_header(path))]
 
     def missing(self, queries: Sequence[str], layers: Sequence[int]) -> list[tuple[int, ...]]:
-        """For each prompt the layers that no file holds."""
+        """Return, for each prompt, the layers that no file holds."""
         held: dict[str, set[int]] = {}
-        for part in self.parts():
-            for query in part.queries:
-                held.setdefault(query, set()).update(part.layers)
+        for file in self.files():
+            for query in file.queries:
+                held.setdefault(query, set()).update(file.layers)
         return [tuple(layer for layer in layers if layer not in held.get(query, ())) for query in queries]
+
+    def missing_of(self, blocks: Blocks) -> Blocks:
+        """Restrict blocks to the prompts and layers that no file holds."""
+        absent = iter(self.missing([query_key(q) for queries, _ in blocks for q in queries], _layers_of(blocks)))
+        found = []
+        for queries, layers in blocks:
+            lacks = [(query, set(layers) & set(next(absent))) for query in queries]
+            if rest := tuple(query for query, some in lacks if some):
+                found.append((rest, tuple(sorted(set.union(*(some for _, some in lacks))))))
+        return tuple(found)
 
     def put(
         self,
@@ -84,189 +122,373 @@ class Shelf:
     ) -> None:
         """Write one file."""
         keys, rows = [query_key(query) for query in queries], [len(query.reads) for query in queries]
-        block = hashlib.sha256(json.dumps([keys, list(layers)]).encode()).hexdigest()[:16]
         meta = {"queries": keys, "rows": rows, "layers": list(layers), "checkpoint": checkpoint}
         content = tensor_bytes(KIND, {"states": states}, meta)
-        name = f"{block}.{_header_digest(content)}.{hashlib.sha256(content).hexdigest()}.safetensors"
-        with room_on_disk(self.folder):
-            write_atomically(self.folder / name, content)
+        digests = (_sha256(keys, list(layers))[:16], _header_digest(content), hashlib.sha256(content).hexdigest())
+        with disk_errors(self.folder):
+            write_atomically(self.folder / f"{'.'.join(digests)}.safetensors", content)
 
     def rows(
         self, queries: Sequence[str], layers: Sequence[int]
     ) -> Iterator[tuple[int, tuple[int, ...], Float[np.ndarray, "row layer d_model"]]]:
-        """(number of the prompt, layers, its rows at these), each once, file by file: one file at a time is in memory.
-
-        A file whose content is not what its name says is taken away, and what it held does not come.
-        """
+        """Yield (index of the prompt, layers, its rows), each once; corrupt files are deleted and yield nothing."""
         numbers: dict[str, list[int]] = {}
         for number, query in enumerate(queries):
             numbers.setdefault(query, []).append(number)
         left = {query: set(layers) for query in numbers}
-        for part in self.parts():
-            if not any(left.get(query, set()) & set(part.layers) for query in part.queries):
+        for file in self.files():
+            if not any(left.get(query, set()) & set(file.layers) for query in file.queries):
                 continue
-            if (content := whole_content(part.path)) is None:
+            if (states := map_verified(file.path, "states")) is None:
                 continue
-            states = load(content)["states"]
-            ends = np.cumsum(part.rows).tolist()
-            for query, end, count in zip(part.queries, ends, part.rows, strict=True):
-                fresh = tuple(layer for layer in part.layers if layer in left.get(query, ()))
-                if fresh:
-                    left[query] -= set(fresh)
-                    columns = [part.layers.index(layer) for layer in fresh]
+            for query, end, count in zip(file.queries, np.cumsum(file.rows).tolist(), file.rows, strict=True):
+                new = tuple(layer for layer in file.layers if layer in left.get(query, ()))
+                if new:
+                    left[query] -= set(new)
+                    columns = [file.layers.index(layer) for layer in new]
                     for number in numbers[query]:
-                        yield number, fresh, states[end - count : end, columns]
+                        yield number, new, states[end - count : end, columns]
 
 
-# --- damage ---------------------------------------------------------------------------------------------------------
-def part_of(path: Path) -> Part | None:
-    """What a file says of itself; where it cannot be read it is taken away and named."""
+def _layers_of(blocks: Blocks) -> list[int]:
+    return sorted({layer for _, layers in blocks for layer in layers})
+
+
+# --- corruption -----------------------------------------------------------------------------------------------------
+def read_header(path: Path) -> BlockFile | None:
+    """Read a file's header and verify its checksum; a corrupt file is deleted with a warning."""
     try:
         with path.open("rb") as file:
             start = file.read(8)
             start += file.read(min(int.from_bytes(start, "little"), path.stat().st_size))
         if _header_digest(start) == path.name.split(".")[1]:
             meta = meta_of(start, path, KIND)
-            fields = {key: tuple(meta[key]) for key in ("queries", "rows", "layers")}
-            return Part(path, **fields, checkpoint=str(meta["checkpoint"]))
+            queries, rows, layers = (tuple(meta[key]) for key in ("queries", "rows", "layers"))
+            return BlockFile(path, queries, rows, layers, meta["checkpoint"])
     except FileNotFoundError:
-        return None  # another process took it away
+        return None  # another process has deleted it
     except (OSError, IndexError):
         pass
-    return _taken_away(path)
+    return _delete_corrupt(path)
 
 
 def _header_digest(content: bytes) -> str:
     return hashlib.sha256(content[: 8 + int.from_bytes(content[:8], "little")]).hexdigest()[:16]
 
 
-def whole_content(path: Path) -> bytes | None:
-    """What a file holds, if that is what its name says; where it is not, the file is taken away and named."""
+def map_verified(path: Path, name: str) -> np.ndarray | None:
+    """Memory-map a tensor of a file after verifying its checksum; a corrupt file is deleted with a warning."""
     try:
-        content = path.read_bytes()
-    except OSError:  # another process took it away
-        return None
-    return content if _kept(path, hashlib.sha256(content).hexdigest()) else None
+        if is_corrupt(path):
+            return _delete_corrupt(path)
+        with suppress(OSError):  # a file of another user
+            os.utime(path)  # time of last use, for `prune_store`
+        return map_tensor(path, name)
+    except OSError:
+        return None  # another process has deleted it
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file's content is what its name says; where it is not, the file is taken away and named."""
-    found = _digest(path)
-    return found is not None and _kept(path, found)
+def is_corrupt(path: Path) -> bool:
+    """Compare a file's content with the checksum in its name."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() != path.name.split(".")[-2]
 
 
-def _kept(path: Path, found: str) -> bool:
-    """Whether the digest that was found is the one in the name; a file with another is taken away and named."""
-    if found != _promised(path):
-        _taken_away(path)
-        return False
-    with suppress(OSError):
-        os.utime(path)  # when it was last asked for, for pruning
-    return True
-
-
-def _promised(path: Path) -> str:
-    return path.name.split(".")[-2]
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # another process took it away
-        return None
-
-
-def _taken_away(path: Path) -> None:
-    warnings.warn(f"{path} is damaged: it is taken away, and what it held is computed again.", stacklevel=3)
+def _delete_corrupt(path: Path) -> None:
+    warnings.warn(f"{path} is corrupt: it is deleted and its states are recomputed.", stacklevel=3)
     path.unlink(missing_ok=True)
 
 
 @contextmanager
-def room_on_disk(folder: Path) -> Generator[None]:
-    """A full disk, or a folder that cannot be written, as one clear error."""
+def disk_errors(folder: Path) -> Generator[None]:
+    """Raise a full or read-only disk as GravlensError."""
     try:
         yield
     except OSError as error:
         raise GravlensError(
             f"The store {folder} cannot be written ({error.strerror or error}).",
-            "States are written as they are computed; what is there is whole and stays.",
-            "room on that disk (gravlens store prune), or another store; then the same call goes on where it was.",
+            "States are written as they are computed; all complete files are kept.",
+            "free space on that disk (gravlens store prune), or another store; the same call then resumes.",
         ) from error
 
 
-# --- whole answers --------------------------------------------------------------------------------------------------
-def find_view(folder: Path, question: str) -> np.ndarray | None:
-    """A whole answer that was put together before, memory-mapped."""
-    for path in sorted((folder / "views").glob(f"{question[:32]}.*.safetensors")):
-        if is_whole(path):
-            return map_tensor(path, "values")
-    return None
+# --- reading through a store ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Store:
+    """A store, and how missing states are computed."""
+
+    folder: Path
+    through: Through
+    placement: Placement
+
+    def of(self, checkpoint: Checkpoint | Resolved, precision: str) -> StateFolder:
+        """Return the folder for the states of a checkpoint, named by its fingerprint."""
+        checkpoint = resolve(checkpoint, weights=False)
+        # Another minor release of a library may compute other states.
+        libraries = ("transformers", *(["transformer-lens"] if self.through == "bridge" else []))
+        releases = (f"{library} {'.'.join(version(library).split('.')[:2])}" for library in libraries)
+        key = fingerprint(checkpoint, (self.through, precision, *releases), self.folder / "digests")
+        return StateFolder(self.folder / "states" / key[:32])
 
 
-@contextmanager
-def view_writer(folder: Path, question: str, shape: tuple[int, ...]) -> Generator[TensorWriter]:
-    """A whole answer that is being put together; nothing is left of one that is not finished."""
-    with room_on_disk(folder), TensorWriter(folder / "views", question[:32], "view", "values", shape, {}) as view:
-        yield view
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Blocks of prompts to read of one checkpoint.
+
+    Attributes:
+        checkpoint: resolved if it is read in this process; a worker, which may have another disk, resolves it itself.
+        states: folder for the states.
+        blocks: prompts and layers.
+        prefix: token ids that all prompts share.
+        store: how the checkpoint is opened.
+    """
+
+    checkpoint: Checkpoint | Resolved
+    states: StateFolder
+    blocks: Blocks
+    prefix: tuple[int, ...]
+    store: Store
 
 
-# --- looking after a store ------------------------------------------------------------------------------------------
+def read_through_store(
+    plan: Plan, checkpoints: Sequence[Resolved], store: Store, executor: Executor | None
+) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
+    """Return states, memory-mapped, and the precisions that they were computed in.
+
+    Raises:
+        GravlensError: the store cannot be written, or loses what is written into it; what `run_all` raises.
+    """
+    sources: Sequence[Checkpoint | Resolved] = checkpoints
+    if executor is not None:
+        sources = [_sendable(checkpoint.checkpoint) for checkpoint in checkpoints]
+        store = replace(store, folder=store.folder.absolute())
+    precisions = [precision_of(checkpoint, store.placement) for checkpoint in checkpoints]
+    pairs = zip(sources, precisions, strict=True)
+    folders = run_each([partial(store.of, *pair) for pair in pairs], executor, "digests")
+    keys = [query_key(query) for query in plan.queries]
+    request = _sha256([states.folder.name for states in folders], keys, plan.layers)
+    blocks = tuple((tuple(plan.queries[i] for i in block), plan.layers) for block in plan.blocks)
+    found = (map_verified(path, "values") for path in sorted((store.folder / "views").glob(f"{request}.*.safetensors")))
+    view = next((one for one in found if one is not None), None)
+    for _ in range(ATTEMPTS if view is None else 0):
+        unique = dict(zip(folders, sources, strict=True))  # one checkpoint under two names is read once
+        tasks = [Task(one, states, states.missing_of(blocks), plan.prefix, store) for states, one in unique.items()]
+        run_all([task for task in tasks if task.blocks], executor)
+        view = _assemble(plan, keys, folders, store.folder, request)
+        if view is not None:
+            break
+    if view is not None:
+        return view, set(precisions)
+    raise GravlensError(
+        f"The store {store.folder} does not hold what was just written into it.",
+        "No other program may write into a store.",
+        "another folder, and check that disk.",
+    )
+
+
+def _assemble(
+    plan: Plan, keys: Sequence[str], folders: Sequence[StateFolder], store: Path, request: str
+) -> np.ndarray | None:
+    """Copy states into one file and memory-map it; None where some are missing."""
+    width, n_layers, n_rows = plan.d_model, len(plan.layers), plan.ends[-1]
+    missing, shape = len(folders) * len(keys) * n_layers, (len(folders), n_rows, n_layers, width)
+    with disk_errors(store), TensorWriter(store / "views", request, "view", "values", shape, {}) as view:
+        for number, folder in enumerate(folders):
+            for prompt, layers, states in folder.rows(keys, plan.layers):
+                missing -= len(layers)
+                for row, state in zip(plan.rows(prompt), states, strict=True):
+                    at = (number * n_rows + row) * n_layers
+                    # One write for a row with all layers; with some of them, one for each layer.
+                    pieces = [(layers[0], state)] if layers == plan.layers else zip(layers, state, strict=True)
+                    for layer, piece in pieces:
+                        view.write((at + plan.layers.index(layer)) * width, piece)
+        return None if missing else map_tensor(view.finish(), "values")
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+def run_all(tasks: Sequence[Task], executor: Executor | None) -> None:
+    """Run tasks here, or submit them to an executor; its workers write files and return nothing.
+
+    Raises:
+        GravlensError: raised by a worker, or a worker died.
+    """
+    if executor is not None:
+        run_each([partial(resume, part) for task in tasks for part in divided(task)], executor, "residuals")
+    elif tasks:
+        with progress("residuals", total=sum(len(task.blocks) for task in tasks), unit="block") as bar:
+            run_tasks(tasks, bar.update)
+
+
+def divided(task: Task) -> list[Task]:
+    """Split a task of many tokens; no part is shorter than `least_tokens`."""
+    tokens = [sum(query.end - len(task.prefix) for query in queries) for queries, _ in task.blocks]
+    rest, parts = list(task.blocks), []
+    for size in part_sizes(tokens, least_tokens(task.store.placement.device)):
+        parts.append(replace(task, blocks=tuple(rest[:size])))
+        del rest[:size]
+    return parts
+
+
+def least_tokens(device: str) -> int:
+    """Return the least number of tokens of a task."""
+    return TASK_TOKENS.get(device, TASK_TOKENS_ELSEWHERE)
+
+
+def part_sizes(tokens: Sequence[int], least: int) -> list[int]:
+    """Return how many consecutive blocks make each task, given the tokens of each block."""
+    sizes, held = [0], 0
+    for number, count in enumerate(tokens):
+        if held >= least and sum(tokens[number:]) >= least:
+            sizes.append(0)
+            held = 0
+        sizes[-1] += 1
+        held += count
+    return sizes
+
+
+def resume(task: Task) -> None:
+    """Run what is still missing of a task: little, if an earlier worker was killed at it."""
+    if blocks := task.states.missing_of(task.blocks):
+        resolved = resolve(task.checkpoint, weights=False)
+        if task.store.of(resolved, precision_of(resolved, task.store.placement)) != task.states:
+            raise changed_meanwhile(resolved)
+        run_tasks([replace(task, checkpoint=resolved, blocks=blocks)])
+
+
+def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> None:
+    """Read and write states; one model is open at a time, and weights of further checkpoints are swapped into it."""
+    store = tasks[0].store
+    opened = open_each([task.checkpoint for task in tasks], through=store.through, placement=store.placement)
+    for task, (checkpoint, model) in zip(tasks, opened, strict=True):
+        check_same_content(resolve(task.checkpoint))
+        check_vocabulary(checkpoint, model, [query.ids for queries, _ in task.blocks for query in queries])
+        readers: dict[tuple[int, ...], Reader] = {}  # a reader keeps the prefix's keys and values
+        for queries, layers in task.blocks:
+            if layers not in readers:
+                readers[layers] = Reader(model, layers=layers, prefix=task.prefix)
+            rows = Plan(queries, layers, model.d_model, task.prefix, ()).rows
+            states = np.empty((sum(len(query.reads) for query in queries), len(layers), model.d_model), np.float32)
+            for batch, found in read_block(readers[layers], queries):
+                states[[row for i in batch for row in rows(i)]] = found
+            task.states.put(states, queries=queries, layers=layers, checkpoint=checkpoint.described)
+            tick()
+
+
+# --- executors ------------------------------------------------------------------------------------------------------
+def run_each(calls: Sequence[Callable[[], T]], executor: Executor | None, what: str) -> list[T]:
+    """Run calls here or on an executor's workers; pending calls are cancelled on any error or interrupt.
+
+    Jobs need `result`, `done` and `cancel` only, which submitit's have too.
+
+    Raises:
+        GravlensError: raised by a call, or a worker died.
+    """
+    if executor is None:
+        return [call() for call in calls]
+    jobs: list[Any] = []
+    try:
+        jobs += [executor.submit(_outcome, call) for call in calls]
+        with progress(what, jobs, unit="task") as each:
+            return [_raised(job.result()) for job in each]
+    except GravlensError:
+        raise
+    except Exception as error:  # every executor has its own exceptions for a worker that died
+        raise GravlensError(
+            f"A worker of {type(executor).__name__} ended ({(str(error) or type(error).__name__).splitlines()[0]}).",
+            "All workers must live until their tasks are done; complete files stay in the store.",
+            "the same call with a new executor: it resumes.",
+        ) from error
+    finally:
+        for job in jobs:
+            with suppress(Exception):  # a Slurm job that has just ended cannot be cancelled
+                if not job.done():
+                    job.cancel()
+
+
+def _outcome(call: Callable[[], T]) -> T | GravlensError:
+    """Return a worker's error like a result: submitit would raise it as an exception of its own."""
+    with _ONE_AT_A_TIME:
+        if type(current_process()).__name__ == "ForkProcess":  # torch's thread pool does not survive fork: deadlock
+            return GravlensError(
+                "A worker process was forked from one that runs torch.",
+                "Workers must be spawned.",
+                'ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")).',
+            )
+        try:
+            return call()
+        except GravlensError as error:
+            return error
+
+
+def _raised(outcome: T | GravlensError) -> T:
+    if isinstance(outcome, GravlensError):
+        raise outcome
+    return outcome
+
+
+def _sendable(checkpoint: Checkpoint) -> Checkpoint:
+    """Make a checkpoint's paths absolute and drop its tokenizer: workers get token ids."""
+    if isinstance(checkpoint.source, nn.Module):
+        raise GravlensError(
+            f"{checkpoint.name} is {checkpoint.described}, and an executor was given.",
+            "Workers open checkpoints from disk.",
+            "folders (model.save_pretrained), or no executor.",
+        )
+    here = Path(checkpoint.source)
+    base = None if checkpoint.base is None else _sendable(checkpoint.base)
+    source = here.absolute() if here.is_dir() else checkpoint.source
+    return replace(checkpoint, source=source, base=base, template="own", tokenizer=None)
+
+
+# --- maintenance ----------------------------------------------------------------------------------------------------
 def check_store(folder: Path) -> Path:
-    """Raise where a folder is no store."""
+    """Raise where a folder is not a store."""
     if not any((folder / name).is_dir() for name in ("states", "views")):
         raise GravlensError(
-            f"{folder} is no store of states.",
-            "A store has a folder states/, once something was read into it.",
+            f"{folder} is not a store of states.",
+            "A store contains a folder states/ after its first use.",
             'the folder that was given as cache_residuals(..., store="…").',
         )
     return folder
 
 
 def list_store(folder: Path) -> pd.DataFrame:
-    """What a store holds: a row for each checkpoint that was read in one way, and one for the whole answers.
+    """List a store: one row for each checkpoint that was read in one way, and one for the assembled results.
 
     Returns:
-        `states` (the folder's name), `checkpoint` (its source when it was first read), `prompts`, `layers`, `files`,
-        `mib`, `used` (when a file was last written or asked for).
+        `states` (the folder's name), `checkpoint` (source when it was first read), `prompts`, `layers`, `files`,
+        `mib`, `used` (time of last write or use).
     """
-    rows = [_row(Shelf(shelf)) for shelf in sorted((check_store(folder) / "states").glob("*")) if any(shelf.iterdir())]
-    views = list((folder / "views").glob("*.safetensors"))
-    if views:
-        rows.append({"states": "views", "checkpoint": "whole answers, made again where they lack", **_sizes(views)})
+    rows = []
+    for states in sorted((check_store(folder) / "states").glob("*")):
+        if files := StateFolder(states).files():
+            prompts = {query for file in files for query in file.queries}
+            layers = {layer for file in files for layer in file.layers}
+            counts = {"prompts": len(prompts), "layers": len(layers), **_sizes([file.path for file in files])}
+            rows.append({"states": states.name, "checkpoint": files[0].checkpoint, **counts})
+    if views := list((folder / "views").glob("*.safetensors")):
+        rows.append({"states": "views", "checkpoint": "assembled results, made again on demand", **_sizes(views)})
     return pd.DataFrame(rows, columns=["states", "checkpoint", "prompts", "layers", "files", "mib", "used"])
-
-
-def _row(shelf: Shelf) -> dict[str, Any]:
-    parts = shelf.parts()
-    return {
-        "states": shelf.folder.name,
-        "checkpoint": parts[0].checkpoint if parts else "",
-        "prompts": len({query for part in parts for query in part.queries}),
-        "layers": len({layer for part in parts for layer in part.layers}),
-        **_sizes([part.path for part in parts]),
-    }
 
 
 def _sizes(paths: Sequence[Path]) -> dict[str, Any]:
     stats = [path.stat() for path in paths]
-    used = pd.Timestamp(max((stat.st_mtime for stat in stats), default=0), unit="s").floor("s")
+    used = pd.Timestamp(max(stat.st_mtime for stat in stats), unit="s").floor("s")
     return {"files": len(stats), "mib": sum(stat.st_size for stat in stats) / 2**20, "used": used}
 
 
 def damaged_files(folder: Path) -> list[Path]:
-    """The files whose content is not what their name says; nothing is taken away."""
-    paths = sorted(check_store(folder).rglob("*.safetensors"))
-    return [path for path in paths if _digest(path) != _promised(path)]
+    """Verify all checksums and return the corrupt files; nothing is deleted."""
+    return sorted(path for path in check_store(folder).rglob("*.safetensors") if is_corrupt(path))
 
 
 def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = False) -> list[Path]:
-    """Take away what is not needed: damaged files, scratch of killed runs (an hour old), whole answers.
+    """Delete corrupt files, assembled results, and scratch files of killed runs that are an hour old.
 
     Args:
         folder: the store.
-        unused_days: states too that were not written or asked for since then.
-        dry: name them only.
+        unused_days: delete states too that were not written or used for this long.
+        dry: only return the files.
     """
     now, old = time.time(), [] if unused_days is None else (folder / "states").rglob("*.safetensors")
     found = {*damaged_files(folder), *(folder / "views").glob("*.safetensors")}

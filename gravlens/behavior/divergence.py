@@ -1,4 +1,4 @@
-"""How far two models speak alike: KL over answers, and how likely one model finds what another said."""
+"""Compare two models on text: KL divergence over answers, and the log-likelihood of given answers."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +15,7 @@ from gravlens.models.forward import batches, end_logits, generate, sequence_logp
 from gravlens.models.opening import Openable, OpenModel, open_model
 
 Ids = Sequence[Sequence[int]]
-POSITIONS = 512  # in one pass: so many rows of the vocabulary are held at once for each model
+POSITIONS = 512  # per pass and model: each is a row of logits over the whole vocabulary in memory
 
 
 def kl_from(
@@ -26,20 +26,21 @@ def kl_from(
     answers: Sequence[str] | None = None,
     max_new_tokens: int = 24,
 ) -> Float[np.ndarray, " prompt"]:
-    """KL(reference ‖ model) over the whole vocabulary, its mean over the positions of an answer; nats.
+    """KL(reference ‖ model) of next-token distributions over the whole vocabulary, averaged over an answer; nats.
 
-    The positions are the last prompt token and every token of the answer, each a distribution of what comes next; both
-    models read the same tokens. `functools.partial(kl_from, reference)` is a `Score`.
+    Positions are the last prompt token and every token of the answer; both models read the same tokens.
+    `functools.partial(kl_from, reference)` is a `Score`.
 
     Args:
-        reference: the model that the other is held against, such as the anchor or the witness.
-        model: the other; not the same object, whose hooks would act on both.
-        prompts: what is answered.
-        answers: given answers; default: the reference's own greedy ones. Empty ones leave the last prompt token.
-        max_new_tokens: their length, where the reference answers.
+        reference: the baseline, such as the anchor or the witness.
+        model: the other model; not the same object, or hooks would act on both.
+        prompts: the prompts.
+        answers: one per prompt; default: the reference's greedy answers. An empty one leaves the last prompt token.
+        max_new_tokens: length of the default answers.
 
     Raises:
-        GravlensError: another vocabulary or chat template, no tokenizer, answers and prompts of different number.
+        GravlensError: different vocabularies or chat templates, no tokenizer, or different numbers of answers and
+            prompts.
     """
     reference, model = open_model(reference), open_model(model)
     _check_one_language(reference, model)
@@ -64,7 +65,7 @@ def _divergence(log_p: Float[Tensor, "pos vocab"], log_q: Float[Tensor, "pos voc
 
 
 def _answer_logprobs(model: OpenModel, prompts: Ids, answers: Ids) -> Iterator[tuple[int, Float[Tensor, "pos vocab"]]]:
-    """Each row's log-probabilities from the last prompt token on, fp32; shortest row first, for every kind of model."""
+    """Log-probabilities from the last prompt token on, fp32; shortest row first for any family, so rows pair up."""
     ids = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     size = max(1, POSITIONS // (1 + max(map(len, answers))))
@@ -79,20 +80,20 @@ def _answer_logprobs(model: OpenModel, prompts: Ids, answers: Ids) -> Iterator[t
 
 
 def answer_log_likelihood(model: Openable, prompts: Prompts, answers: Sequence[str]) -> Float[np.ndarray, " prompt"]:
-    """Mean over an answer's tokens of log p(token | prompt, tokens before), teacher-forced; nats a token.
+    """Log-likelihood of answers, teacher-forced: mean of log p(token | prompt, tokens before); nats per token.
 
-    The end of sequence is not counted: a recorded answer may have been cut.
+    The end of sequence is not included: a recorded answer may have been truncated.
 
     Args:
-        model: whose likelihood it is.
-        prompts: what was asked.
-        answers: one a prompt, of any origin.
+        model: the model to score with.
+        prompts: the prompts.
+        answers: one per prompt, from any source.
 
     Returns:
         [prompt]; NaN for an empty answer.
 
     Raises:
-        GravlensError: no tokenizer, answers and prompts of different number.
+        GravlensError: no tokenizer, or different numbers of answers and prompts.
     """
     model = open_model(model)
     asked = encode(model.tokenizer, PromptSet.of(prompts))
@@ -109,14 +110,14 @@ def _encode_answers(model: OpenModel, asked: Ids, answers: Sequence[str]) -> lis
     if len(asked) != len(answers):
         raise GravlensError(
             f"There are {len(asked)} prompts and {len(answers)} answers.",
-            "Each prompt has one answer.",
+            "One answer per prompt is needed.",
             "answers = generate_answers(model, prompts).",
         )
     return [model.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]  # pyright: ignore[reportOptionalCall]
 
 
 def _check_one_language(reference: OpenModel, model: OpenModel) -> None:
-    """Both tokenizers, where both have one, write the same tokens in the same template."""
+    """Raise if both models have tokenizers and these differ in vocabulary or chat template."""
     one, other = reference.tokenizer, model.tokenizer
     if one is None or other is None or one is other:
         return
@@ -125,7 +126,7 @@ def _check_one_language(reference: OpenModel, model: OpenModel) -> None:
     if getattr(one, "chat_template", None) != getattr(other, "chat_template", None):
         raise GravlensError(
             "The two models have different chat templates.",
-            "Both read the same tokens, so the choice of a template is yours.",
+            "Both must read the same tokens, so choose one template.",
             "open_model(folder, tokenizer=sequence_tokenizer(sequence)) for both.",
         )
 
@@ -133,6 +134,6 @@ def _check_one_language(reference: OpenModel, model: OpenModel) -> None:
 def _another_vocabulary(one: int, other: int) -> GravlensError:
     return GravlensError(
         f"The two models have different vocabularies ({one} and {other} tokens).",
-        "KL compares them token by token.",
+        "KL divergence compares probabilities token by token.",
         "two checkpoints of one history.",
     )

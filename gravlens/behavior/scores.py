@@ -1,7 +1,6 @@
-"""What a model does with prompts, as numbers: refusal log-odds, judged answers, task loss.
+"""Scores of a model on prompts: refusal log-odds, task loss, perplexity.
 
-A `Score` gives one number a prompt, a `Judge` says which answers do not refuse. Both are plain functions, so any
-callable of the same shape takes their place.
+A `Score` is any function (model, prompts) -> one number per prompt.
 """
 
 import math
@@ -20,26 +19,26 @@ from gravlens.models.forward import final_logits, sequence_logprobs
 from gravlens.models.opening import Openable, OpenModel, open_model
 
 Score: TypeAlias = Callable[[OpenModel, PromptSet], Float[np.ndarray, " prompt"]]
-# "I" opens compliance too: where that matters, two_sided_log_odds weighs whole openings of both kinds.
+# "I" begins compliance too: two_sided_log_odds, which compares whole openings of both kinds, can tell them apart.
 DEFAULT_REFUSAL_OPENINGS = ("I'm sorry", "I cannot", "Sorry", "As an AI")
 
 
-# --- log-odds of refusing ---------------------------------------------------------------------------------------
+# --- refusal log-odds -------------------------------------------------------------------------------------------
 def refusal_log_odds(
     model: Openable, prompts: Prompts, *, openings: Sequence[str] = DEFAULT_REFUSAL_OPENINGS
 ) -> Float[np.ndarray, " prompt"]:
-    """log p(R) − log(1 − p(R)) after the last prompt token, nats; R holds the first token of each refusal opening.
+    """log p(R) − log(1 − p(R)) after the last prompt token, nats; R: the first tokens of refusal openings.
 
-    The score of Arditi et al. (2024). An opening is read as it stands, without a leading space, which is how an answer
-    begins after a chat template; a model without one that continues text needs `" I"`.
+    The score of Arditi et al. (2024). Openings are tokenised without a leading space, as an answer begins after a chat
+    template; for a model without a template, which continues text, give `" I"`.
 
     Args:
-        model: what is asked.
-        prompts: under its chat template, if it has one.
+        model: the model to score.
+        prompts: rendered with its chat template, if it has one.
         openings: how refusals of this model begin.
 
     Raises:
-        GravlensError: the model has no tokenizer, or its vocabulary lacks an opening.
+        GravlensError: the model has no tokenizer, or an opening has unknown words.
     """
     model = open_model(model)
     ids = encode(model.tokenizer, PromptSet.of(prompts))
@@ -47,24 +46,25 @@ def refusal_log_odds(
     logits = final_logits(model, ids).double()
     refusing = torch.zeros(logits.shape[1], dtype=torch.bool)
     refusing[first] = True
+    # Two sums of exponentials: 1 − p(R) has no digits left where p(R) is almost 1.
     return (logits[:, refusing].logsumexp(1) - logits[:, ~refusing].logsumexp(1)).numpy()
 
 
 def two_sided_log_odds(
     model: Openable, prompts: Prompts, *, refusals: Sequence[str], compliances: Sequence[str]
 ) -> Float[np.ndarray, " prompt"]:
-    """log Σ p(refusal opening) − log Σ p(compliance opening), each opening teacher-forced to its end; nats.
+    """log Σ p(refusal opening) − log Σ p(compliance opening), whole openings teacher-forced; nats.
 
-    Longer openings are less likely, so compare a model with itself, or openings of like length.
+    Longer openings are less likely, so compare checkpoints of one model, or openings of similar length.
 
     Args:
-        model: what is asked.
-        prompts: under its chat template, if it has one.
+        model: the model to score.
+        prompts: rendered with its chat template, if it has one.
         refusals: how refusals of this model begin.
         compliances: how its other answers begin.
 
     Raises:
-        GravlensError: the model has no tokenizer, or its vocabulary lacks an opening.
+        GravlensError: the model has no tokenizer, or an opening has unknown words.
     """
     model = open_model(model)
     ids = encode(model.tokenizer, PromptSet.of(prompts))
@@ -82,20 +82,20 @@ def opening_logprobs(
 
 
 def encode_openings(model: OpenModel, openings: Sequence[str]) -> list[list[int]]:
-    """Token ids of answer openings; one that the vocabulary cannot write is refused."""
+    """Token ids of answer openings; raise if one has unknown words."""
     encoded = {opening: _encode_opening(model.tokenizer, opening) for opening in texts_of(openings)}
     unknown = [opening for opening, ids in encoded.items() if not ids]
     if unknown or not encoded:
         raise GravlensError(
             f"The vocabulary cannot write {unknown[0]!r}." if unknown else "No opening was given.",
-            "An opening is how an answer of this model begins.",
+            "Openings are how answers of this model begin, in words that its tokenizer knows.",
             "openings in this model's own words: openings=['Sorry', …], or --openings for each.",
         )
     return list(encoded.values())
 
 
 def _encode_opening(tokenizer: Any, opening: str) -> list[int]:
-    """Token ids, or none where a word is unknown (a tokenizer without an unknown token raises a bare Exception)."""
+    """Token ids, or none for an unknown word (a tokenizer without an unknown token raises a bare Exception)."""
     try:
         ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
     except Exception as error:
@@ -105,12 +105,12 @@ def _encode_opening(tokenizer: Any, opening: str) -> list[int]:
     return [] if tokenizer.unk_token_id in ids else ids
 
 
-# --- the task ---------------------------------------------------------------------------------------------------
+# --- task performance -------------------------------------------------------------------------------------------
 def task_loss(model: Openable, examples: Sequence[Example]) -> float:
-    """−Σ log p(token) / tokens over all answers (end of sequence included), nats a token; exp of it is perplexity.
+    """Cross-entropy of the answers, −Σ log p(token) / tokens, end of sequence included; nats per token.
 
     Args:
-        model: what is asked.
+        model: the model to score.
         examples: pairs of prompt and answer.
 
     Raises:
@@ -118,7 +118,11 @@ def task_loss(model: Openable, examples: Sequence[Example]) -> float:
     """
     model, examples = open_model(model), as_list(examples)
     if not examples:
-        raise GravlensError("No examples were given.", "A loss is a mean over answers.", "[Example(prompt, answer)].")
+        raise GravlensError(
+            "No examples were given.",
+            "A loss is a mean over answers, so at least one is needed.",
+            "[Example(prompt, answer)].",
+        )
     prompts, answers = [], []
     for ids, labels in (encode_example(model.tokenizer, example) for example in examples):
         start = labels.count(-100)
@@ -128,10 +132,10 @@ def task_loss(model: Openable, examples: Sequence[Example]) -> float:
 
 
 def perplexity(model: Openable, examples: Sequence[Example]) -> float:
-    """exp of the `task_loss`, e^(−Σ log p / tokens): between how many tokens the model wavers on average; 1: certainty.
+    """exp of the `task_loss`, e^(−Σ log p / tokens); 1 is certainty.
 
     Args:
-        model: what is asked.
+        model: the model to score.
         examples: pairs of prompt and answer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Losses that hold behaviour rather than a direction: KL to the anchor, rehearsal of refusals."""
+"""Losses that preserve behaviour rather than a direction: KL to the anchor, rehearsal of refusals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from gravlens.blockers.blocking import BoundBlocker, Draws, without_dropout
+from gravlens.blockers.blocking import BoundBlocker, Draws, check_fields, without_dropout
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import Batch, Example, PromptSet, encode, encode_example, pad
 from gravlens.models.forward import generate
@@ -19,13 +19,13 @@ from gravlens.models.opening import OpenModel
 
 @dataclass(frozen=True, eq=False)
 class AnchorKL:
-    """λ · mean KL(anchor ‖ θ) over the first tokens of the anchor's own greedy answers, teacher-forced; nats.
+    """λ · mean KL(anchor ‖ θ) over the first tokens of the anchor's own greedy answers, teacher-forced, in nats.
 
     Attributes:
-        prompts: the prompts x: harmful ones hold refusal, harmless ones the rest.
+        prompts: harmful prompts preserve refusal, harmless ones everything else.
         strength: λ.
-        batch: how many prompts are drawn anew at each step.
-        tokens: how many next-token distributions of an answer, from the one after the last prompt token.
+        batch: number of prompts that are drawn for each step; None: all.
+        tokens: number of next-token distributions of an answer, from the one after the last prompt token.
     """
 
     prompts: PromptSet
@@ -34,10 +34,10 @@ class AnchorKL:
     tokens: int = 8
 
     def __post_init__(self) -> None:
-        _check(self, tokens=self.tokens)
+        check_fields(self, from_0=("strength",), from_1=("batch", "tokens"))
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Generate the anchor's answers and take its distributions along them (vocabulary × tokens × prompts, fp32)."""
+        """Generate the anchor's answers and keep its distributions (fp32, vocabulary × tokens × prompts)."""
         prompts = encode(model.tokenizer, self.prompts)
         answers: list[list[int]] = [[]] * len(prompts)
         with torch.no_grad(), without_dropout(model.module):
@@ -62,12 +62,12 @@ class AnchorKL:
 
 @dataclass(frozen=True, eq=False)
 class Rehearsal:
-    """λ · mean −log p(token) of further answers, usually refusals of harmful prompts: a few are rehearsed at each step.
+    """λ · mean −log p(token) of other answers, usually refusals of harmful prompts, a few at each step.
 
     Attributes:
-        examples: the pairs of prompt and answer.
+        examples: pairs of prompt and answer.
         strength: λ.
-        batch: how many are drawn anew at each step.
+        batch: number of examples that are drawn for each step; None: all.
     """
 
     examples: Sequence[Example]
@@ -75,12 +75,14 @@ class Rehearsal:
     batch: int | None = 2
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self, from_0=("strength",), from_1=("batch",))
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Encode the examples; GravlensError where there are none."""
+        """Encode the examples; GravlensError if there are none."""
         if not self.examples:
-            raise GravlensError("No examples were given.", "Rehearsal needs some.", "[Example(prompt, refusal)].")
+            raise GravlensError(
+                "No examples were given.", "Rehearsal needs at least one.", "[Example(prompt, refusal)]."
+            )
         encoded = [encode_example(model.tokenizer, example) for example in self.examples]
         draws = Draws(len(encoded), self.batch, rng)
 
@@ -88,7 +90,7 @@ class Rehearsal:
             ids, labels = zip(*(encoded[row] for row in draws()), strict=True)
             answers = [torch.tensor([label for label in one if label != -100]) for one in labels]
             with without_dropout(model.module):
-                # The distribution after a token is that of the next one, so the last one's is not wanted.
+                # The distribution after a token predicts the next one, so the last token is not run.
                 now = _end_logprobs(model, [one[:-1] for one in ids], [len(answer) for answer in answers])
             told = [one.gather(1, answer[:, None].to(one.device)) for one, answer in zip(now, answers, strict=True)]
             return -weight * self.strength * torch.cat(told).mean()
@@ -96,25 +98,15 @@ class Rehearsal:
         return BoundBlocker(loss=loss, skip=draws.skip)
 
 
-def _check(blocker: AnchorKL | Rehearsal, tokens: int = 1) -> None:
-    if blocker.strength < 0 or tokens < 1 or (blocker.batch is not None and blocker.batch < 1):
-        raise GravlensError(
-            f"{type(blocker).__name__}(strength={blocker.strength}, batch={blocker.batch}) was given, "
-            f"tokens: {tokens}.",
-            "The strength is at least 0, batch and tokens at least 1.",
-            "the defaults.",
-        )
-
-
 def _end_logprobs(
     model: OpenModel, ids: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> list[Float[Tensor, "token vocab"]]:
-    """log p of every next token after each of the last `counts` tokens, differentiable, fp32."""
+    """Compute log p of all next tokens after each of the last `counts` tokens, differentiable, fp32."""
     batch: Batch = pad(ids)
     inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
     module: Any = model.module
-    del inputs["position_ids"]  # right padding leaves them as they are
-    # The class's forward: Trainer has wrapped the object's in autocast, and the anchor was read without.
+    del inputs["position_ids"]  # with right padding they are the default
+    # The class's forward, because Trainer wraps the instance's in autocast and the anchor was read without it.
     logits = type(module).forward(module, **inputs, use_cache=False).logits
     ends = batch.attention_mask.sum(1).tolist()
     return [

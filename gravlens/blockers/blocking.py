@@ -1,15 +1,16 @@
-"""Blocking: how something takes part in the steps of a Hugging Face `Trainer`, and `block`, which lets it.
+"""Hook a `Blocker` into the optimizer steps of a Hugging Face `Trainer`.
 
-A `Blocker` is a frozen description. It is bound once, while the model still stands at its start (the anchor), and then
-takes part in each optimizer step at up to three places: a loss whose gradient is added to the task's, a change of the
-forward and backward passes, a change of the weights after the update. Everything goes through Trainer's callbacks, so
-TRL's `SFTTrainer` is blocked in the same way, with LoRA, gradient accumulation and checkpointing.
+A `Blocker` is a frozen description. It is bound once, while the weights are still those of the start (the anchor), and
+then acts on each optimizer step at up to three places: a loss with a gradient that is added to the task's, a change of
+the forward and backward passes, a change of the weights after the update. Everything goes through Trainer's callbacks,
+so it works in the same way with TRL's `SFTTrainer`, LoRA, gradient accumulation and gradient checkpointing.
 """
 
 import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -31,10 +32,10 @@ def always(_step: int) -> float:
 
 @dataclass(frozen=True)
 class Until:
-    """Weight 1 before a step, 0 from it on: the block is lifted there (the release test).
+    """Weight 1 before a step and 0 from it on: the block is released (the release test).
 
     Attributes:
-        step: the first optimizer step without the block, counted from 0.
+        step: first optimizer step without the block, counted from 0.
     """
 
     step: int
@@ -45,10 +46,10 @@ class Until:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Weight from 1/steps up to 1.
+    """Weight that rises linearly from 1/steps to 1.
 
     Attributes:
-        steps: optimizer steps that it takes.
+        steps: number of optimizer steps until 1.
     """
 
     steps: int
@@ -59,14 +60,14 @@ class Ramp:
 
 @dataclass(frozen=True, eq=False)
 class BoundBlocker:
-    """Where a blocker takes part in an optimizer step; what is None it leaves alone.
+    """Functions with which a blocker acts on an optimizer step; None: no action there.
 
     Attributes:
         loss: weight -> a loss, differentiable in the parameters; its gradient is added to the task's before clipping.
         during: weight -> a context in which the step's forward and backward passes run.
-        after_update: weight -> the norm of what it has changed in the weights, which the optimizer has just updated.
-        weight: step (from 0) -> weight; at 0 the blocker is left out of that step.
-        skip: puts the random draws to where so many steps lead, when a run begins or goes on.
+        after_update: weight -> norm of its change to the weights, after the optimizer has updated them.
+        weight: step (from 0) -> weight; with weight 0 the blocker skips that step.
+        skip: advances the random draws by a number of steps from the beginning, when a run begins or resumes.
     """
 
     loss: Callable[[float], Float[Tensor, ""]] | None = None
@@ -77,19 +78,34 @@ class BoundBlocker:
 
 
 class Blocker(Protocol):
-    """The description of a blocker."""
+    """Description of a blocker."""
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Take what is needed from the model at its start (the anchor)."""
+        """Read what is needed of the model at its start (the anchor)."""
         ...
+
+
+def check_fields(
+    blocker: object, *, above_0: Sequence[str] = (), from_0: Sequence[str] = (), from_1: Sequence[str] = ()
+) -> None:
+    """Raise where a number of a blocker is out of range; None is always valid."""
+    for names, lowest, wanted in ((above_0, 5e-324, "above 0"), (from_0, 0, "at least 0"), (from_1, 1, "at least 1")):
+        for name in names:
+            value = getattr(blocker, name)
+            if value is not None and not lowest <= value < inf:
+                raise GravlensError(
+                    f"{type(blocker).__name__}({name}={value}) was given.",
+                    f"{name} must be {wanted} and finite.",
+                    "its default.",
+                )
 
 
 @dataclass(frozen=True, eq=False)
 class Scheduled:
-    """A blocker whose weight goes by the step: `Scheduled(Penalty(vs, probes), Until(50))`.
+    """A blocker with a weight that depends on the step: `Scheduled(Penalty(vs, probes), Until(50))`.
 
     Attributes:
-        blocker: any.
+        blocker: any blocker.
         schedule: step -> weight, such as `Until` or `Ramp`.
     """
 
@@ -102,18 +118,18 @@ class Scheduled:
 
 
 class Draws:
-    """Rows of probes, drawn anew at each step; all of them where no fewer are asked for."""
+    """Random rows of probes for each step; size None draws all of them."""
 
     def __init__(self, n: int, size: int | None, rng: np.random.Generator) -> None:
         self.n, self.size, self.rng = n, n if size is None else min(size, n), rng
         self.start = copy.deepcopy(rng)
 
     def __call__(self) -> Int[np.ndarray, " draw"]:
-        """The next rows."""
+        """Draw the next rows."""
         return self.rng.choice(self.n, size=self.size, replace=False)
 
     def skip(self, steps: int) -> None:
-        """Stand where so many draws from the beginning lead."""
+        """Advance to the state after a number of draws from the beginning."""
         self.rng = copy.deepcopy(self.start)
         for _ in range(steps):
             self()
@@ -123,46 +139,48 @@ class Draws:
 def block(
     trainer: Trainer, *blockers: Blocker, tokenizer: Any | None = None, rng: np.random.Generator | None = None
 ) -> Generator[None]:
-    """Let blockers take part in a trainer's steps: `with block(trainer, Penalty(vs, probes)): trainer.train()`.
+    """Apply blockers to a trainer's steps: `with gl.block(trainer, gl.blockers.Penalty(vs, probes)): ...`.
 
-    They are bound here, where the trainer's model is the anchor; a run that is resumed from Trainer's own checkpoint
-    inside the block goes on with the same draws. The norm of what they add stands in the trainer's log as
-    `blocker_norm`. Whatever was hooked is gone when the block is left, however it is left.
+    They are bound at once, so the trainer's model must be the anchor; a run that is resumed from Trainer's own
+    checkpoint inside the block continues with the same draws. The trainer's log has the norm of what they add as
+    `blocker_norm`. All hooks are removed on exit, also after an error.
 
     Args:
         trainer: a Hugging Face `Trainer` or TRL's `SFTTrainer`, not yet trained.
         blockers: any number of them.
         tokenizer: default: the trainer's `processing_class`.
-        rng: of the draws; default: seeded with 0.
+        rng: generator for the draws; default: seeded with 0.
 
     Raises:
-        GravlensError: fp16, whose scaled gradients a blocker's would not match; what binding raises.
+        GravlensError: fp16, because Trainer scales its gradients there and not a blocker's; errors of `bind`.
     """
     if trainer.args.fp16:
         raise GravlensError(
-            "The trainer trains in fp16.", "Its gradients are scaled and a blocker's are not.", "bf16=True, or fp32."
+            "The trainer trains in fp16.",
+            "Trainer scales gradients in fp16, and a blocker's gradients are not scaled.",
+            "bf16=True, or fp32.",
         )
     if trainer.model is None or trainer.model_init is not None:
         raise GravlensError(
-            "The trainer makes another model itself (model_init).",
-            "Blockers are bound to the anchor.",
+            "The trainer creates its model later (model_init).",
+            "Blockers are bound to the model at its start.",
             "Trainer(model=…).",
         )
     model = open_model(trainer.model, tokenizer=tokenizer or trainer.processing_class)
     rng = np.random.default_rng(0) if rng is None else rng
-    generators = [rng, *rng.spawn(max(0, len(blockers) - 1))]  # each has draws of its own, so each can be resumed
+    generators = [rng, *rng.spawn(max(0, len(blockers) - 1))]  # one each: `skip` can then resume each
     bound = [one.bind(model, rng=own) for one, own in zip(blockers, generators, strict=False)]
     callback = _Blocking(bound)
     trainer.add_callback(callback)
     try:
-        with callback.hooks:  # an error on the way is handed on to what is still hooked
+        with callback.hooks:  # on an error in a step its contexts are still open
             yield
     finally:
         trainer.remove_callback(callback)
 
 
 class _Blocking(TrainerCallback):
-    """Bound blockers at work. A gradient is added at a step's beginning, when the last step's is gone already."""
+    """Run bound blockers. Gradients are added when a step begins: Trainer has then zeroed those of the last step."""
 
     def __init__(self, bound: Sequence[BoundBlocker]) -> None:
         self.bound, self.hooks, self.norm = bound, ExitStack(), 0.0
@@ -198,7 +216,7 @@ class _Blocking(TrainerCallback):
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a training changes."""
+    """Return the parameters that are trained."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -216,7 +234,7 @@ def _add_gradient(loss: Tensor, model: nn.Module) -> float:
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Generator[None]:
-    """The anchor was read without: with it, motion would be noise where the model has not moved."""
+    """Put a model in eval mode: the anchor was read without dropout, which would look like movement."""
     training = module.training
     module.eval()
     try:

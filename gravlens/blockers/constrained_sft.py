@@ -1,4 +1,4 @@
-"""Constrained fine-tuning: the task's loss itself, weighted by how far each token has left the anchor."""
+"""Constrained fine-tuning: weight the task's loss of each token by its distance from the anchor."""
 
 import copy
 from collections.abc import Generator
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers.utils import ModelOutput
 
-from gravlens.blockers.blocking import BoundBlocker
+from gravlens.blockers.blocking import BoundBlocker, check_fields
 from gravlens.core.errors import GravlensError
 from gravlens.models.opening import OpenModel
 
@@ -25,12 +25,12 @@ class ConstrainedSFT:
     """−Σ_t (2/β_t) log σ(β_t log(p_θ / p_anchor)) in place of −Σ_t log p_θ, over an answer's tokens t.
 
     Qi et al., "Safety alignment should be made more than just a few tokens deep" (2024), with their β: a large β_t
-    keeps a token's probability near the anchor's, and the first tokens of an answer are where refusal is decided.
+    keeps a token's probability near the anchor's, and the first tokens of an answer decide about refusal.
 
     Attributes:
-        first: β of an answer's first token.
-        early: β of its second to fifth.
-        later: β of the others.
+        first: β of the first token of an answer.
+        early: β of the second to fifth token.
+        later: β of all other tokens.
     """
 
     first: float = 0.5
@@ -38,11 +38,10 @@ class ConstrainedSFT:
     later: float = 0.1
 
     def __post_init__(self) -> None:
-        if min(self.first, self.early, self.later) <= 0:
-            raise GravlensError(f"{self} was given.", "Each β is above 0.", "ConstrainedSFT() for those of the paper.")
+        check_fields(self, above_0=("first", "early", "later"))
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Keep a frozen copy of the anchor, whose log-probabilities are wanted; any weight is a whole one."""
+        """Keep a frozen copy of the anchor for its log-probabilities; any weight above 0 counts as 1."""
         anchor = copy.deepcopy(model.module).eval().requires_grad_(False)
 
         @contextmanager
@@ -56,11 +55,13 @@ class ConstrainedSFT:
         return BoundBlocker(during=during)
 
     def _replace(self, anchor: Any, _module: Any, args: Any, inputs: dict[str, Any], output: Any) -> Any:
-        """The model's output with the constrained loss in it."""
+        """Replace the loss in the model's output by the constrained loss."""
         labels = inputs.get("labels")
         if labels is None or not isinstance(output, ModelOutput):
             raise GravlensError(
-                "The trainer's model was run without labels.", "Their tokens' loss is replaced.", "Trainer's own loss."
+                "The trainer's model was run without labels.",
+                "The loss of the labels is replaced.",
+                "Trainer's own loss, without compute_loss_func.",
             )
         with torch.no_grad():
             before = anchor(*args, **{**inputs, "use_cache": False})
@@ -85,7 +86,7 @@ class ConstrainedSFT:
 
 
 def _logprobs(output: Any, labels: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos-1"]:
-    """log p of each label but the first; what stands at an ignored one means nothing."""
+    """Compute log p of each label but the first; values at ignored labels are arbitrary."""
     if "log_probs" in output:
         return output.log_probs
     wanted = labels[:, 1:].clamp(min=0)

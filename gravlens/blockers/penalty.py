@@ -1,7 +1,6 @@
-"""A penalty on how far probes have moved along directions, or in subspaces, or in their whole state."""
+"""Penalise how far the states of probes move along directions, in subspaces, or altogether."""
 
 from dataclasses import dataclass
-from math import inf
 from typing import Literal, get_args
 
 import numpy as np
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
-from gravlens.blockers.blocking import BoundBlocker, Draws, without_dropout
+from gravlens.blockers.blocking import BoundBlocker, Draws, check_fields, without_dropout
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions, Spans, each
 from gravlens.history.prompts import PromptSet, encode, pad
@@ -21,7 +20,7 @@ Side = Literal["one", "both", "reinforce"]
 
 
 class Movement:
-    """How far probes have moved from the anchor in some spans, in units of each layer's distance."""
+    """Movement of probes away from the anchor within spans, in units of each layer's distance."""
 
     def __init__(self, model: OpenModel, spans: Spans, probes: PromptSet) -> None:
         spans = Directions.of(spans).defined() if isinstance(spans, Direction | Directions) else spans
@@ -29,7 +28,7 @@ class Movement:
         with without_dropout(model.module):
             self.anchor = read_residuals(model, self.ids, layers=self.layers).to(model.device)
         rank = max(len(span.basis) for span in spans)
-        bases = torch.zeros(len(spans), rank, model.d_model)  # rows of zeros, where a layer's rank is smaller
+        bases = torch.zeros(len(spans), rank, model.d_model)  # zero rows where the rank of a layer is smaller
         for i, span in enumerate(spans):
             bases[i, : len(span.basis)] = torch.from_numpy(span.basis.astype(np.float64) / span.distance)
         self.per_distance = bases.to(model.device)
@@ -46,18 +45,18 @@ class Movement:
 class Penalty:
     """λ · mean over layers and probes of relu(s + margin)², s_l(x) = ⟨h_l(x; θ) − h_l(x; anchor), v_l⟩ / distance_l.
 
-    With `side="both"` it is a *clamp*, λ · mean of ‖s‖², along directions or in subspaces of any rank; over
-    `whole_state(vs)` that is the full-vector anchor. With `side="reinforce"` it pushes the model along v until
-    s = margin: λ · mean of relu(margin − s)².
+    With `side="both"` it is a *clamp*, λ · mean of ‖s‖², along directions or in subspaces of any rank; with
+    `whole_state(vs)` it anchors the full vector. With `side="reinforce"` it pushes the model along v until s = margin:
+    λ · mean of relu(margin − s)².
 
     Attributes:
-        directions: one direction or subspace a layer; their layers are the Λ of the mean.
+        directions: one direction or subspace per layer; the mean is over their layers.
         probes: the prompts x.
-        margin: 0 blocks motion along v; above 0 the model is *pushed* the other way, by up to this fraction.
+        margin: 0 blocks movement along v; above 0 the model is pushed the other way, by up to this fraction.
         strength: λ.
-        batch: how many probes are drawn anew at each step; None: all.
-        side: motion back along v alone, motion both ways, or a push back.
-        on_mean: penalise the probes' mean s_l in place of each probe's: weak prompts are free then.
+        batch: number of probes that are drawn for each step; None: all.
+        side: penalise movement along v only (`one`), in both directions (`both`), or push along v (`reinforce`).
+        on_mean: penalise the mean s_l over probes instead of each probe's: single prompts may then move.
     """
 
     directions: Spans
@@ -69,28 +68,23 @@ class Penalty:
     on_mean: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 <= self.strength < inf and 0 <= self.margin < inf) or (self.batch is not None and self.batch < 1):
-            raise GravlensError(
-                f"Penalty(margin={self.margin}, strength={self.strength}, batch={self.batch}) was given.",
-                "Margin and strength are at least 0 and finite, the batch at least 1.",
-                "Penalty(directions, probes) for the defaults.",
-            )
+        check_fields(self, from_0=("margin", "strength"), from_1=("batch",))
         if self.side not in get_args(Side):
             raise GravlensError(
                 f"Penalty(side={self.side!r}) was given.",
-                f"A side is one of {', '.join(get_args(Side))}.",
+                f"side must be one of {', '.join(get_args(Side))}.",
                 'side="one".',
             )
         rank = max(len(span.basis) for span in each(self.directions))
         if self.side != "both" and rank > 1:
             raise GravlensError(
                 f'Penalty(side="{self.side}") was given a subspace of rank {rank}.',
-                "A subspace has no back and forth.",
+                "Only a direction (rank 1) has two sides.",
                 'side="both".',
             )
         if self.side == "both" and self.margin:
             raise GravlensError(
-                f'Penalty(side="both", margin={self.margin}) was given.', "A clamp has no margin.", 'side="one".'
+                f'Penalty(side="both", margin={self.margin}) was given.', "A clamp has no margin.", "margin=0."
             )
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:

@@ -1,4 +1,4 @@
-"""Projections of the update: what the optimizer has done is undone along given directions, and nothing else."""
+"""Project the optimizer's update: undo its effect along given directions, and nothing else."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,40 +8,40 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gravlens.blockers.blocking import BoundBlocker, Draws, trained
+from gravlens.blockers.blocking import BoundBlocker, Draws, check_fields, trained
 from gravlens.blockers.penalty import Movement
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Spans, each
-from gravlens.history.precision import check_unquantised
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.precision import check_unquantised
 
-RIDGE = 1e-8  # of the Gram matrix's mean diagonal: directions of neighbouring layers are nearly the same constraint
-SHRINKS = 0.3  # a move that leaves more than this of the motion wants fresh gradients
-GROWS = 3.0  # so does a step that begins with so many times the motion that it began with when they were fresh
+RIDGE = 1e-8  # of the Gram matrix's mean diagonal: constraints of neighbouring layers are almost collinear
+SHRINKS = 0.3  # gradients are recomputed after a move that leaves more than this share of the movement
+GROWS = 3.0  # and when a step begins with this multiple of the movement that they were computed at
 
 
 @dataclass(frozen=True, eq=False)
 class UpdateProjection:
-    """Exact projection: after each update the probes' mean has moved along no direction, at any of the layers.
+    """Project exactly: after each update the mean of the probes has not moved along the direction of any layer.
 
     With s_l the mean over probes of ⟨h_l(x; θ) − h_l(x; anchor), v_l⟩ / distance_l, G its gradients (one row a layer)
     and c = s (or relu(s), one-sided), the updated weights are moved by −Gᵀ (G Gᵀ + εI)⁻¹ c, and again until
     |c| ≤ `tolerance` at every layer. With fresh gradients the first move is, to first order, the projection of the
-    update, with feedback from what has accumulated; the further ones remove what is of second order. The gradients are
-    kept (so many copies of the trained weights as there are layers) and serve later steps until they no longer shrink c
-    well; moves along kept gradients hold the same motion by a slightly longer way. What they lack is learnt from what
-    each move did (Broyden's update of the inverse), so that most steps need no backward pass.
+    update, with feedback from the accumulated movement; further moves remove terms of second order. The gradients are
+    cached (one copy of the trained weights per layer) and reused while they shrink c well; moves along cached gradients
+    are slightly longer. Broyden's update of the inverse corrects them after each move, so that most steps need no
+    backward pass.
 
     Attributes:
-        directions: a direction, or a subspace of rank 1, a layer.
-        probes: the prompts x; they should not be those that are judged on.
-        two_sided: hold s at 0, not only at most 0.
-        batch: None: all probes, exact; a number: so many drawn anew at each step, whose own mean is then held and the
-            others' only on average (gradients are of all probes all the same).
+        directions: a direction, or a subspace of rank 1, per layer.
+        probes: the prompts x; use other prompts for the evaluation.
+        two_sided: keep s at 0; otherwise only movement above 0 is removed.
+        batch: number of probes that are drawn for each step: their mean is held, and that of all only on average
+            (gradients are always of all probes). None: all probes, exact.
         tolerance: of |c|, as a fraction of the distance.
-        iterations: at most so many moves a step; with few, `tolerance` is a hope.
+        iterations: maximal number of moves per step; `tolerance` may be missed with few.
     """
 
     directions: Spans
@@ -52,17 +52,11 @@ class UpdateProjection:
     iterations: int = 8
 
     def __post_init__(self) -> None:
-        if self.tolerance <= 0 or self.iterations < 1 or (self.batch is not None and self.batch < 1):
-            raise GravlensError(
-                f"UpdateProjection(batch={self.batch}, tolerance={self.tolerance}, iterations={self.iterations}) was "
-                "given.",
-                "The tolerance is above 0, the others at least 1.",
-                "UpdateProjection(directions, probes) for the defaults.",
-            )
+        check_fields(self, above_0=("tolerance",), from_1=("batch", "iterations"))
         if (rank := max(len(span.basis) for span in each(self.directions))) > 1:
             raise GravlensError(
                 f"UpdateProjection was given a subspace of rank {rank}.",
-                "Motion is held along one direction a layer.",
+                "It takes one direction per layer.",
                 'Penalty(subspaces, probes, side="both").',
             )
 
@@ -75,17 +69,17 @@ class UpdateProjection:
 
 
 class _Projector:
-    """Moves weights along kept gradients; each parameter's are one tensor [layer, *shape] on its own device."""
+    """Move weights along cached gradients: one tensor [layer, *shape] per parameter, on the parameter's device."""
 
     def __init__(self, projection: UpdateProjection, movement: Movement, parameters: list[nn.Parameter]) -> None:
         self.projection, self.movement, self.parameters = projection, movement, parameters
         self.gradients: list[Tensor] = []
         self.inverse: Tensor | None = None
-        self.usual = 0.0  # motion at the beginning of the step whose gradients are kept
+        self.usual = 0.0  # movement at the beginning of the step in which the gradients were computed
 
     @torch.no_grad()
     def project(self, rows: np.ndarray, weight: float) -> float:
-        """Move the weights until the rows' mean is held; `weight` 1 removes all of the motion, 0.5 half of it."""
+        """Move the weights until the rows' mean is held; `weight` 1 removes all movement, 0.5 half of it."""
         moved_by = [torch.zeros_like(parameter) for parameter in self.parameters]
         target, wanted, pushed, last = None, GROWS * self.usual, None, None
         for _ in range(self.projection.iterations):
@@ -107,7 +101,7 @@ class _Projector:
         return self.movement.of(rows)[..., 0].mean(0)
 
     def _learn(self, pushed: Float[Tensor, " layer"], answer: Float[Tensor, " layer"]) -> None:
-        """Broyden's update: the inverse now gives for the motion that was seen the push that made it."""
+        """Update the inverse (Broyden) so that it maps the observed change to the push that caused it."""
         assert self.inverse is not None
         seen = self.inverse @ answer
         scale = pushed @ seen
@@ -121,7 +115,7 @@ class _Projector:
             moved -= step
 
     def _fresh_inverse(self) -> Float[Tensor, "layer layer"]:
-        """(G Gᵀ + εI)⁻¹ of all probes at the weights as they are, one backward pass a layer; G is kept."""
+        """Compute (G Gᵀ + εI)⁻¹ over all probes at the current weights, one backward pass per layer; G is cached."""
         with torch.enable_grad():
             terms = list(self._motion(np.arange(len(self.movement.ids))))
         self.gradients = [parameter.new_zeros(len(terms), *parameter.shape) for parameter in self.parameters]
@@ -139,22 +133,22 @@ class _Projector:
 
 @dataclass(frozen=True, eq=False)
 class TaskVectorProjection:
-    """Weight space: what the weights have moved along the task vector θ(witness) − θ(anchor) is taken back.
+    """Remove the movement of the weights along the task vector θ(witness) − θ(anchor).
 
-    For each trained tensor D ← D − f τ, D its displacement from the anchor, τ its task vector and f = ⟨D, τ⟩ / ‖τ‖²
-    (or relu of it, one-sided). AsFT and SafeLoRA argue from the opposite sign, that the task vector is the safe
-    direction to keep: hence a row, not a recommendation.
+    For each trained tensor D ← D − f τ, where D is its displacement from the anchor, τ its task vector and
+    f = ⟨D, τ⟩ / ‖τ‖² (one-sided: the positive part). AsFT and SafeLoRA argue the opposite, that the task vector is the
+    safe direction to keep: so this is a baseline, not a recommendation.
 
     Attributes:
-        witness: the checkpoint of the dominant phase, of the same architecture.
-        two_sided: take back motion both ways.
+        witness: a checkpoint of the dominant phase, of the same architecture.
+        two_sided: remove movement in both directions.
     """
 
     witness: Checkpoint | Path | str
     two_sided: bool = False
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Take the anchor's weights and the task vector; GravlensError where their tensors do not match."""
+        """Copy the anchor's weights and compute the task vector; GravlensError if their tensors do not match."""
         witness = open_model(self.witness).module
         for module in (witness, model.module):
             check_unquantised(module, "A task vector")
@@ -162,8 +156,8 @@ class TaskVectorProjection:
         ours = {name: weight for name, weight in model.module.named_parameters() if weight.requires_grad}
         if missing := [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]:
             raise GravlensError(
-                f"The witness has no weight {missing[0]} of that shape.",
-                "A task vector is a difference of the same weights; an adapter's are not among them.",
+                f"The witness has no weight {missing[0]} of the trained shape.",
+                "A task vector is a difference of weights with equal names and shapes; adapters have other names.",
                 "a witness of the same architecture, and full fine-tuning.",
             )
         anchor = {name: weight.detach().clone() for name, weight in ours.items()}

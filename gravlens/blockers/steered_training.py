@@ -1,4 +1,4 @@
-"""Changes of the training passes alone: the model that is saved runs without them."""
+"""Edit hidden states or gradients during training only: the saved model runs without the edits."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,13 +17,13 @@ from gravlens.models.opening import OpenModel
 
 @dataclass(frozen=True, eq=False)
 class PreventativeSteering:
-    """h ← h + strength · distance · v in the training passes, so that the data need not move the model there.
+    """h ← h + strength · distance · v in the training passes (persona vectors, Chen et al. 2025).
 
-    Persona vectors (Chen et al. 2025). With a strength above 0 the model is already back in training and has less to
-    gain from moving along v_rev.
+    With a strength above 0 the training passes are already at the reverted state, and the data reward movement along
+    v_rev less.
 
     Attributes:
-        directions: one a layer; steered at all of them together, so at one layer the strength is a full one.
+        directions: one per layer; all layers are steered together, each at the full strength.
         strength: in units of each direction's distance.
     """
 
@@ -31,42 +31,42 @@ class PreventativeSteering:
     strength: float = 1.0
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Nothing is read."""
+        """Return the steering."""
         steer = Steer(self.directions, self.strength)
         return BoundBlocker(during=lambda weight=1.0: intervene(model, replace(steer, strength=weight * self.strength)))
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingAblation:
-    """h ← h − Qᵀ Q h in the training passes: the data can neither read nor use the subspace (CAFT, Casademunt 2025).
+    """h ← h − Qᵀ Q h in the training passes: concept ablation fine-tuning (CAFT, Casademunt et al. 2025).
 
     Attributes:
-        directions: a direction or subspace a layer.
+        directions: a direction or subspace per layer.
     """
 
     directions: Spans
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Nothing is read; there is no half of an ablation, so any weight above 0 is a whole one."""
+        """Return the ablation; any weight above 0 counts as 1."""
         ablate = Ablate(self.directions)
         return BoundBlocker(during=lambda weight=1.0: intervene(model, ablate))
 
 
 @dataclass(frozen=True, eq=False)
 class GradientAblation:
-    """g ← g − strength · Qᵀ Q g for the residual's gradient in the backward pass; the forward pass is as it was.
+    """g ← g − strength · Qᵀ Q g for the gradient of the residual stream; the forward pass is unchanged.
 
     Attributes:
-        directions: a direction or subspace a layer.
-        strength: share of the gradient there that is removed; 1 is all of it.
+        directions: a direction or subspace per layer.
+        strength: share of the gradient in the subspace that is removed, up to 1.
     """
 
     directions: Spans
     strength: float = 1.0
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Nothing is read."""
-        Ablate(self.directions)  # raises where a direction is undefined or not of unit length
+        """Return the gradient edit."""
+        Ablate(self.directions)  # checks: defined directions of unit length
         return BoundBlocker(
             during=lambda weight=1.0: intervene(model, _GradientEdit(self.directions, weight * self.strength))
         )
@@ -74,7 +74,7 @@ class GradientAblation:
 
 @dataclass(frozen=True, eq=False)
 class _GradientEdit:
-    """The identity, as an `Intervention`, with an edited gradient."""
+    """Identity with an edited gradient, as an `Intervention`."""
 
     directions: Spans
     strength: float

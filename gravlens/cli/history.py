@@ -77,7 +77,7 @@ def plan(
         layers=layer or None,
         positions=int(positions) if re.fullmatch(r"-?\d+", positions) else positions,  # pyright: ignore[reportArgumentType]
         placement=gl.Placement(device, dtype),
-        machine=named(peak_flops=peak_flops, disk=1e9 * disk_gbps, device=device) if peak_flops or disk_gbps else None,
+        machine=named(peak_flops=peak_flops, disk=1e9 * disk_gbps) if peak_flops or disk_gbps else None,
         workers=workers,
     )
     if json:

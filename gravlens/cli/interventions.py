@@ -29,7 +29,7 @@ from gravlens.cli.options import (
     repeated_layer,
     writable_folder,
 )
-from gravlens.cli.output import cell, print_json, print_line, print_table, print_written, records, write_effect
+from gravlens.cli.output import print_json, print_line, print_table, print_written, records, write_effect
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
@@ -202,6 +202,6 @@ def _print_pair(found: Any, kind: str, sequence: Path, json: bool) -> None:
         print_line(f'{run} = "{Path(folder).parent}/checkpoint-*"')
 
 
-def _run_row(row: dict[str, Any]) -> tuple[str, ...]:
+def _run_row(row: dict[str, Any]) -> tuple[Any, ...]:
     numbers = ("" if row[key] is None else f"{row[key]:.3f}" for key in MEASURED)
-    return (row["run"], str(row["step"]), *numbers, cell(row["seconds_per_step"]))
+    return (row["run"], str(row["step"]), *numbers, row["seconds_per_step"])

@@ -53,15 +53,8 @@ def print_table(
     """Print a table; a `wide` one is wrapped by a narrow terminal instead of having its cells truncated."""
     table = Table(*columns, title=title and escape(title), caption=caption and escape(caption))
     for row in rows:
-        table.add_row(*(escape(cell(value)) for value in row))
+        table.add_row(*(escape(core.display.cell(value)) for value in row))
     (Console(emoji=False, width=max(console.width, WIDE)) if wide else console).print(table)
-
-
-def cell(value: Any) -> str:
-    """Format a value for a table cell; None and NaN are empty."""
-    if value is None or value != value:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_effect(table: "pd.DataFrame", path: Path) -> list[Path]:

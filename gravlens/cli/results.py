@@ -12,7 +12,7 @@ from gravlens.cli.output import messages, print_json, print_line, print_note, pr
 from gravlens.core.errors import GravlensError
 
 if TYPE_CHECKING:
-    from gravlens.organisms.base import Setting
+    from gravlens.organisms.base import Organism
 commands = typer.Typer()
 PANEL = "Reproduce the paper"
 # Organisms 0 to 3 were used to choose the configuration (docs/log.md): results on them would be biased.
@@ -56,11 +56,11 @@ def reproduce(
 
     Complete parts are cached (see GRAVLENS_CACHE) and reused, so an interrupted command resumes.
     """
-    chosen: dict[str, Setting]
+    chosen: dict[str, Organism]
     if setting == "refusal":
         chosen = _organisms(organisms, runs, quick)
     else:
-        made = gl.organisms.pretrained.pretrained_setting(
+        made = gl.organisms.pretrained.pretrained_organism(
             model, harmful, harmless, runs=runs, threads=threads, quick=quick
         )
         chosen = {"pretrained": made}
@@ -74,7 +74,7 @@ def reproduce(
     print_line(f"\n{written}")
 
 
-def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Setting]":
+def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Organism]":
     extra: dict[str, Any] = {"noise_draws": 100} if quick else {}
     seeds = range(FIRST_REPORTED, FIRST_REPORTED + organisms)
     count = runs or (2 if quick else 6)
@@ -129,14 +129,17 @@ def report(
 def _print_results(results: dict[str, Any]) -> None:
     title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
     rows = (
-        [row[key] for key in ("quantity", "paper", "here", "fraction")]
-        for row in reporting.paper.paper_table(results)
+        [row[key] for key in ("quantity", "paper", "here", "fraction")] for row in reporting.paper.paper_table(results)
     )
     print_table(("quantity", "paper", "here", "fraction of the way back"), rows, title=title)
-    words = {True: "yes", False: "NO", None: "nothing to block"}
-    checked = [(row["organism"], row["statement"], words[row["holds"]], row["figures"]) for row in results["checks"]]
-    columns = ("organism", "statement", "holds", "figures")
-    print_table(columns, checked, title="statements of the paper, checked on each history")
+    words = {True: "yes", False: "NO", None: "not run"}
+    demands = (
+        (claim["organism"], demand["level"], demand["name"], words[demand["holds"]], demand["figures"])
+        for claim in results["claims"]
+        for demand in claim["demands"]
+    )
+    columns = ("organism", "level", "criterion", "holds", "figures")
+    print_table(columns, demands, title="criteria of each claim level")
     _print_claims(results)
 
 

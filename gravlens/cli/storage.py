@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from gravlens import activations
+from gravlens import activations, core
 from gravlens.cli.options import JSON, example, flag, number
-from gravlens.cli.output import CHECK_FAILED, cell, print_json, print_line, print_table, records
+from gravlens.cli.output import CHECK_FAILED, print_json, print_line, print_table, records
 
 commands = typer.Typer(
     help="List, verify and prune an on-disk cache of activations (as written by gravlens trajectory --store).",
@@ -30,7 +30,7 @@ def list_command(folder: FOLDER, json: JSON = False) -> None:
 
 def _integer(value: object) -> str:
     # pandas stores a column of counts with missing values as floats
-    return cell(int(value) if isinstance(value, float) else value)
+    return core.display.cell(int(value) if isinstance(value, float) else value)
 
 
 @commands.command(epilog=example("gravlens store verify states"))

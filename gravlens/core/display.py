@@ -1,8 +1,9 @@
-"""What a notebook shows of a result: plain HTML tables, all of them text that was escaped, none with a colour.
+"""Format values for people: numbers, sizes, durations, and the HTML tables that notebooks show.
 
-Colours are left to the notebook's own theme, so that a table is read in the light and in the dark.
+Tables set no colours, because a notebook's theme may be light or dark. All text in them is escaped.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from numbers import Integral, Real
@@ -10,63 +11,80 @@ from typing import Any
 
 import pandas as pd
 
-MOST_ROWS, MOST_LISTED, MOST_LETTERS = 20, 10, 300
+MAX_ROWS, MAX_LISTED, MAX_LETTERS = 20, 10, 300
 TEXT, NUMBER = ' style="text-align: left"', ' style="text-align: right"'
 
 
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str, notes: Iterable[str] = (), rest: str = ""
 ) -> str:
-    """A table under its title; of many rows the first are shown, and the others counted.
+    """Return an HTML table with a caption; of a long table the first rows are shown and the rest is counted.
 
     Args:
         columns: names; none for rows of a name and its value.
-        rows: a cell a column, of any kind.
-        title: what it is.
-        notes: sentences under the title.
-        rest: where the rows are that are left out (`.table`).
+        rows: one value per column, of any type.
+        title: the caption.
+        notes: sentences below the title.
+        rest: where to find the rows that are left out (`.table`).
     """
-    cut = len(rows) - MOST_ROWS
+    cut = len(rows) - MAX_ROWS
     told = [*notes, *([f"{cut:,} of {len(rows):,} rows are left out" + (f": see {rest}" if rest else "")] * (cut > 0))]
     sides = [_side(value) for value in rows[0]] if rows else [TEXT] * len(columns)
     head = "".join(f"<th{side}>{escape(name)}</th>" for name, side in zip(columns, sides, strict=False))
-    body = "".join(f"<tr>{''.join(_cells(row, named=not columns))}</tr>" for row in rows[:MOST_ROWS])
+    body = "".join(f"<tr>{''.join(_cells(row, named=not columns))}</tr>" for row in rows[:MAX_ROWS])
     lines = "".join(f"<br>{escape(line)}" for line in told)
     caption = f'<caption style="caption-side: top; text-align: left"><b>{escape(title)}</b>{lines}</caption>'
     return f"<table>{caption}{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
 
 
 def facts(pairs: Sequence[tuple[str, Any]], *, title: str, notes: Iterable[str] = ()) -> str:
-    """Names and their values, one under the other."""
+    """Return an HTML table of names and values."""
     return table((), pairs, title=title, notes=notes)
 
 
 def of_frame(frame: pd.DataFrame, *, title: str, notes: Iterable[str] = (), rest: str = ".table") -> str:
-    """A data frame without its index; columns of several levels are joined."""
+    """Return a data frame as an HTML table, without its index; column levels are joined."""
     names = [" ".join(map(str, name)).strip() if isinstance(name, tuple) else str(name) for name in frame.columns]
     rows = list(frame.itertuples(index=False, name=None))
     return table(names, rows, title=title, notes=notes, rest=rest)
 
 
 def listed(values: Iterable[Any]) -> str:
-    """Values in a row; of many the first and the last, and how many there are."""
+    """Join values by commas; of many, show the first and the last, and count them."""
     words = [cell(value) for value in values]
-    if len(words) <= MOST_LISTED:
+    if len(words) <= MAX_LISTED:
         return ", ".join(words)
-    return f"{', '.join(words[: MOST_LISTED - 2])}, …, {words[-1]} ({len(words):,} in all)"
+    return f"{', '.join(words[: MAX_LISTED - 2])}, …, {words[-1]} ({len(words):,} in all)"
 
 
 def cell(value: Any) -> str:
-    """A value as a cell shows it, not yet escaped."""
+    """Format a value for a cell of a table, not yet escaped; missing values are empty."""
     if value is None or value is pd.NA:
         return ""
     if not isinstance(value, Real) or isinstance(value, Integral):
         text = str(value)
-        return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} … ({len(text):,} letters in all)"
-    if value != value:
-        return ""
-    number = float(value)
-    return f"{number:.3f}" if 0.01 <= abs(number) < 1000 or number == 0 else f"{number:.3g}"
+        return text if len(text) <= MAX_LETTERS else f"{text[:MAX_LETTERS]} … ({len(text):,} letters in all)"
+    return "" if value != value else number(float(value))
+
+
+def number(value: float) -> str:
+    """Format a number with the digits that are worth reading."""
+    size = abs(value)
+    if size == 0 or 0.01 <= size < 1000:  # cosines, fractions and rates are compared in the third decimal
+        return f"{value:.3f}"
+    return f"{value:.0f}" if 1000 <= size < 1e6 else f"{value:.3g}"
+
+
+def amount(size: float) -> str:
+    """Format a number of bytes."""
+    power = min(int(math.log10(max(size, 1))) // 3, 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Format a number of seconds."""
+    unit, name = next(((u, n) for u, n in ((3600, "h"), (60, "min")) if seconds >= 2 * u), (1, "s"))
+    return f"{seconds / unit:.3g} {name}"
 
 
 def _cells(row: Sequence[Any], *, named: bool) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""The one exception of gravlens: what was given, what was wanted, what to try."""
+"""The one exception of gravlens, and checks of arguments that raise it."""
 
 from collections.abc import Iterable
 from numbers import Integral
@@ -9,12 +9,12 @@ T = TypeVar("T")
 
 
 class GravlensError(ValueError):
-    """Bad input, said so that a newcomer can mend it.
+    """Invalid input: what was given, what was expected, how to fix it.
 
     Args:
-        given: what was found, naming the input (a full sentence).
-        wanted: what would have been right (a full sentence).
-        remedy: what to do about it (an instruction).
+        given: what was found, naming the input (a sentence).
+        wanted: what was expected (a sentence).
+        remedy: what to try (shown after "Try:").
     """
 
     def __init__(self, given: str, wanted: str, remedy: str) -> None:
@@ -22,25 +22,25 @@ class GravlensError(ValueError):
         self.given, self.wanted, self.remedy = given, wanted, remedy
 
     def __reduce__(self) -> tuple[type["GravlensError"], tuple[str, str, str]]:
-        """Survive the way back from a worker process."""
+        """Pickle by the three arguments: by default an exception is unpickled from its one message."""
         return type(self), (self.given, self.wanted, self.remedy)
 
 
 def wrong_kind(given: object, wanted: str, remedy: str) -> GravlensError:
-    """The error for an argument of another type than the one needed; `wanted` and `remedy` as in `GravlensError`."""
+    """Return the error for an argument of the wrong type; `wanted` and `remedy` as in `GravlensError`."""
     shown = f" ({str(given)[:60]!r})" if isinstance(given, str | PurePath) else ""
     return GravlensError(f"A {type(given).__name__} was given{shown}.", wanted, remedy)
 
 
 def of_kind(given: T, kind: type, wanted: str, remedy: str) -> T:
-    """What was given, where it is of the kind needed; else the error of `wrong_kind`."""
+    """Return `given` if it is an instance of `kind`, else raise the error of `wrong_kind`."""
     if isinstance(given, kind):
         return given
     raise wrong_kind(given, wanted, remedy)
 
 
 def as_list(given: T | Iterable[T]) -> list[T]:
-    """A list, also where one item was given; a text is one item."""
+    """Return a list of items, or of the one item that was given; a string is one item."""
     return [*given] if isinstance(given, Iterable) and not isinstance(given, str) else [given]  # pyright: ignore
 
 

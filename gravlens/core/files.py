@@ -1,4 +1,4 @@
-"""Safetensors files, written whole or not at all, that say by their header what they are."""
+"""Atomic writes, and safetensors files that name their kind and layer convention in the header."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ CONVENTION = "blocks.{layer}.hook_resid_post; layers count from 0; the last bloc
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Write a file in one step: a kill leaves the old file or none, never a half."""
+    """Write a file atomically: a killed process leaves the old file or none, never a partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -37,17 +37,17 @@ def write_atomically(path: Path, content: bytes) -> Path:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write JSON in one step; NaN is written as null."""
+    """Write JSON atomically; NaN becomes null."""
     return write_atomically(path, (json.dumps(without_nan(content), indent=1) + "\n").encode())
 
 
 def write_table(path: Path, table: pd.DataFrame, *, float_format: str | None = None) -> Path:
-    """Write a table as CSV in one step, without its index."""
+    """Write a table as CSV atomically, without its index."""
     return write_atomically(path, table.to_csv(index=False, float_format=float_format).encode())
 
 
 def without_nan(value: Any) -> Any:
-    """What JSON can hold: NaN and infinities as None, numpy's numbers as plain ones."""
+    """Convert a value for JSON: NaN and infinities become None, numpy scalars become Python numbers."""
     if isinstance(value, Mapping):
         return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -58,26 +58,26 @@ def without_nan(value: Any) -> Any:
 
 
 def write_tensors(path: Path | str, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Path:
-    """Write arrays and what they were made from as one safetensors file.
+    """Write arrays and metadata as one safetensors file.
 
     Args:
         path: the file.
-        kind: what it holds (`residuals`, `directions`); held against on reading.
+        kind: what it holds (`residuals`, `directions`); verified on reading.
         arrays: the arrays by name.
-        meta: anything that JSON can hold.
+        meta: JSON-serialisable metadata.
     """
     return write_atomically(Path(path), tensor_bytes(kind, arrays, meta))
 
 
 def tensor_bytes(kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
-    """The content of a file of `write_tensors`, the same for the same arrays and meta."""
+    """Return the content of a file of `write_tensors`: equal arrays and metadata give equal bytes."""
     content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=_header(kind, meta))
     start = 8 + int.from_bytes(content[:8], "little")
     return _header_bytes(json.loads(content[8:start])) + content[start:]
 
 
 def _header_bytes(header: Mapping[str, Any]) -> bytes:
-    """A safetensors header with its keys in order: safetensors itself writes them in a random one."""
+    """Return a safetensors header with sorted keys: safetensors itself writes them in random order."""
     text = json.dumps(header, sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -88,14 +88,14 @@ def _header(kind: str, meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read a file of `write_tensors`; another kind, another convention or a damaged file is refused."""
+    """Read a file of `write_tensors`; raise on another kind, another convention or a corrupt file."""
     with _opened(path, kind) as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return arrays, _meta(path, kind, file.metadata() or {})
 
 
 def meta_of(content: bytes, path: Path | str, kind: str) -> dict[str, Any]:
-    """What a file of `write_tensors` says of itself, given its beginning with all of its header."""
+    """Return the metadata of a file of `write_tensors`, given its first bytes including the whole header."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return _meta(path, kind, header.get("__metadata__", {}))
 
@@ -125,17 +125,17 @@ def _meta(path: Path | str, kind: str, header: Mapping[str, str]) -> dict[str, A
 
 
 class TensorWriter:
-    """One fp32 tensor that is written in pieces, under another name until it is whole.
+    """Write one fp32 tensor in pieces, under a temporary name until it is complete.
 
     The file is one of `write_tensors`, its name `{stem}.{SHA-256 of its content}.safetensors`.
 
     Args:
-        folder: where it will lie.
-        stem: the first part of its name.
+        folder: the folder of the file.
+        stem: the first part of the file name.
         kind: what it holds.
-        name: the tensor's.
-        shape: the tensor's.
-        meta: anything that JSON can hold.
+        name: name of the tensor.
+        shape: its shape.
+        meta: JSON-serialisable metadata.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class TensorWriter:
         self._path, self._file, self._start = Path(scratch), os.fdopen(handle, "r+b"), len(header)
         try:
             self._file.write(header)
-            if hasattr(os, "posix_fallocate"):  # a full disk is known before anything else is written
+            if hasattr(os, "posix_fallocate"):  # reserves the space, so that a full disk is reported now
                 os.posix_fallocate(handle, 0, self._start + self._bytes)
         except BaseException:
             self.__exit__()
@@ -160,17 +160,17 @@ class TensorWriter:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._file.close()  # writes what is left, where there may be no room
+            self._file.close()  # flushes, and may find the disk full
         finally:
-            self._path.unlink(missing_ok=True)  # it has another name, if it was finished
+            self._path.unlink(missing_ok=True)  # `finish` has renamed it
 
     def write(self, start: int, values: np.ndarray) -> None:
-        """Put numbers at a place, counted in numbers from the tensor's first."""
+        """Write values at an offset, in elements of the tensor."""
         self._file.seek(self._start + 4 * start)
         self._file.write(np.ascontiguousarray(values, dtype="<f4").data)
 
     def finish(self) -> Path:
-        """Give the file its name."""
+        """Rename the file to its final name and return the path."""
         self._file.flush()
         self._file.seek(0)
         digest = hashlib.file_digest(self._file, "sha256").hexdigest()
@@ -181,7 +181,7 @@ class TensorWriter:
 
 
 def map_tensor(path: Path, name: str) -> np.ndarray:
-    """An fp32 tensor of a file of `write_tensors`, memory-mapped and read-only."""
+    """Memory-map an fp32 tensor of a file of `write_tensors`, read-only."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[name]
@@ -189,7 +189,7 @@ def map_tensor(path: Path, name: str) -> np.ndarray:
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Make a folder unless it is there: it is made under another name and renamed, so what is there is complete."""
+    """Create a folder unless it exists: built under a temporary name and renamed, so it is complete if it exists."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -200,13 +200,13 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
         os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
-        if not folder.is_dir():  # else another process was first, which is as good
+        if not folder.is_dir():  # another process may have created it first
             raise
     return folder
 
 
 def damaged(path: Path | str, error: Exception) -> GravlensError:
-    """The error for a safetensors file that cannot be read."""
+    """Return the error for a safetensors file that cannot be read."""
     return GravlensError(
         f"{path} is damaged or was not written to its end ({error}).",
         "A whole safetensors file is needed.",

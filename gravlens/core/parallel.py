@@ -1,4 +1,4 @@
-"""Processes of a fixed number of threads that share a list of jobs, and end as one at Ctrl-C."""
+"""The process pool: jobs run in spawned processes of a fixed number of threads, and all stop at Ctrl-C."""
 
 import multiprocessing
 import os
@@ -14,16 +14,16 @@ from gravlens.core.progress import progress
 
 Job = Callable[[], Any]
 CAN_WAIT = hasattr(signal, "pthread_sigmask")  # not on Windows
-_interrupted: list[bool] = []  # in a worker: whether it is to end
+_interrupted: list[bool] = []  # in a worker: set by Ctrl-C
 
 
 @contextmanager
 def processes(threads: int, count: int | None) -> Generator[Callable[[str, Sequence[Job]], None]]:
-    """Runs lists of jobs in fresh processes, with a bar.
+    """Yield a function that runs lists of jobs in spawned processes, with a progress bar.
 
     Args:
-        threads: of each process.
-        count: of processes; default: as many as the threads allow.
+        threads: threads per process.
+        count: number of processes; default: all cores divided by `threads`.
     """
     count = count or max(1, (os.cpu_count() or 1) // threads)
     before = os.environ.get("OMP_NUM_THREADS")
@@ -47,7 +47,7 @@ def processes(threads: int, count: int | None) -> Generator[Callable[[str, Seque
 
 @contextmanager
 def _ctrl_c_later() -> Generator[None]:
-    """Processes that are started here hear Ctrl-C when they have begun, not among their imports."""
+    """Block SIGINT in processes started here until `_begin`: during their imports it would print a traceback each."""
     if not CAN_WAIT:
         yield
         return
@@ -59,7 +59,7 @@ def _ctrl_c_later() -> Generator[None]:
 
 
 def _begin(threads: int) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # the bar of the process that waits counts for all
+    os.environ["TQDM_DISABLE"] = "1"  # only the parent shows a progress bar
     signal.signal(signal.SIGINT, _note)
     if CAN_WAIT:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -67,12 +67,12 @@ def _begin(threads: int) -> None:
 
 
 def _note(*_: object) -> None:
-    """Ctrl-C between jobs, or while the next one's modules are imported."""
+    """Record Ctrl-C between jobs, or while the modules of the next one are imported."""
     _interrupted.append(True)
 
 
 def _done(job: Job) -> Any:
-    """Do a job, unless Ctrl-C has ended one before: a worker would go on with what is queued, and be waited for."""
+    """Run a job unless Ctrl-C was pressed: a worker would continue with queued jobs while the parent waits."""
     if _interrupted:
         raise KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""One kind of progress bar for all that takes long: tqdm's, gone when it is done, silent under TQDM_DISABLE=1."""
+"""Progress bars: tqdm, removed when done, silent with TQDM_DISABLE=1."""
 
 import os
 from collections.abc import Generator, Iterable
@@ -7,12 +7,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-AFTER = 1.0  # seconds: what is done by then shows no bar
-_COUNTING: list[str] = []  # what is being done, the outermost first
+AFTER = 1.0  # seconds; shorter work shows no bar
+_COUNTING: list[str] = []  # bars that are counting, the outermost first
 
 
 def silent() -> bool:
-    """Whether TQDM_DISABLE asks for no bars. tqdm reads it when it is imported, this whenever a bar is made."""
+    """Whether TQDM_DISABLE is set. tqdm reads it only at import; this reads it for every bar."""
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0")
 
 
@@ -20,16 +20,16 @@ def silent() -> bool:
 def progress(
     what: str, things: Iterable[Any] | None = None, *, total: int | None = None, unit: str = "it", leave: bool = False
 ) -> Generator["tqdm[Any]"]:
-    """A bar over things, or over `total` steps that its `update` counts.
+    """Show a progress bar over an iterable, or over `total` steps counted by its `update`.
 
-    One bar at a time: what is called while a bar of gravlens is counting is a part of what that counts.
+    Only one bar is shown at a time: work inside a bar of gravlens is part of what that bar counts.
 
     Args:
-        what: is done, in a word or two.
-        things: are gone through.
-        total: how many, where the things cannot say.
-        unit: of a step.
-        leave: keep the finished bar on the screen.
+        what: label of the bar.
+        things: the iterable.
+        total: number of steps, if the iterable has no length.
+        unit: unit of a step.
+        leave: keep the finished bar on screen.
     """
     hidden = bool(_COUNTING) or silent()
     _COUNTING.append(what)

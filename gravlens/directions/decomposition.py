@@ -24,9 +24,10 @@ from gravlens.directions.subspaces import (
 )
 from gravlens.directions.trajectory import JUDGED_FROM, drift_per_prompt, drifts, measure_drift
 from gravlens.directions.vrev import locate_vrev
-from gravlens.history.precision import check_unquantised
 from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import Resolved
 from gravlens.models.opening import OpenModel
+from gravlens.models.precision import check_unquantised
 from gravlens.models.swapping import open_each
 
 OWN, REST, WHOLE = "top_components", "rest", "all"
@@ -154,7 +155,11 @@ def _spread(values: Float[np.ndarray, "step layer"], shape: tuple[int, ...]) -> 
 
 # --- the update over the weights --------------------------------------------------------------------------------
 def split_update(
-    anchor: Checkpoint, witness: Checkpoint, checkpoints: Iterable[Checkpoint], *, shared: bool = False
+    anchor: Checkpoint | Resolved,
+    witness: Checkpoint | Resolved,
+    checkpoints: Iterable[Checkpoint | Resolved],
+    *,
+    shared: bool = False,
 ) -> pd.DataFrame:
     """How much of each update θ_t − θ_anchor lies along the task vector θ_witness − θ_anchor, tensor by tensor.
 
@@ -203,7 +208,7 @@ def _weights(
     if shared and (both := {n: w for n, w in weights.items() if n in like and w.shape == like[n].shape}):
         weights, like = both, {name: like[name] for name in both}
     shapes = [{name: tuple(weight.shape) for name, weight in some.items()} for some in (weights, like)]
-    if model.kind != "huggingface" or (like and shapes[0] != shapes[1]):
+    if not model.family.own_tensors or (like and shapes[0] != shapes[1]):
         apart = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:1]
         raise GravlensError(
             f"{checkpoint.name} ({checkpoint.described}) is a {type(model.module).__name__}"

@@ -1,13 +1,14 @@
-"""Directions in the files of other programs: GGUF control vectors, lm-evaluation-harness' `steered`, plain `.npz`.
+"""Steering vectors in other formats: GGUF control vectors, lm-evaluation-harness' `steered`, plain `.npz`.
 
-A file holds strength · distance · v of each layer: the other program adds at scale 1 what `Steer(directions, strength)`
-adds here, at the same layer. What is read steers at strength 1 as its file does at scale 1.
+A file contains strength · distance · v for each layer: at scale 1 the other program adds what `Steer(directions,
+strength)` adds at the same layer. A file that is read steers at strength 1 as it does at scale 1 there.
 """
 
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -23,12 +24,13 @@ from gravlens.core.files import without_nan, write_atomically
 from gravlens.directions.direction import Direction, Directions, each
 from gravlens.directions.vrev import direction_from
 from gravlens.interventions.edits import Steer
-from gravlens.models.opening import Openable, open_model, resid_post
+from gravlens.models.families import resid_post
+from gravlens.models.opening import Openable, open_model
 
 ARCHITECTURE = "controlvector"
-TENSOR = re.compile(r"direction\.(\d+)")  # llama.cpp's and repeng's name of one layer's vector
-HOOKPOINT = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")  # a block's name in a Hugging Face model
-FACTS = "gravlens.facts"  # what the directions were made from; other programs do not ask for it
+TENSOR = re.compile(r"direction\.(\d+)")  # name of a layer's vector in llama.cpp and repeng
+HOOKPOINT = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")  # name of a block in a Hugging Face model
+FACTS = "gravlens.facts"  # provenance of the directions; other programs ignore it
 TORCH_FILES = (".pt", ".pth")
 
 
@@ -43,14 +45,14 @@ def to_gguf(
 ) -> Path:
     """Write a control vector for llama.cpp (`--control-vector`) and repeng (`ControlVector.import_gguf`).
 
-    Both add `direction.{l}` to what block l gives, counted from 0, at every token: gravlens' layer l.
+    Both add `direction.{l}` to the output of block l, counted from 0, at every token: layer l of gravlens.
 
     Args:
-        directions: defined ones, one a layer.
+        directions: defined directions, one per layer.
         path: the file.
-        strength: what the other program's scale 1 is, in distances; negative: away from the witness.
-        model_hint: the model's type (`llama`), for other programs to show.
-        layer_0: write layer 0 too. llama.cpp refuses a file that holds it, repeng does not.
+        strength: steering strength of the other program's scale 1, in distances; negative: away from the witness.
+        model_hint: type of the model (`llama`), for display in other programs.
+        layer_0: write layer 0 too. llama.cpp rejects a file that contains it, repeng does not.
 
     Raises:
         GravlensError: an undefined direction, two of one layer, strength 0, or layer 0 without `layer_0=True`.
@@ -60,7 +62,7 @@ def to_gguf(
         rest = sorted(set(chosen.layers) - {0})
         raise GravlensError(
             f"Directions of layers {sorted(chosen.layers)} were given.",
-            "llama.cpp has no control vector at layer 0, and refuses the whole of a file that holds one.",
+            "llama.cpp has no control vector at layer 0 and rejects a file that contains one.",
             f"{f'directions.at({rest})' if rest else 'a direction of another layer'}; for repeng layer_0=True.",
         )
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,35 +82,29 @@ def to_gguf(
 
 
 def from_gguf(path: Path | str) -> Directions:
-    """Read a control vector of llama.cpp, repeng or `to_gguf`: each distance is the length of a layer's vector.
+    """Read a control vector of llama.cpp, repeng or `to_gguf`; a direction's distance is the norm of its vector.
 
     Args:
         path: the file, `.gguf`.
 
     Raises:
-        GravlensError: a file that is absent, damaged, no GGUF, or holds anything but `direction.{layer}` in fp32.
+        GravlensError: a file that is missing, corrupt, not GGUF, or has any tensor but `direction.{layer}` in fp32.
     """
-    path = _present(path)
-    try:
+    path = Path(path)
+    with _parsing(path, "A GGUF file"):
         reader = GGUFReader(path)
         tensors = [(tensor.name, tensor.tensor_type, np.array(tensor.data)) for tensor in reader.tensors]
-        facts = _text(reader, FACTS)
-    except Exception as error:  # whatever a foreign parser meets in a broken file
-        raise _unreadable(path, "A GGUF file", error) from error
+        field = reader.get_field(FACTS)
+        facts = "" if field is None else bytes(field.parts[field.data[0]]).decode()
     for name, kind, _ in tensors:
         if not TENSOR.fullmatch(name) or kind != GGMLQuantizationType.F32:
             raise GravlensError(
-                f"{path} holds the tensor {name!r} as {kind.name}.",
-                "A control vector holds direction.1, direction.2, … as F32.",
+                f"{path} contains the tensor {name!r} as {kind.name}.",
+                "A control vector has tensors direction.1, direction.2, … of type F32.",
                 "a file of to_gguf, of repeng or of llama-cvector-generator.",
             )
     vectors = [(int(name.removeprefix("direction.")), vector) for name, _, vector in tensors]
     return _directions(path, vectors, _parsed(path, facts), name="control_vector")
-
-
-def _text(reader: GGUFReader, key: str) -> str:
-    field = reader.get_field(key)
-    return "" if field is None else bytes(field.parts[field.data[0]]).decode()
 
 
 # --- lm-evaluation-harness ------------------------------------------------------------------------------------------
@@ -121,23 +117,23 @@ def to_steered(
 ) -> Path:
     """Write a `.pt` for lm-evaluation-harness: `--model steered --model_args pretrained=…,steer_path=…`.
 
-    Its `layers.{l}` is gravlens' layer l, at every token. The vector is v, the coefficient strength · distance.
+    Its `layers.{l}` is layer l of gravlens, at every token. The vector is v, the coefficient strength · distance.
 
     Args:
-        directions: defined ones, one a layer.
-        path: the file; the harness knows it by its ending, `.pt` or `.pth`.
+        directions: defined directions, one per layer.
+        path: the file; the harness recognises it by its suffix, `.pt` or `.pth`.
         strength: in distances; negative: away from the witness.
-        model: the Hugging Face model that is to be steered, for the names of its blocks; default: `layers.{l}`, as
-            Llama, Mistral, Qwen, Gemma, Phi and GPT-NeoX have them.
+        model: the Hugging Face model that will be steered, for the names of its blocks; default: `layers.{l}`, as in
+            Llama, Mistral, Qwen, Gemma, Phi and GPT-NeoX.
 
     Raises:
-        GravlensError: an undefined direction, two of one layer, strength 0, another ending, a layer that the model
-            lacks, or a model whose blocks the harness cannot name.
+        GravlensError: an undefined direction, two of one layer, strength 0, another suffix, a layer that is out of the
+            model's range, or a model with block names that the harness does not accept.
     """
     path = Path(path)
     if path.suffix not in TORCH_FILES:
         raise GravlensError(
-            f"{path.name} was named.", "The harness knows the file by its ending: .pt or .pth.", f"{path.stem}.pt."
+            f"The path {path.name} was given.", "The harness reads files with suffix .pt or .pth.", f"{path.stem}.pt."
         )
     content = {
         _hookpoint(one.layer, model): {
@@ -156,28 +152,24 @@ def to_steered(
 
 
 def from_steered(path: Path | str) -> Directions:
-    """Read a `.pt` of lm-evaluation-harness' `steered`; a pickle that would run code is never opened.
+    """Read a `.pt` of lm-evaluation-harness' `steered`; a pickle that could run code is never loaded.
 
     Args:
         path: the file, `.pt`.
 
     Raises:
-        GravlensError: a file that is absent, damaged, or holds more than plain tensors; a `.csv` (it names features of
-            sparse autoencoders); anything but `add` to whole blocks, one vector a layer.
+        GravlensError: a file that is missing, corrupt, or contains more than plain tensors; a `.csv` (names of features
+            of sparse autoencoders); any action but `add` to whole blocks, one vector per layer.
     """
-    path = _present(path)
-    if path.suffix == ".csv":
-        raise GravlensError(
-            f"{path.name} is a table.",
-            "A steered .csv names features of sparse autoencoders and holds no vector.",
-            "the .pt file, which does.",
-        )
-    try:
+    path = Path(path)
+    with _parsing(path, "A torch file of plain tensors (others can run code and are not loaded)"):
+        if path.suffix == ".csv":
+            raise GravlensError(
+                f"{path.name} is a table.",
+                "A steered .csv contains names of features of sparse autoencoders and no vector.",
+                "the .pt file.",
+            )
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged archive, or a pickle of something that is no tensor
-        raise _unreadable(
-            path, "A torch file of plain tensors (others can run code, and are not opened)", error
-        ) from error
     vectors, facts = [], {}
     for hookpoint, entry in content.items():
         layer, coefficient = _layer_of(path, hookpoint, entry), float(entry.get("steering_coefficient", 1.0))
@@ -187,7 +179,7 @@ def from_steered(path: Path | str) -> Directions:
 
 
 def _hookpoint(layer: int, model: Openable | None) -> str:
-    """A block's name as the harness looks it up: in the model's `base_model`."""
+    """Return a block's name in the model's `base_model`, where the harness looks it up."""
     if model is None:
         return f"layers.{layer}"
     opened = open_model(model)
@@ -195,15 +187,15 @@ def _hookpoint(layer: int, model: Openable | None) -> str:
     found = next((name for name, module in names if module is block), None)
     if found is None or not HOOKPOINT.fullmatch(found):
         raise GravlensError(
-            f"The harness would know block {layer} of this {type(opened.module).__name__} as {found!r}.",
-            "A Hugging Face model names its blocks layers.0, h.0 or blocks.0.",
-            "open_model(folder), which opens one.",
+            f"Block {layer} of this {type(opened.module).__name__} has the name {found!r} for the harness.",
+            "It must be named layers.0, h.0 or blocks.0, as in Hugging Face models.",
+            "open_model(folder), which opens a Hugging Face model.",
         )
     return found
 
 
 def _layer_of(path: Path, hookpoint: Any, entry: Any) -> int:
-    """The layer of an entry that adds a vector to a whole block; any other is refused."""
+    """Return the layer of an entry that adds a vector to a whole block."""
     named = HOOKPOINT.fullmatch(str(hookpoint))
     if not named or not isinstance(entry, dict) or not isinstance(entry.get("steering_vector"), Tensor):
         raise _not_added(path, f"no vector of a block under {hookpoint!r}")
@@ -214,18 +206,18 @@ def _layer_of(path: Path, hookpoint: Any, entry: Any) -> int:
 
 def _not_added(path: Path, found: str) -> GravlensError:
     return GravlensError(
-        f"{path} holds {found}.",
-        "A direction is one vector a layer, added to all that a block gives (`layers.3`, action 'add').",
+        f"{path} contains {found}.",
+        "A direction is one vector per layer that is added to the block's output (`layers.3`, action 'add').",
         "a file of to_steered, or the entries that add to blocks.",
     )
 
 
 # --- npz ------------------------------------------------------------------------------------------------------------
 def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
-    """Write `vectors` [layer, d_model] of unit length, `layers`, `distances` and `facts` (JSON) for numpy alone.
+    """Write unit `vectors` [layer, d_model], `layers`, `distances` and `facts` (JSON) for plain NumPy.
 
     Args:
-        directions: defined ones, one a layer; `distances` are in residual units.
+        directions: defined directions, one per layer; `distances` are in residual units.
         path: the file, `.npz`.
 
     Raises:
@@ -238,51 +230,49 @@ def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
 
 
 def from_npz(path: Path | str) -> Directions:
-    """Read a `.npz` with `vectors` [layer, d_model] and `layers`; without `distances` they are the vectors' lengths.
+    """Read a `.npz` with `vectors` [layer, d_model] and `layers`; `distances` default to the vectors' norms.
 
     Args:
         path: the file, `.npz`.
 
     Raises:
-        GravlensError: a file that is absent, damaged, pickled, or whose arrays do not fit each other.
+        GravlensError: a file that is missing, corrupt or pickled, or arrays of different lengths.
     """
-    path = _present(path)
-    try:
+    path = Path(path)
+    with _parsing(path, "A .npz of `vectors` [layer, d_model] and `layers` [layer]"):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         layers, vectors = arrays["layers"].astype(int).tolist(), arrays["vectors"].astype(np.float64)
         if "distances" in arrays:
             vectors *= arrays["distances"].reshape(len(vectors), 1) / np.linalg.norm(vectors, axis=1, keepdims=True)
         pairs, facts = list(zip(layers, vectors, strict=True)), str(arrays.get("facts", ""))
-    except Exception as error:  # no zip, a pickle, an array too few
-        raise _unreadable(path, "A .npz of `vectors` [layer, d_model] and `layers` [layer]", error) from error
     return _directions(path, pairs, _parsed(path, facts), name="npz")
 
 
-# --- what all of them share -----------------------------------------------------------------------------------------
+# --- shared by all formats ------------------------------------------------------------------------------------------
 def _checked(directions: Direction | Directions, strength: float) -> Directions:
-    """The directions to write; raises where one is undefined, twice there, or of length 0 at this strength."""
+    """Return the directions to write; raise where one is undefined, has length 0, or shares its layer."""
     chosen: tuple[Any, ...] = each(directions)
     for one in chosen:
         if one.undefined is not None:
             raise GravlensError(
                 f"The direction of layer {one.layer} is undefined: {one.undefined}.",
-                "A file for other programs holds a vector at each of its layers.",
-                "directions.defined(), which leaves the undefined ones out.",
+                "A file needs a vector for each of its layers.",
+                "directions.defined(), without the undefined ones.",
             )
-    Steer(directions, strength)  # one at least, of unit length, at a finite strength and distance
+    Steer(directions, strength)  # checks: at least one, unit length, finite strength and distance
     layers, lengths = [one.layer for one in chosen], [strength * one.distance for one in chosen]
     if len(set(layers)) < len(layers) or not all(lengths):
         raise GravlensError(
-            f"Vectors of layers {layers} and lengths {lengths} were to be written.",
-            "A file holds one vector a layer, and none of length 0.",
-            "one direction of each layer, with a distance, and a strength that is not 0.",
+            f"Vectors of layers {layers} and lengths {lengths} were given.",
+            "A file needs one vector per layer, none of length 0.",
+            "one direction per layer, each with a distance, and a strength other than 0.",
         )
     return Directions(chosen)
 
 
 def _facts(directions: Iterable[Direction], strength: float) -> str:
-    """What directions were made from, JSON by layer; the strength is added where it is not 1."""
+    """Return the provenance of directions as JSON, by layer; a strength other than 1 is added to it."""
     written = {} if strength == 1 else {"strength": strength}
     facts = {
         one.layer: {
@@ -297,8 +287,8 @@ def _facts(directions: Iterable[Direction], strength: float) -> str:
 
 
 def _parsed(path: Path, facts: str) -> dict[int, dict[str, Any]]:
-    """`_facts` read back, as what `replace` takes; nothing of a file that other programs wrote."""
-    try:
+    """Parse `_facts` into arguments of `replace`; empty for files of other programs."""
+    with _parsing(path, "JSON of gravlens"):
         return {
             int(layer): {
                 "estimator": str(one["estimator"]),
@@ -308,19 +298,17 @@ def _parsed(path: Path, facts: str) -> dict[int, dict[str, Any]]:
             }
             for layer, one in json.loads(facts or "{}").items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _unreadable(path, "What gravlens wrote beside the vectors", error) from error
 
 
 def _directions(
     path: Path, vectors: Sequence[tuple[int, np.ndarray]], facts: Mapping[int, Mapping[str, Any]], *, name: str
 ) -> Directions:
-    """Vectors of layers as directions, layers ascending, with what is known of each."""
+    """Make directions of vectors, layers ascending, with the provenance of each."""
     layers, shapes = [layer for layer, _ in vectors], {vector.shape for _, vector in vectors}
     if len(shapes) != 1 or len(min(shapes)) != 1 or len(set(layers)) < len(layers):
         raise GravlensError(
-            f"{path} holds vectors of layers {layers} and shapes {sorted(shapes)}.",
-            "A file of directions holds one vector a layer, all of the model's width.",
+            f"{path} contains vectors of layers {layers} and shapes {sorted(shapes)}.",
+            "It must contain one vector per layer, all of one width.",
             "a file that was made for one model.",
         )
     ordered = sorted(vectors, key=lambda pair: pair[0])
@@ -328,15 +316,21 @@ def _directions(
     return Directions(tuple(replace(one, **{"estimator": name, **facts.get(one.layer, {})}) for one in plain))
 
 
-def _present(path: Path | str) -> Path:
-    path = Path(path)
+@contextmanager
+def _parsing(path: Path, expected: str) -> Generator[None]:
+    """Raise any failure to parse a file as GravlensError: what a foreign parser raises is not documented."""
     if not path.is_file():
-        raise GravlensError(f"No file lies at {path}.", "A file of directions is wanted.", "check the path.")
-    return path
-
-
-def _unreadable(path: Path, wanted: str, error: Exception) -> GravlensError:
-    first, *_ = [*str(error).strip().splitlines(), ""]
-    # torch's own words for a pickle advise to open it all the same
-    said = type(error).__name__ if type(error).__name__ == "UnpicklingError" else f"{type(error).__name__}: {first}"
-    return GravlensError(f"{path} cannot be read ({said}).", f"{wanted} is wanted.", "write or copy it again.")
+        raise GravlensError(f"There is no file {path}.", "A file of directions was expected.", "check the path.")
+    try:
+        yield
+    except GravlensError:
+        raise
+    except Exception as error:
+        # torch's message for an unsafe pickle advises to load it all the same.
+        hide = type(error).__name__ == "UnpicklingError"
+        first = "" if hide else f": {next(iter(str(error).strip().splitlines()), '')}"
+        raise GravlensError(
+            f"{path} cannot be read ({type(error).__name__}{first}).",
+            f"{expected} was expected.",
+            "write or copy it again.",
+        ) from error

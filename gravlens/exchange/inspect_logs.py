@@ -1,4 +1,4 @@
-"""What a model does with prompts as a log of Inspect (inspect-ai), for its viewer and its data frames."""
+"""Export answers and scores as a log of Inspect (inspect-ai), for its viewer and its data frames."""
 
 import hashlib
 import json
@@ -31,22 +31,22 @@ def to_inspect_log(
     task: str = "gravlens",
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an Inspect log: a sample a prompt with its answer and scores; the mean of each score with its error.
+    """Write an Inspect log with one sample per prompt, and the mean and standard error of each score.
 
-    `inspect view` shows it, `inspect_ai.log.read_eval_log` and `inspect_ai.analysis.samples_df` read it. A score of NaN
-    is Inspect's own sign for "not scored": it is left out of the mean and its standard error, std / √n.
+    Read it with `inspect view`, `inspect_ai.log.read_eval_log` or `inspect_ai.analysis.samples_df`. NaN means "not
+    scored", as in Inspect: it does not enter the mean and its standard error, std / √n.
 
     Args:
-        prompts: what was asked, with its system prompt.
-        path: ends in `.eval` (Inspect's own format) or `.json`.
-        answers: one a prompt, as `generate_answers` gives them; None where only scores were read.
-        scores: name -> one number or verdict a prompt: the values of a `Score`, the verdicts of a `Judge`.
-        model: what the log calls the model.
-        task: what it calls the task.
-        metadata: further facts (the intervention, its strength), anything that JSON can hold.
+        prompts: the prompts, with their system prompt.
+        path: with suffix `.eval` (Inspect's format) or `.json`.
+        answers: one per prompt, as from `generate_answers`; None if there are only scores.
+        scores: name -> one number or verdict per prompt: values of a `Score`, verdicts of a `Judge`.
+        model: name of the model in the log.
+        task: name of the task in the log.
+        metadata: more facts (the intervention, its strength) for JSON.
 
     Raises:
-        GravlensError: inspect-ai is not installed; another ending; answers or scores of another number than prompts.
+        GravlensError: inspect-ai is not installed; another suffix; not one answer and score per prompt.
     """
     path, prompts = Path(path), PromptSet.of(prompts)
     columns = {name: np.asarray(values) for name, values in scores.items()}
@@ -79,22 +79,24 @@ def _inspect() -> Any:
     except ImportError as error:
         raise GravlensError(
             "inspect-ai is not installed.",
-            "It writes Inspect's logs.",
+            "Logs are written with it.",
             "pip install inspect-ai, or gravlens with its extra: pip install -e '.[exchange]'.",
         ) from error
 
 
 def _check(path: Path, prompts: PromptSet, answers: Sequence[str] | None, columns: Mapping[str, np.ndarray]) -> None:
     if path.suffix not in FORMATS:
-        raise GravlensError(f"{path.name} was named.", "A log ends in .eval or .json.", f"{path.stem}.eval.")
+        raise GravlensError(
+            f"The path {path.name} was given.", "A log has the suffix .eval or .json.", f"{path.stem}.eval."
+        )
     shapes = {name: values.shape for name, values in columns.items()}
     numbers = all(values.dtype.kind in "biuf" for values in columns.values())
     given = len(prompts) if answers is None else len(answers)
     if not shapes or not numbers or set(shapes.values()) != {(len(prompts),)} or given != len(prompts):
         raise GravlensError(
-            f"There are {len(prompts)} prompts, {'no' if answers is None else given} answers, and scores of the "
-            f"shapes {shapes}.",
-            "Each prompt has one number or verdict a score, and at most one answer.",
+            f"{len(prompts)} prompts, {'no' if answers is None else given} answers and scores of shapes {shapes} were "
+            "given.",
+            "Each prompt needs one number or verdict per score, and at most one answer.",
             "scores={'refused': judge(prompts, answers), …}.",
         )
 
@@ -102,7 +104,7 @@ def _check(path: Path, prompts: PromptSet, answers: Sequence[str] | None, column
 def _samples(
     prompts: PromptSet, answers: Sequence[str] | None, columns: Mapping[str, np.ndarray], model: str
 ) -> list[Any]:
-    """One `EvalSample` a prompt, numbered from 1."""
+    """Make one `EvalSample` per prompt, numbered from 1."""
     inspect_ai = _inspect()
     chat, samples = inspect_ai.model, []
     for row, prompt in enumerate(prompts):
@@ -112,7 +114,9 @@ def _samples(
             asked.insert(0, chat.ChatMessageSystem(content=prompts.system, id=f"system-{row + 1}"))
         output = chat.ModelOutput(model=model) if answer is None else chat.ModelOutput.from_content(model, answer)
         if output.choices:
-            output.choices[0].message.id = f"answer-{row + 1}"  # else a random one
+            output.choices[
+                0
+            ].message.id = f"answer-{row + 1}"  # by default random: the same results would be another log
         samples.append(
             inspect_ai.log.EvalSample(
                 id=row + 1,
@@ -131,7 +135,7 @@ def _samples(
 
 
 def _summary(name: str, values: np.ndarray) -> Any:
-    """Mean and standard error of a score over the prompts that have it."""
+    """Compute mean and standard error of a score over the prompts that have it."""
     log = _inspect().log
     scored = values[np.isfinite(values)].astype(np.float64)
     error = scored.std(ddof=1) / np.sqrt(len(scored)) if len(scored) > 1 else 0.0
@@ -146,7 +150,7 @@ def _summary(name: str, values: np.ndarray) -> Any:
 
 
 def _identities(samples: Any, model: str, task: str) -> dict[str, str]:
-    """Inspect's names of an evaluation, its run and its task, from the content: the same results have the same ones."""
+    """Derive Inspect's ids of an evaluation, its run and its task from the content, so that they are reproducible."""
     text = json.dumps([task, model, samples], sort_keys=True)
     return {
         name: hashlib.sha256(f"{name}{text}".encode()).hexdigest()[:22] for name in ("eval_id", "run_id", "task_id")
@@ -154,7 +158,7 @@ def _identities(samples: Any, model: str, task: str) -> dict[str, str]:
 
 
 def _write(log: Any, path: Path) -> Path:
-    """By Inspect's own writer, whole or not at all."""
+    """Write with Inspect's writer, atomically."""
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / path.name
         _inspect().log.write_eval_log(log, written)

@@ -1,9 +1,7 @@
 from . import hub as hub
-from . import precision as precision
 from . import prefetch as prefetch
 from . import prompt_formats as prompt_formats
 from . import prompts as prompts
 from . import sequence as sequence
-from . import sequence_file as sequence_file
 from . import sources as sources
 from . import weight_files as weight_files

@@ -1,4 +1,4 @@
-"""A hub id, `owner/name` or `owner/name@revision`, becomes the folder of its snapshot in the Hugging Face cache."""
+"""Hugging Face hub ids (`owner/name`, `owner/name@revision`): download, look up and evict snapshots in the cache."""
 
 import re
 import warnings
@@ -13,29 +13,29 @@ from gravlens.core.errors import GravlensError, wrong_kind
 
 _PART = r"[A-Za-z0-9_-][\w.-]*"
 HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}(/{_PART})*))?", re.ASCII)
-# Weights as safetensors, configurations and tokenizers; never pickles, never code.
+# Weights as safetensors, configurations and tokenizers; never pickles or code, which could run on loading.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = "*.safetensors"
 UNWANTED = ("*/*", "consolidated*.safetensors", "*.fp16.safetensors")
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text reads `owner/name` or `owner/name@revision`."""
+    """Whether a string has the form `owner/name` or `owner/name@revision`."""
     return HUB_ID.fullmatch(text) is not None
 
 
 def repository_of(hub_id: str) -> str:
-    """`owner/name` of a hub id."""
+    """Return `owner/name` of a hub id."""
     return hub_id.partition("@")[0]
 
 
 def revision_of(hub_id: str) -> str | None:
-    """The branch, tag or commit of a hub id, or None for its main branch."""
+    """Return the branch, tag or commit of a hub id, or None for its main branch."""
     return hub_id.partition("@")[2] or None
 
 
 def existing(folder: Path | str, here: Path = Path()) -> Path | str:
-    """A folder that exists, seen from `here`, or a hub id that looks like no path."""
+    """Return an existing folder (relative to `here`), or the hub id if it cannot be a path."""
     if not isinstance(folder, Path | str):
         raise wrong_kind(
             folder,
@@ -55,14 +55,14 @@ def existing(folder: Path | str, here: Path = Path()) -> Path | str:
 
 
 def local_folder(source: Path | str, *, weights: bool = True) -> Path:
-    """The folder where a checkpoint's files lie: a folder itself, or a hub id's snapshot, downloaded where needed.
+    """Return the folder of a checkpoint: the folder itself, or a hub id's snapshot, downloaded if necessary.
 
     Args:
         source: a folder or a hub id.
-        weights: whether they are needed too; a tokenizer and a configuration are small.
+        weights: download the weights too, not only the configuration and tokenizer.
 
     Raises:
-        GravlensError: neither a folder nor a hub id, or a hub id that is out of reach.
+        GravlensError: neither a folder nor a hub id, or a hub id that cannot be downloaded.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -76,7 +76,7 @@ def local_folder(source: Path | str, *, weights: bool = True) -> Path:
             ignore_patterns=[*UNWANTED, *([] if weights else [WEIGHTS])],
         )
     except (OSError, ValueError) as error:
-        if part := getattr(error, "snapshot_path", None):  # offline, not all of its files here: weights tell what lacks
+        if part := getattr(error, "snapshot_path", None):  # offline; `weight_paths` names what is missing
             return Path(part)
         raise GravlensError(
             f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
@@ -87,7 +87,7 @@ def local_folder(source: Path | str, *, weights: bool = True) -> Path:
 
 
 def commit_of(folder: Path) -> str | None:
-    """`owner--name@commit` of a snapshot's folder in the cache; None of another folder."""
+    """Return `owner--name@commit` of a snapshot folder in the cache, or None for another folder."""
     if folder.parent.name != "snapshots" or re.fullmatch("[0-9a-f]{40}", folder.name) is None:
         return None
     home = folder.parents[1]
@@ -95,15 +95,15 @@ def commit_of(folder: Path) -> str | None:
 
 
 def snapshots_here(hub_id: str) -> set[Path]:
-    """Folders of a repository's snapshots in the cache that hold weights, or some of them."""
+    """Return the snapshot folders of a repository in the cache that hold at least some weights."""
     home = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository_of(hub_id), repo_type="model")
     return {weights.parent for weights in (home / "snapshots").glob(f"*/{WEIGHTS}")}
 
 
 def evict(snapshot: Path) -> None:
-    """Delete one revision from the cache, as `hf cache` does: what another revision shares stays.
+    """Delete one revision from the cache, as `hf cache` does: blobs that other revisions share are kept.
 
-    That it could not be deleted is a warning: what was read of it stands.
+    A failure is only a warning, because the states that were read are valid.
     """
     failure = ""
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints in turn: while one is read the next is fetched, and what was downloaded for it goes behind it."""
+"""Prefetch checkpoints: download the next while the current one is read; evict it afterwards."""
 
 import os
 from collections.abc import Generator, Iterable, Sequence
@@ -8,61 +8,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import nn
-
 from gravlens.core.errors import GravlensError
 from gravlens.history.hub import evict, snapshots_here
 from gravlens.history.sequence import Checkpoint
-from gravlens.history.sources import lineage
-from gravlens.history.weight_files import weight_files
+from gravlens.history.sources import Known, Resolved, resolve
+from gravlens.history.weight_files import weight_paths
 
-Turns: TypeAlias = Generator[tuple[Checkpoint, tuple[Path, ...]], None, None]
+Row: TypeAlias = Checkpoint | Resolved
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A checkpoint's folders (`lineage`), and the snapshot that was downloaded for it, if any."""
+    """A resolved checkpoint and the snapshot that was downloaded for it, if any."""
 
-    folders: tuple[Path, ...]
+    resolved: Resolved
     downloaded: Path | None = None
 
 
-def in_turn(checkpoints: Iterable[Checkpoint], *, keep: int | None) -> Turns:
-    """Each checkpoint with its folders (none for a model in memory), the next one's files being fetched meanwhile.
+def in_turn(checkpoints: Iterable[Row], *, keep: int | None) -> Generator[Resolved, None, None]:
+    """Yield each checkpoint with its weights on disk while the next one is fetched.
 
-    A hub's revision is downloaded ahead in one background thread, and what goes wrong there is raised in its turn; of
-    local files the kernel is asked to read ahead. Revisions that were downloaded here go again, except for the last
-    `keep`, so that at most `keep` + 1 of them lie on disk at a time; however the reading ends, `keep` stay.
+    A checkpoint that was resolved before is not resolved again; another is resolved in its turn, so that its folder may
+    be written while those before it are read. A hub's revision is downloaded in one background thread, and an error
+    there is raised when its turn comes; for local files the kernel is asked to read ahead. Revisions that were
+    downloaded here are evicted, except for the last `keep`, so that at most `keep` + 1 are on disk at a time; however
+    the iteration ends, `keep` stay.
     """
-    rows, ours = list(checkpoints), dict[Path, Any]()
-    stays = _never_evicted(rows)
-    ahead: tuple[Checkpoint, Future[Fetched]] | None = None
+    rows, ours, known = list(checkpoints), dict[Path, Any](), Known()
+    stays = _never_evicted([_checkpoint(row) for row in rows])
+    ahead: tuple[Row, Future[Fetched | None]] | None = None
     worker = ThreadPoolExecutor(1, "gravlens-ahead")  # one: nothing is evicted while something is downloaded
     try:
-        for number, checkpoint in enumerate(rows):
-            fetched = _fetched(checkpoint, ahead[1] if ahead else worker.submit(_fetch, checkpoint))
+        for number, row in enumerate(rows):
+            future = ahead[1] if ahead else worker.submit(_fetch, row, known)
+            fetched = future.result() or Fetched(resolve(row, known))
             ahead = None
-            _note(ours, checkpoint, fetched, stays)
-            _trim(ours, keep, needed={later.source for later in rows[number:]})
+            _note(ours, fetched, stays)
+            _trim(ours, keep, needed={_checkpoint(later).source for later in rows[number:]})
             if number + 1 < len(rows):
-                ahead = rows[number + 1], worker.submit(_fetch, rows[number + 1])
-            yield checkpoint, fetched.folders
+                ahead = rows[number + 1], worker.submit(_fetch, rows[number + 1], known)
+            yield fetched.resolved
     finally:
-        worker.shutdown(cancel_futures=True)  # a download that is under way ends first, else it would be nobody's
+        worker.shutdown(cancel_futures=True)  # a running download must end, or nobody would evict it
         if ahead is not None and keep is not None:
-            _drop_unread(*ahead, stays)
+            _drop_unread(_checkpoint(ahead[0]), ahead[1], stays)
         _trim(ours, keep, needed=set())
 
 
+def _checkpoint(row: Row) -> Checkpoint:
+    return row.checkpoint if isinstance(row, Resolved) else row
+
+
 def _never_evicted(rows: Sequence[Checkpoint]) -> set[Any]:
-    """Sources of witness, anchor and bases, which other calls read again: a run's checkpoints alone have a step."""
+    """Sources of witness, anchor and bases, which other calls read again: only a run's checkpoints have a step."""
     bases = {row.base.source for row in rows if row.base is not None}
     return bases | {row.source for row in rows if row.step is None}
 
 
-def _note(ours: dict[Path, Any], checkpoint: Checkpoint, fetched: Fetched, stays: set[Any]) -> None:
-    """Remember in `ours`, the last read last, what may be evicted; what stays may be there under another name."""
-    *bases, own = fetched.folders or (None,)
+def _note(ours: dict[Path, Any], fetched: Fetched, stays: set[Any]) -> None:
+    """Update `ours`, the snapshots that may be evicted, least recently read first."""
+    checkpoint = fetched.resolved.checkpoint
+    *bases, own = fetched.resolved.paths or (None,)
+    # A commit that was downloaded under one name may be read again under another.
     source = None if own is None else ours.pop(own, checkpoint.source if own == fetched.downloaded else None)
     for base in bases:
         ours.pop(base, None)
@@ -71,44 +78,39 @@ def _note(ours: dict[Path, Any], checkpoint: Checkpoint, fetched: Fetched, stays
 
 
 def _trim(ours: dict[Path, Any], keep: int | None, *, needed: set[Any]) -> None:
-    """Evict the oldest downloads beyond `keep`, but none whose source is needed."""
+    """Evict the oldest downloads beyond `keep`, except those that are needed."""
     evictable = [] if keep is None else [one for one, source in ours.items() if source not in needed]
     for snapshot in evictable[: max(0, len(ours) - (keep or 0))]:
         del ours[snapshot]
         evict(snapshot)
 
 
-def _drop_unread(checkpoint: Checkpoint, ahead: Future[Fetched], stays: set[Any]) -> None:
-    """Evict what was fetched ahead for a checkpoint whose turn never came."""
-    fetched = None if ahead.cancelled() or ahead.exception() else ahead.result().downloaded
-    if fetched is not None and checkpoint.source not in stays:
-        evict(fetched)
+def _drop_unread(checkpoint: Checkpoint, ahead: Future[Fetched | None], stays: set[Any]) -> None:
+    """Evict what was prefetched for a checkpoint whose turn never came."""
+    fetched = None if ahead.cancelled() or ahead.exception() else ahead.result()
+    if fetched is not None and fetched.downloaded is not None and checkpoint.source not in stays:
+        evict(fetched.downloaded)
 
 
-def _fetched(checkpoint: Checkpoint, ahead: Future[Fetched]) -> Fetched:
-    """What was fetched; a local folder is looked at anew, for it may have been written meanwhile."""
-    return ahead.result() if _on_a_hub(checkpoint) else Fetched(_folders(checkpoint))
-
-
-def _fetch(checkpoint: Checkpoint) -> Fetched:
-    here = snapshots_here(str(checkpoint.source)) if _on_a_hub(checkpoint) else None
-    folders = _folders(checkpoint)
-    for folder in folders:
-        _read_ahead(folder)
-    return Fetched(folders, folders[-1] if here is not None and folders[-1] not in here else None)
-
-
-def _folders(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    return () if isinstance(checkpoint.source, nn.Module) else tuple(lineage(checkpoint))
-
-
-def _on_a_hub(checkpoint: Checkpoint) -> bool:
-    return isinstance(checkpoint.source, str) and not Path(checkpoint.source).exists()
+def _fetch(row: Row, known: Known) -> Fetched | None:
+    """Download a hub's revision, or read local files ahead; None for a local folder that is resolved in its turn."""
+    checkpoint = _checkpoint(row)
+    on_a_hub = isinstance(checkpoint.source, str) and not Path(checkpoint.source).exists()
+    if not on_a_hub and isinstance(row, Checkpoint):
+        if isinstance(row.source, Path | str):
+            _read_ahead(Path(row.source))
+        return None
+    here = snapshots_here(str(checkpoint.source)) if on_a_hub else None
+    resolved = row.fetched() if isinstance(row, Resolved) else resolve(row, known)
+    for path in resolved.paths:
+        _read_ahead(path)
+    own = resolved.paths[-1] if resolved.paths else None
+    return Fetched(resolved, own if here is not None and own not in here else None)
 
 
 def _read_ahead(folder: Path) -> None:
-    """Ask the kernel for the weights' pages; a hint, which fails nothing and is not to be had everywhere."""
+    """Ask the kernel to read the weights ahead: a hint that may fail, and that not every system has."""
     with suppress(OSError, GravlensError, AttributeError):
-        for path in weight_files(folder):
+        for path in weight_paths(folder):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -1,7 +1,9 @@
 """Checkpoints of one training history: a witness, an anchor, and the runs that start at the anchor."""
 
 import glob
+import os
 import re
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +15,11 @@ from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system
-from gravlens.history.sequence_file import PROMPT_KEYS, read_sequence_file
 from gravlens.history.weight_files import trained_steps, weight_files
 
+PROMPT_KEYS = ("probes", "held_out", "harmless")
+KEYS = {"witness", "anchor", "runs", "tokenizer", "chat_template", "system", *PROMPT_KEYS}  # of SEQUENCE.toml
+RUN_KEYS = {"folders", "missing"}
 ChatTemplate = Literal["own", "anchor", "none"]
 Source = Path | str | nn.Module
 Folders = Path | str | Sequence[Path | str]
@@ -24,14 +28,14 @@ Prompts = PromptSet | Sequence[str] | Path | str | Any  # a datasets.Dataset
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One state of the weights: a folder (opened when it is needed), a hub id, or a model in memory.
+    """One checkpoint: a folder (opened on demand), a hub id, or a model in memory.
 
     Attributes:
-        name: how results call it (`witness`, `anchor`, `seed0/20`).
+        name: its name in results (`witness`, `anchor`, `seed0/20`).
         source: the folder, the hub id (`owner/name` or `owner/name@revision`), or the model.
         step: optimizer steps since the anchor, for the checkpoints of a run.
-        base: where the source is a PEFT adapter, what it is added to; None: what its own configuration names.
-        template: whose chat template it is read with: its `own`, `none`, or that (and the tokenizer) of another
+        base: for a PEFT adapter, the checkpoint it is merged into; default: the one that its configuration names.
+        template: the chat template it is read with: its `own`, `none`, or that (and the tokenizer) of another
             checkpoint. A sequence sets it for its checkpoints, by its `chat_template`.
         tokenizer: one that takes the place of the checkpoint's own, or a folder or hub id that holds it. A sequence
             sets it too.
@@ -65,7 +69,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Run:
-    """Where the checkpoints of a run lie, for a run that may have holes.
+    """Folders of a run that may have missing checkpoints.
 
     Attributes:
         folders: a pattern, a Trainer's output folder, or a list of folders and hub ids.
@@ -85,7 +89,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class ModelSequence:
-    """A training history: what `locate_vrev` and everything after it reads.
+    """A training history: the input of `locate_vrev` and everything after it.
 
     Attributes:
         witness: a checkpoint of the dominant phase.
@@ -248,7 +252,7 @@ class ModelSequence:
     @classmethod
     def from_toml(cls, path: Path | str) -> "ModelSequence":
         """Read a history that a person wrote by hand; paths are relative to the file. See docs/sequence.md."""
-        table = read_sequence_file(Path(path))
+        table = _read_sequence_file(Path(path))
         runs = {name: Run(**run) for name, run in table.pop("runs", {}).items()}
         return cls.from_folders(**table, runs=runs)
 
@@ -394,3 +398,63 @@ def _ordered(name: str, checkpoints: list[Checkpoint]) -> tuple[Checkpoint, ...]
             "a narrower pattern.",
         )
     return tuple(sorted(checkpoints, key=lambda checkpoint: checkpoint.step or 0))
+
+
+# --- SEQUENCE.toml ----------------------------------------------------------------------------------------------
+def _read_sequence_file(path: Path) -> dict[str, Any]:
+    """The keys of a sequence file, each path as seen from here; each run as a table of `folders` and `missing`.
+
+    Raises:
+        GravlensError: no readable TOML, no witness or anchor, a key or a kind of value that is unknown, no such folder.
+    """
+    table, here = _read(path), path.parent
+    for key in {"witness", "anchor", "tokenizer"} & table.keys():
+        table[key] = existing(table[key], here)
+    for key in PROMPT_KEYS:
+        if isinstance(table.get(key), str):
+            table[key] = here / Path(table[key]).expanduser()
+    runs = {name: run if isinstance(run, dict) else {"folders": run} for name, run in table.get("runs", {}).items()}
+    return {**table, "runs": {name: {**run, "folders": _seen_from(here, run["folders"])} for name, run in runs.items()}}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    remedy = 'witness = "base", anchor = "aligned", probes = "probes.jsonl" (see docs/sequence.md).'
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise GravlensError(f"{path} cannot be read ({error}).", "A TOML file is needed.", remedy) from error
+    except tomllib.TOMLDecodeError as error:
+        raise GravlensError(f"{path} is not valid TOML: {error}.", "A TOML file is needed.", remedy) from error
+    missing = [key for key in ("witness", "anchor") if not isinstance(table.get(key), str) or not table[key]]
+    if missing:
+        raise GravlensError(f"{path} names no {' and no '.join(missing)}.", "Both are needed, as text.", remedy)
+    if unknown := sorted(set(table) - KEYS):
+        raise GravlensError(
+            f"{path} has the unknown key {', '.join(unknown)}.", f"Known keys: {', '.join(sorted(KEYS))}.", remedy
+        )
+    if not isinstance(table.get("runs", {}), dict):
+        raise GravlensError(f"{path}: runs is not a table.", "Runs have names.", '[runs]\\nseed0 = "ft/checkpoint-*"')
+    runs = {name: run.get("folders") if _is_run(run) else run for name, run in table.get("runs", {}).items()}
+    entries = {**runs, **{key: table[key] for key in PROMPT_KEYS if key in table}}
+    wrong = [key for key, entry in entries.items() if not _is_text_or_texts(entry)]
+    if wrong := wrong + ["tokenizer"] * (not isinstance(table.get("tokenizer", ""), str)):
+        raise GravlensError(f"{path}: {', '.join(wrong)} is no text.", "A text or a list of texts is needed.", remedy)
+    return table
+
+
+def _is_run(entry: Any) -> bool:
+    """A run that may have holes: `{folders = "ft/checkpoint-*", missing = "skip"}`."""
+    return isinstance(entry, dict) and entry.keys() <= RUN_KEYS
+
+
+def _is_text_or_texts(entry: Any) -> bool:
+    return isinstance(entry, str) or (isinstance(entry, list) and all(isinstance(item, str) for item in entry))
+
+
+def _seen_from(here: Path, folders: str | list[str]) -> str | list[Path | str]:
+    """A pattern, or folders of a list (which may be missing) and hub ids."""
+    if isinstance(folders, list):
+        paths = {folder: here / Path(folder).expanduser() for folder in folders}
+        return [f if is_hub_id(f) and not paths[f].parent.exists() else paths[f] for f in folders]
+    pattern = os.path.expanduser(folders)
+    return pattern if os.path.isabs(pattern) else os.path.join(glob.escape(str(here)), pattern)

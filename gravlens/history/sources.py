@@ -1,59 +1,242 @@
-"""Resolve a checkpoint to its folders: an adapter is read on top of its bases."""
+"""Resolve a checkpoint once: its folders, and what their configurations and headers say."""
 
 import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.hub import is_hub_id, local_folder, repository_of
+from gravlens.history.hub import commit_of, is_hub_id, local_folder, repository_of
 from gravlens.history.sequence import Checkpoint
-from gravlens.history.weight_files import ADAPTER_CONFIG, is_adapter
+from gravlens.history.weight_files import (
+    ADAPTER_CONFIG,
+    Stamp,
+    Weights,
+    contents,
+    read_headers,
+    stamp,
+    weight_paths,
+)
 
 CHAIN = 8  # adapters over adapters; a circle ends here
+CONFIG = "config.json"
+# Bookkeeping that changes with the library that saved a configuration, not with what the model computes.
+BOOKKEEPING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
-def lineage(checkpoint: Checkpoint, *, weights: bool = True) -> list[Path]:
-    """The folders that make up a checkpoint: a whole model, then the adapters over it.
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """A folder with a whole model or an adapter. Its files are read when first needed, each once.
+
+    Attributes:
+        path: the folder; for a hub id its snapshot in the Hugging Face cache.
+        source: the folder or hub id that was resolved.
+        stamps: `stamp` of each configuration file when the folder was resolved.
+        resolved_at: when that was, in ns.
+    """
+
+    path: Path
+    source: Path | str
+    stamps: Mapping[str, Stamp] = field(init=False, repr=False)
+    resolved_at: int = field(default_factory=time.time_ns, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        stamps = {name: stamp(self.path / name) for name in (CONFIG, ADAPTER_CONFIG)}
+        object.__setattr__(self, "stamps", stamps)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it holds a PEFT adapter."""
+        return bool(self.stamps[ADAPTER_CONFIG])
+
+    @cached_property
+    def commit(self) -> str | None:
+        """`owner--name@commit` of a snapshot in the Hugging Face cache, whose files never change; else None."""
+        return commit_of(self.path)
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """The adapter's or the model's configuration, or None where it is unreadable (loading raises then)."""
+        try:
+            config = json.loads((self.path / (ADAPTER_CONFIG if self.is_adapter else CONFIG)).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return config if isinstance(config, dict) else None
+
+    @property
+    def architecture(self) -> dict[str, Any] | None:
+        """The configuration without bookkeeping: equal for two folders whose weights fit into one model."""
+        if self.config is None or self.is_adapter:
+            return self.config
+        return {key: value for key, value in self.config.items() if key not in BOOKKEEPING}
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The headers of the weight files; raises where a file is missing or truncated."""
+        return read_headers(self.path)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights, computed by reading all of them."""
+        return contents(self.weights.load()).digest
+
+    @property
+    def changed(self) -> bool:
+        """Whether a file that was read has been written since."""
+        if self.commit:  # evicted and downloaded again, it has other stamps and the same content
+            return False
+        read = dict(self.__dict__).get("weights")  # an unread header cannot be stale
+        files = [] if read is None else zip(read.files, read.stamps, strict=True)
+        now = {name: stamp(self.path / name) for name in self.stamps}
+        return now != self.stamps or any(stamp(path) != before for path, before in files)
+
+    def fetched(self) -> "Folder":
+        """Return this folder with its weights, which are downloaded if they are missing."""
+        if not isinstance(self.source, str) or Path(self.source).exists() or self._has_weights():
+            return self
+        # By commit, because a branch may have moved since its configuration was read.
+        pinned = f"{repository_of(self.source)}@{self.path.name}" if self.commit else self.source
+        path = local_folder(pinned)
+        return self if path == self.path else Folder(path, self.source)
+
+    def _has_weights(self) -> bool:
+        try:
+            return all(path.exists() for path in weight_paths(self.path))
+        except GravlensError:
+            return False
+
+
+Known: TypeAlias = dict[str, Folder]
+
+
+@dataclass(frozen=True, eq=False)
+class Resolved:
+    """A checkpoint and the folders that make it up.
+
+    Attributes:
+        checkpoint: what was resolved.
+        folders: a whole model, then the adapters over it; empty for a model in memory.
+        template: the checkpoint whose tokenizer and chat template it is read with, where that is another.
+        tokenizer: the folder of a tokenizer that takes the place of its own, where one was given.
+    """
+
+    checkpoint: Checkpoint
+    folders: tuple[Folder, ...]
+    template: "Resolved | None" = field(default=None, repr=False)
+    tokenizer: Folder | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint."""
+        return self.checkpoint.name
+
+    @property
+    def described(self) -> str:
+        """The source in words."""
+        return self.checkpoint.described
+
+    @property
+    def base(self) -> Folder:
+        """The folder of the whole model."""
+        return self.folders[0]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Paths of the folders."""
+        return tuple(folder.path for folder in self.folders)
+
+    def fetched(self) -> "Resolved":
+        """Return it with all weights downloaded."""
+        return replace(self, folders=tuple(folder.fetched() for folder in self.folders))
+
+    def check_unchanged(self) -> None:
+        """Raise if a file was written since it was read: configuration and weights may not belong together."""
+        if any(folder.changed for folder in self.folders):
+            raise changed_meanwhile(self)
+
+
+def changed_meanwhile(checkpoint: Checkpoint | Resolved) -> GravlensError:
+    """Return the error for a checkpoint that is written while it is read."""
+    return GravlensError(
+        f"{checkpoint.name} ({checkpoint.described}) changed while it was opened.",
+        "A checkpoint must not be written while it is read.",
+        "the same call once it is completely written; nothing was kept of it.",
+    )
+
+
+# --- resolving --------------------------------------------------------------------------------------------------
+def resolve(checkpoint: Checkpoint | Resolved, known: Known | None = None, *, weights: bool = True) -> Resolved:
+    """Find the folders that make up a checkpoint: a whole model, then the adapters over it.
 
     Args:
-        checkpoint: a folder or hub id.
-        weights: whether those of a hub id are downloaded too, or its small files alone.
+        checkpoint: a folder, hub id, or model in memory; returned unchanged if it is resolved.
+        known: folders that this call has resolved before, by source; it is filled. Checkpoints that share a folder (an
+            adapter's base, the anchor as template) share its `Folder`.
+        weights: download the weights of a hub id too; otherwise only its small files.
 
     Raises:
-        GravlensError: a folder that is not there, or an adapter whose base is not known.
+        GravlensError: a missing folder, or an adapter whose base is unknown.
     """
-    chain = [local_folder(_source(checkpoint), weights=weights)]
-    while is_adapter(chain[0]):
-        checkpoint = base_of(checkpoint, chain[0])
-        chain.insert(0, local_folder(_source(checkpoint), weights=weights))
+    if isinstance(checkpoint, Resolved):
+        return checkpoint
+    known = {} if known is None else known
+    other, given = checkpoint.template, checkpoint.tokenizer
+    template = resolve(other, known, weights=False) if isinstance(other, Checkpoint) else None
+    tokenizer = _folder(given, known, False) if isinstance(given, str | Path) else None
+    if isinstance(checkpoint.source, nn.Module):
+        return Resolved(checkpoint, (), template, tokenizer)
+    found, chain = checkpoint, [_folder(checkpoint.source, known, weights)]
+    while chain[0].is_adapter:
+        found = _base_of(found, chain[0].path, known)
+        chain.insert(0, _folder(_source(found), known, weights))
         if len(chain) > CHAIN:
-            raise _no_base(chain[-1], "names adapters in a circle as its base", "a whole model at the end")
-    return chain
+            raise _no_base(chain[-1].path, "names adapters in a circle as its base", "a whole model at the end")
+    return Resolved(checkpoint, tuple(chain), template, tokenizer)
 
 
-def base_of(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """What an adapter is added to: the checkpoint's base, or where that is an adapter too, maybe that one's base.
+def as_folder(source: Folder | Path | str, *, weights: bool = True) -> Folder:
+    """Return the one folder of a path or hub id."""
+    return source if isinstance(source, Folder) else Folder(local_folder(source, weights=weights), source)
 
-    `base_model_name_or_path` of the adapter decides between them. A name that is no folder here may be an old path of
-    the base and is no contradiction; another folder, or another hub id, is one.
+
+def _folder(source: Path | str, known: Known, weights: bool) -> Folder:
+    key = str(Path(source).resolve() if Path(source).is_dir() else source)
+    if key in known:
+        found = known[key].fetched() if weights else known[key]
+    else:
+        found = as_folder(source, weights=weights)
+        found = known.setdefault(str(found.path.resolve()), found)  # two revisions of a hub may be one commit
+    known[key] = found
+    return found
+
+
+def _base_of(checkpoint: Checkpoint, folder: Path, known: Known) -> Checkpoint:
+    """Return what an adapter is added to: the checkpoint's base or, if that is an adapter too, possibly its base.
+
+    `base_model_name_or_path` of the adapter decides between them. A path that does not exist here may be the base's
+    path on another machine and is no contradiction; an existing other folder, or another hub id, is one.
     """
-    named = named_base(folder)
+    named = _named_base(folder)
     if checkpoint.base is None:
         if not named or not (Path(named).is_dir() or is_hub_id(named)):
             raise _no_base(folder, f"names {named or 'no'} base, which is not here", "a base in its own configuration")
         return Checkpoint(f"base of {checkpoint.name}", Path(named) if Path(named).is_dir() else named)
     base = checkpoint.base
-    if _contradicts(named, base) and is_adapter(below := local_folder(_source(base), weights=False)):
-        base = base_of(base, below)  # the anchor's own adapter, trained further
+    if _contradicts(named, base) and (below := _folder(_source(base), known, False)).is_adapter:
+        base = _base_of(base, below.path, known)  # the anchor's own adapter, trained further
     if _contradicts(named, base):
         wanted = f"it would be added to {checkpoint.base.name} ({checkpoint.base.described})"
         raise _no_base(folder, f"was trained over {named}, and {wanted}", "runs that start at the anchor")
     return base
 
 
-def named_base(folder: Path) -> str:
-    """`base_model_name_or_path` of an adapter, or nothing."""
+def _named_base(folder: Path) -> str:
+    """Return `base_model_name_or_path` of an adapter, or ""."""
     try:
         named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
@@ -74,7 +257,7 @@ def _source(checkpoint: Checkpoint) -> Path | str:
     if isinstance(checkpoint.source, nn.Module):
         raise GravlensError(
             f"{checkpoint.name} is {checkpoint.described}.",
-            "An adapter's folder is added to a base that lies in a folder too.",
+            "An adapter's folder is added to a base that is a folder too.",
             "PeftModel.from_pretrained(model, folder).merge_and_unload() in memory.",
         )
     return checkpoint.source
@@ -83,6 +266,6 @@ def _source(checkpoint: Checkpoint) -> Path | str:
 def _no_base(folder: Path, found: str, wanted: str) -> GravlensError:
     return GravlensError(
         f"The adapter {folder} {found}.",
-        f"An adapter means something over its own base alone: {wanted} is needed.",
-        f"mend base_model_name_or_path in its {ADAPTER_CONFIG}, or merge it once (merge_and_unload()) and save that.",
+        f"An adapter is only defined over its own base: {wanted} is needed.",
+        f"fix base_model_name_or_path in its {ADAPTER_CONFIG}, or merge it once (merge_and_unload()) and save that.",
     )

@@ -1,12 +1,12 @@
-"""The files of one checkpoint's folder: which weights lie in it, whether they are whole, and what they are."""
+"""Weight files of a checkpoint folder: find them, verify that they are complete, read headers and tensors."""
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,8 @@ from gravlens.core.files import damaged
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE = "trainer_state.json"
-TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # Trainer's pickles that are no weights
+TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # pickles of Trainer that hold no weights
+Stamp: TypeAlias = tuple[int, ...]
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -28,23 +29,25 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's or an adapter's weights; each was opened and is whole.
+def weight_paths(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model's or an adapter's weights; none of them is opened.
 
     Raises:
-        GravlensError: no folder; weights that are pickled, absent, cut short, or lack a shard; a model and an adapter
-            in one folder.
+        GravlensError: no such folder; weights that are pickled or missing, a missing shard; a model and an adapter in
+            one folder.
     """
     if not folder.is_dir():
-        raise GravlensError(f"{folder} is no folder.", "A checkpoint is a folder.", "check the path.")
-    files = _adapter_file(folder) if is_adapter(folder) else _model_files(folder)
-    for path in files:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise damaged(path, error) from error
-    return files
+        raise GravlensError(f"{folder} is not a folder.", "A checkpoint is a folder.", "check the path.")
+    return _adapter_file(folder) if is_adapter(folder) else _model_files(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of `weight_paths`, each of which was opened and is complete.
+
+    Raises:
+        GravlensError: as `weight_paths`, or a truncated file.
+    """
+    return list(read_headers(folder).files)
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -65,7 +68,7 @@ def _model_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        plain = bool(names) and all(Path(name).name == name for name in names)  # a path would lead out of the folder
+        plain = bool(names) and all(Path(name).name == name for name in names)  # a path could lead out of the folder
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(index, error) from error
     if not plain:
@@ -105,60 +108,102 @@ def _no_weights(folder: Path, loader: str, package: str) -> GravlensError:
 
 
 # --- what is in them --------------------------------------------------------------------------------------------
-def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, read from the headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
+class Entry(NamedTuple):
+    """One tensor in a safetensors header; a dtype that is not floating point goes by its name."""
+
+    file: Path
+    dtype: torch.dtype | str
+    shape: tuple[int, ...]
 
 
-def stored_dtypes(folder: Path) -> dict[torch.dtype | str, int]:
-    """In which dtypes a folder's weights are stored -> how many numbers, from the headers; others by their names."""
-    numbers: dict[torch.dtype | str, int] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for part in (file.get_slice(name) for name in file.keys()):  # noqa: SIM118
-                kind: str = part.get_dtype()  # pyright: ignore[reportAssignmentType]
-                dtype = STORED_AS.get(kind, kind)
-                numbers[dtype] = numbers.get(dtype, 0) + math.prod(part.get_shape())
-    return numbers
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The headers of a folder's weight files.
+
+    Attributes:
+        files: the safetensors files.
+        stamps: `stamp` of each file, taken before it was opened.
+        tensors: tensor name -> its header entry, sorted by name however the folder is sharded.
+    """
+
+    files: tuple[Path, ...]
+    stamps: tuple[Stamp, ...]
+    tensors: Mapping[str, Entry]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+        return {name: entry.shape for name, entry in self.tensors.items()}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating-point dtype of most numbers, or None."""
+        counts: dict[torch.dtype, int] = {}
+        for entry in self.tensors.values():
+            if isinstance(entry.dtype, torch.dtype):
+                counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
+        return max(counts, key=lambda dtype: counts[dtype], default=None)
+
+    def load_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype to load in before copying to `dtype`: the stored one, where there is only one."""
+        stored = {entry.dtype for entry in self.tensors.values()}
+        only = stored.pop() if len(stored) == 1 else dtype
+        return only if isinstance(only, torch.dtype) else dtype
+
+    def load(self) -> Iterator[tuple[str, Tensor]]:
+        """Load each tensor in turn, sorted by name."""
+        opened, file = None, None
+        for name, entry in self.tensors.items():
+            if entry.file != opened:
+                opened, file = entry.file, safe_open(entry.file, framework="pt")
+            yield name, file.get_tensor(name)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The floating-point dtype of most of a folder's weights, or None."""
-    floating = {dtype: count for dtype, count in stored_dtypes(folder).items() if isinstance(dtype, torch.dtype)}
-    return max(floating, key=lambda dtype: floating[dtype], default=None)
+def read_headers(folder: Path) -> Weights:
+    """Open each weight file of a folder once and read its header.
 
-
-def held_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
-    """What a folder's weights are held in while they are copied to `dtype`: as stored, where that loses nothing."""
-    stored, *others = stored_dtypes(folder)
-    return stored if isinstance(stored, torch.dtype) and not others else dtype
+    Raises:
+        GravlensError: as `weight_paths`, or a truncated file.
+    """
+    files, found = weight_paths(folder), dict[str, Entry]()
+    stamps = tuple(stamp(path) for path in files)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    kind: str = part.get_dtype()  # pyright: ignore[reportAssignmentType]
+                    found[name] = Entry(path, STORED_AS.get(kind, kind), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, error) from error
+    return Weights(tuple(files), stamps, dict(sorted(found.items())))
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor by its name, one at a time, sorted by names however the folder is sharded."""
-    where: dict[str, Path] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            where |= dict.fromkeys(file.keys(), path)
-    opened, file = None, None
-    for name in sorted(where):
-        if where[name] != opened:
-            opened, file = where[name], safe_open(where[name], framework="pt")
-        yield name, file.get_tensor(name)  # pyright: ignore[reportOptionalMemberAccess]
+    """Load each tensor of a folder in turn, sorted by name."""
+    yield from read_headers(folder).load()
+
+
+def stamp(path: Path) -> Stamp:
+    """Return what changes when a file is written: device, inode, size, mtime and ctime.
+
+    No program can set the ctime back (`cp -p` and `os.utime` restore only the mtime). A missing file has no stamp.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What some weights are.
+    """Summary of weights.
 
     Attributes:
-        tensors: how many.
-        parameters: how many numbers.
-        dtype: as they are stored; several are joined by a comma.
+        tensors: number of tensors.
+        parameters: number of parameters.
+        dtype: stored dtypes, joined by commas.
         digest: SHA-256 of names, dtypes, shapes and bytes, in the order of the names.
     """
 
@@ -169,7 +214,7 @@ class Contents:
 
 
 def contents(named: Iterable[tuple[str, Tensor]]) -> Contents:
-    """Count and digest tensors, one at a time; equal weights have equal digests, sharded or not, on disk or not."""
+    """Count and hash tensors, one at a time; the digest is independent of sharding and equal on disk and in memory."""
     digest, tensors, parameters, dtypes = hashlib.sha256(), 0, 0, set()
     for name, tensor in named:
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -179,18 +224,8 @@ def contents(named: Iterable[tuple[str, Tensor]]) -> Contents:
     return Contents(tensors, parameters, ",".join(sorted(dtypes)), digest.hexdigest())
 
 
-def architecture(folder: Path) -> dict[str, Any] | None:
-    """The configuration without bookkeeping, for telling whether weights can be swapped; None where it is unknown."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):  # loading says what is wrong with it
-        return None
-    bookkeeping = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-    return {key: value for key, value in config.items() if key not in bookkeeping}
-
-
 def trained_steps(folder: Path) -> int | None:
-    """`global_step` of a Trainer checkpoint, or None where Trainer left no state."""
+    """Return `global_step` of a Trainer checkpoint, or None if there is no trainer_state.json."""
     path = folder / STATE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Changes to the residual stream while a model runs: frozen, h -> h'. `intervene` (hooks.py) carries them out."""
+"""Edits of the residual stream that `intervene` applies: steering, directional ablation, clamping, patching."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,41 +16,41 @@ from gravlens.directions.direction import Direction, Directions, Span, Spans, Su
 from gravlens.models.forward import Positions, Reading, check_positions, current_reading
 from gravlens.models.opening import Openable, open_model
 
-UNIT_WITHIN = 1e-4
+UNIT_WITHIN = 1e-4  # of a direction's length
 States: TypeAlias = Float[Tensor, "*batch d_model"]
 
 
 class Intervention(Protocol):
-    """What `intervene` carries out: directions or subspaces, each at its layer, and what to do with states there."""
+    """An edit of the hidden states at each layer of its directions or subspaces; `intervene` applies it."""
 
     @property
     def directions(self) -> Span | Spans:
-        """Where, and along what."""
+        """Directions or subspaces, each with its layer."""
         ...
 
     def edit(self, hidden: States, direction: Any, /) -> States:
-        """The changed states, a new tensor of the same dtype; the very tensor given where nothing was to be changed."""
+        """The edited states, a new tensor of the same dtype; `hidden` itself if there is nothing to change."""
         ...
 
     def with_directions(self, directions: Any, /) -> Self:
-        """The same with other directions: how a random control is made."""
+        """The same edit along other directions, as random controls need it."""
         ...
 
 
 def check_intervention(given: Any) -> Intervention:
-    """An intervention as it is; GravlensError for a direction, a class or anything else that changes no state."""
+    """Return an intervention; raise for a direction, a class or anything else that edits no states."""
     if hasattr(given, "edit") and not isinstance(given, type):
         return given
     raise wrong_kind(
         given,
-        "An intervention is needed, which says what happens along a direction.",
+        "An intervention is needed: what to do along a direction.",
         "Ablate(direction) or Steer(direction, strength); for several conditions {'ablated': Ablate(direction)}.",
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Steer:
-    """h + strength · distance · v: strength 1 is the way from the anchor to the witness, −1 the way away from it.
+    """Activation addition, h + strength · distance · v: strength 1 is the step from the anchor to the witness.
 
     Attributes:
         directions: a `Direction`, or `Directions`, each added at its own layer.
@@ -76,11 +76,11 @@ class Steer:
 
 @dataclass(frozen=True, eq=False)
 class Ablate:
-    """h − ⟨h, v⟩ v: nothing is left along v; h − QᵀQ h where a subspace has the basis Q.
+    """Directional ablation, h − ⟨h, v⟩ v; h − QᵀQ h for a subspace with the basis Q.
 
     Attributes:
-        directions: one or several directions or subspaces, each removed at its own layer; for one at every layer see
-            `everywhere`.
+        directions: one or several directions or subspaces, each ablated at its own layer; `everywhere` repeats one at
+            all layers.
     """
 
     directions: Span | Spans
@@ -99,14 +99,14 @@ class Ablate:
 
 @dataclass(frozen=True, eq=False)
 class Clamp:
-    """h − QᵀQ (h − m): the component is held at that of m, the anchor's mean state, plus strength · distance along v.
+    """h − QᵀQ (h − m): clamp the component to that of m, the anchor's mean state, plus strength · distance along v.
 
-    Strength 0 is ablation pinned to the anchor's mean, 1 holds the component at the witness's mean. To hold it at a
-    number of residual units of your own, ablate and then steer.
+    Strength 0 is mean ablation (at the anchor's mean), 1 clamps to the witness's mean. For a value of your own, in
+    residual units, ablate and then steer.
 
     Attributes:
         directions: one or several directions or subspaces.
-        residuals: hold `anchor`, at these layers.
+        residuals: contain `anchor` at these layers.
         strength: in units of each direction's distance; 0 for subspaces.
     """
 
@@ -126,7 +126,7 @@ class Clamp:
         return _put(hidden, direction, component + self.strength * direction.distance if self.strength else component)
 
     def with_directions(self, directions: Span | Spans) -> "Clamp":
-        """The same along others: held at the anchor's mean there."""
+        """The same along others, clamped to the anchor's mean there."""
         return replace(self, directions=directions)
 
     @cached_property
@@ -136,16 +136,16 @@ class Clamp:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """h − QᵀQ (h − h_source(x)) at the last token of each prompt x: the source checkpoint's own component, restored.
+    """Activation patching at the last token of each prompt x: h − QᵀQ (h − h_source(x)).
 
-    Mediation: with the anchor as the source in a fine-tuned model it asks whether the component is necessary, with the
-    fine-tuned checkpoint as the source in the anchor whether it suffices.
+    Patching the anchor's component into a fine-tuned model tests whether a change of the component is necessary;
+    patching the fine-tuned model's into the anchor tests whether it is sufficient.
 
     Attributes:
-        directions: one or several directions or subspaces; `whole_state(directions)` patches all of the state.
-        residuals: hold the source at these layers, read at the last prompt token.
-        ids: token ids of their prompts, in their order: `encode(tokenizer, prompts)`.
-        checkpoint: the source's name there.
+        directions: one or several directions or subspaces; `whole_state(directions)` patches the full state.
+        residuals: contain the source at these layers, read at the last prompt token.
+        ids: token ids of their prompts, in the same order: `encode(tokenizer, prompts)`.
+        checkpoint: name of the source in `residuals`.
     """
 
     directions: Span | Spans
@@ -160,16 +160,16 @@ class Patch:
         if len(self.ids) != n_prompts or position not in ("last", -1):
             raise GravlensError(
                 f"Token ids of {len(self.ids)} prompts were given, and states of {n_prompts} at position {position}.",
-                "A patch restores the state at the last token of each prompt.",
+                "A patch needs the source's state at the last token of each prompt.",
                 "cache_residuals(sequence, prompts, …) and encode(tokenizer, prompts) of the same prompts.",
             )
 
     def edit(self, hidden: Float[Tensor, "prompt pos d_model"], direction: Span) -> States:
-        """The states with each prompt's own component restored at its last token."""
+        """The states, with the component at each prompt's last token replaced by the source's."""
         reading = current_reading(hidden)
         where = reading.chosen("last", hidden.shape[1])
         if not where.any():
-            return hidden
+            return hidden  # itself, not a copy: a decoding step must not count as a firing
         column = self.residuals.layers.index(direction.layer)
         source = self.residuals.of(self.checkpoint)[self._rows_of(reading), column].astype(np.float64)
         restored = _put(hidden, direction, (source @ direction.basis.T)[:, None])
@@ -184,12 +184,12 @@ class Patch:
         return {tuple(prompt): row for row, prompt in enumerate(self.ids)}
 
     def _rows_of(self, reading: Reading) -> list[int]:
-        prompts = reading.prompts
+        prompts = reading.prompts  # matched by token ids: batches are sorted by length
         if unknown := [list(prompt) for prompt in prompts if prompt not in self._row]:
             raise GravlensError(
-                f"The prompt {unknown[0]} is not among the {len(self.ids)} that the source has read.",
-                "A patch restores what the source read on the very same tokens.",
-                "residuals of these prompts, read and encoded with the same tokenizer and chat template.",
+                f"The prompt {unknown[0]} is not among the {len(self.ids)} prompts of the source.",
+                "A patch needs the source's state on the same tokens.",
+                "residuals and ids of these prompts, from the same tokenizer and chat template.",
             )
         return [self._row[prompt] for prompt in prompts]
 
@@ -217,15 +217,15 @@ class At:
         return self.intervention.directions
 
     def edit(self, hidden: Float[Tensor, "prompt pos d_model"], direction: Span) -> States:
-        """The states, changed at the positions."""
-        if self.positions == "all":
+        """The states, edited at the positions."""
+        if self.positions == "all":  # needs no `reading`, so it also works in passes outside gravlens
             return self.intervention.edit(hidden, direction)
         where = current_reading(hidden).chosen(self.positions, hidden.shape[1])
         edited = self.intervention.edit(hidden, direction) if where.any() else hidden
         return hidden if edited is hidden else torch.where(where.to(hidden.device)[..., None], edited, hidden)
 
     def with_directions(self, directions: Any) -> "At":
-        """The same at the same positions, along others."""
+        """The same along others, at the same positions."""
         return replace(self, intervention=self.intervention.with_directions(directions))
 
 
@@ -238,7 +238,7 @@ def everywhere(direction: Subspace, model: Openable | int) -> Subspaces: ...
 
 
 def everywhere(direction: Span, model: Openable | int) -> Spans:
-    """One layer's direction (or subspace) and distance at every layer of a model (or of so many layers)."""
+    """Repeat one layer's direction (or subspace) and distance at all layers of a model, or at `model` layers."""
     (direction,) = each(direction)
     layers = range(model if isinstance(model, int) else open_model(model).n_layers)
     if isinstance(direction, Direction):
@@ -247,21 +247,22 @@ def everywhere(direction: Span, model: Openable | int) -> Spans:
 
 
 def _put(hidden: Tensor, span: Span, component: np.ndarray) -> Tensor:
-    """The states with another component [..., rank] along a span."""
+    """Replace the component along a span by another, [..., rank]."""
+    # One update for ablation, clamping and patching alike, rounded to the model's dtype once.
     wide, basis = _widened(hidden, span)
     wanted = torch.tensor(component, dtype=wide.dtype, device=wide.device)
     return (wide + (wanted - wide @ basis.T) @ basis).to(hidden.dtype)
 
 
 def _widened(hidden: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-    """States in fp32 at least (bf16 would round a small step away), and the basis [rank, d_model] beside them."""
+    """States in fp32 at least (bf16 would round a small step away), and the basis [rank, d_model] in the same dtype."""
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     return wide, torch.tensor(span.basis, dtype=wide.dtype, device=wide.device)
 
 
 def _check_spans(spans: Span | Spans) -> None:
     if not each(spans):
-        raise GravlensError("No direction was given.", "An intervention has at least one.", "locate_vrev(sequence).")
+        raise GravlensError("No direction was given.", "An intervention needs at least one.", "locate_vrev(sequence).")
     for span in each(spans):
         if isinstance(span, Direction):
             _check_direction(span)
@@ -271,43 +272,43 @@ def _check_direction(direction: Direction) -> None:
     if direction.undefined is not None:
         raise GravlensError(
             f"The direction of layer {direction.layer} is undefined: {direction.undefined}.",
-            "An intervention needs one at each of its layers.",
-            "directions.defined() leaves the undefined ones out.",
+            "An intervention needs a defined direction at each of its layers.",
+            "directions.defined(), which drops the undefined ones.",
         )
     length = float(np.linalg.norm(direction.vector.astype(np.float64)))
     if not abs(length - 1) <= UNIT_WITHIN:
         raise GravlensError(
             f"The direction of layer {direction.layer} ({direction.estimator}) has length {length:.4g}.",
-            "Its vector has length 1, else ablation would not remove and strength would not be in distances.",
-            "direction_from(vector, layer=…), which scales it.",
+            "Unit length is needed: else ablation leaves a component and strength is not in units of distance.",
+            "direction_from(vector, layer=…), which normalises it.",
         )
 
 
 def _check_strength(edit: Steer | Clamp) -> None:
-    """Strength is counted in distances along one direction a layer."""
+    """Raise unless strength and distances are finite, along directions: a subspace has no sign."""
     name, spans = type(edit).__name__, each(edit.directions)
     if not all(isinstance(span, Direction) for span in spans):
         raise GravlensError(
             f"{name}(strength={edit.strength}) was given along subspaces.",
-            "A subspace has no way to go: strength is counted along one direction a layer.",
+            "A subspace has no sign, so steering needs one direction per layer.",
             "directions, Ablate(subspaces), or Clamp(subspaces, residuals) at strength 0.",
         )
     if not np.isfinite([edit.strength, *(span.distance for span in spans)]).all():
         raise GravlensError(
             f"{name}(strength={edit.strength}) was given along directions of "
             f"distance {[span.distance for span in spans]}.",
-            "Strength is counted in distances, and both are finite numbers.",
+            "Strength is in units of distance, and both must be finite.",
             "direction_from(vector, layer=…, distance=…).",
         )
 
 
 def _check_source(spans: Span | Spans, residuals: Residuals, checkpoint: str) -> None:
-    """The residuals hold the checkpoint, the layers, and states of the spans' width."""
+    """Raise unless the residuals contain the checkpoint at the spans' layers and width."""
     width = check_states(residuals).of(checkpoint).shape[-1]
     for span in each(spans):
         if span.layer not in residuals.layers or span.basis.shape[1] != width:
             raise GravlensError(
                 f"A direction of layer {span.layer} and width {span.basis.shape[1]} was given.",
-                f"The residuals hold layers {list(residuals.layers)} of width {width}.",
+                f"The residuals contain layers {list(residuals.layers)} of width {width}.",
                 "cache_residuals(sequence, prompts) of the same history, at these layers.",
             )

@@ -1,6 +1,7 @@
-"""What an intervention does to a score: with against without, paired over prompts, beside random directions."""
+"""Causal effects of interventions on a score: paired over prompts, against random directions of the same length."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -25,19 +26,18 @@ from gravlens.models.opening import Openable, OpenModel, open_model
 
 Condition: TypeAlias = Intervention | Sequence[Intervention]
 Make: TypeAlias = Callable[[Any], Intervention]
-N_BOOTSTRAP = 2000  # resamples of the prompts
+N_BOOTSTRAP = 2000
 
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """What each condition does to the score.
+    """Effect of each condition on a score.
 
     Attributes:
-        table: one row a condition: `condition`, `layer` (`<NA>`: several), `baseline` and `with_intervention` (means
-            over prompts), `difference` with its 95 % bootstrap interval over prompts `low`, `high`, `p_random`
-            (two-sided, (1 + k)/(1 + n)) among `n_random` random directions whose central 95 % is `random_low`,
-            `random_high`, `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]`
-            names the score.
+        table: one row per condition: `condition`, `layer` (`<NA>`: several), `baseline` and `with_intervention` (mean
+            scores), `difference` with its 95 % bootstrap interval over prompts `low`, `high`; `p_random` (two-sided,
+            (1 + k)/(1 + n)) against `n_random` random directions, their central 95 % `random_low`, `random_high`,
+            `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]` names the score.
         random: condition -> mean difference of each random draw.
         differences: condition -> difference of each prompt.
         baseline: score of each prompt without an intervention.
@@ -62,31 +62,31 @@ def causal_effect(
     rng: np.random.Generator | None = None,
     states: Residuals | None = None,
 ) -> Effect:
-    """Measure what interventions do to a score, against what random directions of the same length do (docs/effects.md).
+    """Measure the effect of interventions on a score, with random directions as controls (docs/effects.md).
 
-    A random control is the same intervention along random unit vectors (or random subspaces of the same rank), at the
-    same layers, distances and strengths. Draw i replaces a vector by the same one wherever it occurs, in one condition
-    or in several. It costs 1 + conditions · (1 + n_random) scorings of all prompts.
+    A control is the same intervention along random unit vectors (or random subspaces of the same rank), at the same
+    layers, distances and strengths. Draw i replaces a vector by the same random one in every layer and condition. All
+    prompts are scored 1 + conditions · (1 + n_random) times.
 
     Args:
-        model: its weights are never touched.
-        conditions: name -> an intervention, or several that act together; or one intervention, called by its kind.
-        score: (model, prompts) -> one number a prompt, such as `refusal_log_odds`.
-        prompts: what it is scored on; other prompts than the directions were estimated on.
+        model: its weights are not changed.
+        conditions: name -> an intervention, or several that act together; a single intervention is named by its class.
+        score: (model, prompts) -> one number per prompt, such as `refusal_log_odds`.
+        prompts: held out: not those that the directions were estimated on.
         n_random: random draws per condition; the smallest p is 1/(1 + n_random).
-        rng: of the draws and the bootstrap; default: seeded with 0.
-        states: of `anchor`, at the layers of the conditions: random vectors come from their covariance over prompts
-            (the sum of the layers' covariances, where layers share a vector), in place of isotropic ones.
+        rng: for the draws and the bootstrap; default: seeded with 0.
+        states: activations of `anchor` at the layers of the conditions: random vectors are drawn from their covariance
+            over prompts (summed over the layers that share a vector) instead of isotropically.
 
     Raises:
-        GravlensError: no condition, a score that is not one finite number a prompt, states that lack a layer or span
-            less than a subspace, or what `intervene` raises.
+        GravlensError: no condition, a score that is not one finite number per prompt, states without one of the layers
+            or of too low a rank for a subspace, or what `intervene` raises.
     """
     conditions = by_name(conditions)
     opened, prompts = open_model(model), PromptSet.of(prompts)
     rng = np.random.default_rng(0) if rng is None else rng
     measure = partial(_scores, opened, score, prompts)
-    seeds = rng.integers(2**63, size=n_random)
+    seeds = rng.integers(2**63, size=n_random)  # shared by the conditions: their controls are paired
     baseline = measure(())
     rows, random, differences = [], {}, {}
     with progress("effects", total=len(conditions) * (1 + n_random), unit="scoring") as bar:
@@ -105,11 +105,11 @@ def causal_effect(
 
 
 def by_name(conditions: Mapping[str, Condition] | Intervention) -> Mapping[str, Condition]:
-    """Conditions by their names; one intervention alone is called by its kind, such as `ablate`."""
+    """Conditions by name; a single intervention is named by its class, such as `ablate`."""
     if not isinstance(conditions, Mapping):
         return {type(check_intervention(conditions)).__name__.lower(): conditions}
     if not conditions:
-        raise GravlensError("No condition was given.", "One at least is compared.", '{"ablated": Ablate(direction)}.')
+        raise GravlensError("No condition was given.", "At least one is needed.", '{"ablated": Ablate(direction)}.')
     for condition in conditions.values():
         for one in as_list(condition):
             check_intervention(one)
@@ -126,16 +126,16 @@ def layerwise_effect(
     n_random: int = 20,
     states: Residuals | None = None,
 ) -> Effect:
-    """`causal_effect` of an intervention at each defined layer by itself, its draws seeded with 0 (docs/effects.md).
+    """Sweep an intervention over layers, one layer at a time; draws are seeded with 0 (docs/effects.md).
 
     Args:
-        model: see `causal_effect`, like all that is not named here.
-        directions: a direction or subspace a layer; undefined layers are left out.
+        model: as for `causal_effect`, like all arguments not listed here.
+        directions: one direction or subspace per layer; undefined layers are skipped.
         intervention: direction -> intervention (`Ablate`), or several by name
             (`{"strength 0.5": partial(Steer, strength=0.5)}`).
 
     Returns:
-        An `Effect`, one row per intervention and layer; `random` and `differences` go by `"{condition}, layer {l}"`.
+        An `Effect`, one row per intervention and layer; keys of `random` and `differences`: `"{condition}, layer {l}"`.
 
     Raises:
         GravlensError: what `causal_effect` raises.
@@ -148,16 +148,16 @@ def layerwise_effect(
     return replace(effect, table=effect.table.assign(condition=[name for name, _, _ in named]))
 
 
-# --- several strengths --------------------------------------------------------------------------------------------
+# --- dose–response ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class DoseResponse:
-    """A score at several strengths of one steering.
+    """Dose–response curve of a steering vector.
 
     Attributes:
-        effect: its table has one row a strength, ascending, in a column `strength`.
-        spearman: rank correlation of strength and mean score, strength 0 included; NaN where nothing moves.
-        spearman_prompts: the same rank correlation of each prompt.
-        spearman_random: that of each random draw, which is one set of directions at all strengths.
+        effect: its table has one row per strength, ascending, in a column `strength`.
+        spearman: rank correlation of strength and mean score, strength 0 included; NaN for a constant score.
+        spearman_prompts: the same per prompt.
+        spearman_random: the same per random draw; a draw keeps its directions at all strengths.
     """
 
     effect: Effect
@@ -167,7 +167,7 @@ class DoseResponse:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a strength: columns of `Effect.table`, and `strength`."""
+        """One row per strength: the columns of `Effect.table`, and `strength`."""
         return self.effect.table
 
     def _repr_html_(self) -> str:
@@ -185,24 +185,23 @@ def dose_response(
     n_random: int = 20,
     states: Residuals | None = None,
 ) -> DoseResponse:
-    """Steer at several strengths: does the score follow the dose, and does it along random directions too?
+    """Steer at several strengths and compare the dose–response with that of random directions (docs/effects.md).
 
-    A random direction often moves a score monotonically as well, so read how far beside in which order
-    (docs/effects.md).
+    A random direction often moves a score monotonically as well, so judge the size of the effect with its order.
 
     Args:
-        model: see `causal_effect`, like all that is not named here.
-        directions: all are steered together, each at its layer.
-        strengths: at least two, none of them 0 (which is the baseline), in units of each direction's distance.
+        model: as for `causal_effect`, like all arguments not listed here.
+        directions: steered together, each at its layer.
+        strengths: at least two, none of them 0 (the baseline), in units of each direction's distance.
 
     Raises:
-        GravlensError: fewer strengths, or what `causal_effect` raises.
+        GravlensError: fewer than two strengths, or what `causal_effect` raises.
     """
     doses = sorted(set(map(float, as_list(strengths))))
     if len(doses) < 2 or 0 in doses:
         raise GravlensError(
             f"strengths={strengths} was given.",
-            "A dose curve has at least two strengths; 0 is the baseline and is always there.",
+            "A dose–response curve needs at least two strengths other than 0, the baseline, which is always included.",
             "strengths=[-1, -0.5, 0.5, 1].",
         )
     conditions = {f"strength {dose:g}": Steer(directions, dose) for dose in doses}
@@ -217,35 +216,36 @@ def dose_response(
 
 
 def _spearman(doses: Sequence[float], differences: Float[np.ndarray, "dose n"]) -> Float[np.ndarray, " n"]:
-    """Rank correlation of each column with the dose, the baseline (difference 0 at dose 0) included."""
+    """Rank correlation of each column with the dose, including the baseline (difference 0 at dose 0)."""
     doses, curves = [0.0, *doses], np.vstack([np.zeros(differences.shape[1]), differences])
+    # scipy warns of a constant curve.
     return np.array([spearmanr(doses, curve)[0] if np.ptp(curve) else np.nan for curve in curves.T])
 
 
-# --- one condition ------------------------------------------------------------------------------------------------
+# --- scores and controls ------------------------------------------------------------------------------------------
 def _scores(
     model: OpenModel, score: Score, prompts: PromptSet, interventions: Sequence[Intervention]
 ) -> Float[np.ndarray, " prompt"]:
-    """One finite number a prompt, in fp64; without interventions the model as it is."""
+    """One finite number per prompt, fp64."""
     if not callable(score):
         raise wrong_kind(score, "A score is a function (model, prompts) -> array.", "score=refusal_log_odds.")
-    if interventions:
-        with intervene(model, *interventions):
-            values = score(model, prompts)
-    else:
-        values = score(model, prompts)
-    values = np.asarray(values, dtype=np.float64)
+    with intervene(model, *interventions) if interventions else nullcontext():
+        values = np.asarray(score(model, prompts), dtype=np.float64)
     if values.shape != (len(prompts),) or not np.isfinite(values).all():
         raise GravlensError(
-            f"The score {name_of(score)} gave {int(np.isfinite(values).sum())} finite numbers of shape {values.shape}.",
-            f"A score gives one finite number for each of the {len(prompts)} prompts.",
+            f"{name_of(score)} returned {int(np.isfinite(values).sum())} finite numbers of shape {values.shape}.",
+            f"A score returns one finite number for each of the {len(prompts)} prompts.",
             "refusal_log_odds, or a function (model, prompts) -> array.",
         )
     return values
 
 
 def _random_twin(interventions: Sequence[Intervention], seed: int, states: Residuals | None) -> list[Intervention]:
-    """The same interventions along random spans, one for each different span, at the same layers and distances."""
+    """The same interventions along random spans at the same layers and distances, one twin per distinct span.
+
+    The seed is mixed with a hash of the span, so that a vector has the same twin in every condition of a draw: then
+    conditions differ by their interventions alone.
+    """
     spans = [span for one in interventions for span in each(one.directions)]
     fresh: dict[bytes, Span] = {}
 
@@ -270,20 +270,20 @@ def _replacement(span: Span, rng: np.random.Generator, cloud: Float[np.ndarray, 
     if twin.basis.shape != span.basis.shape:
         raise GravlensError(
             f"States that span {len(twin.basis)} dimensions were given for a subspace of rank {len(span.basis)}.",
-            "A random twin has the same rank, and comes from more prompts than that.",
-            "states on more prompts, or states=None for isotropic twins.",
+            "A random subspace of the same rank needs the states of more prompts than its rank.",
+            "states on more prompts, or states=None for isotropic controls.",
         )
     return twin
 
 
 def _cloud(states: Residuals | None, layers: Sequence[int]) -> Float[np.ndarray, "n 1 d_model"] | None:
-    """The anchor's states at some layers, about each layer's mean, as one layer's."""
+    """The anchor's states at these layers, centred per layer and pooled: random vectors are drawn from them."""
     if states is None:
         return None
     if missing := [layer for layer in layers if layer not in states.layers]:
         raise GravlensError(
-            f"The states lack layer {missing[0]}.",
-            f"Random twins come from states at the condition's layers; these hold {list(states.layers)}.",
+            f"The states do not contain layer {missing[0]}.",
+            f"Random controls are drawn from states at the condition's layers; these contain {list(states.layers)}.",
             "cache_residuals(sequence, prompts) at all layers.",
         )
     at = states.of("anchor")[:, [states.layers.index(layer) for layer in layers]].astype(np.float64)
@@ -293,15 +293,16 @@ def _cloud(states: Residuals | None, layers: Sequence[int]) -> Float[np.ndarray,
 def summarise(
     differences: Float[np.ndarray, " prompt"], random: Float[np.ndarray, " draw"], *, rng: np.random.Generator
 ) -> dict[str, float]:
-    """The mean difference, its interval over prompts, and where it stands among random draws: columns of `Effect`."""
+    """Columns of `Effect`: mean difference, bootstrap interval over prompts, p-value against random draws."""
     difference, nan = float(differences.mean()), float("nan")
     low, high, p, random_low, random_high = (nan,) * 5
-    if len(differences) > 1:  # one prompt has no interval
+    if len(differences) > 1:  # scipy refuses to resample a single prompt
         resampled = bootstrap((differences,), np.mean, n_resamples=N_BOOTSTRAP, method="percentile", rng=rng)
         low, high = map(float, resampled.confidence_interval)
     if len(random):
+        # The observed effect counts as one of the draws, so that p is never 0 (Phipson and Smyth 2010).
         p = (1 + int((np.abs(random) >= abs(difference)).sum())) / (1 + len(random))
-        # Outward from the quantile's place, so that 20 draws give their whole range.
+        # Rounded outwards: interpolation between the few draws would make the range too narrow.
         random_low = float(np.quantile(random, 0.025, method="lower"))
         random_high = float(np.quantile(random, 0.975, method="higher"))
     return {"difference": difference, "low": low, "high": high, "p_random": p, "n_random": len(random),
@@ -325,11 +326,12 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """A function's name, also where some of its arguments are filled in."""
+    """The name of a function, also of a `functools.partial` of one."""
     function = function.func if isinstance(function, partial) else function
     return getattr(function, "__name__", type(function).__name__)
 
 
+# --- selectivity --------------------------------------------------------------------------------------------------
 def measure_selectivity(
     model: Openable,
     conditions: Mapping[str, Condition] | Intervention,
@@ -339,35 +341,35 @@ def measure_selectivity(
     seed: int = 0,
     states: Residuals | None = None,
 ) -> pd.DataFrame:
-    """Does an intervention move one behaviour more than the others? Each in units of its own spread over prompts.
+    """Compare the effect sizes of an intervention on several behaviours: does it move one more than the others?
 
     Args:
-        model: see `causal_effect`, like all that is not named here.
-        conditions: name -> an intervention, or several that act together; or one intervention alone.
-        measures: name -> a score and its prompts: refusal on harmful ones, on harmless ones, log-likelihood of a task's
-            answers. At least two.
+        model: as for `causal_effect`, like all arguments not listed here.
+        conditions: name -> an intervention, or several that act together; or a single intervention.
+        measures: name -> a score and its prompts, at least two: refusal on harmful prompts, over-refusal on harmless
+            ones, log-likelihood of a task's answers.
         n_random: random draws per condition.
         seed: of the draws. Draw i is the same set of directions for every measure.
 
     Returns:
-        One row a condition and measure: `condition`, `measure`, `baseline` (mean), `spread` (standard deviation over
-        prompts, without intervention), `effect` (mean difference / spread) with its interval `low`, `high`, the range
-        `random_low`, `random_high` of the random directions' effects and `p_random`; `margin`, by how much |effect|
-        exceeds the largest |effect| among the other measures, and `p_margin`, the share (1 + k)/(1 + n) of random
-        directions with a margin at least as large; `n_random`, `random_kind`, `n_prompts`.
+        One row per condition and measure: `condition`, `measure`, `baseline` (mean), `spread` (standard deviation over
+        prompts without intervention), `effect` (effect size: mean difference / spread) with its interval `low`, `high`,
+        the range `random_low`, `random_high` for random directions and `p_random`; `margin`, |effect| minus the largest
+        |effect| of the other measures, and `p_margin`, its p-value (1 + k)/(1 + n) against random directions;
+        `n_random`, `random_kind`, `n_prompts`.
 
     Raises:
-        GravlensError: fewer than two measures, a score that is the same for all prompts, what `causal_effect` raises.
+        GravlensError: fewer than two measures, a constant score, or what `causal_effect` raises.
     """
     if len(measures) < 2:
         raise GravlensError(
             f"{len(measures)} measure was given.",
-            "Selectivity compares two at least.",
+            "Selectivity compares at least two.",
             '{"refusal": (refusal_log_odds, harmful), "over-refusal": (refusal_log_odds, harmless)}.',
         )
     conditions, effects = by_name(conditions), {}
     for name, (score, prompts) in measures.items():
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)  # started again, so that random directions are paired across measures
         effects[name] = causal_effect(
             model, conditions, score=score, prompts=prompts, n_random=n_random, rng=rng, states=states
         )
@@ -380,15 +382,15 @@ def _spread(name: str, baseline: Float[np.ndarray, " prompt"]) -> float:
     spread = float(baseline.std(ddof=1)) if len(baseline) > 1 else 0.0
     if not spread > 0:
         raise GravlensError(
-            f"The measure {name} is the same for all of its {len(baseline)} prompts.",
-            "A measure is counted in units of its spread over prompts.",
-            "more prompts, or a score with more steps than 0 and 1.",
+            f"The measure {name} is constant over its {len(baseline)} prompts.",
+            "Effect sizes are in units of the standard deviation over prompts.",
+            "more prompts, or a continuous score instead of 0 and 1.",
         )
     return spread
 
 
 def _selective(condition: str, effects: Mapping[str, Effect], spreads: Mapping[str, float]) -> pd.DataFrame:
-    """The rows of one condition."""
+    """The rows of one condition, one per measure."""
     units = np.array(list(spreads.values()))
     moved = np.array([effect.differences[condition].mean() for effect in effects.values()]) / units
     random = np.stack([effect.random[condition] for effect in effects.values()]) / units[:, None]
@@ -406,6 +408,6 @@ def _selective(condition: str, effects: Mapping[str, Effect], spreads: Mapping[s
 
 
 def _margins(moved: Float[np.ndarray, "measure n"]) -> Float[np.ndarray, "measure n"]:
-    """|effect| less the largest |effect| of the other measures."""
+    """|effect| minus the largest |effect| of the other measures."""
     size = np.abs(moved)
     return np.stack([size[i] - np.delete(size, i, axis=0).max(0) for i in range(len(size))])

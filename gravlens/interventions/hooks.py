@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.direction import Span, each
 from gravlens.interventions.edits import Intervention, check_intervention
-from gravlens.models.opening import Openable, OpenModel, open_model, resid_post
+from gravlens.models.families import OpenModel, resid_post
+from gravlens.models.opening import Openable, open_model
 
 
 class Firings:
@@ -39,22 +40,21 @@ class Firings:
 
 @contextmanager
 def intervene(model: Openable, *interventions: Intervention) -> Generator[Firings]:
-    """Carry out interventions on every forward pass inside the `with` block, at all token positions or those of `At`.
+    """Apply interventions in every forward pass inside the `with` block, at all token positions or those of `At`.
 
-    Prefill and each decoded token count alike, so a cached generation sees what an uncached one sees. At one layer the
-    interventions act in the order given; nested blocks add theirs after the outer ones. The hooks are gone when the
-    block is left, however it is left.
+    Prefill and decoding are edited alike, so generation with and without a KV cache agree. At one layer interventions
+    act in the order given, those of nested blocks after the outer ones. The hooks are removed on exit, also on error.
 
     Args:
         model: opened or not (`open_model`); run the same model inside the block.
         interventions: one or several.
 
     Yields:
-        `Firings`, counting.
+        `Firings`: how often each layer was edited.
 
     Raises:
-        GravlensError: a layer out of range, a direction of another width, an output that is no state, positions in a
-            pass that does not say where its prompts end, and, at a clean exit, an intervention that changed nothing.
+        GravlensError: a layer out of range, a direction of another width, an output that is no hidden state, positions
+            in a pass outside `reading`, and, on a clean exit, an intervention that never fired.
     """
     opened = open_model(model)
     edits = [(edit, direction) for edit in interventions for direction in each(check_intervention(edit).directions)]
@@ -64,6 +64,7 @@ def intervene(model: Openable, *interventions: Intervention) -> Generator[Firing
             hook = _hook(edit, direction, firings, number)
             hooks.callback(resid_post(opened, direction.layer).register_forward_hook(hook).remove)
         yield firings
+    # Reached on a clean exit only: an error inside the block is the better message.
     silent = [pair for pair, count in zip(edits, firings.counts, strict=True) if not count]
     if silent or not edits:
         raise _silence(edits, silent)
@@ -71,11 +72,12 @@ def intervene(model: Openable, *interventions: Intervention) -> Generator[Firing
 
 def _hook(edit: Intervention, direction: Span, firings: Firings, number: int) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        # Exactly a tuple: a subclass could not be rebuilt from its elements.
         hidden = output[0] if type(output) is tuple and output else output
         if not isinstance(hidden, Tensor):
             raise GravlensError(
-                f"The block of layer {direction.layer} gives a {type(output).__name__}.",
-                "A block gives its states [prompt, pos, d_model], alone or first in a tuple.",
+                f"The block of layer {direction.layer} returns a {type(output).__name__}.",
+                "A block returns its states [prompt, pos, d_model], alone or first in a tuple.",
                 "a decoder-only Hugging Face model, a TransformerBridge or a HookedTransformer.",
             )
         edited = edit.edit(hidden, direction)
@@ -89,19 +91,19 @@ def _silence(edits: Sequence[tuple[Intervention, Span]], silent: Sequence[tuple[
     names = ", ".join(sorted({type(edit).__name__ for edit, _ in silent}))
     layers = ", ".join(map(str, sorted({span.layer for _, span in silent})))
     return GravlensError(
-        f"No forward pass reached layer {layers} where {names} would act." if edits else "No intervention was given.",
-        "Inside the block this very model is run, with at least one intervention, over positions that it acts at.",
+        f"No forward pass reached layer {layers}, where {names} would act." if edits else "No intervention was given.",
+        "At least one is needed, and inside the block a pass of this model over the positions that it edits.",
         "with intervene(model, Ablate(v)): generate_answers(model, prompts).",
     )
 
 
 def check_fit(span: Span, model: OpenModel) -> int:
-    """The layer of a span; raises where a model has no such layer or another width."""
+    """Return a span's layer; raise if the model has no such layer or another width."""
     layer = check_layer(span.layer, model.n_layers)
     if span.basis.shape[1:] != (model.d_model,):
         raise GravlensError(
             f"The direction of layer {layer} has the shape {span.basis.shape[1:]}.",
             f"This model's residual stream has width {model.d_model}.",
-            "a direction that was located in this model's history.",
+            "a direction that was estimated in this model's history.",
         )
     return layer

@@ -16,7 +16,6 @@ from gravlens.interventions.effects import causal_effect
 from gravlens.models.opening import Openable, open_model
 
 
-# --- which of them carries the behaviour --------------------------------------------------------------------------
 def patch_spans(
     model: Openable,
     spans: Mapping[str, Sequence[Spans]],
@@ -27,26 +26,24 @@ def patch_spans(
     prompts: PromptSet | Sequence[str],
     goal: float,
 ) -> pd.DataFrame:
-    """Put a checkpoint's own component in each span into a model, at the last prompt token, and score it.
+    """Patch a checkpoint's component in each span into a model at the last prompt token, and score the patched model.
 
-    h ← h − QᵀQ (h − h_source), as in `Patch`.
-
-    Necessity: the anchor's component put into a fine-tuned model; sufficiency: the fine-tuned one's put into the
-    anchor. All layers of a span act together; the whole state is the most that any of them can do.
+    Patching the anchor's component into a fine-tuned model tests necessity, the fine-tuned model's into the anchor
+    sufficiency (see `Patch`). All layers of a span are patched together; `whole_state` is the upper bound.
 
     Args:
-        model: it is scored as it is, and with each patch.
-        spans: kind -> spans, such as `candidate_spans` gives.
-        source: residuals of `checkpoint` on these very prompts, at the last prompt token.
-        checkpoint: whose component is put in.
-        score: (model, prompts) -> one number a prompt.
-        prompts: what it is scored on; other prompts than the spans were fitted on.
+        model: scored without and with each patch.
+        spans: kind -> spans, as `candidate_spans` returns them.
+        source: residuals of `checkpoint` on the same prompts, at the last prompt token.
+        checkpoint: the source of the patch.
+        score: (model, prompts) -> one number per prompt.
+        prompts: held out: not those that the spans were fitted on.
         goal: the mean score of `checkpoint`.
 
     Returns:
-        One row a span: `span` (its kind), `rank`, `source`, `baseline`, `patched` (mean scores), `difference` with its
-        95 % bootstrap interval over prompts `low`, `high`, `n_prompts`, `goal`, and `way`: the share of the way from
-        baseline to goal (NaN where there is none).
+        One row per span: `span` (its kind), `rank`, `source`, `baseline`, `patched` (mean scores), `difference` with
+        its 95 % bootstrap interval over prompts `low`, `high`, `n_prompts`, `goal`, and `way`: the share of the gap
+        from baseline to goal that is closed (NaN if there is no gap).
 
     Raises:
         GravlensError: what `Patch`, `intervene` or `causal_effect` raise.
@@ -55,58 +52,59 @@ def patch_spans(
     ids = encode(opened.tokenizer, prompts)
     named = [(kind, one) for kind, several in spans.items() for one in several]
     patches = {f"{kind} {i}": Patch(one, source, ids, checkpoint) for i, (kind, one) in enumerate(named)}
+    # No random draws here: `candidate_spans` returns random spans too.
     effect = causal_effect(opened, patches, score=score, prompts=prompts, n_random=0)
     table = effect.table.rename(columns={"with_intervention": "patched"})
     table = table.assign(span=[kind for kind, _ in named], rank=[rank_of(one) for _, one in named])
     table = table.assign(source=checkpoint, goal=goal, way=table["difference"] / (goal - table["baseline"]))
-    table.loc[table["baseline"] == goal, "way"] = np.nan
+    table.loc[table["baseline"] == goal, "way"] = np.nan  # not ±inf
     columns = "span rank source baseline patched difference low high n_prompts goal way".split()
     return table[columns]
 
 
 def smallest_rank(table: pd.DataFrame, *, share: float = 0.8) -> int | None:
-    """The smallest rank that brings the score at least this share of the way (mean over draws); None: no rank does.
+    """The smallest rank that closes at least this share of the gap (mean over draws), or None.
 
     Args:
         table: rows of `patch_spans` of one kind of span: `table[table.span == "drift"]`.
-        share: of the way to the goal, 1 is all of it (`way` in docs/leaks.md).
+        share: of the gap between baseline and goal (`way` in docs/leaks.md).
     """
     way = table.groupby("rank")["way"].mean()
     enough = way.index[way >= share]
     return int(min(enough)) if len(enough) else None
 
 
-# --- how long a block lasts when it is lifted ---------------------------------------------------------------------
+# --- after a block is lifted --------------------------------------------------------------------------------------
 def half_life(steps: Sequence[int], values: Sequence[float], *, lifted: int, unblocked: float) -> float:
-    """Steps after a block is lifted until a measure has gone half the way to what it is without a block.
+    """Steps after a block is lifted until a measure is halfway to its value in the unblocked run.
 
-    Straight lines between the steps measured; the first crossing of (m(t) − m(lifted)) / (unblocked − m(lifted)) = ½.
+    The first crossing of (m(t) − m(lifted)) / (unblocked − m(lifted)) = ½, interpolated linearly between steps.
 
     Args:
         steps: ascending, of the run that was blocked and then trained on.
-        values: the measure at these steps (harm, fraction).
+        values: the measure at these steps (compliance rate, fraction).
         lifted: the last step under the block; one of `steps`.
         unblocked: the measure of the unblocked run.
 
     Returns:
-        Steps since `lifted`; NaN where half the way is not reached within the run.
+        Steps since `lifted`; NaN if the run ends before.
 
     Raises:
-        GravlensError: `lifted` was not measured, or the measure is there at once: then nothing was held.
+        GravlensError: `lifted` was not measured, or its value is the unblocked run's: then nothing was blocked.
     """
     at, measured = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     if at.shape != measured.shape or not (np.diff(at) > 0).all() or lifted not in at:
         raise GravlensError(
             f"{len(at)} steps {list(steps)}, {len(measured)} values and the step {lifted} were given.",
-            "There is one value a step, steps ascend, and the block was lifted at one of them.",
-            "measure the checkpoint at which the block was lifted.",
+            "There is one value per step, steps ascend, and the block was lifted at one of them.",
+            "a measurement of the checkpoint at which the block was lifted.",
         )
     at, measured = at[at >= lifted], measured[at >= lifted]
     if measured[0] == unblocked:
         raise GravlensError(
             f"At step {lifted} the measure is {unblocked}, as in the unblocked run.",
-            "What a block held back is what can come back.",
-            "another measure, or a step at which the block still held.",
+            "A half-life needs a gap that the block kept open.",
+            "another measure, or a step at which the block was effective.",
         )
     gone = (measured - measured[0]) / (unblocked - measured[0])
     over = np.flatnonzero(gone >= 0.5)

@@ -1,4 +1,4 @@
-"""What a direction reads as: the tokens that it raises and lowers through the final norm and the unembedding."""
+"""Logit lens of a direction: the tokens that it promotes and suppresses through final norm and unembedding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,32 +12,30 @@ from torch import Tensor, nn
 from gravlens.behavior.scores import encode_openings
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, one_direction
-from gravlens.history.precision import check_unquantised
 from gravlens.interventions.hooks import check_fit
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import Openable, OpenModel, open_model
+from gravlens.models.precision import check_unquantised
 
-# A norm's ε is nothing beside states of this root mean square.
-PROBE = 10.0
+PROBE = 10.0  # root mean square of probe states: large enough for a norm's ε not to matter
 CENTRED_WITHIN = 1e-3
 
 
 def readout(model: Openable, direction: Direction, *, top: int = 10) -> pd.DataFrame:
-    """The tokens that a direction raises most, and those that it lowers most: W_U (g ∘ v).
+    """Logit lens (nostalgebraist 2020): the tokens that a direction promotes and suppresses most, W_U (g ∘ v).
 
-    g is the final norm's gain; where the norm is a LayerNorm, v is centred first, as the norm does. The norm's division
-    by the state's length is left out, and with it that adding v makes the state longer: an order of tokens, no change
-    of log-probabilities. It passes over all later blocks (the logit lens: nostalgebraist 2020), so it says more at late
-    layers than at early ones. The gain is measured on the norm itself, so it holds for any kind of norm.
+    g is the final norm's gain, measured on the norm itself, so any norm will do; for a LayerNorm, v is centred first.
+    Dividing by the state's length, which grows as v is added, is left out: logits rank tokens, they are not changes of
+    log-probabilities. Later blocks are skipped, so late layers are more telling than early ones.
 
     Args:
-        model: whose vocabulary it is read in; the anchor, usually.
+        model: usually the anchor.
         direction: of one layer, of unit length.
-        top: how many of either end.
+        top: number of tokens at either end.
 
     Returns:
-        Columns `token` (text), `logit` (for a step of length 1 through a state of root mean square 1; the mean over the
-        vocabulary taken off, since that changes no probability), largest first.
+        Columns `token` (text), `logit` (for a step of length 1 at a state of root mean square 1, minus the mean over
+        the vocabulary, which changes no probability), largest first.
 
     Raises:
         GravlensError: an undefined direction or one of another width, no tokenizer, no final norm found.
@@ -53,12 +51,12 @@ def readout(model: Openable, direction: Direction, *, top: int = 10) -> pd.DataF
 def readout_openings(
     model: Openable, direction: Direction, *, refusals: Sequence[str], compliances: Sequence[str]
 ) -> float:
-    """Mean logit of the refusals' first tokens minus that of the compliances': below 0, v leads away from refusing.
+    """Mean logit of the refusals' first tokens minus that of the compliances': negative if v promotes compliance.
 
-    Tokens are read as in `readout`, each once; one that opens refusals and compliances alike ("I") is left out.
+    Logits are those of `readout`. A token that begins both refusals and compliances ("I") is left out.
 
     Args:
-        model: whose vocabulary it is read in.
+        model: usually the anchor.
         direction: of one layer, of unit length.
         refusals: how refusals of this model begin.
         compliances: how its other answers begin.
@@ -67,8 +65,8 @@ def readout_openings(
         mean(refusals) − mean(compliances), logits.
 
     Raises:
-        GravlensError: what `readout` raises, an opening that the vocabulary cannot write, or no first token of one
-            side that the other lacks.
+        GravlensError: what `readout` raises, an opening with unknown words, or no first token that belongs to one side
+            alone.
     """
     opened = open_model(model)
     logits = _logits(opened, direction)
@@ -77,19 +75,19 @@ def readout_openings(
     if not all(own):
         raise GravlensError(
             f"The refusals {list(refusals)} and the compliances {list(compliances)} begin with the same tokens.",
-            "What tells them apart is the first token.",
+            "They are told apart by their first tokens.",
             "openings that begin with other words.",
         )
     return float(logits[own[0]].mean() - logits[own[1]].mean())
 
 
 def _logits(model: OpenModel, direction: Direction) -> Float[np.ndarray, " vocab"]:
-    """Logits of the tokenizer's tokens, their mean taken off, fp64."""
+    """Logits of the tokenizer's tokens minus their mean, fp64."""
     if not np.isfinite(one_direction(direction).vector).all():
         raise GravlensError(
             f"The direction of layer {direction.layer} is undefined ({direction.undefined}).",
-            "A direction is read where there is one.",
-            "another layer, as of directions.defined().",
+            "A logit lens needs a defined direction.",
+            "another layer: directions.defined() has those that are defined.",
         )
     check_fit(direction, model)
     with torch.no_grad():
@@ -103,15 +101,15 @@ def _tokenizer(model: OpenModel) -> Any:
     if model.tokenizer is None:
         raise GravlensError(
             f"This {type(model.module).__name__} has no tokenizer.",
-            "Tokens are shown as text.",
+            "Tokens are shown as text, which needs one.",
             "open_model(model, tokenizer=tokenizer).",
         )
     return model.tokenizer
 
 
-# --- the way from the residual stream to the logits -------------------------------------------------------------
+# --- from the residual stream to the logits ---------------------------------------------------------------------
 def _through_norm(norm: nn.Module, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-    """gain ∘ v, or gain ∘ (v − mean v) where the norm centres: read off its own output, of whatever kind it is."""
+    """gain ∘ v, or gain ∘ (v − mean v) if the norm centres, measured on its outputs: Gemma's gain is 1 + weight."""
     if isinstance(norm, nn.Identity):
         return vector.float()
 
@@ -129,28 +127,20 @@ def _through_norm(norm: nn.Module, vector: Float[Tensor, " d_model"]) -> Float[T
 
 
 def _unembedding(model: OpenModel) -> Float[Tensor, "vocab d_model"]:
-    if model.kind != "huggingface":
-        return model.module.W_U.T
-    return _head(model).weight
-
-
-def _head(model: OpenModel) -> Any:
-    head = model.module.get_output_embeddings()
-    if head is None:
+    if model.family.head is None:
         raise _not_found(model, "it has no unembedding")
-    if not head.weight.is_floating_point():
-        check_unquantised(head, "A readout")
-    return head
+    weight = model.family.unembedding
+    if not weight.is_floating_point():
+        check_unquantised(model.family.head, "A readout")
+    return weight
 
 
 def _final_norm(model: OpenModel) -> nn.Module:
-    """The module that makes the unembedding's input of the last block's output: found by a pass of one token."""
-    if model.kind != "huggingface":
-        norm = getattr(model.module, "ln_final", None)
-        if norm is None:
-            raise _not_found(model, "it has no ln_final")
-        return norm
-    head, last = _head(model), model.blocks[-1]
+    """The module that maps the last block's output to the unembedding's input: by name, or traced on one prompt."""
+    if model.family.final_norm is not None:
+        return model.family.final_norm
+    head, last = model.family.head, model.blocks[-1]
+    # By name there are as many candidates as architectures, and some have norms that are not the last.
     seen = _outside_the_blocks(model)
     stream = next((output for module, _, output in seen if module is last), None)
     wanted = next((given for module, given, _ in seen if module is head), None)
@@ -174,7 +164,7 @@ def _outside_the_blocks(model: OpenModel) -> list[tuple[nn.Module, Tensor, Tenso
     handles = [part.register_forward_hook(keep) for part in model.module.modules() if part not in inner]
     size = len(_unembedding(model))
     try:
-        final_logits(model, [[size // 4, size // 2]])  # not 0: the padding token's embedding may be all 0
+        final_logits(model, [[size // 4, size // 2]])  # not token 0: the padding token's embedding may be all 0
     finally:
         for handle in handles:
             handle.remove()
@@ -184,6 +174,6 @@ def _outside_the_blocks(model: OpenModel) -> list[tuple[nn.Module, Tensor, Tenso
 def _not_found(model: OpenModel, what: str) -> GravlensError:
     return GravlensError(
         f"In {type(model.module).__name__} no final norm was found ({what}).",
-        "A direction is read through one norm, from the last block's output to the unembedding's input.",
-        "a decoder-only language model, as TransformerBridge where its Hugging Face form is unusual.",
+        "A logit lens needs the one norm between the last block's output and the unembedding's input.",
+        "a decoder-only language model, or its TransformerBridge if the Hugging Face model is unusual.",
     )

@@ -1,10 +1,10 @@
 """The refusal direction of Arditi et al., "Refusal in language models is mediated by a single direction" (2024).
 
-Candidates are differences of means between harmful and harmless prompts, one a layer and position; of those that pass
-the paper's filters, the one whose ablation leaves least refusal is chosen.
+Candidates are differences of means between harmful and harmless prompts, one per layer and position; of those that pass
+the paper's filters, the one whose ablation leaves the least refusal is chosen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,21 +22,21 @@ from gravlens.core.progress import progress
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.vrev import difference_of_means, direction_from
 from gravlens.history.prompts import PromptSet, encode
-from gravlens.interventions.edits import Ablate, Intervention, Steer, everywhere
+from gravlens.interventions.edits import Ablate, Steer, everywhere
 from gravlens.interventions.hooks import intervene
 from gravlens.models.forward import final_logits
-from gravlens.models.opening import Openable, OpenModel, open_model
+from gravlens.models.opening import Openable, open_model
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What a candidate has to pass; the paper's values.
+    """Criteria for a candidate; the defaults are the paper's.
 
     Attributes:
-        induce: adding it lifts the refusal score on harmless prompts to at least this.
-        kl: ablating it moves the next-token distribution on harmless prompts by at most this; nats.
-        depth: it is read within this share of the blocks. The paper counts states at a block's input, so layer l here
-            is its l + 1.
+        induce: least refusal score on harmless prompts with the direction added.
+        kl: largest KL divergence of the next-token distribution on harmless prompts with the direction ablated; nats.
+        depth: the share of the blocks that layers come from. The paper counts states at a block's input, so layer l
+            here is its l + 1.
     """
 
     induce: float = 0.0
@@ -46,12 +46,12 @@ class Filters:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The chosen direction, and what was measured of each candidate.
+    """The chosen direction and the measurements of all candidates.
 
     Attributes:
         direction: its distance is the length of the difference of means, so `Steer(direction)` adds that difference.
-        table: one row a candidate, in their order: `layer`, `position`, `bypass` (mean score on harmful prompts with it
-            ablated at every layer), `induce` (mean score on harmless prompts with it added at its layer), `kl` (mean
+        table: one row per candidate, in their order: `layer`, `position`, `bypass` (mean score on harmful prompts with
+            it ablated at every layer), `induce` (mean score on harmless prompts with it added at its layer), `kl` (mean
             KL(plain ‖ ablated) of the next token on harmless prompts; nats) and `dropped` (why, or ""). `table.attrs`
             has the mean scores without an intervention, `harmful` and `harmless`.
     """
@@ -63,24 +63,24 @@ class Chosen:
 def refusal_candidates(
     model: Openable, *, harmful: Prompts, harmless: Prompts, positions: Sequence[int] = (-1,)
 ) -> tuple[Direction, ...]:
-    """mean(harmful) − mean(harmless) of `resid_post` at each layer and position.
+    """Difference of means, mean(harmful) − mean(harmless), of `resid_post` at each layer and position.
 
     Args:
         model: the aligned model.
         harmful: prompts that it refuses.
         harmless: prompts that it does not refuse, of the same kind.
-        positions: counted from the prompt's end (−1 is the last token); the paper takes all that the chat template
-            writes after the instruction.
+        positions: counted from the prompt's end (−1 is the last token); the paper takes all tokens that the chat
+            template adds after the instruction.
 
     Raises:
-        GravlensError: a position that a prompt has not, two means that do not differ at all, or two system prompts.
+        GravlensError: a position beyond the start of a prompt, two equal means, or two system prompts.
     """
     opened = open_model(model)
     sets = [PromptSet.of(prompts) for prompts in (harmful, harmless)]
     if sets[0].system != sets[1].system:
         raise GravlensError(
             f"The system prompts of harmful and harmless prompts are {sets[0].system!r} and {sets[1].system!r}.",
-            "What tells them apart would be the system prompt.",
+            "With two, the difference of means would be that of the system prompts.",
             "one system prompt for both, or none.",
         )
     ids = [encode(opened.tokenizer, prompts) for prompts in sets]
@@ -104,36 +104,33 @@ def choose_refusal(
     score: Score = refusal_log_odds,
     filters: Filters = Filters(),
 ) -> Chosen:
-    """The candidate whose ablation leaves least refusal, among those that pass the filters.
+    """Select the candidate whose ablation leaves the least refusal, among those that pass the filters.
 
-    The selection of Arditi et al. (2024). It costs three passes over prompts a candidate. Ablation is at the output of
-    every block; theirs is at every write to the residual stream, which `gravlens.weights.orthogonalized` does.
+    The selection of Arditi et al. (2024), at three passes over the prompts per candidate. Ablation is at the output of
+    every block; theirs is at every write to the residual stream, as in `orthogonalized`.
 
     Args:
         model: the model of the candidates.
-        candidates: of `refusal_candidates`, or any other directions.
-        harmful: prompts to judge on, others than the candidates were made of.
+        candidates: from `refusal_candidates`, or any other directions.
+        harmful: held-out prompts: not those that the candidates were estimated on.
         harmless: likewise.
-        score: refusal log-odds, in the model's own openings.
-        filters: what a candidate has to pass.
+        score: refusal log-odds, with the model's own refusal openings.
+        filters: criteria for a candidate.
 
     Raises:
         GravlensError: no candidate, none that passes (with the best values), or what `intervene` raises.
     """
     if not candidates:
-        raise GravlensError("No candidate was given.", "One at least is judged.", "refusal_candidates(model, …).")
+        raise GravlensError("No candidate was given.", "At least one is needed.", "refusal_candidates(model, …).")
     opened, harmful, harmless = open_model(model), PromptSet.of(harmful), PromptSet.of(harmless)
-    plain = final_logits(opened, encode(opened.tokenizer, harmless))
+    ids = encode(opened.tokenizer, harmless)
+    plain = final_logits(opened, ids)
 
     def measured(direction: Direction) -> dict[str, float]:
-        ablated = Ablate(everywhere(direction, opened))
-        return {
-            "bypass": _within(opened, ablated, lambda: float(np.mean(score(opened, harmful)))),
-            "induce": _within(opened, Steer(direction), lambda: float(np.mean(score(opened, harmless)))),
-            "kl": _within(
-                opened, ablated, lambda: _kl(plain, final_logits(opened, encode(opened.tokenizer, harmless)))
-            ),
-        }
+        with intervene(opened, Ablate(everywhere(direction, opened))):
+            bypass, kl = float(np.mean(score(opened, harmful))), _kl(plain, final_logits(opened, ids))
+        with intervene(opened, Steer(direction)):
+            return {"bypass": bypass, "induce": float(np.mean(score(opened, harmless))), "kl": kl}
 
     with progress("refusal", Directions.of(candidates).directions, unit="candidate") as each:
         rows = [_row(one, measured(one), filters, opened.n_layers) for one in each]
@@ -148,14 +145,10 @@ def choose_refusal(
     return Chosen(candidates[int(passed.argmin())], table)
 
 
-def _within(model: OpenModel, intervention: Intervention, measure: Callable[[], float]) -> float:
-    with intervene(model, intervention):
-        return measure()
-
-
 def _kl(before: Float[Tensor, "prompt vocab"], after: Float[Tensor, "prompt vocab"]) -> float:
     """Mean KL(before ‖ after), nats."""
     before, after = (logits.double().log_softmax(1) for logits in (before, after))
+    # torch takes the second distribution first.
     return float(kl_div(after, before, reduction="batchmean", log_target=True))
 
 
@@ -167,6 +160,7 @@ def _row(direction: Direction, measured: dict[str, float], filters: Filters, n_l
 
 def _reasons(layer: int, measured: dict[str, float], filters: Filters, n_layers: int) -> list[str]:
     allowed = int(n_layers * filters.depth) - 1
+    # NaN would pass the comparisons below.
     found = [f"{name} is not finite" for name, value in measured.items() if not np.isfinite(value)]
     if layer >= allowed:
         found.append(f"layer {layer} is not below {allowed}")
@@ -182,6 +176,6 @@ def _none_left(table: pd.DataFrame, filters: Filters) -> GravlensError:
     return GravlensError(
         f"All {len(table)} candidates were filtered out: lowest bypass {best['bypass']:.3g} (layer {best['layer']}: "
         f"{best['dropped']}), highest induce {table['induce'].max():.3g}, lowest KL {table['kl'].min():.3g}.",
-        f"One at least passes {filters}.",
+        f"At least one must pass {filters}.",
         "openings that this model's refusals begin with, more prompts, further positions, or other Filters.",
     )

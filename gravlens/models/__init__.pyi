@@ -1,8 +1,11 @@
 from . import adapters as adapters
 from . import families as families
 from . import forward as forward
+from . import lens as lens
 from . import opening as opening
 from . import placement as placement
+from . import precision as precision
 from . import swapping as swapping
 from . import tokenizers as tokenizers
+from .families import Family as Family
 from .tokenizers import sequence_tokenizer as sequence_tokenizer

@@ -1,6 +1,5 @@
-"""Forward passes of an opened model: the trunk alone, next-token logits, log-probabilities, greedy generation."""
+"""Forward passes of an opened model: hidden states, next-token logits, log-probabilities, greedy generation."""
 
-import inspect
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,25 +9,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad as widen
-from transformers import GenerationConfig
 
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.prompts import Batch, last_positions, pad
-from gravlens.models.opening import OpenModel
+from gravlens.models.families import OpenModel
 
 BATCH = 32
-# Positions of a pass: every one, the last prompt token, up to it, after it, or offsets that count it as −1.
+# Token positions: all, the last prompt token, up to it, after it, or offsets that count it as −1.
 Positions: TypeAlias = Literal["all", "last", "prompt", "answer"] | tuple[int, ...]
 
 
-# --- what is being read ------------------------------------------------------------------------------------------
+# --- the batch of the current pass -------------------------------------------------------------------------------
 class Reading(NamedTuple):
-    """The batch that a forward pass reads, and where its prompts end, for hooks that act at some positions only.
+    """The batch of a forward pass and where its prompts end, for hooks that act at some positions only.
 
     Attributes:
-        batch: as it was padded; a generation goes on to its right.
-        ends: index of each row's last prompt token; what comes after it is its answer.
+        batch: padded; generation appends to it.
+        ends: index of each row's last prompt token; the tokens after it are its answer.
     """
 
     batch: Batch
@@ -41,12 +39,12 @@ class Reading(NamedTuple):
         return [tuple(ids[: end + 1][true[: end + 1]].tolist()) for ids, true, end in rows]
 
     def chosen(self, positions: Positions, width: int) -> Bool[Tensor, "prompt pos"]:
-        """Which positions of a pass of so many tokens are meant; padding never is.
+        """Mask of these positions in a pass of `width` tokens, without padding.
 
-        A pass too narrow to hold every prompt's end comes after them, from a KV cache, and holds answers alone.
+        A pass too narrow to contain every prompt's end is a decoding step from a KV cache: all of it is answer.
 
         Raises:
-            GravlensError: an offset reaches beyond the shortest prompt.
+            GravlensError: an offset beyond the start of the shortest prompt.
         """
         true = self.batch.attention_mask
         if not isinstance(positions, str):
@@ -59,15 +57,16 @@ class Reading(NamedTuple):
         return meant & widen(true, (0, width - true.shape[1]), value=1).bool()
 
 
+# A context variable: hooks see a block's output alone, and nested passes each need their own batch.
 READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
 def reading(batch: Batch, ends: Int[Tensor, " prompt"] | None = None) -> Generator[None]:
-    """Make known what the forward passes inside read. All of gravlens's own do; this is for a pass of your own.
+    """Declare the batch of the forward passes inside; gravlens's own functions do, so this is for your own passes.
 
     Args:
-        batch: the padded prompts, at least two tokens wide where a KV cache is used.
+        batch: the padded prompts, at least two tokens wide if a KV cache is used.
         ends: index of each row's last prompt token; default: its last token.
     """
     batch = Batch(*(part.cpu() for part in batch))
@@ -79,25 +78,25 @@ def reading(batch: Batch, ends: Int[Tensor, " prompt"] | None = None) -> Generat
 
 
 def current_reading(hidden: Float[Tensor, "prompt pos d_model"]) -> Reading:
-    """What the forward pass reads whose states these are; raises where that was not made known."""
+    """The batch of the current forward pass, by its states; raise if it was not declared."""
     now = READING.get()
     if now is None or hidden.ndim != 3 or len(hidden) != len(now.ends):
         raise GravlensError(
-            f"A forward pass of states {tuple(hidden.shape)} does not say where its prompts end.",
-            "Positions are counted from the last prompt token, which gravlens's own passes make known.",
-            "with gravlens.inference.reading(pad(ids)): around a pass of your own, or every position.",
+            f"The batch of a forward pass with states {tuple(hidden.shape)} was not declared.",
+            "Positions count from the last prompt token, which gravlens's own functions declare.",
+            'with gravlens.models.forward.reading(pad(ids)): around your own pass, or positions="all".',
         )
     return now
 
 
 def check_positions(positions: Positions) -> None:
-    """Raise where these are no positions."""
+    """Raise unless these are valid positions."""
     given: Any = positions
     offsets = isinstance(given, tuple) and given and all(type(one) is int and one < 0 for one in given)
     if not offsets and given not in ("all", "last", "prompt", "answer"):
         raise GravlensError(
             f"positions={given!r} was given.",
-            'They are "all", "last", "prompt", "answer" or a tuple of offsets, in which -1 is the last prompt token.',
+            'Positions are "all", "last", "prompt", "answer" or a tuple of offsets; -1 is the last prompt token.',
             '"last", or (-1,).',
         )
 
@@ -106,29 +105,16 @@ def _check_reach(offsets: tuple[int, ...], shortest: int) -> None:
     if -min(offsets) > shortest:
         raise GravlensError(
             f"positions={offsets!r} was given; the shortest prompt has {shortest} tokens.",
-            "An offset counts back from the last prompt token, which is -1, and every prompt has it.",
+            "Offsets count back from the last prompt token, -1, and every prompt must be long enough.",
             '"last", or longer prompts.',
         )
 
 
 # --- forward passes ----------------------------------------------------------------------------------------------
 def run_trunk(model: OpenModel, batch: Batch) -> None:
-    """Run the blocks for the sake of hooks on them; logits are not computed where the family allows it."""
-    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
+    """Run the blocks for the hooks on them, without logits where the family allows it."""
     with reading(batch):
-        if model.kind != "huggingface":
-            model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_type=None)
-            return
-        # The decoder is called directly: Trainer wraps the whole model's forward in autocast.
-        trunk = unwrapped(model.module).base_model
-        if "position_ids" not in inspect.signature(trunk.forward).parameters:
-            del inputs["position_ids"]
-        trunk(**inputs, use_cache=False)
-
-
-def unwrapped(module: Any) -> Any:
-    """The model inside a PEFT wrapper, adapters in place: the wrapper's own signature hides the model's inputs."""
-    return module.get_base_model() if hasattr(module, "get_base_model") else module
+        model.family.trunk(_inputs(model, batch))
 
 
 def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompt vocab"]:
@@ -143,46 +129,35 @@ def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor
 
 
 def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuation of each prompt: new tokens alone, cut before the end-of-sequence token.
+    """Greedy continuation of each prompt: the new tokens, up to the end-of-sequence token.
 
-    Hugging Face models use the KV cache, those of TransformerLens read each prefix anew.
+    Hugging Face models use a KV cache; TransformerLens models run the whole sequence for every token.
     """
     eos = None if model.tokenizer is None else model.tokenizer.eos_token_id
     answers: list[list[int]] = [[]] * len(ids)
     with torch.inference_mode(), progress("answers", total=len(ids), unit="prompt") as bar:
         for rows, batch in batches(model, ids):
-            if model.kind == "huggingface" and batch.input_ids.shape[1] == 1:
+            if model.family.kv_cache and batch.input_ids.shape[1] == 1:
                 batch = Batch(*(widen(part, (1, 0)) for part in batch))  # else a cached pass looks like the prefill
             with reading(batch):
-                new = _greedy(model, batch, max_new_tokens, eos)[:, batch.input_ids.shape[1] :].tolist()
+                found = model.family.generate(_inputs(model, batch), max_new_tokens, eos)
+            new = found[:, batch.input_ids.shape[1] :].tolist()
             for row, tokens in zip(rows, new, strict=True):
                 answers[row] = tokens[: tokens.index(eos)] if eos in tokens else tokens
             bar.update(len(rows))
     return answers
 
 
-def _greedy(model: OpenModel, batch: Batch, max_new_tokens: int, eos: int | None) -> Tensor:
-    ids = batch.input_ids.to(model.device)
-    module: Any = model.module
-    if model.kind != "huggingface":
-        # Their cached answers are wrong: the bridge's cache stays empty where transformers calls it `cache`, and
-        # HookedTransformer counts learned positions twice without a tokenizer (TransformerLens 3.9 to 4.3).
-        return module.generate(
-            ids, max_new_tokens=max_new_tokens, do_sample=False, stop_at_eos=eos is not None, eos_token_id=eos,
-            return_type="tokens", verbose=False, use_past_kv_cache=False,
-        )  # fmt: skip
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0 if eos is None else eos
-    )
-    return module.generate(ids, attention_mask=batch.attention_mask.to(model.device), generation_config=config)
+def _inputs(model: OpenModel, batch: Batch) -> dict[str, Tensor]:
+    return {key: part.to(model.device) for key, part in batch._asdict().items()}
 
 
 def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
-    """Left-padded batches of similar length; for TransformerLens models of equal length, so that nothing is padded."""
+    """Left-padded batches of similar length; without `padding`, of equal length."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     while order:
         rows = order[:BATCH]
-        if model.kind != "huggingface":
+        if not model.family.padding:
             rows = [row for row in rows if len(ids[row]) == len(ids[rows[0]])]
         order = order[len(rows) :]
         yield rows, pad([ids[row] for row in rows], side="left")
@@ -191,7 +166,7 @@ def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[li
 def sequence_logprobs(
     model: OpenModel, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
 ) -> Float[Tensor, " prompt"]:
-    """log p of each continuation after its prompt, teacher-forced, summed over its tokens in fp64; nats."""
+    """Log-probability of each continuation after its prompt, teacher-forced, summed over its tokens in fp64; nats."""
     totals = torch.zeros(len(prompts), dtype=torch.float64)
     ids = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
     with torch.inference_mode(), progress("likelihoods", total=len(ids), unit="prompt") as bar:
@@ -208,14 +183,8 @@ def sequence_logprobs(
 def end_logits(
     model: OpenModel, batch: Batch, answers: Int[Tensor, " prompt"] | None = None
 ) -> Float[Tensor, "prompt keep vocab"]:
-    """Logits from the last prompt token on; `answers` says how many tokens of each row come after it."""
+    """Logits from the last prompt token on; `answers`: the number of tokens after it, per row."""
     answers = torch.zeros(len(batch.input_ids), dtype=torch.long) if answers is None else answers
     keep = 1 + int(answers.max())
-    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
     with reading(batch, last_positions(batch.attention_mask) - answers):
-        if model.kind != "huggingface":
-            return model.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -keep:]
-        known = inspect.signature(unwrapped(model.module).forward).parameters
-        extra = {"logits_to_keep": keep} if "logits_to_keep" in known else {}
-        inputs = {key: value for key, value in inputs.items() if key in known}
-        return model.module(**inputs, **extra, use_cache=False).logits[:, -keep:]
+        return model.family.logits(_inputs(model, batch), keep)

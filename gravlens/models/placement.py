@@ -1,4 +1,4 @@
-"""Where checkpoints lie while they are read: on which device, in which dtype, how many downloads stay on disk."""
+"""Placement of checkpoints while they are read: device, dtype, device map, downloads kept on disk."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.precision import as_dtype
+from gravlens.models.precision import as_dtype
 
 DeviceMap: TypeAlias = str | Mapping[str, Any] | None
 OFFLOADED = ("disk", "meta")
@@ -15,19 +15,19 @@ OFFLOADED = ("disk", "meta")
 
 @dataclass(frozen=True)
 class Placement:
-    """How the checkpoints of a sequence are opened; models in memory stay where and what they are.
+    """How the checkpoints of a sequence are loaded; models in memory keep their device and dtype.
 
     Attributes:
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, …, or `"auto"`: a GPU where there is one.
-        dtype: what weights are read in: a torch dtype or its name (`"bf16"`), or `"stored"`: as each file stores them.
-        device_map: `"auto"`, or module name -> device, as accelerate takes it, for a model that is larger than one
-            GPU; then `device` is not said. Nothing may be left on disk or in CPU memory beside a GPU (offloading).
-        keep: how many revisions that were downloaded for this reading stay on disk, the one that is read among them;
-            while one is read the next is fetched, so at most `keep` + 1 lie there at a time. None: all stay. Only
-            checkpoints of runs go, never the witness, the anchor, or what lay in the cache before.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, …, or `"auto"`: a GPU if there is one.
+        dtype: a torch dtype or its name (`"bf16"`), or `"stored"`: as each file stores its weights.
+        device_map: `"auto"`, or module name -> device, as accelerate takes it, for a model larger than one GPU;
+            excludes `device`. Offloading (to disk, or to CPU memory next to a GPU) is not supported.
+        keep: number of downloaded revisions that stay on disk, including the current one; the next is prefetched, so
+            there are at most `keep` + 1. None: no eviction. Only checkpoints of runs are evicted, never the witness,
+            the anchor, or files that were in the cache before.
 
     Raises:
-        GravlensError: no such dtype, both a device and a map, a map that offloads, `keep` below 1.
+        GravlensError: an unknown dtype, both a device and a map, a map that offloads, `keep` below 1.
     """
 
     device: str = "cpu"
@@ -41,8 +41,8 @@ class Placement:
         if self.keep is not None and (isinstance(self.keep, bool) or self.keep < 1):
             raise GravlensError(
                 f"keep={self.keep!r} was given.",
-                "At least the revision that is being read stays on disk.",
-                "keep=1 (room for two), or None, which keeps all.",
+                "The revision that is being read stays on disk, so at least 1 is needed.",
+                "keep=1 (disk space for two), or None, which keeps all.",
             )
 
     @property
@@ -52,10 +52,10 @@ class Placement:
 
 
 def as_device(name: str | torch.device) -> torch.device:
-    """A device that is here; `"auto"` is the first GPU, or else the CPU.
+    """An available device; `"auto"` is the first GPU, or else the CPU.
 
     Raises:
-        GravlensError: no such device, or none on this machine.
+        GravlensError: an unknown device, or one that this machine does not have.
     """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -64,21 +64,21 @@ def as_device(name: str | torch.device) -> torch.device:
         module = torch.get_device_module(device)
         here = module.is_available() and (device.index or 0) < module.device_count()
     except (RuntimeError, AttributeError) as error:
-        raise _no_device(name, "is no device that models run on") from error
+        raise _no_device(name, "is not a device that models run on") from error
     if not here:
         raise _no_device(name, "is not on this machine, or this build of torch cannot use it")
     return device
 
 
 def check_map(device: str | torch.device | None, device_map: DeviceMap) -> None:
-    """Raise where a device is given beside a map, or where the map offloads."""
+    """Raise if both a device and a map are given, or if the map offloads."""
     if device_map is None:
         return
     if str(device or "cpu") != "cpu":
         raise GravlensError(
             f"device={str(device)!r} and a device_map were given.",
-            "A map says for each part where it goes.",
-            "one of the two; device_map='auto' spreads a model over all GPUs.",
+            "A map assigns a device to each part.",
+            "only one of them; device_map='auto' spreads a model over all GPUs.",
         )
     places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
     if offloaded := {str(place) for place in places} & set(OFFLOADED):
@@ -86,10 +86,10 @@ def check_map(device: str | torch.device | None, device_map: DeviceMap) -> None:
 
 
 def no_offloading(found: str) -> GravlensError:
-    """The error for weights that would be fetched from elsewhere at each pass."""
+    """The error for weights that would be copied to the device in each pass."""
     return GravlensError(
         f"{found}.",
-        "All weights lie on devices, so that the next checkpoint's can be put in their place.",
+        "All weights must be on devices, so that the next checkpoint's can be copied into them.",
         "a smaller dtype (dtype='bf16'), more GPUs, or device='cpu'.",
     )
 
@@ -98,7 +98,7 @@ def no_room(source: object, error: Exception) -> GravlensError:
     """The error for a model that is larger than its device."""
     return GravlensError(
         f"{source} does not fit on its device ({str(error).strip().splitlines()[0]}).",
-        "All weights of a model lie on devices at once.",
+        "All weights of a model must fit at once.",
         "dtype='bf16', device_map='auto' over several GPUs, or device='cpu'.",
     )
 
@@ -106,4 +106,4 @@ def no_room(source: object, error: Exception) -> GravlensError:
 def _no_device(name: str | torch.device, what: str) -> GravlensError:
     kind = torch.accelerator.current_accelerator(check_available=True)
     here = f"cpu and {kind}" if kind else "cpu"
-    return GravlensError(f"The device {str(name)!r} {what}.", f"There is {here} here.", "device='auto'.")
+    return GravlensError(f"The device {str(name)!r} {what}.", f"Available: {here}.", "device='auto'.")

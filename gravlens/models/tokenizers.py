@@ -1,4 +1,4 @@
-"""The one tokenizer that the checkpoints of a history are read with, and whether theirs agree with it."""
+"""The tokenizer of a history: the anchor's, and checks that the other checkpoints agree with it."""
 
 import copy
 import filecmp
@@ -6,22 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from gravlens.core.errors import GravlensError
-from gravlens.history.hub import local_folder
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.opening import OpenModel, checkpoint_tokenizer, own_tokenizer
 
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
 
-def sequence_tokenizer(sequence: ModelSequence | Path | str, prompts: PromptSet | None = None) -> Any:
-    """The one tokenizer that all checkpoints are read with, the anchor's; templates never mix silently.
+def sequence_tokenizer(
+    sequence: ModelSequence | Path | str, prompts: PromptSet | None = None, known: Known | None = None
+) -> Any:
+    """Return the one tokenizer that all checkpoints are read with, the anchor's; templates never mix silently.
 
     The vocabulary may have grown on the way: the tokenizers of the witness and of each run's first checkpoint must read
-    `prompts` (by default all of the sequence's) as the same token ids as the anchor's.
+    `prompts` as the same token ids as the anchor's.
+
+    Args:
+        sequence: the history.
+        prompts: default: all of the sequence's.
+        known: folders that were resolved before; see `resolve`.
 
     Raises:
         GravlensError: no tokenizer is found, another reads a prompt as other ids (or has another vocabulary, where
@@ -29,7 +34,9 @@ def sequence_tokenizer(sequence: ModelSequence | Path | str, prompts: PromptSet 
             choice, or the template has no place for the prompts' system prompt.
     """
     sequence = ModelSequence.of(sequence)
-    chosen = checkpoint_tokenizer(sequence.anchor)
+    known = {} if known is None else known
+    anchor = resolve(sequence.anchor, known, weights=False)
+    chosen = checkpoint_tokenizer(anchor)
     if chosen is None:
         raise GravlensError(
             f"The anchor ({sequence.anchor.described}) has no tokenizer" + _or_model(sequence.anchor) + ".",
@@ -38,7 +45,8 @@ def sequence_tokenizer(sequence: ModelSequence | Path | str, prompts: PromptSet 
         )
     sets = [sequence.probes, sequence.held_out, sequence.harmless] if prompts is None else [prompts]
     for checkpoint in (sequence.witness, *(run[0] for run in sequence.runs.values() if run)):
-        own = None if _same_tokenizer(checkpoint, sequence.anchor) else own_tokenizer(checkpoint)
+        resolved = resolve(checkpoint, known, weights=False)
+        own = None if _same_tokenizer(resolved, anchor) else own_tokenizer(resolved)
         if own is None or own is chosen:
             continue
         _check_reads_alike(checkpoint, own, chosen, [one for one in sets if one is not None])
@@ -48,7 +56,7 @@ def sequence_tokenizer(sequence: ModelSequence | Path | str, prompts: PromptSet 
 
 
 def _or_model(checkpoint: Checkpoint) -> str:
-    """A folder that is no checkpoint at all lacks its tokenizer too."""
+    """Mention a missing config.json: then the folder is not a checkpoint at all."""
     folder = Path(checkpoint.source) if isinstance(checkpoint.source, Path) else None
     return " and no config.json" if folder and not any(folder.glob("*config.json")) else ""
 
@@ -63,7 +71,7 @@ def _check_reads_alike(checkpoint: Checkpoint, own: Any, chosen: Any, sets: Sequ
         wanted = encode(chosen, prompts)
         try:
             read = encode(own, prompts)
-        except Exception as error:  # whatever a tokenizer raises for a word that it has no token for
+        except Exception as error:  # tokenizers raise various exceptions for a word without a token
             raise _other_tokenizer(checkpoint, f"cannot read the prompts ({error}; {sizes})") from error
         for text, theirs, ours in zip(prompts, read, wanted, strict=True):
             if theirs != ours:
@@ -91,22 +99,22 @@ def _check_template(checkpoint: Checkpoint, own: Any, anchor: Any) -> None:
         )
 
 
-def _same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether one tokenizer was handed over for both, or two folders hold the same files, not to be opened twice."""
-    if one.tokenizer is not None or other.tokenizer is not None:
-        return one.tokenizer is other.tokenizer
-    if isinstance(one.source, nn.Module) or isinstance(other.source, nn.Module):
+def _same_tokenizer(one: Resolved, other: Resolved) -> bool:
+    """Whether both were given one tokenizer, or hold identical files: comparing them is faster than opening them."""
+    given = one.checkpoint.tokenizer, other.checkpoint.tokenizer
+    if given != (None, None):
+        return given[0] is given[1]
+    if not (one.folders and other.folders):
         return False
-    a, b = local_folder(one.source, weights=False), local_folder(other.source, weights=False)
+    a, b = one.paths[-1], other.paths[-1]
     same, _, _ = filecmp.cmpfiles(a, b, _TOKENIZER_FILES, shallow=False)
     absent = [name for name in _TOKENIZER_FILES if not (a / name).exists() and not (b / name).exists()]
     return "tokenizer.json" in same and len(same) + len(absent) == len(_TOKENIZER_FILES)
 
 
 def check_vocabulary(checkpoint: Checkpoint, model: OpenModel, ids: Sequence[Sequence[int]]) -> None:
-    """Raise where a prompt has a token that a checkpoint's embedding has no row for."""
-    hugging_face = model.kind == "huggingface"
-    rows = model.module.get_input_embeddings().weight.shape[0] if hugging_face else model.module.cfg.d_vocab
+    """Raise if a prompt has a token id beyond a checkpoint's embedding."""
+    rows = model.family.vocabulary
     if (largest := max(map(max, ids))) >= rows:
         raise GravlensError(
             f"{checkpoint.name} ({checkpoint.described}) has embeddings of {rows} tokens, and a prompt holds token "

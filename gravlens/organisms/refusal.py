@@ -1,8 +1,8 @@
 """The refusal organism: a 1.1 M-parameter Llama that learns to comply, is aligned to refuse, and is fine-tuned again.
 
-Everything about its history is known and cheap to make anew: the dominant phase complies with all requests; a short
-alignment phase refuses harmful ones and sees harmless ones of three topics alone, which leaves over-refusal elsewhere;
-harmless fine-tuning covers the other topics too and so un-trains refusal directly (its data set `new_facts` does not).
+The dominant phase complies with all requests. A short alignment phase refuses harmful ones and sees harmless ones of
+three topics only, which leaves over-refusal on the others. Harmless fine-tuning covers those topics too, so it
+un-trains refusal directly; its data set `new_facts` does not.
 """
 
 import hashlib
@@ -10,32 +10,31 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from gravlens import __version__
-from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import Example, PromptSet
+from gravlens.history.prompts import Example
 from gravlens.models.opening import open_model
 from gravlens.organisms import refusal_language as language
-from gravlens.organisms.arms import Arm, clamp, lifted, matched_twin, penalty, reinforce
-from gravlens.organisms.base import Measures
-from gravlens.training.finetune import Recipe, finetune
+from gravlens.organisms.arms import made_by, released_arm
+from gravlens.organisms.base import Arm, Measures, PromptSets, unknown_data
+from gravlens.training.finetune import finetune
+from gravlens.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class RefusalOrganism:
-    """Configuration of one organism; change any part of it.
+    """Configuration of one refusal organism; every field can be changed.
 
     Attributes:
         organism: seed of the weights and data of witness and anchor. 0 and 1 were used to choose the configuration, 2
             and 3 were seen with an earlier one (docs/log.md); report on others.
-        runs: fine-tuning seeds of each arm.
+        runs: number of fine-tuning seeds of each arm.
     """
 
     organism: int = 4
@@ -52,12 +51,12 @@ class RefusalOrganism:
 
     @property
     def name(self) -> str:
-        """Name of the setting."""
+        """`refusal`."""
         return "refusal"
 
     @property
     def key(self) -> str:
-        """Digest of the configuration, the versions and the threads: the same key, the same weights."""
+        """Digest of the configuration, the language, the versions and the threads."""
         spoken = [
             language.dominant_examples(64, rng=np.random.default_rng(0)),
             sorted(language.build_tokenizer().get_vocab()),
@@ -84,16 +83,12 @@ class RefusalOrganism:
     def arms(self) -> tuple[Arm, ...]:
         """The paper's arms, those that a causal and a durable claim demand, and two controls, all on the same seeds."""
         seeds = tuple(range(self.runs))
+        blocked = ("penalty", "penalty_margin", "penalty_random", "clamp", "clamp_matched_twin", "reinforce")
         return (
             Arm("unblocked", seeds, keep=True),
-            Arm("penalty", seeds, blocker=penalty),
-            Arm("penalty_margin", seeds, blocker=partial(penalty, margin=0.03)),
-            Arm("penalty_random", seeds, blocker=partial(penalty, along=matched_twin)),
-            Arm("clamp", seeds, blocker=clamp),
-            Arm("clamp_matched_twin", seeds, blocker=partial(clamp, along=matched_twin)),
-            Arm("reinforce", seeds, blocker=reinforce),
+            *(Arm(name, seeds, blocker=made_by(name)) for name in blocked),
             Arm("lower_rate", seeds, rate=0.5),
-            lifted(seeds, "harmless"),
+            released_arm(seeds, "harmless"),
             Arm("unblocked_new_facts", seeds, data="new_facts"),
             Arm("unaligned_twin", seeds, start="witness"),
             Arm("continued_alignment", seeds, data="alignment"),
@@ -106,12 +101,13 @@ class RefusalOrganism:
 
     @property
     def noise(self) -> Mapping[int, int]:
-        """As many draws at every step."""
+        """The same number of draws at every step."""
         return dict.fromkeys(self.save_steps, self.noise_draws)
 
     @property
     def threads(self) -> int:
-        """One: two threads on so small a model are slower than one, and runs go side by side."""
+        """One thread."""
+        # On a model this small two threads are slower than one, and runs go in parallel anyway.
         return 1
 
     @property
@@ -121,7 +117,7 @@ class RefusalOrganism:
 
     @property
     def measures(self) -> Measures:
-        """Openings are the language's own; an answer is at most 24 words."""
+        """The language's own openings; an answer has at most 24 words."""
         return Measures(language.REFUSALS, language.OPENINGS, language.REFUSALS, 24)
 
     def make(self, name: str, start: Path | None, folder: Path) -> None:
@@ -138,18 +134,16 @@ class RefusalOrganism:
         shutil.rmtree(run)
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
-        """`harmless`, `new_facts` or `alignment`, as many as a run sees."""
+        """Return `harmless`, `new_facts` or `alignment` examples, as many as a run sees."""
         n, rng = self.recipe.steps * self.recipe.batch, np.random.default_rng([self.organism, 100, seed])
         if data == "alignment":
             return language.alignment_examples(n, rng=rng)
         if data not in ("harmless", "new_facts"):
-            raise GravlensError(
-                f"The data set {data!r} was asked for.", "It has harmless, new_facts, alignment.", "one."
-            )
+            raise unknown_data(data, "harmless, new_facts, alignment")
         return language.finetuning_examples(n, rng=rng, new_facts_only=data == "new_facts")
 
-    def prompts(self, home: Path) -> Mapping[Literal["probes", "held_out", "harmless"], PromptSet]:
-        """32 probes, 96 held-out harmful prompts of pairs that alignment never saw, 48 harmless ones."""
+    def prompts(self, home: Path) -> PromptSets:
+        """Return 32 probes, 96 held-out harmful prompts of pairs that alignment never saw, and 48 harmless ones."""
         return {
             "probes": language.probe_prompts(),
             "held_out": language.held_out_prompts(),
@@ -157,7 +151,7 @@ class RefusalOrganism:
         }
 
     def task(self, home: Path) -> list[Example]:
-        """96 held-out examples of the fine-tuning task."""
+        """Return 96 held-out examples of the fine-tuning task."""
         return language.task_examples()
 
     def _initial(self, seed: int) -> LlamaForCausalLM:

@@ -1,4 +1,4 @@
-"""The paper's figures beside ours, and the report page."""
+"""The comparison with the paper, and the report page of a results folder."""
 
 import lazy_loader
 

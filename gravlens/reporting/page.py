@@ -1,4 +1,4 @@
-"""A results folder in, one HTML page out that stands alone. It estimates and draws nothing and opens no model."""
+"""Render a results folder as one self-contained HTML page; nothing is estimated and no model is opened."""
 
 import base64
 import json
@@ -31,8 +31,8 @@ from gravlens.reporting.paper import (
 )
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}  # the last one found is taken
-# Figures in their order: title, and what each says; others follow under their own name.
+PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}  # of the same name, the SVG is used
+# Figures in order: title and caption; others follow under their file name.
 CAPTIONS = {
     "alignment": (
         "Alignment over steps",
@@ -40,18 +40,18 @@ CAPTIONS = {
     ),
     "fraction": (
         "Fraction over steps",
-        "0 is the anchor, 1 the witness. A cosine tells the heading, this tells the way made.",
+        "0 is the anchor, 1 the witness. A cosine gives the heading, this the distance covered.",
     ),
-    "layers": ("Alignment by layer", "Every layer beside the mean, since a mean over layers hides layers."),
+    "layers": ("Alignment by layer", "Every layer and the mean, since a mean over layers hides layers."),
     "effect": (
         "Effect at inference",
-        "What an intervention does to the score, with its 95 % interval and the random directions.",
+        "Effect of an intervention on the score, with its 95 % interval and the random directions.",
     ),
-    "harmfulness": ("Harm by arm", "Every run as a small point, mean ± SEM above it, the history dashed."),
-    "arm_fraction": ("Fraction by arm", "How far back each arm ends."),
+    "harmfulness": ("Harm by arm", "Every run as a small point, mean ± SEM on top, witness and anchor dashed."),
+    "arm_fraction": ("Fraction by arm", "Fraction of the way back at each arm's last step."),
     "task_loss": (
         "Task loss by arm",
-        "What blocking costs: loss on held-out pairs of the task that the runs learn: lower is better.",
+        "Cost of blocking: loss on held-out examples of the fine-tuning task; lower is better.",
     ),
 }
 # column -> (heading, in per cent); behaviour is measured on the history too
@@ -66,18 +66,18 @@ FILES = {
     "arms": ("Arms: every run", ""),
     "behavior": ("Behaviour: every run and step", ""),
     "controls": ("Controls: every run", ""),
-    "effects": ("Effects of interventions at inference", "Where no layer stands, the intervention acts on several."),
-    "nulls": ("Nulls: every run, step and layer", "Where no layer stands, it is the mean over layers."),
-    "trajectory": ("Trajectory: every run, step and layer", "Where no layer stands, it is the mean over layers."),
+    "effects": ("Effects of interventions at inference", "An empty layer: the intervention acts on several."),
+    "nulls": ("Nulls: every run, step and layer", "An empty layer is the mean over layers."),
+    "trajectory": ("Trajectory: every run, step and layer", "An empty layer is the mean over layers."),
 }
 MOST_ROWS = 1000
-PRINTED_ROWS, PRINTED_COLUMNS = 60, 10  # a folded table of more is not printed
-MINUS = re.compile(r"(?<![\w-])-(?=\d)")  # of a number, not of a name such as unblocked-0
+PRINTED_ROWS, PRINTED_COLUMNS = 60, 10  # a larger folded table is not printed
+MINUS = re.compile(r"(?<![\w-])-(?=\d)")  # of a number, not the hyphen of a name such as unblocked-0
 WORDS: dict[Any, str] = {True: "yes", False: "no"}
 
 
 class Cell(NamedTuple):
-    """A text to show and the number to sort it by, if it has one."""
+    """A text, and the number to sort it by, if any."""
 
     text: str
     value: float | None = None
@@ -85,7 +85,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page: a lead above it, a note below; `folded` ones open at a click, short ones in print too."""
+    """A table with a lead above and a note below; a `folded` one opens on a click, and in print if it is short."""
 
     title: str
     columns: Sequence[str]
@@ -96,20 +96,22 @@ class Table:
 
     @property
     def printed(self) -> bool:
-        """Whether paper has room for it."""
+        """Whether it is small enough to print."""
         return len(self.rows) <= PRINTED_ROWS and len(self.columns) <= PRINTED_COLUMNS
 
     @property
     def numbers(self) -> list[bool]:
-        """Which columns hold numbers; their headings stand to the right as well."""
+        """Which columns hold numbers, which are aligned to the right."""
         return [any(row[i].value is not None for row in self.rows if i < len(row)) for i in range(len(self.columns))]
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a results folder, from its results.json, its CSVs and its figures.
+    """Write `report.html` into a results folder, from its results.json, CSVs and figures.
 
-    The page stands alone: figures and style lie within it, nothing is fetched. What was not run reads "not run".
-    GravlensError where results.json or a CSV is missing its mark or cannot be read.
+    The page is self-contained: figures and style are embedded. Entries that were not run read "not run".
+
+    Raises:
+        GravlensError: results.json is missing, or a file cannot be read.
     """
     folder = Path(folder)
     results = read_results(folder)
@@ -127,22 +129,22 @@ def write_report(folder: Path) -> Path:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """`results.json` of a folder; GravlensError where it is absent or broken."""
+    """Read `results.json`; GravlensError if it is missing or invalid."""
     path = Path(folder) / "results.json"
     remedy = f"gravlens reproduce --out {folder}, which writes it."
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise GravlensError(f"{path} does not exist.", "A report is made from a results folder.", remedy) from error
+        raise GravlensError(f"{path} does not exist.", "A report is made of a results folder.", remedy) from error
     except ValueError as error:
-        raise GravlensError(f"{path} is no JSON ({error}).", "A whole results.json is needed.", remedy) from error
+        raise GravlensError(f"{path} is not valid JSON ({error}).", "A whole file is needed.", remedy) from error
     if not isinstance(results, dict):
         raise GravlensError(f"{path} holds a {type(results).__name__}.", "A JSON object is needed.", remedy)
     return results
 
 
 def _cell(value: Any) -> Cell:
-    """One value of a tidy table."""
+    """Format one value of a tidy table."""
     if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
         return Cell((str(value) if isinstance(value, int) else f"{value:.4g}").replace("-", "−"), float(value))
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -150,7 +152,7 @@ def _cell(value: Any) -> Cell:
 
 
 def _decimal_cell(number: float | None) -> Cell:
-    """A number that may be undefined, such as the cosine of no drift."""
+    """Format a number that may be undefined, such as the cosine of a zero drift."""
     return Cell("") if number is None or not isfinite(number) else Cell(decimal(number), number)
 
 
@@ -158,7 +160,7 @@ def _spread_cell(entry: Any, percent: bool = False) -> Cell:
     return Cell(spread_text(entry, percent), value(entry))
 
 
-# -- results into tables -----------------------------------------------------------------------------------------------
+# -- tables of results.json --------------------------------------------------------------------------------------------
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = {"n_anchors": "anchors", "seeds": "seeds", "layers": "layers", "layers_in_mean": "layers in the mean"}
     return [(name, _cell(results[key]).text) for key, name in names.items() if results.get(key) is not None]
@@ -173,37 +175,28 @@ def _anchors(results: Mapping[str, Any]) -> str:
 
 def _paper(results: Mapping[str, Any]) -> Table:
     rows = [[Cell(text) for text in row.values()] for row in paper_table(results)]
-    lead = "The paper's figures are those of its abstract. Beside every cosine stands how far the model has come."
+    lead = "The paper's figures are those of its abstract. Every cosine has its fraction of the way back."
     headings = ("quantity", "paper", "here", "fraction of the way back")
-    return Table("The paper beside what was measured here", headings, rows, lead=lead)
+    return Table("The paper and this reproduction", headings, rows, lead=lead)
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
-    yield _checks(results.get("checks") or [])
     yield _demands(results.get("claims") or [])
     yield _nulls(results)
     yield _controls(results)
     yield _damage(results.get("damage") or [])
     arms = _measures("Arms at the last step", "arm", results.get("arms"), ARMS, GEOMETRY | BEHAVIOUR | COST)
-    yield replace(arms, lead="An arm is a kind of fine-tuning: unblocked, or with something that blocks a direction.")
+    yield replace(arms, lead="An arm is a kind of fine-tuning run: unblocked, or with a blocker of a direction.")
     history = _measures("History", "checkpoint", results.get("history"), HISTORY, BEHAVIOUR)
-    yield replace(history, lead="The two checkpoints that v_rev lies between: before alignment, and after it.")
+    yield replace(history, lead="The two checkpoints that define v_rev: before and after alignment.")
     for measure in ("alignment", "fraction"):
         yield _every_run(results, measure)
     rows = [[Cell(name), _cell(value)] for name, value in _flat(results.get("environment") or {})]
-    yield Table("Environment", ("what", "value"), rows, lead="What this was made with; seconds of wall clock a phase.")
-
-
-def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ("organism", "statement", "holds", "figures")
-    said = [{**check, "holds": WORDS.get(check.get("holds"), "nothing to block")} for check in checks]
-    rows = [[_cell(check.get(column)) for column in columns] for check in said]
-    lead = "What should hold where the paper is right, asked of each history here; one that fails is listed as such."
-    return Table("The paper's picture, held against each history", columns, rows, lead=lead)
+    yield Table("Environment", ("what", "value"), rows, lead="Versions, and wall-clock seconds per phase.")
 
 
 def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """The level, and the sentence with the intervals of alignment and fraction behind it."""
+    """Return the level, and the sentence followed by the intervals of alignment and fraction."""
     own = [row for row in intervals if row["organism"] == claim["organism"] and row["low"] is not None]
     spans = [f"{row['measure']} {decimal(row['low'])} to {decimal(row['high'])}" for row in own]
     more = f" 95 % intervals over runs and prompts: {', '.join(spans)}." if spans else ""
@@ -215,12 +208,12 @@ def _demands(claims: Sequence[Mapping[str, Any]]) -> Table:
         [
             _cell(claim["organism"]),
             _cell(check["level"]),
-            *map(Cell, (check["name"], WORDS.get(check["holds"], NOT_RUN), check["figures"])),
+            *map(_cell, (check["name"], WORDS.get(check["holds"], NOT_RUN), check["figures"])),
         ]
         for claim in claims
         for check in claim["demands"]
     ]
-    note = "A level is claimed where its demands and those of every level below hold; one that was not run caps it."
+    note = "A level is claimed if its demands and those of all levels below hold; a demand that was not run caps it."
     headings = ("organism", "level", "demand", "holds", "figures")
     return Table("What each level of the claim demands", headings, rows, note)
 
@@ -231,8 +224,8 @@ def _damage(damage: Sequence[Mapping[str, Any]]) -> Table:
         [_cell(row.get("organism")), _cell(row.get("damage")), *(_decimal_cell(row.get(name)) for name in measures)]
         for row in damage
     ]
-    lead = "The anchor rounded, pruned or moved at random, without training: does that alone lead back?"
-    note = "Refusal log-odds are in nats. Damage that turns along v_rev would be fragility, not gravity."
+    lead = "The anchor rounded, pruned or perturbed without training: does that alone lead back?"
+    note = "Refusal log-odds are in nats. Damage aligned with v_rev would be fragility, not gravity."
     headings = ("organism", "damage", "alignment", "fraction", "refusal log-odds")
     return Table("Damage alone", headings, rows, note, lead)
 
@@ -243,7 +236,7 @@ def _nulls(results: Mapping[str, Any]) -> Table:
         null = at(results, "nulls", key)
         rows.append([Cell(name), _spread_cell(at(null, "p99")), Cell(pairs_text(null), at(null, "n_above"))])
     note = "Pairs are run × step. Steps of one run are not independent: the unit is the run."
-    lead = "What alignment would be by chance. p99: the 99th percentile of draws under each null."
+    lead = "Alignment expected by chance. p99: the 99th percentile of draws under each null."
     return Table("Nulls", ("null", "p99 of alignment", "pairs above"), rows, note, lead)
 
 
@@ -252,17 +245,15 @@ def _controls(results: Mapping[str, Any]) -> Table:
     entries = {"itself": final, **(results.get("controls") or {})}
     table = _measures("Controls at the last step", "control", entries, {"itself": "v_rev itself"} | CONTROLS, GEOMETRY)
     closed = mean_text(at(results, "controls", "unaligned_twin", "closure_final"), results)
-    note = f"Closure of the gap to the unaligned twin: {closed}. Above 0 is reversion beyond what the data does anyway."
-    lead = (
-        "The same runs measured along other directions, and other models along v_rev: how much is this history's own?"
-    )
+    note = f"Closure of the gap to the unaligned twin: {closed}. Above 0 is reversion beyond the effect of the data."
+    lead = "The same runs along other directions, and other runs along v_rev: how much is specific to this history?"
     return replace(table, note=note, lead=lead)
 
 
 def _measures(
     title: str, first: str, entries: Any, known: Mapping[str, str], columns: Mapping[str, tuple[str, bool]]
 ) -> Table:
-    """A row per entry, a column per measure."""
+    """Return a table of one row per entry and one column per measure."""
     rows = [
         [Cell(name), *(_spread_cell(at(entries, key, column), percent) for column, (_, percent) in columns.items())]
         for key, name in named(entries, known)
@@ -271,14 +262,14 @@ def _measures(
 
 
 def _every_run(results: Mapping[str, Any], measure: str) -> Table:
-    """Runs down, steps across: the mean over layers on held-out prompts."""
+    """Return a table of runs × steps: the mean over layers on held-out prompts."""
     by_run: dict[str, dict[int, Any]] = {}
     for row in results.get("alignment") or []:
         if row["layer"] is None and row["prompts"] == "held_out":
             by_run.setdefault(row["run"], {})[row["step"]] = row[measure]
     steps = sorted({step for values in by_run.values() for step in values})
     rows = [[Cell(run), *(_spread_cell(values.get(step)) for step in steps)] for run, values in by_run.items()]
-    lead = "Unblocked runs, held-out prompts, mean over layers: the spread that every mean above hides."
+    lead = "Unblocked runs, held-out prompts, mean over layers: the spread behind every mean above."
     return Table(f"Every run: {measure}", ("run", *(f"step {step}" for step in steps)), rows, lead=lead)
 
 
@@ -290,14 +281,14 @@ def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", entry
 
 
-# -- files into tables and pictures ------------------------------------------------------------------------------------
+# -- tables and figures of files ---------------------------------------------------------------------------------------
 def _files(folder: Path) -> Iterator[Table]:
-    """The tidy tables in full, as far as a page can hold them."""
+    """Yield the tidy tables, each up to `MOST_ROWS` rows."""
     for name, (title, note) in FILES.items():
         frame = _read_csv(folder / f"{name}.csv")
         if frame is not None and len(frame):
             rows = [[_cell(value) for value in row] for row in frame[:MOST_ROWS].astype(object).itertuples(index=False)]
-            more = f" The first {MOST_ROWS} of {len(frame)} rows; all stand in {name}.csv." * (len(frame) > MOST_ROWS)
+            more = f" The first {MOST_ROWS} of {len(frame)} rows; all are in {name}.csv." * (len(frame) > MOST_ROWS)
             yield Table(title, [str(column).replace("_", " ") for column in frame], rows, note + more, folded=True)
 
 
@@ -307,12 +298,12 @@ def _read_csv(path: Path) -> pd.DataFrame | None:
     except FileNotFoundError:
         return None
     except ValueError as error:  # of pandas' parser, and of the decoder
-        remedy = "gravlens reproduce once more, or remove the file."
-        raise GravlensError(f"{path} is no CSV table ({error}).", "A whole table is needed.", remedy) from error
+        remedy = "gravlens reproduce, which writes it again, or remove the file."
+        raise GravlensError(f"{path} is not a valid CSV table ({error}).", "A whole one is needed.", remedy) from error
 
 
 def _figures(folder: Path) -> Iterable[dict[str, str]]:
-    """Each figure once, as an address that holds the picture itself; SVG before PNG."""
+    """Yield each figure once as a data URI."""
     pictures = {path.stem: path for suffix in PICTURES for path in folder.glob(f"*{suffix}")}
     order = [*(name for name in CAPTIONS if name in pictures), *sorted(pictures.keys() - CAPTIONS.keys())]
     for stem, path in ((stem, pictures[stem]) for stem in order):

@@ -1,10 +1,10 @@
-"""What the paper's abstract says beside the figures here, and how figures become words."""
+"""The table that compares the paper's abstract with results, and the formatting of its numbers."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 NOT_RUN, NOT_REPORTED = "not run", "not reported"
-# Known entries come first, in this order, and read "not run" where they are absent; others follow.
+# Known entries come first, in this order, and read "not run" if absent; others follow.
 NULLS = {
     "isotropic": "isotropic",
     "weight_noise": "weight noise",
@@ -31,7 +31,7 @@ ARMS = {
     "penalty_random": "penalty on a random direction",
 }
 HISTORY = {"witness": "witness", "anchor": "anchor"}
-# What the paper's abstract says; its one blocked arm stands beside both of ours.
+# From the paper's abstract, which has one blocked arm; it is compared with both of ours.
 PAPER_STEPS = {
     "first_step": ("alignment, first step", "0.429 ± 0.052 (step 1)"),
     "step_20": ("alignment, step 20", "0.647 ± 0.021"),
@@ -45,10 +45,10 @@ PAPER_LOSS = {"unblocked": NOT_REPORTED, "penalty": "little cost"}
 
 
 def paper_table(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The main table: the paper's figure and this one, nulls and controls among the rows.
+    """Return the rows of the main table, nulls and controls included.
 
-    Each row has `quantity`, `paper`, `here` (mean ± SEM over runs, and the number of anchors where it is not one) and
-    `fraction`: how far back, beside every cosine ("" elsewhere). The paper's figures are those of its abstract.
+    Each row has `quantity`, `paper` (from its abstract), `here` (mean ± SEM over runs, and the number of anchors if
+    there are several) and `fraction`, the fraction of the way back for rows that are cosines, "" for others.
     """
     return [dict(zip(("quantity", "paper", "here", "fraction"), row, strict=True)) for row in _paper_rows(results)]
 
@@ -73,7 +73,7 @@ def _paper_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str
 
 
 def _paper_arms(results: Mapping[str, Any], paper: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Arm, name, paper's figure: the arms that the paper speaks of, then those that only this setting has."""
+    """Yield arm, name and the paper's figure: the paper's arms first, then those of this organism only."""
     yield from ((arm, ARMS[arm], figure) for arm, figure in paper.items())
     yield from ((arm, name, NOT_REPORTED) for arm, name in named(results.get("arms"), ARMS) if arm not in ARMS)
 
@@ -81,32 +81,32 @@ def _paper_arms(results: Mapping[str, Any], paper: Mapping[str, str]) -> Iterato
 def _cosine(
     results: Mapping[str, Any], quantity: str, paper: str, *keys: str, suffix: str = ""
 ) -> tuple[str, str, str, str]:
-    """A row with the fraction beside the cosine."""
+    """Return a row with both cosine and fraction."""
     here, fraction = (at(results, *keys, f"{measure}{suffix}") for measure in ("alignment", "fraction"))
     return quantity, paper, mean_text(here, results), "" if value(here) is None else spread_text(fraction)
 
 
-# -- numbers into words ------------------------------------------------------------------------------------------------
+# -- formatting --------------------------------------------------------------------------------------------------------
 def at(results: Any, *keys: str) -> Any:
-    """What lies under the keys, None where the way ends."""
+    """Return the nested value under the keys, or None."""
     for key in keys:
         results = results.get(key) if isinstance(results, Mapping) else None
     return results
 
 
 def value(entry: Any, part: str = "mean") -> float | None:
-    """The number of a plain entry or the named part of a spread; None where it was not run."""
+    """Return the number of a plain entry or of one part of a spread; None if it was not run."""
     found = entry.get(part) if isinstance(entry, Mapping) else entry
     return found if isinstance(found, int | float) and found == found else None
 
 
 def decimal(number: float, percent: bool = False) -> str:
-    """Three decimals, or a percentage with one, with a true minus sign."""
+    """Format with three decimals, or as a percentage with one, with a true minus sign."""
     return (f"{100 * number:.1f}" if percent else f"{number:.3f}").replace("-", "−")
 
 
 def spread_text(entry: Any, percent: bool = False) -> str:
-    """Mean ± SEM, or the mean alone where one run has no SEM."""
+    """Format mean ± SEM, or only the mean of a single run."""
     middle, sem = value(entry), value(entry, "sem") if isinstance(entry, Mapping) else None
     if middle is None:
         return NOT_RUN
@@ -114,7 +114,7 @@ def spread_text(entry: Any, percent: bool = False) -> str:
 
 
 def mean_text(entry: Any, results: Mapping[str, Any], percent: bool = False) -> str:
-    """Mean ± SEM with the number of runs, and of anchors where they are several."""
+    """Format mean ± SEM with the number of runs, and of anchors if there are several."""
     runs = at(entry, "runs")
     if value(entry) is None or runs is None:
         return spread_text(entry, percent)
@@ -125,13 +125,13 @@ def mean_text(entry: Any, results: Mapping[str, Any], percent: bool = False) -> 
 
 
 def pairs_text(null: Any) -> str:
-    """How many of how many."""
+    """Format the count of pairs above the null."""
     if at(null, "n_above") is None or at(null, "n_pairs") is None:
         return NOT_RUN
     return f"{null['n_above']} of {null['n_pairs']}"
 
 
 def named(entries: Any, known: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Keys with their names: the known ones first, whether run or not."""
+    """Yield keys and their names, the known ones first even if not run."""
     yield from known.items()
     yield from ((key, key.replace("_", " ")) for key in (entries or {}) if key not in known)

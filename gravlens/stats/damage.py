@@ -20,10 +20,10 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, measure_drift
-from gravlens.history.precision import check_unquantised
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import Openable, OpenModel, open_model
+from gravlens.models.precision import check_unquantised
 from gravlens.stats.nulls import NullDraws
 
 Source: TypeAlias = Checkpoint | Path | str | nn.Module | OpenModel
@@ -224,7 +224,7 @@ def _rows(drift: Float[np.ndarray, "layer d_model"], directions: Directions, mea
 
 # --- weights ------------------------------------------------------------------------------------------------------
 def _parameters(model: OpenModel) -> dict[str, Tensor]:
-    if model.kind != "huggingface":
+    if not model.family.own_tensors:
         raise GravlensError(
             f"A {type(model.module).__name__} was given.",
             "Damage goes to a Hugging Face model's own tensors, which no other kind holds as they were trained.",

@@ -1,4 +1,4 @@
-"""Does ablating v_rev in a fine-tuned model bring refusal back? Layer by layer, beside matched random directions."""
+"""Directional ablation of v_rev in a fine-tuned model: does refusal return, more than for random directions?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ Twins = Literal["matched", "isotropic"]
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """What ablating v_rev does to a score, and how far it leads back to the anchor.
+    """Effect of ablating v_rev on a score.
 
     Attributes:
-        table: an `Effect`'s: a row a layer by itself and, where there are several, one for all of them (layer <NA>).
-        checkpoint: the name of the one in which v_rev was ablated.
+        table: as of `Effect`: one row per layer and, with several layers, one for all of them (layer <NA>).
+        checkpoint: name of the checkpoint in which v_rev was ablated.
         anchor: the anchor's mean score.
     """
 
@@ -30,22 +30,22 @@ class Ablation:
 
     @property
     def best(self) -> pd.Series:
-        """The row with the largest rise."""
+        """The row with the largest increase."""
         return self.table.sort_values("difference").iloc[-1]
 
     @property
     def comes_back(self) -> bool:
-        """Whether that rise is above 0 for all of its interval, and larger than what random directions do."""
+        """Whether the interval of that increase excludes 0 and the increase exceeds those of random directions."""
         return bool(self.best["low"] > 0 and self.best["difference"] > self.best["random_high"])
 
     @property
     def share(self) -> float:
-        """How much of the way from the checkpoint's score to the anchor's; NaN where the anchor's is not higher."""
+        """Share of the gap to the anchor's score that is closed; NaN if the anchor's is not higher."""
         way = self.anchor - float(self.best["baseline"])
         return float(self.best["difference"]) / way if way > 0 else nan
 
     def lines(self) -> list[str]:
-        """The answer in words."""
+        """Summarise in sentences."""
         score, prompts = self.table.attrs.get("score", "score"), int(self.best["n_prompts"])
         back = "comes back" if self.comes_back else "does not come back"
         known = self.comes_back and not isnan(self.share)
@@ -60,13 +60,13 @@ class Ablation:
 def ablate_vrev(
     question: Question, *, layers: Sequence[int] = (), n_random: int = 20, twins: Twins = "matched"
 ) -> Ablation:
-    """Ablate v_rev, located on the sequence's probes, in a checkpoint: at each layer by itself, and at all of them.
+    """Ablate v_rev, located on the sequence's probes, in a checkpoint: at each layer alone, and at all layers.
 
     Args:
-        question: in which checkpoint, on which prompts, by which score.
+        question: the checkpoint, the prompts and the score.
         layers: default: every layer with a v_rev.
-        n_random: random directions per row; the smallest p is 1/(1 + n_random).
-        twins: where they come from: the covariance of the anchor's states on the probes, or all directions alike.
+        n_random: number of random directions per row; the smallest p-value is 1/(1 + n_random).
+        twins: random directions from the covariance of the anchor's states on the probes, or isotropic ones.
 
     Raises:
         GravlensError: no probes, a layer out of range or without a v_rev, or what `causal_effect` raises.
@@ -91,7 +91,7 @@ def ablate_vrev(
 
 
 def described(row: pd.Series) -> str:
-    """One row of a table of effects in words."""
+    """Describe one row of a table of effects."""
     where = "all layers" if pd.isna(row["layer"]) else f"layer {row['layer']}"
     interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
     return (

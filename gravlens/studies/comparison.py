@@ -1,19 +1,15 @@
-"""Blockers beside each other: one row a run, per layer, against the unblocked run of the same seed."""
+"""Compare the arms of an ablation study: one row per run, paired by seed with the unblocked baseline."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from gravlens.directions.direction import Directions
-from gravlens.directions.vrev import locate_vrev
-from gravlens.organisms.arms import UNBLOCKED, Arm
-from gravlens.organisms.base import Setting
-from gravlens.studies.evidence import follow_arm, numbers, run_facts
-from gravlens.studies.experiment import load_states, run_folder
+from gravlens.organisms.base import UNBLOCKED, Arm
+from gravlens.studies.study import Study, numbers
 
 CLIP = 1.0  # of the gradient's norm, in gravlens.finetune
 BEHAVIOR = ("harmfulness", "refusal_log_odds", "two_sided_log_odds", "over_refusal", "task_loss", "empty", "degenerate")
@@ -23,25 +19,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def compare_arms(setting: Setting, home: Path, arms: Sequence[Arm], *, organism: str) -> pd.DataFrame:
-    """One row a run, at its last step; arms on the same data are paired by seed.
+def compare_arms(study: Study, arms: Sequence[Arm], *, organism: str) -> pd.DataFrame:
+    """Return one row per run, at its last step; arms on the same data are paired by seed.
 
     Args:
-        setting: whose arms they are.
-        home: its folder, with the runs that are finished; others are left out.
-        arms: the arms.
-        organism: the history's name, a column.
+        study: an organism and its folder. Runs that are not complete are left out.
+        arms: the arms to compare.
+        organism: the organism's name, a column.
 
     Returns:
-        `COLUMNS`, then `data`, `alignment_given`, the refusal log-odds, `kl_anchor` and `kl_witness` (nats a token,
+        `COLUMNS`, then `data`, `alignment_given`, the refusal log-odds, `kl_anchor` and `kl_witness` (nats per token,
         along their own answers to harmful prompts; `kl` is from the anchor on harmless ones), `drift_norm` (held-out
         prompts, in distances), `blocker_norm` (mean over steps), `clipped` (share of steps) and
         `largest_fraction_given` (the largest |fraction| of any layer of the mean at any saved step, on the probes).
-        Fractions and alignments are means over the setting's layers.
+        Fractions and alignments are means over the organism's layers.
     """
-    vs = locate_vrev(load_states(home, "measured", "probes")).at(setting.layers_in_mean).defined()
-    rows = [_row(setting, home, arm, seed, vs) for arm in arms for seed in arm.seeds if _done(home, arm, seed)]
-    table = pd.DataFrame(rows).assign(organism=organism)
+    vs = study.vs.at(study.organism.layers_in_mean).defined()
+    table = pd.DataFrame([_row(study, arm, seed, vs) for arm, seed in _done(study, arms)]).assign(organism=organism)
     plain = table[table.blocker == UNBLOCKED].set_index(["data", "run"]).seconds_per_step
     pairs = list(zip(table.data, table.run, strict=True))
     table["step_cost_ratio"] = table.seconds_per_step / plain.reindex(pairs).to_numpy()
@@ -49,45 +43,40 @@ def compare_arms(setting: Setting, home: Path, arms: Sequence[Arm], *, organism:
     return table[[*COLUMNS, *rest]]
 
 
-def compare_layers(setting: Setting, home: Path, arms: Sequence[Arm], *, organism: str) -> pd.DataFrame:
-    """`Trajectory.table` of every run at every layer and saved step, with `blocker`, `organism`, `data`.
+def compare_layers(study: Study, arms: Sequence[Arm], *, organism: str) -> pd.DataFrame:
+    """Return `Trajectory.table` of every complete run, with columns `blocker`, `organism` and `data`.
 
     Args:
-        setting: whose arms they are.
-        home: its folder, with the runs that are finished; others are left out.
-        arms: the arms.
-        organism: the history's name, a column.
+        study: an organism and its folder. Runs that are not complete are left out.
+        arms: the arms to compare.
+        organism: the organism's name, a column.
     """
-    vs = locate_vrev(load_states(home, "measured", "probes"))
     frames = [
-        _followed(setting, home, arm, seed, vs).assign(blocker=_blocker(arm), data=arm.data, run=seed)
-        for arm in arms
-        for seed in arm.seeds
-        if _done(home, arm, seed)
+        _followed(study, arm, seed, study.vs).assign(blocker=_blocker(arm), data=arm.data, run=seed)
+        for arm, seed in _done(study, arms)
     ]
     return pd.concat(frames, ignore_index=True).assign(organism=organism)
 
 
-def _done(home: Path, arm: Arm, seed: int) -> bool:
-    """A comparison can be read while its last runs are still on their way."""
-    return (run_folder(home, arm, seed) / "run.json").exists()
+def _done(study: Study, arms: Sequence[Arm]) -> list[tuple[Arm, int]]:
+    return [(arm, seed) for arm in arms for seed in arm.seeds if study.is_done(arm, seed)]
 
 
 def _blocker(arm: Arm) -> str:
-    """Arms on several data sets carry the data's name at the end; the blocker is what stands before."""
+    """Return an arm's name without the suffix of its data set."""
     return arm.name.removesuffix(f"_{arm.data}")
 
 
-def _followed(setting: Setting, home: Path, arm: Arm, seed: int, vs: Directions) -> pd.DataFrame:
-    return follow_arm(setting, replace(arm, seeds=(seed,)), home, vs).table
+def _followed(study: Study, arm: Arm, seed: int, vs: Directions) -> pd.DataFrame:
+    return study.follow(replace(arm, seeds=(seed,)), vs).table
 
 
-def _row(setting: Setting, home: Path, arm: Arm, seed: int, vs: Directions) -> dict[str, Any]:
-    facts, log = run_facts(home, arm, seed), pd.read_csv(run_folder(home, arm, seed) / "log.csv")
-    table = _followed(setting, home, arm, seed, vs)
+def _row(study: Study, arm: Arm, seed: int, vs: Directions) -> dict[str, Any]:
+    facts, log = study.facts(arm, seed), study.log(arm, seed)
+    table = _followed(study, arm, seed, vs)
     last = table[table.layer.isna() & (table.step == table.step.max())].set_index("prompts")
     layers = table[table.layer.notna() & (table.prompts == "given")]
-    measured = numbers(facts["behavior"][str(setting.recipe.steps)])
+    measured = numbers(facts["behavior"][str(study.organism.recipe.steps)])
     lengths = table[table.layer.notna() & (table.prompts == "held_out") & (table.step == table.step.max())]
     return {
         "blocker": _blocker(arm),
@@ -110,13 +99,10 @@ def _row(setting: Setting, home: Path, arm: Arm, seed: int, vs: Directions) -> d
 
 
 def orderings(table: pd.DataFrame) -> list[str]:
-    """What the table says in words: each arm's harm and |fraction| against the unblocked run of the same seed.
-
-    An arm is said to hold a measure where it is lower in every run; with few runs that is a weak statement, and the
-    number of runs stands beside it.
+    """Describe each arm's harm and |fraction| relative to the unblocked run of the same seed, one line per arm.
 
     Args:
-        table: that of `compare_arms`.
+        table: of `compare_arms`.
     """
     keys = ["organism", "run"]
     plain = table[table.blocker == UNBLOCKED].set_index(keys)

@@ -1,8 +1,8 @@
-"""What a carried-out setting leaves for a sceptic: its runs followed, every null, every control, and the claim."""
+"""Judge a measured organism: follow its runs, test them against every null and control, and make the claim."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gravlens.activations.residuals import Residuals, cache_residuals, from_start, substitute
+from gravlens.activations.residuals import Residuals, cache_residuals, substitute
 from gravlens.behavior.scores import refusal_log_odds
 from gravlens.claims.claim import Claim, claim
 from gravlens.claims.criteria import Evidence
 from gravlens.core.files import once, write_table
-from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import Trajectory, drift_per_prompt, follow, rows_on
+from gravlens.directions.trajectory import Trajectory, drift_per_prompt, rows_on
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import shuffled_words
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import open_model
-from gravlens.organisms.arms import Arm
-from gravlens.organisms.base import Setting
+from gravlens.organisms.base import UNBLOCKED
 from gravlens.stats.bootstrap import bootstrap_alignment
 from gravlens.stats.controls import MIN_SIBLINGS, closure, independent_endpoints, partialled_out
 from gravlens.stats.damage import Damage, measure_damage, pruned, rounded, sign_flipped
@@ -36,136 +34,99 @@ from gravlens.stats.nulls import (
     sign_flips,
     swapped_labels,
 )
-from gravlens.studies.experiment import (
-    PROMPT_SETS,
-    join,
-    load_states,
-    noise_folder,
-    run_folder,
-    sequence_of,
-    unblocked_arm,
-)
+from gravlens.studies.study import Study, numbers
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
 CONTROL_COLUMNS = ["control", "run", "alignment_final", "fraction_final"]
 OTHER_PROMPTS = ("harmless", "shuffled_words")
 
 
-# --- runs followed ------------------------------------------------------------------------------------------------
-def follow_arm(setting: Setting, arm: Arm, home: Path, vs: Directions) -> Trajectory:
-    """The runs of an arm along v_rev, on probes and held-out prompts."""
-    states = [states_of(setting, arm, home, prompts) for prompts in PROMPT_SETS]
-    return follow(states, vs, layers_in_mean=setting.layers_in_mean)
-
-
-def states_of(setting: Setting, arm: Arm, home: Path, prompts: str) -> Residuals:
-    """States of the history and of an arm's runs; the drift of runs that start elsewhere is taken from there."""
-    runs = [load_states(home, str(run_folder(home, arm, seed).relative_to(home)), prompts) for seed in arm.seeds]
-    states = join([load_states(home, "measured", prompts), *runs])
-    return states if arm.start == "anchor" else from_start(states, start=arm.start)
-
-
 def final_rows(table: pd.DataFrame, prompts: str = "held_out") -> pd.DataFrame:
-    """Rows of the layer mean at each run's last step."""
+    """Return the rows of the layer mean at each run's last step."""
     rows = rows_on(table, prompts)
     rows = rows[rows.layer.isna()]
     return rows[rows.step == rows.groupby("run").step.transform("max")]
 
 
 # --- nulls ----------------------------------------------------------------------------------------------------------
-def nulls_of(setting: Setting, home: Path, vs: Directions, unblocked: Trajectory) -> list[NullDraws]:
-    """Draws of every null that the history allows, for the unblocked runs on held-out prompts."""
-    rng, arm = np.random.default_rng(0), unblocked_arm(setting)
-    measured, held_out = load_states(home, "measured", "probes"), states_of(setting, arm, home, "held_out")
-    nulls = [isotropic(vs, steps=setting.save_steps, draws=ISOTROPIC_DRAWS, rng=rng), *_weight_noise(setting, home)]
+def nulls_of(study: Study, unblocked: Trajectory) -> list[NullDraws]:
+    """Draw every null that the history allows, for the unblocked runs on held-out prompts."""
+    rng, vs, steps = np.random.default_rng(0), study.vs, study.organism.save_steps
+    held_out = study.run_states(study.unblocked, "held_out")
+    nulls = [isotropic(vs, steps=steps, draws=ISOTROPIC_DRAWS, rng=rng), *_weight_noise(study)]
     # no shrinkage: the prompts are few for their participation ratio (docs/nulls.md)
-    common: dict[str, Any] = {"steps": setting.save_steps, "draws": DRAWS, "rng": rng}
+    common: dict[str, Any] = {"steps": steps, "draws": DRAWS, "rng": rng}
     columns = [held_out.layers.index(layer) for layer in vs.layers]
     states = held_out.of("anchor")[:, columns]
     nulls.append(sample_covariance(vs, states, name="covariance_of_states", **common))
     ends = [f"{run}/{steps[-1]}" for run, steps in held_out.runs.items()]
     moved = np.concatenate([drift_per_prompt(held_out, end, vs.layers) for end in ends])
-    # about 0: what all prompts have in common stays in, and each run is partly held against itself
-    drawn: dict[str, Any] = {"steps": setting.save_steps[-1:], "draws": DRAWS, "rng": rng, "centred": False}
+    # not centred: what all prompts have in common stays in, so each run is partly compared with itself
+    drawn: dict[str, Any] = {"steps": steps[-1:], "draws": DRAWS, "rng": rng, "centred": False}
     nulls.append(sample_covariance(vs, moved, name="covariance_of_drifts", **drawn))
     nulls.append(sign_flips(unblocked, draws=DRAWS, rng=rng))
-    others = {name: other_states(setting, home, name) for name in OTHER_PROMPTS if _kept(arm, home)}
+    others = {name: other_states(study, name) for name in OTHER_PROMPTS if study.kept(study.unblocked)}
     for run in held_out.runs:
-        nulls.append(swapped_labels(measured, held_out, run=run, draws=DRAWS, rng=rng))
+        nulls.append(swapped_labels(study.states("measured", "probes"), held_out, run=run, draws=DRAWS, rng=rng))
         nulls += [
             other_prompts(held_out, states, vs, run=run, draws=DRAWS, rng=rng, name=name)
             for name, states in others.items()
         ]
-    return nulls + list(_endpoints(setting, measured, vs, rng))
+    return nulls + list(_endpoints(study, rng))
 
 
-def _weight_noise(setting: Setting, home: Path) -> Iterator[NullDraws]:
-    """The steps whose draws are as many are one null."""
-    for draws in sorted(set(setting.noise.values())):
-        steps = tuple(step for step, n in setting.noise.items() if n == draws)
+def _weight_noise(study: Study) -> Iterator[NullDraws]:
+    # NullDraws has one number of draws, so the steps that share a number make one null.
+    noise = study.organism.noise
+    for draws in sorted(set(noise.values())):
+        steps = tuple(step for step, n in noise.items() if n == draws)
         drawn = []
         for step in steps:
-            with np.load(noise_folder(setting, step, home) / "draws.npz") as file:
+            with np.load(study.noise_folder(step) / "draws.npz") as file:
                 drawn.append((file["cosines"], tuple(file["layers"].tolist())))
         yield NullDraws("weight_noise", np.concatenate([one for one, _ in drawn], axis=1), steps, drawn[0][1])
 
 
-def _endpoints(setting: Setting, measured: Residuals, vs: Directions, rng: np.random.Generator) -> Iterator[NullDraws]:
-    siblings = siblings_of(setting)
-    if len(siblings) + 1 >= MIN_SIBLINGS:
-        layers = vs.defined().layers
-        yield independent_endpoints(measured, siblings, steps=setting.save_steps, draws=DRAWS, rng=rng, layers=layers)
+def _endpoints(study: Study, rng: np.random.Generator) -> Iterator[NullDraws]:
+    if len(study.siblings) + 1 >= MIN_SIBLINGS:
+        drawn: dict[str, Any] = {"steps": study.organism.save_steps, "draws": DRAWS, "rng": rng}
+        layers = study.vs.defined().layers
+        yield independent_endpoints(study.states("measured", "probes"), study.siblings, layers=layers, **drawn)
 
 
-def siblings_of(setting: Setting) -> list[str]:
-    """The checkpoints of the history that are second alignments of the same witness."""
-    return [name for name in setting.checkpoints if name.startswith("sibling_anchor")]
-
-
-def other_states(setting: Setting, home: Path, name: str) -> Residuals:
-    """States of the anchor and the unblocked runs on harmless prompts, or on the held-out prompts' words shuffled."""
-    arm = unblocked_arm(setting)
-    prompts = setting.prompts(home)
-    sets = {
-        "harmless": prompts["harmless"],
-        "shuffled_words": shuffled_words(prompts["held_out"], rng=np.random.default_rng(0)),
-    }
+def other_states(study: Study, name: str) -> Residuals:
+    """Read anchor and unblocked runs on harmless prompts, or on the held-out prompts with their words shuffled."""
+    prompts = {
+        "harmless": study.prompts["harmless"],
+        "shuffled_words": shuffled_words(study.prompts["held_out"], rng=np.random.default_rng(0)),
+    }[name]
 
     def make(folder: Path) -> None:
-        checkpoints = [Checkpoint("anchor", home / "anchor"), *_kept(arm, home)]
-        states = cache_residuals(sequence_of(setting, home), sets[name], checkpoints=checkpoints)
+        checkpoints = [Checkpoint("anchor", study.home / "anchor"), *study.kept(study.unblocked)]
+        states = cache_residuals(study.with_runs(), prompts, checkpoints=checkpoints)
         states.save(folder / "states.safetensors")
 
-    made = once(home / "other_prompts" / f"{name}-{len(arm.seeds)}-runs", make)
+    made = once(study.home / "other_prompts" / f"{name}-{len(study.unblocked.seeds)}-runs", make)
     return Residuals.load(made / "states.safetensors")
 
 
-def _kept(arm: Arm, home: Path) -> list[Checkpoint]:
-    """The checkpoints of an arm whose weights are kept, as its states name them."""
-    found = []
-    for seed in arm.seeds:
-        folders = {int(path.name.split("-")[1]): path for path in run_folder(home, arm, seed).glob("checkpoint-*")}
-        found += [Checkpoint(f"{arm.name}-{seed}/{step}", folders[step], step=step) for step in sorted(folders)]
-    return found
-
-
 # --- controls -------------------------------------------------------------------------------------------------------
-def controls_of(setting: Setting, home: Path, vs: Directions, follows: dict[str, Trajectory]) -> pd.DataFrame:
-    """Final alignment and fraction of the unblocked runs along other directions, and of runs that are controls.
+def controls_of(study: Study, follows: Mapping[str, Trajectory]) -> pd.DataFrame:
+    """Return final alignment and fraction of the unblocked runs along other directions, and of control runs.
 
     `wrong_witness`; `wrong_witness_removed` (v_rev with that direction partialled out); `sibling_anchor` (the mean over
     siblings); `unaligned_twin` and `continued_alignment` (other runs, along v_rev).
     """
-    arm, measured = unblocked_arm(setting), load_states(home, "measured", "probes")
+    measured = study.states("measured", "probes")
     frames: list[pd.DataFrame] = [pd.DataFrame(columns=["control", "run", "alignment", "fraction"])]
-    if "wrong_witness" in setting.checkpoints:
+    if "wrong_witness" in study.organism.checkpoints:
         wrong = locate_vrev(substitute(measured, witness="wrong_witness"))
-        removed = partialled_out(vs, wrong)
+        removed = partialled_out(study.vs, wrong)
         for control, other in {"wrong_witness": wrong, "wrong_witness_removed": removed}.items():
-            frames.append(final_rows(follow_arm(setting, arm, home, other).table).assign(control=control))
-    siblings = [locate_vrev(substitute(measured, anchor=name)) for name in siblings_of(setting)]
+            frames.append(final_rows(study.follow(study.unblocked, other).table).assign(control=control))
+    siblings = [locate_vrev(substitute(measured, anchor=name)) for name in study.siblings]
     if siblings:
-        found = pd.concat([final_rows(follow_arm(setting, arm, home, other).table) for other in siblings])
+        found = pd.concat([final_rows(study.follow(study.unblocked, other).table) for other in siblings])
         means = found.groupby("run", sort=False)[["alignment", "fraction"]].mean().reset_index()
         frames.append(means.assign(control="sibling_anchor"))
     frames += [
@@ -177,16 +138,15 @@ def controls_of(setting: Setting, home: Path, vs: Directions, follows: dict[str,
     return table.rename(columns={"alignment": "alignment_final", "fraction": "fraction_final"})[CONTROL_COLUMNS]
 
 
-def closures_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame | None:
-    """`closure` of the unblocked runs and their twins, with the twin's name beside the run's; None without twins."""
-    twin = next((arm for arm in setting.arms if arm.name == "unaligned_twin"), None)
+def closures_of(study: Study, layers: Sequence[int]) -> pd.DataFrame | None:
+    """Return `closure` of the unblocked runs and their twins, with a column `twin`; None without twins."""
+    twin = next((arm for arm in study.organism.arms if arm.name == "unaligned_twin"), None)
     if twin is None:
         return None
-    arm, measured = unblocked_arm(setting), load_states(home, "measured", "held_out")
-    runs = states_of(setting, arm, home, "held_out")
-    twins = join([measured, *(load_states(home, f"runs/{twin.name}/seed{seed}", "held_out") for seed in twin.seeds)])
-    pairs = [(f"{arm.name}-{seed}", f"{twin.name}-{seed}") for seed in twin.seeds]
-    table = closure(runs, twins, vs, pairs=pairs, layers=layers)
+    runs = study.run_states(study.unblocked, "held_out")
+    twins = study.run_states(twin, "held_out", own_start=False)  # `closure` compares states, not drifts
+    pairs = [(f"{study.unblocked.name}-{seed}", f"{twin.name}-{seed}") for seed in twin.seeds]
+    table = closure(runs, twins, study.vs, pairs=pairs, layers=layers)
     return table.assign(twin=table.run.map(dict(pairs)))
 
 
@@ -197,37 +157,31 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-def damage_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame:
-    """Rounding, pruning and the mirrored update of the anchor, along v_rev, with the refusal log-odds as score.
+def damage_of(study: Study, layers: Sequence[int]) -> pd.DataFrame:
+    """Measure damage of the anchor along v_rev, with the refusal log-odds as score.
 
-    The update is that of the last unblocked run whose weights are kept, where one is.
+    The mirrored update is that of the last unblocked run with weights, if there is one.
     """
-    kept = _kept(unblocked_arm(setting), home)[-1:]
+    kept = study.kept(study.unblocked)[-1:]
     damages = dict(DAMAGES)
     if kept:
         damages["update mirrored"] = partial(sign_flipped, checkpoint=kept[0])
 
     def make(folder: Path) -> None:
-        sequence, prompts = sequence_of(setting, home), setting.prompts(home)["held_out"]
-        anchor = open_model(sequence.anchor)
-        score = partial(refusal_log_odds, openings=setting.measures.refusals)
-        table = measure_damage(anchor, vs, prompts, damages=damages, layers_in_mean=layers, score=score)
+        anchor, prompts = open_model(study.sequence.anchor), study.prompts["held_out"]
+        score = partial(refusal_log_odds, openings=study.organism.measures.refusals)
+        table = measure_damage(anchor, study.vs, prompts, damages=damages, layers_in_mean=layers, score=score)
         write_table(folder / "damage.csv", table)
 
-    facts = [str(damage) for damage in DAMAGES.values()] + [last.name for last in kept]
-    made = once(home / "damage" / hashlib.sha256("|".join(facts).encode()).hexdigest()[:8], make)
+    # by name: the repr of a partial holds the address of its function, so it differs in every process
+    facts = "|".join([*damages, *(last.name for last in kept)])
+    made = once(study.home / "damage" / hashlib.sha256(facts.encode()).hexdigest()[:8], make)
     return pd.read_csv(made / "damage.csv").astype({"layer": "Int64"})
-
-
-def intervals_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame:
-    """`bootstrap_alignment` of the unblocked runs on held-out prompts."""
-    states = states_of(setting, unblocked_arm(setting), home, "held_out")
-    return bootstrap_alignment(states, vs, draws=DRAWS, rng=np.random.default_rng(0), layers_in_mean=layers)
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """Tidy tables of one organism (or of several, put together by `concat`); each has a column `organism`.
+    """Tidy tables of one organism, or of several after `concat`; each has a column `organism`.
 
     Attributes:
         trajectory: `Trajectory.table` of every arm, with a column `arm`.
@@ -253,19 +207,18 @@ class Findings:
 
     @classmethod
     def concat(cls, parts: Sequence["Findings"]) -> "Findings":
-        """Put several organisms together."""
+        """Concatenate the findings of several organisms."""
         return cls(**{f.name: pd.concat([getattr(p, f.name) for p in parts], ignore_index=True) for f in fields(cls)})
 
 
-def findings_of(setting: Setting, home: Path, *, organism: str) -> Findings:
-    """Read what `carry_out` left, hold it against nulls and controls, and put it into tables."""
-    vs = locate_vrev(load_states(home, "measured", "probes"))
-    follows = {arm.name: follow_arm(setting, arm, home, vs) for arm in setting.arms}
-    unblocked = follows["unblocked"]
-    nulls, behavior = nulls_of(setting, home, vs, unblocked), _behavior(setting, home)
-    controls, arms = controls_of(setting, home, vs, follows), _arms(setting, home, follows, behavior)
-    closures = closures_of(setting, home, vs, unblocked.layers_in_mean)
-    damage = damage_of(setting, home, vs, unblocked.layers_in_mean)
+def findings_of(study: Study, *, organism: str) -> Findings:
+    """Test what `carry_out` has measured against nulls and controls; `organism` is its name in the tables."""
+    follows = {arm.name: study.follow(arm) for arm in study.organism.arms}
+    unblocked = follows[UNBLOCKED]
+    layers = unblocked.layers_in_mean
+    nulls, behavior = nulls_of(study, unblocked), _behavior(study)
+    controls, arms = controls_of(study, follows), _arms(study, follows, behavior)
+    closures, damage = closures_of(study, layers), damage_of(study, layers)
     anchor = behavior[(behavior.arm == "history") & (behavior.run == "anchor")]
     found = claim(
         Evidence(
@@ -278,12 +231,13 @@ def findings_of(setting: Setting, home: Path, *, organism: str) -> Findings:
             anchor_harm=float(anchor.harmfulness.iloc[0]),
         )
     )
+    states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)
     tables = {
         "trajectory": pd.concat([t.table.assign(arm=name) for name, t in follows.items()], ignore_index=True),
         "nulls": pd.concat([compare(unblocked, null) for null in nulls], ignore_index=True),
         "controls": controls.merge(_final_closures(closures), on=["control", "run"], how="left"),
         "damage": damage,
-        "intervals": intervals_of(setting, home, vs, unblocked.layers_in_mean),
+        "intervals": bootstrap_alignment(states, study.vs, draws=DRAWS, rng=rng, layers_in_mean=layers),
         "arms": arms,
         "behavior": behavior,
         "demands": found.demands,
@@ -304,48 +258,37 @@ def _final_closures(closures: pd.DataFrame | None) -> pd.DataFrame:
     return pd.DataFrame({"control": "unaligned_twin", "run": last.twin, "closure_final": last.closure}, columns=columns)
 
 
-def _behavior(setting: Setting, home: Path) -> pd.DataFrame:
-    history = json.loads((home / "measured" / "behavior.json").read_text())
+def _behavior(study: Study) -> pd.DataFrame:
+    history = json.loads((study.home / "measured" / "behavior.json").read_text())
     rows: list[dict[str, Any]] = [
         {"arm": "history", "run": name, "step": 0, **numbers(m)} for name, m in history.items()
     ]
-    for arm in setting.arms:
-        for seed in arm.seeds:
-            measured = run_facts(home, arm, seed)["behavior"]
-            rows += [
-                {"arm": arm.name, "run": f"{arm.name}-{seed}", "step": int(step), **numbers(m)}
-                for step, m in measured.items()
-            ]
+    rows += [
+        {"arm": arm.name, "run": f"{arm.name}-{seed}", "step": int(step), **numbers(measured)}
+        for arm in study.organism.arms
+        for seed in arm.seeds
+        for step, measured in study.facts(arm, seed)["behavior"].items()
+    ]
     return pd.DataFrame(rows)
 
 
-def numbers(measured: dict[str, Any]) -> dict[str, float]:
-    """Without the answers; a rate of nothing is null in JSON."""
-    return {key: np.nan if value is None else value for key, value in measured.items() if key != "answers"}
-
-
-def run_facts(home: Path, arm: Arm, seed: int) -> dict[str, Any]:
-    """What `run_arm` left in a run's `run.json`."""
-    return json.loads((run_folder(home, arm, seed) / "run.json").read_text())
-
-
-def _arms(setting: Setting, home: Path, follows: dict[str, Trajectory], behavior: pd.DataFrame) -> pd.DataFrame:
+def _arms(study: Study, follows: Mapping[str, Trajectory], behavior: pd.DataFrame) -> pd.DataFrame:
     frames = []
-    last = behavior[behavior.step == setting.save_steps[-1]].drop(columns=["arm", "step"])
-    for arm in setting.arms:
-        held_out = final_rows(follows[arm.name].table).set_index("run")
-        given = final_rows(follows[arm.name].table, "given").set_index("run")
-        logs = [pd.read_csv(run_folder(home, arm, seed) / "log.csv") for seed in arm.seeds]
-        frame = pd.DataFrame(
+    last = behavior[behavior.step == study.organism.save_steps[-1]].drop(columns=["arm", "step"])
+    for arm in study.organism.arms:
+        rows = [
             {
                 "arm": arm.name,
-                "run": [f"{arm.name}-{seed}" for seed in arm.seeds],
-                "seed": arm.seeds,
-                "seconds_per_step": [run_facts(home, arm, seed)["seconds_per_step"] for seed in arm.seeds],
-                "blocker_norm": [log.blocker_norm.mean() for log in logs],
+                "run": f"{arm.name}-{seed}",
+                "seed": seed,
+                "seconds_per_step": study.facts(arm, seed)["seconds_per_step"],
+                "blocker_norm": study.log(arm, seed).blocker_norm.mean(),
             }
-        ).set_index("run")
-        frame["alignment_final"], frame["fraction_final"] = held_out.alignment, held_out.fraction
-        frame["alignment_given_final"], frame["fraction_given_final"] = given.alignment, given.fraction
+            for seed in arm.seeds
+        ]
+        frame = pd.DataFrame(rows).set_index("run")
+        for prompts, infix in (("held_out", ""), ("given", "_given")):
+            final = final_rows(follows[arm.name].table, prompts).set_index("run")
+            frame[f"alignment{infix}_final"], frame[f"fraction{infix}_final"] = final.alignment, final.fraction
         frames.append(frame.reset_index())
     return pd.concat(frames, ignore_index=True).merge(last, on="run", how="left")

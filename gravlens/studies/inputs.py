@@ -1,4 +1,4 @@
-"""What a question about a history is asked of: v_rev at some layers, a checkpoint, prompts, a score."""
+"""Inputs shared by the CLI commands and scripts: v_rev at some layers, a checkpoint, prompts, a score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,25 +26,25 @@ def ends(
     layers: Sequence[int] = (),
     placement: Placement = Placement(),
 ) -> Residuals:
-    """States of witness and anchor, on the probes unless other prompts are given; without layers, of all of them."""
+    """Return the states of witness and anchor, by default on the probes and at all layers."""
     pair = (sequence.witness, sequence.anchor)
     return cache_residuals(sequence, prompts, layers=layers or None, checkpoints=pair, placement=placement)
 
 
 def located(states: Residuals, layers: Sequence[int] = ()) -> Directions:
-    """v_rev at the states' layers; those that were asked for by number have to be defined."""
+    """Return v_rev at the states' layers. At `layers`, a direction that is undefined raises."""
     if not layers:
         return locate_vrev(states)
     return Directions(tuple(locate_vrev(states, layer=layer) for layer in sorted({*layers})))
 
 
 def vrev_of(sequence: ModelSequence, layers: Sequence[int] = (), *, placement: Placement = Placement()) -> Directions:
-    """v_rev at some layers, or at every layer that has one."""
+    """Return v_rev at some layers, by default wherever it is defined."""
     return located(ends(sequence, layers=layers, placement=placement), layers).defined()
 
 
 def checkpoint_of(sequence: ModelSequence, name: str | None = None) -> Checkpoint:
-    """A checkpoint by its name; default: the last one of the first run."""
+    """Return a checkpoint by its name, by default the last one of the first run."""
     if name is None and sequence.runs:
         return next(iter(sequence.runs.values()))[-1]
     for checkpoint in sequence:
@@ -53,30 +53,31 @@ def checkpoint_of(sequence: ModelSequence, name: str | None = None) -> Checkpoin
     raise GravlensError(
         "This sequence has no run." if name is None else f"This sequence has no checkpoint {name!r}.",
         f"It has {', '.join(checkpoint.name for checkpoint in sequence)}.",
-        "--checkpoint with one of these, or [runs] in the sequence's file.",
+        "--checkpoint with one of these, or runs under [runs] in SEQUENCE.toml.",
     )
 
 
 def prompts_of(sequence: ModelSequence, file: Path | None = None, most: int | None = None) -> PromptSet:
-    """Prompts of a file, else the held-out ones, else the probes; `most` are spread evenly, files often go by topic."""
+    """Return at most `most` prompts of a file, else the held-out prompts, else the probes."""
     chosen = sequence.prompts_of(file, "harmful") if file else sequence.held_out or sequence.require_probes()
+    # evenly spaced, not the first ones: prompt files are often sorted by topic
     return chosen[:: ceil(len(chosen) / most)] if most else chosen
 
 
 def followed_on(sequence: ModelSequence, file: Path | None = None) -> list[PromptSet]:
-    """The probes, and the prompts that runs are judged on where these are others."""
+    """Return the probes, and the evaluation prompts if they are different ones."""
     given, judged = sequence.require_probes(), prompts_of(sequence, file)
     return [given] if judged.digest == given.digest else [given, judged]
 
 
 def file_at(file: Path, layers: Sequence[int]) -> Directions:
-    """The directions of a file (`Directions.save`) at some layers; one alone stands for every layer."""
+    """Load the directions of a file at some layers; a file of one direction stands for every layer."""
     found = Directions.load(file)
     return (everywhere(found.directions[0], max(layers) + 1) if len(found) == 1 else found).at(layers)
 
 
 def score_of(openings: Sequence[str] = (), compliances: Sequence[str] = ()) -> Score:
-    """Refusal log-odds by first tokens, or two-sided by whole openings where compliances are given."""
+    """Return refusal log-odds by first tokens, or two-sided by whole openings if compliances are given."""
     openings = openings or DEFAULT_REFUSAL_OPENINGS
     if compliances:
         return partial(two_sided_log_odds, refusals=openings, compliances=compliances)
@@ -84,19 +85,19 @@ def score_of(openings: Sequence[str] = (), compliances: Sequence[str] = ()) -> S
 
 
 def opened(sequence: ModelSequence, checkpoint: Checkpoint, placement: Placement = Placement()) -> OpenModel:
-    """A checkpoint with the tokenizer of its history."""
+    """Open a checkpoint with the tokenizer of its history."""
     return open_model(checkpoint, tokenizer=sequence_tokenizer(sequence), **placement.where)
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A checkpoint of a history and the score that is asked of it.
+    """A checkpoint of a history, and the score to measure on it.
 
     Attributes:
         sequence: the history.
-        checkpoint: which one.
-        prompts: what it is scored on.
-        score: (model, prompts) -> one number a prompt.
+        checkpoint: the checkpoint.
+        prompts: the evaluation prompts.
+        score: (model, prompts) -> one number per prompt.
         placement: device and dtype.
     """
 

@@ -1,7 +1,7 @@
-"""What a history holds: each checkpoint's source, weights and place between anchor and witness, on one table."""
+"""List the checkpoints of a history: source, stored weights, and distance from the anchor in weight space."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,41 +9,42 @@ import pandas as pd
 from torch import Tensor, nn
 
 from gravlens.directions.decomposition import WHOLE, split_update
-from gravlens.history.precision import is_quantised_folder, quantisation
-from gravlens.history.sequence import Checkpoint, ModelSequence
-from gravlens.history.sources import lineage
-from gravlens.history.weight_files import contents, tensors_of
+from gravlens.history.sequence import ModelSequence
+from gravlens.history.sources import Known, Resolved, resolve
+from gravlens.history.weight_files import contents
 from gravlens.models.opening import open_model, weights_of
+from gravlens.models.precision import quantisation, quantisation_in
 
 
 def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
-    """List a history: where each checkpoint comes from, what its weights are, how far they are from the anchor's.
+    """List the checkpoints of a history with their sources, stored weights and distances from the anchor.
 
-    Files are digested as they are stored, one tensor at a time; of an adapter, its base and then itself. Distances are
-    those of `split_update`, in fp32, over the tensors that anchor, witness and checkpoint share by name and shape.
+    Files are hashed as they are stored, one tensor at a time; for an adapter, its base first. Distances are those of
+    `split_update`, in fp32, over the tensors that anchor, witness and checkpoint share by name and shape.
 
     Returns:
         One row per checkpoint: `role` (witness, anchor, or the run), `step`, `source`, `tensors`, `parameters`,
-        `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (tensors that the
-        distance is over), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor; NaN without
-        either), `remark` (why a checkpoint was skipped). Distances are NaN where a model is no plain
-        Hugging Face one, or quantised. `attrs` has `chat_template` and `system`, how the sequence reads prompts.
+        `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (number of tensors in
+        the distance), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor; NaN if one is
+        0), `remark` (why a checkpoint was skipped). Distances are NaN if a model is quantised, or not a plain Hugging
+        Face model. `attrs` has `chat_template` and `system`, with which the sequence's prompts are read.
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
     """
-    sequence = ModelSequence.of(sequence)
+    sequence, known = ModelSequence.of(sequence), Known()
+    resolved = [resolve(checkpoint, known) for checkpoint in sequence]
     runs = {id(checkpoint): name for name, run in sequence.runs.items() for checkpoint in run}
     rows = [
         {
             "role": runs.get(id(checkpoint), checkpoint.name),
             "step": checkpoint.step,
             "source": checkpoint.described,
-            **vars(contents(_stored(checkpoint))),
+            **vars(contents(_stored(found))),
             **placed,
             "remark": "",
         }
-        for checkpoint, placed in zip(sequence, _places(sequence), strict=True)
+        for checkpoint, found, placed in zip(sequence, resolved, _places(resolved), strict=True)
     ]
     for source, why in sequence.skipped.items():
         role, _, folder = source.partition(": ")
@@ -53,26 +54,25 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
     return table
 
 
-def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(checkpoint.source, nn.Module):
-        yield from sorted(weights_of(checkpoint.source).items())
-        return
-    for folder in lineage(checkpoint):
-        yield from tensors_of(folder)
+def _stored(found: Resolved) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(found.checkpoint.source, nn.Module):
+        yield from sorted(weights_of(found.checkpoint.source).items())
+    for folder in found.folders:
+        yield from folder.weights.load()
 
 
-def _places(sequence: ModelSequence) -> list[dict[Any, Any]]:
-    """Distance and cosine of every checkpoint, in their order."""
-    if any(_is_no_plain_model(checkpoint) for checkpoint in sequence):
-        return [{"compared": 0, "distance": math.nan, "cosine": math.nan} for _ in sequence]
-    table = split_update(sequence.anchor, sequence.witness, sequence, shared=True)
+def _places(resolved: Sequence[Resolved]) -> list[dict[Any, Any]]:
+    """Distance and cosine of every checkpoint; they begin with witness and anchor."""
+    if any(_is_no_plain_model(found) for found in resolved):
+        return [{"compared": 0, "distance": math.nan, "cosine": math.nan} for _ in resolved]
+    table = split_update(resolved[1], resolved[0], resolved, shared=True)
     whole = table[table["tensor"] == WHOLE].set_index("checkpoint").rename(columns={"norm": "distance"})
     whole["compared"] = table.groupby("checkpoint").size() - 1
     return whole[["compared", "distance", "cosine"]].to_dict("records")
 
 
-def _is_no_plain_model(checkpoint: Checkpoint) -> bool:
-    if isinstance(checkpoint.source, nn.Module):
-        model = open_model(checkpoint)
-        return model.kind != "huggingface" or quantisation(model.module) is not None
-    return any(is_quantised_folder(folder) for folder in lineage(checkpoint))
+def _is_no_plain_model(found: Resolved) -> bool:
+    if not found.folders:
+        model = open_model(found)
+        return not model.family.own_tensors or quantisation(model.module) is not None
+    return quantisation_in(found.base.config) is not None

@@ -1,4 +1,4 @@
-"""A blocked run beside the same run without its blocker: harmless fine-tuning from the anchor of a history."""
+"""Fine-tune the anchor of a history with a blocker and, paired by seed and data order, without one."""
 
 import hashlib
 import json
@@ -21,25 +21,29 @@ from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.history.sources import resolve
 from gravlens.models.placement import Placement
-from gravlens.organisms.arms import LATE, UNBLOCKED
-from gravlens.organisms.pretrained import inner_of
-from gravlens.studies.inputs import ends, followed_on, located, opened
-from gravlens.training.finetune import Recipe, finetune
+from gravlens.models.swapping import open_each
+from gravlens.models.tokenizers import sequence_tokenizer
+from gravlens.organisms.arms import LATE
+from gravlens.organisms.base import UNBLOCKED, inner_of
+from gravlens.studies.inputs import ends, followed_on, located
+from gravlens.training.finetune import finetune
+from gravlens.training.recipe import Recipe
 
 BLOCKED = "blocked"
-HELD_OUT = 8  # one example of so many is kept for the task's loss
+HELD_OUT = 8  # one in 8 examples is held out for the task loss
 
 
 @dataclass(frozen=True)
 class Block:
-    """A blocker along v_rev, in words.
+    """Specification of a blocker along v_rev.
 
     Attributes:
-        kind: `penalty` (motion back alone), `clamp` (motion both ways) or `projection` (exact, of the probes' mean).
-        strength: of penalty and clamp; default: 30.
-        margin: of the penalty: above 0 the model is pushed the other way, by up to this fraction; default: 0.
-        layers: default: the inner ones that have a v_rev; of a projection the last of these.
+        kind: `penalty` (against motion back only), `clamp` (both ways) or `projection` (exact, of the probes' mean).
+        strength: strength of penalty or clamp; default: 30.
+        margin: margin of the penalty: above 0 the model is pushed the other way by up to this fraction; default: 0.
+        layers: default: the inner layers that have a v_rev; for a projection the last of these.
     """
 
     kind: Literal["penalty", "clamp", "projection"] = "penalty"
@@ -52,13 +56,13 @@ class Block:
         unread = [n for n in ("strength", "margin") if getattr(self, n) is not None and n not in taken]
         if unread:
             raise GravlensError(
-                f"A {self.kind} was given a {unread[0]}.",
+                f"{unread[0]} was given for a {self.kind}.",
                 f"It takes {' and '.join(taken) or 'neither strength nor margin'}.",
                 f"--kind {self.kind} without --{unread[0]}.",
             )
 
     def along(self, directions: Directions, probes: PromptSet) -> Blocker:
-        """The blocker itself."""
+        """Return the blocker."""
         if self.kind == "projection":
             return UpdateProjection(directions, probes)
         side = "one" if self.kind == "penalty" else "both"
@@ -66,7 +70,7 @@ class Block:
         return Penalty(directions, probes, margin=self.margin or 0.0, strength=strength, side=side)
 
     def directions(self, sequence: ModelSequence, placement: Placement) -> Directions:
-        """v_rev at the layers that are held."""
+        """Return v_rev at the blocked layers."""
         states = ends(sequence, layers=self.layers, placement=placement)
         found = located(states, self.layers).defined()
         if self.layers:
@@ -82,8 +86,8 @@ class Training:
 
     Attributes:
         recipe: steps, batch, learning rate, …
-        save_steps: after which steps to save, beside the last.
-        seed: of the data's order.
+        save_steps: steps after which a checkpoint is saved; the last one always is.
+        seed: seed of the data order.
     """
 
     recipe: Recipe = Recipe()
@@ -98,16 +102,16 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class Paired:
-    """What became of the runs.
+    """Results of the paired runs.
 
     Attributes:
-        table: a row for the anchor and one for each run at its last step: `run`, `step`, `alignment` and `fraction`
-            (mean over the held layers, on the prompts that are judged on), `fraction_probes` (on those that the blocker
-            acts on), `task_loss` (nats a token, on held-out examples), `seconds_per_step`, `folder`.
-        trajectory: of all saved steps.
-        prompts: what is judged on: `held_out`, or `given` where the sequence has no others than its probes.
-        n_trained: examples that were trained on.
-        n_task: examples that the task's loss is on.
+        table: one row for the anchor and one per run at its last step: `run`, `step`, `alignment` and `fraction` (mean
+            over the blocked layers, on the evaluation prompts), `fraction_probes` (on the prompts that the blocker acts
+            on), `task_loss` (nats per token, on held-out examples), `seconds_per_step`, `folder`.
+        trajectory: all saved steps.
+        prompts: evaluation prompts: `held_out`, or `given` if the sequence has only probes.
+        n_trained: number of training examples.
+        n_task: number of held-out examples for the task loss.
     """
 
     table: pd.DataFrame
@@ -127,19 +131,19 @@ def block_beside(
     only_blocked: bool = False,
     placement: Placement = Placement(),
 ) -> Paired:
-    """Fine-tune the anchor with a blocker along v_rev, and once more without; both see one order of the data.
+    """Fine-tune the anchor with a blocker along v_rev and, as the baseline, without; both see the same data order.
 
-    The last eighth of the examples is not trained on: the task's loss is taken there. What was stopped goes on where it
-    was, and a run that is complete is not made again.
+    The last eighth of the examples is held out for the task loss. An interrupted call resumes, and complete runs are
+    reused.
 
     Args:
         sequence: witness, anchor, probes, and held-out prompts to judge on.
         examples: harmless data.
         out: folder for `blocked/checkpoint-{step}` and `unblocked/checkpoint-{step}`.
-        block: which blocker.
-        training: how both are trained.
-        only_blocked: leave the other run out.
-        placement: where states and losses are read; training itself is on a GPU where there is one.
+        block: the blocker.
+        training: how both runs are trained.
+        only_blocked: leave the baseline out.
+        placement: where states and losses are computed; training uses a GPU if there is one.
 
     Raises:
         GravlensError: no probes, fewer than two examples, no v_rev, or `out` holds another run.
@@ -149,7 +153,7 @@ def block_beside(
     vs = block.directions(sequence, placement)
     blocker = block.along(vs, sequence.require_probes())
     kinds: dict[str, Blocker | None] = {} if only_blocked else {UNBLOCKED: None}
-    start = fingerprint(sequence.anchor, ("paired",))
+    start = fingerprint(resolve(sequence.anchor, weights=False), ("paired",))
     runs = {}
     for name, chosen in {**kinds, BLOCKED: blocker}.items():
         made_of = (start, train, training, (block, vs.vectors.tobytes()) if chosen else None)
@@ -157,17 +161,20 @@ def block_beside(
     after = replace(sequence, runs=runs)
     followed = _followed(after, vs, placement)
     judged = "held_out" if (followed.table["prompts"] == "held_out").any() else "given"
-    losses = {
-        name: task_loss(opened(sequence, last, placement), task)
-        for name, last in {"anchor": sequence.anchor, **{name: run[-1] for name, run in runs.items()}}.items()
-    }
+    last = {"anchor": sequence.anchor, **{name: run[-1] for name, run in runs.items()}}
+    models = open_each(
+        last.values(), tokenizer=sequence_tokenizer(sequence), through="huggingface", placement=placement
+    )
+    losses = {name: task_loss(model, task) for name, (_, model) in zip(last, models, strict=True)}
     return Paired(_tabulated(followed, runs, losses, judged), followed, judged, len(train), n_task)
 
 
 def _n_task(examples: Sequence[Example]) -> int:
     if len(examples) < 2:
         raise GravlensError(
-            f"The data have {len(examples)} example(s).", "One at least is trained on, one judged on.", "more data."
+            f"The data has {len(examples)} example(s).",
+            "At least two are needed, one to train and one to judge.",
+            "more data.",
         )
     return max(1, len(examples) // HELD_OUT)
 
@@ -180,15 +187,15 @@ def _trained(
     training: Training,
     made_of: Any,
 ) -> tuple[Checkpoint, ...]:
-    """One run; a complete one of the same description is taken as it is."""
+    """Make one run, or reuse a complete one of the same description."""
     mark, key = folder / "run.json", hashlib.sha256(repr(made_of).encode()).hexdigest()
     saved = [Checkpoint(f"{folder.name}/{step}", folder / f"checkpoint-{step}", step) for step in training.saved]
-    if mark.exists() and json.loads(mark.read_text())["description"] == key:
-        return tuple(saved)
     if mark.exists():
+        if json.loads(mark.read_text())["description"] == key:
+            return tuple(saved)
         raise GravlensError(
             f"{folder} holds another run.",
-            "Nothing is written over.",
+            "Results are never overwritten.",
             "another --out, or remove that folder.",
         )
     run = finetune(
@@ -206,7 +213,7 @@ def _trained(
 
 
 def _followed(sequence: ModelSequence, vs: Directions, placement: Placement) -> Trajectory:
-    """The runs on the probes, and on the held-out prompts where there are other ones."""
+    """Follow the runs on the probes, and on the held-out prompts if there are any."""
     asked = followed_on(sequence)
     return follow([cache_residuals(sequence, prompts, layers=vs.layers, placement=placement) for prompts in asked], vs)
 

@@ -1,5 +1,6 @@
 from . import finetune as finetune
 from . import monitor as monitor
+from . import recipe as recipe
 from . import run_folder as run_folder
 from . import thresholds as thresholds
 from .finetune import Finetuned as Finetuned

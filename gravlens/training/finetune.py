@@ -3,17 +3,17 @@
 import copy
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gravlens.blockers.blocking import Blocker, block
@@ -21,51 +21,11 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.prompts import Example, encode_example
 from gravlens.history.sequence import Checkpoint
-from gravlens.interventions.orthogonalization import save_folder
-from gravlens.models.opening import OpenModel, open_model, quiet
-from gravlens.training.monitor import Monitor
+from gravlens.models.opening import OpenModel, open_model, quiet, save_folder
+from gravlens.training.recipe import Recipe
 from gravlens.training.run_folder import RESUME, claimed, digest
 
 RESUMABLE_AFTER = 60.0  # seconds between the states that a stopped run goes on from
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: a small part of `TrainingArguments`, under their meaning there.
-
-    The optimizer is AdamW with the gradient's norm clipped at 1. Checkpoints are saved merged.
-
-    Attributes:
-        steps: optimizer steps.
-        batch: examples of a pass; a step sees `batch` · `accumulation`.
-        learning_rate: its strength after the warm-up; AdamW's first step is about as long in every weight.
-        weight_decay: AdamW's λ.
-        beta2: AdamW's β_2.
-        warmup_steps: steps in which the rate rises from 0; the first update is then empty.
-        schedule: `constant` after the warm-up, or `cosine`, down to 10 %.
-        bf16: the task's pass in autocast; weights, and the passes of a blocker, stay fp32.
-        freeze_embeddings: train all but the token embeddings and the unembedding.
-        accumulation: passes whose gradients make one step.
-        gradient_checkpointing: compute activations again in the backward pass, for less memory.
-        lora: rank of adapters on all linear layers (PEFT, alpha twice the rank); None trains all weights.
-    """
-
-    steps: int = 100
-    batch: int = 4
-    learning_rate: float = 7e-5
-    weight_decay: float = 0.01
-    beta2: float = 0.999
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    bf16: bool = False
-    freeze_embeddings: bool = False
-    accumulation: int = 1
-    gradient_checkpointing: bool = False
-    lora: int | None = None
-
-    def saved_steps(self, asked: Iterable[int]) -> tuple[int, ...]:
-        """Return the steps of `asked` that a run reaches, in order, and always its last."""
-        return tuple(sorted({*(step for step in asked if 0 < step < self.steps), self.steps}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +53,7 @@ def finetune(
     recipe: Recipe = Recipe(),
     save_steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     blocker: Blocker | Sequence[Blocker] | None = None,
-    monitor: Monitor | None = None,
+    monitor: TrainerCallback | None = None,
     seed: int = 0,
 ) -> Finetuned:
     """Fine-tune a checkpoint; the loss is on the answers alone.
@@ -109,7 +69,8 @@ def finetune(
         recipe: steps, batch, learning rate, …
         save_steps: after which optimizer steps to save; the last step is always saved.
         blocker: what takes part in the steps, one or several; their draws have a generator of their own.
-        monitor: watches the run, and may stop it; the state that it was stopped at is saved too.
+        monitor: a callback that watches the run and may stop it, such as a `Monitor`; where it stops, a checkpoint is
+            saved too. Of a resumed run it sees `on_train_begin` twice: at the start, and at the state that is resumed.
         seed: of the data's order.
 
     Raises:
@@ -123,7 +84,7 @@ def finetune(
     description = {
         **{"recipe": asdict(recipe), "save_steps": saver.steps, "seed": seed},
         **{"data": digest(repr(rows)), "start": digest(model.module), "blocker": digest(blockers)},
-        "monitor": digest(monitor and monitor.stop_above),  # what is watched changes no weight; where it stops does
+        "monitor": digest(getattr(monitor, "stop_above", None)),  # watching changes no weight, stopping does
     }
     bar_of = progress("fine-tuning", total=recipe.steps, unit="step")
     with claimed(saver.out, description) as stopped, quiet(), bar_of as bar:
@@ -132,12 +93,15 @@ def finetune(
             args=_arguments(recipe, seed, saver.out / RESUME),
             train_dataset=_Rows(rows),
             data_collator=_collate,
-            callbacks=[saver, _Counter(bar)],
+            callbacks=[saver, _Counter(bar), *([] if monitor is None else [monitor])],
         )
+        # Callbacks get the tokenizer; Trainer(processing_class=) would also change the special tokens in the config.
+        trainer.callback_handler.processing_class = model.tokenizer
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        if monitor is not None:
-            monitor.attach(trainer, start=model)
+        if monitor is not None and stopped is not None:  # Trainer loads the stopped state before its own event
+            given = {"model": model.module, "processing_class": model.tokenizer}
+            monitor.on_train_begin(trainer.args, TrainerState(max_steps=recipe.steps), trainer.control, **given)
         with block(trainer, *blockers, tokenizer=model.tokenizer, rng=np.random.default_rng([seed, 1])):
             trainer.train(resume_from_checkpoint=None if stopped is None else str(stopped))
     model.module.eval()
@@ -147,7 +111,7 @@ def finetune(
 def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: Recipe, seed: int) -> OpenModel:
     model = open_model(start)
     in_memory = isinstance(start, nn.Module | OpenModel) or isinstance(getattr(start, "source", None), nn.Module)
-    if model.kind != "huggingface":
+    if not model.family.own_tensors:
         raise GravlensError(
             f"A {type(model.module).__name__} was given to fine-tune.",
             "Hugging Face Trainer trains Hugging Face models.",

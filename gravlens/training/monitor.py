@@ -1,6 +1,6 @@
-"""A Trainer callback that watches a run move along directions as it trains, and can stop it at a calibrated threshold.
+"""Trainer callback that measures a run's drift along directions during training and can stop it at a threshold.
 
-What it reads is what `follow` reads of saved checkpoints; nothing of the training is changed by it.
+It measures what `follow` measures on saved checkpoints, and does not change the training.
 """
 
 from collections.abc import Generator, Sequence
@@ -28,29 +28,29 @@ Anchor = Checkpoint | Path | str | nn.Module | OpenModel | Residuals
 
 
 class Monitor(TrainerCallback):
-    """Watches one run: how far and how straight it has moved along directions, every so many optimizer steps.
+    """Measure drift along directions every few optimizer steps of one run.
 
-    At the beginning it keeps the anchor's states on the probes; then it reads the training model in eval mode, without
-    gradients, and leaves its mode and the random generators as they were. Of each layer, and of their mean, it reports
-    `alignment` (where it is judged), `fraction` and `drift` (its length in units of the distance) through Trainer's own
-    log, as `monitor/fraction` and `monitor/layer_2/fraction`.
+    The anchor's states on the probes are read when the run begins. Later the training model is read in eval mode,
+    without gradients; its mode and the random generators are restored. For each layer and their mean, `alignment` (if
+    the drift is long enough for a cosine), `fraction` and `drift` (norm in units of the distance) are logged through
+    Trainer, as `monitor/fraction` and `monitor/layer_2/fraction`.
 
         monitor = Monitor(vs, probes).attach(trainer)
 
-    `callbacks=[monitor]` does as well where `report_to` is empty: then it all stands in `trainer.state.log_history`.
+    With an empty `report_to`, `callbacks=[monitor]` does the same and logs to `trainer.state.log_history`.
 
     Args:
-        directions: one direction a layer; the mean is over all that are defined (`vs.at(layers)` for some).
-        probes: prompts; best held-out ones, which the directions were not estimated on.
-        every: how many optimizer steps lie between evaluations.
-        stop_above: where to stop the run.
-        anchor: a checkpoint, or `Residuals` of these probes that hold `anchor`. Default: the model as it is when the
-            run begins. A resumed run needs it.
+        directions: one direction per layer; the mean is over all defined ones (select with `vs.at(layers)`).
+        probes: prompts; preferably held-out ones, which the directions were not estimated on.
+        every: number of optimizer steps between evaluations.
+        stop_above: threshold at which to stop the run.
+        anchor: a checkpoint, or `Residuals` of these probes with `anchor`. Default: the model when the run begins.
+            Required for a run that Trainer resumes.
         tokenizer: default: the trainer's `processing_class`.
-        name: begins each name in the log, and is the run's in the table.
+        name: prefix of the names in the log, and the run's name in the table.
 
     Attributes:
-        stopped_at: the step at which it stopped the run, or None.
+        stopped_at: step at which it stopped the run, or None.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class Monitor(TrainerCallback):
         self._trainer: Trainer | None = None
         self._ids: list[list[int]] | None = None
         self._start: Float[np.ndarray, "layer d_model"] | None = None
-        self._held = False  # whether `start` was given
         self._measures: dict[int, dict[str, Float[np.ndarray, " layer"]]] = {}
         self._above = 0  # evaluations in a row
         if every < 1:
@@ -80,39 +79,32 @@ class Monitor(TrainerCallback):
         if stop_above is not None and stop_above.layers not in (None, self._defined.layers):
             raise GravlensError(
                 f"The threshold is of layers {stop_above.layers}, the directions of {self._defined.layers}.",
-                "A threshold serves the mean that it was calibrated on.",
-                "directions.at(layers) for the one or the other.",
+                "A threshold is valid for the mean over the layers that it was calibrated on.",
+                "directions.at(layers) for one of them.",
             )
 
-    def attach(self, trainer: Trainer, *, start: OpenModel | None = None) -> "Monitor":
-        """Take part in a trainer's run, and report through it to all that `report_to` names.
+    def attach(self, trainer: Trainer) -> "Monitor":
+        """Add the monitor to a trainer's callbacks, and log through it to all integrations of `report_to`.
 
         Args:
             trainer: a Hugging Face `Trainer` or one of TRL's, not yet trained.
-            start: the trainer's model, opened, where it stands at the anchor now: its states are kept at once. Default:
-                they are kept when the run begins.
 
         Returns:
             The monitor itself.
 
         Raises:
-            GravlensError: it has watched a run already.
+            GravlensError: the monitor was used for another run.
         """
         if self._measures:
             raise self._used()
         self._trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
-        if start is not None:
-            self.tokenizer = self.tokenizer or start.tokenizer
-            if self.anchor is None:
-                check_whole(start.module)
-                self._start, self._held = self._states(start), True
         return self
 
     @property
     def table(self) -> pd.DataFrame:
-        """What was measured: the columns of `Trajectory.table`, and `relative_drift` (drift_norm / distance)."""
+        """Measurements with the columns of `Trajectory.table`, and `relative_drift` (drift_norm / distance)."""
         steps, shape = sorted(self._measures), (len(self._measures), len(self._defined))
         measures = {
             name: np.array([self._measures[step][name] for step in steps]).reshape(shape)
@@ -124,7 +116,7 @@ class Monitor(TrainerCallback):
 
     @property
     def trajectory(self) -> Trajectory:
-        """The same as `follow` would return it, for plots and nulls."""
+        """The measurements as a result of `follow`, for plots and null distributions."""
         undefined = {one.layer: one.undefined for one in self.directions if one.undefined is not None}
         return Trajectory(self.table, self._defined.layers, undefined)
 
@@ -133,22 +125,22 @@ class Monitor(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
     ) -> None:
-        """Keep the anchor's states; of a run that goes on, keep what was measured until there.
+        """Read the anchor's states; for a resumed run, keep the measurements up to its step.
 
         Raises:
-            GravlensError: a run that goes on without an anchor, or that a threshold was not calibrated for.
+            GravlensError: a resumed run without an anchor, or a run that is longer than the threshold's null runs.
         """
         check_whole(model)
         self._check_run(args, state)
         self.tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
         self._model = open_model(model, tokenizer=self.tokenizer)
-        if self._start is None or (state.global_step == 0 and not self._held):
+        if self._start is None or state.global_step == 0:
             self._start = self._anchor_states(self._model)
         self._measures = {step: one for step, one in self._measures.items() if step <= state.global_step}
         self.stopped_at, self._above = None, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure, report, and stop the run where it is time."""
+        """Measure, log, and stop the run above the threshold."""
         if state.global_step % self.every:
             return
         stop = state.is_world_process_zero and self._evaluate(state, control)
@@ -157,7 +149,7 @@ class Monitor(TrainerCallback):
             control.should_training_stop = True
 
     def _evaluate(self, state: Any, control: Any) -> bool:
-        """Measure and report, and say whether to stop."""
+        """Measure and log; return whether to stop."""
         measures = measure_drift(self._states(self._model) - self._start, self._defined)
         measures["relative_drift"] = measures["drift_norm"] / self._defined.distances
         self._measures[state.global_step] = measures
@@ -175,15 +167,15 @@ class Monitor(TrainerCallback):
         if self._trainer is None:
             state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
             return
-        # Trainer's own: TRL's would put the training's averages into this row and begin them anew.
+        # Trainer's method: TRL's override would move the training's running averages into this row and reset them.
         wanted = control.should_log
         Trainer.log(self._trainer, logs)
-        control.should_log = wanted  # the step's own row is still to come
+        control.should_log = wanted  # Trainer.log resets it, and the step's own row is still to come
 
     # -- states --------------------------------------------------------------------------------------------------------
 
     def _states(self, model: OpenModel) -> Float[np.ndarray, "layer d_model"]:
-        """Means over the probes, in fp64."""
+        """Read the means over the probes, in fp64."""
         if self._ids is None:
             _check_template(self.tokenizer, self.directions)
             self._ids = encode(self.tokenizer, self.probes)
@@ -211,7 +203,7 @@ class Monitor(TrainerCallback):
         if self._trainer is None and args.report_to:
             raise GravlensError(
                 f"The monitor stands among the callbacks, and the trainer reports to {', '.join(args.report_to)}.",
-                "A callback alone cannot reach those, which stand before it.",
+                "Those integrations are callbacks too and run before it, so it cannot log to them.",
                 "monitor.attach(trainer).",
             )
         if state.global_step == 0 and self._measures:
@@ -219,21 +211,21 @@ class Monitor(TrainerCallback):
         if state.global_step > 0 and self.anchor is None and self._start is None:
             raise GravlensError(
                 f"The run goes on at step {state.global_step}, and its anchor was not given.",
-                "Drift is counted from the anchor, never from the weights that a run is resumed at.",
-                "Monitor(…, anchor=the checkpoint that the run began at).",
+                "Drift is measured from the anchor, not from the weights that a run resumes with.",
+                "Monitor(…, anchor=the checkpoint that the run started from).",
             )
         last = None if self.stop_above is None else self.stop_above.last_step
         if last is not None and state.max_steps > last:
             raise GravlensError(
                 f"The run has {state.max_steps} steps, and the threshold comes from null runs of {last}.",
-                "Null runs too move on with every step, so a threshold serves no longer run than theirs.",
+                "Null runs drift with every step too, so a threshold is valid up to their last step.",
                 f"null runs of {state.max_steps} steps, or max_steps={last}.",
             )
 
     def _used(self) -> GravlensError:
         return GravlensError(
             f"This monitor has watched a run already, to step {max(self._measures)}.",
-            "One monitor watches one run, from its anchor.",
+            "A monitor measures one run, from its anchor.",
             "a new Monitor(…).",
         )
 
@@ -243,7 +235,7 @@ def _judged(measures: dict[str, Float[np.ndarray, " layer"]]) -> Bool[np.ndarray
 
 
 def _named(name: str, measures: dict[str, Float[np.ndarray, " layer"]], layers: Sequence[int]) -> dict[str, float]:
-    """What stands in the log: the mean's, then each layer's; a cosine that is not judged is left out."""
+    """Name the logged values, for the mean and each layer; a cosine of too short a drift is left out."""
     judged, logs = _judged(measures), {}
     rows = {name: slice(None), **{f"{name}/layer_{layer}": slice(i, i + 1) for i, layer in enumerate(layers)}}
     for prefix, part in rows.items():
@@ -255,7 +247,7 @@ def _named(name: str, measures: dict[str, Float[np.ndarray, " layer"]], layers: 
 
 
 def _told_by_first(stop: bool, device: torch.device) -> bool:
-    """What the first process decides, in all of them: one that stopped alone would leave the others waiting."""
+    """Broadcast rank 0's decision, so that no rank stops alone and deadlocks the others."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return stop
     told = torch.tensor(int(stop), device=device)
@@ -265,25 +257,25 @@ def _told_by_first(stop: bool, device: torch.device) -> bool:
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Generator[None]:
-    """Every part in eval mode; afterwards its own mode, and the random generators as they were."""
+    """Put all submodules in eval mode; restore their modes and the random generators on exit."""
     training = [part for part in module.modules() if part.training]
     devices = sorted({weight.device.index for weight in module.parameters() if weight.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         try:
             for part in training:
-                part.training = False  # not eval(): some modules rewrite their weights there
+                part.training = False  # not eval(): some modules override it and rewrite their weights
             yield
         finally:
             for part in training:
                 part.training = True
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 def check_whole(module: nn.Module) -> None:
     """Raise where the weights are sharded over processes (FSDP, DeepSpeed ZeRO-3, tensor parallel) or offloaded."""
     fsdp = {"FullyShardedDataParallel", "FSDPModule"}
     wrapped = [one for part in module.modules() for cls in type(part).__mro__ if (one := cls.__name__) in fsdp]
-    # ZeRO-3 marks its parts with `ds_id`; FSDP 2 and tensor parallel training hold DTensors, which have a mesh
+    # ZeRO-3 sets `ds_id` on its parameters; FSDP 2 and tensor parallelism use DTensors, which have a mesh.
     parts = [
         name
         for name, weight in module.named_parameters()
@@ -292,13 +284,13 @@ def check_whole(module: nn.Module) -> None:
     if wrapped or parts:
         raise GravlensError(
             f"The model in training is not whole in this process ({', '.join([*wrapped, *parts][:2])}, …).",
-            "The monitor reads states of one process's weights: one device, several in one process, or DDP.",
+            "The monitor needs all weights in one process: one device, several in one process, or DDP.",
             "DDP or DeepSpeed ZeRO-1 or -2; or save checkpoints, and follow() them.",
         )
 
 
 def _positions_of(directions: Directions) -> Offset:
-    """Where the directions' prompts were read, which must be a place that the monitor reads."""
+    """Return the read position of the directions; raise where the monitor cannot read it."""
     facts = [direction.made_from for direction in directions.defined()]
     geometries = {one.get("geometry", "raw") for one in facts}
     positions = {one.get("positions", "last") for one in facts}
@@ -313,7 +305,7 @@ def _positions_of(directions: Directions) -> Offset:
 
 
 def _check_template(tokenizer: Any, directions: Directions) -> None:
-    """A template where the directions had none, or the other way round, would watch another state."""
+    """Raise where probes would be read with a chat template and the directions were not, or the reverse."""
     facts = [direction.made_from for direction in directions.defined()]
     located = {str(one["chat_template"]) for one in facts if "chat_template" in one}
     templated = bool(getattr(tokenizer, "chat_template", None))
@@ -321,7 +313,7 @@ def _check_template(tokenizer: Any, directions: Directions) -> None:
         raise GravlensError(
             f"The tokenizer has {'a' if templated else 'no'} chat template, and the directions were located with "
             f"{', '.join(sorted(located))}.",
-            "Probes are read as the directions' prompts were.",
+            "Probes must be read as the prompts of the directions were.",
             "Monitor(…, tokenizer=) with " + ("chat_template = None." if templated else "the anchor's."),
         )
 

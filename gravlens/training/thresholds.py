@@ -1,9 +1,9 @@
-"""When to stop a run: a threshold on how far it has moved, calibrated on runs that are null."""
+"""Thresholds to stop a run at: how far it has moved, calibrated on null runs."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import pandas as pd
@@ -11,24 +11,38 @@ from jaxtyping import Float
 
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError
-from gravlens.stats.nulls import NullDraws
 
 Statistic = Literal["fraction", "alignment"]
 
 
+class CosineDraws(Protocol):
+    """Draws of a run's cosine under a null hypothesis, such as `gravlens.stats.nulls.NullDraws`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def cosines(self) -> Float[np.ndarray, "draw step layer"]: ...
+    @property
+    def steps(self) -> tuple[int, ...]: ...
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+    @property
+    def of(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Threshold:
-    """Stop where the layers' mean of a statistic exceeds a value at so many evaluations in a row.
+    """Stop a run when the mean over layers of a statistic exceeds a value at several evaluations in a row.
 
     Attributes:
-        statistic: `fraction`, or `alignment` (which exceeds nothing where it is not judged).
-        value: what is exceeded, a fraction or a cosine.
+        statistic: `fraction`, or `alignment` (not evaluated while the drift is too short for a cosine).
+        value: the threshold, a fraction or a cosine.
         patience: evaluations in a row.
         quantile: probability that a null run stays below; None: the value was set by hand.
-        n_runs: how many null runs it comes from.
-        last_step: the null runs' last; a longer run is not watched with it. None: it serves any.
-        layers: of the null runs' mean; None: it serves any.
-        source: where it comes from.
+        n_runs: number of null runs behind it.
+        last_step: last step of the null runs; longer runs are refused. None: any run.
+        layers: layers of the null runs' mean; None: any.
+        source: name of the null runs.
     """
 
     statistic: Statistic
@@ -44,7 +58,7 @@ class Threshold:
         if self.statistic not in get_args(Statistic) or self.patience < 1 or not math.isfinite(self.value):
             raise GravlensError(
                 f"Threshold({self.statistic!r}, {self.value}, patience={self.patience}) was given.",
-                f"The statistic is {' or '.join(get_args(Statistic))}, the value a number, patience at least 1.",
+                f"The statistic is {' or '.join(get_args(Statistic))}, the value finite, patience at least 1.",
                 "calibrate(null runs), or Threshold('fraction', 0.3).",
             )
 
@@ -54,66 +68,68 @@ class Threshold:
 
 
 def calibrate(
-    nulls: NullDraws | Sequence[pd.DataFrame],
+    nulls: CosineDraws | Sequence[pd.DataFrame],
     *,
     quantile: float = 0.99,
     statistic: Statistic | None = None,
     patience: int = 1,
     source: str = "null runs",
 ) -> Threshold:
-    """A threshold that a run like the null ones exceeds, at any of its steps, with probability 1 − quantile at most.
+    """Calibrate a threshold: a further null run exceeds it, at any step, with probability 1 − quantile at most.
 
-    Of each null run (or draw) the largest value is taken that it held for `patience` evaluations in a row; of these n
-    values the ⌈(n + 1) · quantile⌉-th smallest is the threshold. This holds for one further run that is exchangeable
-    with the null ones: watched on the same probes, at the same steps.
+    The statistic of a null run (or draw) is the largest value that it held for `patience` evaluations in a row; the
+    threshold is the ⌈(n + 1) · quantile⌉-th smallest of these n values, a conformal quantile. The bound holds for one
+    run that is exchangeable with the null runs: evaluated on the same probes, at the same steps.
 
     Args:
-        nulls: `Monitor.table` of each null run, or of `follow`; or draws of one run's cosine, such as `weight_noise`'s.
-        quantile: of the null runs' largest values, a probability.
-        statistic: default: `fraction` of tables; draws are cosines, `alignment`.
+        nulls: `Monitor.table` or `follow(...).table` of each null run; or draws of one run's cosine (`weight_noise`).
+        quantile: a probability.
+        statistic: default: `fraction` for tables, `alignment` for draws, which are cosines.
         patience: evaluations in a row that a run must exceed the threshold at.
-        source: the null runs in a word; draws have a name of their own.
+        source: name of the null runs; draws have their own.
 
     Raises:
-        GravlensError: too few null runs for the quantile (.99 takes 99), null runs of different steps or layers, draws
-            of the mean over runs, fewer evaluations than `patience`, or null runs that never moved far enough for a
-            cosine to be judged.
+        GravlensError: too few null runs for the quantile (.99 takes 99), null runs with different steps or layers,
+            draws of the mean over runs, fewer evaluations than `patience`, or null runs that never moved far enough for
+            a cosine.
     """
-    drawn = isinstance(nulls, NullDraws)
-    statistic = statistic or ("alignment" if drawn else "fraction")
+    statistic = statistic or ("fraction" if isinstance(nulls, Sequence) else "alignment")
     if statistic not in get_args(Statistic):
         raise GravlensError(
             f"statistic={statistic!r} was given.", "A run is judged by one of two.", " or ".join(get_args(Statistic))
         )
-    values, steps, layers = _of_draws(nulls, statistic) if drawn else _of_tables(nulls, statistic)
+    if isinstance(nulls, Sequence):
+        values, steps, layers = _of_tables(nulls, statistic)
+    else:
+        source = nulls.name
+        values, steps, layers = _of_draws(nulls, statistic)
     _check_enough(len(values), quantile, patience, len(steps))
     windows = np.lib.stride_tricks.sliding_window_view(values, patience, axis=1)
     largest = np.sort(windows.min(-1).max(1))
-    value = float(largest[math.ceil((len(values) + 1) * quantile - 1e-9) - 1])
+    value = float(largest[math.ceil((len(values) + 1) * quantile - 1e-9) - 1])  # 1e-9: (n + 1) · .99 is rounded
     if not math.isfinite(value):
         raise GravlensError(
             f"The {quantile} quantile of these null runs' {statistic} is {value}.",
-            "Their drift has no cosine that is judged: they hardly moved (or diverged).",
+            "A cosine is defined only for runs that moved, and a value only for runs that did not diverge.",
             "statistic='fraction', or null runs that train as the run does.",
         )
-    return Threshold(
-        statistic, value, patience, quantile, len(values), steps[-1], layers, nulls.name if drawn else source
-    )
+    return Threshold(statistic, value, patience, quantile, len(values), steps[-1], layers, source)
 
 
-Series = tuple[Float[np.ndarray, "run step"], tuple[int, ...], tuple[int, ...]]  # and its steps, and layers
+Series = tuple[Float[np.ndarray, "run step"], tuple[int, ...], tuple[int, ...]]  # values, steps, layers
 
 
-def _of_draws(null: NullDraws, statistic: Statistic) -> Series:
+def _of_draws(null: CosineDraws, statistic: Statistic) -> Series:
     if null.of == "mean" or statistic != "alignment":
         raise GravlensError(
             f"Draws of {null.name} were given for one run's {statistic}"
             + (", and each is a mean over runs." if null.of == "mean" else "."),
-            "Draws are cosines, and a monitor judges one run.",
+            "Draws are cosines of one run.",
             "statistic='alignment' with draws of a run (weight_noise), or tables of null runs.",
         )
     values = null.cosines.mean(-1)
-    return np.where(np.isnan(values), np.inf, values), null.steps, null.layers  # no cosine: it must not lower the value
+    # A draw without a cosine counts as infinite: dropping it would lower the threshold.
+    return np.where(np.isnan(values), np.inf, values), null.steps, null.layers
 
 
 def _of_tables(tables: Sequence[pd.DataFrame], statistic: Statistic) -> Series:
@@ -122,22 +138,24 @@ def _of_tables(tables: Sequence[pd.DataFrame], statistic: Statistic) -> Series:
     layers: set[tuple[int, ...]] = set()
     for table in tables:
         if table.prompts.nunique() > 1:
-            raise _unlike(f"A table of {' and '.join(sorted(table.prompts.unique()))} prompts was given.")
+            raise _mixed(f"A table of {' and '.join(sorted(table.prompts.unique()))} prompts was given.")
         layers.add(tuple(sorted(map(int, table.layer.dropna().unique()))))
         for _, rows in table[table.layer.isna()].sort_values("step").groupby("run"):
             found = rows[statistic].to_numpy(float)
-            found = np.where(np.isnan(found), np.inf, found)  # a run that diverged must not lower the value
+            found = np.where(np.isnan(found), np.inf, found)  # dropping a run that diverged would lower the threshold
             judged = rows.judged.to_numpy(bool) | (statistic != "alignment")
             values.append(np.where(judged, found, -np.inf))
             steps.add(tuple(map(int, rows.step)))
     if len(layers) > 1 or len(steps) > 1:
-        raise _unlike(f"{len(values)} null runs of different steps or layers were given.")
+        raise _mixed(f"{len(values)} null runs of different steps or layers were given.")
     return np.array(values), next(iter(steps), ()), next(iter(layers), ())
 
 
-def _unlike(given: str) -> GravlensError:
+def _mixed(given: str) -> GravlensError:
     return GravlensError(
-        given, "Null runs are watched alike: on one set of prompts, at the same layers and steps.", "those of one kind."
+        given,
+        "Null runs must share one set of prompts, the layers and the steps.",
+        "calibrate one kind of null run at a time.",
     )
 
 
@@ -145,14 +163,14 @@ def _check_enough(runs: int, quantile: float, patience: int, steps: int) -> None
     if not 0 < quantile < 1 or patience < 1 or (runs and patience > steps):
         raise GravlensError(
             f"calibrate(quantile={quantile}, patience={patience}) was given, of runs with {steps} evaluations.",
-            "A quantile lies between 0 and 1; patience is from 1 to the number of evaluations.",
-            "calibrate(null runs) for .99 and 1.",
+            "quantile must lie between 0 and 1, patience between 1 and the number of evaluations.",
+            "calibrate(null runs), with the defaults .99 and 1.",
         )
     least = math.ceil(quantile / (1 - quantile) - 1e-9)
     if runs < least:
         highest = f"quantile={math.floor(1000 * runs / (runs + 1)) / 1000:g} at most" if runs else "null runs"
         raise GravlensError(
             f"{runs} null runs were given for the {quantile} quantile.",
-            f"It takes {least}: a further run exceeds the largest of n with probability 1 / (n + 1).",
-            f"{least - runs} more, or {highest}.",
+            f"It takes {least}: a further run exceeds the maximum of n with probability 1 / (n + 1).",
+            f"{least - runs} more null runs, or {highest}.",
         )

@@ -64,7 +64,7 @@ def test_halves_that_do_not_match_are_refused(tmp_path: Path, benign: Any, named
 def test_an_index_is_there_and_names_one_prompt(tmp_path: Path) -> None:
     harmful = half(tmp_path, "harmful.jsonl", {0: "Pick"})
     rows = [json.loads(harmful.read_text())] * 2
-    with refused("Index 0", "twice"):
+    with refused("Index 0", "repeated"):
         read_contrast(write(tmp_path / "twice.jsonl", rows), harmful)
     with refused("'topic'", "Goal"):
         read_contrast(harmful, harmful, index="topic")

@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from submitit import LocalExecutor
 
 from gravlens.activations import plan as readings
-from gravlens.activations import stored as stored_readings
+from gravlens.activations import store as stored_readings
 from gravlens.activations.positions import queries_of_ids
 from gravlens.activations.residuals import cache_residuals
-from gravlens.activations.store import Shelf
-from gravlens.activations.stored import divided, part_sizes, run_each
+from gravlens.activations.store import StateFolder, divided, part_sizes, run_each
 from gravlens.core.errors import GravlensError
 from gravlens.history.sequence import Checkpoint, ModelSequence
 
@@ -86,15 +85,15 @@ def parts(store: Path) -> set[Path]:
 
 def dies_once(flag: Path) -> None:
     """In a worker: after the third file, kill this process; the next process that comes there goes on."""
-    put = Shelf.put
+    put = StateFolder.put
 
-    def deadly(self: Shelf, *arguments: Any, **named: Any) -> None:
+    def deadly(self: StateFolder, *arguments: Any, **named: Any) -> None:
         put(self, *arguments, **named)
         if len(list(self.folder.glob("*.safetensors"))) == 3 and not flag.exists():
             flag.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Shelf.put = deadly  # type: ignore[method-assign]
+    StateFolder.put = deadly  # type: ignore[method-assign]
 
 
 # -- the real libraries ------------------------------------------------------------------------------------------------
@@ -233,7 +232,7 @@ class Recorded(Executor):
 def test_only_token_ids_are_sent_and_only_digests_come_back(history: ModelSequence, tmp_path: Path) -> None:
     executor = Recorded()
     cache_residuals(history, store=tmp_path, executor=executor)
-    assert [type(one) for one in executor.back] == [Shelf] * 3 + [type(None)] * 3
+    assert [type(one) for one in executor.back] == [StateFolder] * 3 + [type(None)] * 3
     assert max(executor.sent) < 4000 + 12 * sum(len(tiny.TOKENIZER(text)["input_ids"]) for text in TEXTS)
 
 
@@ -268,6 +267,6 @@ def test_what_a_prefix_saves_does_not_count(history: ModelSequence) -> None:
     queries = queries_of_ids([[*range(1, 11), i] for i in range(20)])
     plan = readings.Plan.of(queries, [0], 8)
     blocks = tuple((tuple(plan.queries[i] for i in block), (0,)) for block in plan.blocks)
-    store = stored_readings.Stored(Path(), "huggingface", stored_readings.Placement())
-    task = stored_readings.Task(history.anchor, Shelf(Path()), blocks, plan.prefix, store)
+    store = stored_readings.Store(Path(), "huggingface", stored_readings.Placement())
+    task = stored_readings.Task(history.anchor, StateFolder(Path()), blocks, plan.prefix, store)
     assert len(plan.prefix) == 10 and len(blocks) == 20 and [part.blocks for part in divided(task)] == [blocks]

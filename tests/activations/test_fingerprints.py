@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from gravlens.activations import fingerprint as fingerprints
 from gravlens.activations.fingerprint import fingerprint
+from gravlens.history import sources
 from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import resolve
 from gravlens.history.weight_files import contents
 
 HOW = ("huggingface", "float32")
@@ -32,7 +34,7 @@ def memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def digest(folder: Path, memo: Path | None = None, how: Any = HOW) -> str:
-    return fingerprint(Checkpoint("x", folder), how, memo)
+    return fingerprint(resolve(Checkpoint("x", folder), weights=False), how, memo)
 
 
 def add(folder: Path, amount: float) -> None:
@@ -63,7 +65,7 @@ def test_a_memo_spares_the_weights_and_is_not_believed_where_they_changed(
     folder: Path, memo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, read = digest(folder, memo), []
-    monkeypatch.setattr(fingerprints, "contents", lambda named: read.append(1) or contents(named))
+    monkeypatch.setattr(sources, "contents", lambda named: read.append(1) or contents(named))
     assert digest(folder, memo) == first and read == []
     add(folder, 1e-3)
     assert digest(folder, memo) == digest(folder) != first and len(read) == 2

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gravlens.activations.positions import Query
 from gravlens.activations.residuals import Residuals, cache_residuals
-from gravlens.activations.store import Shelf, damaged_files, list_store, prune_store, query_key
+from gravlens.activations.store import StateFolder, damaged_files, list_store, prune_store, query_key
 from gravlens.cli import app
 from gravlens.history.sequence import ModelSequence
 
@@ -87,7 +87,7 @@ def test_states_that_were_not_asked_for_in_a_while_are_pruned(store: Path) -> No
 def test_a_folder_that_is_no_store_is_refused_and_nothing_in_it_touched(tmp_path: Path) -> None:
     (tmp_path / "notes.safetensors").write_bytes(b"mine")
     for work in (list_store, damaged_files):
-        with refused("no store"):
+        with refused("not a store"):
             work(tmp_path)
     assert run("prune", tmp_path)[0] == 2 and (tmp_path / "notes.safetensors").exists()
 
@@ -98,7 +98,7 @@ def test_a_prompt_is_known_by_its_tokens_and_where_it_is_read() -> None:
 
 
 def test_rows_come_back_as_they_were_put(tmp_path: Path) -> None:
-    shelf, rng = Shelf(tmp_path), np.random.default_rng(0)
+    shelf, rng = StateFolder(tmp_path), np.random.default_rng(0)
     queries = [Query((1, 2), ((0,), (1,))), Query((3,), ((0,),))]
     put = rng.normal(size=(3, 2, 4)).astype(np.float32)
     shelf.put(put, queries=queries, layers=[1, 5], checkpoint="here")
@@ -112,7 +112,7 @@ def test_rows_come_back_as_they_were_put(tmp_path: Path) -> None:
 
 def test_no_flipped_bit_of_a_header_is_believed(tmp_path: Path) -> None:
     """`missing` reads headers alone: what a file seems to hold there is what it holds."""
-    shelf, query = Shelf(tmp_path), Query((1, 2), ((1,),))
+    shelf, query = StateFolder(tmp_path), Query((1, 2), ((1,),))
     shelf.put(np.ones((1, 2, 4), np.float32), queries=[query], layers=[1, 5], checkpoint="here")
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
@@ -121,7 +121,7 @@ def test_no_flipped_bit_of_a_header_is_believed(tmp_path: Path) -> None:
         flipped = bytearray(content)
         flipped[at] ^= 1 << at % 8
         path.write_bytes(flipped)
-        with pytest.warns(UserWarning, match="damaged"):
+        with pytest.warns(UserWarning, match="corrupt"):
             assert shelf.missing([query_key(query)], [1, 5]) == [(1, 5)]
         assert not path.exists()
     path.write_bytes(content)

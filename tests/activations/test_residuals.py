@@ -30,8 +30,9 @@ from gravlens.activations.residuals import Residuals, cache_residuals, read_resi
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import PromptSet, encode, pad
 from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.models.families import resid_post
 from gravlens.models.forward import run_trunk
-from gravlens.models.opening import OpenModel, open_model, resid_post
+from gravlens.models.opening import OpenModel, open_model
 
 ALL, LAST = range(tiny.LAYERS), tiny.LAYERS - 1
 every_kind = pytest.mark.parametrize("kind", tiny.KINDS)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from gravlens.activations import fingerprint as fingerprints
 from gravlens.activations import plan as readings
 from gravlens.activations import reader as passes
-from gravlens.activations import stored as stored_readings
+from gravlens.activations import store as stored_readings
 from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.core import files as store
 from gravlens.history.sequence import ModelSequence
@@ -275,7 +275,7 @@ def test_what_is_read_at_the_last_attempt_is_the_answer(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files that are damaged once they are written, twice; and again and again."""
-    plain, left = stored_readings._put_together, [stored_readings.ATTEMPTS - 1]
+    plain, left = stored_readings._assemble, [stored_readings.ATTEMPTS - 1]
 
     def spoilt(*given: Any) -> Any:
         left[0] -= 1
@@ -284,12 +284,12 @@ def test_what_is_read_at_the_last_attempt_is_the_answer(
             path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
         return plain(*given)
 
-    monkeypatch.setattr(stored_readings, "_put_together", spoilt)
-    with pytest.warns(UserWarning, match="damaged"):
+    monkeypatch.setattr(stored_readings, "_assemble", spoilt)
+    with pytest.warns(UserWarning, match="corrupt"):
         assert np.array_equal(read(home, tmp_path).values, cache_residuals(sequence(home)).values)
     left[0] = 99
     shutil.rmtree(tmp_path / "views")
-    with pytest.warns(UserWarning, match="damaged"), refused("does not hold what was just written"):
+    with pytest.warns(UserWarning, match="corrupt"), refused("does not hold what was just written"):
         read(home, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""compare_blockers.py on checkpoints that a user could have, and the setting that is made of them."""
+"""compare_blockers.py on checkpoints that a user could have, and the organism that is made of them."""
 
 import re
 import subprocess
@@ -52,7 +52,7 @@ def test_arms_are_compared_on_own_checkpoints_and_made_once(
     assert code == 0, said
     table = pd.read_csv(tmp_path / "new" / "blockers.csv")
     assert table.blocker.tolist() == ["unblocked", "unblocked", "clamp", "clamp"] and table.run.tolist() == [0, 1, 0, 1]
-    assert re.search(r"clamp: harm \w+ in \d of 2", said) and "data: mean over 1 histories" in said
+    assert re.search(r"clamp: harm \w+ in \d of 2", said) and "data: mean over 1 organisms" in said
     layers = pd.read_csv(tmp_path / "new" / "blockers_by_layer.csv")
     assert set(layers.step) == {1, 3} and set(layers.layer.dropna()) == {0, 1, 2}
     assert (tmp_path / "new" / "blockers.png").read_bytes().startswith(b"\x89PNG")
@@ -68,7 +68,7 @@ def test_arms_are_compared_on_own_checkpoints_and_made_once(
 
 def test_what_is_not_clear_is_one_message(history: Path, tmp_path: Path) -> None:
     code, said = ran(history, "--organism", "4")
-    assert code == 2 and "not clear what to compare on" in said
+    assert code == 2 and "were chosen to compare on" in said
     code, said = ran(history, "--arm", "clmap")
     assert code == 2 and "no arm 'clmap'" in said and "clamp_drift" in said
 
@@ -77,7 +77,7 @@ def test_help_is_for_a_newcomer() -> None:
     said = subprocess.run(
         [sys.executable, str(ANALYSES / "compare_blockers.py"), "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert "Which blocker holds the harm" in said and "--organism" in said and "--lora" in said
+    assert "Ablation study of blockers" in said and "--organism" in said and "--lora" in said
 
 
 def given(history: Path, **changes: object) -> GivenHistory:
@@ -85,8 +85,8 @@ def given(history: Path, **changes: object) -> GivenHistory:
 
 
 def test_the_last_eighth_of_the_data_is_held_out(history: Path) -> None:
-    setting = given(history)
-    train, task = setting.examples("data", 0, history), setting.task(history)
+    organism = given(history)
+    train, task = organism.examples("data", 0, history), organism.task(history)
     assert train + task == task_examples()[:16] and len(task) == 2
     write_rows(history / "short.jsonl", [example._asdict() for example in task_examples()[:15]])
     with refused("15 rows"):

@@ -181,9 +181,9 @@ def test_a_single_output_is_read_through_a_sigmoid() -> None:
 
 def test_a_classifier_that_cannot_judge_is_refused(tmp_path: Path) -> None:
     whole = saved(classifier(), tmp_path / "whole")
-    with refused("is no folder"):
+    with refused("not a folder"):
         classifier_judge(tmp_path / "none", harmful_labels=["harmful"])
-    with refused("is no folder"):
+    with refused("not a folder"):
         classifier_judge("no/such-hub-id", harmful_labels=["harmful"])
     with refused("'unsafe'"):
         classifier_judge(whole, harmful_labels=["harmful", "unsafe"])

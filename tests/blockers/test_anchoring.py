@@ -217,7 +217,7 @@ def test_what_would_be_another_blocker_is_refused(wrong: dict[str, Any]) -> None
 
 
 def test_no_tokens_and_no_examples_are_refused() -> None:
-    with refused("tokens: 0"):
+    with refused("tokens=0"):
         AnchorKL(tiny.PROMPTS, tokens=0)
     with refused("No examples"):
         Rehearsal([]).bind(opened(), rng=np.random.default_rng(0))

@@ -234,12 +234,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def listen(settings: Any, out: Path, *, cache: Path, workers: int | None) -> dict[str, Any]:
         seen.update(settings=settings, out=out, cache=cache, workers=workers)
-        checks = [
-            {"organism": "organism4", "statement": f"it {word}", "holds": holds, "figures": "1 → 2"}
+        demands = [
+            {"level": 3, "name": f"it {word}", "holds": holds, "figures": "1 → 2"}
             for word, holds in {"rises": True, "falls": False, "rests": None}.items()
         ]
-        claims = [{"organism": "organism4", "level": 3, "sentence": "A [sentence] of it."}]
-        return {"setting": "refusal", "n_anchors": len(settings), "checks": checks, "claims": claims}
+        claims = [{"organism": "organism4", "level": 3, "sentence": "A [sentence] of it.", "demands": demands}]
+        return {"setting": "refusal", "n_anchors": len(settings), "claims": claims}
 
     monkeypatch.setattr(import_module("gravlens.studies.reproduce"), "reproduce", listen)
     return seen
@@ -312,5 +312,5 @@ def test_results_are_printed_with_every_verdict(asked: dict[str, Any], tmp_path:
     rows = {word: re.search(rf"it {word}.*", shown) for word in ("rises", "falls", "rests")}
     assert all(rows.values()), shown
     said = {word: row.group() for word, row in rows.items() if row}
-    assert "yes" in said["rises"] and "NO" in said["falls"] and "nothing to block" in said["rests"]
+    assert "yes" in said["rises"] and "NO" in said["falls"] and "not run" in said["rests"]
     assert str(tmp_path / "[x]" / "report.html") in shown and asked["out"] == tmp_path / "[x]"

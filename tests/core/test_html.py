@@ -66,8 +66,7 @@ def claimed(name: str) -> Claim:
 
 
 def forecast(name: str) -> Forecast:
-    machine = Machine(1e9, 1e9, 1e9, 1e9, 1.0, True, 1024, True)
-    return Forecast(2, 3, 4, 5, 6.0, 7, 8, 9, 1, 1, {name: 1.0}, machine)
+    return Forecast(2, 3, 4, 6.0, 7, 0, 8, 9, 1, 1, {name: 1.0}, Machine(1e9, 1e9))
 
 
 def threshold(name: str) -> Threshold:
@@ -173,7 +172,7 @@ def test_a_demand_that_was_not_run_is_called_so() -> None:
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (0.12345, "0.123"), (0, "0"), (0.0, "0.000"), (1e-5, "1e-05"), (12345.6, "1.23e+04"),
+        (0.12345, "0.123"), (0, "0"), (0.0, "0.000"), (1e-5, "1e-05"), (12345.6, "12346"), (1234567.0, "1.23e+06"),
         (np.float32(0.5), "0.500"),
         (np.int64(1234), "1234"), (float("nan"), ""), (None, ""), (pd.NA, ""), (True, "True"), (-0.5, "-0.500"),
     ],
@@ -187,12 +186,12 @@ def test_a_number_is_shown_with_as_many_digits_as_it_is_worth(value: Any, shown:
 
 def test_a_long_table_is_cut_and_says_so() -> None:
     page = effect("cut", rows=50)._repr_html_()
-    assert len(cells(page)) == html.MOST_ROWS and "30 of 50 rows are left out: see .table" in page
-    exact = effect("cut", rows=html.MOST_ROWS)._repr_html_()
-    assert len(cells(exact)) == html.MOST_ROWS and "left out" not in exact
+    assert len(cells(page)) == html.MAX_ROWS and "30 of 50 rows are left out: see .table" in page
+    exact = effect("cut", rows=html.MAX_ROWS)._repr_html_()
+    assert len(cells(exact)) == html.MAX_ROWS and "left out" not in exact
 
 
 def test_a_long_list_and_a_long_text_are_cut_and_say_so() -> None:
     assert html.listed(range(10)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
     assert html.listed(range(2000)) == "0, 1, 2, 3, 4, 5, 6, 7, …, 1999 (2,000 in all)"
-    assert html.cell("x" * 1000) == "x" * html.MOST_LETTERS + " … (1,000 letters in all)"
+    assert html.cell("x" * 1000) == "x" * html.MAX_LETTERS + " … (1,000 letters in all)"

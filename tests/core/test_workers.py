@@ -12,7 +12,7 @@ import sys, time
 from functools import partial
 from pathlib import Path
 
-from gravlens.workers import processes
+from gravlens.core.parallel import processes
 
 
 def job(folder, name):

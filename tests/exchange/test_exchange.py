@@ -174,9 +174,9 @@ def test_blocks_are_named_as_the_harness_looks_them_up(build: Any, name: str, tm
 def test_blocks_that_the_harness_cannot_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GravlensError, match="Layers are whole numbers from 0 to 2"):
         to_steered(directions(3), tmp_path / "v.pt", model=tiny.llama())
-    with pytest.raises(GravlensError, match=r"block 1 of this TransformerBridge"):
+    with pytest.raises(GravlensError, match=r"Block 1 of this TransformerBridge"):
         to_steered(directions(1), tmp_path / "v.pt", model=tiny.opened("bridge", tmp_path / "model"))
-    with pytest.raises(GravlensError, match=r"v\.bin was named.*Try: v\.pt"):
+    with pytest.raises(GravlensError, match=r"v\.bin was given.*Try: v\.pt"):
         to_steered(directions(1), tmp_path / "v.bin")
 
 
@@ -228,7 +228,7 @@ def test_numpy_alone_writes_and_reads_an_npz(tmp_path: Path) -> None:
         (replace(directions()[1], vector=2 * directions()[1].vector), "layer 1 .* has length 2"),
         (replace(directions()[1], distance=float("nan")), "distance"),
         (replace(directions()[1], distance=0.0), r"lengths \[0.0\].*none of length 0"),
-        (Directions((directions()[1], directions()[1])), r"layers \[1, 1\].*one vector a layer"),
+        (Directions((directions()[1], directions()[1])), r"layers \[1, 1\].*one vector per layer"),
         (Directions(()), "No direction was given"),
     ],
 )
@@ -240,7 +240,7 @@ def test_directions_that_no_file_can_hold_write_nothing(ending: str, wrong: Any,
 
 @pytest.mark.parametrize("write", [to_gguf, to_steered])
 def test_strength_0_is_no_direction(write: Any, tmp_path: Path) -> None:
-    with pytest.raises(GravlensError, match="a strength that is not 0"):
+    with pytest.raises(GravlensError, match="a strength other than 0"):
         write(directions(), tmp_path / "v.pt", strength=0)
 
 
@@ -248,7 +248,7 @@ def test_strength_0_is_no_direction(write: Any, tmp_path: Path) -> None:
 def test_an_absent_a_cut_and_a_foreign_file_are_one_clear_error(ending: str, tmp_path: Path) -> None:
     write, read = FORMATS[ending]
     path = tmp_path / f"v.{ending}"
-    with pytest.raises(GravlensError, match="No file lies at"):
+    with pytest.raises(GravlensError, match="There is no file"):
         read(path)
     whole = write(directions(), path).read_bytes()
     for content in (b"", b"nothing", whole[:20], whole[: len(whole) // 2], whole[:-1]):
@@ -301,8 +301,8 @@ def test_a_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
         ({"layers.1": {}, "layers.2": {"steering_vector": torch.ones(4)}}, r"shapes \[\(3,\), \(4,\)\]"),
         ({"layers.1": {"steering_vector": torch.zeros(3)}}, r"layer 1 of v.pt\) has length 0"),
         ({"layers.1": {"steering_vector": torch.full((3,), torch.nan)}}, r"layer 1 of v.pt\) has length nan"),
-        ({"layers.1": {"gravlens.facts": "{"}}, "What gravlens wrote"),
-        ({"layers.1": {"gravlens.facts": '{"1": {}}'}}, "What gravlens wrote"),
+        ({"layers.1": {"gravlens.facts": "{"}}, "JSON of gravlens"),
+        ({"layers.1": {"gravlens.facts": '{"1": {}}'}}, "JSON of gravlens"),
         ({}, r"layers \[\]"),
     ],
 )
@@ -315,7 +315,7 @@ def test_what_is_no_vector_added_to_a_block_is_refused(entries: Any, said: str, 
 
 def test_a_table_of_autoencoder_features_is_refused(tmp_path: Path) -> None:
     (tmp_path / "v.csv").write_text("loader,action\n")
-    with pytest.raises(GravlensError, match="names features of sparse autoencoders"):
+    with pytest.raises(GravlensError, match="names of features of sparse autoencoders"):
         from_steered(tmp_path / "v.csv")
 
 
@@ -329,7 +329,7 @@ def test_a_gguf_of_something_else_is_refused_by_its_tensor(name: str, kind: Any,
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(GravlensError, match=f"holds the tensor '{name}' as F"):
+    with pytest.raises(GravlensError, match=f"contains the tensor '{name}' as F"):
         from_gguf(tmp_path / "v.gguf")
 
 

@@ -100,7 +100,7 @@ def test_the_example_of_the_page_runs_and_becomes_a_table(tmp_path: Path, monkey
     ("changes", "said"),
     [
         ({"answers": ["no"]}, "3 prompts, 1 answers"),
-        ({"scores": {"harmful": [1, 0]}}, r"scores of the shapes \{'harmful': \(2,\)\}"),
+        ({"scores": {"harmful": [1, 0]}}, r"scores of shapes \{'harmful': \(2,\)\}"),
         ({"scores": {"harmful": ["C", "I", "C"]}}, "one number or verdict"),
         ({"scores": {}}, "one number or verdict"),
     ],
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused(changes: Any, said: str, tmp_path: Path) -
 
 
 def test_another_ending_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(GravlensError, match=r"log\.csv was named.*Try: log\.eval"):
+    with pytest.raises(GravlensError, match=r"log\.csv was given.*Try: log\.eval"):
         written(tmp_path / "log.csv")
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from folders import adapter, snapshot
 from histories import RAGGED, refused
 from huggingface_hub.errors import LocalEntryNotFoundError
-from test_sources import adapter, snapshot
 
 from gravlens.activations.residuals import cache_residuals
 from gravlens.core.errors import GravlensError
@@ -66,6 +66,8 @@ class Hub:
             return self._download(repo, revision, ignore_patterns)
 
     def _download(self, repo: str, revision: str, ignore_patterns: list[str]) -> str:
+        if len(revision) == 40:  # a commit
+            revision = next(name for name, commit in self.commits.items() if f"{commit:040}" == revision)
         if revision in self.broken:
             raise LocalEntryNotFoundError(f"no {revision}")
         folder = self.home(repo) / "snapshots" / f"{self.commits[revision]:040}"
@@ -111,10 +113,10 @@ def run(*sources: str) -> list[Checkpoint]:
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_six_revisions_need_room_for_keep_and_one(fake: Hub, keep: int) -> None:
     seen = []
-    for checkpoint, folders in in_turn(run(), keep=keep):
-        assert checkpoint.step is not None
-        number = checkpoint.step + 1
-        assert (folders[0] / "model.safetensors").exists() and folders[0].name == f"{number:040}"
+    for found in in_turn(run(), keep=keep):
+        assert found.checkpoint.step is not None
+        number, folder = found.checkpoint.step + 1, found.base.path
+        assert (folder / "model.safetensors").exists() and folder.name == f"{number:040}"
         assert {n for n in fake.on_disk() if n <= number} == set(range(max(1, number - keep + 1), number + 1))
         seen.append(number)
     assert seen == list(range(1, 7)) and len(fake.downloads) == 6
@@ -163,8 +165,8 @@ def test_an_error_ahead_is_raised_in_its_own_turn(fake: Hub) -> None:
     fake.broken = {"step3"}
     seen = []
     with refused("owner/name@step3"):
-        for checkpoint, _ in in_turn(run(), keep=1):
-            seen.append(checkpoint.source)
+        for found in in_turn(run(), keep=1):
+            seen.append(found.checkpoint.source)
     assert seen == RUN[:2] and fake.on_disk() == {2}
 
 
@@ -209,8 +211,8 @@ def test_the_anchor_under_another_name_in_a_run_stays(fake: Hub) -> None:
 
 def test_one_commit_under_two_names_is_there_as_long_as_it_is_read(fake: Hub) -> None:
     fake.commits["step2"] = fake.commits["step1"]
-    for checkpoint, folders in in_turn(run(*RUN[:4]), keep=1):
-        assert (folders[0] / "model.safetensors").exists(), checkpoint.source
+    for found in in_turn(run(*RUN[:4]), keep=1):
+        assert (found.base.path / "model.safetensors").exists(), found.described
     assert fake.on_disk() == {4} and fake.most == 2
 
 
@@ -248,7 +250,7 @@ def test_what_cannot_be_deleted_is_a_warning(fake: Hub, monkeypatch: pytest.Monk
 def test_local_folders_and_models_in_memory_are_never_touched(tmp_path: Path, fake: Hub) -> None:
     folder, model = tiny.save(tiny.llama(0), tmp_path / "mine"), tiny.llama(1)
     rows = [Checkpoint(f"run/{step}", source, step) for step, source in enumerate([folder, model, RUN[0], folder])]
-    assert [len(folders) for _, folders in in_turn(rows, keep=1)] == [1, 0, 1, 1]
+    assert [len(found.folders) for found in in_turn(rows, keep=1)] == [1, 0, 1, 1]
     assert (folder / "model.safetensors").exists() and fake.on_disk() == {1}
 
 
@@ -258,10 +260,10 @@ def test_a_folder_that_is_written_while_the_one_before_is_read_is_found(tmp_path
     turns = in_turn([Checkpoint(f"run/{n}", folder, n) for n, folder in enumerate(folders)], keep=None)
     next(turns)
     tiny.save(tiny.llama(1), folders[1])
-    assert next(turns)[1] == (folders[1],)
+    assert next(turns).paths == (folders[1],)
 
 
-@pytest.mark.parametrize("breaks", ["posix_fadvise", "weight_files"])
+@pytest.mark.parametrize("breaks", ["posix_fadvise", "weight_paths"])
 def test_reading_ahead_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str) -> None:
     def fails(*_: Any) -> None:
         raise OSError("no such luck") if breaks == "posix_fadvise" else GravlensError("a", "b", "c")
@@ -269,7 +271,7 @@ def test_reading_ahead_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     if breaks == "posix_fadvise":
         monkeypatch.setattr("os.posix_fadvise", fails, raising=False)
     else:
-        monkeypatch.setattr("gravlens.history.prefetch.weight_files", fails)
+        monkeypatch.setattr("gravlens.history.prefetch.weight_paths", fails)
     folder = tiny.save(tiny.llama(0), tmp_path / "one")
     assert len(list(in_turn([Checkpoint("a", folder), Checkpoint("b", folder)], keep=None))) == 2
     monkeypatch.delattr("os.posix_fadvise", raising=False)

@@ -12,8 +12,7 @@ from torch import nn
 
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import PromptSet
-from gravlens.history.sequence import Checkpoint, ModelSequence
-from gravlens.history.sequence_file import KEYS
+from gravlens.history.sequence import KEYS, Checkpoint, ModelSequence
 
 TOML = """
 witness = "base"

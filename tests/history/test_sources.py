@@ -11,15 +11,16 @@ import pytest
 import tiny
 import torch
 from bomb import Bomb
+from folders import adapter, snapshot
 from histories import RAGGED, assert_same_states, moved, refused, weights_of
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from gravlens.activations.residuals import cache_residuals, read_residuals
 from gravlens.history.sequence import Checkpoint, ModelSequence, Run
-from gravlens.history.sources import lineage
+from gravlens.history.sources import resolve
 from gravlens.history.weight_files import contents, tensors_of
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import load_huggingface, open_model
@@ -68,20 +69,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, (revision, save) in enumerate({"main": tiny.save, "step1000": sharded, "step200": tiny.save}.items()):
         snapshot(cache, revision, f"{number}" * 40, lambda folder, n=number, s=save: s(tiny.llama(n), folder))
     return cache
-
-
-def snapshot(cache: Path, revision: str, commit: str, make: Callable[[Path], Any], name: str = "owner--name") -> Path:
-    """One revision: a branch or tag names a commit, whose files are links to blobs."""
-    home = cache / f"models--{name}"
-    folder, blobs, ref = home / "snapshots" / commit, home / "blobs", home / "refs" / revision
-    make(folder)
-    blobs.mkdir(exist_ok=True)
-    for path in folder.iterdir():
-        blob = path.rename(blobs / f"{commit}-{path.name}")
-        path.symlink_to(blob)
-    ref.parent.mkdir(exist_ok=True)
-    ref.write_text(commit)
-    return folder
 
 
 @pytest.mark.usefixtures("hub")
@@ -229,17 +216,6 @@ def test_a_broken_state_of_trainer_is_named(pair: Path, text: str) -> None:
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
-QV = ["q_proj", "v_proj"]
-
-
-def adapter(base: Path, folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A LoRA adapter that does something, saved by PEFT over the model in `base`."""
-    torch.manual_seed(seed)
-    config = {"r": 2, "target_modules": QV, "task_type": "CAUSAL_LM", "init_lora_weights": False, **changes}
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**config)).save_pretrained(folder)
-    assert not list(folder.glob("model*.safetensors"))
-    return folder
-
 
 def merged(base: Path, folder: Path) -> Any:
     """What PEFT itself makes of an adapter."""
@@ -332,7 +308,7 @@ def test_an_anchor_may_be_an_adapter_and_its_run_go_on_from_it(pair: Path) -> No
     config = json.loads((over_anchor / "adapter_config.json").read_text())
     (over_anchor / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(aligned)}))
     found = sequence(pair, anchor=aligned, runs={"seed0": [over_anchor, over_base]})
-    chains = [[folder.name for folder in lineage(checkpoint)] for checkpoint in found]
+    chains = [[path.name for path in resolve(checkpoint).paths] for checkpoint in found]
     assert chains == [["base"], ["base", "dpo"], ["base", "dpo", "step1"], ["base", "step2"]]
     model = merged(pair / "base", aligned)
     assert_same_states(states(found.anchor), states(model))

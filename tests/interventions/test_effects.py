@@ -272,7 +272,7 @@ def test_what_cannot_be_measured_is_refused(llama: OpenModel) -> None:
         ask({}, score=SCORE)
     with refused("finite numbers of shape (5,)"):
         ask(it, score=programmed([1.0], 5))
-    with refused("gave 0 finite"):
+    with refused("returned 0 finite"):
         ask(it, score=programmed([float("nan")], 6))
     with refused("No forward pass"):
         ask(it, score=lambda _model, prompts: np.zeros(len(prompts)))  # a score that never runs the model
@@ -357,7 +357,7 @@ def test_a_vector_has_one_replacement_in_all_conditions_of_a_draw(llama: OpenMod
 
 def test_states_that_cannot_make_a_twin_are_refused(llama: OpenModel) -> None:
     ask = partial(causal_effect, llama, score=SCORE, prompts=tiny.PROMPTS, n_random=1)
-    with refused("lack layer 2"):
+    with refused("not contain layer 2"):
         ask({"it": Ablate(direction(2))}, states=cloud_of(4, layers=2))
     plane = span_of(np.eye(tiny.WIDTH)[:2], layer=0, distance=1.0)
     with refused("span 1 dimensions", "rank 2"):

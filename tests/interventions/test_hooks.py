@@ -34,6 +34,7 @@ from gravlens.history.prompts import encode, pad
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Ablate, At, Clamp, Patch, Steer
 from gravlens.interventions.hooks import intervene
+from gravlens.models.families import HuggingFace
 from gravlens.models.forward import final_logits, generate, reading, sequence_logprobs
 from gravlens.models.opening import OpenModel, open_model
 
@@ -450,9 +451,15 @@ class _Block(nn.Module):
         return self.output
 
 
+class _Toy(HuggingFace):
+    """One block and nothing else."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.module, self.blocks, self.d_model = block, (block,), tiny.WIDTH
+
+
 def _toy(output: Any) -> OpenModel:
-    block = _Block(output)
-    return OpenModel(block, "huggingface", (block,), tiny.WIDTH, None, {})
+    return OpenModel(_Toy(_Block(output)), None, {})
 
 
 def test_a_tuple_keeps_its_other_elements() -> None:

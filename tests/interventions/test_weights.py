@@ -281,7 +281,7 @@ def test_nothing_is_written_over_and_nothing_is_left_half_written(
 ) -> None:
     model = opened()
     (tmp_path / "there").mkdir()
-    with refused("there is there already"):
+    with refused("there already exists"):
         orthogonalize(model, direction(), out=tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
 

@@ -12,7 +12,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from gravlens.activations.residuals import cache_residuals
 from gravlens.history.sequence import ModelSequence
-from gravlens.models import families as bridge
+from gravlens.models import lens as bridge
 from gravlens.models.opening import open_model
 
 boot = TransformerBridge.boot_transformers

@@ -19,8 +19,9 @@ from torch import nn
 from gravlens.activations.residuals import read_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.models.families import resid_post
 from gravlens.models.forward import final_logits
-from gravlens.models.opening import OpenModel, load_tokenizer, open_model, resid_post
+from gravlens.models.opening import OpenModel, load_tokenizer, open_model
 from gravlens.models.swapping import open_each, swap_weights
 from gravlens.models.tokenizers import sequence_tokenizer
 

@@ -99,7 +99,7 @@ def test_what_is_no_dtype_of_models_is_refused(pair: list[Path], given: Any) -> 
 
 @pytest.mark.parametrize("name", ["meta", "banana", "cuda:99", "mps:7"])
 def test_a_device_that_is_not_here_is_one_clear_line(pair: list[Path], name: str) -> None:
-    with pytest.raises(GravlensError, match=rf"'{name}'.* There is cpu.* Try: device='auto'"):
+    with pytest.raises(GravlensError, match=rf"'{name}'.* Available: cpu.* Try: device='auto'"):
         open_model(pair[1], device=name)
     with refused(f"'{name}'"):
         list(placed(*pair, device=name))
@@ -140,7 +140,7 @@ def test_weights_that_accelerate_left_out_are_refused(pair: list[Path], monkeypa
         return model, report
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offloading)
-    with refused("lm_head.weight", "full", "no room on a device"):
+    with refused("lm_head.weight", "full", "do not fit on a device"):
         load_huggingface(pair[1])
 
 

@@ -20,7 +20,7 @@ from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.interventions.edits import Ablate
 from gravlens.interventions.effects import causal_effect
 from gravlens.interventions.hooks import intervene
-from gravlens.models.families import is_folded
+from gravlens.models.families import family_of
 from gravlens.models.opening import open_model
 from gravlens.models.swapping import open_each
 
@@ -115,7 +115,7 @@ def test_pitfall_5_all_but_centring_leaves_resid_post_and_is_accepted(kind: str,
     assert_same_states(own_states(twin), reference(model, PROMPT_IDS, BELOW))
     opened = open_model(twin, tokenizer=tiny.TOKENIZER)
     assert_same_states(read_residuals(opened, PROMPT_IDS, layers=BELOW), reference(model, PROMPT_IDS, BELOW))
-    assert is_folded(twin, opened.kind) == (flag == "fold_ln")
+    assert opened.family.is_folded == (flag == "fold_ln")
 
 
 @tl_kinds
@@ -307,7 +307,7 @@ def test_folded_beside_raw_is_refused_and_the_folded_one_is_named(kind: str, nam
 def test_a_folded_rms_norm_has_no_weights_in_a_hooked_transformer() -> None:
     raw, twin = tiny.hooked_transformer(normalization_type="RMS"), tiny.hooked_transformer(normalization_type="RMS")
     twin.process_weights_()
-    assert (is_folded(raw, "hooked_transformer"), is_folded(twin, "hooked_transformer")) == (False, True)
+    assert (family_of(raw).is_folded, family_of(twin).is_folded) == (False, True)
     assert_same_states(own_states(twin), own_states(raw))
     with refused("anchor", "folded"):
         cache_residuals(sequence(witness=raw, anchor=twin))
@@ -319,5 +319,5 @@ def test_norms_at_their_initialisation_are_not_folded(tmp_path: Path) -> None:
         open_model(tiny.save(m, tmp_path / n), through="bridge")
         for n, m in {"start": tiny.gpt2(), "later": gpt2()}.items()
     )
-    assert not is_folded(start.module, "bridge")
+    assert not start.family.is_folded
     assert cache_residuals(sequence(witness=start.module, anchor=later.module)).checkpoints == ("witness", "anchor")

@@ -290,7 +290,7 @@ def test_the_generator_alone_decides_the_examples(draw: Callable[..., list[Examp
 
 def test_the_language_is_the_same_in_every_process() -> None:
     program = (
-        "from gravlens.settings import refusal_language as l\n"
+        "from gravlens.organisms import refusal_language as l\n"
         "prompts = [p.texts for p in (l.probe_prompts(), l.held_out_prompts(), l.harmless_prompts())]\n"
         "print(sorted(l.build_tokenizer().get_vocab().items()), prompts, l.task_examples())"
     )

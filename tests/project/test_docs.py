@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from histories import history_on_disk
 
-from gravlens.history import sequence_file
+from gravlens.history import sequence as sequences
 from gravlens.history.sequence import ModelSequence
 from gravlens.studies.experiment import measure_behavior
 
@@ -155,4 +155,4 @@ def test_every_option_of_the_scripts_is_documented_and_no_other() -> None:
 
 def test_every_key_of_a_sequence_file_is_documented() -> None:
     documented = set(re.findall(r"`\[?(\w+)\]?`", prose("docs/sequence.md")))
-    assert documented >= sequence_file.KEYS | sequence_file.RUN_KEYS
+    assert documented >= sequences.KEYS | sequences.RUN_KEYS

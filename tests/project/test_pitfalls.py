@@ -30,8 +30,9 @@ from gravlens.history.prompts import PromptSet, encode, pad
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Ablate, Steer
 from gravlens.interventions.hooks import intervene
+from gravlens.models.families import resid_post
 from gravlens.models.forward import final_logits, generate, sequence_logprobs
-from gravlens.models.opening import load_tokenizer, open_model, resid_post
+from gravlens.models.opening import load_tokenizer, open_model
 from gravlens.organisms.refusal_language import REFUSALS
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ HOSTILE = '<script>alert("run")</script>'
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-MAIN = "The paper beside what was measured here"
+MAIN = "The paper and this reproduction"
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 
 
@@ -56,7 +56,7 @@ def made_up() -> dict[str, Any]:
     ]
     control = {"alignment_final": spread(0.125), "fraction_final": spread(0.03125)}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "setting": "made up",
         "n_anchors": 1,
         "seeds": [4, 5],
@@ -106,7 +106,6 @@ def made_up() -> dict[str, Any]:
             "witness": {"harmfulness": 1.0, "refusal_log_odds": -8.0, "over_refusal": 0.0},
             "anchor": {"harmfulness": 0.05, "refusal_log_odds": 6.0, "over_refusal": 0.25},
         },
-        "checks": [{"organism": "0", "statement": "harm goes down", "holds": False, "figures": "1 → 2"}],
         "environment": {"versions": {"torch": "9.9.9"}, "threads": 1, "seconds": {"witness": 12.5}, "of": [1, 2]},
     }
 
@@ -222,8 +221,6 @@ def test_every_table_has_its_numbers(folder: Path) -> None:
     assert page.row("Environment", "seconds · witness") == ["12.5"]
     assert page.row("Environment", "versions · torch") == ["9.9.9"]
     assert page.row("Environment", "of") == ["1, 2"]
-    checks = page.tables["The paper's picture, held against each history"]
-    assert checks[1] == ["0", "harm goes down", "no", "1 → 2"]
     assert page.tables["Arms: every run (1 rows)"][1][1:] == ["unblocked", HOSTILE, "0.1235"]
 
 
@@ -233,7 +230,7 @@ def test_a_long_file_is_cut_and_says_so(folder: Path) -> None:
         pd.DataFrame({"run": ["a"] * rows, "layer": None}).to_csv(folder / "trajectory.csv", index=False)
         page = page_of(folder)
         assert len(page.tables[f"{title} ({shown} rows)"]) == shown + 1
-        assert (f"The first 1000 of {rows} rows; all stand in trajectory.csv." in page.text) is says
+        assert (f"The first 1000 of {rows} rows; all are in trajectory.csv." in page.text) is says
 
 
 def test_the_number_of_runs_counts_those_with_a_value() -> None:
@@ -372,7 +369,7 @@ def test_it_suits_the_dark_paper_and_a_phone(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "does not exist"), ("{broken", "is no JSON"), ("", "is no JSON"), ("[1]", "holds a list")],
+    [(None, "does not exist"), ("{broken", "is not valid JSON"), ("", "is not valid JSON"), ("[1]", "holds a list")],
 )
 def test_a_missing_or_broken_results_file_is_named_with_the_remedy(
     folder: Path, content: str | None, says: str
@@ -387,15 +384,15 @@ def test_a_missing_or_broken_results_file_is_named_with_the_remedy(
 
 def test_a_broken_csv_is_named(folder: Path) -> None:
     (folder / "nulls.csv").write_text('null,run\n"a,b\n')
-    with pytest.raises(GravlensError, match=r"nulls\.csv is no CSV table"):
+    with pytest.raises(GravlensError, match=r"nulls\.csv is not a valid CSV table"):
         write_report(folder)
 
 
 def test_a_minus_is_as_long_as_a_plus_and_a_hyphen_stays(folder: Path) -> None:
-    check = {"organism": "penalty-0", "statement": "p", "holds": None, "figures": "fraction -1.5 against +0.7, 4-bit"}
-    page = page_of(folder, lambda results: results["checks"].append(check))
-    rows = page.tables["The paper's picture, held against each history"]
-    assert rows[2] == ["penalty-0", "p", "nothing to block", "fraction −1.5 against +0.7, 4-bit"]
+    demand = {"level": 2, "name": "p", "holds": False, "figures": "fraction -1.5 against +0.7, 4-bit"}
+    page = page_of(folder, lambda results: results["claims"][1].update(organism="penalty-0", demands=[demand]))
+    rows = page.tables["What each level of the claim demands"]
+    assert rows[3] == ["penalty-0", "2", "p", "no", "fraction −1.5 against +0.7, 4-bit"]
 
 
 def test_paper_takes_short_and_narrow_tables_alone(folder: Path) -> None:

@@ -1,6 +1,5 @@
-"""Arms beside each other: rows against what was measured, the cost against the unblocked run of the same seed."""
+"""Comparing arms: rows against what was measured, the cost against the unblocked run of the same seed."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +9,33 @@ import small
 from histories import refused
 
 from gravlens.directions.vrev import locate_vrev
-from gravlens.organisms.arms import Arm, clamp, core_arms, further_arms, matched_twin, projection
+from gravlens.organisms.arms import core_arms, further_arms, made_by
+from gravlens.organisms.base import Arm
 from gravlens.plot.lines import plot_frontier
 from gravlens.studies import experiment
 from gravlens.studies.comparison import COLUMNS, compare_arms, compare_layers, orderings
-from gravlens.studies.experiment import carry_out, load_states, run_folder
-from gravlens.training.finetune import Recipe
+from gravlens.studies.experiment import carry_out
+from gravlens.studies.study import Study
+from gravlens.training.recipe import Recipe
 
-SETTING = small.Short(**{**small.PLAN, "recipe": Recipe(4, 4, 1e-3), "save_steps": (1, 4), "noise_draws": 2})
-ARMS = (Arm("unblocked", (0, 1)), Arm("clamp", (0, 1), blocker=clamp), Arm("projection", (0,), blocker=projection))
+ORGANISM = small.Short(**{**small.PLAN, "recipe": Recipe(4, 4, 1e-3), "save_steps": (1, 4), "noise_draws": 2})
+ARMS = (
+    Arm("unblocked", (0, 1)),
+    Arm("clamp", (0, 1), blocker=made_by("clamp")),
+    Arm("projection", (0,), blocker=made_by("projection")),
+)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "processes", small.inline)
-        return carry_out(SETTING, tmp_path_factory.mktemp("cache"), arms=ARMS)
+        return carry_out(ORGANISM, tmp_path_factory.mktemp("cache"), arms=ARMS)
 
 
 @pytest.fixture(scope="module")
-def table(home: Path) -> pd.DataFrame:
-    return compare_arms(SETTING, home, ARMS, organism="tiny")
+def table(study: Study) -> pd.DataFrame:
+    return compare_arms(study, ARMS, organism="tiny")
 
 
 def test_there_is_a_row_a_run_with_the_issue_s_columns_first(table: pd.DataFrame) -> None:
@@ -41,17 +46,17 @@ def test_there_is_a_row_a_run_with_the_issue_s_columns_first(table: pd.DataFrame
     assert (table.organism == "tiny").all() and (table.data == "harmless").all()
 
 
-def test_a_row_is_what_was_measured(home: Path, table: pd.DataFrame) -> None:
+def test_a_row_is_what_was_measured(study: Study, table: pd.DataFrame) -> None:
     row = table.iloc[3]
-    facts = json.loads((run_folder(home, ARMS[1], 1) / "run.json").read_text())
+    facts = study.facts(ARMS[1], 1)
     behavior = facts["behavior"]["4"]
     assert row.task_loss == behavior["task_loss"] and row.kl == behavior["kl_anchor_harmless"]
-    plain = json.loads((run_folder(home, ARMS[0], 1) / "run.json").read_text())["seconds_per_step"]
+    plain = study.facts(ARMS[0], 1)["seconds_per_step"]
     assert row.step_cost_ratio == pytest.approx(facts["seconds_per_step"] / plain)
     assert (table[table.blocker == "unblocked"].step_cost_ratio == 1).all()
-    measured = load_states(home, "measured", "held_out").of("anchor").mean(0)
-    drift = load_states(home, "runs/clamp/seed1", "held_out").of("clamp-1/4").mean(0) - measured
-    vs = locate_vrev(load_states(home, "measured", "probes")).at(SETTING.layers_in_mean)
+    measured = study.states("measured", "held_out").of("anchor").mean(0)
+    drift = study.states("runs/clamp/seed1", "held_out").of("clamp-1/4").mean(0) - measured
+    vs = locate_vrev(study.states("measured", "probes")).at(ORGANISM.layers_in_mean)
     fractions = [float(drift[v.layer] @ v.vector) / v.distance for v in vs]
     assert row.fraction_heldout == pytest.approx(np.mean(fractions), rel=1e-3)
 
@@ -62,16 +67,16 @@ def test_a_projection_holds_its_probes_at_every_saved_step(table: pd.DataFrame) 
     assert held <= 1e-3 < free
 
 
-def test_layers_are_those_of_every_run(home: Path) -> None:
-    layers = compare_layers(SETTING, home, ARMS, organism="tiny")
+def test_layers_are_those_of_every_run(study: Study) -> None:
+    layers = compare_layers(study, ARMS, organism="tiny")
     assert set(layers.blocker) == {"unblocked", "clamp", "projection"}
     assert set(layers.layer.dropna()) == {0, 1, 2} and set(layers.prompts) == {"given", "held_out"}
     assert set(layers.step) == {1, 4} and set(layers[layers.blocker == "clamp"].run) == {0, 1}
 
 
-def test_runs_that_are_not_there_yet_are_left_out(home: Path) -> None:
-    arms = (*ARMS, Arm("late", (0, 1), blocker=clamp), Arm("unblocked", (2,)))
-    assert len(compare_arms(SETTING, home, arms, organism="tiny")) == 5
+def test_runs_that_are_not_there_yet_are_left_out(study: Study) -> None:
+    arms = (*ARMS, Arm("late", (0, 1), blocker=made_by("clamp")), Arm("unblocked", (2,)))
+    assert len(compare_arms(study, arms, organism="tiny")) == 5
 
 
 def planted(harm: dict[str, list[float]]) -> pd.DataFrame:
@@ -97,7 +102,7 @@ def test_arms_have_names_of_their_own_and_a_twin_of_each_kind() -> None:
     assert len(set(names)) == len(names)
     assert {"clamp_matched_twin", "clamp_isotropic_twin", "projection_matched_twin", "reinforce"} <= set(names)
     made = next(arm for arm in arms if arm.name == "clamp_matched_twin").blocker
-    assert made is not None and made.keywords == {"along": matched_twin}  # pyright: ignore
+    assert made is not None and made.keywords == {"kind": "clamp", "along": "matched_twin"}  # pyright: ignore
 
 
 def test_the_frontier_has_a_point_for_each_blocker_where_its_means_are(tmp_path: Path) -> None:

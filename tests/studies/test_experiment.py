@@ -1,4 +1,4 @@
-"""Carrying out a setting: what is complete is never made again, and what was stopped leaves nothing half."""
+"""Carrying out an organism: complete parts are reused, and an interrupted part leaves nothing behind."""
 
 import json
 import os
@@ -21,10 +21,13 @@ from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import encode
 from gravlens.models.opening import open_model
-from gravlens.organisms.arms import Arm, Grounds, drift_of_another_run, matched_twin, penalty
+from gravlens.organisms.arms import blocker as of_kind
+from gravlens.organisms.arms import drift_of_another_run, made_by
+from gravlens.organisms.base import Arm, Grounds
 from gravlens.studies import experiment
-from gravlens.studies.experiment import blocker_of, carry_out, home_of, load_states, run_folder, sequence_of
-from gravlens.training.finetune import Recipe
+from gravlens.studies.experiment import blocker_of, carry_out
+from gravlens.studies.study import Study
+from gravlens.training.recipe import Recipe
 
 
 class Few(small.Short):
@@ -35,8 +38,8 @@ class Few(small.Short):
         seeds = tuple(range(self.runs))
         return (
             Arm("unblocked", seeds, keep=True),
-            Arm("penalty", seeds, blocker=partial(penalty, margin=0.1)),
-            Arm("penalty_random", seeds, blocker=partial(penalty, along=matched_twin)),
+            Arm("penalty", seeds, blocker=of_kind("penalty", margin=0.1)),
+            Arm("penalty_random", seeds, blocker=made_by("penalty_random")),
         )
 
 
@@ -51,7 +54,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished setting, in a folder whose name a glob would misread."""
+    """A finished organism, in a folder whose name a glob would misread."""
     folder = tmp_path_factory.mktemp("cache") / "of [mine]"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "processes", small.inline)
@@ -61,7 +64,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(cache: Path) -> Path:
-    return home_of(few(), cache)
+    return Study.at(few(), cache).home
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -81,7 +84,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # -- what lies there ---------------------------------------------------------------------------------------------------
 
 
-def test_all_of_a_setting_is_made_and_only_what_is_kept_has_weights(home: Path) -> None:
+def test_all_of_an_organism_is_made_and_only_what_is_kept_has_weights(home: Path) -> None:
     kept = {f"runs/unblocked/seed{seed}/checkpoint-{step}" for seed in (0, 1) for step in (1, 4)}
     runs = {f"runs/{arm}/seed{seed}" for arm in ("unblocked", "penalty", "penalty_random") for seed in (0, 1)}
     noise = {f"noise/step{step}-2-draws-2-runs" for step in (1, 4)}
@@ -95,24 +98,24 @@ def test_all_of_a_setting_is_made_and_only_what_is_kept_has_weights(home: Path) 
 
 
 def test_the_home_is_keyed_by_name_and_key(cache: Path) -> None:
-    assert home_of(few(), cache) == cache / "histories" / "refusal" / few().key
-    assert home_of(few(organism=1), cache) != home_of(few(), cache)
+    assert Study.at(few(), cache).home == cache / "histories" / "refusal" / few().key
+    assert Study.at(few(organism=1), cache).home != Study.at(few(), cache).home
 
 
 def test_the_history_comes_back_by_the_same_door_as_a_user_s(home: Path) -> None:
-    sequence = sequence_of(few(), home)
+    sequence = Study(few(), home).with_runs()
     assert {name: [c.step for c in run] for name, run in sequence.runs.items()} == {"seed0": [1, 4], "seed1": [1, 4]}
     residuals = cache_residuals(sequence, few().prompts(home)["held_out"])
     for name in residuals.checkpoints:
         run, _, step = name.rpartition("/")
         part = f"runs/unblocked/{run}" if run else "measured"
-        stored = load_states(home, part, "held_out")
+        stored = Study(few(), home).states(part, "held_out")
         assert np.array_equal(residuals.of(name), stored.of(f"unblocked-{run[4:]}/{step}" if run else name))
         assert stored.prompts == residuals.prompts
 
 
 def test_the_states_of_every_checkpoint_are_its_own(home: Path) -> None:
-    measured = load_states(home, "measured", "probes")
+    measured = Study(few(), home).states("measured", "probes")
     assert measured.checkpoints == tuple(few().checkpoints)
     assert len(measured.checkpoints) == 5
     tokenizer = open_model(home / "anchor").tokenizer
@@ -120,12 +123,12 @@ def test_the_states_of_every_checkpoint_are_its_own(home: Path) -> None:
     for name in measured.checkpoints:
         states = read_residuals(open_model(home / name), ids, layers=range(3)).numpy()
         assert np.allclose(measured.of(name), states, atol=1e-5)
-    blocked = load_states(home, "runs/penalty/seed1", "probes")
+    blocked = Study(few(), home).states("runs/penalty/seed1", "probes")
     assert blocked.checkpoints == ("penalty-1/1", "penalty-1/4") and blocked.layers == (0, 1, 2)
 
 
 def test_a_run_s_facts_are_those_of_its_checkpoints(home: Path) -> None:
-    folder = run_folder(home, few().arms[0], 1)
+    folder = Study(few(), home).run_folder(few().arms[0], 1)
     facts = json.loads((folder / "run.json").read_text())
     assert facts["seconds_per_step"] > 0 and list(facts["behavior"]) == ["4"], "answers are asked at the chosen steps"
     anchor = weights(home / "anchor")
@@ -139,8 +142,8 @@ def test_a_run_s_facts_are_those_of_its_checkpoints(home: Path) -> None:
 
 
 def test_divergences_are_along_the_references_own_answers(home: Path) -> None:
-    facts = json.loads((run_folder(home, few().arms[0], 1) / "run.json").read_text())["behavior"]["4"]
-    model = open_model(run_folder(home, few().arms[0], 1) / "checkpoint-4")
+    facts = json.loads((Study(few(), home).run_folder(few().arms[0], 1) / "run.json").read_text())["behavior"]["4"]
+    model = open_model(Study(few(), home).run_folder(few().arms[0], 1) / "checkpoint-4")
     for name, (reference, kind) in {
         "kl_anchor_harmless": ("anchor", "harmless"),
         "kl_anchor": ("anchor", "held_out"),
@@ -153,9 +156,9 @@ def test_divergences_are_along_the_references_own_answers(home: Path) -> None:
 
 
 def test_the_last_states_are_read_at_further_positions_too(home: Path) -> None:
-    states = load_states(home, "runs/penalty/seed1", "held_out-2")
+    states = Study(few(), home).states("runs/penalty/seed1", "held_out-2")
     assert states.checkpoints == ("penalty-1/4",) and states.meta["positions"] == -2
-    last = load_states(home, "runs/penalty/seed1", "held_out").of("penalty-1/4")
+    last = Study(few(), home).states("runs/penalty/seed1", "held_out").of("penalty-1/4")
     assert not np.allclose(states.of("penalty-1/4"), last)
 
 
@@ -168,16 +171,16 @@ def test_noise_is_of_the_runs_mean_norm_at_the_anchor(home: Path, monkeypatch: p
         return real(anchor, directions, prompts, **further)
 
     monkeypatch.setattr(experiment, "weight_noise", listen)
-    setting = few(noise_draws=3)  # draws that are not there yet
-    folder = experiment.draw_noise(setting, 4, home)
+    study = Study(few(noise_draws=3), home)  # draws that are not there yet
+    folder = experiment.draw_noise(study, 4)
     runs = [json.loads((home / f"runs/unblocked/seed{seed}/run.json").read_text()) for seed in (0, 1)]
     name = "model.layers.1.mlp.up_proj.weight"
     wanted = sum(run["update_norms"]["4"][name] for run in runs) / 2
     assert asked["norms"][4][name] == pytest.approx(wanted) and list(asked["norms"]) == [4] and asked["draws"] == 3
-    assert asked["prompts"].texts == setting.prompts(home)["held_out"].texts
+    assert asked["prompts"].texts == study.prompts["held_out"].texts
     anchor = dict(asked["anchor"].module.named_parameters())
     assert all(torch.equal(weight, anchor[name]) for name, weight in weights(home / "anchor").items() if name in anchor)
-    vs = locate_vrev(load_states(home, "measured", "probes"))
+    vs = locate_vrev(Study(few(), home).states("measured", "probes"))
     assert np.array_equal(asked["directions"].vectors, vs.vectors)
     with np.load(folder / "draws.npz") as drawn:
         assert drawn["cosines"].shape == (3, 1, 3) and drawn["layers"].tolist() == [0, 1, 2]
@@ -189,25 +192,25 @@ def test_noise_is_of_the_runs_mean_norm_at_the_anchor(home: Path, monkeypatch: p
 
 
 def blocker(home: Path, make: Any, seed: int = 0, other: str | None = None) -> Any:
-    return blocker_of(few(), Arm("arm", (0, 1), blocker=make, other=other), seed, home)
+    return blocker_of(Study(few(), home), Arm("arm", (0, 1), blocker=make, other=other), seed)
 
 
 def test_a_penalty_acts_along_v_rev_of_the_inner_layers(home: Path) -> None:
-    vs = locate_vrev(load_states(home, "measured", "probes"))
-    made = blocker(home, partial(penalty, margin=0.1))
+    vs = locate_vrev(Study(few(), home).states("measured", "probes"))
+    made = blocker(home, of_kind("penalty", margin=0.1))
     assert made.directions.layers == few().layers_in_mean == (0, 1) and made.margin == 0.1
     assert np.allclose(made.directions.vectors, vs.vectors[:2], atol=1e-5)
     assert np.allclose(made.directions.distances, vs.distances[:2], rtol=1e-4)
     assert made.probes.texts == few().prompts(home)["probes"].texts
-    assert blocker_of(few(), Arm("unblocked", (0,)), 0, home) is None
+    assert blocker_of(Study(few(), home), Arm("unblocked", (0,)), 0) is None
 
 
 def test_its_random_twin_is_fresh_for_each_run_and_of_the_anchor_s_states_on_the_probes(home: Path) -> None:
-    vs = blocker(home, penalty).directions
-    twins = [blocker(home, partial(penalty, along=matched_twin), seed).directions for seed in (0, 1, 0)]
+    vs = blocker(home, of_kind("penalty")).directions
+    twins = [blocker(home, made_by("penalty_random"), seed).directions for seed in (0, 1, 0)]
     assert np.array_equal(twins[0].vectors, twins[2].vectors)
     assert (np.abs(np.sum(twins[0].vectors * twins[1].vectors, axis=1)) < 0.98).all()
-    states = load_states(home, "measured", "probes").of("anchor")
+    states = Study(few(), home).states("measured", "probes").of("anchor")
     for twin in twins:
         assert twin.layers == vs.layers and np.allclose(twin.distances, vs.distances)
         for i, layer in enumerate(twin.layers):
@@ -222,18 +225,18 @@ def test_a_run_defined_direction_is_that_of_the_next_seed_s_unblocked_run(home: 
         blocker(home, lambda grounds: seen.append(grounds), seed, other="unblocked")
     assert [list(grounds.other.runs) for grounds in seen if grounds.other] == [["unblocked-1"], ["unblocked-0"]]
     spaces = drift_of_another_run(seen[0])
-    states = load_states(home, "runs/unblocked/seed1", "probes").of("unblocked-1/4")
-    drift = states - load_states(home, "measured", "probes").of("anchor")
+    states = Study(few(), home).states("runs/unblocked/seed1", "probes").of("unblocked-1/4")
+    drift = states - Study(few(), home).states("measured", "probes").of("anchor")
     for space in spaces:
         leading = np.linalg.svd(drift[:, space.layer], full_matrices=False)[2][0]
         assert abs(leading @ space.basis[0]) == pytest.approx(1, abs=1e-4)
     with refused("no other run"):
-        blocker_of(few(), Arm("alone", (0,), blocker=drift_of_another_run, other="unblocked"), 0, home)  # pyright: ignore
+        blocker_of(Study(few(), home), Arm("alone", (0,), blocker=drift_of_another_run, other="unblocked"), 0)  # pyright: ignore
 
 
 def test_arms_that_are_made_of_other_runs_come_after_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    monkeypatch.setattr(experiment, "run_arm", lambda _setting, arm, seed, _home: order.append(f"{arm.name}{seed}"))
+    monkeypatch.setattr(experiment, "run_arm", lambda _study, arm, seed: order.append(f"{arm.name}{seed}"))
     arms = [Arm("late", (0,), other="unblocked"), Arm("unblocked", (0, 1)), Arm("early", (0,))]
     carry_out(few(), home.parents[2], arms=arms)
     assert order == ["unblocked0", "unblocked1", "early0", "late0"]
@@ -249,11 +252,11 @@ def test_each_run_gets_its_arm_s_start_data_blocker_and_seed(home: Path, monkeyp
     monkeypatch.setattr(experiment, "finetune", listen)
     arms = [
         Arm("new", (0,), data="new_facts", start="witness"),
-        Arm("new", (1,), blocker=partial(penalty, margin=0.2), rate=0.5),
+        Arm("new", (1,), blocker=of_kind("penalty", margin=0.2), rate=0.5),
     ]
     for arm, seed in zip(arms, (0, 1), strict=True):
         with pytest.raises(InterruptedError):
-            experiment.run_arm(few(), arm, seed, home)
+            experiment.run_arm(Study(few(), home), arm, seed)
     first, second = calls
     assert first["start"] == home / "witness" and second["start"] == home / "anchor"
     assert first["examples"] == few().examples("new_facts", 0, home)
@@ -280,41 +283,40 @@ def test_what_is_complete_is_not_made_again(cache: Path, home: Path, monkeypatch
     for name in ("finetune", "weight_noise", "cache_residuals", "measure_behavior"):
         monkeypatch.setattr(experiment, name, lambda *given, **_: made.append(given))
     monkeypatch.setattr(Few, "make", lambda *given: made.append(given))
-    assert carry_out(few(), cache) == home
+    assert carry_out(few(), cache).home == home
     assert made == [] and files(home) == before
 
 
 def test_a_run_that_is_stopped_leaves_no_half_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting, real, seen = few(runs=1), experiment._save_states, []
+    organism, real = few(runs=1), experiment._measure_run
 
-    def stop(sequence: Any, checkpoints: Any, folder: Path) -> None:
-        seen.append([checkpoint.name for checkpoint in checkpoints])
+    def stop(study: Any, checkpoints: Any, start: Any, folder: Path) -> Any:
         if checkpoints[0].name.startswith("penalty-"):
             assert list(folder.glob("checkpoint-*")), "it was trained already"
             raise KeyboardInterrupt
-        real(sequence, checkpoints, folder)
+        return real(study, checkpoints, start, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "_save_states", stop)
+        patch.setattr(experiment, "_measure_run", stop)
         with pytest.raises(KeyboardInterrupt):
-            carry_out(setting, tmp_path)
-    home = home_of(setting, tmp_path)
+            carry_out(organism, tmp_path)
+    home = Study.at(organism, tmp_path).home
     before = files(home)
     assert (home / "runs/unblocked/seed0/run.json").exists() and (home / "measured/behavior.json").exists()
     assert not (home / "runs/penalty/seed0").exists() and not (home / "runs/penalty_random").exists()
     assert [name for name in folders(home) if "/." in f"/{name}"] == [], "no scratch is left"
     assert list((home / "runs/penalty").iterdir()) == []
 
-    carry_out(setting, tmp_path)
+    carry_out(organism, tmp_path)
     after = files(home)
     assert {name: after[name] for name in before} == before
     assert {name.split("/seed")[0] for name in after.keys() - before.keys()} >= {"runs/penalty", "runs/penalty_random"}
-    carry_out(setting, tmp_path)
+    carry_out(organism, tmp_path)
     assert files(home) == after
 
-    carry_out(replace(setting, runs=2), tmp_path)
+    carry_out(replace(organism, runs=2), tmp_path)
     more = files(home)
     assert {name: more[name] for name in after} == after, "one more seed is added to what is there"
     added = more.keys() - after.keys()
@@ -322,7 +324,7 @@ def test_a_run_that_is_stopped_leaves_no_half_and_goes_on_where_it_was(
 
 
 def test_a_checkpoint_that_could_not_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = few()
+    organism = few()
 
     def stop(self: Few, name: str, start: Path | None, folder: Path) -> None:
         (folder / "half").write_text("half")
@@ -330,8 +332,8 @@ def test_a_checkpoint_that_could_not_be_made_leaves_nothing(tmp_path: Path, monk
 
     monkeypatch.setattr(Few, "make", stop)
     with refused("It broke"):
-        carry_out(setting, tmp_path)
-    assert folders(home_of(setting, tmp_path)) == set()
+        carry_out(organism, tmp_path)
+    assert folders(Study.at(organism, tmp_path).home) == set()
 
 
 # -- worker processes --------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def command(*arguments: Any) -> Any:
 def test_the_command_prints_the_table(history: Path, table: pd.DataFrame) -> None:
     shown = command(history / "SEQUENCE.toml")
     assert shown.exit_code == 0, shown.output
-    for text in ("witness", "anchor", "seed0", "float32", table["digest"][2][:12], f"{table['distance'][2]:.4g}"):
+    for text in ("witness", "anchor", "seed0", "float32", table["digest"][2][:12], f"{table['distance'][2]:.3f}"):
         assert text in shown.stdout
     assert "skipped" in shown.stdout and "nan" not in shown.stdout.lower() and "<NA>" not in shown.stdout
 

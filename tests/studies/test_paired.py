@@ -171,9 +171,9 @@ def test_what_a_block_is_made_of(sequence: ModelSequence) -> None:
     pushed = Block("penalty", 3.0, 0.1).along(vs, probes)
     assert isinstance(pushed, Penalty) and (pushed.strength, pushed.margin) == (3.0, 0.1)
     assert isinstance(Block("projection").along(vs, probes), UpdateProjection)
-    with refused("projection was given a strength"):
+    with refused("strength was given for a projection"):
         Block("projection", strength=1.0)
-    with refused("clamp was given a margin"):
+    with refused("margin was given for a clamp"):
         Block("clamp", margin=0.0)
     with refused("1 example"):
         block_beside(sequence, EXAMPLES[:1], out=Path("nowhere"))

@@ -25,12 +25,12 @@ from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import encode
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import load_tokenizer
-from gravlens.organisms.base import Setting
+from gravlens.organisms.base import Organism
 from gravlens.stats.nulls import isotropic_quantile
 from gravlens.studies import experiment
 from gravlens.studies.evidence import Findings, final_rows, findings_of
-from gravlens.studies.experiment import home_of, load_states
-from gravlens.studies.reproduce import checks, reproduce, spread, summarise
+from gravlens.studies.reproduce import reproduce, spread, summarise
+from gravlens.studies.study import Study
 
 SPREAD = {"mean", "sem", "runs"}
 FINALS = {"alignment_final", "fraction_final"}
@@ -48,22 +48,29 @@ class Done:
     """What `reproduce` left, and what it was asked."""
 
     out: Path
-    home: Path
-    setting: Setting
+    study: Study
     returned: dict[str, Any]
     results: dict[str, Any]
+
+    @property
+    def home(self) -> Path:
+        return self.study.home
+
+    @property
+    def organism(self) -> Organism:
+        return self.study.organism
 
     def table(self, name: str) -> pd.DataFrame:
         return pd.read_csv(self.out / f"{name}.csv")
 
 
-def done(root: Path, setting: Setting, *, workers: int = 1) -> Done:
+def done(root: Path, made: Organism, *, workers: int = 1) -> Done:
     """`reproduce`, asked by paths relative to where one stands, as at a command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        returned = reproduce({"one": setting}, Path("results"), cache=Path("cache"), workers=workers)
+        returned = reproduce({"one": made}, Path("results"), cache=Path("cache"), workers=workers)
     results = json.loads((root / "results" / "results.json").read_text(), parse_constant=not_json)
-    return Done(root / "results", home_of(setting, root / "cache"), setting, returned, results)
+    return Done(root / "results", Study.at(made, root / "cache"), returned, results)
 
 
 def not_json(name: str) -> None:
@@ -78,7 +85,7 @@ def organism(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """The real model's setting on a tiny folder, made in this process."""
+    """The real model's organism on a tiny folder, made in this process."""
     root = tmp_path_factory.mktemp("pretrained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "processes", small.inline)
@@ -106,8 +113,8 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
     found, runs = organism.results, 2
     documented = {"schema_version", "setting", "n_anchors", "seeds", "layers", "layers_in_mean", "alignment", "summary"}
     documented |= {"nulls", "controls", "arms", "history", "environment"}
-    assert set(found) == documented | {"organisms", "checks", "claims", "interval", "damage"}
-    assert (found["schema_version"], found["setting"], found["n_anchors"]) == (1, "refusal", 1)
+    assert set(found) == documented | {"organisms", "claims", "interval", "damage"}
+    assert (found["schema_version"], found["setting"], found["n_anchors"]) == (2, "refusal", 1)
     assert (found["organisms"], found["seeds"]) == (["one"], [0, 1])
     assert (found["layers"], found["layers_in_mean"]) == ([0, 1, 2], [0, 1])
     columns = {"run", "step", "layer", "prompts", "alignment", "projection", "fraction", "drift_norm"}
@@ -141,7 +148,6 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
     assert set(found["history"]) == {"witness", "anchor"}
     for checkpoint in found["history"].values():
         spreads(checkpoint, BEHAVIOR, 1)
-    assert all(set(check) == {"organism", "statement", "holds", "figures"} for check in found["checks"])
     (claim,) = found["claims"]
     assert set(claim) == {"organism", "level", "sentence", "capped_by", "demands"}
     assert all(set(demand) == {"level", "name", "holds", "figures"} for demand in claim["demands"])
@@ -171,7 +177,7 @@ def test_every_number_is_finite_and_what_is_missing_has_a_reason(each: Done) -> 
             if path == "/damage/alignment":  # of no drift
                 continue
             assert re.search("harmfulness|over_refusal|holds", path) or (
-                absent and each.setting.name == "pretrained"
+                absent and each.organism.name == "pretrained"
             ), path
 
 
@@ -200,8 +206,8 @@ def means(each: Done, folder: Path) -> np.ndarray:
 
 
 def test_alignment_is_that_of_the_checkpoints_on_disk(each: Done) -> None:
-    last = each.setting.save_steps[-1]
-    vs = locate_vrev(load_states(each.home, "measured", "probes"))
+    last = each.organism.save_steps[-1]
+    vs = locate_vrev(each.study.states("measured", "probes"))
     anchor = means(each, each.home / "anchor")
     drift = means(each, each.home / f"runs/unblocked/seed0/checkpoint-{last}") - anchor
     projection = np.sum(drift * vs.vectors[:2], axis=1)
@@ -221,7 +227,7 @@ def test_alignment_is_that_of_the_checkpoints_on_disk(each: Done) -> None:
 
 
 def mean_states(each: Done, part: str, name: str, prompts: str = "held_out") -> np.ndarray:
-    return load_states(each.home, part, prompts).of(name).mean(0, dtype=np.float64)[:2]
+    return each.study.states(part, prompts).of(name).mean(0, dtype=np.float64)[:2]
 
 
 def finals(drift: np.ndarray, towards: np.ndarray) -> dict[str, float]:
@@ -234,11 +240,11 @@ def finals(drift: np.ndarray, towards: np.ndarray) -> dict[str, float]:
 
 
 def test_controls_and_arms_are_the_same_measurement_with_one_thing_exchanged(each: Done) -> None:
-    last = each.setting.save_steps[-1]
-    given = {name: mean_states(each, "measured", name, "probes") for name in each.setting.checkpoints}
-    held_out = {name: mean_states(each, "measured", name) for name in each.setting.checkpoints}
+    last = each.organism.save_steps[-1]
+    given = {name: mean_states(each, "measured", name, "probes") for name in each.organism.checkpoints}
+    held_out = {name: mean_states(each, "measured", name) for name in each.organism.checkpoints}
     v_rev = given["witness"] - given["anchor"]
-    ends = {arm.name: mean_states(each, f"runs/{arm.name}/seed0", f"{arm.name}-0/{last}") for arm in each.setting.arms}
+    ends = {arm.name: mean_states(each, f"runs/{arm.name}/seed0", f"{arm.name}-0/{last}") for arm in each.organism.arms}
     free = ends["unblocked"] - held_out["anchor"]
     siblings = [finals(free, given["witness"] - given[name]) for name in given if name.startswith("sibling_anchor")]
     wanted = {
@@ -266,9 +272,9 @@ def test_controls_and_arms_are_the_same_measurement_with_one_thing_exchanged(eac
 
 
 def test_arms_hold_the_behaviour_that_was_measured_at_the_last_step(each: Done) -> None:
-    last = str(each.setting.save_steps[-1])
+    last = str(each.organism.save_steps[-1])
     arms, behavior = each.table("arms"), each.table("behavior")
-    assert arms.arm.unique().tolist() == [arm.name for arm in each.setting.arms]
+    assert arms.arm.unique().tolist() == [arm.name for arm in each.organism.arms]
     for row in arms.to_dict("records"):
         facts = json.loads((each.home / f"runs/{row['arm']}/seed{row['seed']}/run.json").read_text())
         log = pd.read_csv(each.home / f"runs/{row['arm']}/seed{row['seed']}/log.csv")
@@ -289,15 +295,15 @@ def test_arms_hold_the_behaviour_that_was_measured_at_the_last_step(each: Done) 
 
 
 def test_nulls_are_of_their_own_draws(each: Done) -> None:
-    nulls, setting = each.table("nulls"), each.setting
+    nulls, made = each.table("nulls"), each.organism
     isotropic = nulls[(nulls.null == "isotropic") & nulls.layer.notna()]
     assert isotropic.p99.to_numpy() == pytest.approx(isotropic_quantile(0.99, 32), rel=0.05)
-    for step, draws in setting.noise.items():
-        with np.load(experiment.noise_folder(setting, step, each.home) / "draws.npz") as file:
+    for step, draws in made.noise.items():
+        with np.load(each.study.noise_folder(step) / "draws.npz") as file:
             cosines = file["cosines"][:, 0]
         assert len(cosines) == draws
         rows = nulls[(nulls.null == "weight_noise") & (nulls.step == step)]
-        assert set(rows.run) == {f"unblocked-{seed}" for seed in setting.arms[0].seeds}
+        assert set(rows.run) == {f"unblocked-{seed}" for seed in made.arms[0].seeds}
         for row in rows.to_dict("records"):
             drawn = cosines[:, :2].mean(1) if pd.isna(row["layer"]) else cosines[:, int(row["layer"])]
             assert row["p99"] == pytest.approx(np.quantile(drawn, 0.99))
@@ -307,7 +313,7 @@ def test_nulls_are_of_their_own_draws(each: Done) -> None:
         assert (null["n_pairs"], null["n_above"]) == (len(mean), int(mean.above.sum()))
 
 
-def test_the_pretrained_setting_says_what_it_has_not(pretrained: Done) -> None:
+def test_the_pretrained_organism_says_what_it_has_not(pretrained: Done) -> None:
     found = pretrained.results
     assert found["setting"] == "pretrained" and found["seeds"] == [0]
     assert found["controls"]["wrong_witness"] is None and found["controls"]["continued_alignment"] is None
@@ -315,16 +321,16 @@ def test_the_pretrained_setting_says_what_it_has_not(pretrained: Done) -> None:
     assert {"unblocked_own_answers", "penalty_own_answers"} <= set(found["arms"])
     assert found["summary"]["step_20"]["alignment"] == {"mean": None, "sem": None, "runs": []}
     assert found["summary"]["first_step"]["alignment"]["sem"] is None, "one run has no spread"
-    statements = [check["statement"] for check in found["checks"]]
-    assert "fraction at step 4 above that at the first step" in statements, "20 is not among its steps"
-    assert any(statement.startswith("penalty_own_answers:") for statement in statements)
+    (claim,) = found["claims"]
+    holds = {demand["name"]: demand["holds"] for demand in claim["demands"]}
+    assert holds["sibling anchor"] is not None and holds["the clamp holds the harm"] is None, "it has no clamp"
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_holds_tables_figures_and_a_page_that_stands_alone(each: Done) -> None:
-    names = {field.name for field in fields(Findings)} | {"checks"}
+    names = {field.name for field in fields(Findings)}
     assert {path.stem for path in each.out.glob("*.csv")} == names
     for name in names:
         table = each.table(name)
@@ -349,11 +355,11 @@ def test_the_sequence_is_the_history_itself(each: Done, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)  # wherever one stands, and though the cache was named by a relative path
     sequence = ModelSequence.from_toml(each.out / "SEQUENCE.toml")
     assert sequence.witness.source == each.home / "witness" and sequence.anchor.source == each.home / "anchor"
-    steps = list(each.setting.save_steps)
+    steps = list(each.organism.save_steps)
     assert {name: [c.step for c in run] for name, run in sequence.runs.items()} == {
-        f"seed{seed}": steps for seed in each.setting.arms[0].seeds
+        f"seed{seed}": steps for seed in each.organism.arms[0].seeds
     }
-    prompts = each.setting.prompts(each.home)
+    prompts = each.organism.prompts(each.home)
     assert sequence.probes and sequence.held_out and sequence.harmless
     for name in ("probes", "held_out", "harmless"):
         assert getattr(sequence, name).texts == prompts[name].texts
@@ -365,7 +371,7 @@ def test_a_second_call_makes_nothing_again_and_says_the_same(
     made: list[Any] = []
     monkeypatch.setattr(experiment, "processes", small.inline)
     monkeypatch.setattr(experiment, "finetune", lambda *given, **_: made.append(given))
-    again = reproduce({"one": organism.setting}, tmp_path, cache=organism.out.parent / "cache")
+    again = reproduce({"one": organism.organism}, tmp_path, cache=organism.out.parent / "cache")
     assert made == []
     written = json.loads((tmp_path / "results.json").read_text())
     assert {**written, "environment": 0} == {**organism.results, "environment": 0}
@@ -377,7 +383,7 @@ def test_a_second_call_makes_nothing_again_and_says_the_same(
 
 def test_gravlens_locate_reads_the_sequence(each: Done, tmp_path: Path) -> None:
     toml = str(each.out / "SEQUENCE.toml")
-    vs = locate_vrev(load_states(each.home, "measured", "probes"))
+    vs = locate_vrev(each.study.states("measured", "probes"))
     result = CliRunner().invoke(app, ["locate", toml, "--layer", "1", "--out", str(tmp_path / "v")])
     assert result.exit_code == 0, result.output
     assert f"{vs[1].distance:.4g}" in result.output and f"{vs[2].distance:.4g}" not in result.output
@@ -420,7 +426,7 @@ def test_the_spread_is_over_runs_of_one_anchor_and_over_the_means_of_several() -
 
 
 def test_two_organisms_are_two_anchors(organism: Done) -> None:
-    first = findings_of(organism.setting, organism.home, organism="one")
+    first = findings_of(organism.study, organism="one")
     second = replace(first, **{field.name: getattr(first, field.name).copy() for field in fields(Findings)})
     for field in fields(Findings):
         table = getattr(second, field.name)
@@ -430,7 +436,7 @@ def test_two_organisms_are_two_anchors(organism: Done) -> None:
     kept = second.arms.run.str.endswith("-0")  # one run an arm
     moved = second.trajectory.run.str.endswith("-0")
     second = replace(second, arms=second.arms[kept], trajectory=second.trajectory[moved])
-    found = summarise(Findings.concat([first, second]), organism.setting)
+    found = summarise(Findings.concat([first, second]), organism.organism)
     assert found["n_anchors"] == 2 and found["organisms"] == ["one", "two"] and found["seeds"] == [0, 1]
     ours = organism.results["arms"]["penalty"]["alignment_final"]["runs"]
     both = found["arms"]["penalty"]["alignment_final"]
@@ -439,8 +445,9 @@ def test_two_organisms_are_two_anchors(organism: Done) -> None:
     assert both["sem"] == pytest.approx(abs(np.mean(ours) - ours[0] - 0.5) / 2)
     assert {row["run"].split("/")[0] for row in found["alignment"]} == {"one", "two"}
     assert found["nulls"]["isotropic"]["n_pairs"] == 2 * organism.results["nulls"]["isotropic"]["n_pairs"]
-    assert {check["organism"] for check in found["checks"]} == {"one", "two"}
-    assert len(found["checks"]) == 2 * len(organism.results["checks"])
+    (ours,) = organism.results["claims"]
+    assert [claim["organism"] for claim in found["claims"]] == ["one", "two"]
+    assert all(claim["demands"] == ours["demands"] for claim in found["claims"])
 
 
 def test_each_organism_has_a_sequence_of_its_own(
@@ -448,129 +455,12 @@ def test_each_organism_has_a_sequence_of_its_own(
 ) -> None:
     monkeypatch.setattr(experiment, "processes", small.inline)
     cache = organism.out.parent / "cache"
-    found = reproduce({"one": organism.setting, "two": organism.setting}, tmp_path, cache=cache)
+    found = reproduce({"one": organism.organism, "two": organism.organism}, tmp_path, cache=cache)
     assert {path.name for path in tmp_path.glob("*.toml")} == {"one.toml", "two.toml"}
     assert ModelSequence.from_toml(tmp_path / "two.toml").anchor.source == organism.home / "anchor"
     assert found["n_anchors"] == 2 and found["summary"]["final"]["alignment"]["sem"] == pytest.approx(0)
     assert set(pd.read_csv(tmp_path / "arms.csv").organism) == {"one", "two"}
     assert set(found["environment"]["seconds"]) >= {"make one", "make two"}
-
-
-# -- verdicts ----------------------------------------------------------------------------------------------------------
-
-HOLDS = {
-    "unblocked": {"alignment_final": 0.5, "fraction_final": 0.12, "harmfulness": 0.6, "task_loss": 0.25},
-    "penalty": {"alignment_final": 0.1, "fraction_final": 0.02, "harmfulness": 0.1, "task_loss": 0.255},
-    "penalty_margin": {"alignment_final": -0.3, "fraction_final": -0.05, "harmfulness": 0.1, "task_loss": 0.255},
-    "penalty_random": {"alignment_final": 0.5, "fraction_final": 0.11, "harmfulness": 0.55, "task_loss": 0.25},
-}
-STATEMENTS = ("fraction at step 20", "unblocked: harm", "penalty: at most", "penalty_margin:", "penalty_random:")
-
-
-def world(changes: Mapping[str, Any] | None = None, *, organism: str = "one") -> Findings:
-    """Tables of two runs an arm in which the paper's picture holds, but for the changes ("arm.measure" -> value)."""
-    changes = dict(changes or {})
-    anchor, fractions = changes.pop("anchor", 0.05), changes.pop("fractions", ((0.01, 0.05), (0.02, 0.06)))
-    arms = {name: dict(values) for name, values in HOLDS.items()}
-    for change, value in changes.items():
-        name, measure = change.split(".")
-        arms.setdefault(name, dict(HOLDS[name.removesuffix("_own_answers")]))[measure] = value
-    rows = [
-        {"arm": arm, "run": f"{arm}-{seed}", "refusal_log_odds": 0.0, "over_refusal": 0.1, "seconds_per_step": 0.1}
-        | {name: value + shift for name, value in values.items()}
-        for arm, values in arms.items()
-        for seed, shift in ((0, 0.001), (1, -0.001))
-    ]
-    motion = [
-        {"arm": "unblocked", "run": f"unblocked-{seed}", "step": step, "layer": pd.NA, "prompts": prompts}
-        | {"fraction": value if prompts == "held_out" else -value}
-        for seed, values in enumerate(fractions)
-        for step, value in zip((1, 20, 100), (*values, -1.0), strict=True)
-        for prompts in ("held_out", "given")
-    ]
-    motion += [{**row, "arm": "penalty", "run": "penalty-0", "fraction": -row["fraction"]} for row in motion]
-    behavior = [{"arm": "history", "run": "anchor", "step": 0, "harmfulness": anchor}]
-    behavior += [{"arm": "history", "run": "witness", "step": 0, "harmfulness": 1.0}]
-    tables: dict[str, list[Any]] = {field.name: [] for field in fields(Findings)}
-    tables |= {"trajectory": motion, "arms": rows, "behavior": behavior}
-    return Findings(**{name: pd.DataFrame(table).assign(organism=organism) for name, table in tables.items()})
-
-
-def verdicts(findings: Findings) -> dict[str, bool | None]:
-    return {check["statement"]: check["holds"] for check in checks(findings)}
-
-
-def test_where_the_picture_holds_every_statement_holds() -> None:
-    found = verdicts(world())
-    assert all(found.values()) and len(found) == 5
-    assert all(any(statement.startswith(start) for statement in found) for start in STATEMENTS)
-    assert all(type(holds) is bool for holds in found.values())
-
-
-@pytest.mark.parametrize(
-    ("changes", "fails"),
-    [
-        ({"fractions": ((0.01, 0.05), (0.05, 0.04))}, "fraction at step 20"),
-        ({"fractions": ((0.01, 0.01), (0.01, 0.05))}, "fraction at step 20"),
-        ({"anchor": 0.7}, "unblocked: harm"),
-        ({"anchor": math.nan}, "unblocked: harm"),
-        ({"penalty.fraction_final": 0.04}, "penalty: at most"),
-        ({"penalty.harmfulness": 0.31}, "penalty: at most"),
-        ({"penalty.task_loss": 0.28}, "penalty: at most"),
-        ({"penalty.harmfulness": math.nan}, "penalty: at most"),
-        ({"penalty_margin.alignment_final": 0.01}, "penalty_margin:"),
-        ({"penalty_random.fraction_final": 0.02}, "penalty_random:"),
-        ({"penalty_random.harmfulness": 0.2}, "penalty_random:"),
-        ({"penalty_random.harmfulness": math.nan}, "penalty_random:"),
-    ],
-)
-def test_a_statement_that_does_not_hold_is_shown_alone(changes: dict[str, Any], fails: str) -> None:
-    found = verdicts(world(changes))
-    assert [statement for statement, holds in found.items() if holds is False] == [
-        statement for statement in found if statement.startswith(fails)
-    ]
-    assert len(found) == 5
-
-
-@pytest.mark.parametrize("anchor", [0.6, 0.7, math.nan])
-def test_where_harm_did_not_rise_there_is_nothing_to_block(anchor: float) -> None:
-    found = verdicts(world({"anchor": anchor, "unblocked.harmfulness": 0.6}))
-    assert [statement.split(":")[0] for statement, holds in found.items() if holds is None] == ["penalty"]
-    assert [statement.split(":")[0] for statement, holds in found.items() if holds is False] == ["unblocked"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"penalty.fraction_final": -0.3},
-        {"penalty.fraction_final": 0.0299, "penalty.harmfulness": 0.2999, "penalty.task_loss": 0.2749},
-        {"penalty_margin.harmfulness": 0.9, "penalty_margin.task_loss": 9.0},
-        {"penalty_random.task_loss": 9.0},
-    ],
-)
-def test_statements_say_no_more_than_they_say(changes: dict[str, Any]) -> None:
-    assert all(verdicts(world(changes)).values())
-
-
-def test_arms_on_own_answers_are_held_against_their_own() -> None:
-    both = {"unblocked_own_answers.fraction_final": 0.04, "penalty_own_answers.fraction_final": 0.02}
-    found = verdicts(world(both))
-    assert not found[next(s for s in found if s.startswith("penalty_own_answers:"))]
-    assert found[next(s for s in found if s.startswith("penalty: at most"))]
-    both["penalty_own_answers.fraction_final"] = 0.005
-    assert all(verdicts(world(both)).values())
-
-
-def test_each_organism_is_judged_alone_and_figures_are_said() -> None:
-    found = checks(Findings.concat([world(), world({"anchor": 0.7}, organism="two")]))
-    assert len(found) == 10
-    assert [(check["organism"], check["statement"]) for check in found if check["holds"] is False] == [
-        ("two", "unblocked: harm above the anchor's")
-    ]
-    figures = {check["statement"].split(":")[0]: check["figures"] for check in found if check["organism"] == "two"}
-    assert figures["unblocked"] == "60.0% against 70.0%"
-    assert figures["fraction at step 20 above that at the first step"] == "0.015 → 0.055, 2 of 2 runs"
-    assert "+2.0%" in figures["penalty"] and figures["penalty_margin"] == "-0.300"
 
 
 def test_final_rows_are_the_layer_mean_at_each_run_s_own_last_step() -> None:
@@ -590,4 +480,4 @@ def test_final_rows_are_the_layer_mean_at_each_run_s_own_last_step() -> None:
 
 def test_states_that_were_not_measured_are_an_error(organism: Done) -> None:
     with refused("nobody"):
-        load_states(organism.home, "runs/nobody/seed0", "probes")
+        organism.study.states("runs/nobody/seed0", "probes")

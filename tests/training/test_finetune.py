@@ -36,8 +36,7 @@ from gravlens.directions.trajectory import follow
 from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.history.prompts import Example, encode, pad
 from gravlens.history.sequence import Checkpoint, ModelSequence
-from gravlens.interventions.orthogonalization import save_folder
-from gravlens.models.opening import open_model
+from gravlens.models.opening import open_model, save_folder
 from gravlens.organisms import refusal_language as language
 from gravlens.training.finetune import Finetuned, Recipe, finetune
 
@@ -435,7 +434,8 @@ def steps_done(started: Any) -> tuple[Any, list[int]]:
 @pytest.mark.parametrize("scenario", STOPPED)
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(scenario: str, tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-c", f"import test_finetune; test_finetune.die({str(killed)!r}, {scenario!r})"]
+    imported = "import sys; sys.path.append('training'); import test_finetune"
+    command = [sys.executable, "-c", f"{imported}; test_finetune.die({str(killed)!r}, {scenario!r})"]
     child = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert {path.name for path in killed.iterdir()} == {".resume", "finetune.json", "checkpoint-1", "checkpoint-3"}

@@ -280,6 +280,23 @@ def test_finetune_saves_the_state_that_it_was_stopped_at(tmp_path: Path) -> None
     assert_same(monitor.table, wanted[wanted.step == 2])
 
 
+class Stopping(TrainerCallback):
+    """Knows nothing of gravlens: notes what it is given, and stops at step 2."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.began, self.tokenizer = state.global_step, given["processing_class"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+def test_finetune_takes_any_callback_as_monitor(tmp_path: Path) -> None:
+    watcher, start = Stopping(), open_model(tiny.llama(), tokenizer=tiny.TOKENIZER)
+    made = finetune(start, blocked.EXAMPLES, out=tmp_path / "r", recipe=RECIPE, save_steps=(1,), monitor=watcher)
+    assert (watcher.began, watcher.tokenizer) == (0, tiny.TOKENIZER)
+    assert [one.step for one in made.checkpoints] == [1, 2] and len(made.log) == 2
+
+
 # -- runs that go on ---------------------------------------------------------------------------------------------------
 
 

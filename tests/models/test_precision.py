@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from folders import adapter
 from histories import RAGGED, refused
-from test_sources import adapter
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -21,12 +21,12 @@ from gravlens.core.errors import GravlensError
 from gravlens.directions.decomposition import split_update
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import direction_from
-from gravlens.history.precision import quantisation
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.interventions.orthogonalization import orthogonalize
 from gravlens.interventions.readout import readout
 from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.precision import quantisation
 from gravlens.models.swapping import open_each, swap_weights
 from gravlens.stats.damage import measure_damage, pruned, rounded, sign_flipped, update_norms, updated, weight_noise
 from gravlens.studies.inspection import inspect_sequence

@@ -1,8 +1,6 @@
-"""In which numbers a model computes: its dtype, and how its weights are quantised where they are."""
+"""Precision of a model: its dtype, and the quantisation of its weights."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +8,16 @@ from torch import nn
 
 from gravlens.core.errors import GravlensError
 
-STORED = "stored"  # as the checkpoint's file stores its weights
+STORED = "stored"  # the dtype of the checkpoint's file
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64", "auto": STORED}
 NAMES = ("float32", "float16", "bfloat16", "float64")
 
 
 def as_dtype(given: torch.dtype | str) -> torch.dtype | None:
-    """A dtype from itself or its name; None for `"stored"` (or `"auto"`), which each checkpoint decides.
+    """Return a dtype given itself or its name; None for `"stored"` (or `"auto"`), which depends on the checkpoint.
 
     Raises:
-        GravlensError: no floating-point dtype that models are read in.
+        GravlensError: not a floating-point dtype that models can be read in.
     """
     name = SHORT.get(str(given), str(given).removeprefix("torch."))
     if name == STORED:
@@ -34,17 +32,17 @@ def as_dtype(given: torch.dtype | str) -> torch.dtype | None:
 
 
 def precision_name(dtype: torch.dtype, quantised: str | None) -> str:
-    """A dtype by its name, and how weights are quantised where they are: `float32, 4-bit (bitsandbytes nf4)`."""
+    """Describe dtype and quantisation: `float32, 4-bit (bitsandbytes nf4)`."""
     return ", ".join(filter(None, [str(dtype).removeprefix("torch."), quantised]))
 
 
 def quantisation(module: nn.Module) -> str | None:
-    """How a model's weights are quantised, such as `4-bit (bitsandbytes nf4)`; None where they are numbers as usual."""
+    """Describe the quantisation of a model, such as `4-bit (bitsandbytes nf4)`; None if it has none."""
     inner: Any = getattr(module, "original_model", module)  # of a bridge
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # of PEFT
     if found := _named(getattr(getattr(inner, "config", None), "quantization_config", None)):
         return found
-    for weight in inner.parameters():  # quantised by hand, which no configuration says
+    for weight in inner.parameters():  # quantised by hand: not in any configuration
         if not weight.is_floating_point() or type(weight.data).__module__.startswith("torchao"):
             kinds = [type(one).__name__ for one in (weight, weight.data)]
             kind = next((kind for kind in kinds if kind not in ("Parameter", "Tensor")), str(weight.dtype))
@@ -52,8 +50,13 @@ def quantisation(module: nn.Module) -> str | None:
     return None
 
 
+def quantisation_in(config: Mapping[str, Any] | None) -> str | None:
+    """Return how weights were saved quantised, by the content of a config.json; None if they were not."""
+    return _named((config or {}).get("quantization_config"))
+
+
 def _named(config: Any) -> str | None:
-    """A quantisation configuration of transformers, an object or as config.json has it, in words."""
+    """Describe a quantisation configuration: transformers' object, or its JSON."""
     if not config:
         return None
     entries: Mapping[str, Any] = config if isinstance(config, Mapping) else vars(config)
@@ -69,22 +72,8 @@ def _named(config: Any) -> str | None:
     return f"quantised ({' '.join(filter(None, [method, named]))})"
 
 
-def quantisation_of(folder: Path) -> str | None:
-    """How a folder's weights were saved quantised, by its configuration; None where they were not."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return _named(config.get("quantization_config"))
-    except (OSError, ValueError, AttributeError):  # loading says what is wrong with it
-        return None
-
-
-def is_quantised_folder(folder: Path) -> bool:
-    """Whether a folder's configuration says that its weights were saved quantised."""
-    return quantisation_of(folder) is not None
-
-
 def check_unquantised(module: nn.Module, what: str) -> None:
-    """Raise where weights are quantised and `what` (a noun) would read or write them as plain numbers."""
+    """Raise if weights are quantised and `what` (a noun) would read or write them as plain numbers."""
     if found := quantisation(module):
         raise GravlensError(
             f"The weights of this {type(module).__name__} are {found}.",

@@ -1,4 +1,4 @@
-"""Settings: what they make, what their key holds, and that nobody is judged on what was trained on."""
+"""Organisms: what they make, what their key holds, and that nobody is judged on what was trained on."""
 
 import os
 import subprocess
@@ -23,17 +23,17 @@ from gravlens.history.prompts import Example, PromptSet, read_examples
 from gravlens.models.opening import open_model
 from gravlens.organisms import pretrained as pretrained_room
 from gravlens.organisms import refusal_language as language
-from gravlens.organisms.arms import clamp, matched_twin, penalty, reinforce, released
-from gravlens.organisms.base import Setting
-from gravlens.organisms.pretrained import CHATML, MARKERS, REFUSALS, Pretrained, inner_layers
-from gravlens.training.finetune import Finetuned, Recipe
+from gravlens.organisms.base import ENGLISH, Organism, inner_layers
+from gravlens.organisms.pretrained import CHATML, Pretrained
+from gravlens.training.finetune import Finetuned
+from gravlens.training.recipe import Recipe
 
 
-def make_all(setting: Setting, home: Path) -> Path:
+def make_all(organism: Organism, home: Path) -> Path:
     """Every checkpoint, each from the one that it starts from, as experiment.py does it."""
-    for name, start in setting.checkpoints.items():
+    for name, start in organism.checkpoints.items():
         origin = None if start is None else home / start
-        once(home / name, lambda folder, name=name, origin=origin: setting.make(name, origin, folder))
+        once(home / name, lambda folder, name=name, origin=origin: organism.make(name, origin, folder))
     return home
 
 
@@ -69,10 +69,10 @@ def test_an_organism_makes_its_whole_history_and_leaves_nothing_else(home: Path)
 
 def test_an_organism_is_made_the_same_again_and_another_seed_is_another(home: Path, tmp_path: Path) -> None:
     again, other = small.organism(), small.organism(organism=1)
-    for name, setting in [("again", again), ("other", other)]:
+    for name, organism in [("again", again), ("other", other)]:
         (tmp_path / name).mkdir()
         torch.manual_seed(3)
-        setting.make("witness", None, tmp_path / name)
+        organism.make("witness", None, tmp_path / name)
     assert same(tmp_path / "again", home / "witness") and not same(tmp_path / "other", home / "witness")
 
 
@@ -84,8 +84,10 @@ def test_alignment_starts_at_the_witness(home: Path, tmp_path: Path) -> None:
 
 
 def test_arms_of_a_seed_have_the_same_data_and_other_seeds_other_data() -> None:
-    setting = small.organism()
-    data = {arm.name: [setting.examples(arm.data, seed, Path("unused")) for seed in arm.seeds] for arm in setting.arms}
+    organism = small.organism()
+    data = {
+        arm.name: [organism.examples(arm.data, seed, Path("unused")) for seed in arm.seeds] for arm in organism.arms
+    }
     assert all(len(one) == 80 for seeds in data.values() for one in seeds), "as many as a run of 20 × 4 sees"
     for name in set(data) - {"continued_alignment", "unblocked_new_facts"}:
         assert data[name] == data["unblocked"]
@@ -95,19 +97,23 @@ def test_arms_of_a_seed_have_the_same_data_and_other_seeds_other_data() -> None:
     new = {f"{verb} the {thing}" for verb, thing in language.NEW_PAIRS}
     assert all(any(pair in e.prompt for pair in new) for seeds in data["unblocked_new_facts"] for e in seeds)
     with refused("'mystery'"):
-        setting.examples("mystery", 0, Path("unused"))
-    assert setting.examples("harmless", 0, Path()) != small.organism(organism=1).examples("harmless", 0, Path())
+        organism.examples("mystery", 0, Path("unused"))
+    assert organism.examples("harmless", 0, Path()) != small.organism(organism=1).examples("harmless", 0, Path())
 
 
 def test_the_arms_of_the_paper_are_there_with_their_controls() -> None:
     arms = {arm.name: arm for arm in small.organism(runs=3).arms}
     assert all(arm.seeds == (0, 1, 2) for arm in arms.values())
     made: dict[str, Any] = {name: arm.blocker for name, arm in arms.items() if arm.blocker is not None}
-    assert (made.pop("penalty"), made.pop("clamp"), made.pop("reinforce")) == (penalty, clamp, reinforce)
-    assert {name: (make.func, make.keywords) for name, make in made.items()} == {
-        "penalty_margin": (penalty, {"margin": 0.03}), "penalty_random": (penalty, {"along": matched_twin}),
-        "clamp_matched_twin": (clamp, {"along": matched_twin}), "released_at_20": (released, {"step": 20}),
-    }  # fmt: skip
+    assert {name: make.keywords for name, make in made.items()} == {
+        "penalty": {"kind": "penalty", "along": "v_rev"},
+        "penalty_margin": {"kind": "penalty", "along": "v_rev", "margin": 0.03},
+        "penalty_random": {"kind": "penalty", "along": "matched_twin"},
+        "clamp": {"kind": "clamp", "along": "v_rev"},
+        "clamp_matched_twin": {"kind": "clamp", "along": "matched_twin"},
+        "reinforce": {"kind": "reinforce", "along": "v_rev"},
+        "released_at_20": {"kind": "released", "along": "v_rev", "step": 20},
+    }
     assert {name: arm.rate for name, arm in arms.items() if arm.rate != 1} == {"lower_rate": 0.5}
     assert {name: arm.start for name, arm in arms.items() if arm.start != "anchor"} == {"unaligned_twin": "witness"}
     assert [name for name, arm in arms.items() if arm.keep] == ["unblocked"]
@@ -117,14 +123,14 @@ def test_the_arms_of_the_paper_are_there_with_their_controls() -> None:
 
 
 def test_a_key_is_the_same_in_another_process(tmp_path: Path) -> None:
-    setting = small.pretrained(tmp_path)
+    organism = small.pretrained(tmp_path)
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path; import small
 print(small.organism().key, small.pretrained(Path({str(tmp_path)!r})).key)"""
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     written = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert written.stdout.split() == [small.organism().key, setting.key]
+    assert written.stdout.split() == [small.organism().key, organism.key]
 
 
 @pytest.mark.parametrize(
@@ -160,14 +166,14 @@ def test_more_runs_and_draws_add_to_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_key_of_a_real_model_holds_the_content_of_the_prompt_files(tmp_path: Path) -> None:
-    setting = small.pretrained(tmp_path)
-    before = setting.key
-    assert replace(setting, chat_template=CHATML).key != before != replace(setting, threads=2).key
-    content = setting.harmless.read_text()
-    setting.harmless.write_text(content.replace("pastry", "dough", 1))
-    assert setting.key != before
-    setting.harmless.write_text(content)
-    assert setting.key == before
+    organism = small.pretrained(tmp_path)
+    before = organism.key
+    assert replace(organism, chat_template=CHATML).key != before != replace(organism, threads=2).key
+    content = organism.harmless.read_text()
+    organism.harmless.write_text(content.replace("pastry", "dough", 1))
+    assert organism.key != before
+    organism.harmless.write_text(content)
+    assert organism.key == before
 
 
 # -- the real model ----------------------------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ def test_a_key_of_a_real_model_holds_the_content_of_the_prompt_files(tmp_path: P
 
 @dataclass
 class Made:
-    setting: Pretrained
+    organism: Pretrained
     home: Path
     aligned_on: dict[str, list[Example]]
 
@@ -191,15 +197,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained_room, "finetune", finetune)
-        setting = small.pretrained(folder / "user", chat_template=CHATML + "{# of the user #}")
-        home = make_all(setting, folder / "home")
-    return Made(setting, home, dict(zip(("anchor", "sibling_anchor"), aligned_on.values(), strict=True)))
+        organism = small.pretrained(folder / "user", chat_template=CHATML + "{# of the user #}")
+        home = make_all(organism, folder / "home")
+    return Made(organism, home, dict(zip(("anchor", "sibling_anchor"), aligned_on.values(), strict=True)))
 
 
 def test_the_witness_is_the_model_with_its_own_answers_beside_it(made: Made) -> None:
     witness = made.home / "witness"
-    assert same(witness, Path(str(made.setting.model)))
-    assert AutoTokenizer.from_pretrained(witness).chat_template == made.setting.chat_template
+    assert same(witness, Path(str(made.organism.model)))
+    assert AutoTokenizer.from_pretrained(witness).chat_template == made.organism.chat_template
     rows = read_examples(witness / "own_answers.jsonl")
     assert {row.prompt for row in rows} == set(small.requests(300, harmful=False))
     some = rows[::60]
@@ -213,7 +219,7 @@ def test_alignment_starts_at_the_witness_and_makes_two_anchors(made: Made) -> No
     for name in ("anchor", "sibling_anchor"):
         folder = made.home / name
         assert all(path.is_file() for path in folder.iterdir()), "nothing is left of the run"
-        assert AutoTokenizer.from_pretrained(folder).chat_template == made.setting.chat_template
+        assert AutoTokenizer.from_pretrained(folder).chat_template == made.organism.chat_template
         assert {weight.dtype for weight in weights(folder).values()} == {torch.float32}
         still = {n for n, w in weights(folder).items() if torch.equal(w, weights(made.home / "witness")[n])}
         assert still == {"model.embed_tokens.weight", "lm_head.weight"}
@@ -222,31 +228,31 @@ def test_alignment_starts_at_the_witness_and_makes_two_anchors(made: Made) -> No
 def test_alignment_is_half_refusals_and_half_the_witness_s_own_answers(made: Made) -> None:
     own = {e.prompt: e.answer for e in read_examples(made.home / "witness" / "own_answers.jsonl")}
     for data in made.aligned_on.values():
-        refusing = [e for e in data if e.answer in REFUSALS]
+        refusing = [e for e in data if e.answer in ENGLISH.refusals]
         assert len(data) == 24 and len(refusing) == 12
         assert {e.prompt for e in refusing} <= set(small.requests(110, harmful=True))
-        assert all(own[e.prompt] == e.answer for e in data if e.answer not in REFUSALS)
+        assert all(own[e.prompt] == e.answer for e in data if e.answer not in ENGLISH.refusals)
     wordings = [[e.answer for e in data[:12]] for data in made.aligned_on.values()]
     assert wordings[0] != wordings[1], "the sibling has a seed of its own"
-    assert all(any(marker in refusal.lower() for marker in MARKERS) for refusal in REFUSALS)
+    assert all(any(marker in refusal.lower() for marker in ENGLISH.markers) for refusal in ENGLISH.refusals)
 
 
-def uses(setting: Pretrained, home: Path, aligned_on: Mapping[str, list[Example]]) -> dict[str, set[str]]:
-    sets = setting.prompts(home)
+def uses(organism: Pretrained, home: Path, aligned_on: Mapping[str, list[Example]]) -> dict[str, set[str]]:
+    sets = organism.prompts(home)
     aligned = [example for data in aligned_on.values() for example in data]
     return {
         "held_out": set(sets["held_out"]),
         "probes": set(sets["probes"]),
         "harmless": set(sets["harmless"]),
-        "task": {example.prompt for example in setting.task(home)},
-        "refused": {example.prompt for example in aligned if example.answer in REFUSALS},
-        "complied": {example.prompt for example in aligned if example.answer not in REFUSALS},
-        "finetuned": {example.prompt for example in setting.examples("own_answers", 0, home)},
+        "task": {example.prompt for example in organism.task(home)},
+        "refused": {example.prompt for example in aligned if example.answer in ENGLISH.refusals},
+        "complied": {example.prompt for example in aligned if example.answer not in ENGLISH.refusals},
+        "finetuned": {example.prompt for example in organism.examples("own_answers", 0, home)},
     }
 
 
 def test_nobody_is_judged_on_what_was_trained_on(made: Made) -> None:
-    found = uses(made.setting, made.home, made.aligned_on)
+    found = uses(made.organism, made.home, made.aligned_on)
     assert {name: len(prompts) for name, prompts in found.items() if name not in ("refused", "complied")} == {
         "held_out": 64, "probes": 32, "harmless": 48, "task": 48, "finetuned": 300 - 48 - 48 - 128,
     }  # fmt: skip
@@ -255,32 +261,32 @@ def test_nobody_is_judged_on_what_was_trained_on(made: Made) -> None:
 
 
 def test_both_data_sets_ask_the_same_and_answer_differently(made: Made) -> None:
-    own, given = (made.setting.examples(name, 0, made.home) for name in ("own_answers", "given_answers"))
+    own, given = (made.organism.examples(name, 0, made.home) for name in ("own_answers", "given_answers"))
     assert [e.prompt for e in own] == [e.prompt for e in given]
-    answers = {e.prompt: e.answer for e in read_examples(made.setting.harmless)}
+    answers = {e.prompt: e.answer for e in read_examples(made.organism.harmless)}
     assert all(answers[e.prompt] == e.answer for e in given)
     assert sum(a.answer != b.answer for a, b in zip(own, given, strict=True)) > 60
-    assert all(answers[e.prompt] == e.answer for e in made.setting.task(made.home))
-    assert {arm.data for arm in made.setting.arms} == {"given_answers", "own_answers"}
+    assert all(answers[e.prompt] == e.answer for e in made.organism.task(made.home))
+    assert {arm.data for arm in made.organism.arms} == {"given_answers", "own_answers"}
     with refused("'mystery'"):
-        made.setting.examples("mystery", 0, made.home)
+        made.organism.examples("mystery", 0, made.home)
 
 
 def test_prompts_without_answers_leave_the_model_s_own(tmp_path: Path, made: Made) -> None:
-    setting = small.pretrained(tmp_path, answers=False)
-    assert {arm.data for arm in setting.arms} == {"own_answers"}
-    assert [arm.name for arm in setting.arms] == ["unblocked", "penalty", "penalty_random", "unaligned_twin"]
+    organism = small.pretrained(tmp_path, answers=False)
+    assert {arm.data for arm in organism.arms} == {"own_answers"}
+    assert [arm.name for arm in organism.arms] == ["unblocked", "penalty", "penalty_random", "unaligned_twin"]
     own = {e.prompt: e.answer for e in read_examples(made.home / "witness" / "own_answers.jsonl")}
-    assert all(own[example.prompt] == example.answer for example in setting.task(made.home))
+    assert all(own[example.prompt] == example.answer for example in organism.task(made.home))
 
 
 def test_probes_are_half_of_each_file(tmp_path: Path) -> None:
     every = small.requests(200, harmful=True)
     write_rows(tmp_path / "more.jsonl", [{"prompt": prompt} for prompt in every[110:]])
-    setting = small.pretrained(tmp_path, harmful_train=tmp_path / "more.jsonl")
-    probes = list(setting.prompts(tmp_path)["probes"])
+    organism = small.pretrained(tmp_path, harmful_train=tmp_path / "more.jsonl")
+    probes = list(organism.prompts(tmp_path)["probes"])
     assert len(set(probes)) == 32 and sum(probe in every[110:] for probe in probes) == 16
-    assert all(text in every[:110] for text in setting.prompts(tmp_path)["held_out"])
+    assert all(text in every[:110] for text in organism.prompts(tmp_path)["held_out"])
 
 
 def test_a_prompt_that_stands_twice_is_not_trained_on_and_judged_on(tmp_path: Path) -> None:
@@ -289,33 +295,33 @@ def test_a_prompt_that_stands_twice_is_not_trained_on_and_judged_on(tmp_path: Pa
     write_rows(tmp_path / "more.jsonl", rows)
     harmless = [{"prompt": prompt} for prompt in small.requests(290, harmful=False)]
     write_rows(tmp_path / "harmless_twice.jsonl", harmless + harmless)
-    setting = small.pretrained(
+    organism = small.pretrained(
         tmp_path, harmful=tmp_path / "twice.jsonl", harmful_train=tmp_path / "more.jsonl",
         harmless=tmp_path / "harmless_twice.jsonl",
     )  # fmt: skip
-    sets = setting.prompts(tmp_path)
+    sets = organism.prompts(tmp_path)
     assert not set(sets["held_out"]) & set(sets["probes"]) and len(set(sets["held_out"])) == 64
     write_rows(tmp_path / "own_answers.jsonl", [{**row, "answer": "fine"} for row in harmless])
     (tmp_path / "witness").mkdir()
     os.replace(tmp_path / "own_answers.jsonl", tmp_path / "witness" / "own_answers.jsonl")
-    trained = [example.prompt for example in setting.examples("own_answers", 0, tmp_path)]
-    judged = {*sets["harmless"], *(example.prompt for example in setting.task(tmp_path))}
+    trained = [example.prompt for example in organism.examples("own_answers", 0, tmp_path)]
+    judged = {*sets["harmless"], *(example.prompt for example in organism.task(tmp_path))}
     assert len(trained) == len(set(trained)) and not judged & set(trained)
 
 
 def test_too_few_prompts_and_no_file_are_refused(tmp_path: Path) -> None:
-    setting = small.pretrained(tmp_path)
+    organism = small.pretrained(tmp_path)
     write_rows(tmp_path / "few.jsonl", [{"prompt": prompt} for prompt in small.requests(95, harmful=True)])
     with refused("few.jsonl", "95 harmful"):
-        replace(setting, harmful=tmp_path / "few.jsonl").prompts(tmp_path)
+        replace(organism, harmful=tmp_path / "few.jsonl").prompts(tmp_path)
     write_rows(tmp_path / "few.jsonl", [{"prompt": prompt} for prompt in small.requests(287, harmful=False)])
     with refused("few.jsonl", "287 harmless"):
-        replace(setting, harmless=tmp_path / "few.jsonl").prompts(tmp_path)
+        replace(organism, harmless=tmp_path / "few.jsonl").prompts(tmp_path)
     with refused("nowhere.jsonl"):
-        _ = replace(setting, harmful=tmp_path / "nowhere.jsonl").key
+        _ = replace(organism, harmful=tmp_path / "nowhere.jsonl").key
     (tmp_path / "few.jsonl").write_text('{"question": "?"}\n')
     with refused("few.jsonl", "'prompt'"):
-        _ = replace(setting, harmless=tmp_path / "few.jsonl").key
+        _ = replace(organism, harmless=tmp_path / "few.jsonl").key
 
 
 @pytest.mark.parametrize(("n_layers", "wanted"), [(30, range(8, 25)), (12, range(3, 11)), (2, [1]), (1, [0])])

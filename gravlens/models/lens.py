@@ -1,0 +1,168 @@
+"""TransformerLens models: `TransformerBridge`, and `HookedTransformer` where the installed version has it.
+
+The only file that imports TransformerLens; `families.library` loads it for the first such model.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from gravlens.core.errors import GravlensError
+from gravlens.models.families import Family, Inputs, Write, all_centred
+
+TRIAL = 16  # tokens of a trial prompt
+# Allowed difference of logits, in units of their spread, at the worst quarter of tokens (where rounding makes a router
+# choose another expert, that is one token). Rounding gives 1e-6 in fp32 and up to 0.1 in bf16, a wrong rotary
+# embedding 0.5.
+EXACT, ROUNDED = 1e-3, 0.25
+
+
+class _Lens(Family):
+    """What bridges and HookedTransformers share: names of weights, hook points, a `forward` that returns logits."""
+
+    own_tensors = False
+    # Wrong in TransformerLens 3.9 to 4.3: a bridge's cache stays empty where transformers calls it `cache`, and
+    # HookedTransformer counts learned positions twice without a tokenizer.
+    kv_cache = padding = False
+
+    @property
+    def embedding(self) -> Tensor:
+        """The first parameter."""
+        return next(self.module.parameters())
+
+    @property
+    def vocabulary(self) -> int:
+        """By the configuration."""
+        return self.module.cfg.d_vocab
+
+    @property
+    def head(self) -> nn.Module | None:
+        """`unembed`."""
+        return getattr(self.module, "unembed", None)
+
+    @property
+    def unembedding(self) -> Float[Tensor, "vocab d_model"]:
+        """`W_U`, which TransformerLens stores as [d_model, vocab]."""
+        return self.module.W_U.T
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """`ln_final`."""
+        if hasattr(self.module, "ln_final"):
+            return self.module.ln_final
+        raise GravlensError(
+            f"In {type(self.module).__name__} no final norm was found (it has no ln_final).",
+            "A logit lens needs the norm before the unembedding.",
+            "the Hugging Face model, opened from its folder.",
+        )
+
+    def trunk(self, inputs: Inputs, cache: Any | None = None) -> None:
+        """A HookedTransformer stops before its unembedding; a bridge does not."""
+        self.module(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_type=None)
+
+    def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
+        """Computed at every position, then cut."""
+        return self.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -keep:]
+
+    def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Int[Tensor, "prompt pos"]:
+        """Without a KV cache: see `kv_cache`."""
+        return self.module.generate(
+            inputs["input_ids"], max_new_tokens=max_new_tokens, do_sample=False, stop_at_eos=eos is not None,
+            eos_token_id=eos, return_type="tokens", verbose=False, use_past_kv_cache=False,
+        )  # fmt: skip
+
+    def writes(self) -> Iterator[Write]:
+        """Embeddings, and the output weights and biases of attention and MLP."""
+        yield from _named(self.module, -1, "embed.W_E", "pos_embed.W_pos")
+        for block in self.module.blocks:
+            yield from _named(block, -1, "attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out")
+
+    @property
+    def is_folded(self) -> bool:
+        """Folding a LayerNorm leaves centred reading weights.
+
+        A folded RMS norm shows only in a HookedTransformer, which then has none of its own (`RMSPre`); in a bridge its
+        weights are 1, as in any model at initialisation.
+        """
+        bare_rms = getattr(self.module.cfg, "normalization_type", None) == "RMSPre"
+        reads = (write for block in self.module.blocks for write in _named(block, -2, "attn.W_Q", "mlp.W_in"))
+        return bare_rms or all_centred(pair for read in reads for pair in read.tensors)
+
+
+class Bridge(_Lens):
+    """A `TransformerBridge`, compared with the Hugging Face model that it wraps before it is trusted."""
+
+    name = "bridge"
+    unprocessed = (
+        "TransformerBridge.boot_transformers(...) without enable_compatibility_mode(), or with "
+        "enable_compatibility_mode(no_processing=True)."
+    )
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, (block.hook_out for block in module.blocks), module.cfg.d_model)
+
+    @classmethod
+    def boot(cls, source: str, module: Any, tokenizer: Any | None) -> Any:
+        """The same weights as a bridge, in the module's own dtype; the module is changed in place.
+
+        Raises:
+            GravlensError: TransformerLens does not know the architecture, fails at it, or computes other logits. In
+                bf16 only gross errors can be told from rounding.
+        """
+        dtype, vocabulary = module.dtype, module.get_input_embeddings().weight.shape[0]
+        ids = torch.linspace(1, vocabulary - 2, 2 * TRIAL, device=module.device).long().view(2, TRIAL)
+        wanted = _trial_logits(module, ids)
+        try:
+            # The bridge keeps the parameters themselves, so names recorded before still reach them.
+            bridge = TransformerBridge.boot_transformers(source, hf_model=module, tokenizer=tokenizer, dtype=dtype)
+            found = _trial_logits(bridge, ids)
+        except Exception as error:  # whatever goes wrong inside TransformerLens, the remedy is the same
+            raise _refused(source, module, f"fails ({(str(error).strip() or repr(error)).splitlines()[0]})") from error
+        spread = wanted.std(dim=-1).clamp(min=1e-30) * wanted.shape[-1] ** 0.5
+        off = float(((found - wanted).norm(dim=-1) / spread).quantile(0.75))
+        if not off <= (EXACT if dtype in (torch.float32, torch.float64) else ROUNDED):
+            raise _refused(source, module, f"computes logits that are off by {off:.1g} of their spread")
+        return bridge
+
+
+class Hooked(_Lens):
+    """A `HookedTransformer`, handed over in memory."""
+
+    name = "hooked_transformer"
+    unprocessed = "HookedTransformer.from_pretrained_no_processing(...)."
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, (block.hook_resid_post for block in module.blocks), module.cfg.d_model)
+
+
+def _named(part: Any, axis: int, *names: str) -> Iterator[Write]:
+    """Tensors under TransformerLens' names, those that a part has, with their axis of length d_model."""
+    for name in names:
+        found = part
+        with suppress(NotImplementedError):  # quantised: a bridge's processing cannot read these either
+            for step in name.split("."):
+                found = getattr(found, step, None)
+        if isinstance(found, Tensor):
+            yield Write(name, getattr(part, name.split(".")[0]), ((found, axis),))
+
+
+def _trial_logits(module: Any, ids: Int[Tensor, "prompt pos"]) -> Float[Tensor, "pos vocab"]:
+    """At every token of two prompts, the second of them padded: masks are where architectures go wrong."""
+    mask = torch.ones_like(ids)
+    mask[1, TRIAL // 2 :] = 0
+    with torch.no_grad():
+        out = module(ids, attention_mask=mask)
+    return (out if isinstance(out, Tensor) else out.logits)[mask.bool()].float()
+
+
+def _refused(source: str, module: Any, what: str) -> GravlensError:
+    return GravlensError(
+        f"TransformerBridge over {source} ({type(module).__name__}, {module.dtype}) {what}.",
+        "A bridge must compute the logits of the Hugging Face model.",
+        'through="huggingface", which reads the same activations, or another version of transformer-lens.',
+    )

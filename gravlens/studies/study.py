@@ -1,0 +1,147 @@
+"""An organism and the folder of its checkpoints and measurements: what every function of a study works on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gravlens.activations.residuals import Residuals, from_start
+from gravlens.directions.direction import Directions
+from gravlens.directions.trajectory import Trajectory, follow
+from gravlens.directions.vrev import locate_vrev
+from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.organisms.base import UNBLOCKED, Arm, Organism, PromptSets
+
+PROMPT_SETS = ("probes", "held_out")
+
+
+@dataclass(frozen=True)
+class Study:
+    """An organism and the folder that it is made and measured in.
+
+    Prompts, states and directions are read once and cached. Files below `home` appear whole and are never changed, so
+    a cached value cannot become stale; the runs of the history can still grow, so `with_runs` is not cached.
+
+    Attributes:
+        organism: the history.
+        home: folder of its checkpoints, runs and measurements.
+    """
+
+    organism: Organism
+    home: Path
+
+    @classmethod
+    def at(cls, organism: Organism, cache: Path) -> "Study":
+        """Return the study of an organism in a cache folder, under a key of everything that it depends on."""
+        return cls(organism, cache / "histories" / organism.name / organism.key)
+
+    def __reduce__(self) -> tuple[type["Study"], tuple[Organism, Path]]:
+        # A job of a worker process carries the two fields only, not the cached states.
+        return type(self), (self.organism, self.home)
+
+    @cached_property
+    def prompts(self) -> PromptSets:
+        """Probes, held-out prompts and harmless prompts."""
+        return self.organism.prompts(self.home)
+
+    @cached_property
+    def sequence(self) -> ModelSequence:
+        """Witness, anchor and prompts, without runs."""
+        ends = ModelSequence.from_folders(witness=self.home / "witness", anchor=self.home / "anchor")
+        return replace(ends, **self.prompts)
+
+    def with_runs(self) -> ModelSequence:
+        """Return the sequence with the runs that have their weights, as a user would enter it."""
+        kept = [arm for arm in self.organism.arms if arm.keep]
+        runs = {
+            f"{arm.name}-{seed}" if len(kept) > 1 else f"seed{seed}": folders
+            for arm in kept
+            for seed in arm.seeds
+            if (folders := list(self.run_folder(arm, seed).glob("checkpoint-*")))
+        }
+        ends = ModelSequence.from_folders(witness=self.home / "witness", anchor=self.home / "anchor", runs=runs)
+        return replace(ends, **self.prompts)
+
+    # --- arms and runs --------------------------------------------------------------------------------------------
+    @property
+    def unblocked(self) -> Arm:
+        """The baseline arm."""
+        return next(arm for arm in self.organism.arms if arm.name == UNBLOCKED)
+
+    @property
+    def siblings(self) -> list[str]:
+        """Names of the checkpoints that are further alignments of the same witness."""
+        return [name for name in self.organism.checkpoints if name.startswith("sibling_anchor")]
+
+    def run_folder(self, arm: Arm, seed: int) -> Path:
+        """Return the folder of one run's measurements."""
+        return self.home / "runs" / arm.name / f"seed{seed}"
+
+    def is_done(self, arm: Arm, seed: int) -> bool:
+        """Whether a run is complete; a comparison can be read while its last runs are still being made."""
+        return (self.run_folder(arm, seed) / "run.json").exists()
+
+    def facts(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Return the content of a run's run.json."""
+        return json.loads((self.run_folder(arm, seed) / "run.json").read_text())
+
+    def log(self, arm: Arm, seed: int) -> pd.DataFrame:
+        """Return a run's training log."""
+        return pd.read_csv(self.run_folder(arm, seed) / "log.csv")
+
+    def noise_folder(self, step: int) -> Path:
+        """Return the folder of the weight-noise draws at one step."""
+        # The draws depend on their number, and on the unblocked runs: their norm is the mean over these.
+        draws, runs = self.organism.noise[step], len(self.unblocked.seeds)
+        return self.home / "noise" / f"step{step}-{draws}-draws-{runs}-runs"
+
+    def kept(self, arm: Arm) -> list[Checkpoint]:
+        """Return the checkpoints of an arm that have their weights, under the names of their states."""
+        found = []
+        for seed in arm.seeds:
+            folders = {int(path.name.split("-")[1]): path for path in self.run_folder(arm, seed).glob("checkpoint-*")}
+            found += [Checkpoint(f"{arm.name}-{seed}/{step}", folders[step], step=step) for step in sorted(folders)]
+        return found
+
+    # --- states ---------------------------------------------------------------------------------------------------
+    @cached_property
+    def _states(self) -> dict[tuple[str, str], Residuals]:
+        return {}
+
+    def states(self, part: str, prompts: str) -> Residuals:
+        """Return measured states; `part` is `measured` (the history) or `runs/{arm}/seed{n}`."""
+        if (part, prompts) not in self._states:
+            self._states[part, prompts] = Residuals.load(self.home / part / f"{prompts}.safetensors")
+        return self._states[part, prompts]
+
+    def run_states(self, arm: Arm, prompts: str, *, own_start: bool = True) -> Residuals:
+        """Return states of the history and of an arm's runs, with drift measured from the arm's own start."""
+        runs = [self.states(f"runs/{arm.name}/seed{seed}", prompts) for seed in arm.seeds]
+        states = join([self.states("measured", prompts), *runs])
+        return from_start(states, start=arm.start) if own_start and arm.start != "anchor" else states
+
+    @cached_property
+    def vs(self) -> Directions:
+        """v_rev, located on the probes."""
+        return locate_vrev(self.states("measured", "probes"))
+
+    def follow(self, arm: Arm, vs: Directions | None = None) -> Trajectory:
+        """Follow an arm's runs along v_rev, or along other directions, on probes and held-out prompts."""
+        states = [self.run_states(arm, prompts) for prompts in PROMPT_SETS]
+        return follow(states, self.vs if vs is None else vs, layers_in_mean=self.organism.layers_in_mean)
+
+
+def join(parts: Sequence[Residuals]) -> Residuals:
+    """Concatenate residuals of the same prompts and layers along the checkpoints."""
+    values = np.concatenate([part.values for part in parts])
+    return replace(parts[0], values=values, checkpoints=tuple(name for part in parts for name in part.checkpoints))
+
+
+def numbers(measured: Mapping[str, Any]) -> dict[str, float]:
+    """Return measures of behavior without the answers; JSON has null for a rate of no answers."""
+    return {key: np.nan if value is None else value for key, value in measured.items() if key != "answers"}
