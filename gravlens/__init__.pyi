@@ -75,6 +75,7 @@ from .directions.subspaces import random_spans as random_spans
 from .directions.subspaces import share_within as share_within
 from .directions.subspaces import span_of as span_of
 from .directions.subspaces import whole_state as whole_state
+from .directions.trajectory import ByLayer as ByLayer
 from .directions.trajectory import Trajectory as Trajectory
 from .directions.trajectory import follow as follow
 from .directions.vrev import difference_of_means as difference_of_means

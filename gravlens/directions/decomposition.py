@@ -1,11 +1,12 @@
 """Where the motion goes: a drift over named directions, over several ancestors; an update over the weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
+import xarray
 from jaxtyping import Float
 from scipy.optimize import nnls
 from torch import Tensor
@@ -22,7 +23,7 @@ from gravlens.directions.subspaces import (
     share_within,
     whole_state,
 )
-from gravlens.directions.trajectory import JUDGED_FROM, drift_per_prompt, drifts, measure_drift
+from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, drift_per_prompt, drifts, measure_drift
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.precision import check_unquantised
 from gravlens.history.sequence import Checkpoint
@@ -35,7 +36,7 @@ OWN, REST, WHOLE = "top_components", "rest", "all"
 # --- the drift over directions ----------------------------------------------------------------------------------
 def split_drift(
     residuals: Residuals, parts: Mapping[str, Spans], *, components: int = 3, layers: Sequence[int] | None = None
-) -> pd.DataFrame:
+) -> ByLayer:
     """Split each drift h(θ_t) − h(anchor) by orthogonal projection, in the order of `parts`.
 
     A part counts with what is orthogonal to the parts before it, so what two parts share goes to the first. After the
@@ -50,8 +51,8 @@ def split_drift(
         layers: which ones (default: those where every part is defined).
 
     Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over the layers), `part, share` (of ‖drift‖²; 1 in sum over parts,
-        NaN where there is no drift). Parts are those given, `top_components` and `rest`.
+        `.table` with columns `run, step, layer, part, share` (of ‖drift‖²; 1 in sum over parts, NaN where there is no
+        drift), `.layer_mean` without `layer`. Parts are those given, `top_components` and `rest`.
 
     Raises:
         GravlensError: no run, a part that is undefined at a layer or has a name of ours, more components than drifts.
@@ -60,7 +61,7 @@ def split_drift(
         raise GravlensError(f"A part is called {taken.pop()!r}.", f"{OWN} and {REST} are added.", "another name.")
     chosen = _layers(residuals, parts) if layers is None else tuple(layers)
     names = [*parts, *([OWN] if components else []), REST]
-    frames = []
+    results = []
     for run, steps in _runs(residuals).items():
         mean = drifts(residuals, run, chosen)
         each = np.concatenate([drift_per_prompt(residuals, f"{run}/{step}", chosen) for step in steps])
@@ -68,8 +69,9 @@ def split_drift(
         if components:
             spans = [[*rows, _components(each[:, i], components)] for i, rows in enumerate(spans)]
         shares = np.stack([_shares(mean[:, i], rows) for i, rows in enumerate(spans)], axis=1)
-        frames.append(_tidy(run, steps, chosen, {"part": names, "share": shares}))
-    return pd.concat(frames, ignore_index=True)
+        axes = {"run": [run], "step": list(steps), "layer": list(chosen), "part": names}
+        results.append(ByLayer.of(xarray.Dataset({"share": (tuple(axes), shares[None])}, axes)))
+    return ByLayer.concat(results)
 
 
 def _components(drift: Float[np.ndarray, "drift d_model"], rank: int) -> Float[np.ndarray, "rank d_model"]:
@@ -100,9 +102,7 @@ def _basis(name: str, part: Spans, layer: int) -> Float[np.ndarray, "rank d_mode
 
 
 # --- the drift over ancestors -----------------------------------------------------------------------------------
-def ancestor_pull(
-    residuals: Residuals, witnesses: Sequence[str], *, layers: Sequence[int] | None = None
-) -> pd.DataFrame:
+def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Sequence[int] | None = None) -> ByLayer:
     """Which of several ancestors pulls: min over c ≥ 0 of ‖drift − Σ_i c_i (h(W_i) − h(anchor))‖, for each drift.
 
     Non-negative least squares (Lawson & Hanson 1974, scipy) on directions of their full length: a coefficient is the
@@ -117,9 +117,9 @@ def ancestor_pull(
         layers: which ones (default: those where every witness differs from the anchor).
 
     Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over the layers), `witness`, `coefficient`, `explained` (share of
-        ‖drift‖² that the whole fit explains; NaN without drift), `condition` (condition number of the directions at
-        unit length: 1 orthogonal, large collinear; at `<NA>` the largest).
+        `.table` with columns `run, step, layer, witness, coefficient, explained` (share of ‖drift‖² that the whole fit
+        explains; NaN without drift), `condition` (condition number of the directions at unit length: 1 orthogonal,
+        large collinear); `.layer_mean` without `layer`, its `condition` the largest of any layer.
 
     Raises:
         GravlensError: no run, no witness, one twice, or one that does not differ from the anchor at a layer.
@@ -131,7 +131,7 @@ def ancestor_pull(
     unit = [np.concatenate([_basis(name, vs, layer) for name, vs in found.items()]) for layer in chosen]
     lengths = [[vs[layer].distance for vs in found.values()] for layer in chosen]
     conditions = np.array([np.linalg.cond(rows) for rows in unit])
-    frames = []
+    results = []
     for run, steps in _runs(residuals).items():
         mean = drifts(residuals, run, chosen)
         ways = [rows * np.array(length)[:, None] for rows, length in zip(unit, lengths, strict=True)]
@@ -139,15 +139,12 @@ def ancestor_pull(
         fitted = np.einsum("slw,lwd->sld", pulls, np.stack(ways))
         with np.errstate(invalid="ignore"):
             explained = 1 - ((mean - fitted) ** 2).sum(2) / (mean**2).sum(2)
-        columns = {"witness": list(witnesses), "coefficient": pulls, "explained": _spread(explained, pulls.shape)}
-        table = _tidy(run, steps, chosen, columns)
-        at = {**dict(zip(chosen, conditions, strict=True)), pd.NA: conditions.max()}
-        frames.append(table.assign(condition=[at[layer] for layer in table["layer"]]))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _spread(values: Float[np.ndarray, "step layer"], shape: tuple[int, ...]) -> Float[np.ndarray, "step layer part"]:
-    return np.broadcast_to(values[..., None], shape)
+        axes = {"run": [run], "step": list(steps), "layer": list(chosen), "witness": list(witnesses)}
+        data = {"coefficient": (tuple(axes), pulls[None]), "explained": (tuple(axes)[:3], explained[None])}
+        found = ByLayer.of(xarray.Dataset({**data, "condition": ("layer", conditions)}, axes))
+        # the fit is as arbitrary as it is at its worst layer: a mean would hide it
+        results.append(replace(found, layer_mean=found.layer_mean.assign(condition=conditions.max())))
+    return ByLayer.concat(results)
 
 
 # --- the update over the weights --------------------------------------------------------------------------------
@@ -254,19 +251,6 @@ def _nowhere(name: str, layers: Sequence[int]) -> GravlensError:
         "Each part has a direction at each layer, and each ancestor differs from the anchor there.",
         "layers=[…] where it has one, or leave it out.",
     )
-
-
-def _tidy(
-    run: str, steps: Sequence[int], layers: Sequence[int], columns: Mapping[str, Sequence[str] | np.ndarray]
-) -> pd.DataFrame:
-    """Names of parts and values [step, layer, part] as rows; the mean over layers is appended."""
-    ((kind, names), *values) = columns.items()
-    rows = product(steps, [*layers, pd.NA], names)
-    table = pd.DataFrame([(run, *row) for row in rows], columns=["run", "step", "layer", kind])
-    for name, numbers in values:
-        numbers = np.asarray(numbers)
-        table[name] = np.concatenate([numbers, numbers.mean(1, keepdims=True)], axis=1).ravel()
-    return table.astype({"layer": "Int64"})
 
 
 # A drift closer to v_rev than this (degrees) has no part orthogonal to it but rounding.
@@ -410,7 +394,7 @@ def rank_table(
     directions: Directions,
     at: Sequence[str],
     refusal: Directions | None = None,
-) -> pd.DataFrame:
+) -> ByLayer:
     """How much of a run's drift lies in spans that were fitted without it.
 
     Args:
@@ -421,20 +405,21 @@ def rank_table(
         refusal: a refusal direction at the same layers.
 
     Returns:
-        One row per checkpoint × span × layer, and `<NA>`, the mean over the span's layers: `run`, `step`, `span` (its
-        kind), `rank`, `fitted_on`, `layer`, `share` (of the summed squared length of the per-prompt drifts; a random
-        isotropic span of rank k holds k / d_model), `angle_vrev` and `angle_refusal` (degrees; 0: it lies within).
+        One row per checkpoint × span × layer: `run`, `step`, `span` (its kind), `rank`, `fitted_on`, `layer`, `share`
+        (of the summed squared length of the per-prompt drifts; a random isotropic span of rank k holds k / d_model),
+        `angle_vrev` and `angle_refusal` (degrees; 0: it lies within). `.layer_mean` is over the span's own layers.
     """
-    frames = []
+    results = []
     for checkpoint in at:
         run, _, step = checkpoint.rpartition("/")
         for kind, several in spans.items():
             for one in several:
                 fitted_on = ", ".join(next(iter(one)).made_from.get("checkpoints", ()))
                 facts = {"run": run, "step": int(step), "span": kind, "rank": rank_of(one), "fitted_on": fitted_on}
-                rows = _with_mean(_ranks(residuals, checkpoint, one, directions, refusal))
-                frames.append(pd.DataFrame(facts, index=rows.index).join(rows))
-    return pd.concat(frames, ignore_index=True)
+                rows = _ranks(residuals, checkpoint, one, directions, refusal)
+                means = rows.drop(columns="layer").mean().to_frame().T  # skips NaN: the drift's own layers
+                results.append(ByLayer(*(pd.DataFrame(facts, index=some.index).join(some) for some in (rows, means))))
+    return ByLayer.concat(results)
 
 
 def rank_of(spans: Spans) -> int:
@@ -455,11 +440,6 @@ def _ranks(
         }
         for i, span in enumerate(spans)
     )
-
-
-def _with_mean(rows: pd.DataFrame) -> pd.DataFrame:
-    mean = rows.drop(columns="layer").mean().to_frame().T
-    return pd.concat([rows, mean], ignore_index=True).astype({"layer": "Int64"})
 
 
 def _angle(span: Span, direction: Direction) -> float:

@@ -31,29 +31,35 @@ UNJUDGED = "drift too small to judge"
 
 
 class HasTable(Protocol):
-    """A result that carries its tidy table, such as a Trajectory."""
+    """A result that carries its tidy table, such as an Effect."""
 
     @property
     def table(self) -> pd.DataFrame: ...
 
 
+class HasLayerMean(HasTable, Protocol):
+    """A result that carries the mean over layers too, such as a Trajectory or what `compare` returns."""
+
+    @property
+    def layer_mean(self) -> pd.DataFrame: ...
+
+
 @rc_context(STYLE)
 def plot_alignment(
-    table: pd.DataFrame | HasTable,
+    table: pd.DataFrame | HasLayerMean,
     *,
     value: str = "alignment",
-    nulls: pd.DataFrame | None = None,
+    nulls: pd.DataFrame | HasLayerMean | None = None,
     prompts: str = "held_out",
     ax: Axes | None = None,
 ) -> Axes:
     """Mean over layers against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
 
-    `table` is Trajectory.table, `value` one of its columns ("fraction", "projection", …), `prompts` one of its sets.
-    `nulls` has columns null, step, p99 (of the alignment's mean over layers); where runs differ the highest is drawn.
-    Points whose drift the table does not judge are hollow. GravlensError where there is nothing to draw.
+    `table` is a Trajectory or its `.layer_mean`, `value` one of the measures ("fraction", "projection", …), `prompts`
+    one of its sets. `nulls` is what `compare` returns, or its `.layer_mean`: columns null, step, p99; where runs differ
+    the highest is drawn. Points whose drift is not judged are hollow. GravlensError where there is nothing to draw.
     """
-    rows = _chosen(table, prompts, value)
-    rows = need(rows[rows["layer"].isna()], (), "plot_layers, or a table with rows of layer <NA>: the mean.")
+    rows = _chosen(_layer_mean(table), prompts, value)
     if nulls is not None and value != "alignment":
         raise GravlensError(f"nulls came with value={value!r}.", "Their p99 is one of alignment.", "nulls=None.")
     ax = axes_of(ax)
@@ -62,7 +68,7 @@ def plot_alignment(
     _draw_runs(ax, rows, value)
     _draw_mean(ax, rows, value)
     if nulls is not None:
-        _draw_nulls(ax, nulls)
+        _draw_nulls(ax, need(_layer_mean(nulls), ("null", "step", "p99")))
     _mark_steps(ax, rows["step"].unique())
     ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
     return _legend(ax)
@@ -82,8 +88,7 @@ def plot_layers(
     Undefined layers (without a value, or in Trajectory.undefined) are named under the axis; `table` and `prompts` are
     those of plot_alignment. GravlensError for a step that was not measured.
     """
-    rows = _chosen(table, prompts, value)
-    rows = rows[rows["layer"].notna()].astype({"layer": int})
+    rows = _chosen(need(table, ("layer",)), prompts, value)
     defined = rows.groupby("layer")[value].transform(lambda column: column.notna().any()).astype(bool)
     undefined, rows = {*rows.loc[~defined, "layer"], *getattr(table, "undefined", ())}, rows[defined]
     steps = _steps(rows, step)
@@ -154,9 +159,21 @@ def need(
     return table
 
 
+def _layer_mean(table: pd.DataFrame | HasLayerMean) -> pd.DataFrame:
+    """The mean over layers of a result; a table with a row per layer would be averaged over the wrong layers."""
+    table = table if isinstance(table, pd.DataFrame) else table.layer_mean
+    if "layer" in table:
+        raise GravlensError(
+            "The table has a row per layer.",
+            "The mean over layers is drawn.",
+            "the result's .layer_mean, or plot_layers.",
+        )
+    return table
+
+
 def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.DataFrame:
     """The rows that were measured on `prompts`."""
-    table = need(table, ("run", "step", "layer", "prompts", value))
+    table = need(table, ("run", "step", "prompts", value))
     rows = table[table["prompts"] == prompts]
     if rows.empty:
         known = sorted(table["prompts"].unique())
@@ -200,9 +217,7 @@ def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
 
 
 def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
-    need(nulls, ("null", "step", "p99"))
-    rows = nulls[nulls["layer"].isna()] if "layer" in nulls else nulls
-    for number, (name, null) in enumerate(rows.groupby("null", sort=False)):
+    for number, (name, null) in enumerate(nulls.groupby("null", sort=False)):
         p99 = null.groupby("step")["p99"].max()
         look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
         marker = "_" * (len(p99) == 1)  # one step makes no line

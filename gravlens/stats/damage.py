@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import pandas as pd
 import torch
+import xarray
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +19,7 @@ from gravlens.behavior.scores import Score
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, measure_drift
+from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, measure_drift
 from gravlens.history.precision import check_unquantised
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.history.sequence import Checkpoint
@@ -161,7 +161,7 @@ def measure_damage(
     damages: Mapping[str, Damage],
     layers_in_mean: Sequence[int] | None = None,
     score: Score | None = None,
-) -> pd.DataFrame:
+) -> ByLayer:
     """Does damage alone move the anchor along v_rev, and does it undo refusal?
 
     Each damage is a single contrast, not a null (docs/controls.md): rounding is one draw. For draws there is
@@ -177,10 +177,9 @@ def measure_damage(
         score: (model, prompts) -> one number a prompt, such as the refusal log-odds.
 
     Returns:
-        A row per damage and layer (`<NA>`: the mean over `layers_in_mean`), the first damage `none`: `damage, layer`,
-        `alignment, fraction` and `drift_norm` (residual units) as in `Trajectory.table`, `judged` (the drift is longer
-        than 2 % of the distance), `weight_norm` (total norm of the change of the weights), and `score`, the mean over
-        prompts, where one is given.
+        A row per damage and layer, the first damage `none`: `damage, layer`; `alignment, fraction, drift_norm, judged`
+        as in `Trajectory.table`; `weight_norm` (total norm of the change of the weights); and `score`, the mean over
+        prompts, where one is given. `.layer_mean` is the mean over `layers_in_mean`.
 
     Raises:
         GravlensError: a model that is no plain Hugging Face one, a damage that gives another shape, a layer of the mean
@@ -190,7 +189,7 @@ def measure_damage(
     mean = defined.layers if layers_in_mean is None else tuple(layers_in_mean)
     defined.at(mean)  # says which layer has no direction
     before = {name: weight.detach().clone() for name, weight in _parameters(model).items()}
-    ids, start, frames = encode(model.tokenizer, prompts), None, []
+    ids, start, parts = encode(model.tokenizer, prompts), None, []
     with progress("damage", list({UNDAMAGED: nullcontext, **damages}.items())) as every:
         for name, damage in every:
             with damage(model) as damaged:
@@ -201,19 +200,16 @@ def measure_damage(
                 facts: dict[str, Any] = {"weight_norm": change_norm(before, after)}
                 if score is not None:
                     facts["score"] = float(np.mean(score(damaged, prompts)))
-            frames.append(_rows(states - start, defined, mean).assign(damage=name, **facts))
-    columns = ["damage", "layer", "alignment", "fraction", "drift_norm", "judged", "weight_norm"]
-    return pd.concat(frames, ignore_index=True)[columns + ["score"] * (score is not None)]
+            parts.append(ByLayer.of(_moved(name, states - start, defined), mean).assign(**facts))
+    return ByLayer.concat(parts)
 
 
-def _rows(drift: Float[np.ndarray, "layer d_model"], directions: Directions, mean: Sequence[int]) -> pd.DataFrame:
-    measures: dict[str, Any] = measure_drift(drift, directions)
+def _moved(damage: str, drift: Float[np.ndarray, "layer d_model"], directions: Directions) -> xarray.Dataset:
+    measures = measure_drift(drift, directions)
     measures["judged"] = measures["drift_norm"] > JUDGED_FROM * directions.distances
-    columns = [directions.layers.index(layer) for layer in mean]
-    over = {name: measures[name][columns].mean() for name in MEASURES}
-    last = {"layer": pd.NA, **over, "judged": bool(measures["judged"][columns].all())}
-    table = pd.concat([pd.DataFrame({"layer": directions.layers, **measures}), pd.DataFrame([last])], ignore_index=True)
-    return table.astype({"layer": "Int64", "judged": bool})
+    axes = {"damage": [damage], "layer": list(directions.layers)}
+    columns = ("alignment", "fraction", "drift_norm", "judged")
+    return xarray.Dataset({name: (tuple(axes), measures[name][None]) for name in columns}, axes)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

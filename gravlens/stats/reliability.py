@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from gravlens.activations.residuals import BATCH, Residuals, read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError, check_layer
-from gravlens.directions.trajectory import drift_per_prompt
+from gravlens.directions.trajectory import ByLayer, drift_per_prompt
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import PromptSet, encode, pad
 from gravlens.models.opening import OpenModel
@@ -20,7 +20,7 @@ Halves = Float[np.ndarray, "half split prompt"]
 
 def cross_fit(
     residuals: Residuals, *, layers: Sequence[int] | None = None, repeats: int, rng: np.random.Generator
-) -> pd.DataFrame:
+) -> ByLayer:
     """Alignment and fraction with v_rev of one half of the prompts and the drift of the other, over random halves.
 
     Drift and v_rev both subtract the anchor's states, so on the same prompts they share its prompt noise, and correlate
@@ -35,9 +35,9 @@ def cross_fit(
         rng: source of randomness.
 
     Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over the layers), `alignment` (mean over the 2 · repeats splits),
-        `alignment_sd` (over the splits: how much depends on which half; no standard error, for splits overlap),
-        `fraction`.
+        `.table` with columns `run, step, layer, alignment` (mean over the 2 · repeats splits), `alignment_sd` (over the
+        splits: how much depends on which half; not a standard error, because splits overlap), `fraction`;
+        `.layer_mean` without `layer`.
 
     Raises:
         GravlensError: fewer than 2 prompts, no repeats, no run, no layer where v_rev is defined.
@@ -52,7 +52,7 @@ def cross_fit(
     ways = np.concatenate([halves, halves[::-1]], axis=1)  # [half, split and split the other way, prompt]
     towards = _means(ways[0], residuals, "witness", layers)
     distance = np.linalg.norm(towards, axis=-1)
-    frames = []
+    parts = []
     for checkpoint, run, step in _run_steps(residuals):
         drift = _means(ways[1], residuals, checkpoint, layers)
         cosines = _with_mean(_cosine(drift, towards))
@@ -62,8 +62,9 @@ def cross_fit(
             "alignment_sd": cosines.std(0, ddof=1),
             "fraction": fractions.mean(0),
         }
-        frames.append(pd.DataFrame({"run": run, "step": step, "layer": [*layers, pd.NA], **columns}))
-    return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
+        axes = {"run": [run], "step": [step], "layer": list(layers)}
+        parts.append(ByLayer.split(axes, {name: values[None, None] for name, values in columns.items()}))
+    return ByLayer.concat(parts)
 
 
 def split_half_reliability(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from gravlens.directions.direction import Directions
+from gravlens.directions.trajectory import Trajectory
 from gravlens.directions.vrev import locate_vrev
 from gravlens.organisms.arms import UNBLOCKED, Arm
 from gravlens.organisms.base import Setting
@@ -60,7 +61,7 @@ def compare_layers(setting: Setting, home: Path, arms: Sequence[Arm], *, organis
     """
     vs = locate_vrev(load_states(home, "measured", "probes"))
     frames = [
-        _followed(setting, home, arm, seed, vs).assign(blocker=_blocker(arm), data=arm.data, run=seed)
+        _followed(setting, home, arm, seed, vs).table.assign(blocker=_blocker(arm), data=arm.data, run=seed)
         for arm in arms
         for seed in arm.seeds
         if _done(home, arm, seed)
@@ -78,17 +79,17 @@ def _blocker(arm: Arm) -> str:
     return arm.name.removesuffix(f"_{arm.data}")
 
 
-def _followed(setting: Setting, home: Path, arm: Arm, seed: int, vs: Directions) -> pd.DataFrame:
-    return follow_arm(setting, replace(arm, seeds=(seed,)), home, vs).table
+def _followed(setting: Setting, home: Path, arm: Arm, seed: int, vs: Directions) -> Trajectory:
+    return follow_arm(setting, replace(arm, seeds=(seed,)), home, vs)
 
 
 def _row(setting: Setting, home: Path, arm: Arm, seed: int, vs: Directions) -> dict[str, Any]:
     facts, log = run_facts(home, arm, seed), pd.read_csv(run_folder(home, arm, seed) / "log.csv")
-    table = _followed(setting, home, arm, seed, vs)
-    last = table[table.layer.isna() & (table.step == table.step.max())].set_index("prompts")
-    layers = table[table.layer.notna() & (table.prompts == "given")]
+    followed = _followed(setting, home, arm, seed, vs)
+    means, layers = followed.layer_mean, followed.table
+    last = means[means.step == means.step.max()].set_index("prompts")
     measured = numbers(facts["behavior"][str(setting.recipe.steps)])
-    lengths = table[table.layer.notna() & (table.prompts == "held_out") & (table.step == table.step.max())]
+    lengths = layers[(layers.prompts == "held_out") & (layers.step == layers.step.max())]
     return {
         "blocker": _blocker(arm),
         "run": seed,
@@ -97,7 +98,7 @@ def _row(setting: Setting, home: Path, arm: Arm, seed: int, vs: Directions) -> d
         "fraction_heldout": last.fraction["held_out"],
         "alignment_given": last.alignment["given"],
         "alignment_heldout": last.alignment["held_out"],
-        "largest_fraction_given": layers.fraction.abs().max(),
+        "largest_fraction_given": layers[layers.prompts == "given"].fraction.abs().max(),
         "drift_norm": float((lengths.drift_norm.to_numpy() / vs.distances).mean()),
         **{name: measured[name] for name in BEHAVIOR},
         "kl": measured.get("kl_anchor_harmless", np.nan),

@@ -17,7 +17,7 @@ from gravlens.claims.claim import Claim, claim
 from gravlens.claims.criteria import Evidence
 from gravlens.core.files import once, write_table
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import Trajectory, drift_per_prompt, follow
+from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import shuffled_words
 from gravlens.history.sequence import Checkpoint
@@ -66,8 +66,8 @@ def states_of(setting: Setting, arm: Arm, home: Path, prompts: str) -> Residuals
 
 
 def final_rows(table: pd.DataFrame, prompts: str = "held_out") -> pd.DataFrame:
-    """Rows of the layer mean at each run's last step."""
-    rows = table[table.layer.isna() & (table.prompts == prompts)]
+    """Rows of a `Trajectory.layer_mean` at each run's last step."""
+    rows = table[table.prompts == prompts]
     return rows[rows.step == rows.groupby("run").step.transform("max")]
 
 
@@ -161,14 +161,14 @@ def controls_of(setting: Setting, home: Path, vs: Directions, follows: dict[str,
         wrong = locate_vrev(substitute(measured, witness="wrong_witness"))
         removed = partialled_out(vs, wrong)
         for control, other in {"wrong_witness": wrong, "wrong_witness_removed": removed}.items():
-            frames.append(final_rows(follow_arm(setting, arm, home, other).table).assign(control=control))
+            frames.append(final_rows(follow_arm(setting, arm, home, other).layer_mean).assign(control=control))
     siblings = [locate_vrev(substitute(measured, anchor=name)) for name in siblings_of(setting)]
     if siblings:
-        found = pd.concat([final_rows(follow_arm(setting, arm, home, other).table) for other in siblings])
+        found = pd.concat([final_rows(follow_arm(setting, arm, home, other).layer_mean) for other in siblings])
         means = found.groupby("run", sort=False)[["alignment", "fraction"]].mean().reset_index()
         frames.append(means.assign(control="sibling_anchor"))
     frames += [
-        final_rows(follows[control].table).assign(control=control)
+        final_rows(follows[control].layer_mean).assign(control=control)
         for control in ("unaligned_twin", "continued_alignment")
         if control in follows
     ]
@@ -177,7 +177,7 @@ def controls_of(setting: Setting, home: Path, vs: Directions, follows: dict[str,
 
 
 def closures_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame | None:
-    """`closure` of the unblocked runs and their twins, with the twin's name beside the run's; None without twins."""
+    """Layer means of `closure` of the unblocked runs and their twins, with a column `twin`; None without twins."""
     twin = next((arm for arm in setting.arms if arm.name == "unaligned_twin"), None)
     if twin is None:
         return None
@@ -185,7 +185,7 @@ def closures_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[i
     runs = states_of(setting, arm, home, "held_out")
     twins = join([measured, *(load_states(home, f"runs/{twin.name}/seed{seed}", "held_out") for seed in twin.seeds)])
     pairs = [(f"{arm.name}-{seed}", f"{twin.name}-{seed}") for seed in twin.seeds]
-    table = closure(runs, twins, vs, pairs=pairs, layers=layers)
+    table = closure(runs, twins, vs, pairs=pairs, layers=layers).layer_mean
     return table.assign(twin=table.run.map(dict(pairs)))
 
 
@@ -196,7 +196,7 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-def damage_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame:
+def damage_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> ByLayer:
     """Rounding, pruning and the mirrored update of the anchor, along v_rev, with the refusal log-odds as score.
 
     The update is that of the last unblocked run whose weights are kept, where one is.
@@ -210,15 +210,16 @@ def damage_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int
         sequence, prompts = sequence_of(setting, home), setting.prompts(home)["held_out"]
         anchor = open_model(sequence.anchor)
         score = partial(refusal_log_odds, openings=setting.measures.refusals)
-        table = measure_damage(anchor, vs, prompts, damages=damages, layers_in_mean=layers, score=score)
-        write_table(folder / "damage.csv", table)
+        found = measure_damage(anchor, vs, prompts, damages=damages, layers_in_mean=layers, score=score)
+        write_table(folder / "damage.csv", found.table)
+        write_table(folder / "damage_layer_mean.csv", found.layer_mean)
 
     facts = [str(damage) for damage in DAMAGES.values()] + [last.name for last in kept]
-    made = once(home / "damage" / hashlib.sha256("|".join(facts).encode()).hexdigest()[:8], make)
-    return pd.read_csv(made / "damage.csv").astype({"layer": "Int64"})
+    made = once(home / "damage_by_layer" / hashlib.sha256("|".join(facts).encode()).hexdigest()[:8], make)
+    return ByLayer(*(pd.read_csv(made / f"{name}.csv") for name in ("damage", "damage_layer_mean")))
 
 
-def intervals_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> pd.DataFrame:
+def intervals_of(setting: Setting, home: Path, vs: Directions, layers: Sequence[int]) -> ByLayer:
     """`bootstrap_alignment` of the unblocked runs on held-out prompts."""
     states = states_of(setting, unblocked_arm(setting), home, "held_out")
     return bootstrap_alignment(states, vs, draws=DRAWS, rng=np.random.default_rng(0), layers_in_mean=layers)
@@ -233,6 +234,8 @@ class Findings:
         nulls: `compare`'s columns, for the unblocked runs on held-out prompts.
         damage: `measure_damage`'s columns.
         intervals: `bootstrap_alignment`'s columns, for the unblocked runs on held-out prompts.
+        trajectory_layer_mean, nulls_layer_mean, damage_layer_mean, intervals_layer_mean: the same for the mean over
+            layers.
         demands: what each claim level demands: `level, name, holds` (<NA>: not run), `figures`.
         verdicts: `level, sentence, capped_by`.
         controls: `control, run, alignment_final, fraction_final, closure_final` on held-out prompts, layer mean.
@@ -249,6 +252,10 @@ class Findings:
     behavior: pd.DataFrame
     demands: pd.DataFrame
     verdicts: pd.DataFrame
+    trajectory_layer_mean: pd.DataFrame
+    nulls_layer_mean: pd.DataFrame
+    damage_layer_mean: pd.DataFrame
+    intervals_layer_mean: pd.DataFrame
 
     @classmethod
     def concat(cls, parts: Sequence["Findings"]) -> "Findings":
@@ -272,17 +279,21 @@ def findings_of(setting: Setting, home: Path, *, organism: str) -> Findings:
             nulls=nulls,
             controls=controls.rename(columns={"alignment_final": "alignment"}),
             closures=closures,
-            damage=damage,
+            damage=damage.layer_mean,
             arms=arms,
             anchor_harm=float(anchor.harmfulness.iloc[0]),
         )
     )
-    tables = {
-        "trajectory": pd.concat([t.table.assign(arm=name) for name, t in follows.items()], ignore_index=True),
-        "nulls": pd.concat([compare(unblocked, null) for null in nulls], ignore_index=True),
-        "controls": controls.merge(_final_closures(closures), on=["control", "run"], how="left"),
+    results = {
+        "trajectory": ByLayer.concat(ByLayer(t.table, t.layer_mean).assign(arm=name) for name, t in follows.items()),
+        "nulls": ByLayer.concat(compare(unblocked, null) for null in nulls),
         "damage": damage,
         "intervals": intervals_of(setting, home, vs, unblocked.layers_in_mean),
+    }
+    tables = {
+        **{name: found.table for name, found in results.items()},
+        **{f"{name}_layer_mean": found.layer_mean for name, found in results.items()},
+        "controls": controls.merge(_final_closures(closures), on=["control", "run"], how="left"),
         "arms": arms,
         "behavior": behavior,
         "demands": found.demands,
@@ -299,7 +310,7 @@ def _final_closures(closures: pd.DataFrame | None) -> pd.DataFrame:
     columns = ["control", "run", "closure_final"]
     if closures is None:
         return pd.DataFrame(columns=columns)
-    last = closures[closures.layer.isna() & (closures.step == closures.step.max())]
+    last = closures[closures.step == closures.step.max()]
     return pd.DataFrame({"control": "unaligned_twin", "run": last.twin, "closure_final": last.closure}, columns=columns)
 
 
@@ -332,8 +343,8 @@ def _arms(setting: Setting, home: Path, follows: dict[str, Trajectory], behavior
     frames = []
     last = behavior[behavior.step == setting.save_steps[-1]].drop(columns=["arm", "step"])
     for arm in setting.arms:
-        held_out = final_rows(follows[arm.name].table).set_index("run")
-        given = final_rows(follows[arm.name].table, "given").set_index("run")
+        held_out = final_rows(follows[arm.name].layer_mean).set_index("run")
+        given = final_rows(follows[arm.name].layer_mean, "given").set_index("run")
         logs = [pd.read_csv(run_folder(home, arm, seed) / "log.csv") for seed in arm.seeds]
         frame = pd.DataFrame(
             {

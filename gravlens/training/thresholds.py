@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError
+from gravlens.directions.trajectory import Trajectory
 from gravlens.stats.nulls import NullDraws
 
 Statistic = Literal["fraction", "alignment"]
@@ -54,7 +54,7 @@ class Threshold:
 
 
 def calibrate(
-    nulls: NullDraws | Sequence[pd.DataFrame],
+    nulls: NullDraws | Sequence[Trajectory],
     *,
     quantile: float = 0.99,
     statistic: Statistic | None = None,
@@ -68,9 +68,10 @@ def calibrate(
     with the null ones: watched on the same probes, at the same steps.
 
     Args:
-        nulls: `Monitor.table` of each null run, or of `follow`; or draws of one run's cosine, such as `weight_noise`'s.
+        nulls: the trajectory of each null run (`Monitor.trajectory`, `follow`); or draws of one run's cosine, such as
+            those of `weight_noise`.
         quantile: of the null runs' largest values, a probability.
-        statistic: default: `fraction` of tables; draws are cosines, `alignment`.
+        statistic: default: `fraction` of trajectories; draws are cosines, `alignment`.
         patience: evaluations in a row that a run must exceed the threshold at.
         source: the null runs in a word; draws have a name of their own.
 
@@ -81,7 +82,7 @@ def calibrate(
     """
     drawn = isinstance(nulls, NullDraws)
     statistic = statistic or ("alignment" if drawn else "fraction")
-    values, steps, layers = _of_draws(nulls, statistic) if drawn else _of_tables(nulls, statistic)
+    values, steps, layers = _of_draws(nulls, statistic) if drawn else _of_trajectories(nulls, statistic)
     _check_enough(len(values), quantile, patience, len(steps))
     windows = np.lib.stride_tricks.sliding_window_view(values, patience, axis=1)
     largest = np.sort(windows.min(-1).max(1))
@@ -106,21 +107,22 @@ def _of_draws(null: NullDraws, statistic: Statistic) -> Series:
             f"Draws of {null.name} were given for one run's {statistic}"
             + (", and each is a mean over runs." if null.of == "mean" else "."),
             "Draws are cosines, and a monitor judges one run.",
-            "statistic='alignment' with draws of a run (weight_noise), or tables of null runs.",
+            "statistic='alignment' with draws of a run (weight_noise), or trajectories of null runs.",
         )
-    values = null.cosines.mean(-1)
+    values = null.data.mean("layer", skipna=False).to_numpy()
     return np.where(np.isnan(values), np.inf, values), null.steps, null.layers  # no cosine: it must not lower the value
 
 
-def _of_tables(tables: Sequence[pd.DataFrame], statistic: Statistic) -> Series:
+def _of_trajectories(trajectories: Sequence[Trajectory], statistic: Statistic) -> Series:
     values: list[np.ndarray] = []
     steps: set[tuple[int, ...]] = set()
     layers: set[tuple[int, ...]] = set()
-    for table in tables:
+    for trajectory in trajectories:
+        table = trajectory.layer_mean
         if table.prompts.nunique() > 1:
-            raise _unlike(f"A table of {' and '.join(sorted(table.prompts.unique()))} prompts was given.")
-        layers.add(tuple(sorted(map(int, table.layer.dropna().unique()))))
-        for _, rows in table[table.layer.isna()].sort_values("step").groupby("run"):
+            raise _unlike(f"A trajectory on {' and '.join(sorted(table.prompts.unique()))} prompts was given.")
+        layers.add(tuple(sorted(trajectory.layers_in_mean)))
+        for _, rows in table.sort_values("step").groupby("run"):
             found = rows[statistic].to_numpy(float)
             found = np.where(np.isnan(found), np.inf, found)  # a run that diverged must not lower the value
             judged = rows.judged.to_numpy(bool) | (statistic != "alignment")
