@@ -65,9 +65,10 @@ def states_of(setting: Setting, arm: Arm, home: Path, prompts: str) -> Residuals
     return states if arm.start == "anchor" else from_start(states, start=arm.start)
 
 
-def final_rows(table: pd.DataFrame, prompts: str = "held_out") -> pd.DataFrame:
-    """Rows of a `Trajectory.layer_mean` at each run's last step."""
-    rows = table[table.prompts == prompts]
+def final_rows(trajectory: Trajectory, prompts: str = "held_out") -> pd.DataFrame:
+    """The layer mean at each run's last step."""
+    rows = trajectory.layer_mean
+    rows = rows[rows.prompts == prompts]
     return rows[rows.step == rows.groupby("run").step.transform("max")]
 
 
@@ -161,14 +162,14 @@ def controls_of(setting: Setting, home: Path, vs: Directions, follows: dict[str,
         wrong = locate_vrev(substitute(measured, witness="wrong_witness"))
         removed = partialled_out(vs, wrong)
         for control, other in {"wrong_witness": wrong, "wrong_witness_removed": removed}.items():
-            frames.append(final_rows(follow_arm(setting, arm, home, other).layer_mean).assign(control=control))
+            frames.append(final_rows(follow_arm(setting, arm, home, other)).assign(control=control))
     siblings = [locate_vrev(substitute(measured, anchor=name)) for name in siblings_of(setting)]
     if siblings:
-        found = pd.concat([final_rows(follow_arm(setting, arm, home, other).layer_mean) for other in siblings])
+        found = pd.concat([final_rows(follow_arm(setting, arm, home, other)) for other in siblings])
         means = found.groupby("run", sort=False)[["alignment", "fraction"]].mean().reset_index()
         frames.append(means.assign(control="sibling_anchor"))
     frames += [
-        final_rows(follows[control].layer_mean).assign(control=control)
+        final_rows(follows[control]).assign(control=control)
         for control in ("unaligned_twin", "continued_alignment")
         if control in follows
     ]
@@ -343,8 +344,8 @@ def _arms(setting: Setting, home: Path, follows: dict[str, Trajectory], behavior
     frames = []
     last = behavior[behavior.step == setting.save_steps[-1]].drop(columns=["arm", "step"])
     for arm in setting.arms:
-        held_out = final_rows(follows[arm.name].layer_mean).set_index("run")
-        given = final_rows(follows[arm.name].layer_mean, "given").set_index("run")
+        held_out = final_rows(follows[arm.name]).set_index("run")
+        given = final_rows(follows[arm.name], "given").set_index("run")
         logs = [pd.read_csv(run_folder(home, arm, seed) / "log.csv") for seed in arm.seeds]
         frame = pd.DataFrame(
             {

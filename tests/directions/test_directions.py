@@ -116,7 +116,7 @@ def test_planted_truth_is_followed_and_an_undefined_layer_is_left_out_and_listed
     assert table.loc[AT, "fraction"] == pytest.approx(0.5, abs=1e-4)
     assert table.loc[AT, "alignment"] == pytest.approx(1, abs=1e-4)
     assert table.loc[AT, "drift_norm"] == pytest.approx(LENGTH / 2, rel=1e-4)
-    mean = trajectory.table[trajectory.table.layer.isna()]
+    mean = trajectory.layer_mean
     assert mean.fraction.item() == pytest.approx(table.loc[[1, 2], "fraction"].mean()) and not math.isnan(
         mean.alignment.item()
     )

@@ -23,9 +23,13 @@ from gravlens.plot.style import CYCLE, GREY, save_figure
 
 
 def trajectory() -> pd.DataFrame:
-    rows = product(("a", "b"), (1, 20, 100), (0, 1, 2, pd.NA), ("given", "held_out"))
-    table = pd.DataFrame(list(rows), columns=["run", "step", "layer", "prompts"]).astype({"layer": "Int64"})
+    rows = product(("a", "b"), (1, 20, 100), (0, 1, 2), ("given", "held_out"))
+    table = pd.DataFrame(list(rows), columns=["run", "step", "layer", "prompts"])
     return table.assign(alignment=np.linspace(-0.2, 0.8, len(table)), judged=table["step"] > 1)
+
+
+def layer_mean() -> pd.DataFrame:
+    return trajectory().query("layer == 2").drop(columns="layer")
 
 
 def nulls() -> pd.DataFrame:
@@ -56,8 +60,8 @@ def grid() -> pd.DataFrame:
 # public name -> calls with results of every shape that it takes
 EXAMPLES: dict[str, list[Callable[..., Axes]]] = {
     "plot_alignment": [
-        lambda **at: gravlens.plot_alignment(trajectory(), nulls=nulls(), **at),
-        lambda **at: gravlens.plot_alignment(trajectory().assign(fraction=0.5), value="fraction", **at),
+        lambda **at: gravlens.plot_alignment(layer_mean(), nulls=nulls(), **at),
+        lambda **at: gravlens.plot_alignment(layer_mean().assign(fraction=0.5), value="fraction", **at),
     ],
     "plot_layers": [lambda **at: gravlens.plot_layers(trajectory(), **at)],
     "plot_effect": [

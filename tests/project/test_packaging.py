@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     names = set(wheel.namelist())
     own = {name for name in names if not name.startswith(f"gravlens-{gravlens.__version__}.dist-info/")}
     assert own == package_files(ROOT)
-    assert {"gravlens/py.typed", "gravlens/__init__.pyi", "gravlens/report.html.jinja"} <= own
+    assert {"gravlens/py.typed", "gravlens/__init__.pyi", "gravlens/reporting/report.html.jinja"} <= own
     assert {"gravlens/organisms/refusal.py", "gravlens/blockers/penalty.py"} <= own
     assert [name for name in names - own if name.endswith("licenses/LICENSE")]
 
