@@ -3,7 +3,8 @@
 Does the conclusion depend on the choice? v_rev is estimated on the sequence's probes in five ways and in six geometries
 of the residual stream; every run is followed along each of these directions on the held-out prompts. Writes
 choices.csv (each choice, run, step and layer), choices_layer_mean.csv and choices.png, and says how far apart the
-choices are and whether one of them turns the sign. No model is trained and nothing is generated: each checkpoint reads the prompts once.
+choices are and whether one of them turns the sign. No model is trained and nothing is generated: each checkpoint reads
+the prompts once.
 """
 
 from functools import partial

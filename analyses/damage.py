@@ -3,7 +3,8 @@
 Does damage alone move a model along v_rev, and does it undo refusal? The anchor's weights are rounded, pruned, and
 moved along the mirror image of a run's update, with no training at all; rounding and pruning once as they are and once
 scaled to the total norm of that update (matched). The runs' own updates stand beside them. v_rev is located on the
-sequence's probes; drift and refusal log-odds are measured on its held-out prompts. Writes damage.csv and damage.png.
+sequence's probes; drift and refusal log-odds are measured on its held-out prompts. Writes damage.csv,
+damage_layer_mean.csv and damage.png.
 """
 
 from collections.abc import Sequence

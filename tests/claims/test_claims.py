@@ -241,7 +241,7 @@ def test_bad_evidence_is_one_clear_error() -> None:
     with refused("no run"):
         claim(Evidence(trajectory(runs=0)))
     for name, table in (("closures", closures()), ("damage", damage())):
-        with refused(f"{name} has a row per layer", "layer_mean"):
+        with refused(f"{name} has a row per layer"):
             evidence(**{name: table.assign(layer=0)})
     with refused("arm unblocked"):  # two anchors are two claims
         judge(arms=pd.concat([arms(), arms()]))

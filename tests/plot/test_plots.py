@@ -319,7 +319,7 @@ def test_a_table_without_a_column_or_without_rows_says_so(plot, name: str, reque
 def test_pyplot_stays_unloaded() -> None:
     code = """
 import sys, pandas
-from gravlens.plots import plot_arms
+from gravlens.plot.lines import plot_arms
 plot_arms(pandas.DataFrame({"arm": ["one"], "run": ["a"], "harmfulness": [0.5]}))._repr_png_()
 print("matplotlib.pyplot" in sys.modules)
 """
