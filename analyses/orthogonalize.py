@@ -26,7 +26,7 @@ from gravlens.directions.vrev import locate_vrev, random_directions
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.effects import name_of, summarise
-from gravlens.interventions.orthogonalize import orthogonalize, orthogonalized
+from gravlens.interventions.orthogonalization import orthogonalize, orthogonalized
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.studies.ablation import described
 from gravlens.studies.inputs import checkpoint_of, opened, prompts_of, score_of

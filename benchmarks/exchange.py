@@ -23,10 +23,10 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gravlens import ModelSequence, Steer, from_gguf, intervene, locate_vrev, open_model, to_gguf, to_steered
+import gravlens as gl
 from gravlens.directions.direction import Direction, Directions
 from gravlens.history.prompts import PromptSet, encode
-from gravlens.interventions.orthogonalize import save_folder
+from gravlens.interventions.orthogonalization import save_folder
 from gravlens.models.opening import OpenModel, quiet
 from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts
 
@@ -82,15 +82,17 @@ def prepare(home: Path) -> tuple[OpenModel, Directions]:
     """The anchor as a folder and as GGUF, the tokens, and the files of every layer's v_rev."""
     tokenizer, texts = build_tokenizer(), held_out_prompts()
     witness, anchor = (random_llama(seed, len(tokenizer)) for seed in (0, 1))
-    sequence = ModelSequence.from_models(witness=witness, anchor=anchor, tokenizer=tokenizer, probes=list(texts[:32]))
-    vs, model = locate_vrev(sequence), open_model(anchor, tokenizer=tokenizer)
+    sequence = gl.ModelSequence.from_models(
+        witness=witness, anchor=anchor, tokenizer=tokenizer, probes=list(texts[:32])
+    )
+    vs, model = gl.locate_vrev(sequence), gl.open_model(anchor, tokenizer=tokenizer)
     save_folder(model, home / "model")
     to_model_gguf(anchor, home / "model.gguf")
     ids = encode(tokenizer, PromptSet(tuple(texts[32:40])))
     (home / "ids.json").write_text(json.dumps(ids))
     for name, chosen in files_of(vs).items():
-        to_gguf(chosen, home / f"{name}.gguf", model_hint="llama", layer_0=0 in chosen.layers)
-        to_steered(chosen, home / f"{name}.pt", model=model)
+        gl.exchange.to_gguf(chosen, home / f"{name}.gguf", model_hint="llama", layer_0=0 in chosen.layers)
+        gl.exchange.to_steered(chosen, home / f"{name}.pt", model=model)
     return model, vs
 
 
@@ -153,14 +155,14 @@ def compared(
     with np.load(home / f"{name}.npz", allow_pickle=False) as file:
         theirs = {key: file[key] for key in file.files}
 
-    def off(file: str, *steers: Steer) -> float:
+    def off(file: str, *steers: gl.Steer) -> float:
         return float(np.abs(theirs[file] - logits(model, ids, *steers)).max())
 
     rows = {
         file: {
-            "as_here": off(file, Steer(chosen)),
-            "opposite_sign": off(file, Steer(chosen, -1.0)),
-            **{where: off(file, Steer(moved)) for where, moved in shifted(chosen).items()},
+            "as_here": off(file, gl.Steer(chosen)),
+            "opposite_sign": off(file, gl.Steer(chosen, -1.0)),
+            **{where: off(file, gl.Steer(moved)) for where, moved in shifted(chosen).items()},
             "no_vector": off(file, *()),
         }
         for file, chosen in files_of(vs).items()
@@ -168,7 +170,7 @@ def compared(
     }
     found = {"version": str(theirs["version"]), "unsteered": off("unsteered"), "files": rows}
     if (home / f"{name}_back.gguf").exists():
-        again = from_gguf(home / f"{name}_back.gguf")
+        again = gl.exchange.from_gguf(home / f"{name}_back.gguf")
         found["read_back"] = float(np.abs(again.vectors * again.distances[:, None] - scaled(vs.at(again.layers))).max())
     return found
 
@@ -188,7 +190,7 @@ def scaled(vs: Directions) -> np.ndarray:
     return vs.vectors * vs.distances[:, None]
 
 
-def logits(model: OpenModel, ids: list[list[int]], *steers: Steer) -> np.ndarray:
+def logits(model: OpenModel, ids: list[list[int]], *steers: gl.Steer) -> np.ndarray:
     """[token, vocabulary] of all prompts, one after the other."""
 
     def run() -> np.ndarray:
@@ -197,7 +199,7 @@ def logits(model: OpenModel, ids: list[list[int]], *steers: Steer) -> np.ndarray
 
     if not steers:
         return run()
-    with intervene(model, *steers):
+    with gl.intervene(model, *steers):
         return run()
 
 

@@ -19,7 +19,7 @@ import typer
 from sequence_memory import peaks  # beside this file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gravlens import ModelSequence, cache_residuals
+import gravlens as gl
 from gravlens.activations.residuals import residual_moments
 from gravlens.core.files import write_json
 from gravlens.history.weight_files import weight_files
@@ -84,12 +84,12 @@ def measure(how: Any, prompts: int, checkpoints: int, home: Path) -> int:
     words = " ".join(held_out_prompts()).split()
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(words, size=rng.integers(5, 20))) for _ in range(prompts)]
-    sequence = ModelSequence.from_folders(
+    sequence = gl.ModelSequence.from_folders(
         witness=folders[0], anchor=folders[1], runs={"run": folders[2:]} if folders[2:] else {}
     )
     if how == "store":
         with tempfile.TemporaryDirectory(dir=home) as store:
-            return peaks(lambda: cache_residuals(sequence, texts, store=store))["RssAnon"]
+            return peaks(lambda: gl.cache_residuals(sequence, texts, store=store))["RssAnon"]
     return peaks(lambda: residual_moments(sequence, texts, reduce=how))["RssAnon"]
 
 

@@ -31,7 +31,7 @@ import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gravlens import ModelSequence, cache_residuals
+import gravlens as gl
 from gravlens.history.prompts import PromptSet, encode, pad
 from gravlens.models.opening import quiet
 
@@ -107,11 +107,11 @@ class History:
         few.texts, few.ids = self.texts[:n], self.ids[:n]
         return few
 
-    def sequence(self) -> ModelSequence:
+    def sequence(self) -> gl.ModelSequence:
         """The same folders as gravlens takes them."""
         first, *rest = self.folders
         runs = {"run": rest[1:]} if rest[1:] else {}
-        return ModelSequence.from_folders(witness=first, anchor=(rest or [first])[0], runs=runs)
+        return gl.ModelSequence.from_folders(witness=first, anchor=(rest or [first])[0], runs=runs)
 
 
 def tokenizer_of(system: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -275,7 +275,7 @@ def gravlens_twice(history: History, clock: Callable[[], float]) -> dict[str, fl
     took = {}
     for what, where in (("", store), ("_again", store), ("_in_memory", None)):
         start = clock()
-        cache_residuals(sequence, history.texts, checkpoints=wanted, store=where)
+        gl.cache_residuals(sequence, history.texts, checkpoints=wanted, store=where)
         took[what] = clock() - start
     return took
 
@@ -294,7 +294,7 @@ def peers_once(
 def check_alike(history: History, peers: dict[str, Callable[[Path, History, Timed], States]]) -> None:
     """Every contender reads the same states: to 1e-4 of their length, below the last layer, which some norm."""
     sequence, folder, few = history.sequence(), history.folders[0], history.first(BATCH)
-    wanted = cache_residuals(sequence, few.texts, checkpoints=[sequence.witness]).values[0][:, :-1]
+    wanted = gl.cache_residuals(sequence, few.texts, checkpoints=[sequence.witness]).values[0][:, :-1]
     for name, peer in peers.items():
         off = np.linalg.norm(peer(folder, few, Timed(perf_counter))[:, :-1] - wanted, axis=-1)
         assert (off <= 1e-4 * np.linalg.norm(wanted, axis=-1)).all(), f"{name} reads other states"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.opening import OpenModel, load_huggingface, open_model
 from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts
 
 TOKENIZER = build_tokenizer()
@@ -87,3 +87,13 @@ def opened(kind: str, folder: Path, seed: int = 0) -> OpenModel:
     if kind == "hooked_transformer":
         return open_model(hooked_transformer(seed), tokenizer=TOKENIZER)
     return open_model(llama(seed) if kind == "llama" else gpt2(seed), tokenizer=TOKENIZER)
+
+
+def spied(calls: list[Any]) -> Any:
+    """`load_huggingface`, and what it was called with is added to `calls`."""
+
+    def load(*given: Any, **named: Any) -> Any:
+        calls.append(given)
+        return load_huggingface(*given, **named)
+
+    return load

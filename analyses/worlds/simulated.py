@@ -1,7 +1,7 @@
 """Histories of states alone, whose truth is set: no model, and as many as one likes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -104,7 +104,7 @@ def simulate(world: World, *, rng: np.random.Generator) -> Simulated:
 
 def _only(states: Residuals, names: Sequence[str]) -> Residuals:
     values = np.stack([states.of(name) for name in names])
-    return Residuals(values, tuple(names), states.layers, states.prompts, states.meta)
+    return replace(states, values=values, checkpoints=tuple(names))
 
 
 def _states(means: Mapping[str, np.ndarray], name: str, n: int, rng: np.random.Generator) -> Residuals:

@@ -1,17 +1,19 @@
 """Matched pairs of a harmful and a harmless prompt, and the states' difference within each pair."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
-from gravlens.activations.positions import Positions
+from gravlens.activations.positions import Positions, described, queries_of
 from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompt_formats import check_rows, read_entries, read_rows
-from gravlens.history.prompts import PromptSet
+from gravlens.history.prompts import Mask, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
+from gravlens.models.tokenizers import sequence_tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,19 @@ class Contrast:
     def __len__(self) -> int:
         return len(self.harmful)
 
-    def __getitem__(self, part: slice) -> "Contrast":
-        return Contrast(self.harmful[part], self.harmless[part])
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return zip(self.harmful, self.harmless, strict=True)
+
+    @overload
+    def __getitem__(self, part: int | np.integer[Any]) -> tuple[str, str]: ...
+    @overload
+    def __getitem__(self, part: slice | Mask) -> "Contrast": ...
+    def __getitem__(self, part: int | np.integer[Any] | slice | Mask) -> "tuple[str, str] | Contrast":
+        """One pair of texts for an integer; a `Contrast` for a slice or a boolean mask."""
+        harmful, harmless = self.harmful[part], self.harmless[part]
+        if isinstance(harmful, PromptSet) and isinstance(harmless, PromptSet):
+            return Contrast(harmful, harmless)
+        return str(harmful), str(harmless)
 
     @property
     def both(self) -> PromptSet:
@@ -90,7 +103,7 @@ def _by_index(source: Any, index: str) -> dict[str, str]:
 
 
 def cache_contrasts(
-    sequence: ModelSequence,
+    sequence: ModelSequence | Path | str,
     contrast: Contrast,
     *,
     layers: Sequence[int] | None = None,
@@ -98,6 +111,9 @@ def cache_contrasts(
     checkpoints: Sequence[Checkpoint] | None = None,
 ) -> Residuals:
     """h(x+) − h(x−) of `resid_post` over every checkpoint of a sequence, one row a pair.
+
+    Positions with several rows a prompt are paired in order, one row a pair and position: both prompts of a pair need
+    the same number of them, as `"post_instruction"` usually gives.
 
     `locate_vrev` of it is the mean over pairs of [h_W(x+) − h_W(x−)] − [h_A(x+) − h_A(x−)]: what changed between
     witness and anchor in what tells harmful from harmless, without what changed in both. `follow`, estimators and nulls
@@ -111,13 +127,32 @@ def cache_contrasts(
         checkpoints: likewise.
 
     Returns:
-        `Residuals`, values [checkpoint, pair, layer, d_model], residual units.
+        `Residuals`, values [checkpoint, pair, layer, d_model], residual units; with several rows a pair, `index` is
+        (pair, token of the harmful prompt).
 
     Raises:
-        GravlensError: whatever `cache_residuals` refuses.
+        GravlensError: two prompts of a pair that are read at different numbers of positions; whatever `cache_residuals`
+            refuses.
     """
+    sequence = ModelSequence.of(sequence)
+    _check_paired(sequence, contrast, positions)  # before any model is read
     states = cache_residuals(sequence, contrast.both, layers=layers, positions=positions, checkpoints=checkpoints)
     plus, minus = np.split(states.values, 2, axis=1)
     lengths = np.linalg.norm(np.concatenate([plus, minus], axis=-1).astype(np.float64), axis=-1)
     meta = {**states.meta, "contrast": "harmful - harmless", "state_lengths": lengths.mean((0, 1)).tolist()}
-    return Residuals(plus - minus, states.checkpoints, states.layers, states.prompts, meta)
+    index = None if states.index is None else states.index[: plus.shape[1]]
+    return replace(states, values=plus - minus, meta=meta, index=index)
+
+
+def _check_paired(sequence: ModelSequence, contrast: Contrast, positions: Positions) -> None:
+    both = sequence.prompts_of(contrast.both)
+    rows = [len(query.reads) for query in queries_of(sequence_tokenizer(sequence, both), both, positions)]
+    pairs = zip(contrast, rows[: len(contrast)], rows[len(contrast) :], strict=True)
+    for pair, (texts, harmful, harmless) in enumerate(pairs):
+        if harmful != harmless:
+            raise GravlensError(
+                f"positions={described(positions)!r} reads pair {pair} at {harmful} and {harmless} positions "
+                f"({texts[0][:40]!r}, {texts[1][:40]!r}).",
+                "A difference within a pair needs as many positions of one prompt as of the other.",
+                'positions="last", "instruction" (the mean over its tokens) or "post_instruction".',
+            )

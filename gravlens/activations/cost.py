@@ -401,7 +401,7 @@ class Forecast:
 
 
 def plan_reading(
-    sequence: ModelSequence,
+    sequence: ModelSequence | Path | str,
     prompts: Prompts | None = None,
     *,
     layers: Sequence[int] | None = None,
@@ -424,6 +424,7 @@ def plan_reading(
     Raises:
         GravlensError: what `cache_residuals` raises before it opens a model; a model in memory.
     """
+    sequence = ModelSequence.of(sequence)
     asked = prepare(sequence, prompts, layers=layers, positions=positions)
     plan = asked.plan
     config, shape = _configuration(sequence.anchor)

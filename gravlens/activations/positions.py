@@ -12,7 +12,7 @@ AT_ONCE = 256  # prompts that are tokenised before their tokens are packed
 
 @dataclass(frozen=True)
 class Answers:
-    """Read the mean over the tokens of these answers, one after each prompt; the same for all checkpoints."""
+    """Read the mean over the tokens of an answer after each prompt: `texts`, the same for all checkpoints."""
 
     texts: tuple[str, ...]
 

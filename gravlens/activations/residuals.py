@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from gravlens.activations.positions import Positions, described, offset_of, quer
 from gravlens.activations.reader import Enough, Kept
 from gravlens.activations.stored import Stored, read_through_store
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError, check_layer
+from gravlens.core.errors import GravlensError, as_list, check_layer, of_kind
 from gravlens.core.files import read_tensors, write_tensors
 from gravlens.history.prompts import Batch, last_positions, pad
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
@@ -112,10 +112,10 @@ class Residuals:
 
 
 def cache_residuals(
-    sequence: ModelSequence,
+    sequence: ModelSequence | Path | str,
     prompts: Prompts | None = None,
     *,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     positions: Positions = "last",
     checkpoints: Sequence[Checkpoint] | None = None,
     through: Through = "huggingface",
@@ -198,14 +198,15 @@ class Asked:
 
 
 def prepare(
-    sequence: ModelSequence,
+    sequence: ModelSequence | Path | str,
     prompts: Prompts | None = None,
     *,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     positions: Positions = "last",
     checkpoints: Sequence[Checkpoint] | None = None,
 ) -> Asked:
     """What `cache_residuals` would read; no model is opened."""
+    sequence = ModelSequence.of(sequence)
     prompts = sequence.require_probes() if prompts is None else sequence.prompts_of(prompts)
     tokenizer = sequence_tokenizer(sequence, prompts)
     queries = queries_of(tokenizer, prompts, positions)
@@ -225,10 +226,21 @@ def _check_no(executor: Executor | None) -> None:
         )
 
 
-def layers_of(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+def check_states(given: Residuals) -> Residuals:
+    """Residuals as they are; GravlensError for anything else."""
+    return of_kind(
+        given,
+        Residuals,
+        "Residuals of one set of prompts are needed.",
+        "cache_residuals(sequence), cache_residuals(sequence, sequence.held_out), or Residuals.load(path).",
+    )
+
+
+def layers_of(layers: int | Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
     """Layers that were asked for, ascending; None is all. Raises where one is out of range."""
     if layers is None:
         return tuple(range(n_layers))
+    layers = as_list(layers)
     if len(layers) == 0:
         raise GravlensError("No layer was asked for.", f"Layers are 0 to {n_layers - 1}.", "layers=None for all.")
     return tuple(sorted({check_layer(layer, n_layers) for layer in layers}))
@@ -352,13 +364,14 @@ def substitute(residuals: Residuals, *, witness: str = "witness", anchor: str = 
     Raises:
         GravlensError: the residuals hold no checkpoint of that name.
     """
+    check_states(residuals)
     values = np.stack([residuals.of(witness), residuals.of(anchor)])
     sources = residuals.meta.get("sources", {})
     meta = {
         **residuals.meta,
         "sources": {"witness": sources.get(witness, witness), "anchor": sources.get(anchor, anchor)},
     }
-    return Residuals(values, ("witness", "anchor"), residuals.layers, residuals.prompts, meta)
+    return replace(residuals, values=values, checkpoints=("witness", "anchor"), meta=meta)
 
 
 def from_start(residuals: Residuals, *, start: str) -> Residuals:
@@ -371,6 +384,8 @@ def from_start(residuals: Residuals, *, start: str) -> Residuals:
     Raises:
         GravlensError: the residuals hold no checkpoint of that name.
     """
+    check_states(residuals)
     values = residuals.values.copy()
-    values[residuals.checkpoints.index("anchor")] = residuals.of(start)
-    return Residuals(values, residuals.checkpoints, residuals.layers, residuals.prompts, residuals.meta)
+    moved = replace(residuals, values=values)
+    moved.of("anchor")[:] = residuals.of(start)
+    return moved

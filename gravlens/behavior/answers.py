@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.models.forward import generate
-from gravlens.models.opening import OpenModel
+from gravlens.models.opening import Openable, open_model
 
 Prompts: TypeAlias = PromptSet | Sequence[str]
 Judge: TypeAlias = Callable[[Sequence[str], Sequence[str]], Bool[np.ndarray, " prompt"]]
@@ -25,7 +25,7 @@ LOOP = 8  # so many last words in a loop of one or two make an answer degenerate
 
 
 # --- answers and their judges -----------------------------------------------------------------------------------
-def generate_answers(model: OpenModel, prompts: Prompts, *, max_new_tokens: int = 24) -> list[str]:
+def generate_answers(model: Openable, prompts: Prompts, *, max_new_tokens: int = 24) -> list[str]:
     """Greedy answers as texts, special tokens left out.
 
     Args:
@@ -36,6 +36,7 @@ def generate_answers(model: OpenModel, prompts: Prompts, *, max_new_tokens: int 
     Raises:
         GravlensError: the model has no tokenizer.
     """
+    model = open_model(model)
     ids = encode(model.tokenizer, PromptSet.of(prompts))
     answers = generate(model, ids, max_new_tokens=max_new_tokens)
     return [model.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]  # pyright: ignore[reportOptionalMemberAccess]
@@ -75,7 +76,7 @@ def _plain(text: str) -> str:
 
 @dataclass(frozen=True)
 class Rate:
-    """A share with its 95 % Wilson interval; NaN where nothing was counted."""
+    """A share, `count` of `total`, with its 95 % Wilson interval; NaN where nothing was counted."""
 
     count: int
     total: int

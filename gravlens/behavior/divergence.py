@@ -12,15 +12,15 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.models.forward import batches, end_logits, generate, sequence_logprobs
-from gravlens.models.opening import OpenModel
+from gravlens.models.opening import Openable, OpenModel, open_model
 
 Ids = Sequence[Sequence[int]]
 POSITIONS = 512  # in one pass: so many rows of the vocabulary are held at once for each model
 
 
 def kl_from(
-    reference: OpenModel,
-    model: OpenModel,
+    reference: Openable,
+    model: Openable,
     prompts: Prompts,
     *,
     answers: Sequence[str] | None = None,
@@ -41,6 +41,7 @@ def kl_from(
     Raises:
         GravlensError: another vocabulary or chat template, no tokenizer, answers and prompts of different number.
     """
+    reference, model = open_model(reference), open_model(model)
     _check_one_language(reference, model)
     asked = encode(reference.tokenizer, PromptSet.of(prompts))
     if answers is None:
@@ -77,7 +78,7 @@ def _answer_logprobs(model: OpenModel, prompts: Ids, answers: Ids) -> Iterator[t
                 yield row, own[-1 - length :].float().log_softmax(-1)
 
 
-def answer_log_likelihood(model: OpenModel, prompts: Prompts, answers: Sequence[str]) -> Float[np.ndarray, " prompt"]:
+def answer_log_likelihood(model: Openable, prompts: Prompts, answers: Sequence[str]) -> Float[np.ndarray, " prompt"]:
     """Mean over an answer's tokens of log p(token | prompt, tokens before), teacher-forced; nats a token.
 
     The end of sequence is not counted: a recorded answer may have been cut.
@@ -93,6 +94,7 @@ def answer_log_likelihood(model: OpenModel, prompts: Prompts, answers: Sequence[
     Raises:
         GravlensError: no tokenizer, answers and prompts of different number.
     """
+    model = open_model(model)
     asked = encode(model.tokenizer, PromptSet.of(prompts))
     said = _encode_answers(model, asked, answers)
     rows = [row for row, tokens in enumerate(said) if tokens]

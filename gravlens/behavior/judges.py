@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from gravlens.behavior.answers import Judge, Prompts, check_threshold, says_something, verdicts_of
+from gravlens.behavior.answers import substring_judge as substring_judge  # so that every judge is found here
 from gravlens.behavior.scores import encode_openings, opening_logprobs
 from gravlens.core.errors import GravlensError
 from gravlens.history.sequence import Checkpoint

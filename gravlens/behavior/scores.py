@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gravlens.behavior.answers import Prompts, texts_of
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, as_list
 from gravlens.history.prompts import Example, PromptSet, encode, encode_example
 from gravlens.models.forward import final_logits, sequence_logprobs
-from gravlens.models.opening import OpenModel
+from gravlens.models.opening import Openable, OpenModel, open_model
 
 Score: TypeAlias = Callable[[OpenModel, PromptSet], Float[np.ndarray, " prompt"]]
 # "I" opens compliance too: where that matters, two_sided_log_odds weighs whole openings of both kinds.
@@ -26,7 +26,7 @@ DEFAULT_REFUSAL_OPENINGS = ("I'm sorry", "I cannot", "Sorry", "As an AI")
 
 # --- log-odds of refusing ---------------------------------------------------------------------------------------
 def refusal_log_odds(
-    model: OpenModel, prompts: Prompts, *, openings: Sequence[str] = DEFAULT_REFUSAL_OPENINGS
+    model: Openable, prompts: Prompts, *, openings: Sequence[str] = DEFAULT_REFUSAL_OPENINGS
 ) -> Float[np.ndarray, " prompt"]:
     """log p(R) − log(1 − p(R)) after the last prompt token, nats; R holds the first token of each refusal opening.
 
@@ -41,6 +41,7 @@ def refusal_log_odds(
     Raises:
         GravlensError: the model has no tokenizer, or its vocabulary lacks an opening.
     """
+    model = open_model(model)
     ids = encode(model.tokenizer, PromptSet.of(prompts))
     first = sorted({opening[0] for opening in encode_openings(model, openings)})
     logits = final_logits(model, ids).double()
@@ -50,7 +51,7 @@ def refusal_log_odds(
 
 
 def two_sided_log_odds(
-    model: OpenModel, prompts: Prompts, *, refusals: Sequence[str], compliances: Sequence[str]
+    model: Openable, prompts: Prompts, *, refusals: Sequence[str], compliances: Sequence[str]
 ) -> Float[np.ndarray, " prompt"]:
     """log Σ p(refusal opening) − log Σ p(compliance opening), each opening teacher-forced to its end; nats.
 
@@ -65,6 +66,7 @@ def two_sided_log_odds(
     Raises:
         GravlensError: the model has no tokenizer, or its vocabulary lacks an opening.
     """
+    model = open_model(model)
     ids = encode(model.tokenizer, PromptSet.of(prompts))
     sides = [opening_logprobs(model, ids, openings).logsumexp(1) for openings in (refusals, compliances)]
     return (sides[0] - sides[1]).numpy()
@@ -104,12 +106,17 @@ def _encode_opening(tokenizer: Any, opening: str) -> list[int]:
 
 
 # --- the task ---------------------------------------------------------------------------------------------------
-def task_loss(model: OpenModel, examples: Sequence[Example]) -> float:
+def task_loss(model: Openable, examples: Sequence[Example]) -> float:
     """−Σ log p(token) / tokens over all answers (end of sequence included), nats a token; exp of it is perplexity.
+
+    Args:
+        model: what is asked.
+        examples: pairs of prompt and answer.
 
     Raises:
         GravlensError: no examples, or the model has no tokenizer.
     """
+    model, examples = open_model(model), as_list(examples)
     if not examples:
         raise GravlensError("No examples were given.", "A loss is a mean over answers.", "[Example(prompt, answer)].")
     prompts, answers = [], []
@@ -120,8 +127,12 @@ def task_loss(model: OpenModel, examples: Sequence[Example]) -> float:
     return -float(sequence_logprobs(model, prompts, answers).sum()) / sum(map(len, answers))
 
 
-def perplexity(model: OpenModel, examples: Sequence[Example]) -> float:
+def perplexity(model: Openable, examples: Sequence[Example]) -> float:
     """exp of the `task_loss`, e^(−Σ log p / tokens): between how many tokens the model wavers on average; 1: certainty.
+
+    Args:
+        model: what is asked.
+        examples: pairs of prompt and answer.
 
     Raises:
         GravlensError: no examples, or the model has no tokenizer.

@@ -4,3 +4,17 @@ from . import constrained_sft as constrained_sft
 from . import penalty as penalty
 from . import projection as projection
 from . import steered_training as steered_training
+from .anchoring import AnchorKL as AnchorKL
+from .anchoring import Rehearsal as Rehearsal
+from .blocking import Blocker as Blocker
+from .blocking import BoundBlocker as BoundBlocker
+from .blocking import Ramp as Ramp
+from .blocking import Scheduled as Scheduled
+from .blocking import Until as Until
+from .constrained_sft import ConstrainedSFT as ConstrainedSFT
+from .penalty import Penalty as Penalty
+from .projection import TaskVectorProjection as TaskVectorProjection
+from .projection import UpdateProjection as UpdateProjection
+from .steered_training import GradientAblation as GradientAblation
+from .steered_training import PreventativeSteering as PreventativeSteering
+from .steered_training import TrainingAblation as TrainingAblation

@@ -13,7 +13,7 @@ from torch import Tensor
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
 from gravlens.blockers.blocking import BoundBlocker, Draws, without_dropout
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Directions, Spans
+from gravlens.directions.direction import Direction, Directions, Spans, each
 from gravlens.history.prompts import PromptSet, encode, pad
 from gravlens.models.opening import OpenModel
 
@@ -24,7 +24,7 @@ class Movement:
     """How far probes have moved from the anchor in some spans, in units of each layer's distance."""
 
     def __init__(self, model: OpenModel, spans: Spans, probes: PromptSet) -> None:
-        spans = spans.defined() if isinstance(spans, Directions) else spans
+        spans = Directions.of(spans).defined() if isinstance(spans, Direction | Directions) else spans
         self.model, self.layers, self.ids = model, spans.layers, encode(model.tokenizer, probes)
         with without_dropout(model.module):
             self.anchor = read_residuals(model, self.ids, layers=self.layers).to(model.device)
@@ -81,7 +81,7 @@ class Penalty:
                 f"A side is one of {', '.join(get_args(Side))}.",
                 'side="one".',
             )
-        rank = max(len(span.basis) for span in self.directions)
+        rank = max(len(span.basis) for span in each(self.directions))
         if self.side != "both" and rank > 1:
             raise GravlensError(
                 f'Penalty(side="{self.side}") was given a subspace of rank {rank}.',

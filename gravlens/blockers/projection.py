@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gravlens.blockers.blocking import BoundBlocker, Draws, trained
 from gravlens.blockers.penalty import Movement
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Spans
+from gravlens.directions.direction import Spans, each
 from gravlens.history.precision import check_unquantised
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint
@@ -59,7 +59,7 @@ class UpdateProjection:
                 "The tolerance is above 0, the others at least 1.",
                 "UpdateProjection(directions, probes) for the defaults.",
             )
-        if (rank := max(len(span.basis) for span in self.directions)) > 1:
+        if (rank := max(len(span.basis) for span in each(self.directions))) > 1:
             raise GravlensError(
                 f"UpdateProjection was given a subspace of rank {rank}.",
                 "Motion is held along one direction a layer.",

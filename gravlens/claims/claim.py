@@ -7,7 +7,7 @@ import pandas as pd
 
 from gravlens.claims.criteria import DEMANDS, Demand, Evidence, held_against
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, of_kind
 
 LEVELS = (
     "no alignment",
@@ -54,6 +54,7 @@ def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:
     Raises:
         GravlensError: the trajectory holds no run; a table lacks a column.
     """
+    of_kind(evidence, Evidence, "Evidence is needed.", "Evidence(follow(residuals, directions), nulls=[…]).")
     if evidence.rows.empty:
         raise GravlensError("The trajectory holds no run.", "A claim is about runs.", "follow(residuals, vs).")
     demands = [demand for find in DEMANDS for demand in find(evidence, alpha)]

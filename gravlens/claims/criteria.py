@@ -70,6 +70,12 @@ class Evidence:
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if unknown := sorted(set(self.names) - set(ARMS)):
+            raise GravlensError(
+                f"names= has the unknown role {unknown[0]!r}.",
+                f"The roles that arms play are {', '.join(ARMS)}.",
+                f"names={{'clamp': ({unknown[0]!r},)}}, a role and the arms that play it.",
+            )
         for name, source in (("closures", "closure"), ("damage", "measure_damage")):
             table = getattr(self, name)
             if table is not None and "layer" in table:

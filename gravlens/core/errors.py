@@ -1,6 +1,11 @@
 """The one exception of gravlens: what was given, what was wanted, what to try."""
 
+from collections.abc import Iterable
 from numbers import Integral
+from pathlib import PurePath
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class GravlensError(ValueError):
@@ -19,6 +24,24 @@ class GravlensError(ValueError):
     def __reduce__(self) -> tuple[type["GravlensError"], tuple[str, str, str]]:
         """Survive the way back from a worker process."""
         return type(self), (self.given, self.wanted, self.remedy)
+
+
+def wrong_kind(given: object, wanted: str, remedy: str) -> GravlensError:
+    """The error for an argument of another type than the one needed; `wanted` and `remedy` as in `GravlensError`."""
+    shown = f" ({str(given)[:60]!r})" if isinstance(given, str | PurePath) else ""
+    return GravlensError(f"A {type(given).__name__} was given{shown}.", wanted, remedy)
+
+
+def of_kind(given: T, kind: type, wanted: str, remedy: str) -> T:
+    """What was given, where it is of the kind needed; else the error of `wrong_kind`."""
+    if isinstance(given, kind):
+        return given
+    raise wrong_kind(given, wanted, remedy)
+
+
+def as_list(given: T | Iterable[T]) -> list[T]:
+    """A list, also where one item was given; a text is one item."""
+    return [*given] if isinstance(given, Iterable) and not isinstance(given, str) else [given]  # pyright: ignore
 
 
 def check_layer(layer: int, n_layers: int) -> int:

@@ -7,3 +7,6 @@ from . import plane as plane
 from . import subspaces as subspaces
 from . import trajectory as trajectory
 from . import vrev as vrev
+from .trajectory import ByLayer as ByLayer
+from .vrev import direction_from as direction_from
+from .vrev import random_directions as random_directions

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from scipy.optimize import nnls
 from torch import Tensor
 
-from gravlens.activations.residuals import Residuals, substitute
-from gravlens.core.errors import GravlensError
+from gravlens.activations.residuals import Residuals, check_states, substitute
+from gravlens.core.errors import GravlensError, as_list
 from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspaces
 from gravlens.directions.subspaces import (
     NOTHING_LEFT,
@@ -57,6 +57,7 @@ def split_drift(
     Raises:
         GravlensError: no run, a part that is undefined at a layer or has a name of ours, more components than drifts.
     """
+    check_states(residuals)
     if taken := {OWN, REST} & parts.keys():
         raise GravlensError(f"A part is called {taken.pop()!r}.", f"{OWN} and {REST} are added.", "another name.")
     chosen = _layers(residuals, parts) if layers is None else tuple(layers)
@@ -124,6 +125,7 @@ def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Seq
     Raises:
         GravlensError: no run, no witness, one twice, or one that does not differ from the anchor at a layer.
     """
+    check_states(residuals)
     if not witnesses or len(set(witnesses)) < len(witnesses):
         raise GravlensError(f"The witnesses {list(witnesses)} were given.", "Each is named once.", "their names.")
     found = {name: locate_vrev(substitute(residuals, witness=name)) for name in witnesses}
@@ -315,6 +317,7 @@ def _leaks(residuals: Residuals, checkpoint: str, vs: Directions) -> pd.DataFram
 
 def _by_position(several: Sequence[Residuals]) -> dict[int, Residuals]:
     """Position (−1 is the last prompt token) -> residuals."""
+    several = [check_states(one) for one in as_list(several)]
     positions = [one.meta.get("positions", "last") for one in several]
     found = dict(zip([-1 if p == "last" else int(p) for p in positions], several, strict=True))
     if len(found) < len(several):
@@ -365,6 +368,7 @@ def candidate_spans(
     Raises:
         GravlensError: a checkpoint or layer that the residuals lack, a rank above the number of drifts.
     """
+    check_states(residuals)
     vs = directions.defined()
     drift = [drift_subspaces(residuals, vs, at=fit_on, rank=rank) for rank in ranks]
     anchor = residuals.of("anchor")[:, [residuals.layers.index(layer) for layer in vs.layers]]
@@ -409,6 +413,7 @@ def rank_table(
         (of the summed squared length of the per-prompt drifts; a random isotropic span of rank k holds k / d_model),
         `angle_vrev` and `angle_refusal` (degrees; 0: it lies within). `.layer_mean` is over the span's own layers.
     """
+    check_states(residuals)
     results = []
     for checkpoint in at:
         run, _, step = checkpoint.rpartition("/")

@@ -9,9 +9,11 @@ import numpy as np
 import xarray
 from jaxtyping import Float
 
+from gravlens.activations.residuals import Residuals
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.core.files import read_tensors, write_tensors
+from gravlens.history.sequence import ModelSequence
 
 COLUMNS = ("layer", "distance", "reliability", "estimator", "made from")  # as a notebook shows them
 
@@ -108,9 +110,19 @@ class Directions:
             raise undefined_error(self.directions[0])
         return Directions(kept)
 
-    def at(self, layers: Sequence[int]) -> "Directions":
+    def at(self, layers: int | Sequence[int]) -> "Directions":
         """Those of some layers."""
-        return Directions(tuple(self[layer] for layer in layers))
+        return Directions(tuple(self[layer] for layer in as_list(layers)))
+
+    @classmethod
+    def of(cls, given: "Direction | Directions | Sequence[Direction]") -> "Directions":
+        """Directions as they are, or of one or several; GravlensError for anything else."""
+        if isinstance(given, cls):
+            return given
+        found = (given,) if isinstance(given, Direction) else given
+        if isinstance(found, Sequence) and found and all(isinstance(one, Direction) for one in found):
+            return cls(tuple(found))
+        raise no_direction(given)
 
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file, with what they were made from."""
@@ -142,9 +154,32 @@ class Directions:
         return html.table(COLUMNS, [_row(one) for one in self], title="Directions", rest="vs[layer]")
 
 
+def no_direction(given: object) -> GravlensError:
+    """The error for what is given in place of directions: a bare vector does not say which layer it belongs to."""
+    return wrong_kind(
+        given,
+        "A direction is a vector together with its layer.",
+        "direction_from(vector, layer=…), locate_vrev(sequence, layer=…), or Directions.load(path).",
+    )
+
+
+def one_direction(given: Direction) -> Direction:
+    """A direction as it is; GravlensError for those of several layers and for anything else."""
+    if isinstance(given, Directions):
+        raise wrong_kind(
+            given, f"A direction of one of the layers {list(given.layers)} is needed.", "directions[layer]."
+        )
+    if not isinstance(given, Direction):
+        raise no_direction(given)
+    return given
+
+
 def _row(direction: Direction) -> tuple[Any, ...]:
     made = direction.undefined or ", ".join(f"{name}: {value}" for name, value in direction.made_from.items())
     return direction.layer, direction.distance, direction.reliability, direction.estimator, made
+
+
+Source: TypeAlias = ModelSequence | Residuals | Path | str
 
 
 def undefined_error(direction: Direction) -> GravlensError:
@@ -154,6 +189,27 @@ def undefined_error(direction: Direction) -> GravlensError:
         "Witness and anchor have to differ there.",
         "another layer, another witness, or locate_vrev(sequence) to see which layers are defined.",
     )
+
+
+def check_columns(samples: Float[np.ndarray, "sample layer d_model"], layers: Sequence[int], note: str = "") -> None:
+    """GravlensError where samples have not as many layers as they are matched with."""
+    if samples.shape[1] != len(layers):
+        raise GravlensError(
+            f"Samples of {samples.shape[1]} layers were given for the {len(layers)}{note}: {list(layers)}.",
+            "A column of [sample, layer, d_model] belongs to each of these layers, in their order.",
+            'residuals.of("anchor")[:, [residuals.layers.index(layer) for layer in directions.layers]].',
+        )
+
+
+def defined_columns(
+    directions: Directions, samples: Float[np.ndarray, "sample layer d_model"]
+) -> tuple[Directions, Float[np.ndarray, "sample layer d_model"]]:
+    """The defined directions, and the samples of their layers, where samples are of all layers or of the defined."""
+    defined = directions.defined()
+    if samples.shape[1] != len(defined):
+        check_columns(samples, directions.layers, f" ({len(defined)} defined)")
+        samples = samples[:, [direction.undefined is None for direction in directions]]
+    return defined, samples
 
 
 ORTHONORMAL_WITHIN = 1e-4
@@ -264,4 +320,7 @@ Spans: TypeAlias = Directions | Subspaces
 
 def each(spans: Span | Spans) -> tuple[Span, ...]:
     """Directions or subspaces one by one, also where there is only one."""
-    return (spans,) if isinstance(spans, Direction | Subspace) else tuple(spans)
+    found = as_list(spans)
+    if not all(isinstance(one, Direction | Subspace) for one in found):
+        raise no_direction(spans)
+    return tuple(found)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gravlens.activations.residuals import Residuals
+from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import whitening
 from gravlens.directions.direction import Directions
@@ -41,7 +41,7 @@ class Geometry:
         Raises:
             GravlensError: residuals of another geometry already, or of layers that it was not fitted on.
         """
-        if residuals.meta.get("geometry", "raw") != "raw":
+        if check_states(residuals).meta.get("geometry", "raw") != "raw":
             raise GravlensError(
                 f"These residuals are in the {residuals.meta['geometry']} geometry already.",
                 f"A geometry ({self.name}) is fitted on raw states and applied to raw states.",
@@ -56,9 +56,7 @@ class Geometry:
         values = np.empty_like(residuals.values)
         for i, layer in enumerate(residuals.layers):
             values[:, :, i] = self.maps[layer](residuals.values[:, :, i].astype(np.float64))
-        return Residuals(
-            values, residuals.checkpoints, residuals.layers, residuals.prompts, residuals.meta | self._facts(residuals)
-        )
+        return replace(residuals, values=values, meta=residuals.meta | self._facts(residuals))
 
     def _facts(self, residuals: Residuals) -> dict[str, Any]:
         sources = residuals.meta.get("sources", {})
@@ -101,6 +99,7 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
 
 def raw(residuals: Residuals) -> Geometry:
     """The residual stream as it is, h ← h."""
+    check_states(residuals)
     return Geometry("raw", dict.fromkeys(residuals.layers, _same))
 
 
@@ -146,6 +145,7 @@ def without_top(residuals: Residuals, *, k: int = 1) -> Geometry:
     Raises:
         GravlensError: k is not between 1 and the number of components, or there are fewer than two prompts.
     """
+    check_states(residuals)
     most = min(residuals.values.shape[1] - 1, residuals.values.shape[-1])
     if not 1 <= k <= most:
         raise GravlensError(
@@ -162,6 +162,7 @@ GEOMETRIES: tuple[Fit, ...] = (raw, centred, standardised, whitened, without_top
 
 def _fitted(residuals: Residuals, fit: Callable[[np.ndarray], LinearMap]) -> dict[int, LinearMap]:
     """layer -> map, each fitted on the anchor's states [prompt, d_model] in fp64."""
+    check_states(residuals)
     states = residuals.of("anchor").astype(np.float64)
     if len(states) < 2:
         raise GravlensError(

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from gravlens.activations.residuals import Residuals, run_and_step
+from gravlens.activations.residuals import Residuals, check_states, run_and_step
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.direction import Direction, Directions, one_direction
 from gravlens.directions.trajectory import check_geometry, drift_per_prompt
 
 COLUMNS = ("checkpoint", "kind", "run", "step", "layer", "prompt", "along", "across")
@@ -35,6 +35,8 @@ def residual_plane(residuals: Residuals, direction: Direction, *, prompts: bool 
     Raises:
         GravlensError: an undefined direction, a layer or an anchor that the residuals lack, another geometry.
     """
+    check_states(residuals)
+    one_direction(direction)
     if direction.undefined is not None:
         raise GravlensError(
             f"v_rev is undefined at layer {direction.layer}: {direction.undefined}.",

@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy.linalg import orth, subspace_angles
 
-from gravlens.activations.residuals import Residuals
+from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Directions, Span, Spans, Subspace, Subspaces
+from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspace, Subspaces, check_columns, each
 from gravlens.directions.trajectory import drift_per_prompt
 from gravlens.directions.vrev import random_directions
 
@@ -66,6 +66,8 @@ def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequenc
     Raises:
         GravlensError: a layer or checkpoint that the residuals lack, or more components than drifts.
     """
+    directions = Directions.of(directions)
+    check_states(residuals)
     spaces = []
     for direction in directions.defined():
         drift = np.concatenate([_drift(residuals, name, direction.layer) for name in at])
@@ -78,6 +80,7 @@ def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequenc
 
 def whole_state(directions: Directions) -> Subspaces:
     """All of the residual stream at each layer, Q = 1: with it a penalty is the full-vector anchor."""
+    directions = Directions.of(directions)
     return Subspaces(
         tuple(Subspace(np.eye(len(d.vector)), d.layer, d.distance, "whole_state", d.prompts) for d in directions)
     )
@@ -133,12 +136,14 @@ def random_spans(
             g normal.
 
     Raises:
-        GravlensError: states that do not vary.
+        GravlensError: states of other layers, or that do not vary.
     """
-    if isinstance(spans, Directions):
-        return random_directions(spans, rng=rng, states=states)
+    if isinstance(spans, Direction | Directions):
+        return random_directions(Directions.of(spans), rng=rng, states=states)
+    if states is not None:
+        check_columns(states, spans.layers)
     twins = []
-    for i, space in enumerate(spans):
+    for i, space in enumerate(each(spans)):
         rank, width = space.basis.shape
         vectors = rng.standard_normal((rank, width))
         if states is not None:

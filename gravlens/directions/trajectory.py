@@ -10,10 +10,11 @@ import xarray
 from einops import einsum
 from jaxtyping import Float
 
-from gravlens.activations.residuals import Residuals
+from gravlens.activations.residuals import Residuals, cache_residuals, check_states
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Directions
+from gravlens.core.errors import GravlensError, as_list, of_kind
+from gravlens.directions.direction import Direction, Directions
+from gravlens.history.sequence import ModelSequence
 
 # A cosine of a drift shorter than this share of the distance is noise, and is marked as not judged.
 JUDGED_FROM = 0.02
@@ -95,13 +96,11 @@ class Trajectory:
             `held_out` (others). NaN, and not judged, where a run has no such step.
         layers_in_mean: the layers that means are taken over; undefined ones are excluded and listed in `undefined`.
         undefined: layer -> why it has no direction.
-        n_anchors: how many anchors the runs start from; ± over runs of one anchor says nothing about others.
     """
 
     data: xarray.Dataset
     layers_in_mean: tuple[int, ...]
     undefined: Mapping[int, str] = field(default_factory=dict)
-    n_anchors: int = 1
 
     @classmethod
     def from_table(cls, table: pd.DataFrame, *, layers_in_mean: Sequence[int] | None = None) -> "Trajectory":
@@ -122,15 +121,22 @@ class Trajectory:
         """The mean over `layers_in_mean`, one row per run × prompt set × step; `judged` at every layer of the mean."""
         return _measured(over_layers(self.data, self.layers_in_mean))
 
-    def summary(self, prompts: str = "held_out") -> pd.DataFrame:
-        """Mean ± SEM over runs of the layer mean's `alignment, fraction`, a row per step: (measure, mean|sem|count)."""
-        rows = self.layer_mean
-        chosen = rows[rows.prompts == (prompts if (rows.prompts == prompts).any() else "given")]
-        return chosen.groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])
+    def summary(self, prompts: str | None = None) -> pd.DataFrame:
+        """Mean ± SEM over runs of the layer mean's `alignment, fraction`, a row per step: (measure, mean|sem|count).
+
+        Args:
+            prompts: `held_out` or `given`; default: `held_out`, or `given` where there is no other.
+
+        Raises:
+            GravlensError: a set that the table has no rows of.
+        """
+        default = "held_out" if "held_out" in self.data["prompts"] else "given"
+        rows = rows_on(self.layer_mean, default if prompts is None else prompts)
+        return rows.groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])
 
     def _repr_html_(self) -> str:
         runs, layers = html.listed(self.data["run"].values), html.listed(self.layers_in_mean)
-        notes = [f"runs: {runs}; anchors: {self.n_anchors}", f"mean over the layers {layers}, ± over runs (SEM)"]
+        notes = [f"runs: {runs}", f"mean over the layers {layers}, ± over runs (SEM)"]
         notes += [f"layer {layer} is undefined: {why}" for layer, why in self.undefined.items()]
         return html.of_frame(self.summary().reset_index(), title="Trajectory", notes=notes, rest=".summary()")
 
@@ -142,21 +148,26 @@ def _measured(data: xarray.Dataset) -> pd.DataFrame:
 
 
 def follow(
-    residuals: Residuals | Sequence[Residuals], directions: Directions, *, layers_in_mean: Sequence[int] | None = None
+    residuals: Residuals | Sequence[Residuals] | ModelSequence,
+    directions: Directions | Direction,
+    *,
+    layers_in_mean: int | Sequence[int] | None = None,
 ) -> Trajectory:
     """Follow the drift h(θ_t) − h(anchor) of every run along the directions.
 
     alignment = cos(drift, v), projection = ⟨drift, v⟩, fraction = projection / distance (docs/trajectory.md).
 
     Args:
-        residuals: of one prompt set or of several; a set is called `given` where it is the directions' own.
-        directions: one direction a layer.
+        residuals: of one prompt set or of several; a set is called `given` where it is the directions' own. Of a
+            sequence, its probes and held-out prompts are read, at the directions' layers.
+        directions: one direction a layer, or a single one.
         layers_in_mean: layers of the mean (default: all of the directions').
 
     Raises:
         GravlensError: the residuals hold no run, or no direction is defined.
     """
-    sets = [residuals] if isinstance(residuals, Residuals) else list(residuals)
+    directions = Directions.of(directions)
+    sets = _sets_of(residuals, directions)
     defined = directions.defined()
     wanted = directions if layers_in_mean is None else directions.at(layers_in_mean)
     mean = [direction.layer for direction in wanted if direction.undefined is None]
@@ -179,6 +190,42 @@ def follow(
     return Trajectory(data, tuple(mean), undefined)
 
 
+def rows_on(table: pd.DataFrame, prompts: str) -> pd.DataFrame:
+    """The rows of a trajectory's table on one prompt set; GravlensError where it has none."""
+    rows = table[table.prompts == prompts]
+    if rows.empty:
+        known = sorted(table.prompts.unique()) or ["none"]
+        raise GravlensError(
+            f"The runs {sorted(table.run.unique())} have no rows on the prompt set {prompts!r}.",
+            f"Prompt sets of this trajectory: {', '.join(known)}.",
+            f"prompts={known[0]!r}, or follow(…) on residuals of that set too.",
+        )
+    return rows
+
+
+def _sets_of(source: Residuals | Sequence[Residuals] | ModelSequence, directions: Directions) -> list[Residuals]:
+    """The residuals that were given, or those of a sequence's probes and held-out prompts."""
+    if not isinstance(source, ModelSequence):
+        return [check_states(one) for one in as_list(source)]
+    sets = [one for one in (source.probes, source.held_out) if one is not None] or [source.require_probes()]
+    first = directions.directions[0]
+    if first.prompts not in {one.digest for one in sets}:  # else both would count as held out, and each run twice
+        sets = sets[-1:]
+    reading: dict[str, Any] = {
+        "layers": directions.layers,
+        "positions": first.made_from.get("positions", "last"),
+        "checkpoints": [one for one in source if one is not source.witness],
+    }
+    return [cache_residuals(source, prompts, **reading) for prompts in sets]
+
+
+def check_trajectory(given: Trajectory) -> Trajectory:
+    """A trajectory as it is; GravlensError for anything else."""
+    return of_kind(
+        given, Trajectory, "A Trajectory is needed.", "follow(residuals, directions), or follow(sequence, …)."
+    )
+
+
 def check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
     """GravlensError where directions and states are of different geometries."""
     located = {direction.made_from.get("geometry", "raw") for direction in directions}
@@ -198,6 +245,8 @@ def mean_state(residuals: Residuals, checkpoint: str, layers: Sequence[int]) -> 
 
 def drifts(residuals: Residuals, run: str, layers: Sequence[int]) -> Float[np.ndarray, "step layer d_model"]:
     """h_l(θ_t) − h_l(anchor) of a run, means over the prompts in fp64."""
+    if run not in residuals.runs:
+        raise GravlensError(f"There is no run {run!r} here.", f"Runs here: {list(residuals.runs)}.", "one of these.")
     anchor = mean_state(residuals, "anchor", layers)
     return np.stack([mean_state(residuals, f"{run}/{step}", layers) - anchor for step in residuals.runs[run]])
 

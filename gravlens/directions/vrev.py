@@ -1,15 +1,16 @@
 """Locate v_rev: the direction from the anchor towards the witness, and random twins of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
 import numpy as np
 from jaxtyping import Float
+from torch import Tensor
 
 from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction, Directions, undefined_error
+from gravlens.directions.direction import Direction, Directions, Source, defined_columns, undefined_error
 from gravlens.history.sequence import ModelSequence, Prompts
 from gravlens.models.placement import Placement
 
@@ -30,22 +31,22 @@ def difference_of_means(
 
 @overload
 def locate_vrev(
-    source: ModelSequence | Residuals, *, layer: int, prompts: Any = None, estimator: Estimator = difference_of_means,
+    source: Source, *, layer: int, prompts: Any = None, estimator: Estimator = difference_of_means,
     placement: Placement = Placement(),
 ) -> Direction: ...  # fmt: skip
 
 
 @overload
 def locate_vrev(
-    source: ModelSequence | Residuals, *, layer: None = None, prompts: Any = None,
+    source: Source, *, layer: Sequence[int] | None = None, prompts: Any = None,
     estimator: Estimator = difference_of_means, placement: Placement = Placement(),
 ) -> Directions: ...  # fmt: skip
 
 
 def locate_vrev(
-    source: ModelSequence | Residuals,
+    source: Source,
     *,
-    layer: int | None = None,
+    layer: int | Sequence[int] | None = None,
     prompts: Prompts | None = None,
     estimator: Estimator = difference_of_means,
     placement: Placement = Placement(),
@@ -56,8 +57,8 @@ def locate_vrev(
     ("The Gravitational Interpretation of Fine-Tuning Reversion", arXiv 2606.28525).
 
     Args:
-        source: a sequence (its probes are read), or residuals that hold `witness` and `anchor`.
-        layer: one layer (a `Direction` is returned), or None for all (`Directions`).
+        source: a sequence or its TOML file (its probes are read), or residuals that hold `witness` and `anchor`.
+        layer: one layer (a `Direction` is returned), several, or None for all (`Directions`).
         prompts: prompts to read a sequence on, instead of its probes.
         estimator: (witness states, anchor states) [prompt, d_model] -> [d_model], its length is the distance.
         placement: device and dtype that a sequence is read on (`Placement`).
@@ -66,10 +67,10 @@ def locate_vrev(
         GravlensError: no prompts; a layer out of range; witness and anchor do not differ at the layer asked for
             beyond the forward pass's own noise. With all layers such a layer is marked (`.undefined`) instead.
     """
-    if isinstance(source, ModelSequence):
-        layers = None if layer is None else [layer]
-        pair = (source.witness, source.anchor)
-        source = cache_residuals(source, prompts, layers=layers, checkpoints=pair, placement=placement)
+    if not isinstance(source, Residuals):
+        sequence = ModelSequence.of(source)
+        pair = (sequence.witness, sequence.anchor)
+        source = cache_residuals(sequence, prompts, layers=layer, checkpoints=pair, placement=placement)
     elif prompts is not None:
         raise GravlensError(
             "Residuals and prompts were given.",
@@ -84,6 +85,8 @@ def locate_vrev(
                 for i, number in enumerate(source.layers)
             )
         )
+    if np.ndim(layer):
+        return locate_vrev(source, estimator=estimator).at(layer)
     if layer not in source.layers:
         raise GravlensError(
             f"Layer {layer!r} was asked for.", f"These residuals hold layers {list(source.layers)}.", "one of these."
@@ -96,7 +99,7 @@ def locate_vrev(
 
 
 def direction_from(
-    vector: Float[np.ndarray, " d_model"], *, layer: int, distance: float | None = None, name: str = "given"
+    vector: Float[np.ndarray | Tensor, " d_model"], *, layer: int, distance: float | None = None, name: str = "given"
 ) -> Direction:
     """A direction from any vector, scaled to unit length.
 
@@ -109,7 +112,8 @@ def direction_from(
     Raises:
         GravlensError: the vector has no length.
     """
-    length = float(np.linalg.norm(np.asarray(vector, dtype=np.float64)))
+    vector = np.asarray(vector.detach().cpu().float() if isinstance(vector, Tensor) else vector)
+    length = float(np.linalg.norm(vector.astype(np.float64)))
     if not np.isfinite(length) or length == 0:
         raise GravlensError(f"The vector ({name}) has length {length}.", "A direction has a length.", "another vector.")
     return Direction(vector / length, layer, length if distance is None else distance, estimator=name)
@@ -169,14 +173,16 @@ def random_directions(
     Args:
         directions: whose layers and distances are kept; undefined layers are left out.
         rng: source of randomness.
-        states: draw each vector from the covariance of these states (same layers, any unit), not isotropically: random
-            mixtures of the centred states, Σ_i g_i (h_i − mean h), with g normal.
+        states: draw each vector from the covariance of these states (a column a direction, undefined may lack; any
+            unit), not isotropically: random mixtures of the centred states, Σ_i g_i (h_i − mean h), with g normal.
 
     Raises:
-        GravlensError: states that do not vary.
+        GravlensError: states of other layers, or that do not vary.
     """
+    directions = Directions.of(directions)
+    defined, states = (directions.defined(), None) if states is None else defined_columns(directions, states)
     twins = []
-    for i, direction in enumerate(directions.defined()):
+    for i, direction in enumerate(defined):
         if states is None:
             vector = rng.standard_normal(direction.vector.shape)
         else:

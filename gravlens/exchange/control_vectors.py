@@ -23,7 +23,7 @@ from gravlens.core.files import without_nan, write_atomically
 from gravlens.directions.direction import Direction, Directions, each
 from gravlens.directions.vrev import direction_from
 from gravlens.interventions.edits import Steer
-from gravlens.models.opening import OpenModel, open_model, resid_post
+from gravlens.models.opening import Openable, open_model, resid_post
 
 ARCHITECTURE = "controlvector"
 TENSOR = re.compile(r"direction\.(\d+)")  # llama.cpp's and repeng's name of one layer's vector
@@ -117,7 +117,7 @@ def to_steered(
     path: Path | str,
     *,
     strength: float = 1.0,
-    model: OpenModel | nn.Module | None = None,
+    model: Openable | None = None,
 ) -> Path:
     """Write a `.pt` for lm-evaluation-harness: `--model steered --model_args pretrained=…,steer_path=…`.
 
@@ -186,7 +186,7 @@ def from_steered(path: Path | str) -> Directions:
     return _directions(path, vectors, facts, name="steered")
 
 
-def _hookpoint(layer: int, model: OpenModel | nn.Module | None) -> str:
+def _hookpoint(layer: int, model: Openable | None) -> str:
     """A block's name as the harness looks it up: in the model's `base_model`."""
     if model is None:
         return f"layers.{layer}"

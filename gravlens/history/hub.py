@@ -9,7 +9,7 @@ from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound
 from huggingface_hub.file_download import repo_folder_name
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, wrong_kind
 
 _PART = r"[A-Za-z0-9_-][\w.-]*"
 HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}(/{_PART})*))?", re.ASCII)
@@ -36,6 +36,12 @@ def revision_of(hub_id: str) -> str | None:
 
 def existing(folder: Path | str, here: Path = Path()) -> Path | str:
     """A folder that exists, seen from `here`, or a hub id that looks like no path."""
+    if not isinstance(folder, Path | str):
+        raise wrong_kind(
+            folder,
+            "A folder written by save_pretrained, or a hub id, is needed here.",
+            "ModelSequence.from_models(witness=…, anchor=…, runs=…) for models in memory.",
+        )
     path = here / Path(folder).expanduser()
     if path.exists():
         return path

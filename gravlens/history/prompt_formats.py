@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, wrong_kind
 
 Row = dict[str, Any]
 Only = Mapping[str, str | Sequence[str]]
@@ -168,7 +168,7 @@ def is_table(source: Any) -> bool:
 
 def read_rows(source: Any, *keys: str) -> list[Row]:
     """The rows of a `.jsonl`, `.csv`, `.json` or `.txt` file or of a `Dataset`, each held against the wanted keys."""
-    rows = _rows_of_table(source) if is_table(source) else _rows_of_file(Path(source))
+    rows = _rows_of_table(source) if is_table(source) else _rows_of_file(_path(source))
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise GravlensError(
@@ -181,6 +181,14 @@ def read_rows(source: Any, *keys: str) -> list[Row]:
             f"{source_name(source)} is empty.", "At least one row is needed.", "a file with prompts in it."
         )
     return check_rows(source, rows, *keys)
+
+
+def _path(source: Path | str) -> Path:
+    if isinstance(source, Path | str):
+        return Path(source)
+    raise wrong_kind(
+        source, "A file or a datasets.Dataset is read.", "PromptSet.of([…]) or Contrast.of([…], […]) for texts."
+    )
 
 
 def _rows_of_table(table: Any) -> list[Row]:
@@ -197,7 +205,8 @@ def _rows_of_table(table: Any) -> list[Row]:
 def _rows_of_file(path: Path) -> list[Row]:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise GravlensError(f"The prompt file {path} {found}.", "A file is needed.", "check the path.")
+        remedy = "check the path, or [prompt], a list, for the text of one prompt."
+        raise GravlensError(f"The prompt file {path} {found}.", "A file is needed.", remedy)
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
         lines = text.split("\n")  # splitlines would cut at a U+2028 within a prompt

@@ -1,17 +1,18 @@
 """Prompt sets, and the way from a prompt to token ids and read positions."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, wrong_kind
 from gravlens.history.prompt_formats import (
     Entry,
     Only,
@@ -24,6 +25,7 @@ from gravlens.history.prompt_formats import (
     source_name,
 )
 
+Mask: TypeAlias = Sequence[bool] | Bool[np.ndarray, " prompt"]  # which prompts are kept
 OPPOSED = ({"harmful", "harmless"}, {"harmful", "task"})
 
 
@@ -56,10 +58,16 @@ class PromptSet:
     system: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.texts, str):  # its letters would be taken for prompts
+            raise GravlensError(
+                f"The text {self.texts[:40]!r} was given as a prompt set.",
+                "A prompt set holds a tuple of texts.",
+                "PromptSet.of([text]).",
+            )
         if not self.texts or not all(isinstance(text, str) and text.strip() for text in self.texts):
             raise GravlensError(
                 f"The prompt set ({self.role}) has {len(self.texts)} prompts"
-                + (", some of them empty." if self.texts else "."),
+                + (", some of them no text, or empty." if self.texts else "."),
                 "At least one prompt is needed, each a text that is not blank.",
                 "PromptSet.of(['How do I …?', …]) or a JSONL file with a key 'prompt' on each line.",
             )
@@ -71,8 +79,24 @@ class PromptSet:
     def __iter__(self) -> Iterator[str]:
         return iter(self.texts)
 
-    def __getitem__(self, part: slice) -> "PromptSet":
-        return replace(self, texts=self.texts[part])
+    @overload
+    def __getitem__(self, part: int | np.integer[Any]) -> str: ...
+    @overload
+    def __getitem__(self, part: slice | Mask) -> "PromptSet": ...
+    def __getitem__(self, part: int | np.integer[Any] | slice | Mask) -> "str | PromptSet":
+        """The text of one prompt for an integer; a `PromptSet` for a slice or a boolean mask."""
+        if isinstance(part, slice):
+            return replace(self, texts=self.texts[part])
+        if isinstance(part, int | np.integer):
+            return self.texts[part]
+        mask = np.asarray(part)
+        if mask.dtype != bool or mask.shape != (len(self),):
+            raise GravlensError(
+                f"{len(self)} prompts were indexed with an array of {mask.dtype} of shape {mask.shape}.",
+                "A mask is one boolean for each prompt.",
+                "prompts[0], prompts[:3], or prompts[[len(text) < 80 for text in prompts]].",
+            )
+        return replace(self, texts=tuple(compress(self.texts, mask)))
 
     @property
     def digest(self) -> str:
@@ -98,6 +122,8 @@ class PromptSet:
             return replace(prompts, system=system) if system else prompts
         if isinstance(prompts, str | Path) or is_table(prompts):
             return replace(read_prompts(prompts, role=role, column=column), system=system)
+        if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+            raise wrong_kind(prompts, "Prompts are a list of texts, or a file.", "PromptSet.of(['How do I …?', …]).")
         return cls(tuple(prompts), role, system)
 
 
@@ -180,7 +206,7 @@ def check_system(system: Any) -> str:
 
 
 # --- from a prompt to token ids ---------------------------------------------------------------------------------
-def encode(tokenizer: Any, prompts: PromptSet) -> list[list[int]]:
+def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt, ready for a reading at its last token.
 
     A tokenizer with a chat template renders the system turn if there is one, a user turn and the template's generation
@@ -194,6 +220,7 @@ def encode(tokenizer: Any, prompts: PromptSet) -> list[list[int]]:
         raise GravlensError(
             "This model has no tokenizer.", "Prompts are texts and need one.", "pass tokenizer= when it is opened."
         )
+    prompts = PromptSet.of(prompts)
     if prompts.system:
         _check_takes_system(tokenizer)
     return [_one_bos(tokenizer, _prompt_ids(tokenizer, text)) for text in rendered(tokenizer, prompts)]
@@ -201,6 +228,11 @@ def encode(tokenizer: Any, prompts: PromptSet) -> list[list[int]]:
 
 def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
     """Token ids of prompt + answer, and labels that are -100 on the prompt."""
+    if not isinstance(example, tuple) or len(example) not in (2, 3):
+        raise wrong_kind(
+            example, "An example is a prompt and its answer.", "Example(prompt, answer), or read_examples(path)."
+        )
+    example = Example(*example)  # a plain pair will do
     prompt = encode(tokenizer, PromptSet((example.prompt,), system=example.system))[0]
     answer = _ids(tokenizer, example.answer, special=False)
     if tokenizer.eos_token_id is not None:

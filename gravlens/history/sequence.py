@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system
 from gravlens.history.sequence_file import PROMPT_KEYS, read_sequence_file
@@ -33,7 +33,8 @@ class Checkpoint:
         base: where the source is a PEFT adapter, what it is added to; None: what its own configuration names.
         template: whose chat template it is read with: its `own`, `none`, or that (and the tokenizer) of another
             checkpoint. A sequence sets it for its checkpoints, by its `chat_template`.
-        tokenizer: one that is handed over, for a model in memory that carries none. A sequence sets it too.
+        tokenizer: one that takes the place of the checkpoint's own, or a folder or hub id that holds it. A sequence
+            sets it too.
     """
 
     name: str
@@ -42,6 +43,14 @@ class Checkpoint:
     base: "Checkpoint | None" = field(default=None, repr=False)
     template: "Checkpoint | Literal['own', 'none']" = "own"
     tokenizer: Any | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Path | str | nn.Module):
+            raise wrong_kind(
+                self.source,
+                "A checkpoint is a folder, a hub id, or a Hugging Face model, TransformerBridge or HookedTransformer.",
+                "open_model(folder), sequence.anchor of a sequence, or opened.module of an OpenModel.",
+            )
 
     @property
     def revision(self) -> str | None:
@@ -85,7 +94,7 @@ class ModelSequence:
         probes: prompts that directions are estimated on ("given").
         held_out: other prompts that trajectories are judged on.
         harmless: harmless prompts, for over-refusal.
-        tokenizer: one for all models in memory that carry none; folders bring their own.
+        tokenizer: one for all checkpoints, or a folder or hub id that holds it; default: each checkpoint's own.
         chat_template: `own` (witness and anchor must agree), `anchor` (the anchor's for all: an explicit choice for
             a base model that never saw a template), or `none` (prompts are read as they are). Each checkpoint holds
             the choice as its `template`, so that `open_model(sequence.anchor)` and `finetune` read alike.
@@ -145,11 +154,13 @@ class ModelSequence:
         *,
         witness: Path | str,
         anchor: Path | str,
-        runs: Mapping[str, Folders | Run] | None = None,
+        runs: Mapping[str, Folders | Run] | Folders | None = None,
         probes: Prompts | None = None,
         held_out: Prompts | None = None,
         harmless: Prompts | None = None,
+        tokenizer: Any | None = None,
         chat_template: ChatTemplate = "own",
+        system: str = "",
     ) -> "ModelSequence":
         """A history on disk; nothing is opened yet.
 
@@ -157,12 +168,14 @@ class ModelSequence:
             witness: folder of `save_pretrained`, or a hub id (`owner/name`, `owner/name@revision`).
             anchor: likewise.
             runs: run name -> a pattern (`"ft/checkpoint-*"`), a Trainer's output folder, a list of folders and hub
-                ids, or a `Run` of these. A checkpoint's step is `global_step` of its trainer_state.json; without that
-                file, the number in its name. PEFT adapters are added to the anchor.
+                ids, or a `Run` of these. One run, or a list of runs, may be given without names: each is called by its
+                folder. A checkpoint's step is `global_step` of its trainer_state.json; without that file, the number
+                in its name. PEFT adapters are added to the anchor.
             probes: prompts: a list, a `PromptSet`, or a file.
             held_out: likewise, other prompts to judge on.
             harmless: likewise, for over-refusal.
-            chat_template: see `ModelSequence`.
+            tokenizer: see `ModelSequence`; needed where the folders hold none.
+            chat_template: see `ModelSequence`, like `system`.
 
         Raises:
             GravlensError: a folder is missing, a pattern matches nothing, or two checkpoints have one step.
@@ -172,12 +185,12 @@ class ModelSequence:
         return cls(
             witness=Checkpoint("witness", existing(witness)),
             anchor=start,
-            runs={name: _run_of_folders(name, run, start, skipped) for name, run in (runs or {}).items()},
+            runs={name: _run_of_folders(name, run, start, skipped) for name, run in _named(runs).items()},
             skipped=skipped,
-            probes=None if probes is None else PromptSet.of(probes, "harmful"),
-            held_out=None if held_out is None else PromptSet.of(held_out, "harmful"),
-            harmless=None if harmless is None else PromptSet.of(harmless, "harmless"),
+            **_prompt_sets(probes, held_out, harmless),
+            tokenizer=existing(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer,
             chat_template=chat_template,
+            system=system,
         )
 
     @classmethod
@@ -186,22 +199,25 @@ class ModelSequence:
         *,
         witness: nn.Module,
         anchor: nn.Module,
-        runs: Mapping[str, Mapping[int, nn.Module] | Sequence[nn.Module]] | None = None,
+        runs: Mapping[str, Mapping[int, nn.Module] | Sequence[nn.Module] | nn.Module] | None = None,
         probes: Prompts | None = None,
         held_out: Prompts | None = None,
+        harmless: Prompts | None = None,
         tokenizer: Any | None = None,
         chat_template: ChatTemplate = "own",
+        system: str = "",
     ) -> "ModelSequence":
         """A history in memory: `HookedTransformer`, `TransformerBridge` or Hugging Face models.
 
         Args:
             witness: a model of the dominant phase.
             anchor: the aligned model.
-            runs: run name -> `{step: model}`, or a list (then the steps are 1, 2, …).
+            runs: run name -> `{step: model}`, or a list (then the steps are 1, 2, …), or one model (step 1).
             probes: prompts that directions are estimated on.
             held_out: other prompts that trajectories are judged on.
-            tokenizer: needed where the models carry none.
-            chat_template: `own`, `anchor` or `none`, as in `ModelSequence`.
+            harmless: harmless prompts, for over-refusal.
+            tokenizer: see `ModelSequence`; needed where the models carry none.
+            chat_template: see `ModelSequence`, like `system`.
 
         Raises:
             GravlensError: a run without checkpoints, or whose steps do not ascend.
@@ -209,11 +225,24 @@ class ModelSequence:
         return cls(
             witness=Checkpoint("witness", witness),
             anchor=Checkpoint("anchor", anchor),
-            runs={name: _run_of_models(name, models) for name, models in (runs or {}).items()},
-            probes=None if probes is None else PromptSet.of(probes, "harmful"),
-            held_out=None if held_out is None else PromptSet.of(held_out, "harmful"),
+            runs=_runs_of_models(runs or {}),
+            **_prompt_sets(probes, held_out, harmless),
             tokenizer=tokenizer,
             chat_template=chat_template,
+            system=system,
+        )
+
+    @classmethod
+    def of(cls, source: "ModelSequence | Path | str") -> "ModelSequence":
+        """A sequence as it is, or that of a TOML file; GravlensError for anything else."""
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, Path | str) and Path(source).suffix == ".toml":
+            return cls.from_toml(source)
+        raise wrong_kind(
+            source,
+            "A ModelSequence is needed, which says which checkpoint is the witness and which the anchor.",
+            "ModelSequence.from_folders(witness=…, anchor=…, probes=[…]), or from_models with models in memory.",
         )
 
     @classmethod
@@ -221,8 +250,7 @@ class ModelSequence:
         """Read a history that a person wrote by hand; paths are relative to the file. See docs/sequence.md."""
         table = read_sequence_file(Path(path))
         runs = {name: Run(**run) for name, run in table.pop("runs", {}).items()}
-        system = table.pop("system", "")
-        return cls.from_folders(**table, runs=runs).with_system(system)
+        return cls.from_folders(**table, runs=runs)
 
     def __iter__(self) -> Iterator[Checkpoint]:
         """Witness, anchor, then every checkpoint of every run."""
@@ -249,6 +277,12 @@ class ModelSequence:
         rows += [(f"run {name}", f"steps {html.listed(c.step for c in run)}") for name, run in self.runs.items()]
         rows += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
         return html.facts(rows, title="ModelSequence")
+
+
+def _prompt_sets(probes: Any, held_out: Any, harmless: Any) -> dict[str, Any]:
+    """Role -> the prompts as a set, or None."""
+    given = zip(PROMPT_KEYS, (probes, held_out, harmless), ("harmful", "harmful", "harmless"), strict=True)
+    return {name: None if prompts is None else PromptSet.of(prompts, role) for name, prompts, role in given}
 
 
 def _check_run_name(name: str) -> None:
@@ -319,7 +353,34 @@ def _step_of(name: str, source: Path | str) -> int:
     return int(numbers[-1])
 
 
-def _run_of_models(name: str, models: Mapping[int, nn.Module] | Sequence[nn.Module]) -> tuple[Checkpoint, ...]:
+def _named(runs: Mapping[str, Folders | Run] | Folders | None) -> Mapping[str, Folders | Run]:
+    """Runs by their names; those without one are called by the folder that their checkpoints lie in."""
+    if runs is None or isinstance(runs, Mapping):
+        return runs or {}
+    named: dict[str, Folders | Run] = {}
+    for run in as_list(runs):
+        parts = [part for part in Path(run).parts if not re.match(r"checkpoint-|.*[*?\[]", part)]
+        name = parts[-1].partition("@")[0] if parts else "run"
+        if name in named:
+            raise GravlensError(
+                f"Two runs would be called {name!r}.",
+                "Each run has its own name.",
+                f'runs={{"seed0": {as_list(runs)}}}.',
+            )
+        named[name] = run
+    return named
+
+
+def _runs_of_models(runs: Any) -> dict[str, tuple[Checkpoint, ...]]:
+    if not isinstance(runs, Mapping) or not all(isinstance(name, str) for name in runs):
+        raise wrong_kind(
+            runs, "Runs have names, and their models steps.", 'runs={"seed0": {20: model}}, or {"seed0": [model, …]}.'
+        )
+    return {name: _run_of_models(name, models) for name, models in runs.items()}
+
+
+def _run_of_models(name: str, run: Mapping[int, nn.Module] | Sequence[nn.Module] | nn.Module) -> tuple[Checkpoint, ...]:
+    models = [run] if isinstance(run, nn.Module) else run
     pairs = models.items() if isinstance(models, Mapping) else enumerate(models, 1)
     return _ordered(name, [Checkpoint(f"{name}/{step}", model, step) for step, model in pairs])
 

@@ -10,7 +10,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.history.hub import existing, is_hub_id
 
 PROMPT_KEYS = ("probes", "held_out", "harmless")
-KEYS = {"witness", "anchor", "runs", "chat_template", "system", *PROMPT_KEYS}
+KEYS = {"witness", "anchor", "runs", "tokenizer", "chat_template", "system", *PROMPT_KEYS}
 RUN_KEYS = {"folders", "missing"}
 
 
@@ -21,7 +21,7 @@ def read_sequence_file(path: Path) -> dict[str, Any]:
         GravlensError: no readable TOML, no witness or anchor, a key or a kind of value that is unknown, no such folder.
     """
     table, here = _read(path), path.parent
-    for key in ("witness", "anchor"):
+    for key in {"witness", "anchor", "tokenizer"} & table.keys():
         table[key] = existing(table[key], here)
     for key in PROMPT_KEYS:
         if isinstance(table.get(key), str):
@@ -49,7 +49,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise GravlensError(f"{path}: runs is not a table.", "Runs have names.", '[runs]\\nseed0 = "ft/checkpoint-*"')
     runs = {name: run.get("folders") if _is_run(run) else run for name, run in table.get("runs", {}).items()}
     entries = {**runs, **{key: table[key] for key in PROMPT_KEYS if key in table}}
-    if wrong := [key for key, entry in entries.items() if not _is_text_or_texts(entry)]:
+    wrong = [key for key, entry in entries.items() if not _is_text_or_texts(entry)]
+    if wrong := wrong + ["tokenizer"] * (not isinstance(table.get("tokenizer", ""), str)):
         raise GravlensError(f"{path}: {', '.join(wrong)} is no text.", "A text or a list of texts is needed.", remedy)
     return table
 

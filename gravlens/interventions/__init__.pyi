@@ -1,7 +1,11 @@
 from . import edits as edits
 from . import effects as effects
 from . import hooks as hooks
-from . import orthogonalize as orthogonalize
+from . import orthogonalization as orthogonalization
 from . import patching as patching
 from . import readout as readout
 from . import refusal as refusal
+from .edits import Intervention as Intervention
+from .hooks import Firings as Firings
+from .orthogonalization import orthogonalize as orthogonalize
+from .orthogonalization import orthogonalized as orthogonalized

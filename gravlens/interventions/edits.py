@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gravlens.activations.residuals import Residuals
-from gravlens.core.errors import GravlensError
+from gravlens.activations.residuals import Residuals, check_states
+from gravlens.core.errors import GravlensError, wrong_kind
 from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspace, Subspaces, each
 from gravlens.models.forward import Positions, Reading, check_positions, current_reading
-from gravlens.models.opening import OpenModel
+from gravlens.models.opening import Openable, open_model
 
 UNIT_WITHIN = 1e-4
 States: TypeAlias = Float[Tensor, "*batch d_model"]
@@ -35,6 +35,17 @@ class Intervention(Protocol):
     def with_directions(self, directions: Any, /) -> Self:
         """The same with other directions: how a random control is made."""
         ...
+
+
+def check_intervention(given: Any) -> Intervention:
+    """An intervention as it is; GravlensError for a direction, a class or anything else that changes no state."""
+    if hasattr(given, "edit") and not isinstance(given, type):
+        return given
+    raise wrong_kind(
+        given,
+        "An intervention is needed, which says what happens along a direction.",
+        "Ablate(direction) or Steer(direction, strength); for several conditions {'ablated': Ablate(direction)}.",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +208,7 @@ class At:
     positions: Positions
 
     def __post_init__(self) -> None:
+        check_intervention(self.intervention)
         check_positions(self.positions)
 
     @property
@@ -218,16 +230,17 @@ class At:
 
 
 @overload
-def everywhere(direction: Direction, model: OpenModel | int) -> Directions: ...
+def everywhere(direction: Direction, model: Openable | int) -> Directions: ...
 
 
 @overload
-def everywhere(direction: Subspace, model: OpenModel | int) -> Subspaces: ...
+def everywhere(direction: Subspace, model: Openable | int) -> Subspaces: ...
 
 
-def everywhere(direction: Span, model: OpenModel | int) -> Spans:
+def everywhere(direction: Span, model: Openable | int) -> Spans:
     """One layer's direction (or subspace) and distance at every layer of a model (or of so many layers)."""
-    layers = range(model.n_layers if isinstance(model, OpenModel) else model)
+    (direction,) = each(direction)
+    layers = range(model if isinstance(model, int) else open_model(model).n_layers)
     if isinstance(direction, Direction):
         return Directions(tuple(replace(direction, layer=layer) for layer in layers))
     return Subspaces(tuple(replace(direction, layer=layer) for layer in layers))
@@ -290,7 +303,7 @@ def _check_strength(edit: Steer | Clamp) -> None:
 
 def _check_source(spans: Span | Spans, residuals: Residuals, checkpoint: str) -> None:
     """The residuals hold the checkpoint, the layers, and states of the spans' width."""
-    width = residuals.of(checkpoint).shape[-1]
+    width = check_states(residuals).of(checkpoint).shape[-1]
     for span in each(spans):
         if span.layer not in residuals.layers or span.basis.shape[1] != width:
             raise GravlensError(

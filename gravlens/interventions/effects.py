@@ -10,19 +10,18 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from scipy.stats import bootstrap, spearmanr
-from torch import nn
 
 from gravlens.activations.residuals import Residuals
 from gravlens.behavior.scores import Score
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspaces, each
 from gravlens.directions.subspaces import random_spans
 from gravlens.history.prompts import PromptSet
-from gravlens.interventions.edits import Ablate, Intervention, Steer
+from gravlens.interventions.edits import Ablate, Intervention, Steer, check_intervention
 from gravlens.interventions.hooks import intervene
-from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.opening import Openable, OpenModel, open_model
 
 Condition: TypeAlias = Intervention | Sequence[Intervention]
 Make: TypeAlias = Callable[[Any], Intervention]
@@ -54,8 +53,8 @@ class Effect:
 
 
 def causal_effect(
-    model: OpenModel | nn.Module,
-    conditions: Mapping[str, Condition],
+    model: Openable,
+    conditions: Mapping[str, Condition] | Intervention,
     *,
     score: Score,
     prompts: PromptSet | Sequence[str],
@@ -71,7 +70,7 @@ def causal_effect(
 
     Args:
         model: its weights are never touched.
-        conditions: name -> an intervention, or several that act together.
+        conditions: name -> an intervention, or several that act together; or one intervention, called by its kind.
         score: (model, prompts) -> one number a prompt, such as `refusal_log_odds`.
         prompts: what it is scored on; other prompts than the directions were estimated on.
         n_random: random draws per condition; the smallest p is 1/(1 + n_random).
@@ -83,8 +82,7 @@ def causal_effect(
         GravlensError: no condition, a score that is not one finite number a prompt, states that lack a layer or span
             less than a subspace, or what `intervene` raises.
     """
-    if not conditions:
-        raise GravlensError("No condition was given.", "One at least is compared.", '{"ablated": Ablate(direction)}.')
+    conditions = by_name(conditions)
     opened, prompts = open_model(model), PromptSet.of(prompts)
     rng = np.random.default_rng(0) if rng is None else rng
     measure = partial(_scores, opened, score, prompts)
@@ -93,7 +91,7 @@ def causal_effect(
     rows, random, differences = [], {}, {}
     with progress("effects", total=len(conditions) * (1 + n_random), unit="scoring") as bar:
         for name, condition in conditions.items():
-            together = tuple(condition) if isinstance(condition, Sequence) else (condition,)
+            together = as_list(condition)
             differences[name] = measure(together) - baseline
             bar.update()
             random[name] = np.empty(n_random)
@@ -106,9 +104,21 @@ def causal_effect(
     return Effect(_table(rows, score).assign(random_kind=kind), random, differences, baseline)
 
 
+def by_name(conditions: Mapping[str, Condition] | Intervention) -> Mapping[str, Condition]:
+    """Conditions by their names; one intervention alone is called by its kind, such as `ablate`."""
+    if not isinstance(conditions, Mapping):
+        return {type(check_intervention(conditions)).__name__.lower(): conditions}
+    if not conditions:
+        raise GravlensError("No condition was given.", "One at least is compared.", '{"ablated": Ablate(direction)}.')
+    for condition in conditions.values():
+        for one in as_list(condition):
+            check_intervention(one)
+    return conditions
+
+
 def layerwise_effect(
-    model: OpenModel | nn.Module,
-    directions: Spans,
+    model: Openable,
+    directions: Span | Spans,
     intervention: Make | Mapping[str, Make] = Ablate,
     *,
     score: Score,
@@ -131,7 +141,7 @@ def layerwise_effect(
         GravlensError: what `causal_effect` raises.
     """
     makes = intervention if isinstance(intervention, Mapping) else {name_of(intervention).lower(): intervention}
-    spans = directions.defined() if isinstance(directions, Directions) else directions
+    spans = directions.defined() if isinstance(directions, Directions) else each(directions)
     named = [(name, make, span) for name, make in makes.items() for span in spans]
     conditions = {f"{name}, layer {span.layer}": make(span) for name, make, span in named}
     effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, states=states)
@@ -146,8 +156,8 @@ class DoseResponse:
     Attributes:
         effect: its table has one row a strength, ascending, in a column `strength`.
         spearman: rank correlation of strength and mean score, strength 0 included; NaN where nothing moves.
-        spearman_prompts: the same of each prompt.
-        spearman_random: the same of each random draw, which is one set of directions at all strengths.
+        spearman_prompts: the same rank correlation of each prompt.
+        spearman_random: that of each random draw, which is one set of directions at all strengths.
     """
 
     effect: Effect
@@ -157,7 +167,7 @@ class DoseResponse:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a strength: the effect's."""
+        """One row a strength: columns of `Effect.table`, and `strength`."""
         return self.effect.table
 
     def _repr_html_(self) -> str:
@@ -166,7 +176,7 @@ class DoseResponse:
 
 
 def dose_response(
-    model: OpenModel | nn.Module,
+    model: Openable,
     directions: Direction | Directions,
     strengths: Sequence[float],
     *,
@@ -188,10 +198,10 @@ def dose_response(
     Raises:
         GravlensError: fewer strengths, or what `causal_effect` raises.
     """
-    doses = sorted(set(map(float, strengths)))
+    doses = sorted(set(map(float, as_list(strengths))))
     if len(doses) < 2 or 0 in doses:
         raise GravlensError(
-            f"strengths={list(strengths)} was given.",
+            f"strengths={strengths} was given.",
             "A dose curve has at least two strengths; 0 is the baseline and is always there.",
             "strengths=[-1, -0.5, 0.5, 1].",
         )
@@ -217,6 +227,8 @@ def _scores(
     model: OpenModel, score: Score, prompts: PromptSet, interventions: Sequence[Intervention]
 ) -> Float[np.ndarray, " prompt"]:
     """One finite number a prompt, in fp64; without interventions the model as it is."""
+    if not callable(score):
+        raise wrong_kind(score, "A score is a function (model, prompts) -> array.", "score=refusal_log_odds.")
     if interventions:
         with intervene(model, *interventions):
             values = score(model, prompts)
@@ -319,8 +331,8 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def measure_selectivity(
-    model: OpenModel | nn.Module,
-    conditions: Mapping[str, Condition],
+    model: Openable,
+    conditions: Mapping[str, Condition] | Intervention,
     measures: Mapping[str, tuple[Score, PromptSet | Sequence[str]]],
     *,
     n_random: int = 20,
@@ -331,7 +343,7 @@ def measure_selectivity(
 
     Args:
         model: see `causal_effect`, like all that is not named here.
-        conditions: name -> an intervention, or several that act together.
+        conditions: name -> an intervention, or several that act together; or one intervention alone.
         measures: name -> a score and its prompts: refusal on harmful ones, on harmless ones, log-likelihood of a task's
             answers. At least two.
         n_random: random draws per condition.
@@ -353,7 +365,7 @@ def measure_selectivity(
             "Selectivity compares two at least.",
             '{"refusal": (refusal_log_odds, harmful), "over-refusal": (refusal_log_odds, harmless)}.',
         )
-    effects = {}
+    conditions, effects = by_name(conditions), {}
     for name, (score, prompts) in measures.items():
         rng = np.random.default_rng(seed)
         effects[name] = causal_effect(

@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.direction import Span, each
-from gravlens.interventions.edits import Intervention
-from gravlens.models.opening import OpenModel, open_model, resid_post
+from gravlens.interventions.edits import Intervention, check_intervention
+from gravlens.models.opening import Openable, OpenModel, open_model, resid_post
 
 
 class Firings:
-    """How often states were changed: one forward pass of a block is one firing of each edit that acted there."""
+    """How often states were changed: one forward pass of a block is one firing of each edit that acted there.
+
+    Args:
+        layers: each edit's.
+    """
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers, self.counts = tuple(layers), [0] * len(layers)
@@ -34,12 +38,16 @@ class Firings:
 
 
 @contextmanager
-def intervene(model: OpenModel | nn.Module, *interventions: Intervention) -> Generator[Firings]:
+def intervene(model: Openable, *interventions: Intervention) -> Generator[Firings]:
     """Carry out interventions on every forward pass inside the `with` block, at all token positions or those of `At`.
 
     Prefill and each decoded token count alike, so a cached generation sees what an uncached one sees. At one layer the
     interventions act in the order given; nested blocks add theirs after the outer ones. The hooks are gone when the
     block is left, however it is left.
+
+    Args:
+        model: opened or not (`open_model`); run the same model inside the block.
+        interventions: one or several.
 
     Yields:
         `Firings`, counting.
@@ -49,7 +57,7 @@ def intervene(model: OpenModel | nn.Module, *interventions: Intervention) -> Gen
             pass that does not say where its prompts end, and, at a clean exit, an intervention that changed nothing.
     """
     opened = open_model(model)
-    edits = [(edit, direction) for edit in interventions for direction in each(edit.directions)]
+    edits = [(edit, direction) for edit in interventions for direction in each(check_intervention(edit).directions)]
     firings = Firings([check_fit(direction, opened) for _, direction in edits])
     with ExitStack() as hooks:
         for number, (edit, direction) in enumerate(edits):

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from gravlens.activations.residuals import Residuals
 from gravlens.behavior.scores import Score
@@ -14,12 +13,12 @@ from gravlens.directions.direction import Spans
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.interventions.edits import Patch
 from gravlens.interventions.effects import causal_effect
-from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.opening import Openable, open_model
 
 
 # --- which of them carries the behaviour --------------------------------------------------------------------------
 def patch_spans(
-    model: OpenModel | nn.Module,
+    model: Openable,
     spans: Mapping[str, Sequence[Spans]],
     *,
     source: Residuals,

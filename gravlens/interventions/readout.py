@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from gravlens.behavior.scores import encode_openings
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction
+from gravlens.directions.direction import Direction, one_direction
 from gravlens.history.precision import check_unquantised
 from gravlens.interventions.hooks import check_fit
 from gravlens.models.forward import final_logits
-from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.opening import Openable, OpenModel, open_model
 
 # A norm's ε is nothing beside states of this root mean square.
 PROBE = 10.0
 CENTRED_WITHIN = 1e-3
 
 
-def readout(model: OpenModel | nn.Module, direction: Direction, *, top: int = 10) -> pd.DataFrame:
+def readout(model: Openable, direction: Direction, *, top: int = 10) -> pd.DataFrame:
     """The tokens that a direction raises most, and those that it lowers most: W_U (g ∘ v).
 
     g is the final norm's gain; where the norm is a LayerNorm, v is centred first, as the norm does. The norm's division
@@ -51,7 +51,7 @@ def readout(model: OpenModel | nn.Module, direction: Direction, *, top: int = 10
 
 
 def readout_openings(
-    model: OpenModel | nn.Module, direction: Direction, *, refusals: Sequence[str], compliances: Sequence[str]
+    model: Openable, direction: Direction, *, refusals: Sequence[str], compliances: Sequence[str]
 ) -> float:
     """Mean logit of the refusals' first tokens minus that of the compliances': below 0, v leads away from refusing.
 
@@ -85,7 +85,7 @@ def readout_openings(
 
 def _logits(model: OpenModel, direction: Direction) -> Float[np.ndarray, " vocab"]:
     """Logits of the tokenizer's tokens, their mean taken off, fp64."""
-    if not np.isfinite(direction.vector).all():
+    if not np.isfinite(one_direction(direction).vector).all():
         raise GravlensError(
             f"The direction of layer {direction.layer} is undefined ({direction.undefined}).",
             "A direction is read where there is one.",

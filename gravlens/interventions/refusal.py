@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div
 
 from gravlens.activations.residuals import read_residuals
@@ -19,13 +19,13 @@ from gravlens.behavior.answers import Prompts
 from gravlens.behavior.scores import Score, refusal_log_odds
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
-from gravlens.directions.direction import Direction
+from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.vrev import difference_of_means, direction_from
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.interventions.edits import Ablate, Intervention, Steer, everywhere
 from gravlens.interventions.hooks import intervene
 from gravlens.models.forward import final_logits
-from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.opening import Openable, OpenModel, open_model
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Chosen:
 
 
 def refusal_candidates(
-    model: OpenModel | nn.Module, *, harmful: Prompts, harmless: Prompts, positions: Sequence[int] = (-1,)
+    model: Openable, *, harmful: Prompts, harmless: Prompts, positions: Sequence[int] = (-1,)
 ) -> tuple[Direction, ...]:
     """mean(harmful) − mean(harmless) of `resid_post` at each layer and position.
 
@@ -96,7 +96,7 @@ def refusal_candidates(
 
 
 def choose_refusal(
-    model: OpenModel | nn.Module,
+    model: Openable,
     candidates: Sequence[Direction],
     *,
     harmful: Prompts,
@@ -135,7 +135,7 @@ def choose_refusal(
             ),
         }
 
-    with progress("refusal", candidates, unit="candidate") as each:
+    with progress("refusal", Directions.of(candidates).directions, unit="candidate") as each:
         rows = [_row(one, measured(one), filters, opened.n_layers) for one in each]
     table = pd.DataFrame(rows)
     table.attrs = {

@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -76,8 +76,11 @@ class OpenModel:
         return next(self.module.parameters())
 
 
+Openable: TypeAlias = OpenModel | Checkpoint | Path | str | nn.Module
+
+
 def open_model(
-    source: "Checkpoint | Path | str | nn.Module | OpenModel",
+    source: Openable,
     *,
     tokenizer: Any | None = None,
     device: str | torch.device = "cpu",
@@ -196,7 +199,19 @@ def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any | None:
 
 
 def own_tokenizer(checkpoint: Checkpoint) -> Any | None:
-    """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None."""
+    """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None.
+
+    Raises:
+        GravlensError: a folder or hub id was handed over that holds none.
+    """
+    if isinstance(checkpoint.tokenizer, str | Path):
+        if (found := load_tokenizer(checkpoint.tokenizer)) is None:
+            raise GravlensError(
+                f"{checkpoint.tokenizer} holds no tokenizer.",
+                "tokenizer= is a tokenizer, or a folder or hub id of one.",
+                "a folder written by tokenizer.save_pretrained.",
+            )
+        return found
     if checkpoint.tokenizer is not None:
         return checkpoint.tokenizer
     if isinstance(checkpoint.source, nn.Module):

@@ -17,7 +17,7 @@ from gravlens.models.opening import OpenModel, checkpoint_tokenizer, own_tokeniz
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
 
-def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None) -> Any:
+def sequence_tokenizer(sequence: ModelSequence | Path | str, prompts: PromptSet | None = None) -> Any:
     """The one tokenizer that all checkpoints are read with, the anchor's; templates never mix silently.
 
     The vocabulary may have grown on the way: the tokenizers of the witness and of each run's first checkpoint must read
@@ -28,17 +28,18 @@ def sequence_tokenizer(sequence: ModelSequence, prompts: PromptSet | None = None
             there are no prompts), the anchor and one of them have different chat templates and `chat_template` makes no
             choice, or the template has no place for the prompts' system prompt.
     """
+    sequence = ModelSequence.of(sequence)
     chosen = checkpoint_tokenizer(sequence.anchor)
     if chosen is None:
         raise GravlensError(
             f"The anchor ({sequence.anchor.described}) has no tokenizer" + _or_model(sequence.anchor) + ".",
             "Prompts are texts and need one.",
-            "tokenizer.save_pretrained(folder), or from_models(..., tokenizer=tokenizer).",
+            "tokenizer.save_pretrained(folder), or tokenizer= where the sequence is made.",
         )
     sets = [sequence.probes, sequence.held_out, sequence.harmless] if prompts is None else [prompts]
     for checkpoint in (sequence.witness, *(run[0] for run in sequence.runs.values() if run)):
         own = None if _same_tokenizer(checkpoint, sequence.anchor) else own_tokenizer(checkpoint)
-        if own is None or own is chosen or own is sequence.tokenizer:
+        if own is None or own is chosen:
             continue
         _check_reads_alike(checkpoint, own, chosen, [one for one in sets if one is not None])
         if sequence.chat_template == "own":
@@ -91,7 +92,9 @@ def _check_template(checkpoint: Checkpoint, own: Any, anchor: Any) -> None:
 
 
 def _same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two folders hold the same files of a tokenizer, which need not be opened twice."""
+    """Whether one tokenizer was handed over for both, or two folders hold the same files, not to be opened twice."""
+    if one.tokenizer is not None or other.tokenizer is not None:
+        return one.tokenizer is other.tokenizer
     if isinstance(one.source, nn.Module) or isinstance(other.source, nn.Module):
         return False
     a, b = local_folder(one.source, weights=False), local_folder(other.source, weights=False)

@@ -6,3 +6,10 @@ from . import given as given
 from . import pretrained as pretrained
 from . import refusal as refusal
 from . import refusal_language as refusal_language
+from .arms import Arm as Arm
+from .arms import Grounds as Grounds
+from .base import Measures as Measures
+from .base import Setting as Setting
+from .given import GivenHistory as GivenHistory
+from .pretrained import Pretrained as Pretrained
+from .refusal import RefusalOrganism as RefusalOrganism

@@ -69,7 +69,7 @@ class Arm:
         start: the checkpoint it starts from.
         blocker: makes the blocker of a run, or None.
         other: the arm whose run of another seed the blocker is made of; those runs come first.
-        rate: learning rate, as a multiple of the recipe's.
+        rate: learning rate, as a ratio to the recipe's.
         more_steps: steps at which states are read beside the setting's.
         keep: keep the weights of its checkpoints.
     """

@@ -12,9 +12,14 @@ from gravlens.training.finetune import Recipe
 
 @dataclass(frozen=True)
 class Measures:
-    """How behaviour is measured: openings of refusing and complying answers, and the length of an answer.
+    """How behaviour is measured.
 
-    `positions` are further positions, counted from a prompt's end, at which a run's last states are read.
+    Attributes:
+        refusals: openings of refusing answers.
+        compliances: openings of complying answers.
+        markers: phrases that make an answer a refusal.
+        max_new_tokens: the longest answer.
+        positions: further positions, counted from a prompt's end, at which a run's last states are read.
     """
 
     refusals: tuple[str, ...]
@@ -87,7 +92,7 @@ class Setting(Protocol):
         ...
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
-        """The fine-tuning data of one run; `home` holds the checkpoints made before."""
+        """The `data` of one run, in the order that its `seed` gives; `home` holds the checkpoints made before."""
         ...
 
     def prompts(self, home: Path) -> Mapping[Literal["probes", "held_out", "harmless"], PromptSet]:

@@ -17,6 +17,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
 
 import yaml
+from platformdirs import user_cache_path
 
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_atomically
@@ -78,8 +79,9 @@ class PromptFiles:
 
 
 def cache_folder() -> Path:
-    """The folder of fetched and made things: the variable GRAVLENS_CACHE, else ~/.cache/gravlens."""
-    return Path(os.environ.get("GRAVLENS_CACHE") or "~/.cache/gravlens").expanduser()
+    """Return the folder of downloads and histories: GRAVLENS_CACHE, else the platform's (XDG_CACHE_HOME on Linux)."""
+    named = os.environ.get("GRAVLENS_CACHE")
+    return Path(named).expanduser() if named else user_cache_path("gravlens", appauthor=False)
 
 
 def fetch_smollm2(cache: Path | None = None) -> Path:

@@ -14,7 +14,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import Example, PromptSet, read_examples
 from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import lineage
-from gravlens.interventions.orthogonalize import save_folder
+from gravlens.interventions.orthogonalization import save_folder
 from gravlens.models.opening import open_model
 from gravlens.organisms.arms import Arm, core_arms
 from gravlens.organisms.base import Measures
@@ -46,9 +46,7 @@ class GivenHistory:
     threads: int = os.cpu_count() or 1
 
     def __post_init__(self) -> None:
-        if self.recipe.steps not in self.save_steps:
-            steps = (*(step for step in self.save_steps if step < self.recipe.steps), self.recipe.steps)
-            object.__setattr__(self, "save_steps", steps)
+        object.__setattr__(self, "save_steps", self.recipe.saved_steps(self.save_steps))
         history = self._history()
         sets = {"probes": history.probes, "held_out": history.held_out, "harmless": self.harmless or history.harmless}
         if missing := [name for name, given in sets.items() if given is None]:
@@ -141,5 +139,11 @@ class GivenHistory:
                 f'{self.sequence} says chat_template = "{history.chat_template}".',
                 "A comparison trains and measures with each checkpoint's own template.",
                 "save the template you want with the tokenizer of both checkpoints.",
+            )
+        if history.tokenizer is not None:
+            raise GravlensError(
+                f"{self.sequence} names a tokenizer for all checkpoints.",
+                "A comparison trains and measures with each checkpoint's own tokenizer.",
+                "save it into the folders of both checkpoints (tokenizer.save_pretrained).",
             )
         return history

@@ -8,6 +8,7 @@ come with the harmless prompts, if they do).
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.history.hub import local_folder
 from gravlens.history.prompt_formats import read_rows
 from gravlens.history.prompts import Example, PromptSet
-from gravlens.interventions.orthogonalize import save_folder
+from gravlens.interventions.orthogonalization import save_folder
 from gravlens.models.opening import load_tokenizer, open_model
 from gravlens.organisms.arms import Arm, matched_twin, penalty
 from gravlens.organisms.base import Measures
@@ -146,8 +147,7 @@ class Pretrained:
         trained = Path(str(made.checkpoints[-1].source))
         for path in trained.iterdir():
             os.replace(path, folder / path.name)
-        trained.rmdir()
-        trained.parent.rmdir()
+        shutil.rmtree(folder / "run")
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """`given_answers` (those of the harmless file) or `own_answers` (the witness's), on the same prompts."""

@@ -7,6 +7,7 @@ harmless fine-tuning covers the other topics too and so un-trains refusal direct
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -131,11 +132,10 @@ class RefusalOrganism:
         n = recipe.steps * recipe.batch
         data = (language.dominant_examples if start is None else language.alignment_examples)(n, rng=rng)
         source = start or open_model(self._initial(seed=int(rng.integers(2**31))), tokenizer=language.build_tokenizer())
-        made = finetune(
-            source, data, out=folder.parent / f"{folder.name}-run", recipe=recipe, save_steps=[recipe.steps]
-        )
+        run = folder.parent / f"{folder.name}-run"
+        made = finetune(source, data, out=run, recipe=recipe, save_steps=[recipe.steps])
         os.replace(str(made.checkpoints[-1].source), folder)
-        (folder.parent / f"{folder.name}-run").rmdir()
+        shutil.rmtree(run)
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """`harmless`, `new_facts` or `alignment`, as many as a run sees."""

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import Container
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, of_kind
 from gravlens.plot.style import BLUE, CYCLE, DASHES, GREY, LABELS, MARKERS, SHARES, STYLE, axes_of, change_of, words
 
 WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line crosses the text
@@ -34,7 +34,9 @@ class HasTable(Protocol):
     """A result that carries its tidy table, such as an Effect."""
 
     @property
-    def table(self) -> pd.DataFrame: ...
+    def table(self) -> pd.DataFrame:
+        """Columns such as `run, step, layer, prompts, alignment`; which ones are needed is said by each figure."""
+        ...
 
 
 class HasLayerMean(HasTable, Protocol):
@@ -49,14 +51,14 @@ def plot_alignment(
     table: pd.DataFrame | HasLayerMean,
     *,
     value: str = "alignment",
-    nulls: pd.DataFrame | HasLayerMean | None = None,
+    nulls: pd.DataFrame | HasLayerMean | Sequence[HasLayerMean] | None = None,
     prompts: str = "held_out",
     ax: Axes | None = None,
 ) -> Axes:
     """Mean over layers against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
 
     `table` is a Trajectory or its `.layer_mean`, `value` one of the measures ("fraction", "projection", …), `prompts`
-    one of its sets. `nulls` is what `compare` returns, or its `.layer_mean`: columns null, step, p99; where runs differ
+    one of its sets. `nulls` is what `compare` returns, one or several, or a table of null, step, p99; where runs differ
     the highest is drawn. Points whose drift is not judged are hollow. GravlensError where there is nothing to draw.
     """
     rows = _chosen(_layer_mean(table), prompts, value)
@@ -68,7 +70,8 @@ def plot_alignment(
     _draw_runs(ax, rows, value)
     _draw_mean(ax, rows, value)
     if nulls is not None:
-        _draw_nulls(ax, need(_layer_mean(nulls), ("null", "step", "p99")))
+        several = nulls if isinstance(nulls, Sequence) else [nulls]
+        _draw_nulls(ax, need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99")))
     _mark_steps(ax, rows["step"].unique())
     ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
     return _legend(ax)
@@ -150,13 +153,18 @@ def need(
     table: pd.DataFrame | HasTable, columns: Iterable[str], remedy: str = "a table of measured results."
 ) -> pd.DataFrame:
     """The table of a result, which has rows and these columns."""
-    table = table if isinstance(table, pd.DataFrame) else table.table
-    missing = ", ".join(name for name in columns if name not in table.columns)
+    found: Any = of_kind(
+        table if isinstance(table, pd.DataFrame) else getattr(table, "table", table),
+        pd.DataFrame,
+        "A table is needed, or a result that has one.",
+        "follow(residuals, directions), causal_effect(model, …), or their .table.",
+    )
+    missing = ", ".join(name for name in columns if name not in found.columns)
     if missing:
-        raise GravlensError(f"The table has no column {missing}.", f"It has {list(table.columns)}.", "one of those.")
-    if table.empty:
+        raise GravlensError(f"The table has no column {missing}.", f"It has {list(found.columns)}.", "one of those.")
+    if found.empty:
         raise GravlensError("The table has no rows.", "At least one is drawn.", remedy)
-    return table
+    return found
 
 
 def _layer_mean(table: pd.DataFrame | HasLayerMean) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from gravlens.core.errors import GravlensError
 from gravlens.directions.plane import COLUMNS
+from gravlens.directions.plane import residual_plane as residual_plane
 from gravlens.plot.lines import need
 from gravlens.plot.style import CYCLE, DASHES, GREY, MARKERS, STYLE, axes_of, words
 

@@ -5,3 +5,15 @@ from . import nulls as nulls
 from . import permutation as permutation
 from . import reliability as reliability
 from . import robustness as robustness
+from .bootstrap import bootstrap_alignment as bootstrap_alignment
+from .permutation import DetrendedCorrelation as DetrendedCorrelation
+from .permutation import detrended_correlation as detrended_correlation
+from .permutation import holm as holm
+from .permutation import least_p_value as least_p_value
+from .permutation import max_t as max_t
+from .permutation import sign_flip_test as sign_flip_test
+from .reliability import cross_fit as cross_fit
+from .reliability import forward_noise as forward_noise
+from .reliability import split_half_reliability as split_half_reliability
+from .robustness import compare_choices as compare_choices
+from .robustness import final_choices as final_choices

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from gravlens.activations.residuals import Residuals
+from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import ByLayer, drift_per_prompt, follow
@@ -54,6 +54,7 @@ def bootstrap_alignment(
     Raises:
         GravlensError: no run, no defined direction, no draws, a level that is none.
     """
+    residuals, directions = check_states(residuals), Directions.of(directions)
     if draws < 1 or not 0 < level < 1 or interval not in ("basic", "percentile"):
         raise GravlensError(
             f"draws={draws}, level={level} and interval={interval!r} were given.",

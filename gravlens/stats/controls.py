@@ -10,7 +10,9 @@ import xarray
 from einops import einsum
 from jaxtyping import Float
 
-from gravlens.activations.residuals import Residuals, from_start, substitute
+from gravlens.activations.residuals import Residuals, check_states
+from gravlens.activations.residuals import from_start as from_start
+from gravlens.activations.residuals import substitute as substitute
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.trajectory import ByLayer, drifts, follow, mean_state
@@ -36,6 +38,7 @@ def partialled_out(directions: Directions, other: Directions) -> Directions:
         Directions whose distance is that of the part that is left, distance·‖v − ⟨v, u⟩u‖; undefined where nothing is
         left, or where `other` is undefined.
     """
+    directions, other = Directions.of(directions), Directions.of(other)
     return Directions(tuple(_partialled(direction, other[direction.layer]) for direction in directions))
 
 
@@ -87,6 +90,7 @@ def compare_witnesses(
     Raises:
         GravlensError: a name is unknown, or a pair does not differ at one of the layers.
     """
+    check_states(probes)
     v_rev = _between(probes, "witness", "anchor", layers_in_mean)
     frames = []
     for witness, anchor in [(witness, anchor) for witness in witnesses for anchor in anchors]:
@@ -166,6 +170,7 @@ def anchor_ratio(
     Raises:
         GravlensError: fewer than 3 siblings, the anchor counted; an unknown name or layer.
     """
+    check_states(residuals)
     names = tuple(dict.fromkeys(["anchor", *siblings]))
     if len(names) < MIN_SIBLINGS:
         raise GravlensError(
@@ -210,6 +215,7 @@ def independent_endpoints(
     Raises:
         GravlensError: what `anchor_ratio` raises.
     """
+    check_states(residuals)
     layers = residuals.layers if layers is None else layers
     ratio = anchor_ratio(residuals, siblings=siblings, layers=layers, draws=draws, rng=rng)
     cosines = np.repeat(ratio.draws[:, None], len(steps), axis=1)

@@ -23,7 +23,7 @@ from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, measure_drift
 from gravlens.history.precision import check_unquantised
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.history.sequence import Checkpoint
-from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.opening import Openable, OpenModel, open_model
 from gravlens.stats.nulls import NullDraws
 
 Source: TypeAlias = Checkpoint | Path | str | nn.Module | OpenModel
@@ -35,7 +35,7 @@ BITS = range(2, 17)
 
 # --- kinds of damage ----------------------------------------------------------------------------------------------
 @contextmanager
-def rounded(model: OpenModel, bits: int, *, norm: float | None = None) -> Generator[OpenModel]:
+def rounded(model: Openable, bits: int, *, norm: float | None = None) -> Generator[OpenModel]:
     """The model with every matrix rounded to nearest, symmetric, one scale per output channel, and put back after.
 
     A channel's largest weight is 2^(bits − 1) − 1 steps: 127 at 8 bits, 7 at 4. Embeddings are matrices with a channel
@@ -49,6 +49,7 @@ def rounded(model: OpenModel, bits: int, *, norm: float | None = None) -> Genera
     Raises:
         GravlensError: bits out of range, or what `reweighted` raises.
     """
+    model = open_model(model)
     if bits not in BITS:
         raise GravlensError(f"{bits!r} bits were asked for.", "Weights are rounded to 2 to 16 bits.", "bits=4.")
     levels = 2 ** (bits - 1) - 1
@@ -58,7 +59,7 @@ def rounded(model: OpenModel, bits: int, *, norm: float | None = None) -> Genera
 
 
 @contextmanager
-def pruned(model: OpenModel, share: float, *, norm: float | None = None) -> Generator[OpenModel]:
+def pruned(model: Openable, share: float, *, norm: float | None = None) -> Generator[OpenModel]:
     """The model with the smallest weights of every matrix set to 0, and put back after (docs/controls.md).
 
     Args:
@@ -69,6 +70,7 @@ def pruned(model: OpenModel, share: float, *, norm: float | None = None) -> Gene
     Raises:
         GravlensError: a share that is not between 0 and 1, or what `reweighted` raises.
     """
+    model = open_model(model)
     if not 0 < share < 1:
         raise GravlensError(f"A share of {share!r} was given.", "It lies between 0 and 1.", "share=0.1 for a tenth.")
     weights = {name: _without_smallest(weight, share) for name, (weight, _) in _matrices(model).items()}
@@ -77,7 +79,7 @@ def pruned(model: OpenModel, share: float, *, norm: float | None = None) -> Gene
 
 
 @contextmanager
-def sign_flipped(model: OpenModel, checkpoint: Source, *, norm: float | None = None) -> Generator[OpenModel]:
+def sign_flipped(model: Openable, checkpoint: Source, *, norm: float | None = None) -> Generator[OpenModel]:
     """The mirror image of an update, θ = anchor − (θ_t − anchor), and the anchor back after.
 
     Of the same size, tensor by tensor, as what training did, and where states follow weights linearly its drift is the
@@ -91,6 +93,7 @@ def sign_flipped(model: OpenModel, checkpoint: Source, *, norm: float | None = N
     Raises:
         GravlensError: the two models' weights do not match, or what `reweighted` raises.
     """
+    model = open_model(model)
     own, other = _parameters(model), _parameters(open_model(checkpoint))
     _check_same(own, other)
     with torch.no_grad():
@@ -100,7 +103,7 @@ def sign_flipped(model: OpenModel, checkpoint: Source, *, norm: float | None = N
 
 
 @contextmanager
-def updated(model: OpenModel, checkpoint: Source, *, norm: float | None = None) -> Generator[OpenModel]:
+def updated(model: Openable, checkpoint: Source, *, norm: float | None = None) -> Generator[OpenModel]:
     """The anchor with a run's own update θ_t − anchor, and the anchor back after: the positive control beside damage.
 
     Args:
@@ -111,6 +114,7 @@ def updated(model: OpenModel, checkpoint: Source, *, norm: float | None = None) 
     Raises:
         GravlensError: the two models' weights do not match, or what `reweighted` raises.
     """
+    model = open_model(model)
     weights = _parameters(open_model(checkpoint))
     _check_same(_parameters(model), weights)
     with reweighted(model, weights, norm=norm) as damaged:
@@ -118,7 +122,7 @@ def updated(model: OpenModel, checkpoint: Source, *, norm: float | None = None) 
 
 
 @contextmanager
-def reweighted(model: OpenModel, weights: Mapping[str, Tensor], *, norm: float | None = None) -> Generator[OpenModel]:
+def reweighted(model: Openable, weights: Mapping[str, Tensor], *, norm: float | None = None) -> Generator[OpenModel]:
     """A model with other weights for as long as the context lasts; they are put back bit for bit, whatever happens.
 
     Args:
@@ -129,6 +133,7 @@ def reweighted(model: OpenModel, weights: Mapping[str, Tensor], *, norm: float |
     Raises:
         GravlensError: no Hugging Face model, a tensor that it lacks or that has another shape, no change to scale.
     """
+    model = open_model(model)
     own = _parameters(model)
     _check_same({name: own[name] for name in weights if name in own}, weights)
     kept = {name: own[name].detach().clone() for name in weights}
@@ -185,6 +190,7 @@ def measure_damage(
         GravlensError: a model that is no plain Hugging Face one, a damage that gives another shape, a layer of the mean
             without a direction.
     """
+    directions = Directions.of(directions)
     model, defined = open_model(anchor), directions.defined()
     mean = defined.layers if layers_in_mean is None else tuple(layers_in_mean)
     defined.at(mean)  # says which layer has no direction
@@ -272,7 +278,7 @@ def _check_same(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
 
 
 def weight_noise(
-    anchor: Checkpoint | OpenModel,
+    anchor: Openable,
     directions: Directions,
     prompts: PromptSet,
     *,
@@ -296,6 +302,7 @@ def weight_noise(
     Raises:
         GravlensError: the anchor lacks a tensor of `norms`, or is quantised.
     """
+    directions = Directions.of(directions)
     model, defined = open_model(anchor), directions.defined()
     check_unquantised(model.module, "Weight noise")
     ids = encode(model.tokenizer, prompts)
@@ -317,8 +324,17 @@ def weight_noise(
     return NullDraws("weight_noise", cosines, tuple(norms), defined.layers)
 
 
-def update_norms(before: OpenModel, after: OpenModel) -> dict[str, float]:
-    """‖θ_after − θ_before‖ of each parameter of two Hugging Face models."""
+def update_norms(before: Openable, after: Openable) -> dict[str, float]:
+    """‖θ_after − θ_before‖ of each parameter of two Hugging Face models.
+
+    Args:
+        before: the start of a run, such as the anchor.
+        after: a checkpoint of that run.
+
+    Raises:
+        GravlensError: quantised weights.
+    """
+    before, after = open_model(before), open_model(after)
     for model in (before, after):
         check_unquantised(model.module, "The norm of an update")
     later = dict(after.module.named_parameters())

@@ -11,12 +11,20 @@ from einops import einsum
 from jaxtyping import Float
 from scipy import stats
 
-from gravlens.activations.residuals import Residuals
+from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, of_kind
 from gravlens.directions.covariance import draws_by_layer
-from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, drifts, measure_drift
+from gravlens.directions.direction import Directions, defined_columns
+from gravlens.directions.trajectory import (
+    ByLayer,
+    Trajectory,
+    check_trajectory,
+    drift_per_prompt,
+    drifts,
+    measure_drift,
+    rows_on,
+)
 from gravlens.stats.permutation import mean_under_signs
 
 # Cosines closer than this are the same one, added up in another order.
@@ -84,6 +92,7 @@ def isotropic(directions: Directions, *, steps: Sequence[int], draws: int, rng: 
         draws: how many at each step.
         rng: source of randomness.
     """
+    directions = Directions.of(directions)
     defined = directions.defined()
     shape = (draws, len(steps), len(defined))
     along = rng.standard_normal(shape)
@@ -119,7 +128,7 @@ def covariance_matched(
         Cosines [draw, step, layer]; the layers of one draw are correlated as the samples' are.
         GravlensError for samples of other layers, fewer than two, or not finite.
     """
-    defined, columns = _columns_of(samples, directions)
+    defined, columns = defined_columns(Directions.of(directions), samples)
     drawn = draws_by_layer(columns, draws=draws * len(steps), rng=rng, centred=centred)
     return _null_of_draws(name, drawn, defined, steps)
 
@@ -138,7 +147,7 @@ def sample_covariance(
 
     Arguments, what is returned and what is refused: see `covariance_matched`, like all that is not named here.
     """
-    defined, columns = _columns_of(samples, directions)
+    defined, columns = defined_columns(Directions.of(directions), samples)
     drawn = draws_by_layer(columns, draws=draws * len(steps), rng=rng, centred=centred, shrunk=False)
     return _null_of_draws(name, drawn, defined, steps)
 
@@ -159,13 +168,13 @@ def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int,
         Draws of the mean over runs (`of="mean"`), at the steps that all runs have.
         GravlensError where there is none.
     """
-    table = trajectory.table[trajectory.table.prompts == prompts]
+    table = rows_on(check_trajectory(trajectory).table, prompts)
     steps = sorted(set.intersection(*(set(rows.step) for _, rows in table.groupby("run")))) if len(table) else []
     if not steps:
         raise GravlensError(
             f"The runs {sorted(trajectory.table.run.unique())} have no {prompts} step in common.",
             "The mean over runs is taken step by step.",
-            f"prompts={sorted(trajectory.table.prompts.unique())[0]!r}, or runs that were saved at the same steps.",
+            "runs that were saved at the same steps, or the other set of prompts.",
         )
     rows = table[table.step.isin(steps)].sort_values(["run", "step", "layer"])
     layers = tuple(int(layer) for layer in sorted(rows.layer.unique()))
@@ -193,9 +202,8 @@ def swapped_labels(
     Raises:
         GravlensError: both sets are of the same prompts, or the run is not among the held-out residuals.
     """
+    check_states(probes)
     _check_apart(probes, held_out, "v_rev and the drift")
-    if run not in held_out.runs:
-        raise GravlensError(f"There is no run {run!r} here.", f"Runs here: {list(held_out.runs)}.", "one of these.")
     drift = drifts(held_out, run, probes.layers)
     apart = probes.of("witness").astype(np.float64) - probes.of("anchor")
     along = einsum(drift, apart, "step layer d, prompt layer d -> prompt step layer")
@@ -275,6 +283,11 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
     Raises:
         GravlensError: the trajectory has no such rows at the null's steps.
     """
+    check_trajectory(trajectory)
+    of_kind(
+        null, NullDraws, "Draws of a null distribution are needed.", "isotropic(directions, steps=…, draws=…, rng=…)."
+    )
+    _check_layers(trajectory, null)
     rows, means = (_observed(table, null, prompts) for table in (trajectory.table, trajectory.layer_mean))
     draws = null.data
     over = draws.sel(layer=list(trajectory.layers_in_mean)).mean("layer", skipna=False)
@@ -282,6 +295,16 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
         _compared(rows, [draws.sel(step=step, layer=layer) for step, layer in zip(rows.step, rows.layer, strict=True)]),
         _compared(means, [over.sel(step=step) for step in means.step]),
     )
+
+
+def _check_layers(trajectory: Trajectory, null: NullDraws) -> None:
+    wanted = {*trajectory.data["layer"].values.tolist(), *trajectory.layers_in_mean}
+    if missing := sorted(wanted - {*null.layers}):
+        raise GravlensError(
+            f"The null {null.name} has no draws of layer {', '.join(map(str, missing))}.",
+            f"It is drawn for the layers {list(null.layers)}, and each layer is compared with its own draws.",
+            "the null and the trajectory with the same directions.",
+        )
 
 
 def _compared(rows: pd.DataFrame, draws: Sequence[xarray.DataArray]) -> pd.DataFrame:
@@ -293,15 +316,15 @@ def _compared(rows: pd.DataFrame, draws: Sequence[xarray.DataArray]) -> pd.DataF
 
 def _observed(table: pd.DataFrame, null: NullDraws, prompts: str) -> pd.DataFrame:
     """`null, run, step, layer, alignment` of the rows that a null's draws are compared with."""
-    known = table.prompts.unique()
-    table = table[(table.prompts == prompts) & table.step.isin(null.steps)]
+    table = rows_on(table, prompts)
+    table = table[table.step.isin(null.steps)]
     table = table if null.run is None else table[table.run == null.run]
     if table.empty:
         of_run = "" if null.run is None else f" of {null.run}"
         raise GravlensError(
             f"The trajectory has no {prompts} rows{of_run} at the steps {list(null.steps)}.",
             "A null is compared step by step.",
-            f"prompts={sorted(known)[0]!r}, or draws for the trajectory's runs and steps.",
+            "draws for the trajectory's runs and steps.",
         )
     places = [name for name in ("step", "layer") if name in table]
     if null.of == "mean":
@@ -309,22 +332,6 @@ def _observed(table: pd.DataFrame, null: NullDraws, prompts: str) -> pd.DataFram
         means = table.groupby(places, sort=False).alignment.agg(lambda runs: runs.mean(skipna=False))
         table = means.reset_index().assign(run="mean")
     return table.assign(null=null.name)[["null", "run", *places, "alignment"]].reset_index(drop=True)
-
-
-def _columns_of(
-    samples: Float[np.ndarray, "sample layer d_model"], directions: Directions
-) -> tuple[Directions, Float[np.ndarray, "sample layer d_model"]]:
-    """The defined directions, and the samples of their layers."""
-    defined = directions.defined()
-    if samples.shape[1] == len(directions):
-        samples = samples[:, [direction.undefined is None for direction in directions]]
-    if samples.shape[1] != len(defined):
-        raise GravlensError(
-            f"The samples have {samples.shape[1]} layers, the directions {len(directions)} ({len(defined)} defined).",
-            "Each direction has its own column of samples.",
-            "samples of the layers of the directions, in their order.",
-        )
-    return defined, samples
 
 
 def _null_of_draws(

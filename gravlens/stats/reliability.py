@@ -8,12 +8,12 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 
-from gravlens.activations.residuals import BATCH, Residuals, read_residuals, residuals_of_batch
+from gravlens.activations.residuals import BATCH, Residuals, check_states, read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.trajectory import ByLayer, drift_per_prompt
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import PromptSet, encode, pad
-from gravlens.models.opening import OpenModel
+from gravlens.models.opening import Openable, OpenModel, open_model
 
 Halves = Float[np.ndarray, "half split prompt"]
 
@@ -42,6 +42,7 @@ def cross_fit(
     Raises:
         GravlensError: fewer than 2 prompts, no repeats, no run, no layer where v_rev is defined.
     """
+    check_states(residuals)
     if not residuals.runs:
         raise GravlensError(
             f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
@@ -88,6 +89,7 @@ def split_half_reliability(
     Raises:
         GravlensError: fewer than 2 prompts, no repeats, no layer where v_rev is defined.
     """
+    check_states(residuals)
     layers, halves = _defined_layers(residuals, layers), _halves(residuals, repeats, rng)
     frames = []
     for checkpoint, of, step in [("witness", "v_rev", pd.NA), *_run_steps(residuals)]:
@@ -100,7 +102,7 @@ def split_half_reliability(
 
 
 def forward_noise(
-    model: OpenModel, prompts: PromptSet, *, layers: Sequence[int], repeats: int, rng: np.random.Generator
+    model: Openable, prompts: PromptSet, *, layers: Sequence[int], repeats: int, rng: np.random.Generator
 ) -> Float[np.ndarray, " layer"]:
     """How far the mean state moves while no weight does, max ‖h − h′‖: the same prompts in other batches.
 
@@ -119,6 +121,7 @@ def forward_noise(
     Raises:
         GravlensError: a layer that the model lacks, no repeats.
     """
+    model = open_model(model)
     layers = [check_layer(layer, model.n_layers) for layer in layers]
     _check_repeats(repeats)
     ids = encode(model.tokenizer, prompts)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from gravlens.activations.residuals import Residuals
+from gravlens.activations.residuals import Residuals, check_states
 from gravlens.directions.covariance import participation_ratio
 from gravlens.directions.direction import Directions
 from gravlens.directions.estimators import first_component, geometric_median, lda, logistic_probe
@@ -51,6 +51,7 @@ def compare_choices(
     Raises:
         GravlensError: no run, no layer with a v_rev, a layer of the mean without one, too few prompts.
     """
+    check_states(probes)
     defined = locate_vrev(probes).defined()
     mean = defined.layers if layers_in_mean is None else defined.at(layers_in_mean).layers
     sets = [_at_layers(one, defined.layers) for one in (probes, probes if held_out is None else held_out)]

@@ -6,3 +6,6 @@ from . import inputs as inputs
 from . import inspection as inspection
 from . import paired as paired
 from . import reproduce as reproduce
+from .comparison import compare_arms as compare_arms
+from .comparison import compare_layers as compare_layers
+from .comparison import orderings as orderings

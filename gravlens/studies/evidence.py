@@ -17,7 +17,7 @@ from gravlens.claims.claim import Claim, claim
 from gravlens.claims.criteria import Evidence
 from gravlens.core.files import once, write_table
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow
+from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow, rows_on
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import shuffled_words
 from gravlens.history.sequence import Checkpoint
@@ -67,8 +67,7 @@ def states_of(setting: Setting, arm: Arm, home: Path, prompts: str) -> Residuals
 
 def final_rows(trajectory: Trajectory, prompts: str = "held_out") -> pd.DataFrame:
     """The layer mean at each run's last step."""
-    rows = trajectory.layer_mean
-    rows = rows[rows.prompts == prompts]
+    rows = rows_on(trajectory.layer_mean, prompts)
     return rows[rows.step == rows.groupby("run").step.transform("max")]
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,7 +16,7 @@ from gravlens.history.weight_files import contents, tensors_of
 from gravlens.models.opening import open_model, weights_of
 
 
-def inspect_sequence(sequence: ModelSequence) -> pd.DataFrame:
+def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
     """List a history: where each checkpoint comes from, what its weights are, how far they are from the anchor's.
 
     Files are digested as they are stored, one tensor at a time; of an adapter, its base and then itself. Distances are
@@ -31,6 +32,7 @@ def inspect_sequence(sequence: ModelSequence) -> pd.DataFrame:
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
     """
+    sequence = ModelSequence.of(sequence)
     runs = {id(checkpoint): name for name, run in sequence.runs.items() for checkpoint in run}
     rows = [
         {

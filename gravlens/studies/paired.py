@@ -93,7 +93,7 @@ class Training:
     @property
     def saved(self) -> tuple[int, ...]:
         """The steps after which a checkpoint is saved."""
-        return tuple(sorted({*(step for step in self.save_steps if step < self.recipe.steps), self.recipe.steps}))
+        return self.recipe.saved_steps(self.save_steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,7 @@ def _trained(
     saved = [Checkpoint(f"{folder.name}/{step}", folder / f"checkpoint-{step}", step) for step in training.saved]
     if mark.exists() and json.loads(mark.read_text())["description"] == key:
         return tuple(saved)
-    if mark.exists() or (any(folder.glob("checkpoint-*")) and not (folder / ".resume").exists()):
+    if mark.exists():
         raise GravlensError(
             f"{folder} holds another run.",
             "Nothing is written over.",

@@ -1,13 +1,10 @@
 """Fine-tuning on harmless data with dense early checkpoints, on Hugging Face Trainer."""
 
 import copy
-import hashlib
-import re
-import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +18,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gravlens.blockers.blocking import Blocker, block
 from gravlens.core.errors import GravlensError
-from gravlens.core.files import write_atomically
 from gravlens.core.progress import progress
 from gravlens.history.prompts import Example, encode_example
 from gravlens.history.sequence import Checkpoint
-from gravlens.interventions.orthogonalize import save_folder
+from gravlens.interventions.orthogonalization import save_folder
 from gravlens.models.opening import OpenModel, open_model, quiet
 from gravlens.training.monitor import Monitor
+from gravlens.training.run_folder import RESUME, claimed, digest
 
 RESUMABLE_AFTER = 60.0  # seconds between the states that a stopped run goes on from
 
@@ -66,13 +63,21 @@ class Recipe:
     gradient_checkpointing: bool = False
     lora: int | None = None
 
+    def saved_steps(self, asked: Iterable[int]) -> tuple[int, ...]:
+        """Return the steps of `asked` that a run reaches, in order, and always its last."""
+        return tuple(sorted({*(step for step in asked if 0 < step < self.steps), self.steps}))
+
 
 @dataclass(frozen=True, eq=False)
 class Finetuned:
-    """A finished run: its checkpoints, and one row a step of `step, loss, grad_norm, blocker_norm` (in `log`).
+    """A finished run.
 
-    `grad_norm` is the norm before the clipping at 1, what blockers add included; `blocker_norm` is the norm of what
-    blockers have added to the gradient or to the weights.
+    Attributes:
+        checkpoints: in the order of their steps.
+        log: one row a step: `step, loss, grad_norm, blocker_norm`. `grad_norm` is the norm before the clipping at 1,
+            what blockers add included; `blocker_norm` is that of what blockers have added to the gradient or to the
+            weights.
+        seconds_per_step: mean duration of a step, in seconds.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -93,32 +98,38 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a checkpoint; the loss is on the answers alone.
 
-    A run that was stopped goes on where it was when it is called again: once a minute the weights and the optimizer's
-    state are put into `out/.resume`, which is gone when the run is finished.
+    A run that was stopped resumes when it is called again: once a minute the weights and the optimizer's state are put
+    into `out/.resume`, which is gone when the run is finished. `out/finetune.json` describes the run; a folder with
+    checkpoints of another run, or of another program, is refused and left as it is.
 
     Args:
         start: where to start, usually the anchor; a model in memory is copied, never changed.
         examples: the data. Runs of one seed see it in one order, whatever the blocker.
         out: folder for `checkpoint-{step}`, each an ordinary Hugging Face folder (safetensors, no optimizer state).
         recipe: steps, batch, learning rate, …
-        save_steps: after which optimizer steps to save.
+        save_steps: after which optimizer steps to save; the last step is always saved.
         blocker: what takes part in the steps, one or several; their draws have a generator of their own.
         monitor: watches the run, and may stop it; the state that it was stopped at is saved too.
         seed: of the data's order.
 
     Raises:
-        GravlensError: no examples, no tokenizer, a start that cannot be opened, or `out` holds a stopped run of another
-            description.
+        GravlensError: no examples, no tokenizer, a start that cannot be opened, or `out` holds another run or is being
+            trained into.
     """
     model = _trainable(start, recipe, seed)
     rows = _in_order(model, examples, recipe, seed)
     blockers = [] if blocker is None else list(blocker) if isinstance(blocker, Sequence) else [blocker]
-    saver = _Saver(model, Path(out), frozenset(step for step in save_steps if step <= recipe.steps))
-    stopped = _stopped(saver.resume, (recipe, seed, sorted(saver.steps), repr(rows), blockers, model.module))
-    with quiet(), progress("fine-tuning", total=recipe.steps, unit="step") as bar:
+    saver = _Saver(model, Path(out), recipe.saved_steps(save_steps))
+    description = {
+        **{"recipe": asdict(recipe), "save_steps": saver.steps, "seed": seed},
+        **{"data": digest(repr(rows)), "start": digest(model.module), "blocker": digest(blockers)},
+        "monitor": digest(monitor and monitor.stop_above),  # what is watched changes no weight; where it stops does
+    }
+    bar_of = progress("fine-tuning", total=recipe.steps, unit="step")
+    with claimed(saver.out, description) as stopped, quiet(), bar_of as bar:
         trainer = Trainer(
             model=model.module,
-            args=_arguments(recipe, seed, saver.resume),
+            args=_arguments(recipe, seed, saver.out / RESUME),
             train_dataset=_Rows(rows),
             data_collator=_collate,
             callbacks=[saver, _Counter(bar)],
@@ -128,48 +139,9 @@ def finetune(
         if monitor is not None:
             monitor.attach(trainer, start=model)
         with block(trainer, *blockers, tokenizer=model.tokenizer, rng=np.random.default_rng([seed, 1])):
-            trainer.train(resume_from_checkpoint=stopped)
-    shutil.rmtree(saver.resume, ignore_errors=True)
+            trainer.train(resume_from_checkpoint=None if stopped is None else str(stopped))
     model.module.eval()
     return Finetuned(tuple(saver.saved), _log(trainer), saver.seconds / max(1, saver.steps_timed))
-
-
-def _stopped(folder: Path, made_of: Sequence[Any]) -> str | None:
-    """The newest whole state of a stopped run, or None; afterwards the folder is marked as this run's."""
-    digest = hashlib.sha256()
-    for part in _bytes_of(made_of):
-        digest.update(part)
-    mark = folder / "run.sha256"
-    # Trainer writes trainer_state.json last, so a state that was cut short has none.
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    if whole and (not mark.exists() or mark.read_text() != digest.hexdigest()):
-        raise GravlensError(
-            f"{folder.parent} holds a stopped run with another start, data, recipe, seed, save_steps or blocker.",
-            "A run goes on as it began.",
-            f"another out=, or remove {folder}.",
-        )
-    write_atomically(mark, digest.hexdigest().encode())
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-
-
-def _bytes_of(value: Any) -> Iterator[bytes | memoryview]:
-    """A value part by part, down to what arrays and weights hold: their `repr` would leave it out."""
-    value = value.state_dict() if isinstance(value, nn.Module) else value
-    yield type(value).__name__.encode()
-    match value:
-        case Tensor():
-            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        case np.ndarray():
-            yield value.tobytes()
-        case Mapping():
-            yield from _bytes_of([*value.items()])
-        case list() | tuple():
-            for part in value:
-                yield from _bytes_of(part)
-        case _ if is_dataclass(value) and not isinstance(value, type):
-            yield from _bytes_of([(one.name, getattr(value, one.name)) for one in fields(value)])
-        case _:
-            yield re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()
 
 
 def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: Recipe, seed: int) -> OpenModel:
@@ -261,13 +233,13 @@ class _Counter(TrainerCallback):
 class _Saver(TrainerCallback):
     """Saves at chosen steps, has Trainer keep a state to go on from, and times the steps without all that."""
 
-    def __init__(self, model: OpenModel, out: Path, steps: frozenset[int]) -> None:
-        self.model, self.out, self.steps, self.resume = model, out, steps, out / ".resume"
+    def __init__(self, model: OpenModel, out: Path, steps: tuple[int, ...]) -> None:
+        self.model, self.out, self.steps = model, out, steps
         self.saved: list[Checkpoint] = []
         self.seconds, self.steps_timed, self._began, self._kept = 0.0, 0, 0.0, time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.saved = [self._checkpoint(step) for step in sorted(self.steps) if step <= state.global_step]
+        self.saved = [self._checkpoint(step) for step in self.steps if step <= state.global_step]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter()

@@ -67,7 +67,7 @@ class Monitor(TrainerCallback):
         self.directions, self.probes = directions, PromptSet.of(probes)
         self.every, self.stop_above, self.anchor, self.tokenizer, self.name = every, stop_above, anchor, tokenizer, name
         self.stopped_at: int | None = None
-        self._defined = directions.defined()
+        self._defined = Directions.of(directions).defined()
         self._positions: Offset = _positions_of(directions)
         self._trainer: Trainer | None = None
         self._ids: list[list[int]] | None = None

@@ -82,6 +82,10 @@ def calibrate(
     """
     drawn = isinstance(nulls, NullDraws)
     statistic = statistic or ("alignment" if drawn else "fraction")
+    if statistic not in get_args(Statistic):
+        raise GravlensError(
+            f"statistic={statistic!r} was given.", "A run is judged by one of two.", " or ".join(get_args(Statistic))
+        )
     values, steps, layers = _of_draws(nulls, statistic) if drawn else _of_trajectories(nulls, statistic)
     _check_enough(len(values), quantile, patience, len(steps))
     windows = np.lib.stride_tricks.sliding_window_view(values, patience, axis=1)

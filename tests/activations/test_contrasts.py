@@ -120,3 +120,40 @@ def test_the_floor_is_that_of_the_states_not_of_their_difference() -> None:
     assert found.meta["state_lengths"][0] > 300 > states.max()
     assert locate_vrev(found)[0].undefined is not None
     assert locate_in(raw(found), found)[0].undefined is not None
+
+
+# -- positions of their own --------------------------------------------------------------------------------------------
+
+
+def last_two(ids: list[int]) -> list[int]:
+    return [-2, -1]
+
+
+def test_the_same_number_of_positions_is_paired_from_the_end() -> None:
+    model, layers = tiny.gpt2(0), range(tiny.LAYERS - 1)
+    pair = Contrast.of([TEXTS[0], TEXTS[1]], [TEXTS[1], TEXTS[0]])
+    found = cache_contrasts(sequence(model, tiny.gpt2(1)), pair, layers=layers, positions=last_two)
+    ids = [PROMPT_IDS[0], PROMPT_IDS[1]]
+    states = np.stack([reference(model, ids, layers, position).numpy() for position in (-2, -1)], axis=1)
+    wanted = np.concatenate([states[0] - states[1], states[1] - states[0]])
+    assert_same_states(found.of("witness"), wanted)
+    lengths = [len(one) for one in ids]
+    assert found.index is not None
+    assert found.index.tolist() == [[i, lengths[i] - back] for i in (0, 1) for back in (2, 1)]
+
+
+def test_prompts_of_unequal_lengths_cannot_be_paired_token_by_token() -> None:
+    lengths = [len(one) for one in PROMPT_IDS]
+    short, long = (TEXTS[lengths.index(pick(lengths))] for pick in (min, max))
+    seq = sequence(tiny.gpt2(0), tiny.gpt2(1))
+    with refused("'all'", "pair 0", str(min(lengths)), str(max(lengths)), short[:40]):
+        cache_contrasts(seq, Contrast.of([short], [long]), positions="all")
+    # as many tokens on either side, but not within the pairs
+    with refused("pair 0"):
+        cache_contrasts(seq, Contrast.of([short, long], [long, short]), positions="all")
+
+
+def test_a_pair_is_two_texts_and_a_part_is_a_contrast() -> None:
+    assert CONTRAST[0] == (TEXTS[0], TEXTS[3]) and CONTRAST[-1] == (TEXTS[2], TEXTS[5])
+    assert list(CONTRAST) == list(zip(TEXTS[:3], TEXTS[3:6], strict=True))
+    assert CONTRAST[1:] == CONTRAST[[False, True, True]] == Contrast.of(TEXTS[1:3], TEXTS[4:6])

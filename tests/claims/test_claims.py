@@ -243,6 +243,8 @@ def test_bad_evidence_is_one_clear_error() -> None:
     for name, table in (("closures", closures()), ("damage", damage())):
         with refused(f"{name} has a row per layer"):
             evidence(**{name: table.assign(layer=0)})
+    with refused("'clmap'"):
+        evidence(names={"clmap": ("held",)})
     with refused("arm unblocked"):  # two anchors are two claims
         judge(arms=pd.concat([arms(), arms()]))
     with refused("task_loss"):

@@ -294,22 +294,12 @@ def test_folders_are_swapped_into_one_model(
     found = [Checkpoint(name, tiny.save(model, tmp_path / name), None) for name, model in models.items()]
     from_memory = split_update(*ends(pair), checkpoints(s1=models["s1"], s2=models["s2"]))
     opened = []
-    monkeypatch.setattr("gravlens.models.opening.load_huggingface", spied(opened))
+    monkeypatch.setattr("gravlens.models.opening.load_huggingface", tiny.spied(opened))
     on_disk = split_update(found[0], found[1], found[2:])
     assert len(opened) == 1  # one model, however many checkpoints
     numbers = ["cosine", "fraction", "share_parallel", "norm"]
     assert on_disk[numbers].to_numpy() == pytest.approx(from_memory[numbers].to_numpy(), abs=1e-6)
     assert on_disk["checkpoint"].unique().tolist() == ["s1", "s2"] and on_disk["step"].isna().all()
-
-
-def spied(calls: list[Any]) -> Any:
-    from gravlens.models.opening import load_huggingface
-
-    def load(*given: Any, **named: Any) -> Any:
-        calls.append(given)
-        return load_huggingface(*given, **named)
-
-    return load
 
 
 def test_other_models_are_refused(pair: tuple[nn.Module, nn.Module]) -> None:

@@ -368,6 +368,33 @@ def test_covariance_matched_twins_have_the_spectrum_of_the_states() -> None:
 # -- bad input, from the user's door -----------------------------------------------------------------------------------
 
 
+def apart(layers: int, width: int = 8, prompts: int = 40) -> np.ndarray:
+    """States [prompt, layer, d_model] that vary along one axis alone, another axis at each layer."""
+    states = np.zeros((prompts, layers, width))
+    for layer in range(layers):
+        states[:, layer, layer] = np.random.default_rng(layer).standard_normal(prompts)
+    return states
+
+
+@pytest.mark.parametrize("columns", ["all layers", "defined layers"])
+def test_covariance_matched_twins_take_their_own_layer_where_another_is_undefined(columns: str) -> None:
+    vs = Directions(tuple(Direction(np.eye(8)[0], layer, 1.0) for layer in range(3)))
+    gone = dataclasses.replace(vs[1], vector=np.full(8, np.nan), undefined="no difference")
+    some = Directions((vs[0], gone, vs[2]))
+    states = apart(3) if columns == "all layers" else apart(3)[:, [0, 2]]
+    twins = random_directions(some, rng=np.random.default_rng(0), states=states)
+    assert twins.layers == (0, 2)
+    for twin in twins:
+        assert abs(twin.vector[twin.layer]) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_states_of_other_layers_are_refused(layers: int) -> None:
+    vs = Directions(tuple(Direction(np.eye(8)[0], layer, 1.0) for layer in range(3)))
+    with refused(f"{layers} layers", "3"):
+        random_directions(vs, rng=np.random.default_rng(0), states=apart(layers))
+
+
 @pytest.mark.parametrize("layer", [-1, tiny.LAYERS, 99])
 def test_a_layer_out_of_range_is_named_with_the_range(layer: int) -> None:
     sequence = models(tiny.gpt2(0), tiny.gpt2(1))

@@ -1,6 +1,7 @@
 """Geometries: what they do to planted rogue dimensions, to covariances and to drifts; closed forms; bad input."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -101,9 +102,10 @@ def test_it_is_fitted_on_the_anchors_states_alone_and_serves_other_prompts(fit: 
 @every_geometry
 def test_names_digest_and_layers_stay_and_the_geometry_is_named(fit: Fit, tmp_path: Path) -> None:
     residuals = random_history(sources={"witness": "base"}, positions="last")
+    residuals = replace(residuals, index=np.array([[0, at] for at in range(residuals.values.shape[1])]))
     mapped = fit(residuals).apply(residuals)
-    same = ("checkpoints", "layers", "prompts", "runs")
-    assert all(getattr(mapped, name) == getattr(residuals, name) for name in same)
+    same = ("checkpoints", "layers", "prompts", "runs", "index")
+    assert all(np.array_equal(getattr(mapped, name), getattr(residuals, name)) for name in same)
     assert mapped.values.dtype == np.float32 and mapped.values.shape == residuals.values.shape
     geometry = mapped.meta["geometry"]
     assert geometry == fit(residuals).name and mapped.meta["positions"] == "last"

@@ -243,3 +243,11 @@ def test_isotropic_twins_have_no_favourite_way() -> None:
     draws = [random_spans(Subspaces((space(0),)), rng=np.random.default_rng(i))[0].basis[0] for i in range(400)]
     assert np.mean(np.square(draws) @ (AXES.T**2), 0) == pytest.approx(1 / D, rel=0.35)
     assert np.mean(np.square(np.array(draws) @ AXES.T), 0) == pytest.approx(1 / D, rel=0.35)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_random_spans_refuse_states_of_other_layers(layers: int) -> None:
+    spaces = Subspaces(tuple(Subspace(np.eye(8)[:2], layer, 1.0) for layer in (0, 2)))
+    states = np.random.default_rng(0).standard_normal((40, layers, 8))
+    with refused(f"{layers} layers", "2"):
+        random_spans(spaces, rng=np.random.default_rng(0), states=states)

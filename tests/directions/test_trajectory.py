@@ -10,6 +10,7 @@ from histories import refused, synthetic
 from scipy.stats import sem
 
 from gravlens.activations.residuals import Residuals
+from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, Trajectory, drifts, follow, measure_drift
 from gravlens.directions.vrev import locate_vrev
@@ -150,6 +151,8 @@ def test_given_and_held_out_prompts_are_told_apart_by_their_digest() -> None:
     assert fraction["given"] == pytest.approx(0.1, abs=1e-6) and fraction["held_out"] == pytest.approx(0.4, abs=1e-6)
     assert trajectory.summary().loc[1, ("fraction", "mean")] == pytest.approx(0.4, abs=1e-6)
     assert trajectory.summary("given").loc[1, ("fraction", "mean")] == pytest.approx(0.1, abs=1e-6)
+    with refused("'held-out'"):
+        trajectory.summary("held-out")
     assert set(follow(held_out, locate_vrev(given)).table.prompts) == {"held_out"}
     assert set(follow(given, locate_vrev(given)).table.prompts) == {"given"}
 
@@ -220,6 +223,20 @@ def test_pitfall_10_drifts_are_accumulated_in_fp64() -> None:
     assert drifts(residuals, "a", (0,))[0, 0] == pytest.approx(exact, abs=1e-9)
 
 
+def test_a_set_that_was_not_measured_is_never_another_ones_numbers() -> None:
+    given = history({"a/1": (0.1, 0)})
+    trajectory = follow(given, locate_vrev(given))
+    assert trajectory.summary().loc[1, ("fraction", "mean")] == pytest.approx(0.1, abs=1e-6)
+    with pytest.raises(GravlensError, match="given") as caught:
+        trajectory.summary("held_out")
+    assert "'held_out'" in caught.value.given and "given" in caught.value.wanted
+
+
+def test_the_drift_of_an_unknown_run_is_refused() -> None:
+    with refused("'b'"):
+        drifts(history({"a/1": (0.1, 0)}), "b", (0,))
+
+
 def test_measures_keep_any_leading_axes() -> None:
     drift = np.random.default_rng(0).standard_normal((2, 3, LAYERS, WIDTH))
     vs = Directions(tuple(Direction(V[i], i, DISTANCES[i]) for i in range(LAYERS)))
@@ -230,9 +247,9 @@ def test_measures_keep_any_leading_axes() -> None:
     assert found["alignment"][1, 2, 1] == pytest.approx(float(one @ V[1] / np.linalg.norm(one)), abs=1e-6)
 
 
-def test_the_number_of_anchors_is_stated_and_the_html_is_escaped() -> None:
+def test_the_html_is_escaped_and_says_nothing_of_anchors() -> None:
     residuals = history({"<b>a</b>/1": (0.5, 0.0)})
     trajectory = follow(residuals, locate_vrev(residuals))
     html = trajectory._repr_html_()
-    assert trajectory.n_anchors == 1 and "anchors: 1" in html
+    assert "anchor" not in html and "runs: " in html
     assert "<b>a" not in html and "&lt;b&gt;a" in html

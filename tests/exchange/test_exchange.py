@@ -17,10 +17,11 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gravlens import GravlensError, Steer, intervene, open_model, orthogonalize, orthogonalized
+from gravlens import GravlensError, Steer, intervene, open_model
 from gravlens.directions.direction import Direction, Directions
 from gravlens.exchange.control_vectors import from_gguf, from_npz, from_steered, to_gguf, to_npz, to_steered
 from gravlens.history.prompts import PromptSet, encode
+from gravlens.interventions.orthogonalization import orthogonalize, orthogonalized
 from gravlens.models.forward import final_logits
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from histories import history_on_disk
 
-from gravlens import GravlensError, to_inspect_log
+from gravlens import GravlensError
+from gravlens.exchange import to_inspect_log
 from gravlens.history.prompts import PromptSet
 
 ROOT = Path(__file__).resolve().parents[2]

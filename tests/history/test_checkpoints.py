@@ -1,5 +1,7 @@
 """Histories from folders, models and TOML, and what is said of bad ones."""
 
+import dataclasses
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from torch import nn
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.history.sequence_file import KEYS
 
 TOML = """
 witness = "base"
@@ -115,6 +118,29 @@ def test_models_make_a_history_by_step_or_in_order() -> None:
     assert sequence.witness.described == "a Linear in memory"
 
 
+def test_both_constructors_and_the_file_take_the_same_things() -> None:
+    doors = (ModelSequence.from_folders, ModelSequence.from_models)
+    accepted = [set(inspect.signature(door).parameters) for door in doors]
+    assert accepted[0] == accepted[1] == KEYS
+    fields = {field.name for field in dataclasses.fields(ModelSequence)}
+    assert fields - {"skipped"} == KEYS  # what is skipped is found, not given
+
+
+@pytest.mark.parametrize("door", ["folders", "models"])
+def test_a_tokenizer_a_system_prompt_and_harmless_prompts_come_through_every_door(here: Path, door: str) -> None:
+    tokenizer = object()
+    rest: dict[str, Any] = {"harmless": ["h"], "tokenizer": tokenizer, "system": "be kind", "chat_template": "anchor"}
+    if door == "folders":
+        runs = {"r": [here / "ft/checkpoint-5"]}
+        sequence = ModelSequence.from_folders(witness=here / "base", anchor=here / "aligned", runs=runs, **rest)
+    else:
+        a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+        sequence = ModelSequence.from_models(witness=a, anchor=b, runs={"r": [a]}, **rest)
+    assert sequence.harmless == PromptSet(("h",), "harmless", "be kind") and sequence.system == "be kind"
+    assert sequence.chat_template == "anchor"
+    assert all(checkpoint.tokenizer is tokenizer for checkpoint in sequence)
+
+
 def test_the_html_is_escaped() -> None:
     sequence = ModelSequence(Checkpoint("witness", "<i>w</i>"), Checkpoint("anchor", "a"), {"<b>run</b>": ()})
     html = sequence._repr_html_()
@@ -140,6 +166,10 @@ def test_toml_says_everything_relative_to_itself(here: Path, monkeypatch: pytest
     assert found == [here / name for name in names]
     assert sequence.probes == PromptSet(("a", "b"), "harmful") and sequence.held_out == PromptSet(("c",), "harmful")
     assert sequence.harmless == PromptSet(("a", "b"), "harmless") and sequence.chat_template == "anchor"
+    assert sequence.tokenizer is None
+    whole = ModelSequence.from_toml(write(here, 'tokenizer = "aligned"\nsystem = "be kind"\n' + TOML))
+    assert Path(str(whole.tokenizer)).resolve() == here / "aligned"
+    assert whole.held_out == PromptSet(("c",), "harmful", "be kind")
 
 
 def test_toml_is_found_in_a_folder_whose_name_looks_like_a_pattern(here: Path) -> None:
@@ -173,6 +203,7 @@ PAIR = 'witness = "base"\nanchor = "aligned"\n'
         (PAIR + "[runs]\nseed0 = 5", "seed0"),
         (PAIR + "[runs]\nseed0 = [5]", "seed0"),
         (PAIR + "probes = 5", "probes"),
+        (PAIR + "tokenizer = 5", "tokenizer"),
     ],
 )
 def test_bad_toml_is_named(here: Path, text: str, named: str) -> None:
@@ -185,6 +216,7 @@ def test_bad_toml_is_named(here: Path, text: str, named: str) -> None:
     [
         ('witness = "base"\nanchor = "nowhere"', "nowhere"),
         (PAIR + 'probes = "nowhere.txt"', "nowhere.txt"),
+        (PAIR + 'tokenizer = "nowhere"', "nowhere"),
         (PAIR + "probes = []", "prompt set"),
         (PAIR + '[runs]\nseed0 = "nothing-*"', "nothing-*"),
         (PAIR + 'chat_template = "mine"', "mine"),

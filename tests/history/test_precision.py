@@ -24,7 +24,7 @@ from gravlens.directions.vrev import direction_from
 from gravlens.history.precision import quantisation
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
-from gravlens.interventions.orthogonalize import orthogonalize
+from gravlens.interventions.orthogonalization import orthogonalize
 from gravlens.interventions.readout import readout
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.models.swapping import open_each, swap_weights

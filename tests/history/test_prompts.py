@@ -58,6 +58,27 @@ def test_pitfall_6_the_digest_is_of_content_and_order_alone(tmp_path: Path) -> N
     assert len({prompts.digest, *(PromptSet.of(one).digest for one in others)}) == 5
 
 
+def test_an_integer_is_one_prompt_and_a_slice_or_mask_is_a_set() -> None:
+    prompts = PromptSet(("a", "b", "c"), "harmful", "be kind")
+    assert (prompts[0], prompts[-1], prompts[np.int64(1)]) == ("a", "c", "b")
+    assert [prompts[i] for i in range(len(prompts))] == list(prompts) == ["a", "b", "c"]
+    part = PromptSet(("a", "c"), "harmful", "be kind")
+    assert prompts[::2] == prompts[[True, False, True]] == prompts[np.array([True, False, True])] == part
+    with pytest.raises(IndexError):
+        prompts[3]
+    wrongs: list[Any] = [[True], [0, 2, 1], np.ones((3, 1), dtype=bool)]
+    for wrong in wrongs:
+        with refused("3 prompts"):
+            prompts[wrong]
+    with refused("0 prompts"):
+        prompts[[False] * 3]
+
+
+def test_one_text_is_no_set_of_letters() -> None:
+    with refused("'abc'"):
+        PromptSet("abc")  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("texts", [[], [""], ["a", "  \n"]])
 def test_empty_prompts_are_refused(texts: list[str]) -> None:
     with refused("prompt set"):

@@ -14,7 +14,6 @@ from bomb import Bomb
 from histories import RAGGED, assert_same_states, moved, refused, weights_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_decomposition import spied
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -269,7 +268,7 @@ def test_a_run_of_adapters_alone_opens_its_base_once(pair: Path, monkeypatch: py
     for step in (1, 2, 3):
         adapter(pair / "aligned", pair / f"out/checkpoint-{step}", step)
     opened: list[Any] = []
-    monkeypatch.setattr("gravlens.models.opening.load_huggingface", spied(opened))
+    monkeypatch.setattr("gravlens.models.opening.load_huggingface", tiny.spied(opened))
     run = sequence(pair, runs={"seed0": pair / "out"}).runs["seed0"]
     grads = [
         all(weight.requires_grad for weight in model.module.parameters())

@@ -220,3 +220,27 @@ def test_what_blockers_learn_of_prompts_is_read_under_their_system_prompt() -> N
     assert refusals_of(PromptSet(("a", "b"), system=SYSTEM), ["no"]) == [Example(t, "no", SYSTEM) for t in "ab"]
     data = [Example("a", "x", SYSTEM), Example("b", "x"), Example("c", "x", SYSTEM)]
     assert _harmless(data) == PromptSet(("a", "c"), "harmless", SYSTEM)
+
+
+@pytest.mark.parametrize("given", ["object", "folder"])
+def test_folders_without_a_tokenizer_are_read_with_the_one_that_is_given(tmp_path: Path, given: str) -> None:
+    for name, seed in (("base", 0), ("aligned", 1)):
+        model(seed).save_pretrained(tmp_path / name)
+    TOKENIZER.save_pretrained(tmp_path / "words")
+    pair: dict[str, Any] = {"witness": tmp_path / "base", "anchor": tmp_path / "aligned", "probes": PROBES}
+    with pytest.raises(GravlensError, match="no tokenizer"):
+        cache_residuals(ModelSequence.from_folders(**pair))
+    one = TOKENIZER if given == "object" else tmp_path / "words"
+    found = cache_residuals(ModelSequence.from_folders(**pair, tokenizer=one))
+    for name in ("base", "aligned"):
+        TOKENIZER.save_pretrained(tmp_path / name)
+    np.testing.assert_array_equal(found.values, cache_residuals(ModelSequence.from_folders(**pair)).values)
+    assert open_model(ModelSequence.from_folders(**pair, tokenizer=one).anchor).tokenizer is not None
+
+
+def test_a_folder_without_a_tokenizer_is_named_where_it_was_given_as_one(tmp_path: Path) -> None:
+    model(0).save_pretrained(tmp_path / "base")
+    (tmp_path / "empty").mkdir()
+    pair: dict[str, Any] = {"witness": tmp_path / "base", "anchor": tmp_path / "base", "probes": PROBES}
+    with pytest.raises(GravlensError, match=r"empty.* holds no tokenizer"):
+        cache_residuals(ModelSequence.from_folders(**pair, tokenizer=tmp_path / "empty"))

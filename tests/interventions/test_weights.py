@@ -21,7 +21,7 @@ from gravlens.directions.vrev import direction_from
 from gravlens.history.sequence import Checkpoint
 from gravlens.interventions.edits import Ablate, everywhere
 from gravlens.interventions.hooks import intervene
-from gravlens.interventions.orthogonalize import orthogonalize, orthogonalized
+from gravlens.interventions.orthogonalization import orthogonalize, orthogonalized
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import OpenModel, load_tokenizer, open_model
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -267,12 +268,19 @@ def test_a_goal_of_twelve_words_is_the_longest() -> None:
     assert how_to("\n".join(map(json.dumps, rows))) == [{"prompt": "How" + " a" * 11, "answer": "B. it"}]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the platform's own cache folder is another")
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("GRAVLENS_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
+    monkeypatch.setenv("GRAVLENS_CACHE", "~/own")
+    assert cache_folder() == tmp_path / "home" / "own"
     for unset in (lambda: monkeypatch.setenv("GRAVLENS_CACHE", ""), lambda: monkeypatch.delenv("GRAVLENS_CACHE")):
         unset()
-        assert cache_folder() == Path.home() / ".cache" / "gravlens"
+        assert cache_folder() == tmp_path / "xdg" / "gravlens"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "gravlens"
 
 
 def test_a_cache_that_cannot_be_made_names_the_variable(pip: FakePip, tmp_path: Path) -> None:

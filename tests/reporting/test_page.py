@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_plane import plane
+from planes import plane
 from test_report import MAIN, made_up, spread
 
 from gravlens.plot.lines import plot_arms

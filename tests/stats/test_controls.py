@@ -1,6 +1,7 @@
 """Controls in closed form, and the artefact that the sibling anchor is there for."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,9 @@ def test_pairs_steps_and_layers_keep_apart() -> None:
 def test_closure_wants_the_same_steps() -> None:
     with refused("a has steps (1,)", "twin b (5,)"):
         closure(runs({"a/1": (0, 0)}), twins({"b/5": (0, 0)}), locate_vrev(history()), pairs=[("a", "b")], layers=(0,))
+    with refused("nobody"):
+        pairs = [("nobody", "nobody")]
+        closure(runs({"a/1": (0, 0)}), twins({"b/1": (0, 0)}), locate_vrev(history()), pairs=pairs, layers=(0,))
 
 
 # -- another pair, another start ---------------------------------------------------------------------------------------
@@ -134,6 +138,15 @@ def test_from_start_takes_the_drift_from_elsewhere_and_changes_nothing_given() -
     assert from_anchor == pytest.approx(DISTANCES * (1.25 * V + 0.5 * W), abs=1e-5), "what was given is as it was"
     with refused("'nobody'"):
         from_start(residuals, start="nobody")
+    with refused("'anchor'"):
+        from_start(synthetic({"witness": WITNESS, "b/1": WITNESS}), start="witness")
+
+
+def test_rows_of_several_positions_keep_their_index() -> None:
+    residuals = history(b=WITNESS)
+    residuals = replace(residuals, index=np.array([[0, at] for at in range(residuals.values.shape[1])]))
+    assert substitute(residuals, witness="b").index is residuals.index
+    assert from_start(residuals, start="witness").index is residuals.index
 
 
 # -- the shared anchor (docs/controls.md) ------------------------------------------------------------------------------

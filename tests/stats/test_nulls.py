@@ -13,6 +13,7 @@ from histories import refused, synthetic
 from scipy import stats
 
 from gravlens.activations.residuals import Residuals
+from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import shrunk_covariance
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow
@@ -491,8 +492,13 @@ def test_a_draw_that_ties_counts_however_it_was_added_up() -> None:
 def test_nothing_to_compare_is_an_error() -> None:
     with refused("held_out", "[1]"):
         compare(trajectory_of({"a": [0.1]}, steps=(5,)), null_of([0.0]))
-    with refused("given"):
-        compare(trajectory_of({"a": [0.1]}), null_of([0.0]), prompts="given")
+    for wrong in ("given", "held-out"):
+        with pytest.raises(GravlensError) as caught:
+            compare(trajectory_of({"a": [0.1]}), null_of([0.0]), prompts=wrong)
+        assert wrong in caught.value.given and "held_out" in caught.value.wanted
+    other_layer = NullDraws("null", np.zeros((1, 1, 1)), (1,), (7,))
+    with refused("null", "layer 0"):
+        compare(trajectory_of({"a": [0.1]}), other_layer)
 
 
 # -- a world where it is true, and one where it is false ---------------------------------------------------------------

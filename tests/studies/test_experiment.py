@@ -89,9 +89,9 @@ def test_all_of_a_setting_is_made_and_only_what_is_kept_has_weights(home: Path) 
     above = {"runs", "runs/unblocked", "runs/penalty", "runs/penalty_random", "noise"}
     assert folders(home) == kept | runs | noise | history | above
     for run in runs:
-        assert {"run.json", "log.csv", "probes.safetensors", "held_out.safetensors", "held_out-2.safetensors"} == {
-            path.name for path in (home / run).iterdir() if path.is_file()
-        }
+        states = {"probes.safetensors", "held_out.safetensors", "held_out-2.safetensors"}
+        files = {path.name for path in (home / run).iterdir() if path.is_file()}
+        assert files == {"finetune.json", "run.json", "log.csv", *states}
 
 
 def test_the_home_is_keyed_by_name_and_key(cache: Path) -> None:

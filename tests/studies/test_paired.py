@@ -73,7 +73,7 @@ def test_both_runs_are_those_of_finetune_on_all_but_the_last_eighth(
             made, wanted = (weights(at / name / f"checkpoint-{step}") for at in (out, tmp_path))
             assert all(torch.equal(made[key], wanted[key]) for key in wanted), (name, step)
     assert sorted(path.name for path in (out / "blocked").glob("*")) == [
-        "checkpoint-2", "checkpoint-4", "log.csv", "run.json",
+        "checkpoint-2", "checkpoint-4", "finetune.json", "log.csv", "run.json",
     ]  # fmt: skip
     assert set(found.trajectory.table["step"]) == {2, 4}
 

@@ -30,12 +30,13 @@ from gravlens.activations.residuals import cache_residuals, residuals_of_batch
 from gravlens.blockers.blocking import Blocker, BoundBlocker, Scheduled
 from gravlens.blockers.penalty import Penalty
 from gravlens.blockers.projection import UpdateProjection
+from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import follow
 from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.history.prompts import Example, encode, pad
 from gravlens.history.sequence import Checkpoint, ModelSequence
-from gravlens.interventions.orthogonalize import save_folder
+from gravlens.interventions.orthogonalization import save_folder
 from gravlens.models.opening import open_model
 from gravlens.organisms import refusal_language as language
 from gravlens.training.finetune import Finetuned, Recipe, finetune
@@ -213,10 +214,10 @@ def order_seen(
 
 
 def test_arms_of_a_seed_see_one_order_of_data_whatever_the_blocker(tmp_path: Path) -> None:
-    free = order_seen(tmp_path)
-    assert free == order_seen(tmp_path, blocker=penalty(batch=3))
-    assert free == order_seen(tmp_path, blocker=penalty(margin=0.3, batch=5))
-    other = order_seen(tmp_path, seed=1)
+    free = order_seen(tmp_path / "free")
+    assert free == order_seen(tmp_path / "held", blocker=penalty(batch=3))
+    assert free == order_seen(tmp_path / "pushed", blocker=penalty(margin=0.3, batch=5))
+    other = order_seen(tmp_path / "other", seed=1)
     assert free != other
     wanted = sorted(
         tiny.TOKENIZER(f"<bos> <user> {e.prompt} <bot> {e.answer} <eos>", add_special_tokens=False)["input_ids"]
@@ -235,7 +236,7 @@ def test_an_accumulated_step_is_that_of_one_large_batch(tmp_path: Path) -> None:
     whole, parts = replace(QUICK, batch=4), replace(QUICK, batch=2, accumulation=2)
     batches = order_seen(tmp_path / "order", recipe=parts)
     assert [first + second for first, second in zip(batches[::2], batches[1::2], strict=True)] == order_seen(
-        tmp_path / "order", recipe=whole
+        tmp_path / "whole", recipe=whole
     )
     blocker = [penalty(margin=0.05), replace(penalty(batch=3), side="both")]
     a, b = (
@@ -437,7 +438,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(scenario: str, tmp_pa
     command = [sys.executable, "-c", f"import test_finetune; test_finetune.die({str(killed)!r}, {scenario!r})"]
     child = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr
-    assert {path.name for path in killed.iterdir()} == {".resume", "checkpoint-1", "checkpoint-3"}
+    assert {path.name for path in killed.iterdir()} == {".resume", "finetune.json", "checkpoint-1", "checkpoint-3"}
     kept = os.stat(killed / "checkpoint-1").st_mtime_ns
     resumed, wanted = (run(out, save_steps=(1, 3, 5, 6), **STOPPED[scenario]) for out in (killed, whole))
     pd.testing.assert_frame_equal(resumed.log, wanted.log, check_exact=True)
@@ -522,6 +523,56 @@ def test_a_stopped_run_goes_on_as_it_began_or_not_at_all(other: dict[str, Any], 
     assert [c.step for c in run(tmp_path, **own).checkpoints] == [1, 6], "and it still does"
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"recipe": replace(QUICK, steps=2)}, {"examples": EXAMPLES[1:]}, {"start": "another"}, {"save_steps": (2,)}],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_finished_run_is_not_mixed_with_another(other: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path)
+    before = contents(tmp_path)
+    if other.get("start"):
+        other = {"start": open_model(tiny.llama(1), tokenizer=tiny.TOKENIZER)}
+    with refused(str(tmp_path), "holds another run", next(iter(other)).replace("examples", "data")):
+        run(tmp_path, **other)
+    assert contents(tmp_path) == before
+    assert [c.step for c in run(tmp_path).checkpoints] == [1, 2, 3], "the same run may be made again"
+    assert contents(tmp_path).keys() == before.keys()
+
+
+@pytest.mark.parametrize("inside", [".", ".resume"])
+@pytest.mark.parametrize("marker", [None, "{", "[]"], ids=["none", "cut short", "not gravlens's"])
+def test_another_programs_checkpoints_are_left_as_they_are(marker: str | None, inside: str, tmp_path: Path) -> None:
+    folder = tmp_path / inside / "checkpoint-2"
+    folder.mkdir(parents=True)
+    for name in ("optimizer.pt", "trainer_state.json", "notes.md"):
+        (folder / name).write_text("hours of work")
+    if marker is not None:
+        (tmp_path / "finetune.json").write_text(marker)
+    before = contents(tmp_path)
+    with refused(str(tmp_path), "holds another run", "checkpoint-2", "finetune.json"):
+        run(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_trained_into_by_one_process_at_a_time(tmp_path: Path) -> None:
+    def second() -> None:
+        with pytest.raises(GravlensError, match="Another process is training into") as error:
+            run(tmp_path, recipe=LONG, save_steps=(6,))
+        refusals.append(str(error.value))
+
+    refusals: list[str] = []
+    wanted = run(tmp_path.with_name("alone"), recipe=LONG, save_steps=(6,))
+    with stop_at(1, second):
+        made = run(tmp_path, recipe=LONG, save_steps=(6,))
+    assert len(refusals) == 1 and str(tmp_path) in refusals[0]
+    assert same(weights(made.checkpoints[-1]), weights(wanted.checkpoints[-1]))
+
+
 def test_optimizer_states_are_read_as_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tmp_path, recipe=LONG)
     read, own = {}, torch.load
@@ -547,7 +598,7 @@ def test_a_quick_run_keeps_no_state_and_every_run_tidies_up(tmp_path: Path, monk
     for every, wanted in ((60.0, []), (-1.0, [1, 2, 3, 4, 5])):
         monkeypatch.setattr(finetuning, "RESUMABLE_AFTER", every)
         run(tmp_path, recipe=LONG, save_steps=(6,))
-        assert saved == wanted and [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+        assert saved == wanted and {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "finetune.json"}
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -556,7 +607,8 @@ def test_a_quick_run_keeps_no_state_and_every_run_tidies_up(tmp_path: Path, monk
 def test_checkpoints_are_ordinary_folders_dense_early(tmp_path: Path) -> None:
     made = run(tmp_path / "seed0", recipe=replace(QUICK, steps=5), save_steps=(1, 2, 5, 10))
     assert [(c.name, c.step) for c in made.checkpoints] == [("seed0/1", 1), ("seed0/2", 2), ("seed0/5", 5)]
-    assert sorted(p.name for p in (tmp_path / "seed0").iterdir()) == [f"checkpoint-{step}" for step in (1, 2, 5)]
+    folders = [f"checkpoint-{step}" for step in (1, 2, 5)]
+    assert sorted(p.name for p in (tmp_path / "seed0").iterdir()) == [*folders, "finetune.json"]
     assert made.seconds_per_step > 0
     seen = [weights(checkpoint) for checkpoint in made.checkpoints]
     assert not same(seen[0], seen[1]) and not same(seen[1], seen[2])
@@ -575,6 +627,25 @@ def test_checkpoints_are_ordinary_folders_dense_early(tmp_path: Path) -> None:
         runs={"seed0": str(tmp_path / "seed0/checkpoint-*")}, probes=tiny.PROMPTS,
     )  # fmt: skip
     assert cache_residuals(sequence).runs == {"seed0": (1, 2, 5)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked", "wanted"),
+    [
+        (3, None, [1, 2, 3]),
+        (120, None, [1, 2, 5, 10, 20, 50, 100, 120]),
+        (100, None, [1, 2, 5, 10, 20, 50, 100]),
+        (4, (), [4]),
+        (4, (3, 0, 9, 1), [1, 3, 4]),
+    ],
+)
+def test_the_last_step_is_always_saved(
+    steps: int, asked: Sequence[int] | None, wanted: list[int], tmp_path: Path
+) -> None:
+    further = {} if asked is None else {"save_steps": asked}
+    made = run(tmp_path / "run", recipe=Recipe(steps, 1, 1e-3), **further)
+    assert [c.step for c in made.checkpoints] == wanted
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in wanted}
 
 
 def test_an_early_checkpoint_is_where_a_shorter_run_ends(tmp_path: Path) -> None:

@@ -251,6 +251,12 @@ def test_tensorboard_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
+def test_an_unknown_statistic_is_named() -> None:
+    wrong: Any = "fractoin"
+    with refused("'fractoin'"):
+        calibrate([null_table(np.ones(5))] * 19, statistic=wrong, quantile=0.95)
+
+
 @pytest.mark.parametrize(("statistic", "patience"), [("fraction", 1), ("alignment", 2)])
 def test_it_stops_at_the_first_step_above_the_threshold(statistic: Any, patience: int, tmp_path: Path) -> None:
     free = blocked.trainer(tmp_path, max_steps=6)
