@@ -19,7 +19,7 @@ from gravlens.directions.subspaces import (
     drift_subspaces,
     leading_components,
     orthogonal_part,
-    random_spans,
+    random_like,
     share_within,
     whole_state,
 )
@@ -378,8 +378,8 @@ def candidate_spans(
         "drift": [*drift],
         "drift_orthogonal": [part for spaces in drift if len(part := _without(spaces, vs))],
         "refusal": [] if refusal is None else [refusal.at(vs.layers)],
-        "isotropic": [random_spans(spaces, rng=rng) for spaces in drift for _ in draws],
-        "covariance_matched": [random_spans(spaces, rng=rng, states=anchor) for spaces in drift for _ in draws],
+        "isotropic": [random_like(spaces, rng=rng) for spaces in drift for _ in draws],
+        "covariance_matched": [random_like(spaces, rng=rng, states=anchor) for spaces in drift for _ in draws],
         "whole_state": [whole_state(vs)],
     }
     return {kind: spans for kind, spans in found.items() if spans}

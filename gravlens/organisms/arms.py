@@ -16,7 +16,7 @@ from gravlens.blockers.projection import TaskVectorProjection, UpdateProjection
 from gravlens.blockers.steered_training import GradientAblation, PreventativeSteering, TrainingAblation
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions, Spans, Subspaces
-from gravlens.directions.subspaces import drift_subspaces, orthogonal_part, random_spans, whole_state
+from gravlens.directions.subspaces import drift_subspaces, orthogonal_part, random_like, whole_state
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.refusal import refusal_candidates
@@ -94,12 +94,12 @@ def v_rev(grounds: Grounds) -> Directions:
 def matched_twin(grounds: Grounds) -> Spans:
     """A fresh random direction a layer, from the covariance of the anchor's states on the probes."""
     columns = [grounds.states.layers.index(layer) for layer in grounds.vs.layers]
-    return random_spans(grounds.vs, rng=grounds.rng, states=grounds.states.of("anchor")[:, columns])
+    return random_like(grounds.vs, rng=grounds.rng, states=grounds.states.of("anchor")[:, columns])
 
 
 def isotropic_twin(grounds: Grounds) -> Spans:
     """A fresh isotropic direction a layer."""
-    return random_spans(grounds.vs, rng=grounds.rng)
+    return random_like(grounds.vs, rng=grounds.rng)
 
 
 def drift_of_another_run(grounds: Grounds, rank: int = 1) -> Subspaces:

@@ -92,7 +92,7 @@ def summarise(findings: Findings, setting: Setting) -> dict[str, Any]:
 
 def _alignment(findings: Findings) -> list[dict[str, Any]]:
     """Every unblocked run, prompt set, step and layer; the mean over layers has the layer null."""
-    means = findings.trajectory_layer_mean.assign(layer=pd.NA)
+    means = findings.trajectory_layer_mean.assign(layer=None)
     rows = pd.concat([findings.trajectory.astype({"layer": "Int64"}), means.astype({"layer": "Int64"})])
     rows = rows[rows.arm == "unblocked"].sort_values(["organism", "prompts", "run"], kind="stable")
     columns = ("run", "step", "layer", "prompts", "alignment", "projection", "fraction", "drift_norm")

@@ -16,8 +16,9 @@ from gravlens.activations.residuals import Residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import shrunk_covariance
 from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.subspaces import random_like
 from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow
-from gravlens.directions.vrev import difference_of_means, direction_from, locate_vrev, random_directions
+from gravlens.directions.vrev import difference_of_means, direction_from, locate_vrev
 from gravlens.stats.nulls import (
     NullDraws,
     compare,
@@ -121,7 +122,7 @@ def test_covariance_matched_drifts_are_normal_with_the_shrunk_covariance(centred
 def test_sample_covariance_drifts_are_random_mixtures_of_the_states() -> None:
     rng = np.random.default_rng(0)
     states, vs = states_of(6), random_vs(8, layers=1)
-    twins = [random_directions(vs, rng=rng, states=states)[0].vector @ vs[0].vector for _ in range(2000)]
+    twins = [random_like(vs, rng=rng, states=states)[0].vector @ vs[0].vector for _ in range(2000)]
     found = sample_covariance(vs, states, steps=(1,), draws=4000, rng=rng)
     assert found.name == "sample_covariance" and stats.kstest(found.cosines.ravel(), twins).pvalue > 0.01
     shrunk = covariance_matched(vs, states, steps=(1,), draws=4000, rng=rng)
