@@ -33,7 +33,7 @@ class Demand:
     """One thing that a level demands.
 
     Attributes:
-        level: whose demand it is.
+        level: the claim level that demands it.
         name: of what is checked.
         holds: None: it was not run, and so caps the level.
         figures: the numbers, in words.
@@ -51,13 +51,13 @@ class Evidence:
 
     Attributes:
         trajectory: the unblocked runs, all from one anchor.
-        nulls: draws of `isotropic`, `weight_noise`, `independent_endpoints`, and any others, which are told.
+        nulls: draws of `isotropic`, `weight_noise`, `independent_endpoints`, and any others, which are reported.
         controls: `control, run, alignment` (layer mean, last step): `sibling_anchor`, `wrong_witness_removed`.
         closures: `closure(…).layer_mean`: `run, step, closure`.
         damage: `measure_damage(…).layer_mean`: `damage, alignment, judged`.
-        arms: a row a run at its last step: `arm, seed, harmfulness, fraction_final, task_loss`.
+        arms: one row per run at its last step: `arm, seed, harmfulness, fraction_final, task_loss`.
         anchor_harm: the anchor's harmfulness.
-        names: role -> arms that play it, for roles whose arms are not called as in `ARMS`.
+        names: role -> names of its arms, where they differ from `ARMS`.
     """
 
     trajectory: Trajectory
@@ -177,7 +177,7 @@ def _p(values: pd.Series) -> float:
 
 
 def _above(evidence: Evidence, level: int, name: str) -> Demand:
-    """Every run's layer mean above the null's p99 at the last step; so few draws as have no p99 are as good as none."""
+    """Every run's layer mean above the null's p99 at the last step; too few draws for a p99 count as not run."""
     null, title = evidence.null(name), f"above {name.replace('_', ' ')}"
     if null is None:
         return Demand(level, title, None)

@@ -23,7 +23,7 @@ from gravlens.directions.subspaces import (
     share_within,
     whole_state,
 )
-from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, drift_per_prompt, drifts, measure_drift
+from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, drift_per_prompt, drifts, measure_drift, runs_of
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.precision import check_unquantised
 from gravlens.history.sequence import Checkpoint
@@ -55,7 +55,7 @@ def split_drift(
         drift), `.layer_mean` without `layer`. Parts are those given, `top_components` and `rest`.
 
     Raises:
-        GravlensError: no run, a part that is undefined at a layer or has a name of ours, more components than drifts.
+        GravlensError: no run, a part that is undefined at a layer or has a reserved name, more components than drifts.
     """
     check_states(residuals)
     if taken := {OWN, REST} & parts.keys():
@@ -63,7 +63,7 @@ def split_drift(
     chosen = _layers(residuals, parts) if layers is None else tuple(layers)
     names = [*parts, *([OWN] if components else []), REST]
     results = []
-    for run, steps in _runs(residuals).items():
+    for run, steps in runs_of(residuals).items():
         mean = drifts(residuals, run, chosen)
         each = np.concatenate([drift_per_prompt(residuals, f"{run}/{step}", chosen) for step in steps])
         spans = [[_basis(name, part, layer) for name, part in parts.items()] for layer in chosen]
@@ -134,7 +134,7 @@ def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Seq
     lengths = [[vs[layer].distance for vs in found.values()] for layer in chosen]
     conditions = np.array([np.linalg.cond(rows) for rows in unit])
     results = []
-    for run, steps in _runs(residuals).items():
+    for run, steps in runs_of(residuals).items():
         mean = drifts(residuals, run, chosen)
         ways = [rows * np.array(length)[:, None] for rows, length in zip(unit, lengths, strict=True)]
         pulls = np.array([[nnls(way.T, one)[0] for way, one in zip(ways, step, strict=True)] for step in mean])
@@ -156,7 +156,7 @@ def split_update(
     """How much of each update θ_t − θ_anchor lies along the task vector θ_witness − θ_anchor, tensor by tensor.
 
     The task vector is that of Ilharco et al., "Editing models with task arithmetic" (2022), taken back. One model is
-    open at a time; beside it the anchor's weights and the task vector are kept, three times the weights in all.
+    open at a time; the anchor's weights and the task vector are kept as well, three times the weights in all.
 
     Args:
         anchor: where the updates start.
@@ -172,7 +172,7 @@ def split_update(
         update). NaN where there is no update or no task vector.
 
     Raises:
-        GravlensError: a model that is no plain Hugging Face model, or has other parameters than the anchor (with
+        GravlensError: a model that is not a plain Hugging Face model, or has other parameters than the anchor (with
             `shared`: none of its parameters), or is quantised.
     """
     opened = open_each([anchor, witness, *checkpoints], through="huggingface")
@@ -226,16 +226,6 @@ def _measured(products: Float[np.ndarray, "tensor 3"]) -> pd.DataFrame:
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
-def _runs(residuals: Residuals) -> dict[str, tuple[int, ...]]:
-    if not residuals.runs:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "What is split is the drift of a checkpoint of a run.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
-    return residuals.runs
-
-
 def _layers(residuals: Residuals, parts: Mapping[str, Spans]) -> tuple[int, ...]:
     """The residuals' layers where every part is defined."""
     chosen = residuals.layers
@@ -273,7 +263,7 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
         One row per run × step × layer × position × prompt set (`given`, `held_out`): `alignment` and `fraction` as in
         `follow`; `drift_norm` in units of the distance; `judged`, whether that is above 2 %; `share_along_vrev`, the
         part of the per-prompt drifts' summed squared length that lies along v_rev; `refit_angle`, degrees between
-        v_rev and the direction located anew from this checkpoint to the witness, on the row's own prompts.
+        v_rev and the direction estimated again, from this checkpoint to the witness, on the row's own prompts.
 
     Raises:
         GravlensError: no run, a position twice, held-out residuals of the same prompts or at other positions.
@@ -292,14 +282,16 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
         vs = locate_vrev(states).defined()
         sets = {"given": states} | ({"held_out": others[position]} if position in others else {})
         for prompts, residuals in sets.items():
-            for name in _checkpoints_of_runs(residuals):
-                frames.append(_leaks(residuals, name, vs).assign(position=position, prompts=prompts))
+            for run, steps in runs_of(residuals).items():
+                tables = (_leaks(residuals, run, step, vs) for step in steps)
+                frames += [table.assign(position=position, prompts=prompts) for table in tables]
     table = pd.concat(frames, ignore_index=True)
     first = ["run", "step", "layer", "position", "prompts"]
     return table[[*first, *table.columns.drop(first)]]
 
 
-def _leaks(residuals: Residuals, checkpoint: str, vs: Directions) -> pd.DataFrame:
+def _leaks(residuals: Residuals, run: str, step: int, vs: Directions) -> pd.DataFrame:
+    checkpoint = f"{run}/{step}"
     drift = drift_per_prompt(residuals, checkpoint, vs.layers)
     to_witness = drift_per_prompt(residuals, "witness", vs.layers, start=checkpoint)
     mean, each_prompt = measure_drift(drift.mean(0), vs), measure_drift(drift, vs)
@@ -307,9 +299,8 @@ def _leaks(residuals: Residuals, checkpoint: str, vs: Directions) -> pd.DataFram
     with np.errstate(invalid="ignore"):  # no drift has no share along v_rev
         share = (each_prompt["projection"] ** 2).sum(0) / (each_prompt["drift_norm"] ** 2).sum(0)
     length = mean["drift_norm"] / vs.distances
-    run, _, step = checkpoint.rpartition("/")
     return pd.DataFrame(
-        {"run": run, "step": int(step), "layer": vs.layers, "alignment": mean["alignment"],
+        {"run": run, "step": step, "layer": vs.layers, "alignment": mean["alignment"],
          "fraction": mean["fraction"], "drift_norm": length, "judged": length > JUDGED_FROM,
          "share_along_vrev": share, "refit_angle": np.degrees(np.arccos(refit))}
     )  # fmt: skip
@@ -327,17 +318,6 @@ def _by_position(several: Sequence[Residuals]) -> dict[int, Residuals]:
     return found
 
 
-def _checkpoints_of_runs(residuals: Residuals) -> list[str]:
-    names = [f"{run}/{step}" for run, steps in residuals.runs.items() for step in steps]
-    if not names:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "What has moved is a checkpoint of a run.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
-    return names
-
-
 # --- in which directions ------------------------------------------------------------------------------------------
 def candidate_spans(
     residuals: Residuals,
@@ -353,7 +333,7 @@ def candidate_spans(
 
     Args:
         residuals: of the anchor and of the checkpoints of `fit_on`, on the given prompts.
-        directions: v_rev, whose layers and distances are kept.
+        directions: v_rev; its layers and distances are used.
         fit_on: `"{run}/{step}"`, of other runs than those that are tested.
         ranks: how many leading components of their per-prompt drift.
         refusal: a refusal direction at the same layers.
@@ -366,7 +346,7 @@ def candidate_spans(
         `whole_state`.
 
     Raises:
-        GravlensError: a checkpoint or layer that the residuals lack, a rank above the number of drifts.
+        GravlensError: a checkpoint or layer that is missing from the residuals, a rank above the number of drifts.
     """
     check_states(residuals)
     vs = directions.defined()

@@ -53,7 +53,7 @@ class Direction:
         return self.vector[None]
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, with what it was made from."""
+        """Write one safetensors file, with the metadata."""
         return Directions((self,)).save(path)
 
     @classmethod
@@ -114,14 +114,14 @@ class Directions(_OfLayers["Direction"]):
         return np.stack([direction.vector for direction in self])
 
     def defined(self) -> "Directions":
-        """Those that are defined; raises where none is."""
+        """Select the defined ones; raises where there is none."""
         kept = tuple(direction for direction in self if direction.undefined is None)
         if not kept:
             raise undefined_error(self.directions[0])
         return Directions(kept)
 
     def at(self, layers: int | Sequence[int]) -> "Directions":
-        """Those of some layers."""
+        """Select layers."""
         return Directions(tuple(self[layer] for layer in as_list(layers)))
 
     @classmethod
@@ -135,7 +135,7 @@ class Directions(_OfLayers["Direction"]):
         raise no_direction(given)
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, with what they were made from."""
+        """Write one safetensors file, with the metadata."""
         meta = [{k: v for k, v in vars(d).items() if k != "vector"} | {"made_from": dict(d.made_from)} for d in self]
         return write_tensors(path, "directions", {"vectors": self.vectors}, {"directions": meta})
 
@@ -277,11 +277,11 @@ class Subspaces(_OfLayers["Subspace"]):
         return iter(self.subspaces)
 
     def at(self, layers: Sequence[int]) -> "Subspaces":
-        """Those of some layers."""
+        """Select layers."""
         return Subspaces(tuple(self[layer] for layer in layers))
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, with what they were made from."""
+        """Write one safetensors file, with the metadata."""
         meta = [{k: v for k, v in vars(s).items() if k != "basis"} | {"made_from": dict(s.made_from)} for s in self]
         arrays = {f"basis.{i}": subspace.basis for i, subspace in enumerate(self)}
         return write_tensors(path, "subspaces", arrays, {"subspaces": meta})

@@ -34,9 +34,9 @@ def span_of(
 
     Args:
         vectors: [vector, d_model], or one; of any length.
-        layer: whose residual stream they lie in.
+        layer: number of the layer.
         distance: the witness–anchor distance there, residual units; strength is counted in it.
-        name: how the subspace calls what it was made by.
+        name: how the subspace was made.
 
     Raises:
         GravlensError: the vectors are all zero.
@@ -64,18 +64,18 @@ def leading_components(
 
 
 def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequence[str], rank: int = 1) -> Subspaces:
-    """The leading components of the drift h(θ_t; x) − h(anchor; x) over prompts, one subspace a layer.
+    """The leading components of the drift h(θ_t; x) − h(anchor; x) over prompts, one subspace per layer.
 
-    Run-defined directions, beside the history-defined v_rev; fit them on some runs, use them on others.
+    Directions defined by runs, to compare with the history-defined v_rev; fit them on some runs, use them on others.
 
     Args:
         residuals: hold `anchor` and the checkpoints.
-        directions: v_rev, whose layers and distances are kept.
+        directions: v_rev; its layers and distances are used.
         at: names of checkpoints, `"{run}/{step}"`; drifts of several are put together.
         rank: how many components.
 
     Raises:
-        GravlensError: a layer or checkpoint that the residuals lack, or more components than drifts.
+        GravlensError: a layer or checkpoint that is missing from the residuals, or more components than drifts.
     """
     directions = Directions.of(directions)
     check_states(residuals)
@@ -98,7 +98,7 @@ def whole_state(directions: Directions) -> Subspaces:
 
 
 def orthogonal_part(spaces: Subspaces, directions: Spans) -> Subspaces:
-    """What is left of each subspace, Q (1 − PᵀP), when its layer's span with basis P is taken out; its rank may fall.
+    """Remove a span with basis P from each subspace: Q (1 − PᵀP); the rank may fall.
 
     Raises:
         GravlensError: nothing is left.
@@ -130,7 +130,7 @@ def principal_angles(one: Span, other: Span) -> Float[np.ndarray, " rank"]:
 
 
 def share_within(vectors: Float[np.ndarray, "prompt d_model"], span: Span) -> float:
-    """Which share of the vectors' summed squared length lies in a span with basis Q: Σ‖Q x‖² / Σ‖x‖²; 1: all of it."""
+    """Share of the vectors' summed squared length within a span with basis Q: Σ‖Q x‖² / Σ‖x‖²; 1: all of it."""
     vectors = vectors.astype(np.float64)
     return float(((vectors @ span.basis.T.astype(np.float64)) ** 2).sum() / (vectors**2).sum())
 

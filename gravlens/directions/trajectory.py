@@ -160,7 +160,7 @@ def follow(
     Args:
         residuals: of one prompt set or of several; a set is called `given` where it is the directions' own. Of a
             sequence, its probes and held-out prompts are read, at the directions' layers.
-        directions: one direction a layer, or a single one.
+        directions: one direction per layer, or a single one.
         layers_in_mean: layers of the mean (default: all of the directions').
 
     Raises:
@@ -238,6 +238,17 @@ def check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
         )
 
 
+def runs_of(residuals: Residuals) -> dict[str, tuple[int, ...]]:
+    """Run -> steps; GravlensError where there is no run."""
+    if not residuals.runs:
+        raise GravlensError(
+            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
+            "A drift needs the checkpoints of at least one run.",
+            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
+        )
+    return residuals.runs
+
+
 def mean_state(residuals: Residuals, checkpoint: str, layers: Sequence[int]) -> Float[np.ndarray, "layer d_model"]:
     """h_l of a checkpoint, the mean over the prompts in fp64."""
     return residuals.of(checkpoint).mean(0, dtype=np.float64)[_columns(residuals, layers)]
@@ -276,19 +287,11 @@ def measure_drift(
 
 
 def _follow_set(residuals: Residuals, directions: Directions) -> xarray.Dataset:
-    if not residuals.runs:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "A trajectory needs the checkpoints of at least one run.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
     prompts = "given" if residuals.prompts == directions.directions[0].prompts else "held_out"
-    runs = (
-        as_dataset(
-            run, prompts, steps, measure_drift(drifts(residuals, run, directions.layers), directions), directions
-        )
-        for run, steps in residuals.runs.items()
-    )
+    runs = []
+    for run, steps in runs_of(residuals).items():
+        measures = measure_drift(drifts(residuals, run, directions.layers), directions)
+        runs.append(as_dataset(run, prompts, steps, measures, directions))
     return _joined(runs, "run")
 
 

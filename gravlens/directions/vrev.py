@@ -104,7 +104,7 @@ def direction_from(
 
     Args:
         vector: [d_model], of any length but 0.
-        layer: whose residual stream it lies in.
+        layer: number of the layer.
         distance: what strength 1 is, residual units; default: the vector's length.
         name: how results call it.
 
@@ -160,5 +160,11 @@ def _reliability(witness: np.ndarray, anchor: np.ndarray, estimator: Estimator) 
         return float("nan")
     halves = [estimator(witness[start::2], anchor[start::2]) for start in (0, 1)]
     norms = np.prod([np.linalg.norm(half) for half in halves])
-    cosine = float(halves[0] @ halves[1] / norms) if norms else float("nan")
-    return 2 * cosine / (1 + cosine) if cosine > -1 else float("nan")
+    return float(spearman_brown(halves[0] @ halves[1] / norms)) if norms else float("nan")
+
+
+def spearman_brown(r: Float[np.ndarray, "*cell"] | float) -> Float[np.ndarray, "*cell"]:
+    """Reliability of the whole from the correlation of its halves, 2r / (1 + r), at least −1."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # without the bound a pair of opposed halves would give −∞, and r = −.9 a reliability of −18
+        return np.clip(2 * np.asarray(r) / (1 + np.asarray(r)), -1.0, 1.0)

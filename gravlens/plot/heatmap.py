@@ -19,7 +19,7 @@ NAMES = LABELS | {
     "way": "share of the way to the source's score",
     "refit_angle": r"refitted direction's angle with $v_\mathrm{rev}$ (degrees)",
 }
-WRITTEN = 80  # so many cells can still be read as numbers
+WRITTEN = 80  # cells; more cannot be read as numbers
 DARK = 0.6  # of the scale, from which on white letters are read
 FAINT = 0.05  # of the scale, up to which a cell is as good as white
 

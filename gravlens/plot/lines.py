@@ -111,7 +111,7 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
     """What each intervention does to the score: difference with its 95 % interval, on the range of random directions.
 
     `table`, or an Effect: condition, layer (<NA>: several at once), difference, low, high, random_low, random_high;
-    its attrs["score"] names the axis. Several layers stand side by side, one has a row a condition. Else GravlensError.
+    its attrs["score"] names the axis. Several layers are drawn side by side, one has a row per condition.
     """
     table = need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
     ax = axes_of(ax)
@@ -263,7 +263,7 @@ def _left_out(layers: set[int]) -> str:
 
 
 def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
-    """Layers along x, conditions beside each other; <NA> is the place after the last layer."""
+    """Layers along x, conditions side by side; <NA> is the place after the last layer."""
     groups = list(table.groupby("condition", sort=False))
     beyond = int(table["layer"].max()) + 1
     ax.axhline(0, color="black", lw=0.7, zorder=0)
@@ -296,7 +296,7 @@ def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:
 
 
 def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
-    """The mean stands a little above the row's runs, so that neither hides the other."""
+    """Draw the mean a little above the row's runs, so that neither hides the other."""
     if values.empty:
         ax.text(0.02, place, "not run", transform=ax.get_yaxis_transform(), **NOT_RUN)
         return

@@ -36,7 +36,7 @@ def bootstrap_alignment(
 
     Args:
         residuals: with `anchor` and the runs; best on prompts that the directions were not estimated on.
-        directions: one direction a layer.
+        directions: one direction per layer.
         draws: how many.
         rng: source of randomness.
         layers_in_mean: layers of the mean (default: all of the directions').
@@ -125,7 +125,7 @@ def _bounds(
 
 
 def _widening(n_runs: int, level: float) -> float:
-    """How much wider an interval over so many runs has to be than its draws say; NaN for one run."""
+    """How much wider an interval over `n_runs` has to be than its draws say; NaN for one run."""
     if n_runs == 1:
         return float("nan")
     side = (1 + level) / 2

@@ -24,7 +24,7 @@ MIN_SIBLINGS = 3  # a spread over two is a guess
 
 
 def partialled_out(directions: Directions, other: Directions) -> Directions:
-    """Directions with another history's direction taken out: unit(v − ⟨v, u⟩u), layer by layer.
+    """Remove another history's direction from directions: unit(v − ⟨v, u⟩u), layer by layer.
 
     With `other` towards a wrong witness from the same anchor, what the two have in common goes: common structure, and a
     part of the anchor's own excursion. Not all of it: u is one noisy view of that excursion. Where nothing but the
@@ -71,11 +71,11 @@ def compare_witnesses(
     anchors: Sequence[str] = ("anchor",),
     layers_in_mean: Sequence[int],
 ) -> pd.DataFrame:
-    """Every run along the direction of every named pair of witness and anchor: which history does it move back in?
+    """Follow every run along the direction of every named pair of witness and anchor.
 
-    An earlier or a later witness, one of another lineage, an equally distant checkpoint that is no ancestor: an
-    alignment is read beside its pair's distance and its direction's cosine with v_rev. The drift is always the runs'
-    own, from `anchor` (docs/controls.md).
+    An earlier or a later witness, one of another lineage, an equally distant checkpoint that is not an ancestor: an
+    alignment is read together with its pair's distance and its direction's cosine with v_rev. The drift is always the
+    runs' own, from `anchor` (docs/controls.md).
 
     Args:
         probes: states that the directions are located on; hold `witness`, `anchor` and the named checkpoints.
@@ -230,7 +230,7 @@ def closure(
     pairs: Sequence[tuple[str, str]],
     layers: Sequence[int],
 ) -> ByLayer:
-    """How much of the gap between a run and its unaligned twin has closed.
+    """Share of the gap between a run and its unaligned twin that has closed.
 
     closure(t) = 1 − ⟨h(W_t) − h(θ_t), v_rev⟩ / distance: 0 where the same data moves both alike, 1 where the run has
     reached its twin; above 0 is reversion beyond the common drift.

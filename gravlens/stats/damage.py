@@ -104,7 +104,7 @@ def sign_flipped(model: Openable, checkpoint: Source, *, norm: float | None = No
 
 @contextmanager
 def updated(model: Openable, checkpoint: Source, *, norm: float | None = None) -> Generator[OpenModel]:
-    """The anchor with a run's own update θ_t − anchor, and the anchor back after: the positive control beside damage.
+    """The anchor with a run's own update θ_t − anchor, and the anchor back after: the positive control.
 
     Args:
         model: the anchor.
@@ -127,11 +127,11 @@ def reweighted(model: Openable, weights: Mapping[str, Tensor], *, norm: float | 
 
     Args:
         model: a Hugging Face model; it is changed in place and yielded.
-        weights: parameter name -> what stands there meanwhile; the others stay.
+        weights: parameter name -> its temporary value; the others stay.
         norm: scale the change, all tensors by one factor, to this total norm, √(Σ of all squares).
 
     Raises:
-        GravlensError: no Hugging Face model, a tensor that it lacks or that has another shape, no change to scale.
+        GravlensError: not a Hugging Face model, an unknown tensor or one of another shape, no change to scale.
     """
     model = open_model(model)
     own = _parameters(model)
@@ -157,7 +157,7 @@ def change_norm(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> fl
     return math.sqrt(math.fsum(squares))
 
 
-# --- what it does -------------------------------------------------------------------------------------------------
+# --- measuring damage -------------------------------------------------------------------------------------------------
 def measure_damage(
     anchor: Source,
     directions: Directions,
@@ -177,7 +177,7 @@ def measure_damage(
         directions: v_rev.
         prompts: the drift is read and the score is measured on these (held-out ones).
         damages: name -> a function of the anchor that gives the damaged model as a context, such as
-            `partial(rounded, bits=4)`; a run beside them is `partial(updated, checkpoint=...)`.
+            `partial(rounded, bits=4)`; for comparison, a run is `partial(updated, checkpoint=...)`.
         layers_in_mean: layers of the mean (default: all that are defined).
         score: (model, prompts) -> one number a prompt, such as the refusal log-odds.
 
@@ -187,8 +187,8 @@ def measure_damage(
         prompts, where one is given. `.layer_mean` is the mean over `layers_in_mean`.
 
     Raises:
-        GravlensError: a model that is no plain Hugging Face one, a damage that gives another shape, a layer of the mean
-            without a direction.
+        GravlensError: a model that is not a plain Hugging Face one, a damage that gives another shape, a layer of the
+            mean without a direction.
     """
     directions = Directions.of(directions)
     model, defined = open_model(anchor), directions.defined()
@@ -272,7 +272,7 @@ def _check_same(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     if wrong := wrong or [name for name in own if name not in other]:
         raise GravlensError(
             f"Another shape or name was given for {', '.join(wrong[:3])}.",
-            "Damage and update stand in the anchor's own tensors.",
+            "Damage and update have the anchor's tensors, by name and shape.",
             "a checkpoint of the same history, its adapter merged (merge_and_unload()).",
         )
 
@@ -290,7 +290,7 @@ def weight_noise(
 
     Args:
         anchor: the checkpoint that the noise is added to (a folder: the copy that is opened is put back as it was).
-        directions: one direction a layer.
+        directions: one direction per layer.
         prompts: what the runs are judged on.
         norms: step -> tensor name -> norm of the update (`update_norms`, averaged over runs).
         draws: how many at each step.
@@ -300,7 +300,7 @@ def weight_noise(
         Cosines of the drift that the noise makes with v_rev, [draw, step, layer].
 
     Raises:
-        GravlensError: the anchor lacks a tensor of `norms`, or is quantised.
+        GravlensError: a tensor of `norms` is missing from the anchor, or is quantised.
     """
     directions = Directions.of(directions)
     model, defined = open_model(anchor), directions.defined()

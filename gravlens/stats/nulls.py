@@ -87,7 +87,7 @@ def isotropic(directions: Directions, *, steps: Sequence[int], draws: int, rng: 
     The p99 of one layer is about 2.33 / √d_model (docs/nulls.md).
 
     Args:
-        directions: one direction a layer; undefined ones are left out.
+        directions: one direction per layer; undefined ones are left out.
         steps: the steps that it serves; each has draws of its own.
         draws: how many at each step.
         rng: source of randomness.
@@ -116,8 +116,9 @@ def covariance_matched(
     (docs/nulls.md): then `sample_covariance` is the one to believe.
 
     Args:
-        directions: one direction a layer.
-        samples: the anchor's states, or per-prompt drifts, residual units; a column a direction (undefined may lack).
+        directions: one direction per layer.
+        samples: the anchor's states, or per-prompt drifts, residual units; one column per direction (undefined ones may
+            be left out).
         steps: the steps that it serves; each has draws of its own.
         draws: how many at each step.
         rng: source of randomness.
@@ -195,7 +196,7 @@ def swapped_labels(
     Args:
         probes: residuals with `witness` and `anchor`, that v_rev is located on.
         held_out: residuals with `anchor` and the run, on other prompts.
-        run: whose drift it is.
+        run: name of the run.
         draws: how many.
         rng: source of randomness.
 
@@ -231,8 +232,8 @@ def other_prompts(
     Args:
         held_out: residuals with `anchor` and the run, on the prompts that the run is judged on.
         others: the same on other prompts (harmless ones, random text).
-        directions: one direction a layer.
-        run: whose drift it is.
+        directions: one direction per layer.
+        run: name of the run.
         draws: how many subsets, each as large as the held-out set.
         rng: source of randomness.
         name: of the null.

@@ -33,6 +33,7 @@ from gravlens.directions.vrev import (
     difference_of_means,
     direction_from,
     locate_vrev,
+    spearman_brown,
 )
 from gravlens.history.prompts import pad
 from gravlens.history.sequence import ModelSequence
@@ -235,6 +236,12 @@ def test_reliability_is_the_split_half_cosine_stepped_up() -> None:
     even, odd = (residuals.values[0, i::2, 0].mean(0) - residuals.values[1, i::2, 0].mean(0) for i in (0, 1))
     half = cosine(even, odd)
     assert locate_vrev(residuals, layer=0).reliability == pytest.approx(2 * half / (1 + half), abs=1e-6)
+
+
+def test_reliability_is_bounded_below() -> None:
+    """2r / (1 + r) is −18 at r = −.9 and has no limit at −1."""
+    found = spearman_brown(np.array([-1.0, -0.9, -0.5, 0.0, 0.5, 1.0, np.nan]))
+    np.testing.assert_allclose(found, [-1, -1, -1, 0, 2 / 3, 1, np.nan])
 
 
 def test_one_prompt_has_no_reliability() -> None:
