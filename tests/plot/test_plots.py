@@ -127,7 +127,9 @@ def test_alignment_takes_other_prompts_another_value_and_a_result_with_a_table(
 
 
 def test_a_null_is_dashed_and_labelled_and_its_strictest_p99_counts(mean: pd.DataFrame, nulls: pd.DataFrame) -> None:
-    for given in (nulls, ByLayer(nulls.assign(layer=1, p99=9.0), nulls)):
+    found = ByLayer(nulls.assign(layer=1, p99=9.0), nulls)
+    several = [ByLayer(rows.assign(layer=1), rows) for _, rows in nulls.groupby("null", sort=False)]
+    for given in (nulls, found, several):
         ax = plot_alignment(mean, nulls=given)
         drawn = {line.get_label(): line for line in ax.lines if "p99" in str(line.get_label())}
         np.testing.assert_allclose(drawn["isotropic, p99"].get_xydata(), [(step, 0.2) for step in STEPS])

@@ -469,6 +469,12 @@ def test_steps_and_layers_are_held_against_their_own_draws_and_the_mean_against_
         assert row["alignment"] == wanted.alignment.item()
 
 
+def test_draws_have_named_axes() -> None:
+    null = NullDraws("null", np.random.default_rng(0).uniform(-1, 1, (50, 2, 3)), (20, 1), (2, 0, 1))
+    assert null.data.dims == ("draw", "step", "layer") and null.data.name == "null"
+    np.testing.assert_array_equal(null.data.sel(step=1, layer=0), null.cosines[:, 1, 1])
+
+
 def test_draws_of_one_run_are_held_against_that_run_alone() -> None:
     trajectory = trajectory_of({"a": [0.15], "b": [0.35]})
     null = NullDraws("null", np.array([0.1, 0.4, 0.2, 0.3])[:, None, None], (1,), (0,), "b")
