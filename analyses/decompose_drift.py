@@ -140,7 +140,7 @@ def splits(residuals: Residuals, parts: Mapping[str, Directions], components: in
     for order in [list(parts)] if len(parts) == 1 else [list(parts), list(parts)[::-1]]:
         ordered = {name: parts[name] for name in order}
         found = split_drift(residuals, ordered, components=components, layers=parts["v_rev"].layers)
-        results.append(found.assign(order=", ".join(order)))
+        results.append(found.assign({"order": ", ".join(order)}))
     return ByLayer.concat(results)
 
 

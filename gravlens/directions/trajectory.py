@@ -59,7 +59,7 @@ class ByLayer:
         full = ([table for table in tables if len(table)] or tables for tables in pairs)
         return cls(*(pd.concat(tables, ignore_index=True) for tables in full))
 
-    def assign(self, **columns: Any) -> "ByLayer":
+    def assign(self, columns: Mapping[str, Any]) -> "ByLayer":
         """Add columns to both tables."""
         return ByLayer(self.table.assign(**columns), self.layer_mean.assign(**columns))
 

@@ -43,7 +43,9 @@ class HasLayerMean(HasTable, Protocol):
     """A result that carries the mean over layers too, such as a Trajectory or what `compare` returns."""
 
     @property
-    def layer_mean(self) -> pd.DataFrame: ...
+    def layer_mean(self) -> pd.DataFrame:
+        """The columns of `table` without `layer`."""
+        ...
 
 
 @rc_context(STYLE)

@@ -206,7 +206,7 @@ def measure_damage(
                 facts: dict[str, Any] = {"weight_norm": change_norm(before, after)}
                 if score is not None:
                     facts["score"] = float(np.mean(score(damaged, prompts)))
-            parts.append(ByLayer.of(_moved(name, states - start, defined), mean).assign(**facts))
+            parts.append(ByLayer.of(_moved(name, states - start, defined), mean).assign(facts))
     return ByLayer.concat(parts)
 
 

@@ -68,7 +68,7 @@ def compare_choices(
             ratio = float(np.mean([ratios[layer] for layer in mean]))
             means = found.layer_mean.assign(participation_ratio=ratio, isotropic_p99=np.nan)
             names = {"estimator": directions.directions[0].estimator, "geometry": geometry.name}
-            results.append(ByLayer(table, means).assign(**names))
+            results.append(ByLayer(table, means).assign(names))
     found = ByLayer.concat(results)
     return ByLayer(*(table[_columns(table)].astype({"judged": bool}) for table in (found.table, found.layer_mean)))
 

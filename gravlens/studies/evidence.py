@@ -285,7 +285,7 @@ def findings_of(setting: Setting, home: Path, *, organism: str) -> Findings:
         )
     )
     results = {
-        "trajectory": ByLayer.concat(ByLayer(t.table, t.layer_mean).assign(arm=name) for name, t in follows.items()),
+        "trajectory": ByLayer.concat(ByLayer(t.table, t.layer_mean).assign({"arm": name}) for name, t in follows.items()),
         "nulls": ByLayer.concat(compare(unblocked, null) for null in nulls),
         "damage": damage,
         "intervals": intervals_of(setting, home, vs, unblocked.layers_in_mean),
