@@ -344,7 +344,7 @@ def test_an_anchor_on_disk(tmp_path: Path) -> None:
     folder = tiny.save(tiny.gpt2(), tmp_path / "anchor")
     damages = {"4 bits": partial(rounded, bits=4)}
     tables = [
-        measure_damage(source, planted_vs(), PROMPTS, damages=damages)
+        measure_damage(source, planted_vs(), PROMPTS, damages=damages).table
         for source in (Checkpoint("anchor", folder), opened(tiny.gpt2()))
     ]
     assert tables[0].fraction.to_numpy() == pytest.approx(tables[1].fraction.to_numpy(), abs=1e-5)

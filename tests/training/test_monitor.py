@@ -254,7 +254,7 @@ def test_tensorboard_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_statistic_is_named() -> None:
     wrong: Any = "fractoin"
     with refused("'fractoin'"):
-        calibrate([null_table(np.ones(5))] * 19, statistic=wrong, quantile=0.95)
+        calibrate([null_run(np.ones(5))] * 19, statistic=wrong, quantile=0.95)
 
 
 @pytest.mark.parametrize(("statistic", "patience"), [("fraction", 1), ("alignment", 2)])
