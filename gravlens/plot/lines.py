@@ -171,7 +171,7 @@ def need(
 
 def _layer_mean(table: pd.DataFrame | HasLayerMean) -> pd.DataFrame:
     """The mean over layers of a result; a table with a row per layer would be averaged over the wrong layers."""
-    table = table if isinstance(table, pd.DataFrame) else table.layer_mean
+    table = need(table if isinstance(table, pd.DataFrame) else getattr(table, "layer_mean", table), ())
     if "layer" in table:
         raise GravlensError(
             "The table has a row per layer.",
