@@ -12,6 +12,7 @@ from histories import history_on_disk
 
 from gravlens.history import sequence_file
 from gravlens.history.sequence import ModelSequence
+from gravlens.studies import evidence, reproduce
 from gravlens.studies.experiment import measure_behavior
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,12 +109,47 @@ def test_every_link_leads_to_a_file(page: str) -> None:
     assert broken == set()
 
 
-def test_the_index_links_to_every_page_and_names_every_file() -> None:
-    index = TEXTS["docs/index.md"]
+def test_the_index_links_to_every_page() -> None:
     linked = {path.name for path in links("docs/index.md")}
     assert [page.name for page in PAGES if page.name not in linked and page.name != "index.md"] == []
-    rooms = [path.name for path in (ROOT / "gravlens").iterdir() if path.suffix == ".py" and path.stem != "__init__"]
-    assert [name for name in rooms if f"`{name}`" not in index] == []
+
+
+# -- the architecture --------------------------------------------------------------------------------------------------
+
+
+def import_order() -> list[str]:
+    """The subpackages in the order that the page on the architecture gives."""
+    (line,) = re.findall(r"`(core\s[a-z\s]+ cli)`", TEXTS["docs/architecture.md"])
+    return line.split()
+
+
+def imported(path: Path) -> set[str]:
+    """The subpackages that a file imports from."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("gravlens.")}
+
+
+def test_the_architecture_names_every_subpackage_in_the_order_of_its_imports() -> None:
+    order, page = import_order(), TEXTS["docs/architecture.md"]
+    assert set(order) == {path.parent.name for path in (ROOT / "gravlens").glob("*/__init__.py")}
+    assert [name for name in order if f"| `{name}` |" not in page] == []
+    upward = [
+        f"{path.parent.name}/{path.name} imports {name}"
+        for path in (ROOT / "gravlens").glob("*/*.py")
+        for name in imported(path)
+        if order.index(name) > order.index(path.parent.name)
+    ]
+    assert upward == []
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_every_file_that_the_pages_for_contributors_name_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:gravlens|tests|analyses|benchmarks|docs)/[\w/.-]+\.\w+)`", text)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_log_is_dated_newest_first() -> None:
@@ -132,8 +168,9 @@ def keys(source: str) -> set[str]:
 
 
 def test_every_field_and_column_of_a_results_folder_is_documented() -> None:
-    sources = [(ROOT / "gravlens" / name).read_text(encoding="utf-8") for name in ("reproduce.py", "findings.py")]
-    wanted = set().union(*map(keys, [*sources, inspect.getsource(measure_behavior)])) - {"answers"}
+    tables = inspect.getsource(evidence).partition("class Findings")[2]  # what precedes it draws nulls and controls
+    sources = [inspect.getsource(reproduce), f"class Findings{tables}", inspect.getsource(measure_behavior)]
+    wanted = set().union(*map(keys, sources)) - {"answers"}
     assert {"schema_version", "closure_final", "blocker_norm", "two_sided_log_odds"} <= wanted
     documented = set(re.findall(r"`([^`]+?)(?:\.csv)?`", prose("docs/results.md")))
     assert wanted - documented == set()
