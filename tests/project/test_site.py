@@ -36,7 +36,9 @@ def listed(stub: Path) -> list[tuple[str, str]]:
     """A stub's names, each with the module that it comes from."""
     package = ".".join(stub.parent.relative_to(ROOT).parts)
     imports = [node for node in ast.parse(stub.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
-    return [(f"{package}.{node.module}" if node.module else package, alias.name) for node in imports for alias in node.names]
+    return [
+        (f"{package}.{node.module}" if node.module else package, alias.name) for node in imports for alias in node.names
+    ]
 
 
 def is_module(module: str, name: str) -> bool:
