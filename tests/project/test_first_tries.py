@@ -66,7 +66,7 @@ def test_the_path_of_a_sequence_file_is_a_sequence(folder: Path, history: ModelS
         assert len(gl.inspect_sequence(path)) == 4
 
 
-@pytest.mark.parametrize("read", [locate_vrev, cache_residuals, gl.inspect_sequence, gl.plan_reading])
+@pytest.mark.parametrize("read", [locate_vrev, cache_residuals, gl.inspect_sequence, gl.cost.plan_reading])
 @pytest.mark.parametrize("given", [["base", "aligned"], [RAW, RAW], None, V, "base", RAW, OPENED], ids=kind_of)
 def test_what_is_no_history_is_shown_how_to_make_one(read: Callable[[Any], Any], given: Any) -> None:
     with pytest.raises(GravlensError, match=r"from_folders\(witness=.*anchor=.*from_models"):
@@ -147,21 +147,23 @@ def test_some_layers_are_located(history: ModelSequence) -> None:
 
 NEED_RESIDUALS: dict[str, Callable[[Any], Any]] = {
     "follow": lambda given: follow([given], Directions((V,))),
-    "cross_fit": lambda given: gl.cross_fit(given, repeats=2, rng=np.random.default_rng(0)),
-    "split_half_reliability": lambda given: gl.split_half_reliability(given, repeats=2, rng=np.random.default_rng(0)),
-    "split_drift": lambda given: gl.split_drift(given, {"v_rev": Directions((V,))}),
-    "ancestor_pull": lambda given: gl.ancestor_pull(given, ["witness"]),
-    "anchor_ratio": lambda given: gl.anchor_ratio(
+    "cross_fit": lambda given: gl.stats.cross_fit(given, repeats=2, rng=np.random.default_rng(0)),
+    "split_half_reliability": lambda given: gl.stats.split_half_reliability(
+        given, repeats=2, rng=np.random.default_rng(0)
+    ),
+    "split_drift": lambda given: gl.decomposition.split_drift(given, {"v_rev": Directions((V,))}),
+    "ancestor_pull": lambda given: gl.decomposition.ancestor_pull(given, ["witness"]),
+    "anchor_ratio": lambda given: gl.controls.anchor_ratio(
         given, siblings=["sibling"], layers=[1], draws=2, rng=np.random.default_rng(0)
     ),
-    "residual_plane": lambda given: gl.residual_plane(given, V),
-    "compare_choices": lambda given: gl.compare_choices(given),
-    "substitute": lambda given: gl.substitute(given, witness="a", anchor="b"),
-    "bootstrap_alignment": lambda given: gl.bootstrap_alignment(
+    "residual_plane": lambda given: gl.plot.residual_plane(given, V),
+    "compare_choices": lambda given: gl.stats.compare_choices(given),
+    "substitute": lambda given: gl.controls.substitute(given, witness="a", anchor="b"),
+    "bootstrap_alignment": lambda given: gl.stats.bootstrap_alignment(
         given, Directions((V,)), draws=2, rng=np.random.default_rng(0)
     ),
-    "drift_subspaces": lambda given: gl.drift_subspaces(given, Directions((V,)), at=["seed0/5"]),
-    "whitened": gl.whitened,
+    "drift_subspaces": lambda given: gl.subspaces.drift_subspaces(given, Directions((V,)), at=["seed0/5"]),
+    "whitened": gl.geometry.whitened,
     "Clamp": lambda given: Clamp(V, given),
     "Patch": lambda given: Patch(V, given, [[1]]),
 }
@@ -182,10 +184,10 @@ def test_what_is_no_direction_is_shown_how_to_make_one(given: Any) -> None:
         partial(Clamp, residuals=STATES),
         partial(follow, STATES),
         partial(layerwise_effect, OPENED, score=SCORE, prompts=tiny.PROMPTS),
-        partial(gl.isotropic, steps=[1], draws=2, rng=np.random.default_rng(0)),
-        partial(gl.to_npz, path="v.npz"),
-        partial(gl.random_directions, rng=np.random.default_rng(0)),
-        partial(gl.readout, OPENED),
+        partial(gl.nulls.isotropic, steps=[1], draws=2, rng=np.random.default_rng(0)),
+        partial(gl.exchange.to_npz, path="v.npz"),
+        partial(gl.directions.random_directions, rng=np.random.default_rng(0)),
+        partial(gl.readout.readout, OPENED),
     ]
     for attempt in tries:
         with pytest.raises(GravlensError, match=r"direction_from\(vector, layer=…\)"):
@@ -193,7 +195,7 @@ def test_what_is_no_direction_is_shown_how_to_make_one(given: Any) -> None:
 
 
 def test_directions_of_several_layers_where_one_is_needed() -> None:
-    for attempt in (partial(gl.readout, OPENED), partial(gl.residual_plane, STATES)):
+    for attempt in (partial(gl.readout.readout, OPENED), partial(gl.plot.residual_plane, STATES)):
         with pytest.raises(GravlensError, match=r"directions\[layer\]"):
             attempt(locate_vrev(STATES))  # pyright: ignore
 
@@ -237,24 +239,24 @@ def test_one_strength_and_one_layers_direction() -> None:
 NEED_A_MODEL: dict[str, Callable[[Any], Any]] = {
     "generate_answers": lambda model: gl.generate_answers(model, tiny.PROMPTS, max_new_tokens=3),
     "refusal_log_odds": lambda model: SCORE(model, tiny.PROMPTS),
-    "two_sided_log_odds": lambda model: gl.two_sided_log_odds(
+    "two_sided_log_odds": lambda model: gl.scores.two_sided_log_odds(
         model, tiny.PROMPTS, refusals=REFUSALS[:1], compliances=["get"]
     ),
-    "task_loss": lambda model: gl.task_loss(model, EXAMPLES),
-    "perplexity": lambda model: gl.perplexity(model, EXAMPLES),
-    "kl_from": lambda model: gl.kl_from(model, OPENED, tiny.PROMPTS, max_new_tokens=2),
-    "kl_from, the other": lambda model: gl.kl_from(OPENED, model, tiny.PROMPTS, max_new_tokens=2),
-    "answer_log_likelihood": lambda model: gl.answer_log_likelihood(
+    "task_loss": lambda model: gl.scores.task_loss(model, EXAMPLES),
+    "perplexity": lambda model: gl.scores.perplexity(model, EXAMPLES),
+    "kl_from": lambda model: gl.divergence.kl_from(model, OPENED, tiny.PROMPTS, max_new_tokens=2),
+    "kl_from, the other": lambda model: gl.divergence.kl_from(OPENED, model, tiny.PROMPTS, max_new_tokens=2),
+    "answer_log_likelihood": lambda model: gl.divergence.answer_log_likelihood(
         model, [one.prompt for one in EXAMPLES], [one.answer for one in EXAMPLES]
     ),
-    "forward_noise": lambda model: gl.forward_noise(
+    "forward_noise": lambda model: gl.stats.forward_noise(
         model, tiny.PROMPTS, layers=[1], repeats=2, rng=np.random.default_rng(0)
     ),
-    "update_norms": lambda model: gl.update_norms(model, OPENED),
+    "update_norms": lambda model: gl.damage.update_norms(model, OPENED),
     "causal_effect": lambda model: (
         causal_effect(model, Ablate(V), score=SCORE, prompts=tiny.PROMPTS[:2], n_random=1).baseline
     ),
-    "readout": lambda model: gl.readout(model, V, top=3).to_numpy(),
+    "readout": lambda model: gl.readout.readout(model, V, top=3).to_numpy(),
 }
 
 
@@ -302,12 +304,12 @@ def test_one_prompt_as_a_text_is_shown_as_a_list() -> None:
 @pytest.mark.parametrize("given", [["get the sponge"], "data.jsonl", EXAMPLES[0], None, [None]], ids=kind_of)
 def test_what_is_no_example_is_said(given: Any) -> None:
     with pytest.raises(GravlensError, match=r"Example\(prompt, answer\)"):
-        gl.task_loss(OPENED, given)
+        gl.scores.task_loss(OPENED, given)
 
 
 def test_a_plain_pair_is_an_example() -> None:
     pairs: Any = [(one.prompt, one.answer) for one in EXAMPLES]
-    assert gl.task_loss(OPENED, pairs) == gl.task_loss(OPENED, EXAMPLES)
+    assert gl.scores.task_loss(OPENED, pairs) == gl.scores.task_loss(OPENED, EXAMPLES)
 
 
 def test_probes_are_a_list_as_well_as_a_set(folder: Path) -> None:
@@ -323,13 +325,13 @@ def test_probes_are_a_list_as_well_as_a_set(folder: Path) -> None:
 
 @pytest.mark.parametrize("given", [STATES, None, [STATES], Directions((V,)), "t.csv"], ids=kind_of)
 def test_what_is_no_trajectory_or_table_is_shown_how_to_follow(given: Any) -> None:
-    null = gl.isotropic(V, steps=[5], draws=3, rng=np.random.default_rng(0))  # pyright: ignore
+    null = gl.nulls.isotropic(V, steps=[5], draws=3, rng=np.random.default_rng(0))  # pyright: ignore
     tries: list[Callable[[Any], Any]] = [
         lambda one: gl.compare(one, null),
-        partial(gl.sign_flips, draws=3, rng=np.random.default_rng(0)),
+        partial(gl.nulls.sign_flips, draws=3, rng=np.random.default_rng(0)),
         gl.plot_alignment,
-        gl.plot_layers,
-        gl.plot_effect,
+        gl.plot.plot_layers,
+        gl.plot.plot_effect,
         gl.claim,
     ]
     for attempt in tries:
@@ -340,15 +342,15 @@ def test_what_is_no_trajectory_or_table_is_shown_how_to_follow(given: Any) -> No
 def test_other_parts_that_are_easily_confused() -> None:
     wrong: dict[str, Callable[[], Any]] = {
         "isotropic": lambda: gl.compare(follow(STATES, V), V),  # pyright: ignore
-        "cache_residuals": lambda: gl.leak_map(Directions((V,))),  # pyright: ignore
+        "cache_residuals": lambda: gl.decomposition.leak_map(Directions((V,))),  # pyright: ignore
         r"Ablate\(direction\)": lambda: gl.At(V, "last"),  # pyright: ignore
         r"PromptSet\.of": lambda: gl.read_prompts(["a"]),
-        r"Contrast\.of": lambda: gl.read_contrast(["a"], ["b"]),
-        "direction_from": lambda: gl.partialled_out(Directions((V,)), VECTOR),  # pyright: ignore
+        r"Contrast\.of": lambda: gl.contrasts.read_contrast(["a"], ["b"]),
+        "direction_from": lambda: gl.controls.partialled_out(Directions((V,)), VECTOR),  # pyright: ignore
         r"direction_from\(": lambda: gl.Monitor(VECTOR, tiny.PROMPTS),  # pyright: ignore
-        "Directions.load": lambda: gl.Penalty(VECTOR, probes=PromptSet.of(tiny.PROMPTS)),  # pyright: ignore
-        r"layer=…\)": lambda: gl.UpdateProjection(VECTOR, probes=PromptSet.of(tiny.PROMPTS)),  # pyright: ignore
-        "locate_vrev": lambda: gl.random_spans([1], rng=np.random.default_rng(0)),  # pyright: ignore
+        "Directions.load": lambda: gl.blockers.Penalty(VECTOR, probes=PromptSet.of(tiny.PROMPTS)),  # pyright: ignore
+        r"layer=…\)": lambda: gl.blockers.UpdateProjection(VECTOR, probes=PromptSet.of(tiny.PROMPTS)),  # pyright: ignore
+        "locate_vrev": lambda: gl.subspaces.random_spans([1], rng=np.random.default_rng(0)),  # pyright: ignore
     }
     for remedy, attempt in wrong.items():
         with pytest.raises(GravlensError, match=remedy):

@@ -16,8 +16,15 @@ def public() -> dict[str, Any]:
     for name in gravlens.__all__:
         value = getattr(gravlens, name)
         if inspect.ismodule(value):
-            inner = getattr(value, "__all__", [one for one in vars(value) if not one.startswith("_")])
-            found |= {f"{name}.{one}": getattr(value, one) for one in inner}
+            inner = {
+                one: getattr(value, one) for one in getattr(value, "__all__", vars(value)) if not one.startswith("_")
+            }
+            own = (inspect.isclass, inspect.isfunction)  # what a module imports is public elsewhere
+            found |= {
+                f"{name}.{one}": thing
+                for one, thing in inner.items()
+                if any(is_own(thing) for is_own in own) and thing.__module__.startswith(value.__name__)
+            }
         else:
             found[name] = value
     return found
