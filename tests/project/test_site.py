@@ -200,6 +200,7 @@ def fetched(html: str) -> list[str]:
     return [tag for tag in tags if re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag)]
 
 
+@pytest.mark.long
 def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     build, config = importlib.import_module("mkdocs.commands.build"), importlib.import_module("mkdocs.config")
