@@ -14,6 +14,8 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 
 from gravlens.core.errors import GravlensError
 
+__all__ = ["draw_from_covariance", "participation_ratio", "shrunk_covariance", "whitening"]
+
 # An eigenvalue below this share of the mean one is rounding: nothing can be divided by it.
 SINGULAR_BELOW = 1e-12
 

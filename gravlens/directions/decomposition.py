@@ -31,6 +31,8 @@ from gravlens.models.opening import OpenModel
 from gravlens.models.precision import check_unquantised
 from gravlens.models.swapping import open_each
 
+__all__ = ["ancestor_pull", "candidate_spans", "leak_map", "rank_table", "split_drift", "split_update"]
+
 OWN, REST, WHOLE = "top_components", "rest", "all"
 
 

@@ -12,6 +12,8 @@ from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import whitening
 from gravlens.directions.vrev import difference_of_means
 
+__all__ = ["difference_of_means", "first_component", "geometric_median", "lda", "logistic_probe"]
+
 STEPS, TOLERANCE = 1000, 1e-9  # of Weiszfeld's iteration; the tolerance is a share of the longest difference
 
 

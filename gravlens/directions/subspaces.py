@@ -23,6 +23,8 @@ from gravlens.directions.direction import (
 from gravlens.directions.trajectory import drift_per_prompt
 from gravlens.directions.vrev import direction_from
 
+__all__ = ["drift_subspaces", "orthogonal_part", "principal_angles", "share_within", "span_of", "whole_state"]
+
 # What is left of a unit vector below this length is rounding, not a direction.
 NOTHING_LEFT = 1e-3
 

@@ -24,6 +24,8 @@ from gravlens.interventions.edits import Ablate, Intervention, Steer, check_inte
 from gravlens.interventions.hooks import intervene
 from gravlens.models.opening import Openable, OpenModel, open_model
 
+__all__ = ["DoseResponse", "Effect", "dose_response", "layerwise_effect", "measure_selectivity"]
+
 Condition: TypeAlias = Intervention | Sequence[Intervention]
 Make: TypeAlias = Callable[[Any], Intervention]
 N_BOOTSTRAP = 2000

@@ -19,6 +19,11 @@ from gravlens.directions.trajectory import ByLayer, drifts, follow, mean_state
 from gravlens.directions.vrev import locate_vrev
 from gravlens.stats.nulls import NullDraws
 
+__all__ = [
+    "AnchorRatio", "anchor_ratio", "closure", "compare_witnesses", "from_start", "independent_endpoints",
+    "partialled_out", "substitute",
+]  # fmt: skip
+
 NOTHING_LEFT = 1e-5  # of a unit vector: an fp32 one is rounded at about 1e-7
 MIN_SIBLINGS = 3  # a spread over two is a guess
 

@@ -27,6 +27,8 @@ from gravlens.directions.trajectory import (
 )
 from gravlens.stats.permutation import mean_under_signs
 
+__all__ = ["covariance_matched", "isotropic", "other_prompts", "sample_covariance", "sign_flips", "swapped_labels"]
+
 # Cosines closer than this are the same one, added up in another order.
 TIED_WITHIN = 1e-9
 ABOVE = 0.01 + 1e-9  # p of what is called above a null

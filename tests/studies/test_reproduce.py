@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gravlens.cli import app
+from gravlens.core.display import number
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.trajectory import Trajectory
 from gravlens.directions.vrev import locate_vrev
@@ -388,10 +389,10 @@ def test_gravlens_locate_reads_the_sequence(each: Done, tmp_path: Path) -> None:
     vs = locate_vrev(each.study.states("measured", "probes"))
     result = CliRunner().invoke(app, ["locate", toml, "--layer", "1", "--out", str(tmp_path / "v")])
     assert result.exit_code == 0, result.output
-    assert f"{vs[1].distance:.4g}" in result.output and f"{vs[2].distance:.4g}" not in result.output
+    assert number(vs[1].distance) in result.output and number(vs[2].distance) not in result.output
     assert Direction.load(tmp_path / "v").vector == pytest.approx(vs[1].vector, abs=1e-5)
     result = CliRunner().invoke(app, ["locate", toml, "--out", str(tmp_path / "vs")])
-    assert result.exit_code == 0 and all(f"{v.distance:.4g}" in result.output for v in vs)
+    assert result.exit_code == 0 and all(number(v.distance) in result.output for v in vs)
     assert Directions.load(tmp_path / "vs").vectors == pytest.approx(vs.vectors, abs=1e-5)
 
 
