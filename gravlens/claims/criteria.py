@@ -12,10 +12,7 @@ from gravlens.directions.trajectory import Trajectory
 from gravlens.stats.nulls import NullDraws, compare
 from gravlens.stats.permutation import max_t, sign_flip_test
 
-CONTROLS = {
-    "sibling_anchor": "sibling anchor",
-    "wrong_witness_removed": "v_rev without the wrong witness's direction",
-}
+CONTROLS = {"sibling_anchor": "sibling anchor", "wrong_witness_removed": "v_rev without the wrong witness's direction"}
 ARMS = {
     "unblocked": ("unblocked",),
     "clamp": ("clamp",),
@@ -325,10 +322,4 @@ def _cost(evidence: Evidence, base: pd.DataFrame | None, clamp: pd.DataFrame | N
     return Demand(4, name, p <= alpha, figures)
 
 
-DEMANDS: tuple[Callable[[Evidence, float], Iterator[Demand]], ...] = (
-    _observed,
-    _exceeds,
-    _specific,
-    _causal,
-    _durable,
-)
+DEMANDS: tuple[Callable[[Evidence, float], Iterator[Demand]], ...] = (_observed, _exceeds, _specific, _causal, _durable)

@@ -53,11 +53,7 @@ def cross_fit(
         drift = _means(ways[1], residuals, checkpoint, layers)
         cosines = _with_mean(_cosine(drift, towards))
         fractions = _with_mean(einsum(drift, towards, "split layer d, split layer d -> split layer") / distance**2)
-        columns = {
-            "alignment": cosines.mean(0),
-            "alignment_sd": cosines.std(0, ddof=1),
-            "fraction": fractions.mean(0),
-        }
+        columns = {"alignment": cosines.mean(0), "alignment_sd": cosines.std(0, ddof=1), "fraction": fractions.mean(0)}
         axes = {"run": [run], "step": [step], "layer": list(layers)}
         parts.append(ByLayer.split(axes, {name: values[None, None] for name, values in columns.items()}))
     return ByLayer.concat(parts)
