@@ -1,4 +1,4 @@
-"""What each level of a claim demands of the evidence."""
+"""The demands of each claim level."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,18 +21,19 @@ ARMS = {
     "frontier": ("lower_rate", "lower_rate_0.25"),
     "released": ("released_at_20",),
 }
+ARM_COLUMNS = ("arm", "seed", "harmfulness", "fraction_final", "task_loss")
 MIN_DRAWS = 99  # below them no p-value reaches .01
 MAX_COST = 1.1  # task loss of the clamp against the unblocked runs', where no frontier says what it is worth
 
 
 @dataclass(frozen=True)
 class Demand:
-    """One thing that a level demands.
+    """One demand of a level.
 
     Attributes:
         level: the claim level that demands it.
         name: of what is checked.
-        holds: None: it was not run, and so caps the level.
+        holds: None: not run, which caps the level.
         figures: the numbers, in words.
     """
 
@@ -44,11 +45,11 @@ class Demand:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a claim is judged by; every part is a table that gravlens makes, on held-out prompts. None: not run.
+    """Evidence for a claim: tables that gravlens makes, on held-out prompts; None: not run.
 
     Attributes:
         trajectory: the unblocked runs, all from one anchor.
-        nulls: draws of `isotropic`, `weight_noise`, `independent_endpoints`, and any others, which are reported.
+        nulls: draws of `isotropic`, `weight_noise`, `independent_endpoints`; others are reported.
         controls: `control, run, alignment` (layer mean, last step): `sibling_anchor`, `wrong_witness_removed`.
         closures: `closure(…).layer_mean`: `run, step, closure`.
         damage: `measure_damage(…).layer_mean`: `damage, alignment, judged`.
@@ -70,7 +71,7 @@ class Evidence:
         if unknown := sorted(set(self.names) - set(ARMS)):
             raise GravlensError(
                 f"names= has the unknown role {unknown[0]!r}.",
-                f"The roles that arms play are {', '.join(ARMS)}.",
+                f"Roles: {', '.join(ARMS)}.",
                 f"names={{'clamp': ({unknown[0]!r},)}}, a role and the arms that play it.",
             )
         for name, source in (("closures", "closure"), ("damage", "measure_damage")):
@@ -78,7 +79,7 @@ class Evidence:
             if table is not None and "layer" in table:
                 raise GravlensError(
                     f"{name} has a row per layer.",
-                    "A claim is judged on the mean over layers.",
+                    "A claim is judged on the layer mean.",
                     f"{name}={source}(…).layer_mean.",
                 )
 
@@ -97,13 +98,13 @@ class Evidence:
 
     @property
     def rows(self) -> pd.DataFrame:
-        """`Trajectory.layer_mean` on held-out prompts, or on the given ones where there are no others."""
+        """`Trajectory.layer_mean` on `prompts`."""
         table = self.trajectory.layer_mean
         return table[table.prompts == self.prompts]
 
     @property
     def prompts(self) -> str:
-        """The prompt set that the claim is judged on."""
+        """The prompt set of the claim: held-out prompts, or the given ones where there are no others."""
         known = self.trajectory.data["prompts"].values
         return "held_out" if "held_out" in known or not len(known) else "given"
 
@@ -113,7 +114,6 @@ class Evidence:
         return self.rows[self.rows.step == self.last]
 
 
-# --- what each level demands --------------------------------------------------------------------------------------
 def _observed(evidence: Evidence, _alpha: float) -> Iterator[Demand]:
     held_out = evidence.prompts == "held_out"
     yield Demand(1, "judged on other prompts than v_rev's", held_out, "held out" if held_out else "given prompts alone")
@@ -129,6 +129,7 @@ def _exceeds(evidence: Evidence, alpha: float) -> Iterator[Demand]:
         yield Demand(2, "max-T over steps and layers", None)
         return
     values = _by_run(evidence, noise)
+    # judged at the last step, adjusted for all steps
     p = float(np.nanmin(max_t(values, rng=np.random.default_rng(0))[-1]))
     yield Demand(2, "max-T over steps and layers", p <= alpha, f"p = {p:.3f} at the last step, {len(values)} runs")
 
@@ -142,17 +143,13 @@ def _specific(evidence: Evidence, alpha: float) -> Iterator[Demand]:
 
 
 def _causal(evidence: Evidence, alpha: float) -> Iterator[Demand]:
-    arms = {role: _arm(evidence, role) for role in ("unblocked", "clamp", "random", "push")}
-    base = arms["unblocked"]
+    base, clamp, twin, push = (_arm(evidence, role) for role in ("unblocked", "clamp", "random", "push"))
     yield _harm_returns(evidence, base, alpha)
-    for lower, upper, name in (
-        ("clamp", "unblocked", "the clamp holds the harm"),
-        ("clamp", "random", "more than the clamp along a matched random direction"),
-    ):
-        yield _less_harm(arms[lower], arms[upper], name, alpha)
-    yield _held(base, arms["clamp"], alpha)
-    yield _push(base, arms["push"], alpha)
-    yield _cost(evidence, base, arms["clamp"], alpha)
+    yield _less_harm(clamp, base, "the clamp holds the harm", alpha)
+    yield _less_harm(clamp, twin, "more than the clamp along a matched random direction", alpha)
+    yield _held(base, clamp, alpha)
+    yield _push(base, push, alpha)
+    yield _cost(evidence, base, clamp, alpha)
 
 
 def _durable(evidence: Evidence, alpha: float) -> Iterator[Demand]:
@@ -161,14 +158,13 @@ def _durable(evidence: Evidence, alpha: float) -> Iterator[Demand]:
     if base is None or released is None:
         yield Demand(5, name, None)
         return
-    saved = base.harmfulness / 2 - released.harmfulness
-    p = _p(saved)
+    p = _p(base.harmfulness / 2 - released.harmfulness)
     figures = f"harm {released.harmfulness.mean():.1%} against {base.harmfulness.mean():.1%}, p = {p:.3f}"
     yield Demand(5, name, p <= alpha, figures)
 
 
 def _p(values: pd.Series) -> float:
-    """Exact sign flips over runs, one-sided; 1 where a run has no value (its answers are all nonsense)."""
+    """Exact one-sided sign flips over runs; 1 where a run has no value (its answers are all nonsense)."""
     found = values.to_numpy(dtype=float)
     return float(sign_flip_test(found, rng=np.random.default_rng(0))) if len(found) else 1.0
 
@@ -192,7 +188,7 @@ def held_against(evidence: Evidence, null: NullDraws) -> pd.DataFrame:
 
 
 def _by_run(evidence: Evidence, noise: NullDraws) -> np.ndarray:
-    """Alignment less the noise's mean, [run, step, layer], at the steps and layers of the noise."""
+    """Alignment less the noise's mean, [run, step, layer], at the noise's steps and layers."""
     alignment = evidence.trajectory.data["alignment"].sel(prompts=evidence.prompts)
     steps = sorted(step for step in alignment["step"].values.tolist() if step in noise.steps)
     layers = [layer for layer in evidence.trajectory.layers_in_mean if layer in noise.layers]
@@ -201,12 +197,12 @@ def _by_run(evidence: Evidence, noise: NullDraws) -> np.ndarray:
 
 
 def _control(evidence: Evidence, control: str, name: str) -> Demand:
-    """The alignment with the control's direction, which must exceed weight noise as v_rev's does."""
+    """The alignment with the control's direction must exceed weight noise as v_rev's does."""
     rows = None if evidence.controls is None else evidence.controls[evidence.controls.control == control]
     noise = evidence.null("weight_noise")
     if rows is None or rows.empty or noise is None:
         return Demand(3, name, None)
-    by_run = rows.groupby("run").alignment.mean()
+    by_run = rows.groupby("run").alignment.mean()  # over several sibling anchors
     p99 = float(held_against(evidence, noise).p99.mean())
     figures = f"alignment {by_run.mean():.3f}, p99 of noise along v_rev {p99:.3f}"
     return Demand(3, name, bool(by_run.mean() > p99 and (by_run > 0).all()), figures)
@@ -216,8 +212,7 @@ def _endpoints(evidence: Evidence) -> Demand:
     name, null = "more than the expected cosine of independent endpoints", evidence.null("independent_endpoints")
     if null is None:
         return Demand(3, name, None)
-    rows, mean = held_against(evidence, null), float(evidence.final.alignment.mean())
-    p99 = float(rows.p99.mean())
+    mean, p99 = float(evidence.final.alignment.mean()), float(held_against(evidence, null).p99.mean())
     return Demand(3, name, mean > p99, f"alignment {mean:.3f}, p99 of r/(1 + r) {p99:.3f}")
 
 
@@ -236,31 +231,29 @@ def _damage(evidence: Evidence) -> Demand:
     if evidence.damage is None or evidence.damage.empty:
         return Demand(3, name, None)
     rows = evidence.damage.dropna(subset="alignment")
-    rows = rows[rows.judged.astype(bool)] if "judged" in rows else rows
+    rows = rows[rows.judged.astype(bool)] if "judged" in rows else rows  # the cosine of almost no drift is noise
     mean = float(evidence.final.alignment.mean())
     if rows.empty:
         return Demand(3, name, True, "no damage moves the states far enough to judge")
     worst = rows.sort_values("alignment").iloc[-1]
-    figures = f"{worst.damage}: {worst.alignment:.3f}, runs {mean:.3f}"
-    return Demand(3, name, bool(worst.alignment < mean), figures)
+    return Demand(3, name, bool(worst.alignment < mean), f"{worst.damage}: {worst.alignment:.3f}, runs {mean:.3f}")
 
 
-# --- arms -----------------------------------------------------------------------------------------------------------
 def _arm(evidence: Evidence, role: str) -> pd.DataFrame | None:
     """The runs of a role by seed, or None."""
     if evidence.arms is None:
         return None
-    if missing := {"arm", "seed", "harmfulness", "fraction_final", "task_loss"} - set(evidence.arms):
+    if missing := set(ARM_COLUMNS) - set(evidence.arms):
         raise GravlensError(
             f"The table of arms has no column {sorted(missing)[0]!r}.",
-            "It needs arm, seed, harmfulness, fraction_final, task_loss.",
-            "Findings.arms, or these columns.",
+            f"It needs {', '.join(ARM_COLUMNS)}.",
+            "Findings.arms.",
         )
     rows = evidence.arms[evidence.arms.arm.isin(evidence.called(role))]
     if rows.seed.duplicated().any():
         raise GravlensError(
             f"The arm {role} has two runs of one seed.",
-            "Runs are paired by seed, and a claim is about one anchor.",
+            "Runs are paired by seed, from one anchor.",
             "the runs of one organism; names={role: (arm,)} where two arms would play it.",
         )
     return None if rows.empty else rows.set_index("seed")
@@ -277,8 +270,7 @@ def _harm_returns(evidence: Evidence, base: pd.DataFrame | None, alpha: float) -
 def _less_harm(lower: pd.DataFrame | None, upper: pd.DataFrame | None, name: str, alpha: float) -> Demand:
     if lower is None or upper is None:
         return Demand(4, name, None)
-    saved = upper.harmfulness - lower.harmfulness
-    p = _p(saved)
+    p = _p(upper.harmfulness - lower.harmfulness)  # by seed: pandas aligns the two indices
     figures = f"{lower.harmfulness.mean():.1%} against {upper.harmfulness.mean():.1%}, p = {p:.3f}"
     return Demand(4, name, p <= alpha, figures)
 
@@ -288,13 +280,14 @@ def _held(base: pd.DataFrame | None, clamp: pd.DataFrame | None, alpha: float) -
     name = "the clamp holds the motion"
     if base is None or clamp is None:
         return Demand(4, name, None)
+    # abs: a clamp that pushes past the anchor has not held either
     p = _p(base.fraction_final.abs() / 4 - clamp.fraction_final.abs())
     figures = f"fraction {clamp.fraction_final.mean():.3f} against {base.fraction_final.mean():.3f}, p = {p:.3f}"
     return Demand(4, name, p <= alpha, figures)
 
 
 def _push(base: pd.DataFrame | None, push: pd.DataFrame | None, alpha: float) -> Demand:
-    """A push back moves further, and does not lower the harm (which may stand at its ceiling already)."""
+    """A push back moves further and does not lower the harm (which may be at its ceiling already)."""
     name = "a push towards the witness goes further, harm no lower"
     if base is None or push is None:
         return Demand(4, name, None)
@@ -312,12 +305,12 @@ def _cost(evidence: Evidence, base: pd.DataFrame | None, clamp: pd.DataFrame | N
         return Demand(4, name, None)
     ratio = float(clamp.task_loss.mean() / base.task_loss.mean())
     weaker = [arm for arm in evidence.called("frontier") if (evidence.arms.arm == arm).any()]
-    if not weaker or ratio <= MAX_COST:
+    if not weaker or ratio <= MAX_COST:  # cheap enough: no need of the frontier
         return Demand(4, name, ratio <= MAX_COST, f"task loss {ratio - 1:+.1%}")
     reference = [*evidence.called("unblocked"), *weaker]
     table = evidence.arms[evidence.arms.arm.isin([*reference, *evidence.called("clamp")])]
     difference = at_equal_task_loss(table, reference=reference, by=("seed",)).difference
-    p = _p(-difference)
+    p = _p(-difference)  # NaN beyond the frontier's ends, and then not held
     figures = f"task loss {ratio - 1:+.1%}; harm {difference.mean():+.1%} against the frontier there, p = {p:.3f}"
     return Demand(4, name, p <= alpha, figures)
 

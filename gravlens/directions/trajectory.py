@@ -308,6 +308,8 @@ def _joined(parts: Iterable[xarray.Dataset], axis: str) -> xarray.Dataset:
 def _columns(residuals: Residuals, layers: Sequence[int]) -> list[int]:
     if missing := [layer for layer in layers if layer not in residuals.layers]:
         raise GravlensError(
-            f"The residuals hold no layer {missing}.", f"They hold {list(residuals.layers)}.", "cache those layers too."
+            f"The residuals hold no layer {', '.join(map(str, missing))}.",
+            f"They hold {list(residuals.layers)}.",
+            "cache those layers too.",
         )
     return [residuals.layers.index(layer) for layer in layers]

@@ -1,4 +1,4 @@
-"""What prompt noise does to v_rev and drifts: cross-fitting, split-half reliability, the forward pass's own noise."""
+"""Prompt noise in v_rev and drifts: cross-fitting, split-half reliability, the forward pass's own noise."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,24 +23,20 @@ def cross_fit(
 ) -> ByLayer:
     """Alignment and fraction with v_rev of one half of the prompts and the drift of the other, over random halves.
 
-    Drift and v_rev both subtract the anchor's states, so on the same prompts they share its prompt noise, and correlate
-    without any reversion. Halves share no prompt, hence no prompt noise. They do share the anchor: what its *training*
-    did is common to all prompts, and stays in the cosine (a sibling anchor takes it out: `substitute`). Each half is
-    noisier than the whole, which makes the cosine smaller: see `split_half_reliability`.
+    On the same prompts drift and v_rev share the anchor's prompt noise and correlate without any reversion; halves do
+    not. They still share the anchor's *training*, common to all prompts (a sibling anchor removes it: `substitute`).
+    Each half is noisier than the whole, which lowers the cosine: see `split_half_reliability`. GravlensError for fewer
+    than 2 prompts, no repeats, no run, or no layer where v_rev is defined.
 
     Args:
-        residuals: `witness`, `anchor` and runs on one set of prompts; v_rev is the difference of means.
+        residuals: `witness`, `anchor` and runs on one prompt set; v_rev is the difference of means.
         layers: default: all where v_rev is defined.
         repeats: random divisions; each is used both ways.
         rng: source of randomness.
 
     Returns:
-        `.table` with columns `run, step, layer, alignment` (mean over the 2 · repeats splits), `alignment_sd` (over the
-        splits: how much depends on which half; not a standard error, because splits overlap), `fraction`;
-        `.layer_mean` without `layer`.
-
-    Raises:
-        GravlensError: fewer than 2 prompts, no repeats, no run, no layer where v_rev is defined.
+        `run, step, layer, alignment` (mean over the 2 · repeats splits), `alignment_sd` (over splits, which overlap: no
+        standard error), `fraction`.
     """
     check_states(residuals)
     runs_of(residuals)
@@ -62,23 +58,20 @@ def cross_fit(
 def split_half_reliability(
     residuals: Residuals, *, layers: Sequence[int] | None = None, repeats: int, rng: np.random.Generator
 ) -> pd.DataFrame:
-    """How much v_rev and each drift depend on which prompts were drawn: 1 not at all, 0 entirely.
+    """How reproducible v_rev and each drift are over prompts: 1 entirely, 0 not at all.
 
-    r is the cosine of the two halves' directions, a mean over random halves; the whole has 2r / (1 + r) (Spearman 1910,
-    Brown 1910), at least −1. A cosine between two such vectors cannot be expected above √(reliability · reliability): a
-    low one says that the prompts are too few, not that there is no alignment.
+    r is the mean cosine of random halves' directions; the whole has 2r / (1 + r) (Spearman 1910, Brown 1910), at least
+    −1. A cosine between two such vectors is at most √(reliability · reliability) on average: a low one may mean too few
+    prompts. GravlensError for fewer than 2 prompts, no repeats, or no layer where v_rev is defined.
 
     Args:
-        residuals: `witness` and `anchor`, and runs if there are any, on one set of prompts.
+        residuals: `witness`, `anchor` and any runs, on one prompt set.
         layers: default: all where v_rev is defined.
         repeats: random divisions.
         rng: source of randomness.
 
     Returns:
         Columns `of` (`v_rev` or the run), `step` (`<NA>` for v_rev), `layer`, `reliability`.
-
-    Raises:
-        GravlensError: fewer than 2 prompts, no repeats, no layer where v_rev is defined.
     """
     check_states(residuals)
     layers, halves = _defined_layers(residuals, layers), _halves(residuals, repeats, rng)
@@ -87,6 +80,7 @@ def split_half_reliability(
         one, other = (_means(half, residuals, checkpoint, layers) for half in halves)
         r = _cosine(one, other).mean(0)
         frames.append(pd.DataFrame({"of": of, "step": step, "layer": list(layers), "reliability": spearman_brown(r)}))
+    # nullable: v_rev has no step
     tables = [frame.astype({"step": "Int64", "layer": "Int64"}) for frame in frames]
     return pd.concat(tables, ignore_index=True)
 
@@ -94,27 +88,23 @@ def split_half_reliability(
 def forward_noise(
     model: Openable, prompts: PromptSet, *, layers: Sequence[int], repeats: int, rng: np.random.Generator
 ) -> Float[np.ndarray, " layer"]:
-    """How far the mean state moves while no weight does, max ‖h − h′‖: the same prompts in other batches.
+    """Measure how far the mean state moves without any change of weights: max ‖h − h′‖ over rebatched prompts [layer].
 
-    Rounding depends on the batch's size and padding. A first step's `drift_norm` means something only well above this.
+    Rounding depends on batch size and padding. A first step's `drift_norm` has a meaning only well above this.
+    GravlensError for a layer out of range or no repeats.
 
     Args:
         model: opened.
-        prompts: what the drift is measured on.
-        layers: layer numbers, in the order of the result.
-        repeats: how often the prompts are shuffled into batches of a random size, 1 to 32.
+        prompts: those that the drift is measured on.
+        layers: in the order of the result.
+        repeats: shuffles into batches of a random size, 1 to 32.
         rng: source of randomness.
-
-    Returns:
-        [layer]: the largest norm over the repeats, residual units.
-
-    Raises:
-        GravlensError: a layer out of range, no repeats.
     """
     model = open_model(model)
     layers = [check_layer(layer, model.n_layers) for layer in layers]
     _check_repeats(repeats)
     ids = encode(model.tokenizer, prompts)
+    # fp64 mean: only the pass's own rounding is to show
     mean = read_residuals(model, ids, layers=layers).double().mean(0)
     moved = [(_in_other_batches(model, ids, layers, rng).double().mean(0) - mean).norm(dim=-1) for _ in range(repeats)]
     return torch.stack(moved).amax(0).numpy()
@@ -123,18 +113,18 @@ def forward_noise(
 def _in_other_batches(
     model: OpenModel, ids: Sequence[Sequence[int]], layers: Sequence[int], rng: np.random.Generator
 ) -> Float[torch.Tensor, "prompt layer d_model"]:
-    """The states of the prompts, in their own order, read in random batches."""
+    """States of the prompts, in their own order, read in random batches."""
     order, size = rng.permutation(len(ids)), int(rng.integers(1, BATCH + 1))
     out = torch.empty(len(ids), len(layers), model.d_model)
     with torch.no_grad():
         for rows in np.split(order, range(size, len(ids), size)):
+            # not read_residuals, which sorts by length and makes batches of its own
             out[rows] = residuals_of_batch(model, pad([ids[row] for row in rows]), layers=layers).cpu()
     return out
 
 
-# --- halves -------------------------------------------------------------------------------------------------------
 def _halves(residuals: Residuals, repeats: int, rng: np.random.Generator) -> Halves:
-    """Weights that take the mean over a random half, and over the other."""
+    """Weights that average over a random half, and over the other."""
     n = residuals.values.shape[1]
     _check_repeats(repeats)
     if n < 2:
@@ -149,7 +139,7 @@ def _check_repeats(repeats: int) -> None:
 
 
 def _defined_layers(residuals: Residuals, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """Those of the layers where v_rev of all prompts is defined."""
+    """The layers where v_rev of all prompts is defined."""
     directions = locate_vrev(residuals)
     return (directions if layers is None else directions.at(layers)).defined().layers
 
@@ -161,7 +151,7 @@ def _run_steps(residuals: Residuals) -> Iterator[tuple[str, str, int]]:
 def _means(
     half: Float[np.ndarray, "split prompt"], residuals: Residuals, checkpoint: str, layers: Sequence[int]
 ) -> Float[np.ndarray, "split layer d_model"]:
-    """h(checkpoint) − h(anchor), means over each split's prompts in fp64."""
+    """h(checkpoint) − h(anchor), mean over each split's prompts."""
     return np.tensordot(half, drift_per_prompt(residuals, checkpoint, layers), 1)
 
 
