@@ -41,7 +41,8 @@ def split_drift(
 
     What two parts share goes to the first. After the parts come the run's own leading components (right singular
     vectors of the per-prompt drifts of all its steps, not centred), then the rest. The mean drift lies close to its own
-    components by construction: their share is no finding about them.
+    components by construction: their share is no finding about them. GravlensError for no run, a part undefined at a
+    layer or with a reserved name, more components than drifts.
 
     Args:
         residuals: hold `anchor` and the runs.
@@ -52,9 +53,6 @@ def split_drift(
     Returns:
         `run, step, layer, part, share` (of ‖drift‖², 1 in sum over parts, NaN without drift); the parts are those
         given, `top_components` and `rest`.
-
-    Raises:
-        GravlensError: no run, a part undefined at a layer or with a reserved name, more components than drifts.
     """
     check_states(residuals)
     if taken := {OWN, REST} & parts.keys():
@@ -102,7 +100,8 @@ def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Seq
 
     Non-negative least squares (Lawson & Hanson 1974, scipy): a coefficient is the fraction of the way to that ancestor,
     0 where the drift leads away from it. Nearly collinear ancestors share their sum arbitrarily: where `condition` is
-    large read the sum, or each ancestor alone. The anchor's own excursion raises every coefficient.
+    large read the sum, or each ancestor alone. The anchor's own excursion raises every coefficient. GravlensError for
+    no run; witnesses that are none, repeated, or equal to the anchor at a layer.
 
     Args:
         residuals: hold `anchor`, the runs and the witnesses.
@@ -112,9 +111,6 @@ def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Seq
     Returns:
         `run, step, layer, witness, coefficient, explained` (share of ‖drift‖² explained by the fit; NaN without drift),
         `condition` (of the unit directions: 1 orthogonal, large collinear; `.layer_mean` has the largest).
-
-    Raises:
-        GravlensError: no run; witnesses that are none, repeated, or equal to the anchor at a layer.
     """
     check_states(residuals)
     if not witnesses or len(set(witnesses)) < len(witnesses):
@@ -146,7 +142,8 @@ def split_update(
     """Decompose each update θ_t − θ_anchor along the task vector θ_witness − θ_anchor, tensor by tensor.
 
     The task vector is that of Ilharco et al., "Editing models with task arithmetic" (2022), reversed. One model is open
-    at a time; with the anchor's weights and the task vector that makes three times the weights.
+    at a time; with the anchor's weights and the task vector that makes three times the weights. GravlensError for a
+    model that is quantised, no plain Hugging Face model, or has other parameters than the anchor.
 
     Args:
         anchor: start of the updates.
@@ -158,9 +155,6 @@ def split_update(
         One row per checkpoint × parameter tensor, and `all`: `checkpoint, step, tensor, cosine, fraction` (of the task
         vector: 0 the anchor, 1 the witness), `share_parallel`, `share_orthogonal` (of ‖update‖², along and across that
         tensor's task vector), `norm` (of the update). NaN without update or task vector.
-
-    Raises:
-        GravlensError: not a plain Hugging Face model, other parameters than the anchor's, or quantised.
     """
     # clone: the opened model is closed, or swapped in place, before the next
     opened = open_each([anchor, witness, *checkpoints], through="huggingface")
@@ -234,7 +228,8 @@ def _nowhere(name: str, layers: Sequence[int]) -> GravlensError:
 def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> pd.DataFrame:
     """Map where each checkpoint moved: over layers, token positions, and prompts that a block has not seen.
 
-    v_rev is located per position on the given prompts and used on both sets (docs/leaks.md).
+    v_rev is located per position on the given prompts and used on both sets (docs/leaks.md). GravlensError for no run,
+    a repeated position, held-out residuals of the same prompts or other positions.
 
     Args:
         given: residuals of witness, anchor and runs on the probes, one per position.
@@ -245,9 +240,6 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
         `follow`; `drift_norm` in distances; `judged` (longer than 2 %); `share_along_vrev` of the per-prompt drifts'
         summed squared length; `refit_angle`, degrees between v_rev and the direction from this checkpoint to the
         witness, on the row's own prompts.
-
-    Raises:
-        GravlensError: no run, a repeated position, held-out residuals of the same prompts or other positions.
     """
     located, others = _by_position(given), _by_position(held_out)
     same = any(one.prompts == located[position].prompts for position, one in others.items() if position in located)
@@ -310,6 +302,8 @@ def candidate_spans(
 ) -> dict[str, list[Spans]]:
     """Fit spans that may hold what fine-tuning did on some runs, to be tested on others (docs/leaks.md).
 
+    GravlensError for a missing checkpoint or layer, a rank above the number of drifts.
+
     Args:
         residuals: of the anchor and of `fit_on`, on the given prompts.
         directions: v_rev, for layers and distances.
@@ -317,14 +311,10 @@ def candidate_spans(
         ranks: numbers of leading components of the per-prompt drift.
         refusal: a refusal direction at the same layers.
         n_random: random spans of each rank and kind.
-        rng: source of randomness.
 
     Returns:
         Kind -> spans: `v_rev`; `drift` and `drift_orthogonal` (to v_rev, at the layers where anything is left) of each
         rank; `refusal`; `isotropic`, `covariance_matched` of the drifts' ranks; `whole_state`.
-
-    Raises:
-        GravlensError: a missing checkpoint or layer, a rank above the number of drifts.
     """
     check_states(residuals)
     vs = directions.defined()

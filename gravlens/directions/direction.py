@@ -77,7 +77,7 @@ class _OfLayers(Generic[S]):
         if found := [one for one in self if one.layer == layer]:
             return found[0]
         raise GravlensError(
-            f"No {type(self).__name__[:-1].lower()} of layer {layer!r}.",
+            f"There is no {type(self).__name__[:-1].lower()} of layer {layer!r} here.",
             f"Layers: {', '.join(map(str, self.layers))}.",
             "one of these, or locate_vrev with that layer.",
         )

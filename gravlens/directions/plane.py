@@ -17,7 +17,8 @@ def residual_plane(residuals: Residuals, direction: Direction, *, prompts: bool 
 
     The anchor is (0, 0), the witness–anchor distance is 1 on both axes. `along` is ⟨h − h(anchor), v⟩ / distance, the
     `fraction` of `follow`; `across` is the first principal component (centred) of the checkpoints' mean states without
-    v, its sign the runs' mean. A plane shows 2 of d_model directions: near on it may be far apart.
+    v, its sign the runs' mean. A plane shows 2 of d_model directions: near on it may be far apart. GravlensError for an
+    undefined direction, another geometry, a missing layer or anchor.
 
     Args:
         residuals: hold `anchor` and the layer; every checkpoint is placed and counts in the PCA.
@@ -28,9 +29,6 @@ def residual_plane(residuals: Residuals, direction: Direction, *, prompts: bool 
         A row per checkpoint (and prompt): `checkpoint`, `kind` (`witness`, `anchor`, `run`, `other`), `run`, `step`,
         `layer`, `prompt` (<NA>: the mean over prompts), `along`, `across` (both in distances);
         `attrs["across_share"]`: the component's share of the rest's variance over checkpoints.
-
-    Raises:
-        GravlensError: an undefined direction, another geometry, a missing layer or anchor.
     """
     check_states(residuals)
     one_direction(direction)

@@ -33,7 +33,6 @@ def span_of(
 
     Args:
         vectors: [vector, d_model] or [d_model], any length.
-        layer: number of the layer.
         distance: the witness–anchor distance there, residual units; the unit of strength.
         name: the `estimator` in results.
     """
@@ -53,7 +52,7 @@ def leading_components(
     _, values, rows = np.linalg.svd(drift.astype(np.float64), full_matrices=False)
     if rank < 1 or rank > len(rows):
         raise GravlensError(
-            f"{rank} components were requested.", f"{len(drift)} drifts have 1 to {len(rows)}.", "a smaller rank."
+            f"{rank} components were asked for.", f"{len(drift)} drifts have 1 to {len(rows)}.", "a smaller rank."
         )
     signs = np.where(rows[:rank] @ drift.mean(0, dtype=np.float64) < 0, -1.0, 1.0)
     return rows[:rank] * signs[:, None], values[:rank] ** 2 / (values**2).sum()
@@ -62,16 +61,14 @@ def leading_components(
 def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequence[str], rank: int = 1) -> Subspaces:
     """Leading components of the drift h(θ_t; x) − h(anchor; x) over prompts, one subspace per layer.
 
-    Defined by runs, to compare with the history-defined v_rev; fit on some runs, test on others.
+    Defined by runs, to compare with the history-defined v_rev; fit on some runs, test on others. GravlensError for a
+    missing layer or checkpoint, or more components than drifts.
 
     Args:
         residuals: hold `anchor` and the checkpoints.
         directions: v_rev, for layers and distances.
         at: checkpoints `"{run}/{step}"`, pooled.
         rank: number of components.
-
-    Raises:
-        GravlensError: a missing layer or checkpoint, or more components than drifts.
     """
     check_states(residuals)
     spaces = []
@@ -137,14 +134,12 @@ def random_like(
 ) -> Like:
     """Draw random directions or subspaces matched in layer, rank and distance: the placebo.
 
+    GravlensError for no directions, states of other layers, or states that do not vary.
+
     Args:
         spans: one or several; undefined directions are left out.
-        rng: source of randomness.
         states: [prompt, layer, d_model]; draw random mixtures Σ_i g_i (h_i − mean h), g normal, instead of
             isotropically.
-
-    Raises:
-        GravlensError: no directions, states of other layers, or states that do not vary.
     """
     several: Any = Subspaces((spans,)) if isinstance(spans, Subspace) else spans
     if not isinstance(several, Subspaces):

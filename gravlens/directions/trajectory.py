@@ -151,15 +151,13 @@ def follow(
     """Follow the drift h(θ_t) − h(anchor) of every run along the directions.
 
     alignment = cos(drift, v), projection = ⟨drift, v⟩, fraction = projection / distance (docs/trajectory.md).
+    GravlensError without a run or a defined direction.
 
     Args:
         residuals: of one or several prompt sets (the directions' own is called `given`), or a sequence, of which probes
             and held-out prompts are read at the directions' layers.
         directions: one or several.
         layers_in_mean: layers of the mean (default: all of the directions').
-
-    Raises:
-        GravlensError: the residuals hold no run, or no direction is defined.
     """
     directions = Directions.of(directions)
     sets = _sets_of(residuals, directions)
@@ -251,7 +249,7 @@ def mean_state(residuals: Residuals, checkpoint: str, layers: Sequence[int]) -> 
 def drifts(residuals: Residuals, run: str, layers: Sequence[int]) -> Float[np.ndarray, "step layer d_model"]:
     """h_l(θ_t) − h_l(anchor) of a run: means over prompts in fp64."""
     if run not in residuals.runs:
-        raise GravlensError(f"Run {run!r} is unknown.", f"Runs: {list(residuals.runs)}.", "one of these.")
+        raise GravlensError(f"There is no run {run!r} here.", f"Runs: {list(residuals.runs)}.", "one of these.")
     anchor = mean_state(residuals, "anchor", layers)
     return np.stack([mean_state(residuals, f"{run}/{step}", layers) - anchor for step in residuals.runs[run]])
 

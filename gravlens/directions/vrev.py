@@ -55,7 +55,9 @@ def locate_vrev(
     """Locate v_rev at one layer or all: the unit vector from the anchor's mean state towards the witness's.
 
     v_rev,l = unit(h_l(witness) − h_l(anchor)), h_l the mean over the prompts of `resid_post` at the last prompt token
-    ("The Gravitational Interpretation of Fine-Tuning Reversion", arXiv 2606.28525).
+    ("The Gravitational Interpretation of Fine-Tuning Reversion", arXiv 2606.28525). GravlensError for no prompts; a
+    layer out of range; the requested layer's difference is within the forward pass's own noise (with several layers it
+    is marked `.undefined` instead).
 
     Args:
         source: a sequence or its TOML file (reads its probes), or residuals that hold `witness` and `anchor`.
@@ -63,10 +65,6 @@ def locate_vrev(
         prompts: replace the sequence's probes.
         estimator: (witness states, anchor states) [prompt, d_model] -> [d_model]; its length is the distance.
         placement: device and dtype for reading a sequence.
-
-    Raises:
-        GravlensError: no prompts; a layer out of range; the requested layer's difference is within the forward pass's
-            own noise (with several layers it is marked `.undefined` instead).
     """
     if not isinstance(source, Residuals):
         sequence = ModelSequence.of(source)
@@ -102,7 +100,6 @@ def direction_from(
 
     Args:
         vector: [d_model], any length but 0.
-        layer: number of the layer.
         distance: strength 1, residual units; default: the vector's length.
         name: the `estimator` in results.
     """

@@ -31,13 +31,12 @@ def bootstrap_alignment(
 
     Each draw resamples the prompts once for all runs, steps and layers, and the runs once for all steps that the same
     runs have (two-way cluster bootstrap: Owen, "The pigeonhole bootstrap", 2007). The directions are held fixed: their
-    own sampling error is not included (`split_half_reliability`, `cross_fit`).
+    own sampling error is not included (`split_half_reliability`, `cross_fit`). GravlensError for no run, no defined
+    direction, no draws, an invalid level.
 
     Args:
         residuals: with `anchor` and the runs; best on prompts that the directions were not estimated on.
         directions: one direction per layer.
-        draws: number of bootstrap draws.
-        rng: source of randomness.
         layers_in_mean: layers of the mean (default: all of the directions').
         level: of the intervals, between 0 and 1.
         interval: `basic` reflects the draws' quantiles about the estimate and widens those over n runs by
@@ -47,9 +46,6 @@ def bootstrap_alignment(
     Returns:
         `measure` (`alignment`, `fraction`), `run` (`mean`: the mean over runs), `step, layer`, `estimate, low, high`.
         The mean of a single run has no interval (NaN); a run without drift makes its step's mean NaN.
-
-    Raises:
-        GravlensError: no run, no defined direction, no draws, an invalid level.
     """
     residuals, directions = check_states(residuals), Directions.of(directions)
     if draws < 1 or not 0 < level < 1 or interval not in ("basic", "percentile"):

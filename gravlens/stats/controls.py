@@ -74,6 +74,7 @@ def compare_witnesses(
 
     An earlier or later witness, another lineage, an equally distant checkpoint that is no ancestor: read an alignment
     with its pair's distance and cosine with v_rev. The drift always starts at `anchor` (docs/controls.md).
+    GravlensError for an unknown name, or a pair that does not differ at one of the layers.
 
     Args:
         probes: locate the directions; hold `witness`, `anchor` and the named checkpoints.
@@ -84,9 +85,6 @@ def compare_witnesses(
 
     Returns:
         Columns `witness, anchor, run, step, alignment, fraction, distance` (residual units), `cosine_with_v_rev`.
-
-    Raises:
-        GravlensError: an unknown name, or a pair that does not differ at one of the layers.
     """
     check_states(probes)
     v_rev = _between(probes, "witness", "anchor", layers_in_mean)
@@ -152,17 +150,13 @@ def anchor_ratio(
 
     The siblings' unbiased variance (summed over d) estimates E‖a‖², the mean of ‖h(W) − h(A_i)‖² estimates E‖w − a‖²
     (docs/controls.md). A run's endpoint does depend on its anchor: this is the independent endpoint's case only. The
-    draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981).
+    draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981). GravlensError for fewer than 3
+    siblings with the anchor; an unknown name or layer.
 
     Args:
         residuals: hold `witness`, `anchor` and the siblings, on the same prompts.
         siblings: names; `anchor` always counts as one.
         layers: layers to estimate at.
-        draws: number of bootstrap draws.
-        rng: source of randomness.
-
-    Raises:
-        GravlensError: fewer than 3 siblings with the anchor; an unknown name or layer.
     """
     check_states(residuals)
     names = tuple(dict.fromkeys(["anchor", *siblings]))
@@ -198,15 +192,7 @@ def independent_endpoints(
     """`anchor_ratio`'s expected cosine r/(1 + r) as a null, equal at every step: what sharing the anchor makes.
 
     The draws spread as the estimate does, over siblings; one endpoint's cosine spreads further. Arguments as
-    `anchor_ratio`; `layers` defaults to all.
-
-    Args:
-        residuals: hold `witness`, `anchor` and the siblings.
-        siblings: names.
-        steps: steps that the null serves.
-        draws: number of draws.
-        rng: source of randomness.
-        layers: of the null.
+    `anchor_ratio`; `layers` defaults to all of the residuals', `steps` are those that the null serves.
     """
     check_states(residuals)
     layers = residuals.layers if layers is None else layers
@@ -226,7 +212,7 @@ def closure(
     """Share of the gap between a run and its unaligned twin that has closed.
 
     closure(t) = 1 − ⟨h(W_t) − h(θ_t), v_rev⟩ / distance: 0 where the same data moves both alike, 1 where the run has
-    reached its twin; above 0 is reversion beyond the common drift.
+    reached its twin; above 0 is reversion beyond the common drift. GravlensError where their steps differ.
 
     Args:
         runs: residuals with `anchor` and the runs.
@@ -237,9 +223,6 @@ def closure(
 
     Returns:
         Columns `run, step, layer, closure`.
-
-    Raises:
-        GravlensError: a run and its twin have different steps.
     """
     chosen = directions.at(layers)
     # from the states: the twin's residuals hold no anchor to take a drift from

@@ -112,8 +112,6 @@ def covariance_matched(
         samples: the anchor's states, or per-prompt drifts; one column per direction (undefined ones may be left out).
         steps: the steps that the null serves; each has its own draws.
         draws: per step.
-        rng: source of randomness.
-        name: of the null.
         centred: Σ about the samples' mean; False for drifts, where Σ is their second moment.
     """
     defined, columns = defined_columns(Directions.of(directions), samples)
@@ -172,8 +170,6 @@ def swapped_labels(
         probes: residuals with `witness` and `anchor` that v_rev is located on.
         held_out: residuals with `anchor` and the run, on other prompts.
         run: name of the run.
-        draws: number of draws.
-        rng: source of randomness.
     """
     check_states(probes)
     _check_apart(probes, held_out, "v_rev and the drift")
@@ -208,8 +204,6 @@ def other_prompts(
         directions: one direction per layer.
         run: name of the run.
         draws: number of subsets, each as large as the held-out set.
-        rng: source of randomness.
-        name: of the null.
     """
     _check_apart(held_out, others, "The two sets")
     defined, size = directions.defined(), held_out.values.shape[1]

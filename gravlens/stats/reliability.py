@@ -32,7 +32,6 @@ def cross_fit(
         residuals: `witness`, `anchor` and runs on one prompt set; v_rev is the difference of means.
         layers: default: all where v_rev is defined.
         repeats: random divisions; each is used both ways.
-        rng: source of randomness.
 
     Returns:
         `run, step, layer, alignment` (mean over the 2 · repeats splits), `alignment_sd` (over splits, which overlap: no
@@ -68,7 +67,6 @@ def split_half_reliability(
         residuals: `witness`, `anchor` and any runs, on one prompt set.
         layers: default: all where v_rev is defined.
         repeats: random divisions.
-        rng: source of randomness.
 
     Returns:
         Columns `of` (`v_rev` or the run), `step` (`<NA>` for v_rev), `layer`, `reliability`.
@@ -98,7 +96,6 @@ def forward_noise(
         prompts: those that the drift is measured on.
         layers: in the order of the result.
         repeats: shuffles into batches of a random size, 1 to 32.
-        rng: source of randomness.
     """
     model = open_model(model)
     layers = [check_layer(layer, model.n_layers) for layer in layers]
