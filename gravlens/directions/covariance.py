@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
+from numpy.random import Generator
 from sklearn.covariance import ledoit_wolf_shrinkage
 
 from gravlens.core.errors import GravlensError
@@ -37,9 +38,7 @@ class Covariance:
         plain = self.deviations.T @ self.deviations
         return (1 - self.shrinkage) * plain + self.shrinkage * self.scale * np.eye(len(plain))
 
-    def draw(
-        self, mixture: Float[np.ndarray, "draw sample"], rng: np.random.Generator
-    ) -> Float[np.ndarray, "draw d_model"]:
+    def draw(self, mixture: Float[np.ndarray, "draw sample"], rng: Generator) -> Float[np.ndarray, "draw d_model"]:
         """Draw √(1 − δ) gᵀX/√n + √(δμ) z, with covariance Σ for standard normal g (`mixture`) and z."""
         drawn = np.sqrt(1 - self.shrinkage) * (mixture @ self.deviations)
         if self.shrinkage:
@@ -126,7 +125,7 @@ def draw_from_covariance(
     samples: Float[np.ndarray, "sample layer d_model"],
     *,
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     centred: bool = True,
     shrunk: bool = True,
 ) -> Float[np.ndarray, "draw layer d_model"]:
@@ -142,7 +141,7 @@ def draws_by_layer(
     samples: Float[np.ndarray, "sample layer d_model"],
     *,
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     centred: bool = True,
     shrunk: bool = True,
 ) -> Iterator[Float[np.ndarray, "draw d_model"]]:

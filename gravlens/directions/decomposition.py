@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 import xarray
 from jaxtyping import Float
+from numpy.random import Generator
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -298,7 +299,7 @@ def candidate_spans(
     ranks: Sequence[int] = (1, 2, 4, 16),
     refusal: Directions | None = None,
     n_random: int = 1,
-    rng: np.random.Generator,
+    rng: Generator,
 ) -> dict[str, list[Spans]]:
     """Fit spans that may hold what fine-tuning did on some runs, to be tested on others (docs/leaks.md).
 

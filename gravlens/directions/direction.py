@@ -175,9 +175,11 @@ def one_direction(given: Direction) -> Direction:
     return given
 
 
-def _row(direction: Direction) -> tuple[Any, ...]:
-    made = direction.undefined or ", ".join(f"{name}: {value}" for name, value in direction.made_from.items())
-    return direction.layer, direction.distance, direction.reliability, direction.estimator, made
+def _row(one: "Direction | Subspace") -> tuple[Any, ...]:
+    numbers = (one.distance, one.reliability) if isinstance(one, Direction) else (one.rank, one.distance)
+    why = one.undefined if isinstance(one, Direction) else None
+    made = why or ", ".join(f"{name}: {value}" for name, value in one.made_from.items())
+    return one.layer, *numbers, one.estimator, made
 
 
 def undefined_error(direction: Direction) -> GravlensError:
@@ -253,7 +255,7 @@ class Subspace:
         return len(self.basis)
 
     def _repr_html_(self) -> str:
-        return html.table(SUBSPACE_COLUMNS, [_subspace_row(self)], title="Subspace")
+        return html.table(SUBSPACE_COLUMNS, [_row(self)], title="Subspace")
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,13 +285,8 @@ class Subspaces(_OfLayers["Subspace"]):
         return cls(tuple(Subspace(arrays[f"basis.{i}"], **one) for i, one in enumerate(meta["subspaces"])))
 
     def _repr_html_(self) -> str:
-        rows = [_subspace_row(one) for one in self]
+        rows = [_row(one) for one in self]
         return html.table(SUBSPACE_COLUMNS, rows, title="Subspaces", rest="spaces[layer]")
-
-
-def _subspace_row(space: Subspace) -> tuple[Any, ...]:
-    made = ", ".join(f"{name}: {value}" for name, value in space.made_from.items())
-    return space.layer, space.rank, space.distance, space.estimator, made
 
 
 Span: TypeAlias = Direction | Subspace

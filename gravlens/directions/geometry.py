@@ -98,7 +98,7 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
 def raw(residuals: Residuals) -> Geometry:
     """The residual stream unchanged, h ← h."""
     check_states(residuals)
-    return Geometry("raw", dict.fromkeys(residuals.layers, _same))
+    return Geometry("raw", dict.fromkeys(residuals.layers, lambda states: states))
 
 
 def centred(residuals: Residuals) -> Geometry:
@@ -124,7 +124,7 @@ def whitened(residuals: Residuals) -> Geometry:
     Drifts drawn from Σ are isotropic here. With fewer prompts than dimensions Σ is mostly the shrinkage target: all
     directions that the probes do not span get the same unit. GravlensError for fewer than two prompts or a singular Σ.
     """
-    return Geometry("whitened", _fitted(residuals, lambda states: partial(_mixed, whitening(states))))
+    return Geometry("whitened", _fitted(residuals, _whitening))
 
 
 def without_top(residuals: Residuals, *, k: int = 1) -> Geometry:
@@ -140,7 +140,11 @@ def without_top(residuals: Residuals, *, k: int = 1) -> Geometry:
             f"The states of {residuals.values.shape[1]} prompts have {most}.",
             f"k from 1 to {most}, or more prompts.",
         )
-    return Geometry(f"without_top_{k}", _fitted(residuals, lambda states: partial(_without, _components(states)[:k])))
+
+    def fit(states: np.ndarray) -> LinearMap:
+        return partial(_without, np.linalg.svd(states - states.mean(0), full_matrices=False)[2][:k])
+
+    return Geometry(f"without_top_{k}", _fitted(residuals, fit))
 
 
 GEOMETRIES: tuple[Fit, ...] = (raw, centred, standardised, whitened, without_top, partial(without_top, k=3))
@@ -162,11 +166,13 @@ def _fitted(residuals: Residuals, fit: Callable[[np.ndarray], LinearMap]) -> dic
 def _standardising(states: np.ndarray) -> LinearMap:
     spread = states.std(0)
     varies = spread > 2.0**-23 * np.abs(states).max(0)  # beyond the rounding of fp32
-    return partial(_scaled, np.divide(1, spread, out=np.zeros_like(spread), where=varies))
+    weights = np.divide(1, spread, out=np.zeros_like(spread), where=varies)
+    return lambda states: states * weights
 
 
-def _components(states: np.ndarray) -> Float[np.ndarray, "component d_model"]:
-    return np.linalg.svd(states - states.mean(0), full_matrices=False)[2]
+def _whitening(states: np.ndarray) -> LinearMap:
+    root = whitening(states)
+    return lambda given: given @ root.T
 
 
 def _gain(linear: LinearMap, width: int) -> float:
@@ -175,17 +181,5 @@ def _gain(linear: LinearMap, width: int) -> float:
     return float(np.sqrt(np.mean(np.sum(linear(axes) ** 2, axis=1))))
 
 
-def _same(states: np.ndarray) -> np.ndarray:
-    return states
-
-
-def _scaled(weights: np.ndarray, states: np.ndarray) -> np.ndarray:
-    return states * weights
-
-
 def _without(rows: np.ndarray, states: np.ndarray) -> np.ndarray:
     return states - (states @ rows.T) @ rows
-
-
-def _mixed(matrix: np.ndarray, states: np.ndarray) -> np.ndarray:
-    return states @ matrix.T

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
+from numpy.random import Generator
 from scipy.linalg import orth, subspace_angles
 
 from gravlens.activations.residuals import Residuals, check_states
@@ -130,7 +131,7 @@ Like = TypeVar("Like", bound=Span | Spans)
 
 
 def random_like(
-    spans: Like, *, rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
+    spans: Like, *, rng: Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
 ) -> Like:
     """Draw random directions or subspaces matched in layer, rank and distance: the placebo.
 
@@ -152,7 +153,7 @@ def random_like(
 
 
 def _random_twins(
-    spans: Iterable[Any], rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None
+    spans: Iterable[Any], rng: Generator, states: Float[np.ndarray, "prompt layer d_model"] | None
 ) -> Iterator[Any]:
     for i, span in enumerate(spans):
         rows, name = len(span.basis), "isotropic" if states is None else "covariance_matched"

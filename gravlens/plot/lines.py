@@ -271,15 +271,10 @@ def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
         ax.vlines(at, rows["low"], rows["high"], color=colour)
         ax.plot(at, rows["difference"], marker, color=colour, label=words(name))
     layers = sorted(table["layer"].dropna().astype(int).unique())
-    _mark_layers(ax, layers, beyond if table["layer"].isna().any() else None)
-    ax.set(xlabel="layer", ylabel=score)
-
-
-def _mark_layers(ax: Axes, layers: list[int], beyond: int | None) -> None:
-    """About a dozen layer numbers, and "all" where an intervention acted on all layers at once."""
-    shown = layers[:: 1 + len(layers) // 13]
-    ticks = {layer: str(layer) for layer in shown} | ({} if beyond is None else {beyond: "all"})
+    ticks = {layer: str(layer) for layer in layers[:: 1 + len(layers) // 13]}  # more than a dozen labels overlap
+    ticks |= {beyond: "all"} if table["layer"].isna().any() else {}
     ax.set_xticks(list(ticks), list(ticks.values()))
+    ax.set(xlabel="layer", ylabel=score)
 
 
 def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
+from numpy.random import Generator
 from scipy import stats
 
 from gravlens.activations.residuals import Residuals, check_states
@@ -22,7 +23,7 @@ def bootstrap_alignment(
     directions: Directions,
     *,
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     layers_in_mean: Sequence[int] | None = None,
     level: float = 0.95,
     interval: Interval = "basic",
@@ -75,7 +76,7 @@ def bootstrap_alignment(
     return ByLayer.concat(parts)
 
 
-def _weights(items: int, draws: int, rng: np.random.Generator) -> Float[np.ndarray, "draw item"]:
+def _weights(items: int, draws: int, rng: Generator) -> Float[np.ndarray, "draw item"]:
     """Weight of each item in each draw; the first row is the sample itself."""
     drawn = rng.multinomial(items, np.full(items, 1 / items), size=draws)
     return np.concatenate([np.ones((1, items)), drawn]) / items

@@ -9,6 +9,7 @@ import pandas as pd
 import xarray
 from einops import einsum
 from jaxtyping import Float
+from numpy.random import Generator
 
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.activations.residuals import from_start as from_start
@@ -139,7 +140,7 @@ class AnchorRatio:
 
 
 def anchor_ratio(
-    residuals: Residuals, *, siblings: Sequence[str], layers: Sequence[int], draws: int, rng: np.random.Generator
+    residuals: Residuals, *, siblings: Sequence[str], layers: Sequence[int], draws: int, rng: Generator
 ) -> AnchorRatio:
     """Estimate r of the shared anchor over siblings: the same witness, aligned with other seeds.
 
@@ -186,7 +187,7 @@ def independent_endpoints(
     *,
     steps: Sequence[int],
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     layers: Sequence[int] | None = None,
 ) -> NullDraws:
     """`anchor_ratio`'s expected cosine r/(1 + r) as a null, equal at every step: what sharing the anchor makes.

@@ -9,6 +9,7 @@ import pandas as pd
 import xarray
 from einops import einsum
 from jaxtyping import Float
+from numpy.random import Generator
 from scipy import stats
 
 from gravlens.activations.residuals import Residuals, check_states
@@ -78,7 +79,7 @@ def isotropic_quantile(probability: float, d_model: int) -> float:
     return magnitude if probability >= 0.5 else -magnitude
 
 
-def isotropic(directions: Directions, *, steps: Sequence[int], draws: int, rng: np.random.Generator) -> NullDraws:
+def isotropic(directions: Directions, *, steps: Sequence[int], draws: int, rng: Generator) -> NullDraws:
     """Uniformly random drifts, independent between layers. Nearly vacuous: real drifts are anything but isotropic.
 
     The p99 of one layer is about 2.33 / √d_model (docs/nulls.md). The draws are those of each step in `steps`;
@@ -98,7 +99,7 @@ def covariance_matched(
     *,
     steps: Sequence[int],
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     name: str = "covariance_matched",
     centred: bool = True,
 ) -> NullDraws:
@@ -125,7 +126,7 @@ def sample_covariance(
     *,
     steps: Sequence[int],
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     name: str = "sample_covariance",
     centred: bool = True,
 ) -> NullDraws:
@@ -135,7 +136,7 @@ def sample_covariance(
     return _null_of_draws(name, drawn, defined, steps)
 
 
-def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int, rng: np.random.Generator) -> NullDraws:
+def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int, rng: Generator) -> NullDraws:
     """The runs' mean cosine, had each run gone the other way with probability ½: exact for independent runs.
 
     All steps and layers of a run flip together. Up to 12 runs every pattern but the true one is a draw (`draws` and
@@ -157,9 +158,7 @@ def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int,
     return NullDraws("sign_flips", cosines, tuple(map(int, steps)), layers, of="mean")
 
 
-def swapped_labels(
-    probes: Residuals, held_out: Residuals, *, run: str, draws: int, rng: np.random.Generator
-) -> NullDraws:
+def swapped_labels(probes: Residuals, held_out: Residuals, *, run: str, draws: int, rng: Generator) -> NullDraws:
     """v_rev from probes on which witness and anchor swap places with probability ½, one probe at a time.
 
     The drift is of other prompts and stays. A draw is mean_i ε_i ⟨drift, w_i − a_i⟩ / (‖drift‖ · distance): the drift's
@@ -189,7 +188,7 @@ def other_prompts(
     *,
     run: str,
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     name: str = "other_prompts",
 ) -> NullDraws:
     """The run's cosine on random prompts out of two sets together: exact where the sets are exchangeable.
@@ -243,16 +242,6 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
     """
     check_trajectory(trajectory)
     of_kind(null, NullDraws, "NullDraws are needed.", "isotropic(directions, steps=…, draws=…, rng=…).")
-    _check_layers(trajectory, null)
-    rows, means = (_observed(table, null, prompts) for table in (trajectory.table, trajectory.layer_mean))
-    draws = null.data
-    # not the mean of the layers' quantiles: layers are correlated
-    over = draws.sel(layer=list(trajectory.layers_in_mean)).mean("layer", skipna=False)
-    each = [draws.sel(step=step, layer=layer) for step, layer in zip(rows.step, rows.layer, strict=True)]
-    return ByLayer(_compared(rows, each), _compared(means, [over.sel(step=step) for step in means.step]))
-
-
-def _check_layers(trajectory: Trajectory, null: NullDraws) -> None:
     wanted = {*trajectory.data["layer"].values.tolist(), *trajectory.layers_in_mean}
     if missing := sorted(wanted - {*null.layers}):
         raise GravlensError(
@@ -260,6 +249,12 @@ def _check_layers(trajectory: Trajectory, null: NullDraws) -> None:
             f"It has the layers {list(null.layers)}.",
             "the null and the trajectory with the same directions.",
         )
+    rows, means = (_observed(table, null, prompts) for table in (trajectory.table, trajectory.layer_mean))
+    draws = null.data
+    # not the mean of the layers' quantiles: layers are correlated
+    over = draws.sel(layer=list(trajectory.layers_in_mean)).mean("layer", skipna=False)
+    each = [draws.sel(step=step, layer=layer) for step, layer in zip(rows.step, rows.layer, strict=True)]
+    return ByLayer(_compared(rows, each), _compared(means, [over.sel(step=step) for step in means.step]))
 
 
 def _compared(rows: pd.DataFrame, draws: Sequence[xarray.DataArray]) -> pd.DataFrame:

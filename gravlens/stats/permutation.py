@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from einops import einsum
 from jaxtyping import Float
+from numpy.random import Generator
 from scipy import stats
 
 from gravlens.core.errors import GravlensError
@@ -25,10 +26,7 @@ def least_p_value(n_runs: int, alternative: Alternative = "greater") -> float:
 
 
 def sign_flip_test(
-    values: Float[np.ndarray, "run *cell"],
-    *,
-    alternative: Alternative = "greater",
-    rng: np.random.Generator | None = None,
+    values: Float[np.ndarray, "run *cell"], *, alternative: Alternative = "greater", rng: Generator | None = None
 ) -> Float[np.ndarray, "*cell"]:
     """p of a mean over runs against 0, cell by cell: whole runs change sign.
 
@@ -53,10 +51,7 @@ def sign_flip_test(
 
 
 def max_t(
-    values: Float[np.ndarray, "run *cell"],
-    *,
-    alternative: Alternative = "greater",
-    rng: np.random.Generator | None = None,
+    values: Float[np.ndarray, "run *cell"], *, alternative: Alternative = "greater", rng: Generator | None = None
 ) -> Float[np.ndarray, "*cell"]:
     """p of each cell (step × layer), adjusted for all of them: how often does the largest cell reach as far?
 
@@ -90,7 +85,7 @@ def holm(p_values: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "*cell"]:
     return adjusted.reshape(p.shape)
 
 
-def _flipped(values: np.ndarray, rng: np.random.Generator | None) -> Float[np.ndarray, "flip *cell"]:
+def _flipped(values: np.ndarray, rng: Generator | None) -> Float[np.ndarray, "flip *cell"]:
     """Σ s v / √(n Σ v²) over runs, for all flips s; the first is the sample itself."""
     v = np.asarray(values, dtype=np.float64)
     if v.ndim == 0 or len(v) == 0:
@@ -102,7 +97,7 @@ def _flipped(values: np.ndarray, rng: np.random.Generator | None) -> Float[np.nd
         return np.tensordot(signs, v / np.sqrt(len(v) * (v**2).sum(0)), 1)
 
 
-def _signs(n_runs: int, rng: np.random.Generator | None) -> Float[np.ndarray, "flip run"]:
+def _signs(n_runs: int, rng: Generator | None) -> Float[np.ndarray, "flip run"]:
     if n_runs <= ALL_SIGNS_UP_TO:
         return sign_patterns(n_runs)
     drawn = demand_rng(rng, n_runs, "sign flips").choice((1.0, -1.0), size=(RANDOM, n_runs))
@@ -123,7 +118,7 @@ def check_alternative(alternative: Alternative) -> Alternative:
     return alternative
 
 
-def demand_rng(rng: np.random.Generator | None, n_runs: int, what: str) -> np.random.Generator:
+def demand_rng(rng: Generator | None, n_runs: int, what: str) -> Generator:
     """Return `rng`, or raise where random draws need one."""
     if rng is None:
         raise GravlensError(
@@ -157,7 +152,7 @@ def detrended_correlation(
     *,
     of: Literal["levels", "changes"] = "levels",
     alternative: Alternative = "two-sided",
-    rng: np.random.Generator | None = None,
+    rng: Generator | None = None,
 ) -> DetrendedCorrelation:
     """Correlate two measures over runs and steps, less the step's mean over runs.
 
@@ -199,7 +194,7 @@ def _ranks(values: Float[np.ndarray, "run step"]) -> Float[np.ndarray, "run step
         return (ranks - ranks.mean()) / ranks.std()
 
 
-def _orders(n_runs: int, rng: np.random.Generator | None) -> np.ndarray:
+def _orders(n_runs: int, rng: Generator | None) -> np.ndarray:
     """Orders of the runs, their own first."""
     if n_runs <= EXACT_ORDERS:
         return np.array(list(permutations(range(n_runs))))
@@ -213,7 +208,7 @@ def sign_patterns(units: int) -> Float[np.ndarray, "pattern unit"]:
 
 
 def mean_under_signs(
-    values: Float[np.ndarray, "unit step layer"], draws: int, rng: np.random.Generator
+    values: Float[np.ndarray, "unit step layer"], draws: int, rng: Generator
 ) -> Float[np.ndarray, "draw step layer"]:
     """Means over units under random sign flips; for few units, under every pattern but the true one."""
     units = len(values)

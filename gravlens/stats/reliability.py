@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from einops import einsum
 from jaxtyping import Float
+from numpy.random import Generator
 
 from gravlens.activations.residuals import BATCH, Residuals, check_states, read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError, check_layer
@@ -18,9 +19,7 @@ from gravlens.models.opening import Openable, OpenModel, open_model
 Halves = Float[np.ndarray, "half split prompt"]
 
 
-def cross_fit(
-    residuals: Residuals, *, layers: Sequence[int] | None = None, repeats: int, rng: np.random.Generator
-) -> ByLayer:
+def cross_fit(residuals: Residuals, *, layers: Sequence[int] | None = None, repeats: int, rng: Generator) -> ByLayer:
     """Alignment and fraction with v_rev of one half of the prompts and the drift of the other, over random halves.
 
     On the same prompts drift and v_rev share the anchor's prompt noise and correlate without any reversion; halves do
@@ -55,7 +54,7 @@ def cross_fit(
 
 
 def split_half_reliability(
-    residuals: Residuals, *, layers: Sequence[int] | None = None, repeats: int, rng: np.random.Generator
+    residuals: Residuals, *, layers: Sequence[int] | None = None, repeats: int, rng: Generator
 ) -> pd.DataFrame:
     """How reproducible v_rev and each drift are over prompts: 1 entirely, 0 not at all.
 
@@ -84,7 +83,7 @@ def split_half_reliability(
 
 
 def forward_noise(
-    model: Openable, prompts: PromptSet, *, layers: Sequence[int], repeats: int, rng: np.random.Generator
+    model: Openable, prompts: PromptSet, *, layers: Sequence[int], repeats: int, rng: Generator
 ) -> Float[np.ndarray, " layer"]:
     """Measure how far the mean state moves without any change of weights: max ‖h − h′‖ over rebatched prompts [layer].
 
@@ -108,7 +107,7 @@ def forward_noise(
 
 
 def _in_other_batches(
-    model: OpenModel, ids: Sequence[Sequence[int]], layers: Sequence[int], rng: np.random.Generator
+    model: OpenModel, ids: Sequence[Sequence[int]], layers: Sequence[int], rng: Generator
 ) -> Float[torch.Tensor, "prompt layer d_model"]:
     """States of the prompts, in their own order, read in random batches."""
     order, size = rng.permutation(len(ids)), int(rng.integers(1, BATCH + 1))
@@ -120,7 +119,7 @@ def _in_other_batches(
     return out
 
 
-def _halves(residuals: Residuals, repeats: int, rng: np.random.Generator) -> Halves:
+def _halves(residuals: Residuals, repeats: int, rng: Generator) -> Halves:
     """Weights that average over a random half, and over the other."""
     n = residuals.values.shape[1]
     _check_repeats(repeats)

@@ -50,12 +50,18 @@ def compare_choices(
     check_states(probes)
     defined = locate_vrev(probes).defined()
     mean = defined.layers if layers_in_mean is None else defined.at(layers_in_mean).layers
-    sets = [_at_layers(one, defined.layers) for one in (probes, probes if held_out is None else held_out)]
+    sets = []
+    for one in (probes, probes if held_out is None else held_out):
+        columns = [one.layers.index(layer) for layer in defined.layers]
+        sets.append(replace(one, values=one.values[:, :, columns], layers=defined.layers))
     results = []
     for fit in geometries:
         geometry = fit(sets[0])
         mapped = [geometry.apply(one) for one in sets]
-        ratios, lengths = _participation(mapped[0]), _lengths(mapped[0])
+        witness, anchor = mapped[0].of("witness"), mapped[0].of("anchor")
+        ratios = {layer: participation_ratio(anchor[:, i]) for i, layer in enumerate(defined.layers)}
+        difference = np.linalg.norm(difference_of_means(witness, anchor), axis=-1)
+        lengths = dict(zip(defined.layers, difference.tolist(), strict=True))
         p99 = isotropic_quantile(0.99, probes.values.shape[-1]) if geometry.name == "raw" else np.nan
         for estimator in estimators:
             directions = locate_in(geometry, sets[0], estimator=estimator)
@@ -84,23 +90,6 @@ def final_choices(choices: ByLayer) -> pd.DataFrame:
     facts = {"judged": ("judged", "all"), "layers": ("layers", "min")}
     grouped = last.groupby(["estimator", "geometry"], sort=False)
     return grouped.agg(**measures, **facts, runs=("run", "nunique")).reset_index()
-
-
-def _at_layers(residuals: Residuals, layers: Sequence[int]) -> Residuals:
-    columns = [residuals.layers.index(layer) for layer in layers]
-    return replace(residuals, values=residuals.values[:, :, columns], layers=tuple(layers))
-
-
-def _participation(residuals: Residuals) -> dict[int, float]:
-    """Participation ratio of the anchor's states by layer."""
-    states = residuals.of("anchor")
-    return {layer: participation_ratio(states[:, i]) for i, layer in enumerate(residuals.layers)}
-
-
-def _lengths(residuals: Residuals) -> dict[int, float]:
-    """Length of the witness's mean difference by layer."""
-    difference = np.linalg.norm(difference_of_means(residuals.of("witness"), residuals.of("anchor")), axis=-1)
-    return dict(zip(residuals.layers, difference.tolist(), strict=True))
 
 
 def _followed(residuals: Residuals, directions: Directions, mean: Sequence[int], lengths: dict[int, float]) -> ByLayer:
