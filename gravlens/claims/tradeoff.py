@@ -18,8 +18,7 @@ def at_equal_task_loss(
     """Compare each arm with the reference arm at the arm's own task loss.
 
     The reference's points (its steps, i.e. early stops, or the run at lower rates) are joined by straight lines in
-    order of task loss, points of equal loss averaged; there is no extrapolation (docs/comparison.md). GravlensError for
-    a missing column or reference.
+    order of task loss, points of equal loss averaged; there is no extrapolation (docs/comparison.md).
 
     Args:
         table: one row per checkpoint, with columns `arm`, `task_loss`, the measure, and those of `by`.
@@ -28,8 +27,8 @@ def at_equal_task_loss(
         by: columns that pair an arm's run with the reference's, such as `("organism", "run")`.
 
     Returns:
-        The other arms' rows: `arm`, those of `by`, `task_loss`, the measure, `at_reference` (the reference's measure at
-        that task loss), `difference` (arm − reference), and `reason`, why both are NaN, or "".
+        The other arms' rows, with `at_reference` (the reference's measure at that task loss), `difference` (arm −
+        reference), and `reason`, why both are NaN, or "".
     """
     references = [reference] if isinstance(reference, str) else list(reference)
     columns = ["arm", *by, "task_loss", measure]

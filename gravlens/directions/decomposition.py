@@ -42,8 +42,7 @@ def split_drift(
 
     What two parts share goes to the first. After the parts come the run's own leading components (right singular
     vectors of the per-prompt drifts of all its steps, not centred), then the rest. The mean drift lies close to its own
-    components by construction: their share is no finding about them. GravlensError for no run, a part undefined at a
-    layer or with a reserved name, more components than drifts.
+    components by construction: their share is no finding about them.
 
     Args:
         residuals: hold `anchor` and the runs.
@@ -52,8 +51,7 @@ def split_drift(
         layers: default: those where every part is defined.
 
     Returns:
-        `run, step, layer, part, share` (of ‖drift‖², 1 in sum over parts, NaN without drift); the parts are those
-        given, `top_components` and `rest`.
+        `run, step, layer, part` (those given, `top_components`, `rest`), `share` (of ‖drift‖²; NaN without drift).
     """
     check_states(residuals)
     if taken := {OWN, REST} & parts.keys():
@@ -101,13 +99,8 @@ def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Seq
 
     Non-negative least squares (Lawson & Hanson 1974, scipy): a coefficient is the fraction of the way to that ancestor,
     0 where the drift leads away from it. Nearly collinear ancestors share their sum arbitrarily: where `condition` is
-    large read the sum, or each ancestor alone. The anchor's own excursion raises every coefficient. GravlensError for
-    no run; witnesses that are none, repeated, or equal to the anchor at a layer.
-
-    Args:
-        residuals: hold `anchor`, the runs and the witnesses.
-        witnesses: names of checkpoints.
-        layers: default: those where every witness differs from the anchor.
+    large read the sum, or each ancestor alone. The anchor's own excursion raises every coefficient. `witnesses` are
+    names of checkpoints in the residuals; GravlensError for one that equals the anchor at a layer.
 
     Returns:
         `run, step, layer, witness, coefficient, explained` (share of ‖drift‖² explained by the fit; NaN without drift),
@@ -143,14 +136,9 @@ def split_update(
     """Decompose each update θ_t − θ_anchor along the task vector θ_witness − θ_anchor, tensor by tensor.
 
     The task vector is that of Ilharco et al., "Editing models with task arithmetic" (2022), reversed. One model is open
-    at a time; with the anchor's weights and the task vector that makes three times the weights. GravlensError for a
-    model that is quantised, no plain Hugging Face model, or has other parameters than the anchor.
-
-    Args:
-        anchor: start of the updates.
-        witness: end of the task vector.
-        checkpoints: ends of the updates.
-        shared: only tensors that all three share by name and shape (a vocabulary grew, embeddings were untied).
+    at a time; with the anchor's weights and the task vector that makes three times the weights. `shared`: only tensors
+    that all three share by name and shape (a vocabulary grew, embeddings were untied). GravlensError for a model that
+    is quantised, no plain Hugging Face model, or has other parameters than the anchor.
 
     Returns:
         One row per checkpoint × parameter tensor, and `all`: `checkpoint, step, tensor, cosine, fraction` (of the task
@@ -229,12 +217,8 @@ def _nowhere(name: str, layers: Sequence[int]) -> GravlensError:
 def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> pd.DataFrame:
     """Map where each checkpoint moved: over layers, token positions, and prompts that a block has not seen.
 
-    v_rev is located per position on the given prompts and used on both sets (docs/leaks.md). GravlensError for no run,
-    a repeated position, held-out residuals of the same prompts or other positions.
-
-    Args:
-        given: residuals of witness, anchor and runs on the probes, one per position.
-        held_out: the same on other prompts, at the same positions.
+    `given` are residuals on the probes, one per position, `held_out` the same on other prompts. v_rev is located per
+    position on the given prompts and used on both sets (docs/leaks.md).
 
     Returns:
         One row per run × step × layer × position × prompt set (`given`, `held_out`): `alignment`, `fraction` as in
@@ -303,8 +287,6 @@ def candidate_spans(
 ) -> dict[str, list[Spans]]:
     """Fit spans that may hold what fine-tuning did on some runs, to be tested on others (docs/leaks.md).
 
-    GravlensError for a missing checkpoint or layer, a rank above the number of drifts.
-
     Args:
         residuals: of the anchor and of `fit_on`, on the given prompts.
         directions: v_rev, for layers and distances.
@@ -348,10 +330,10 @@ def rank_table(
     at: Sequence[str],
     refusal: Directions | None = None,
 ) -> ByLayer:
-    """Share of a run's drift in spans that were fitted without it.
+    """Share of a run's drift in spans that were fitted without it, on other prompts.
 
     Args:
-        residuals: of the anchor and of `at`, on other prompts than the spans were fitted on.
+        residuals: of the anchor and of `at`.
         spans: kind -> spans, e.g. from `candidate_spans`.
         directions: v_rev.
         at: the tested checkpoints, `"{run}/{step}"`.

@@ -72,12 +72,8 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
 
     Like `locate_vrev(geometry.apply(residuals))`, but undefined where the difference is noise: a map can remove the
     difference and keep the noise, or lengthen it. The floor is the raw one (docs/directions.md) times the root mean
-    square length of mapped unit vectors; a layer undefined in the raw states stays undefined.
-
-    Args:
-        geometry: fitted on the same probes.
-        residuals: raw, with `witness` and `anchor`.
-        estimator: (witness states, anchor states) [prompt, d_model] -> [d_model], in the geometry.
+    square length of mapped unit vectors; a layer undefined in the raw states stays undefined. `residuals` are raw, on
+    the probes that the geometry was fitted on.
     """
     width, plain = residuals.values.shape[-1], locate_vrev(residuals)  # difference of means: is there any difference?
     found = []

@@ -16,14 +16,9 @@ def residual_plane(residuals: Residuals, direction: Direction, *, prompts: bool 
     """Place witness, anchor and runs on the plane of `direction` and the first component of the rest.
 
     The anchor is (0, 0), the witness–anchor distance is 1 on both axes. `along` is ⟨h − h(anchor), v⟩ / distance, the
-    `fraction` of `follow`; `across` is the first principal component (centred) of the checkpoints' mean states without
-    v, its sign the runs' mean. A plane shows 2 of d_model directions: near on it may be far apart. GravlensError for an
-    undefined direction, another geometry, a missing layer or anchor.
-
-    Args:
-        residuals: hold `anchor` and the layer; every checkpoint is placed and counts in the PCA.
-        direction: v_rev of one layer, `vs[12]`; on its own prompts the witness lies at (1, 0).
-        prompts: add each prompt's drift h(x; θ) − h(x; anchor), of the witness and each run's last step.
+    `fraction` of `follow`; `across` is the first principal component (centred) of all checkpoints' mean states without
+    v, its sign the runs' mean. A plane shows 2 of d_model directions: near on it may be far apart. With `prompts` each
+    prompt's drift is added, of the witness and each run's last step.
 
     Returns:
         A row per checkpoint (and prompt): `checkpoint`, `kind` (`witness`, `anchor`, `run`, `other`), `run`, `step`,

@@ -30,12 +30,9 @@ NOTHING_LEFT = 1e-3  # of a unit vector: shorter remainders are rounding, not a 
 def span_of(
     vectors: Float[np.ndarray, "*vector d_model"], *, layer: int, distance: float, name: str = "given"
 ) -> Subspace:
-    """Orthonormalise vectors to a subspace; dependent ones add nothing, GravlensError where all are zero.
+    """Orthonormalise vectors of any length to a subspace; dependent ones add nothing.
 
-    Args:
-        vectors: [vector, d_model] or [d_model], any length.
-        distance: the witness–anchor distance there, residual units; the unit of strength.
-        name: the `estimator` in results.
+    GravlensError where all are zero. `distance` is the witness–anchor distance there, residual units.
     """
     basis = orth(np.atleast_2d(np.asarray(vectors, dtype=np.float64)).T).T
     if not len(basis):

@@ -122,8 +122,7 @@ class Trajectory:
     def summary(self, prompts: str | None = None) -> pd.DataFrame:
         """Mean ± SEM over runs of `alignment, fraction` of the layer mean by step: (measure, mean|sem|count).
 
-        Args:
-            prompts: `held_out` or `given` (GravlensError if missing); default: `held_out`, else `given`.
+        `prompts` is `held_out` or `given`; default: `held_out`, else `given`.
         """
         default = "held_out" if "held_out" in self.data["prompts"] else "given"
         rows = rows_on(self.layer_mean, default if prompts is None else prompts)

@@ -32,21 +32,19 @@ def bootstrap_alignment(
 
     Each draw resamples the prompts once for all runs, steps and layers, and the runs once for all steps that the same
     runs have (two-way cluster bootstrap: Owen, "The pigeonhole bootstrap", 2007). The directions are held fixed: their
-    own sampling error is not included (`split_half_reliability`, `cross_fit`). GravlensError for no run, no defined
-    direction, no draws, an invalid level.
+    own sampling error is not included (`split_half_reliability`, `cross_fit`).
 
     Args:
         residuals: with `anchor` and the runs; best on prompts that the directions were not estimated on.
         directions: one direction per layer.
         layers_in_mean: layers of the mean (default: all of the directions').
-        level: of the intervals, between 0 and 1.
         interval: `basic` reflects the draws' quantiles about the estimate and widens those over n runs by
             t(n − 1) / z · √(n / (n − 1)) (Hesterberg, "What teachers should know about the bootstrap", 2015);
             `percentile` lies too low, for resampled prompts add noise to the drift (docs/statistics.md).
 
     Returns:
-        `measure` (`alignment`, `fraction`), `run` (`mean`: the mean over runs), `step, layer`, `estimate, low, high`.
-        The mean of a single run has no interval (NaN); a run without drift makes its step's mean NaN.
+        `measure` (`alignment`, `fraction`), `run` (`mean`: over runs, NaN bounds for a single run or where a run has no
+        drift), `step, layer`, `estimate, low, high`.
     """
     residuals, directions = check_states(residuals), Directions.of(directions)
     if draws < 1 or not 0 < level < 1 or interval not in ("basic", "percentile"):

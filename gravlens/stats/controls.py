@@ -29,14 +29,8 @@ def partialled_out(directions: Directions, other: Directions) -> Directions:
 
     With `other` towards a wrong witness from the same anchor this removes what the two share: common structure, and
     part of the anchor's own excursion. Not all of it, for u is one noisy view of it: where only the anchor is shared
-    and c = r/(1 + r), a cosine of c·√((1 − c)/(1 + c)) remains (0.29 of 0.5): docs/controls.md.
-
-    Args:
-        directions: v_rev.
-        other: at the same layers.
-
-    Returns:
-        Directions of distance·‖v − ⟨v, u⟩u‖; undefined where nothing is left or `other` is undefined.
+    and c = r/(1 + r), a cosine of c·√((1 − c)/(1 + c)) remains (0.29 of 0.5): docs/controls.md. The distance becomes
+    distance·‖v − ⟨v, u⟩u‖; a layer where nothing is left or `other` is undefined becomes undefined.
     """
     directions, other = Directions.of(directions), Directions.of(other)
     return Directions(tuple(_partialled(direction, other[direction.layer]) for direction in directions))
@@ -71,21 +65,15 @@ def compare_witnesses(
     anchors: Sequence[str] = ("anchor",),
     layers_in_mean: Sequence[int],
 ) -> pd.DataFrame:
-    """Follow every run along the direction of every pair of witness and anchor.
+    """Follow every run along the direction of every pair of witness and anchor, located on `probes`.
 
     An earlier or later witness, another lineage, an equally distant checkpoint that is no ancestor: read an alignment
     with its pair's distance and cosine with v_rev. The drift always starts at `anchor` (docs/controls.md).
-    GravlensError for an unknown name, or a pair that does not differ at one of the layers.
-
-    Args:
-        probes: locate the directions; hold `witness`, `anchor` and the named checkpoints.
-        held_out: judge the runs; hold `anchor` and the runs.
-        witnesses: names of checkpoints (`"witness"` is the real one).
-        anchors: likewise (`"sibling_anchor"` has no anchor in common with the drift).
-        layers_in_mean: layers that all columns are means over.
+    GravlensError for a pair that does not differ at one of the layers.
 
     Returns:
-        Columns `witness, anchor, run, step, alignment, fraction, distance` (residual units), `cosine_with_v_rev`.
+        Columns `witness, anchor, run, step, alignment, fraction, distance` (residual units), `cosine_with_v_rev`, means
+        over `layers_in_mean`.
     """
     check_states(probes)
     v_rev = _between(probes, "witness", "anchor", layers_in_mean)
@@ -151,13 +139,8 @@ def anchor_ratio(
 
     The siblings' unbiased variance (summed over d) estimates E‖a‖², the mean of ‖h(W) − h(A_i)‖² estimates E‖w − a‖²
     (docs/controls.md). A run's endpoint does depend on its anchor: this is the independent endpoint's case only. The
-    draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981). GravlensError for fewer than 3
-    siblings with the anchor; an unknown name or layer.
-
-    Args:
-        residuals: hold `witness`, `anchor` and the siblings, on the same prompts.
-        siblings: names; `anchor` always counts as one.
-        layers: layers to estimate at.
+    draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981). `anchor` always counts as a
+    sibling; GravlensError for fewer than 3.
     """
     check_states(residuals)
     names = tuple(dict.fromkeys(["anchor", *siblings]))
@@ -221,9 +204,6 @@ def closure(
         directions: v_rev.
         pairs: (run, twin) names, trained on the same data.
         layers: layers of the mean.
-
-    Returns:
-        Columns `run, step, layer, closure`.
     """
     chosen = directions.at(layers)
     # from the states: the twin's residuals hold no anchor to take a drift from

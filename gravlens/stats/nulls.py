@@ -163,12 +163,7 @@ def swapped_labels(probes: Residuals, held_out: Residuals, *, run: str, draws: i
 
     The drift is of other prompts and stays. A draw is mean_i ε_i ⟨drift, w_i − a_i⟩ / (‖drift‖ · distance): the drift's
     projection in true distances, with every ε_i = 1 the alignment with the difference of means. Up to 12 probes every
-    pattern but the true one is a draw. GravlensError where both sets are of the same prompts, or for an unknown run.
-
-    Args:
-        probes: residuals with `witness` and `anchor` that v_rev is located on.
-        held_out: residuals with `anchor` and the run, on other prompts.
-        run: name of the run.
+    pattern but the true one is a draw. GravlensError where both sets are of the same prompts.
     """
     check_states(probes)
     _check_apart(probes, held_out, "v_rev and the drift")
@@ -193,16 +188,10 @@ def other_prompts(
 ) -> NullDraws:
     """The run's cosine on random prompts out of two sets together: exact where the sets are exchangeable.
 
-    A small p says that the drift on the held-out prompts points to v_rev more than that on the others does, not that it
-    does so at all (a permutation test over prompts: docs/nulls.md). GravlensError where both sets are of the same
-    prompts, or have no step of the run in common.
-
-    Args:
-        held_out: residuals with `anchor` and the run, on the prompts that the run is judged on.
-        others: the same on other prompts (harmless ones, random text).
-        directions: one direction per layer.
-        run: name of the run.
-        draws: number of subsets, each as large as the held-out set.
+    A small p says that the drift on the held-out prompts points to v_rev more than that on the others (harmless ones,
+    random text) does, not that it does so at all (a permutation test over prompts: docs/nulls.md). Each draw is a
+    subset as large as the held-out set. GravlensError where both sets are of the same prompts, or share no step of the
+    run.
     """
     _check_apart(held_out, others, "The two sets")
     defined, size = directions.defined(), held_out.values.shape[1]

@@ -32,16 +32,15 @@ def sign_flip_test(
 
     The null says that each run's value is symmetric about 0, so subtract the baseline first: the alignment's is not 0
     (a shared anchor, drift common to all fine-tuning), that of a run minus its own control is. All 2ⁿ flips are
-    enumerated up to 12 runs, so p is at least 2⁻ⁿ (5 runs: .031, 7: .0078); beyond, 9,999 are drawn. p is not corrected
-    for the number of cells (`max_t`, `holm`). GravlensError without a run, or without a needed rng.
+    enumerated up to 12 runs, so p is at least 2⁻ⁿ (5 runs: .031, 7: .0078); beyond, 9,999 are drawn, which needs an
+    `rng`.
 
     Args:
         values: the first axis is the run.
         alternative: of the mean; two-sided is twice the smaller side, as in scipy.
-        rng: needed for more than 12 runs.
 
     Returns:
-        p-values [*cell]; 1 where a run's value is NaN.
+        p-values [*cell], not corrected for their number (`max_t`, `holm`); 1 where a run's value is NaN.
     """
     flipped = _flipped(values, rng)
     sides = {"greater": _share_reached(flipped), "less": _share_reached(-flipped)}
@@ -57,12 +56,7 @@ def max_t(
 
     Westfall and Young's single-step max-T (1993) by sign flips of whole runs, all cells together, which keeps their
     dependence; the family-wise error is controlled in every configuration of true nulls. The statistic is
-    Σv / √(n Σv²), monotonic in Student's t but finite: a flip does not change Σv².
-
-    Args:
-        values: less their baseline (see `sign_flip_test`); the first axis is the run.
-        alternative: of the means.
-        rng: needed for more than 12 runs.
+    Σv / √(n Σv²), monotonic in Student's t but finite: a flip does not change Σv². Arguments as `sign_flip_test`.
 
     Returns:
         Adjusted p-values [*cell], at least 2⁻ⁿ; 1 where one is NaN or all are 0.
@@ -157,14 +151,8 @@ def detrended_correlation(
     """Correlate two measures over runs and steps, less the step's mean over runs.
 
     Spearman's ρ of x − mean(x) and y − mean(y): is a run that is ahead in x ahead in y? Differences are not enough: two
-    curves that rise early and flatten have changes that shrink together.
-
-    Args:
-        x: a measure, e.g. the alignment, one row per run; GravlensError for fewer than 3 runs or NaN.
-        y: another, e.g. the harmfulness, same runs and steps.
-        of: `levels`, or `changes` from step to step.
-        alternative: of the correlation.
-        rng: needed for more than 7 runs.
+    curves that rise early and flatten have changes that shrink together. `of`: `levels`, or `changes` from step to
+    step. GravlensError for fewer than 3 runs, NaN, or more than 7 runs without an `rng`.
     """
     x, y = (np.asarray(one, dtype=np.float64) for one in (x, y))
     if x.shape != y.shape or x.ndim != 2 or len(x) < 3 or not np.isfinite([x, y]).all():

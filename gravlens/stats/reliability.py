@@ -24,13 +24,8 @@ def cross_fit(residuals: Residuals, *, layers: Sequence[int] | None = None, repe
 
     On the same prompts drift and v_rev share the anchor's prompt noise and correlate without any reversion; halves do
     not. They still share the anchor's *training*, common to all prompts (a sibling anchor removes it: `substitute`).
-    Each half is noisier than the whole, which lowers the cosine: see `split_half_reliability`. GravlensError for fewer
-    than 2 prompts, no repeats, no run, or no layer where v_rev is defined.
-
-    Args:
-        residuals: `witness`, `anchor` and runs on one prompt set; v_rev is the difference of means.
-        layers: default: all where v_rev is defined.
-        repeats: random divisions; each is used both ways.
+    Each half is noisier than the whole, which lowers the cosine: see `split_half_reliability`. Each of `repeats` random
+    divisions is used both ways; `layers` defaults to those where v_rev is defined.
 
     Returns:
         `run, step, layer, alignment` (mean over the 2 · repeats splits), `alignment_sd` (over splits, which overlap: no
@@ -60,12 +55,7 @@ def split_half_reliability(
 
     r is the mean cosine of random halves' directions; the whole has 2r / (1 + r) (Spearman 1910, Brown 1910), at least
     −1. A cosine between two such vectors is at most √(reliability · reliability) on average: a low one may mean too few
-    prompts. GravlensError for fewer than 2 prompts, no repeats, or no layer where v_rev is defined.
-
-    Args:
-        residuals: `witness`, `anchor` and any runs, on one prompt set.
-        layers: default: all where v_rev is defined.
-        repeats: random divisions.
+    prompts. `layers` defaults to those where v_rev is defined.
 
     Returns:
         Columns `of` (`v_rev` or the run), `step` (`<NA>` for v_rev), `layer`, `reliability`.
@@ -87,14 +77,8 @@ def forward_noise(
 ) -> Float[np.ndarray, " layer"]:
     """Measure how far the mean state moves without any change of weights: max ‖h − h′‖ over rebatched prompts [layer].
 
-    Rounding depends on batch size and padding. A first step's `drift_norm` has a meaning only well above this.
-    GravlensError for a layer out of range or no repeats.
-
-    Args:
-        model: opened.
-        prompts: those that the drift is measured on.
-        layers: in the order of the result.
-        repeats: shuffles into batches of a random size, 1 to 32.
+    Rounding depends on batch size and padding. A first step's `drift_norm` has a meaning only well above this. The
+    prompts are shuffled `repeats` times into batches of a random size, 1 to 32.
     """
     model = open_model(model)
     layers = [check_layer(layer, model.n_layers) for layer in layers]

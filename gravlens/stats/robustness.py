@@ -30,16 +30,8 @@ def compare_choices(
 ) -> ByLayer:
     """Alignment and fraction of every run under every choice of estimator and geometry.
 
-    Layers without a v_rev in the raw residual stream are always left out: a map can lengthen noise
-    (docs/estimators.md). GravlensError for no run, no layer with a v_rev, a layer of the mean without one, or too few
-    prompts.
-
-    Args:
-        probes: fit geometries and estimate directions; hold witness and anchor.
-        held_out: states of the runs on other prompts (default: the probes).
-        layers_in_mean: layers of the mean; default: all defined.
-        estimators: (witness states, anchor states) -> direction.
-        geometries: residuals of the probes -> `Geometry`.
+    `probes` fit the geometries and the directions; the runs are followed on `held_out` (default: the probes). Layers
+    without a v_rev in the raw residual stream are always left out: a map can lengthen noise (docs/estimators.md).
 
     Returns:
         One row per estimator × geometry × run × step × layer: `alignment, fraction, judged`; `layers` (number of layers
