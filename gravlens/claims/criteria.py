@@ -69,19 +69,13 @@ class Evidence:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.names) - set(ARMS)):
-            raise GravlensError(
-                f"names= has the unknown role {unknown[0]!r}.",
-                f"Roles: {', '.join(ARMS)}.",
-                f"names={{'clamp': ({unknown[0]!r},)}}, a role and the arms that play it.",
-            )
+            found = f"names= has the unknown role {unknown[0]!r}."
+            raise GravlensError(found, f"Roles: {', '.join(ARMS)}.", f"names={{'clamp': ({unknown[0]!r},)}}.")
         for name, source in (("closures", "closure"), ("damage", "measure_damage")):
             table = getattr(self, name)
             if table is not None and "layer" in table:
-                raise GravlensError(
-                    f"{name} has a row per layer.",
-                    "A claim is judged on the layer mean.",
-                    f"{name}={source}(…).layer_mean.",
-                )
+                given = f"{name} has a row per layer."
+                raise GravlensError(given, "A claim is judged on the layer mean.", f"{name}={source}(…).layer_mean.")
 
     def called(self, role: str) -> Sequence[str]:
         """The arms that play a role."""
@@ -248,18 +242,12 @@ def _arm(evidence: Evidence, role: str) -> pd.DataFrame | None:
     if evidence.arms is None:
         return None
     if missing := set(ARM_COLUMNS) - set(evidence.arms):
-        raise GravlensError(
-            f"The table of arms has no column {sorted(missing)[0]!r}.",
-            f"It needs {', '.join(ARM_COLUMNS)}.",
-            "Findings.arms.",
-        )
+        given = f"The table of arms has no column {sorted(missing)[0]!r}."
+        raise GravlensError(given, f"It needs {', '.join(ARM_COLUMNS)}.", "Findings.arms.")
     rows = evidence.arms[evidence.arms.arm.isin(evidence.called(role))]
     if rows.seed.duplicated().any():
-        raise GravlensError(
-            f"The arm {role} has two runs of one seed.",
-            "Runs are paired by seed, from one anchor.",
-            "the runs of one organism; names={role: (arm,)} where two arms would play it.",
-        )
+        found = f"The arm {role} has two runs of one seed."
+        raise GravlensError(found, "Runs are paired by seed.", "one organism's runs, or names={role: (arm,)}.")
     return None if rows.empty else rows.set_index("seed")
 
 

@@ -58,14 +58,8 @@ def _read(frontier: pd.DataFrame | None, loss: float, measure: str) -> tuple[flo
 
 def _check(table: pd.DataFrame, columns: Sequence[str], references: Sequence[str]) -> None:
     if missing := [name for name in columns if name not in table]:
-        raise GravlensError(
-            f"The table has no column {missing[0]!r}.",
-            f"It needs {', '.join(columns)}.",
-            "measure= and by= with its columns.",
-        )
+        given = f"The table has no column {missing[0]!r}."
+        raise GravlensError(given, f"It needs {', '.join(columns)}.", "measure= and by= with its columns.")
     if absent := [name for name in references if not (table["arm"] == name).any()]:
-        raise GravlensError(
-            f"The reference {absent[0]!r} has no row.",
-            f"Arms: {', '.join(map(str, table['arm'].unique()))}.",
-            "one of these.",
-        )
+        given = f"The reference {absent[0]!r} has no row."
+        raise GravlensError(given, f"Arms: {', '.join(map(str, table['arm'].unique()))}.", "one of these.")

@@ -58,11 +58,8 @@ def estimate_covariance(
     """
     values = np.asarray(samples, dtype=np.float64)
     if values.ndim != 2 or len(values) < 2 or not np.isfinite(values).all():
-        raise GravlensError(
-            f"Samples of shape {values.shape}{'' if np.isfinite(values).all() else ', not all finite,'} were given.",
-            "A covariance needs at least two finite samples [sample, d_model].",
-            "the states of more prompts.",
-        )
+        given = f"Samples of shape {values.shape}{'' if np.isfinite(values).all() else ', not all finite,'} were given."
+        raise GravlensError(given, "A covariance needs two finite samples or more.", "the states of more prompts.")
     values = values - values.mean(0) if centred else values
     scale = float((values**2).mean())
     # δ does not depend on the unit; samples without spread have none
@@ -93,11 +90,8 @@ def whitening(
     width = rows.shape[1]
     least = min(values.min(), floor) if len(rows) < width else values.min()
     if not least > SINGULAR_BELOW * covariance.scale:
-        raise GravlensError(
-            f"The covariance of {len(samples)} samples in {width} dimensions is singular.",
-            "Whitening divides by it.",
-            "more samples.",
-        )
+        given = f"The covariance of {len(samples)} samples in {width} dimensions is singular."
+        raise GravlensError(given, "Whitening divides by it.", "more samples.")
     if len(rows) == width:  # the samples span everything: no floor to add
         return (rows.T / np.sqrt(values)) @ rows
     return (rows.T * (values**-0.5 - floor**-0.5)) @ rows + np.eye(width) / np.sqrt(floor)

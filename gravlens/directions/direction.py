@@ -76,11 +76,8 @@ class _OfLayers(Generic[S]):
     def __getitem__(self, layer: int) -> S:
         if found := [one for one in self if one.layer == layer]:
             return found[0]
-        raise GravlensError(
-            f"There is no {type(self).__name__[:-1].lower()} of layer {layer!r} here.",
-            f"Layers: {', '.join(map(str, self.layers))}.",
-            "one of these, or locate_vrev with that layer.",
-        )
+        given = f"There is no {type(self).__name__[:-1].lower()} of layer {layer!r} here."
+        raise GravlensError(given, f"Layers: {', '.join(map(str, self.layers))}.", "one of these.")
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -241,11 +238,8 @@ class Subspace:
         basis = np.atleast_2d(np.array(self.basis, dtype=np.float32))
         gram = basis.astype(np.float64) @ basis.T.astype(np.float64)
         if not np.allclose(gram, np.eye(len(basis)), atol=ORTHONORMAL_WITHIN):
-            raise GravlensError(
-                f"The basis of layer {self.layer} ({self.estimator}) is not orthonormal.",
-                "Its rows have unit length and are orthogonal.",
-                "span_of(vectors, layer=…, distance=…), which orthonormalises.",
-            )
+            given = f"The basis of layer {self.layer} ({self.estimator}) is not orthonormal."
+            raise GravlensError(given, "Rows are orthogonal, of unit length.", "span_of(vectors, layer=…, distance=…).")
         basis.flags.writeable = False
         object.__setattr__(self, "basis", basis)
 

@@ -89,11 +89,8 @@ def lda(
 
 def _paired(witness: np.ndarray, anchor: np.ndarray) -> Float[np.ndarray, "prompt d_model"]:
     if len(witness) != len(anchor):
-        raise GravlensError(
-            f"{len(witness)} states of the witness and {len(anchor)} of the anchor were given.",
-            "This estimator takes paired differences.",
-            "residuals of one prompt set, or estimator=difference_of_means.",
-        )
+        given = f"{len(witness)} states of the witness and {len(anchor)} of the anchor were given."
+        raise GravlensError(given, "This estimator takes paired differences.", "residuals of one prompt set.")
     return witness.astype(np.float64) - anchor
 
 

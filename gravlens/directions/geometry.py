@@ -41,17 +41,11 @@ class Geometry:
         GravlensError for residuals that are already mapped, or of layers without a map.
         """
         if check_states(residuals).meta.get("geometry", "raw") != "raw":
-            raise GravlensError(
-                f"These residuals are in the {residuals.meta['geometry']} geometry already.",
-                f"The {self.name} geometry is for raw states.",
-                "the residuals that cache_residuals returned.",
-            )
+            given = f"These residuals are in the {residuals.meta['geometry']} geometry already."
+            raise GravlensError(given, f"The {self.name} geometry is for raw states.", "residuals of cache_residuals.")
         if missing := [layer for layer in residuals.layers if layer not in self.maps]:
-            raise GravlensError(
-                f"The {self.name} geometry has no map of layer {', '.join(map(str, missing))}.",
-                f"Fitted layers: {', '.join(map(str, self.maps))}.",
-                "a geometry fitted on those layers too.",
-            )
+            given = f"The {self.name} geometry has no map of layer {', '.join(map(str, missing))}."
+            raise GravlensError(given, f"Fitted: {', '.join(map(str, self.maps))}.", "a geometry fitted on those too.")
         values = np.empty_like(residuals.values)
         for i, layer in enumerate(residuals.layers):
             # layer by layer: an fp64 copy of all residuals would double their memory
@@ -131,11 +125,8 @@ def without_top(residuals: Residuals, *, k: int = 1) -> Geometry:
     check_states(residuals)
     most = min(residuals.values.shape[1] - 1, residuals.values.shape[-1])
     if not 1 <= k <= most:
-        raise GravlensError(
-            f"The first {k} components were to be removed.",
-            f"The states of {residuals.values.shape[1]} prompts have {most}.",
-            f"k from 1 to {most}, or more prompts.",
-        )
+        given = f"The first {k} components were to be removed."
+        raise GravlensError(given, f"{residuals.values.shape[1]} prompts have {most}.", f"k from 1 to {most}.")
 
     def fit(states: np.ndarray) -> LinearMap:
         return partial(_without, np.linalg.svd(states - states.mean(0), full_matrices=False)[2][:k])
@@ -151,11 +142,8 @@ def _fitted(residuals: Residuals, fit: Callable[[np.ndarray], LinearMap]) -> dic
     check_states(residuals)
     states = residuals.of("anchor").astype(np.float64)
     if len(states) < 2:
-        raise GravlensError(
-            "The anchor's states of one prompt were given.",
-            "A geometry is fitted on their spread.",
-            "two probes or more; raw and centred need none.",
-        )
+        given = "The anchor's states of one prompt were given."
+        raise GravlensError(given, "A geometry is fitted on their spread.", "two probes; raw and centred need none.")
     return {layer: fit(states[:, i]) for i, layer in enumerate(residuals.layers)}
 
 

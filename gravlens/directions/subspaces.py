@@ -97,11 +97,8 @@ def orthogonal_part(spaces: Subspaces, directions: Spans) -> Subspaces:
         basis, lengths, _ = np.linalg.svd(rest.T, full_matrices=False)  # an SVD: QR would not reveal a fallen rank
         kept = basis.T[lengths > NOTHING_LEFT]
         if not len(kept):
-            raise GravlensError(
-                f"At layer {space.layer} nothing of {space.estimator} is orthogonal to {directions[space.layer]}.",
-                "An orthogonal part needs a direction.",
-                "a subspace of higher rank.",
-            )
+            given = f"At layer {space.layer} nothing of {space.estimator} is orthogonal to {directions[space.layer]}."
+            raise GravlensError(given, "An orthogonal part needs a direction.", "a subspace of higher rank.")
         # an SVD's signs are arbitrary: keep those of the subspace, for steering along it
         kept = kept * np.where((kept * rest.sum(0)).sum(1) < 0, -1.0, 1.0)[:, None]
         name, facts = f"{space.estimator}_orthogonal", dict(space.made_from)

@@ -164,11 +164,8 @@ def follow(
     wanted = directions if layers_in_mean is None else directions.at(layers_in_mean)
     mean = [direction.layer for direction in wanted if direction.undefined is None]
     if not mean:
-        raise GravlensError(
-            f"No direction of the layers {list(wanted.layers)} is defined.",
-            f"Defined: {list(defined.layers)}.",
-            "layers_in_mean with one of these.",
-        )
+        found = f"No direction of the layers {list(wanted.layers)} is defined."
+        raise GravlensError(found, f"Defined: {list(defined.layers)}.", "layers_in_mean with one of these.")
     given = [one.prompts == defined.directions[0].prompts for one in sets]
     if len(set(given)) < len(sets):
         raise GravlensError(
@@ -187,11 +184,8 @@ def rows_on(table: pd.DataFrame, prompts: str) -> pd.DataFrame:
     rows = table[table.prompts == prompts]
     if rows.empty:
         known = sorted(table.prompts.unique()) or ["none"]
-        raise GravlensError(
-            f"The runs {sorted(table.run.unique())} have no rows on the prompt set {prompts!r}.",
-            f"Prompt sets of this trajectory: {', '.join(known)}.",
-            f"prompts={known[0]!r}, or follow(…) on that set too.",
-        )
+        given = f"The runs {sorted(table.run.unique())} have no rows on the prompt set {prompts!r}."
+        raise GravlensError(given, f"Prompt sets: {', '.join(known)}.", f"prompts={known[0]!r}, or follow(…) on it.")
     return rows
 
 
@@ -222,21 +216,15 @@ def check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
     located = {direction.made_from.get("geometry", "raw") for direction in directions}
     states = {one.meta.get("geometry", "raw") for one in sets}
     if len(located | states) > 1:
-        raise GravlensError(
-            f"Geometry of the directions: {', '.join(sorted(located))}; of the states: {', '.join(sorted(states))}.",
-            "A direction has no meaning in another geometry.",
-            "geometry.apply(residuals), with the geometry of the directions.",
-        )
+        given = f"Geometry of the directions: {', '.join(sorted(located))}; of the states: {', '.join(sorted(states))}."
+        raise GravlensError(given, "Both must be in one geometry.", "geometry.apply(residuals) with the directions'.")
 
 
 def runs_of(residuals: Residuals) -> dict[str, tuple[int, ...]]:
     """Run -> steps; GravlensError where there is no run."""
     if not residuals.runs:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "A drift needs at least one run.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
+        given = f"These residuals hold no run ({', '.join(residuals.checkpoints)})."
+        raise GravlensError(given, "A drift needs a run.", 'runs={"seed0": "ft/checkpoint-*"} in the sequence.')
     return residuals.runs
 
 
@@ -304,9 +292,6 @@ def _joined(parts: Iterable[xarray.Dataset], axis: str) -> xarray.Dataset:
 
 def _columns(residuals: Residuals, layers: Sequence[int]) -> list[int]:
     if missing := [layer for layer in layers if layer not in residuals.layers]:
-        raise GravlensError(
-            f"The residuals hold no layer {', '.join(map(str, missing))}.",
-            f"They hold {list(residuals.layers)}.",
-            "cache those layers too.",
-        )
+        given = f"The residuals hold no layer {', '.join(map(str, missing))}."
+        raise GravlensError(given, f"They hold {list(residuals.layers)}.", "cache those layers too.")
     return [residuals.layers.index(layer) for layer in layers]

@@ -48,11 +48,8 @@ def bootstrap_alignment(
     """
     residuals, directions = check_states(residuals), Directions.of(directions)
     if draws < 1 or not 0 < level < 1 or interval not in ("basic", "percentile"):
-        raise GravlensError(
-            f"draws={draws}, level={level} and interval={interval!r} were given.",
-            "draws is at least 1, level between 0 and 1, interval 'basic' or 'percentile'.",
-            "draws=10_000, level=0.95.",
-        )
+        given = f"draws={draws}, level={level} and interval={interval!r} were given."
+        raise GravlensError(given, "draws ≥ 1, 0 < level < 1, interval 'basic' or 'percentile'.", "draws=10_000.")
     followed = follow(residuals, directions, layers_in_mean=layers_in_mean)
     vs = directions.defined()
     mean = [vs.layers.index(layer) for layer in followed.layers_in_mean]

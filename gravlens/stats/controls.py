@@ -92,11 +92,8 @@ def _between(residuals: Residuals, witness: str, anchor: str, layers: Sequence[i
     """The direction from one checkpoint to another, defined at all the layers."""
     found = locate_vrev(substitute(residuals, witness=witness, anchor=anchor)).at(layers)
     if undefined := [direction.layer for direction in found if direction.undefined is not None]:
-        raise GravlensError(
-            f"{witness} and {anchor} do not differ at the layers {undefined}.",
-            "All pairs are compared on the same layers.",
-            "layers_in_mean without those, or another pair.",
-        )
+        given = f"{witness} and {anchor} do not differ at the layers {undefined}."
+        raise GravlensError(given, "All pairs are compared on the same layers.", "layers_in_mean without those.")
     return found
 
 
@@ -211,11 +208,8 @@ def closure(
     parts = []
     for run, twin in pairs:
         if runs.runs.get(run) != twins.runs.get(twin):
-            raise GravlensError(
-                f"{run} has steps {runs.runs.get(run)}, its twin {twin} {twins.runs.get(twin)}.",
-                "Run and twin are paired by step.",
-                "the same save_steps for both.",
-            )
+            given = f"{run} has steps {runs.runs.get(run)}, its twin {twin} {twins.runs.get(twin)}."
+            raise GravlensError(given, "Run and twin are paired by step.", "the same save_steps for both.")
         twin_drift = drifts(from_start(twins, start="witness"), twin, layers)
         apart = gap + twin_drift - drifts(runs, run, layers)
         left = einsum(apart, chosen.vectors.astype(np.float64), "step layer d, layer d -> step layer")

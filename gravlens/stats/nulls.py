@@ -146,11 +146,8 @@ def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int,
     table = rows_on(check_trajectory(trajectory).table, prompts)
     steps = sorted(set.intersection(*(set(rows.step) for _, rows in table.groupby("run")))) if len(table) else []
     if not steps:
-        raise GravlensError(
-            f"The runs {sorted(trajectory.table.run.unique())} have no {prompts} step in common.",
-            "The mean over runs is taken by step.",
-            "runs saved at the same steps, or another prompt set.",
-        )
+        given = f"The runs {sorted(trajectory.table.run.unique())} have no {prompts} step in common."
+        raise GravlensError(given, "The mean over runs is taken by step.", "runs saved at the same steps.")
     rows = table[table.step.isin(steps)].sort_values(["run", "step", "layer"])
     layers = tuple(int(layer) for layer in sorted(rows.layer.unique()))
     alignment = rows.alignment.to_numpy(dtype=np.float64).reshape(-1, len(steps), len(layers))
@@ -233,11 +230,8 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
     of_kind(null, NullDraws, "NullDraws are needed.", "isotropic(directions, steps=…, draws=…, rng=…).")
     wanted = {*trajectory.data["layer"].values.tolist(), *trajectory.layers_in_mean}
     if missing := sorted(wanted - {*null.layers}):
-        raise GravlensError(
-            f"The null {null.name} has no draws of layer {', '.join(map(str, missing))}.",
-            f"It has the layers {list(null.layers)}.",
-            "the null and the trajectory with the same directions.",
-        )
+        given = f"The null {null.name} has no draws of layer {', '.join(map(str, missing))}."
+        raise GravlensError(given, f"It has the layers {list(null.layers)}.", "one set of directions for both.")
     rows, means = (_observed(table, null, prompts) for table in (trajectory.table, trajectory.layer_mean))
     draws = null.data
     # not the mean of the layers' quantiles: layers are correlated
@@ -260,11 +254,8 @@ def _observed(table: pd.DataFrame, null: NullDraws, prompts: str) -> pd.DataFram
     table = table if null.run is None else table[table.run == null.run]
     if table.empty:
         of_run = "" if null.run is None else f" of {null.run}"
-        raise GravlensError(
-            f"The trajectory has no {prompts} rows{of_run} at the steps {list(null.steps)}.",
-            "A null is compared by step.",
-            "draws for the trajectory's runs and steps.",
-        )
+        given = f"The trajectory has no {prompts} rows{of_run} at the steps {list(null.steps)}."
+        raise GravlensError(given, "A null is compared by step.", "draws for the trajectory's runs and steps.")
     places = [name for name in ("step", "layer") if name in table]
     if null.of == "mean":
         # a run without drift has no cosine, and the mean has none either
@@ -297,8 +288,5 @@ def _cosines_of_mixtures(
 
 def _check_apart(one: Residuals, other: Residuals, what: str) -> None:
     if one.prompts == other.prompts:
-        raise GravlensError(
-            f"{what} are of the same prompts ({one.prompts}).",
-            "This null is between two prompt sets.",
-            "other residuals for one of the two.",
-        )
+        given = f"{what} are of the same prompts ({one.prompts})."
+        raise GravlensError(given, "This null is between two prompt sets.", "other residuals for one of the two.")

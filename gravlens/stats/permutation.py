@@ -115,11 +115,8 @@ def check_alternative(alternative: Alternative) -> Alternative:
 def demand_rng(rng: Generator | None, n_runs: int, what: str) -> Generator:
     """Return `rng`, or raise where random draws need one."""
     if rng is None:
-        raise GravlensError(
-            f"There are {n_runs} runs and no rng.",
-            f"The {what} of many runs are drawn at random.",
-            "rng=np.random.default_rng(0).",
-        )
+        given = f"There are {n_runs} runs and no rng."
+        raise GravlensError(given, f"The {what} of many runs are drawn at random.", "rng=np.random.default_rng(0).")
     return rng
 
 
@@ -156,11 +153,8 @@ def detrended_correlation(
     """
     x, y = (np.asarray(one, dtype=np.float64) for one in (x, y))
     if x.shape != y.shape or x.ndim != 2 or len(x) < 3 or not np.isfinite([x, y]).all():
-        raise GravlensError(
-            f"x {x.shape} and y {y.shape} were given.",
-            "Both are finite [run, step], three runs at least.",
-            "leave out steps that a run does not have.",
-        )
+        given = f"x {x.shape} and y {y.shape} were given."
+        raise GravlensError(given, "Both are finite [run, step], three runs at least.", "leave out missing steps.")
     x, y = (one / (np.abs(one).max() or 1.0) for one in (x, y))  # one scale, for _ranks rounds to 12 digits
     raw = float((_ranks(x) * _ranks(y)).mean())
     if of == "changes":
