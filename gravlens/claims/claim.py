@@ -56,6 +56,7 @@ def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:
         raise GravlensError("The trajectory holds no run.", "A claim is about runs.", "follow(residuals, vs).")
     demands = [demand for find in DEMANDS for demand in find(evidence, alpha)]
     caps = [demand for demand in demands if not demand.holds]
+    # levels build on each other: the lowest cap counts
     level = min((demand.level - 1 for demand in caps), default=len(LEVELS) - 1)
     next_caps = [demand for demand in caps if demand.level == level + 1]
     table = pd.DataFrame([vars(demand) for demand in demands])
@@ -91,6 +92,7 @@ def _told(evidence: Evidence) -> Iterator[str]:
     """Sentences about nulls that no level demands, where not every run exceeds them."""
     demanded = ("isotropic", "weight_noise", "independent_endpoints")
     others = [null for null in evidence.nulls if null.name not in demanded and evidence.last in null.steps]
+    # not a set: the order of the nulls is that of the sentence
     for name in dict.fromkeys(null.name for null in others):
         rows = pd.concat([held_against(evidence, null) for null in others if null.name == name])
         if not rows.above.all():

@@ -113,7 +113,7 @@ def _observed(evidence: Evidence, _alpha: float) -> Iterator[Demand]:
     yield Demand(1, "judged on other prompts than v_rev's", held_out, "held out" if held_out else "given prompts alone")
     judged = evidence.final.judged.astype(bool)
     yield Demand(1, "the drift is long enough to judge", bool(judged.all()), f"{judged.sum()} of {len(judged)} runs")
-    yield _above(evidence, 1, "isotropic")
+    yield _above(evidence, 1, "isotropic")  # nearly vacuous, so of the lowest level only
 
 
 def _exceeds(evidence: Evidence, alpha: float) -> Iterator[Demand]:
@@ -159,6 +159,7 @@ def _durable(evidence: Evidence, alpha: float) -> Iterator[Demand]:
 def _p(values: pd.Series) -> float:
     """Exact one-sided sign flips over runs; 1 where a run has no value (its answers are all nonsense)."""
     found = values.to_numpy(dtype=float)
+    # a fixed seed: the verdict must not differ from call to call
     return float(sign_flip_test(found, rng=np.random.default_rng(0))) if len(found) else 1.0
 
 
@@ -191,7 +192,7 @@ def _by_run(evidence: Evidence, noise: NullDraws) -> np.ndarray:
     alignment = evidence.trajectory.data["alignment"].sel(prompts=evidence.prompts)
     steps = sorted(step for step in alignment["step"].values.tolist() if step in noise.steps)
     layers = [layer for layer in evidence.trajectory.layers_in_mean if layer in noise.layers]
-    chosen = {"step": steps, "layer": layers}
+    chosen = {"step": steps, "layer": layers}  # the noise may be drawn at fewer steps: each costs a pass
     return (alignment.sel(chosen) - noise.data.mean("draw").sel(chosen)).to_numpy()
 
 
@@ -199,7 +200,7 @@ def _control(evidence: Evidence, control: str, name: str) -> Demand:
     """The alignment with the control's direction must exceed weight noise as v_rev's does."""
     rows = None if evidence.controls is None else evidence.controls[evidence.controls.control == control]
     noise = evidence.null("weight_noise")
-    if rows is None or rows.empty or noise is None:
+    if rows is None or rows.empty or noise is None:  # without the noise there is no p99 to exceed
         return Demand(3, name, None)
     by_run = rows.groupby("run").alignment.mean()  # over several sibling anchors
     p99 = float(held_against(evidence, noise).p99.mean())
@@ -299,7 +300,7 @@ def _cost(evidence: Evidence, base: pd.DataFrame | None, clamp: pd.DataFrame | N
     weaker = [arm for arm in evidence.called("frontier") if (evidence.arms.arm == arm).any()]
     if not weaker or ratio <= MAX_COST:  # cheap enough: no need of the frontier
         return Demand(4, name, ratio <= MAX_COST, f"task loss {ratio - 1:+.1%}")
-    reference = [*evidence.called("unblocked"), *weaker]
+    reference = [*evidence.called("unblocked"), *weaker]  # all points make one frontier, per seed
     table = evidence.arms[evidence.arms.arm.isin([*reference, *evidence.called("clamp")])]
     difference = at_equal_task_loss(table, reference=reference, by=("seed",)).difference
     figures = f"task loss {ratio - 1:+.1%}; harm {difference.mean():+.1%} against the frontier there"

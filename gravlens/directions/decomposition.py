@@ -62,6 +62,7 @@ def split_drift(
     for run, steps in runs_of(residuals).items():
         mean = drifts(residuals, run, chosen)
         each = np.concatenate([drift_per_prompt(residuals, f"{run}/{step}", chosen) for step in steps])
+        # the order decides: shared variance goes to the first
         spans = [[_basis(name, part, layer) for name, part in parts.items()] for layer in chosen]
         if components:
             with np.errstate(invalid="ignore"):  # a run that does not move has components without shares
@@ -117,6 +118,7 @@ def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Seq
     results = []
     for run, steps in runs_of(residuals).items():
         mean = drifts(residuals, run, chosen)
+        # full length: a coefficient is a fraction of the way
         ways = [rows * np.array(length)[:, None] for rows, length in zip(unit, lengths, strict=True)]
         pulls = np.array([[nnls(way.T, one)[0] for way, one in zip(ways, step, strict=True)] for step in mean])
         fitted = np.einsum("slw,lwd->sld", pulls, np.stack(ways))
@@ -159,6 +161,7 @@ def split_update(
         rows.append(names.join(table))
     if not rows:
         raise GravlensError("No checkpoint was given.", "An update leads to a checkpoint.", "the runs' checkpoints.")
+    # nullable: not every checkpoint is a run's step
     return pd.concat(rows, ignore_index=True).astype({"step": "Int64"})
 
 
@@ -252,6 +255,7 @@ def _leaks(residuals: Residuals, run: str, step: int, vs: Directions) -> pd.Data
     drift = drift_per_prompt(residuals, checkpoint, vs.layers)
     to_witness = drift_per_prompt(residuals, "witness", vs.layers, start=checkpoint)
     mean, each_prompt = measure_drift(drift.mean(0), vs), measure_drift(drift, vs)
+    # rounding may pass 1, of which arccos is NaN
     refit = np.clip(measure_drift(to_witness.mean(0), vs)["alignment"], -1, 1)
     with np.errstate(invalid="ignore"):  # no drift has no share along v_rev
         share = (each_prompt["projection"] ** 2).sum(0) / (each_prompt["drift_norm"] ** 2).sum(0)
@@ -301,6 +305,7 @@ def candidate_spans(
     """
     check_states(residuals)
     vs = directions.defined()
+    # on other runs: a run's own components fit it by construction
     drift = [drift_subspaces(residuals, vs, at=fit_on, rank=rank) for rank in ranks]
     anchor = residuals.of("anchor")[:, [residuals.layers.index(layer) for layer in vs.layers]]
     draws = range(n_random)

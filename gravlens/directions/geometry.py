@@ -80,6 +80,7 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
         made_from = {**direction.made_from, "geometry": geometry.name}
         facts: dict[str, Any] = {"made_from": made_from, "undefined": undefined}
         if undefined is not None:
+            # as locate_vrev marks it
             facts |= {"vector": np.full_like(direction.vector, np.nan), "reliability": float("nan")}
         found.append(replace(direction, **facts))
     return Directions(tuple(found))
@@ -97,6 +98,7 @@ def centred(residuals: Residuals) -> Geometry:
     Nothing is fitted. (Subtracting the prompts' mean state would change no difference between checkpoints.)
     """
     width = residuals.values.shape[-1]
+    # the unit vector of ones: without it a mean is 0
     return Geometry("centred", dict.fromkeys(residuals.layers, partial(_without, np.full((1, width), width**-0.5))))
 
 

@@ -34,6 +34,7 @@ def span_of(
 
     GravlensError where all are zero. `distance` is the witness–anchor distance there, residual units.
     """
+    # by SVD: dependent vectors fall below machine precision
     basis = orth(np.atleast_2d(np.asarray(vectors, dtype=np.float64)).T).T
     if not len(basis):
         raise GravlensError(f"The vectors ({name}) are all zero.", "A subspace has a direction.", "other vectors.")
@@ -159,4 +160,4 @@ def _random_twins(
         place: dict[str, Any] = {"layer": span.layer, "distance": span.distance, "name": name}
         # span_of orthonormalises, which may flip a single vector
         twin = direction_from(vectors[0], **place) if isinstance(span, Direction) else span_of(vectors, **place)
-        yield replace(twin, prompts=span.prompts)
+        yield replace(twin, prompts=span.prompts)  # by the digest `follow` tells given from held out

@@ -166,7 +166,7 @@ def follow(
     if not mean:
         found = f"No direction of the layers {list(wanted.layers)} is defined."
         raise GravlensError(found, f"Defined: {list(defined.layers)}.", "layers_in_mean with one of these.")
-    given = [one.prompts == defined.directions[0].prompts for one in sets]
+    given = [one.prompts == defined.directions[0].prompts for one in sets]  # by digest, not by name
     if len(set(given)) < len(sets):
         raise GravlensError(
             f"{len(sets)} sets of residuals were given, {sum(given)} of them on the directions' own prompts.",
@@ -193,6 +193,7 @@ def _sets_of(source: Residuals | Sequence[Residuals] | ModelSequence, directions
     """The given residuals, or those of a sequence's probes and held-out prompts."""
     if not isinstance(source, ModelSequence):
         return [check_states(one) for one in as_list(source)]
+    # v_rev's own prompts share its noise, so both are read
     sets = [one for one in (source.probes, source.held_out) if one is not None] or [source.require_probes()]
     first = directions.directions[0]
     if first.prompts not in {one.digest for one in sets}:  # else both would count as held out, and each run twice

@@ -80,7 +80,7 @@ def locate_vrev(
     if layer is None:
         each = ((number, witness[:, i], anchor[:, i]) for i, number in enumerate(source.layers))
         return Directions(tuple(_estimate(source, *one, estimator) for one in each))
-    if np.ndim(layer):
+    if np.ndim(layer):  # 0 for a NumPy integer too
         return locate_vrev(source, estimator=estimator).at(layer)  # marks undefined layers instead of raising
     if layer not in source.layers:
         raise GravlensError(
@@ -123,6 +123,7 @@ def _estimate(
         vector=difference / distance if undefined is None else np.full_like(difference, np.nan),
         layer=layer,
         distance=distance,
+        # of noise it would be a number without meaning
         reliability=_reliability(witness, anchor, estimator) if undefined is None else float("nan"),
         estimator=getattr(estimator, "__name__", type(estimator).__name__),
         prompts=residuals.prompts,

@@ -99,11 +99,11 @@ def plot_layers(
     steps = _steps(rows, step)
     ax = axes_of(ax)
     ax.axhline(0, color="black", lw=0.7, zorder=0)
-    colours = colormaps["viridis"](np.linspace(0, 0.88, len(steps)))
-    for at, colour, marker in zip(steps, colours, cycle(MARKERS), strict=False):
+    colours = colormaps["viridis"](np.linspace(0, 0.88, len(steps)))  # not to 1: its yellow end vanishes on white
+    for at, colour, marker in zip(steps, colours, cycle(MARKERS), strict=False):  # cycle never ends
         look = {"color": colour, "marker": marker}
         _draw_layers(ax, rows[rows["step"] == at], value, label=f"step {at}", look=look)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # one layer alone would get fractional ticks
     ax.set(xlabel="layer" + _left_out(undefined), ylabel=LABELS.get(value, words(value)))
     return _legend(ax, columns=3)
 
@@ -190,7 +190,7 @@ def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.Data
 
 
 def _steps(rows: pd.DataFrame, step: int | Sequence[int] | None) -> list[int]:
-    known = sorted({int(at) for at in rows["step"]})
+    known = sorted({int(at) for at in rows["step"]})  # NumPy integers would print as np.int64(5)
     wanted = known if step is None else [step] if isinstance(step, int) else list(step)
     if not wanted or not {*wanted} <= {*known}:
         raise GravlensError(f"step={step!r} was asked for.", f"Steps with a value: {known}.", "one of those.")
@@ -223,7 +223,7 @@ def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
 
 def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
     for number, (name, null) in enumerate(nulls.groupby("null", sort=False)):
-        p99 = null.groupby("step")["p99"].max()
+        p99 = null.groupby("step")["p99"].max()  # where each run has its own draws: the strictest
         look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
         marker = "_" * (len(p99) == 1)  # one step makes no line
         ax.plot(p99.index, p99, marker=marker, ms=12, mew=1.5, label=f"{words(name)}, p99", **look)
@@ -239,7 +239,7 @@ def _mark_steps(ax: Axes, steps: np.ndarray) -> None:
             kept.append(index)
     shown = sorted(int(step) for step in steps[kept])
     ax.set_xticks(shown, [str(step) for step in shown])
-    ax.set_xticks([], minor=True)
+    ax.set_xticks([], minor=True)  # symlog marks steps that nobody measured
 
 
 def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, *, label: str, look: dict[str, Any]) -> None:
@@ -343,6 +343,7 @@ def plot_frontier(
     for number, (blocker, row) in enumerate(spread.iterrows(), 1):
         colour = "black" if blocker == baseline else GREY if blocker in twins else CYCLE[number % len(CYCLE)]
         at = (row[cost, "mean"], row[measure, "mean"])
+        # one run has no SEM
         errors = dict(zip(("xerr", "yerr"), np.nan_to_num([row[cost, "sem"], row[measure, "sem"]]), strict=True))
         look = {"fmt": MARKERS[number % len(MARKERS)], "ms": 3, "lw": 0.6, "color": colour, "capsize": 1}
         ax.errorbar(*at, **errors, **look, label=f"{number}  {words(blocker)}")

@@ -109,6 +109,7 @@ def _runs(means: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Each run's path, beginning at the anchor."""
     anchor = means[means["kind"] == "anchor"]
     ways = means[means["kind"] == "run"].sort_values("step").groupby("run", sort=False)
+    # sorted: colours must not depend on the order of rows
     return sorted((str(run), pd.concat([anchor, way])) for run, way in ways)
 
 
@@ -120,7 +121,7 @@ def _clouds(prompts: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def _look(number: int, count: int) -> dict[str, Any]:
     if count > NAMED_RUNS:
         return {"color": CYCLE[0], "marker": ".", "ms": 3, "lw": 0.7, "alpha": 0.6}
-    dashes = ("-", *DASHES, "-")
+    dashes = ("-", *DASHES, "-")  # the first run is solid, and six need six
     return {"color": CYCLE[number], "marker": MARKERS[number], "ls": dashes[number], "ms": 3, "zorder": 3}
 
 

@@ -53,7 +53,7 @@ def bootstrap_alignment(
     followed = follow(residuals, directions, layers_in_mean=layers_in_mean)
     vs = directions.defined()
     mean = [vs.layers.index(layer) for layer in followed.layers_in_mean]
-    weights = _weights(residuals.values.shape[1], draws, rng)
+    weights = _weights(residuals.values.shape[1], draws, rng)  # once: all runs and steps are read on the same prompts
     shares: dict[tuple[str, ...], np.ndarray] = {}
     parts = []
     for step in sorted({step for steps in residuals.runs.values() for step in steps}):
@@ -116,4 +116,5 @@ def _widening(n_runs: int, level: float) -> float:
     if n_runs == 1:
         return float("nan")
     side = (1 + level) / 2
+    # t for z, and the n − 1 of a variance for the n of the draws'
     return float(stats.t.ppf(side, n_runs - 1) / stats.norm.ppf(side) * np.sqrt(n_runs / (n_runs - 1)))

@@ -41,7 +41,7 @@ def _partialled(direction: Direction, other: Direction) -> Direction:
         return direction
     name = other.made_from.get("witness", other.estimator)
     v, u = direction.vector.astype(np.float64), other.vector.astype(np.float64)
-    rest = v - (v @ u) / (u @ u) * u
+    rest = v - (v @ u) / (u @ u) * u  # u has unit length to fp32 only
     left, undefined = float(np.linalg.norm(rest)), None
     if other.undefined is not None:
         undefined = f"the direction to take out ({name}) is undefined: {other.undefined}"
@@ -90,6 +90,7 @@ def compare_witnesses(
 
 def _between(residuals: Residuals, witness: str, anchor: str, layers: Sequence[int]) -> Directions:
     """The direction from one checkpoint to another, defined at all the layers."""
+    # all pairs at the same layers, or the means would not compare
     found = locate_vrev(substitute(residuals, witness=witness, anchor=anchor)).at(layers)
     if undefined := [direction.layer for direction in found if direction.undefined is not None]:
         given = f"{witness} and {anchor} do not differ at the layers {undefined}."
@@ -119,7 +120,7 @@ class AnchorRatio:
     @property
     def table(self) -> pd.DataFrame:
         """A row per layer: `layer, r, expected_cosine`, and `low, high`, the draws' central 95 %."""
-        low, high = np.quantile(self.draws, (0.025, 0.975), axis=0)
+        low, high = np.quantile(self.draws, (0.025, 0.975), axis=0)  # the middle 95 %
         columns = {"layer": self.layers, "r": self.r, "expected_cosine": self.expected_cosine}
         return pd.DataFrame({**columns, "low": low, "high": high})
 

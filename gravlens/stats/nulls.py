@@ -75,6 +75,7 @@ def isotropic_p_value(cosine: float, d_model: int) -> float:
 
 def isotropic_quantile(probability: float, d_model: int) -> float:
     """Quantile of the cosine of a uniformly random direction with a fixed one, in closed form."""
+    # cos² ~ Beta(½, (d − 1)/2), symmetric in sign
     magnitude = float(np.sqrt(stats.beta.ppf(abs(2 * probability - 1), 0.5, (d_model - 1) / 2)))
     return magnitude if probability >= 0.5 else -magnitude
 
@@ -144,11 +145,12 @@ def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int,
     at the steps that all runs have; GravlensError where there is none.
     """
     table = rows_on(check_trajectory(trajectory).table, prompts)
+    # a run that stopped early has fewer
     steps = sorted(set.intersection(*(set(rows.step) for _, rows in table.groupby("run")))) if len(table) else []
     if not steps:
         given = f"The runs {sorted(trajectory.table.run.unique())} have no {prompts} step in common."
         raise GravlensError(given, "The mean over runs is taken by step.", "runs saved at the same steps.")
-    rows = table[table.step.isin(steps)].sort_values(["run", "step", "layer"])
+    rows = table[table.step.isin(steps)].sort_values(["run", "step", "layer"])  # the order of the axes that follow
     layers = tuple(int(layer) for layer in sorted(rows.layer.unique()))
     alignment = rows.alignment.to_numpy(dtype=np.float64).reshape(-1, len(steps), len(layers))
     cosines = mean_under_signs(alignment, draws, rng)
@@ -233,7 +235,7 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
         given = f"The null {null.name} has no draws of layer {', '.join(map(str, missing))}."
         raise GravlensError(given, f"It has the layers {list(null.layers)}.", "one set of directions for both.")
     rows, means = (_observed(table, null, prompts) for table in (trajectory.table, trajectory.layer_mean))
-    draws = null.data
+    draws = null.data  # by name: the null may have more steps and layers, in another order
     # not the mean of the layers' quantiles: layers are correlated
     over = draws.sel(layer=list(trajectory.layers_in_mean)).mean("layer", skipna=False)
     each = [draws.sel(step=step, layer=layer) for step, layer in zip(rows.step, rows.layer, strict=True)]
@@ -269,6 +271,7 @@ def _null_of_draws(
 ) -> NullDraws:
     """Cosines of draws given layer by layer, divided among the steps."""
     pairs = zip(drawn, directions, strict=True)
+    # one layer at a time is in memory
     cosines = [measure_drift(drift[:, None], Directions((one,)))["alignment"][:, 0] for drift, one in pairs]
     shape = (-1, len(steps), len(directions))
     return NullDraws(name, np.stack(cosines, axis=1).reshape(shape), tuple(steps), directions.layers)

@@ -22,7 +22,7 @@ SAME = 1e-10  # sums that are equal on paper differ in their last bits; the stat
 def least_p_value(n_runs: int, alternative: Alternative = "greater") -> float:
     """Smallest p of sign flips of `n_runs` runs: 2⁻ⁿ, twice that if two-sided; 1/10,000 beyond 12 runs."""
     one_sided = 2.0**-n_runs if n_runs <= ALL_SIGNS_UP_TO else 1 / (1 + RANDOM)
-    return min(1.0, one_sided * (2 if alternative == "two-sided" else 1))
+    return min(1.0, one_sided * (2 if alternative == "two-sided" else 1))  # two-sided, one run would have 2 · ½
 
 
 def sign_flip_test(
@@ -72,7 +72,7 @@ def max_t(
 def holm(p_values: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "*cell"]:
     """Adjust p-values by Holm's step-down (1979): controls the family-wise error under any dependence."""
     p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, axis=None)
+    order = np.argsort(p, axis=None)  # over all cells; NaN sorts last and stays
     adjusted = np.empty(p.size)
     # monotonic: a larger p must not be adjusted to a smaller one
     adjusted[order] = np.maximum.accumulate(np.minimum(1.0, p.ravel()[order] * np.arange(p.size, 0, -1)))
@@ -81,7 +81,7 @@ def holm(p_values: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "*cell"]:
 
 def _flipped(values: np.ndarray, rng: Generator | None) -> Float[np.ndarray, "flip *cell"]:
     """Σ s v / √(n Σ v²) over runs, for all flips s; the first is the sample itself."""
-    v = np.asarray(values, dtype=np.float64)
+    v = np.asarray(values, dtype=np.float64)  # integers and fp32 would tie differently
     if v.ndim == 0 or len(v) == 0:
         raise GravlensError(
             f"Values of shape {v.shape} were given.", "The first axis is the run.", "values [run, step, layer]."

@@ -32,7 +32,7 @@ def cross_fit(residuals: Residuals, *, layers: Sequence[int] | None = None, repe
         standard error), `fraction`.
     """
     check_states(residuals)
-    runs_of(residuals)
+    runs_of(residuals)  # without a run there is nothing to fit
     layers, halves = _defined_layers(residuals, layers), _halves(residuals, repeats, rng)
     ways = np.concatenate([halves, halves[::-1]], axis=1)  # [half, split and split the other way, prompt]
     towards = _means(ways[0], residuals, "witness", layers)
@@ -41,6 +41,7 @@ def cross_fit(residuals: Residuals, *, layers: Sequence[int] | None = None, repe
     for checkpoint, run, step in _run_steps(residuals):
         drift = _means(ways[1], residuals, checkpoint, layers)
         cosines = _with_mean(_cosine(drift, towards))
+        # towards is not of unit length
         fractions = _with_mean(einsum(drift, towards, "split layer d, split layer d -> split layer") / distance**2)
         columns = {"alignment": cosines.mean(0), "alignment_sd": cosines.std(0, ddof=1), "fraction": fractions.mean(0)}
         axes = {"run": [run], "step": [step], "layer": list(layers)}
@@ -109,6 +110,7 @@ def _halves(residuals: Residuals, repeats: int, rng: Generator) -> Halves:
     _check_repeats(repeats)
     if n < 2:
         raise GravlensError("There is one prompt.", "It has no halves.", "residuals on more prompts.")
+    # not `permutation`, which shuffles all rows alike
     chosen = rng.permuted(np.tile(np.arange(n) < n // 2, (repeats, 1)), axis=1)
     return np.stack([chosen / (n // 2), ~chosen / (n - n // 2)])
 

@@ -47,7 +47,7 @@ def compare_choices(
         columns = [one.layers.index(layer) for layer in defined.layers]
         sets.append(replace(one, values=one.values[:, :, columns], layers=defined.layers))
     results = []
-    for fit in geometries:
+    for fit in geometries:  # the outer loop: a geometry is fitted and applied once for all estimators
         geometry = fit(sets[0])
         mapped = [geometry.apply(one) for one in sets]
         witness, anchor = mapped[0].of("witness"), mapped[0].of("anchor")
@@ -60,6 +60,7 @@ def compare_choices(
             found = _followed(mapped[1], directions, mean, lengths)
             table = found.table.assign(participation_ratio=found.table["layer"].map(ratios), isotropic_p99=p99)
             ratio = float(np.mean([ratios[layer] for layer in mean]))
+            # a mean over layers has another p99
             means = found.layer_mean.assign(participation_ratio=ratio, isotropic_p99=np.nan)
             names = {"estimator": directions.directions[0].estimator, "geometry": geometry.name}
             results.append(ByLayer(table, means).assign(names))
@@ -107,4 +108,4 @@ def _nothing(residuals: Residuals, prompts: str) -> ByLayer:
     rows = [(run, step) for run, steps in residuals.runs.items() for step in steps]
     means = pd.DataFrame(rows, columns=["run", "step"]).assign(prompts=prompts, alignment=np.nan, fraction=np.nan)
     means = means.assign(judged=False, layers=0, witness_alignment=np.nan, reliability=np.nan)
-    return ByLayer(means.assign(layer=0)[:0], means)
+    return ByLayer(means.assign(layer=0)[:0], means)  # no rows, but the columns and dtypes to concatenate
