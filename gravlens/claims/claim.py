@@ -21,13 +21,10 @@ LEVELS = (
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """The verdict (docs/claims.md).
+    """The verdict (docs/claims.md): `level` 0 to 5, as in `LEVELS`, and the `sentence` that may be said.
 
-    Attributes:
-        level: 0 to 5, as in `LEVELS`.
-        sentence: what may be said.
-        capped_by: the demand of the next level that failed or was not run; "" at level 5.
-        demands: `level, name, holds` (`<NA>`: not run), `figures`, of all levels.
+    `capped_by` is the demand of the next level that failed or was not run ("" at level 5); `demands` has the columns
+    `level, name, holds` (`<NA>`: not run), `figures`, of all levels.
     """
 
     level: int

@@ -28,13 +28,9 @@ MAX_COST = 1.1  # task loss of the clamp against the unblocked runs', where no f
 
 @dataclass(frozen=True)
 class Demand:
-    """One demand of a level.
+    """One demand of a claim level.
 
-    Attributes:
-        level: the claim level that demands it.
-        name: of what is checked.
-        holds: None: not run, which caps the level.
-        figures: the numbers, in words.
+    `holds` is None where it was not run, which caps the level; `figures` are the numbers, in words.
     """
 
     level: int

@@ -7,6 +7,7 @@ large-dimensional covariance matrices", J. Multivariate Analysis 88, 2004) shrin
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +16,9 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 
 from gravlens.core.errors import GravlensError
 
+Samples: TypeAlias = Float[np.ndarray, "sample d_model"]
+SamplesByLayer: TypeAlias = Float[np.ndarray, "sample layer d_model"]
+Matrix: TypeAlias = Float[np.ndarray, "d_model d_model"]
 SINGULAR_BELOW = 1e-12  # share of the mean eigenvalue: below it is rounding, which must not be divided by
 
 
@@ -28,12 +32,12 @@ class Covariance:
         scale: μ, the mean eigenvalue, squared residual units.
     """
 
-    deviations: Float[np.ndarray, "sample d_model"] = field(repr=False)
+    deviations: Samples = field(repr=False)
     shrinkage: float
     scale: float
 
     @property
-    def matrix(self) -> Float[np.ndarray, "d_model d_model"]:
+    def matrix(self) -> Matrix:
         """Σ itself."""
         plain = self.deviations.T @ self.deviations
         return (1 - self.shrinkage) * plain + self.shrinkage * self.scale * np.eye(len(plain))
@@ -46,9 +50,7 @@ class Covariance:
         return drawn
 
 
-def estimate_covariance(
-    samples: Float[np.ndarray, "sample d_model"], *, centred: bool = True, shrunk: bool = True
-) -> Covariance:
+def estimate_covariance(samples: Samples, *, centred: bool = True, shrunk: bool = True) -> Covariance:
     """Estimate the covariance of samples [sample, d_model] in fp64.
 
     Args:
@@ -68,16 +70,12 @@ def estimate_covariance(
     return Covariance(values / np.sqrt(len(values)), shrinkage, scale)
 
 
-def shrunk_covariance(
-    samples: Float[np.ndarray, "sample d_model"], *, centred: bool = True
-) -> Float[np.ndarray, "d_model d_model"]:
+def shrunk_covariance(samples: Samples, *, centred: bool = True) -> Matrix:
     """The Ledoit–Wolf matrix (1 − δ) S + δ μ I, squared residual units; arguments as `estimate_covariance`."""
     return estimate_covariance(samples, centred=centred).matrix
 
 
-def whitening(
-    samples: Float[np.ndarray, "sample d_model"], *, centred: bool = True
-) -> Float[np.ndarray, "d_model d_model"]:
+def whitening(samples: Samples, *, centred: bool = True) -> Matrix:
     """The symmetric Σ^(−1/2) of the Ledoit–Wolf covariance, in 1 / residual units; arguments as `estimate_covariance`.
 
     GravlensError where Σ is singular: samples without spread in some direction, and no shrinkage.
@@ -97,9 +95,7 @@ def whitening(
     return (rows.T * (values**-0.5 - floor**-0.5)) @ rows + np.eye(width) / np.sqrt(floor)
 
 
-def participation_ratio(
-    samples: Float[np.ndarray, "sample d_model"], *, centred: bool = True, shrunk: bool = False
-) -> float:
+def participation_ratio(samples: Samples, *, centred: bool = True, shrunk: bool = False) -> float:
     """(Σλ)² / Σλ² over the covariance's eigenvalues: the effective number of dimensions, 1 to d_model.
 
     Unshrunk it is at most n − 1 for n samples; shrinkage pulls it towards d_model. NaN without variance. Arguments as
@@ -116,12 +112,7 @@ def participation_ratio(
 
 
 def draw_from_covariance(
-    samples: Float[np.ndarray, "sample layer d_model"],
-    *,
-    draws: int,
-    rng: Generator,
-    centred: bool = True,
-    shrunk: bool = True,
+    samples: SamplesByLayer, *, draws: int, rng: Generator, centred: bool = True, shrunk: bool = True
 ) -> Float[np.ndarray, "draw layer d_model"]:
     """Draw from N(0, Σ) of each layer, with the layers of a draw correlated as those of a sample.
 
@@ -132,12 +123,7 @@ def draw_from_covariance(
 
 
 def draws_by_layer(
-    samples: Float[np.ndarray, "sample layer d_model"],
-    *,
-    draws: int,
-    rng: Generator,
-    centred: bool = True,
-    shrunk: bool = True,
+    samples: SamplesByLayer, *, draws: int, rng: Generator, centred: bool = True, shrunk: bool = True
 ) -> Iterator[Float[np.ndarray, "draw d_model"]]:
     """`draw_from_covariance` layer by layer, for draws that do not fit into memory at once."""
     mixture = rng.standard_normal((draws, len(samples)))  # once: the layers of a draw belong together

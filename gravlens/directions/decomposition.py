@@ -273,9 +273,8 @@ def _by_position(several: Sequence[Residuals]) -> dict[int, Residuals]:
     positions = [one.meta.get("positions", "last") for one in several]
     found = dict(zip([-1 if p == "last" else int(p) for p in positions], several, strict=True))
     if len(found) < len(several):
-        raise GravlensError(
-            f"Residuals at positions {positions} were given.", "Each position may occur once.", "leave one out."
-        )
+        given = f"Residuals at positions {positions} were given."
+        raise GravlensError(given, "Each position may occur once.", "leave one out.")
     return found
 
 

@@ -13,6 +13,7 @@ from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.core.files import read_tensors, write_tensors
 
+Samples: TypeAlias = Float[np.ndarray, "sample layer d_model"]
 COLUMNS = ("layer", "distance", "reliability", "estimator", "made from")  # as a notebook shows them
 
 
@@ -188,7 +189,7 @@ def undefined_error(direction: Direction) -> GravlensError:
     )
 
 
-def check_columns(samples: Float[np.ndarray, "sample layer d_model"], layers: Sequence[int], note: str = "") -> None:
+def check_columns(samples: Samples, layers: Sequence[int], note: str = "") -> None:
     """GravlensError where samples do not have one column per layer."""
     if samples.shape[1] != len(layers):
         raise GravlensError(
@@ -198,9 +199,7 @@ def check_columns(samples: Float[np.ndarray, "sample layer d_model"], layers: Se
         )
 
 
-def defined_columns(
-    directions: Directions, samples: Float[np.ndarray, "sample layer d_model"]
-) -> tuple[Directions, Float[np.ndarray, "sample layer d_model"]]:
+def defined_columns(directions: Directions, samples: Samples) -> tuple[Directions, Samples]:
     """Select the defined directions and their columns of `samples` (of all layers, or of the defined ones)."""
     defined = directions.defined()
     if samples.shape[1] != len(defined):
@@ -218,13 +217,8 @@ SUBSPACE_COLUMNS = ("layer", "rank", "distance", "estimator", "made from")  # as
 class Subspace:
     """A subspace of one layer's residual stream, frozen: it never refits.
 
-    Attributes:
-        basis: [rank, d_model], orthonormal rows.
-        layer: `blocks.{layer}.hook_resid_post`.
-        distance: the witness–anchor distance at that layer, residual units; the unit of strength.
-        estimator: how it was made.
-        prompts: digest of the prompts.
-        made_from: provenance.
+    `basis` [rank, d_model] has orthonormal rows; `distance` is the witness–anchor distance at that layer, residual
+    units; the rest as in `Direction`.
     """
 
     basis: Float[np.ndarray, "rank d_model"] = field(repr=False)

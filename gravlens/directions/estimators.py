@@ -5,19 +5,16 @@ are comparable between estimators; the projection also orients the direction fro
 """
 
 import numpy as np
-from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 
 from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import whitening
-from gravlens.directions.vrev import difference_of_means
+from gravlens.directions.vrev import States, Vector, difference_of_means
 
 STEPS, TOLERANCE = 1000, 1e-9  # of Weiszfeld's iteration; the tolerance is a share of the longest difference
 
 
-def geometric_median(
-    witness: Float[np.ndarray, "prompt d_model"], anchor: Float[np.ndarray, "prompt d_model"]
-) -> Float[np.ndarray, " d_model"]:
+def geometric_median(witness: States, anchor: States) -> Vector:
     """Geometric median of the paired differences Δ = h(x; witness) − h(x; anchor): argmin_m Σ ‖Δ − m‖ (Weiszfeld 1937).
 
     Robust to odd prompts up to half of them; its length, the mean difference's projection, is not. GravlensError for
@@ -37,9 +34,7 @@ def geometric_median(
     return _along(median, witness, anchor)
 
 
-def first_component(
-    witness: Float[np.ndarray, "prompt d_model"], anchor: Float[np.ndarray, "prompt d_model"]
-) -> Float[np.ndarray, " d_model"]:
+def first_component(witness: States, anchor: States) -> Vector:
     """First right singular vector of the paired differences Δ, not centred: the unit v with the largest Σ⟨Δ, v⟩².
 
     Centring would remove the mean difference itself. Prompts that differ more strongly than the mean dominate it.
@@ -48,9 +43,7 @@ def first_component(
     return _along(np.linalg.svd(_paired(witness, anchor), full_matrices=False)[2][0], witness, anchor)
 
 
-def logistic_probe(
-    witness: Float[np.ndarray, "prompt d_model"], anchor: Float[np.ndarray, "prompt d_model"]
-) -> Float[np.ndarray, " d_model"]:
+def logistic_probe(witness: States, anchor: States) -> Vector:
     """Weights of a logistic regression of witness against anchor states (scikit-learn, ridge, C = 1).
 
     Where they are separable, as usual with fewer prompts than dimensions, the ridge selects one of many directions.
@@ -65,9 +58,7 @@ def logistic_probe(
     return _along(probe.coef_[0], witness, anchor)
 
 
-def lda(
-    witness: Float[np.ndarray, "prompt d_model"], anchor: Float[np.ndarray, "prompt d_model"]
-) -> Float[np.ndarray, " d_model"]:
+def lda(witness: States, anchor: States) -> Vector:
     """Shrinkage LDA: Σ⁻¹ (mean(witness) − mean(anchor)), Σ the pooled within covariance (Ledoit and Wolf 2004).
 
     This direction *reads out* the difference best; states do not move along it: a move along the mean difference has a
@@ -87,14 +78,14 @@ def lda(
     return _along(root @ (root @ difference_of_means(witness, anchor)), witness, anchor)
 
 
-def _paired(witness: np.ndarray, anchor: np.ndarray) -> Float[np.ndarray, "prompt d_model"]:
+def _paired(witness: States, anchor: States) -> States:
     if len(witness) != len(anchor):
         given = f"{len(witness)} states of the witness and {len(anchor)} of the anchor were given."
         raise GravlensError(given, "This estimator takes paired differences.", "residuals of one prompt set.")
     return witness.astype(np.float64) - anchor
 
 
-def _along(direction: np.ndarray, witness: np.ndarray, anchor: np.ndarray) -> Float[np.ndarray, " d_model"]:
+def _along(direction: Vector, witness: States, anchor: States) -> Vector:
     """Project the mean difference onto a direction; a zero direction gives zeros."""
     squares = float(direction @ direction) or 1.0
     return direction * (direction @ difference_of_means(witness, anchor) / squares)

@@ -254,7 +254,7 @@ def measure_drift(
     drift: Float[np.ndarray, "*batch layer d_model"], directions: Directions
 ) -> dict[str, Float[np.ndarray, "*batch layer"]]:
     """The `MEASURES` of drifts along directions; the cosine of a zero drift is NaN."""
-    # fp64: at 1e-7 of a state's length an fp32 drift would be rounding alone
+    # fp64: a short drift is not far above the 1e-7 of a state's length that fp32 rounds away
     projection = einsum(drift, directions.vectors.astype(np.float64), "... layer d, layer d -> ... layer")
     norm = np.linalg.norm(drift, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):  # a first step may not have moved at all
@@ -273,13 +273,9 @@ def _follow_set(residuals: Residuals, directions: Directions) -> xarray.Dataset:
 
 
 def as_dataset(
-    run: str,
-    prompts: str,
-    steps: Sequence[int],
-    measures: Mapping[str, Float[np.ndarray, "step layer"]],
-    directions: Directions,
+    run: str, prompts: str, steps: Sequence[int], measures: Mapping[str, np.ndarray], directions: Directions
 ) -> xarray.Dataset:
-    """One run's measures and `judged` on one prompt set, [run, prompts, step, layer]."""
+    """One run's measures [step, layer] and `judged` on one prompt set, as [run, prompts, step, layer]."""
     judged = measures["drift_norm"] > JUDGED_FROM * directions.distances  # NaN compares false: not judged
     variables = {name: (AXES, values[None, None]) for name, values in {**measures, "judged": judged}.items()}
     places = ([run], [prompts], list(steps), list(directions.layers))

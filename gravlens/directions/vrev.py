@@ -15,17 +15,17 @@ from gravlens.history.sequence import ModelSequence, Prompts
 from gravlens.models.placement import Placement
 
 Source: TypeAlias = ModelSequence | Residuals | Path | str
-Estimator = Callable[[Float[np.ndarray, "prompt d_model"], Float[np.ndarray, "prompt d_model"]], np.ndarray]
+States: TypeAlias = Float[np.ndarray, "prompt d_model"]
+Vector: TypeAlias = Float[np.ndarray, " d_model"]
+Estimator = Callable[[States, States], np.ndarray]
 FACTS = ("positions", "chat_template", "system", "contrast", "geometry")  # of the residuals, in `made_from`
 # A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
-# (the same prompt in another batch or with other padding differs by less: tests/test_directions.py).
+# (the same prompt in another batch or with other padding differs by less: tests/directions/test_directions.py).
 NOISE_ROUNDINGS = 16.0
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
-def difference_of_means(
-    witness: Float[np.ndarray, "prompt d_model"], anchor: Float[np.ndarray, "prompt d_model"]
-) -> Float[np.ndarray, " d_model"]:
+def difference_of_means(witness: States, anchor: States) -> Vector:
     """mean(witness) − mean(anchor) in fp64, residual units: h_l(witness) − h_l(anchor) of the paper."""
     return witness.mean(0, dtype=np.float64) - anchor.mean(0, dtype=np.float64)
 
@@ -55,9 +55,9 @@ def locate_vrev(
     """Locate v_rev at one layer or all: the unit vector from the anchor's mean state towards the witness's.
 
     v_rev,l = unit(h_l(witness) − h_l(anchor)), h_l the mean over the prompts of `resid_post` at the last prompt token
-    ("The Gravitational Interpretation of Fine-Tuning Reversion", arXiv 2606.28525). GravlensError for no prompts; a
-    layer out of range; the requested layer's difference is within the forward pass's own noise (with several layers it
-    is marked `.undefined` instead).
+    ("The Gravitational Interpretation of Fine-Tuning Reversion", arXiv 2606.28525). GravlensError for a
+    layer out of range, or a difference within the forward pass's own noise (with several layers it is marked
+    `.undefined` instead).
 
     Args:
         source: a sequence or its TOML file (reads its probes), or residuals that hold `witness` and `anchor`.
@@ -110,9 +110,7 @@ def direction_from(
     return Direction(vector / length, layer, length if distance is None else distance, estimator=name)
 
 
-def _estimate(
-    residuals: Residuals, layer: int, witness: np.ndarray, anchor: np.ndarray, estimator: Estimator
-) -> Direction:
+def _estimate(residuals: Residuals, layer: int, witness: States, anchor: States, estimator: Estimator) -> Direction:
     difference = estimator(witness, anchor)
     distance = float(np.linalg.norm(difference))
     noise = noise_floor(residuals, layer)

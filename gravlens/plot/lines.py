@@ -155,12 +155,9 @@ def need(
     table: pd.DataFrame | HasTable, columns: Iterable[str], remedy: str = "a table of measured results."
 ) -> pd.DataFrame:
     """The table of a result; GravlensError if it has no rows or not these columns."""
-    found: Any = of_kind(
-        table if isinstance(table, pd.DataFrame) else getattr(table, "table", table),
-        pd.DataFrame,
-        "A table is needed, or a result that has one.",
-        "follow(residuals, directions), causal_effect(model, …), or their .table.",
-    )
+    found: Any = table if isinstance(table, pd.DataFrame) else getattr(table, "table", table)
+    sources = "follow(residuals, directions), causal_effect(model, …), or their .table."
+    found = of_kind(found, pd.DataFrame, "A table or a result is needed.", sources)
     missing = ", ".join(name for name in columns if name not in found.columns)
     if missing:
         raise GravlensError(f"The table has no column {missing}.", f"It has {list(found.columns)}.", "one of those.")
@@ -173,9 +170,8 @@ def _layer_mean(table: pd.DataFrame | HasLayerMean) -> pd.DataFrame:
     """The mean over layers of a result; a table by layer would be averaged over the wrong layers."""
     table = need(table if isinstance(table, pd.DataFrame) else getattr(table, "layer_mean", table), ())
     if "layer" in table:
-        raise GravlensError(
-            "The table has a row per layer.", "The layer mean is drawn.", "the result's .layer_mean, or plot_layers."
-        )
+        remedy = "the result's .layer_mean, or plot_layers."
+        raise GravlensError("The table has a row per layer.", "The layer mean is drawn.", remedy)
     return table
 
 

@@ -97,11 +97,8 @@ def _plotly() -> Any:
     try:
         from plotly import graph_objects
     except ImportError as error:
-        raise GravlensError(
-            "plotly is not installed.",
-            "It draws the interactive view.",
-            "pip install 'gravlens[plots]', or plot_residual_plane.",
-        ) from error
+        remedy = "pip install 'gravlens[plots]', or plot_residual_plane, which needs matplotlib alone."
+        raise GravlensError("plotly is not installed.", "It draws the interactive view.", remedy) from error
     return graph_objects
 
 

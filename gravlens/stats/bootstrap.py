@@ -96,10 +96,7 @@ def _resample(
 
 
 def _bounds(
-    drawn: Float[np.ndarray, "measure draw run layer"],
-    widened: Float[np.ndarray, " run"],
-    level: float,
-    interval: Interval,
+    drawn: Float[np.ndarray, "measure draw run layer"], widened: np.ndarray, level: float, interval: Interval
 ) -> Float[np.ndarray, "bound measure run layer"]:
     """Estimate, low and high; the first draw is the sample itself."""
     estimate = drawn[:, 0]

@@ -102,13 +102,9 @@ def _between(residuals: Residuals, witness: str, anchor: str, layers: Sequence[i
 class AnchorRatio:
     """Spread of alignment seeds relative to the witness's distance, and the cosine that this alone makes.
 
-    Attributes:
-        layers: the layers.
-        r: variance ratio of the anchor's excursion to the witness's, [layer]; infinite where the siblings scatter as
-            far as the witness is.
-        expected_cosine: r/(1 + r), within 0 and 1, [layer].
-        draws: of `expected_cosine` over siblings, [draw, layer]; the layers of one draw belong together.
-        siblings: names, the anchor's among them.
+    `r` [layer] is the variance ratio of the anchor's excursion to the witness's, infinite where the siblings scatter as
+    far as the witness is; `expected_cosine` is r/(1 + r), within 0 and 1; `draws` [draw, layer] are of
+    `expected_cosine` over siblings; `siblings` include the anchor.
     """
 
     layers: tuple[int, ...]

@@ -37,10 +37,7 @@ class NullDraws:
     """Draws of the cosine with v_rev under a null hypothesis.
 
     Attributes:
-        name: name of the null.
         cosines: [draw, step, layer]; the layers of one draw belong together.
-        steps: of the second axis.
-        layers: of the third axis.
         run: the only run that the draws serve, or None for every run.
         of: `run`, or `mean`: each draw is a mean over runs, to compare with the runs' mean.
     """

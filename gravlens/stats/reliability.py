@@ -17,6 +17,7 @@ from gravlens.history.prompts import PromptSet, encode, pad
 from gravlens.models.opening import Openable, OpenModel, open_model
 
 Halves = Float[np.ndarray, "half split prompt"]
+Means = Float[np.ndarray, "split layer d_model"]
 
 
 def cross_fit(residuals: Residuals, *, layers: Sequence[int] | None = None, repeats: int, rng: Generator) -> ByLayer:
@@ -130,16 +131,12 @@ def _run_steps(residuals: Residuals) -> Iterator[tuple[str, str, int]]:
     return ((f"{run}/{step}", run, step) for run, steps in residuals.runs.items() for step in steps)
 
 
-def _means(
-    half: Float[np.ndarray, "split prompt"], residuals: Residuals, checkpoint: str, layers: Sequence[int]
-) -> Float[np.ndarray, "split layer d_model"]:
+def _means(half: np.ndarray, residuals: Residuals, checkpoint: str, layers: Sequence[int]) -> Means:
     """h(checkpoint) − h(anchor), mean over each split's prompts."""
     return np.tensordot(half, drift_per_prompt(residuals, checkpoint, layers), 1)
 
 
-def _cosine(
-    one: Float[np.ndarray, "split layer d_model"], other: Float[np.ndarray, "split layer d_model"]
-) -> Float[np.ndarray, "split layer"]:
+def _cosine(one: Means, other: Means) -> Float[np.ndarray, "split layer"]:
     with np.errstate(invalid="ignore", divide="ignore"):
         norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
         return einsum(one, other, "split layer d, split layer d -> split layer") / norms
