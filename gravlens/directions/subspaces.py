@@ -50,9 +50,8 @@ def leading_components(
     """
     _, values, rows = np.linalg.svd(drift.astype(np.float64), full_matrices=False)
     if rank < 1 or rank > len(rows):
-        raise GravlensError(
-            f"{rank} components were asked for.", f"{len(drift)} drifts have 1 to {len(rows)}.", "a smaller rank."
-        )
+        given = f"{rank} components were asked for."
+        raise GravlensError(given, f"{len(drift)} drifts have 1 to {len(rows)}.", "a smaller rank.")
     signs = np.where(rows[:rank] @ drift.mean(0, dtype=np.float64) < 0, -1.0, 1.0)
     return rows[:rank] * signs[:, None], values[:rank] ** 2 / (values**2).sum()
 

@@ -83,9 +83,8 @@ def locate_vrev(
     if np.ndim(layer):  # 0 for a NumPy integer too
         return locate_vrev(source, estimator=estimator).at(layer)  # marks undefined layers instead of raising
     if layer not in source.layers:
-        raise GravlensError(
-            f"Layer {layer!r} was asked for.", f"These residuals hold layers {list(source.layers)}.", "one of these."
-        )
+        given = f"Layer {layer!r} was asked for."
+        raise GravlensError(given, f"These residuals hold layers {list(source.layers)}.", "one of these.")
     i = source.layers.index(layer)
     direction = _estimate(source, layer, witness[:, i], anchor[:, i], estimator)
     if direction.undefined is not None:

@@ -88,9 +88,8 @@ def save_figure(drawn: Axes | Figure, path: Path | str, *, formats: Sequence[str
     if path.suffix[1:] in NO_DATE:
         path, formats = path.with_suffix(""), (path.suffix[1:],)
     if unknown := [name for name in formats if name not in NO_DATE]:
-        raise GravlensError(
-            f"The format {unknown[0]!r} was asked for.", f"Formats: {', '.join(NO_DATE)}.", "one of these."
-        )
+        given = f"The format {unknown[0]!r} was asked for."
+        raise GravlensError(given, f"Formats: {', '.join(NO_DATE)}.", "one of these.")
     figure = _figure(drawn)
     # not with_suffix, which would cut "layer_0.5" at the dot
     files = {path.with_name(f"{path.name}.{name}"): name for name in formats}

@@ -83,9 +83,8 @@ def _flipped(values: np.ndarray, rng: Generator | None) -> Float[np.ndarray, "fl
     """Σ s v / √(n Σ v²) over runs, for all flips s; the first is the sample itself."""
     v = np.asarray(values, dtype=np.float64)  # integers and fp32 would tie differently
     if v.ndim == 0 or len(v) == 0:
-        raise GravlensError(
-            f"Values of shape {v.shape} were given.", "The first axis is the run.", "values [run, step, layer]."
-        )
+        given = f"Values of shape {v.shape} were given."
+        raise GravlensError(given, "The first axis is the run.", "values [run, step, layer].")
     signs = _signs(len(v), rng)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.tensordot(signs, v / np.sqrt(len(v) * (v**2).sum(0)), 1)
@@ -106,9 +105,8 @@ def _share_reached(flipped: np.ndarray, reached: np.ndarray | None = None) -> np
 def check_alternative(alternative: Alternative) -> Alternative:
     """Return a valid `alternative`, or raise."""
     if alternative not in ("greater", "less", "two-sided"):
-        raise GravlensError(
-            f"alternative={alternative!r} was given.", "Known: 'greater', 'less', 'two-sided'.", "one of these."
-        )
+        given = f"alternative={alternative!r} was given."
+        raise GravlensError(given, "Known: 'greater', 'less', 'two-sided'.", "one of these.")
     return alternative
 
 
