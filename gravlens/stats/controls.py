@@ -116,7 +116,7 @@ class AnchorRatio:
     @property
     def table(self) -> pd.DataFrame:
         """A row per layer: `layer, r, expected_cosine`, and `low, high`, the draws' central 95 %."""
-        low, high = np.quantile(self.draws, (0.025, 0.975), axis=0)  # the middle 95 %
+        low, high = np.quantile(self.draws, (0.025, 0.975), axis=0)
         columns = {"layer": self.layers, "r": self.r, "expected_cosine": self.expected_cosine}
         return pd.DataFrame({**columns, "low": low, "high": high})
 

@@ -33,7 +33,7 @@ def cross_fit(residuals: Residuals, *, layers: Sequence[int] | None = None, repe
         standard error), `fraction`.
     """
     check_states(residuals)
-    runs_of(residuals)  # without a run there is nothing to fit
+    runs_of(residuals)
     layers, halves = _defined_layers(residuals, layers), _halves(residuals, repeats, rng)
     ways = np.concatenate([halves, halves[::-1]], axis=1)  # [half, split and split the other way, prompt]
     towards = _means(ways[0], residuals, "witness", layers)
