@@ -125,7 +125,7 @@ def test_a_layer_without_a_part_is_left_out_or_refused_where_it_was_asked_for() 
     vs = Directions((undefined, direction_from(AXES[0], layer=1)))
     residuals = history({"a/1": np.tile(AXES[0], (N, 2, 1))}, layers=2)
     assert set(split_drift(residuals, {"v_rev": vs}).table["layer"]) == {1}
-    for layers, named in (([0], "v_rev is undefined at layer 0"), ([7], "no layer [7]")):
+    for layers, named in (([0], "v_rev is undefined at layer 0"), ([7], "no layer 7")):
         with refused(named):
             split_drift(residuals, {"v_rev": vs}, layers=layers)
     with refused("v_rev is undefined"):

@@ -101,14 +101,14 @@ def test_what_cannot_be_mapped_is_refused() -> None:
         leak_map([one, states(at(0, E[1]), position=-1)])
     with refused("[-1]", "[-2]"):
         leak_map([one], [other])
-    with refused("the same ones"):
+    with refused("the same prompts"):
         leak_map([one], [one])
     with refused("[]"):
         leak_map([])
     with refused("no run"):
         leak_map([Residuals(one.values[:2], ("witness", "anchor"), one.layers, one.prompts, one.meta)])
     fewer = Residuals(one.values[:, :, :1], one.checkpoints, (0,), "others", one.meta)
-    with refused("no layer [1]"):
+    with refused("no layer 1"):
         leak_map([one], [fewer])
 
 

@@ -87,7 +87,7 @@ def test_a_plane_needs_a_direction_of_these_states() -> None:
     alike = planted({"witness": (0.0, 0.0), "anchor": (0.0, 0.0)}, noise=0.0)
     with refused("undefined at layer 7"):
         residual_plane(alike, locate_vrev(alike)[7])
-    with refused("no layer [5]"):
+    with refused("no layer 5"):
         residual_plane(states, direction_from(np.ones(WIDTH), layer=5))
     with refused("whitened"):
         meant = Residuals(states.values, states.checkpoints, states.layers, "given", {"geometry": "whitened"})

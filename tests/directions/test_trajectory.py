@@ -198,7 +198,7 @@ def test_nothing_to_follow_is_an_error() -> None:
         follow(history({}), vs)
     with refused("layer 9"):
         follow(residuals, vs, layers_in_mean=[0, 9])
-    with refused("[5]"):
+    with refused("layer 5"):
         follow(residuals, Directions((Direction(V[0], 5, 1.0),)))
     with refused("undefined"):
         follow(residuals, Directions((Direction(np.full(WIDTH, np.nan), 0, 0.0, undefined="no difference"),)))

@@ -384,7 +384,7 @@ def test_two_siblings_are_too_few_and_names_and_layers_are_checked() -> None:
             anchor_ratio(residuals, siblings=few, **ask)
     with refused("'nobody'"):
         anchor_ratio(residuals, siblings=["s1", "nobody"], **ask)
-    with refused("[9]"):
+    with refused("layer 9"):
         anchor_ratio(residuals, siblings=["s1", "s2"], **{**ask, "layers": (0, 9)})
 
 
