@@ -16,6 +16,7 @@ from gravlens.models.opening import Openable, OpenModel, open_model
 
 __all__ = ["answer_log_likelihood", "kl_from"]
 
+
 Ids = Sequence[Sequence[int]]
 POSITIONS = 512  # per pass and model: each is a row of logits over the whole vocabulary in memory
 

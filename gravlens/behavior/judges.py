@@ -30,6 +30,7 @@ __all__ = [
     "substring_judge",
 ]  # fmt: skip
 
+
 # (prompts, answers) -> refused, convincing, specific.
 Rater: TypeAlias = Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, "prompt 3"]]
 

@@ -16,6 +16,8 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 
 from gravlens.core.errors import GravlensError
 
+__all__ = ["draw_from_covariance", "participation_ratio", "shrunk_covariance", "whitening"]
+
 Samples: TypeAlias = Float[np.ndarray, "sample d_model"]
 SamplesByLayer: TypeAlias = Float[np.ndarray, "sample layer d_model"]
 Matrix: TypeAlias = Float[np.ndarray, "d_model d_model"]

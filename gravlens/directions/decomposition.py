@@ -34,6 +34,7 @@ from gravlens.models.swapping import open_each
 
 __all__ = ["ancestor_pull", "candidate_spans", "leak_map", "rank_table", "split_drift", "split_update"]
 
+
 OWN, REST, WHOLE = "top_components", "rest", "all"
 NO_ANGLE = 0.1  # degrees: a drift closer to v_rev has no orthogonal part but rounding
 

@@ -13,6 +13,7 @@ from gravlens.directions.vrev import States, Vector, difference_of_means
 
 __all__ = ["difference_of_means", "first_component", "geometric_median", "lda", "logistic_probe"]
 
+
 STEPS, TOLERANCE = 1000, 1e-9  # of Weiszfeld's iteration; the tolerance is a share of the longest difference
 
 

@@ -19,6 +19,8 @@ from gravlens.directions.covariance import whitening
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import Estimator, difference_of_means, locate_vrev, noise_floor
 
+__all__ = ["Geometry", "centred", "locate_in", "raw", "standardised", "whitened", "without_top"]
+
 AXES = 512  # unit vectors mapped to estimate a map's gain; all d_model of a large model would take a [d, d] product
 LinearMap = Callable[[Float[np.ndarray, "*batch d_model"]], Float[np.ndarray, "*batch d_model"]]
 

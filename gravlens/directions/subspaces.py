@@ -24,6 +24,8 @@ from gravlens.directions.direction import (
 from gravlens.directions.trajectory import drift_per_prompt
 from gravlens.directions.vrev import direction_from
 
+__all__ = ["drift_subspaces", "orthogonal_part", "principal_angles", "share_within", "span_of", "whole_state"]
+
 NOTHING_LEFT = 1e-3  # of a unit vector: shorter remainders are rounding, not a direction
 
 

@@ -26,6 +26,7 @@ from gravlens.models.opening import Openable, OpenModel, open_model
 
 __all__ = ["DoseResponse", "Effect", "dose_response", "layerwise_effect", "measure_selectivity"]
 
+
 Condition: TypeAlias = Intervention | Sequence[Intervention]
 Make: TypeAlias = Callable[[Any], Intervention]
 N_BOOTSTRAP = 2000

@@ -19,6 +19,7 @@ from gravlens.models.precision import check_unquantised
 
 __all__ = ["readout", "readout_openings"]
 
+
 PROBE = 10.0  # root mean square of probe states: large enough for a norm's ε not to matter
 CENTRED_WITHIN = 1e-3
 

@@ -25,6 +25,7 @@ __all__ = [
     "partialled_out", "substitute",
 ]  # fmt: skip
 
+
 NOTHING_LEFT = 1e-5  # of a unit vector: an fp32 one is rounded at about 1e-7
 MIN_SIBLINGS = 3  # a spread over two is a guess
 

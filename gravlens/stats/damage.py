@@ -30,6 +30,7 @@ __all__ = [
     "measure_damage", "pruned", "reweighted", "rounded", "sign_flipped", "update_norms", "updated", "weight_noise",
 ]  # fmt: skip
 
+
 Source: TypeAlias = Checkpoint | Path | str | nn.Module | OpenModel
 # a function of the anchor that gives a damaged model for as long as its context lasts: partial(rounded, bits=4)
 Damage: TypeAlias = Callable[[OpenModel], AbstractContextManager[OpenModel]]

@@ -30,6 +30,7 @@ from gravlens.stats.permutation import mean_under_signs
 
 __all__ = ["covariance_matched", "isotropic", "other_prompts", "sample_covariance", "sign_flips", "swapped_labels"]
 
+
 TIED_WITHIN = 1e-9  # closer cosines are equal but for the order of summation
 ABOVE = 0.01 + 1e-9  # 1/100 of 99 draws, and its rounding
 
