@@ -14,6 +14,8 @@ from gravlens.history.prompt_formats import check_rows, read_entries, read_rows
 from gravlens.history.prompts import Mask, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 
+__all__ = ["Contrast", "cache_contrasts", "read_contrast"]
+
 
 @dataclass(frozen=True)
 class Contrast:

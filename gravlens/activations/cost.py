@@ -21,6 +21,8 @@ from gravlens.history.sources import Resolved
 from gravlens.models.placement import Placement
 from gravlens.models.precision import as_dtype
 
+__all__ = ["Forecast", "Machine", "plan_reading"]
+
 SUSTAINED = 0.4  # share of a vendor's peak FLOP/s that dense forward passes reach: assumed, not measured
 STATE_PASSES = 3  # states are written in blocks, read back, and written as one array, each time with their SHA-256
 
