@@ -42,7 +42,7 @@ class Claim:
 
 
 def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:
-    """The highest level whose demands, and those of all levels below it, hold (docs/claims.md lists them).
+    """Find the highest level at which its demands and those of all lower levels hold (docs/claims.md lists them).
 
     Nothing is claimed beyond the anchor that the runs start from. A demand that was not run caps the level as one that
     failed does, and is named.
@@ -52,7 +52,7 @@ def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:
         alpha: the largest p of the sign-flip tests over runs: below 5 runs none of them can hold at .05.
 
     Raises:
-        GravlensError: the trajectory holds no run; a table lacks a column.
+        GravlensError: the trajectory holds no run; a column is missing from a table.
     """
     of_kind(evidence, Evidence, "Evidence is needed.", "Evidence(follow(residuals, directions), nulls=[…]).")
     if evidence.rows.empty:

@@ -33,7 +33,7 @@ class Demand:
     """One thing that a level demands.
 
     Attributes:
-        level: whose demand it is.
+        level: the claim level that demands it.
         name: of what is checked.
         holds: None: it was not run, and so caps the level.
         figures: the numbers, in words.
@@ -51,13 +51,13 @@ class Evidence:
 
     Attributes:
         trajectory: the unblocked runs, all from one anchor.
-        nulls: draws of `isotropic`, `weight_noise`, `independent_endpoints`, and any others, which are told.
+        nulls: draws of `isotropic`, `weight_noise`, `independent_endpoints`, and any others, which are reported.
         controls: `control, run, alignment` (layer mean, last step): `sibling_anchor`, `wrong_witness_removed`.
-        closures: of `closure`: `run, step, layer, closure`.
-        damage: of `measure_damage`: `damage, layer, alignment, judged`.
-        arms: a row a run at its last step: `arm, seed, harmfulness, fraction_final, task_loss`.
+        closures: `closure(…).layer_mean`: `run, step, closure`.
+        damage: `measure_damage(…).layer_mean`: `damage, alignment, judged`.
+        arms: one row per run at its last step: `arm, seed, harmfulness, fraction_final, task_loss`.
         anchor_harm: the anchor's harmfulness.
-        names: role -> arms that play it, for roles whose arms are not called as in `ARMS`.
+        names: role -> names of its arms, where they differ from `ARMS`.
     """
 
     trajectory: Trajectory
@@ -76,6 +76,14 @@ class Evidence:
                 f"The roles that arms play are {', '.join(ARMS)}.",
                 f"names={{'clamp': ({unknown[0]!r},)}}, a role and the arms that play it.",
             )
+        for name, source in (("closures", "closure"), ("damage", "measure_damage")):
+            table = getattr(self, name)
+            if table is not None and "layer" in table:
+                raise GravlensError(
+                    f"{name} has a row per layer.",
+                    "A claim is judged on the mean over layers.",
+                    f"{name}={source}(…).layer_mean.",
+                )
 
     def called(self, role: str) -> Sequence[str]:
         """The arms that play a role."""
@@ -92,20 +100,25 @@ class Evidence:
 
     @property
     def rows(self) -> pd.DataFrame:
-        """The trajectory on held-out prompts (without: on the given ones), columns as in `Trajectory.table`."""
-        table = self.trajectory.table
-        held_out = table[table.prompts == "held_out"]
-        return held_out if len(held_out) else table
+        """`Trajectory.layer_mean` on held-out prompts, or on the given ones where there are no others."""
+        table = self.trajectory.layer_mean
+        return table[table.prompts == self.prompts]
+
+    @property
+    def prompts(self) -> str:
+        """The prompt set that the claim is judged on."""
+        known = self.trajectory.data["prompts"].values
+        return "held_out" if "held_out" in known or not len(known) else "given"
 
     @property
     def final(self) -> pd.DataFrame:
-        """The layer mean at the last step, a row a run, columns as in `Trajectory.table`."""
-        return self.rows[self.rows.layer.isna() & (self.rows.step == self.last)]
+        """The layer mean at the last step, one row per run."""
+        return self.rows[self.rows.step == self.last]
 
 
 # --- what each level demands --------------------------------------------------------------------------------------
 def _observed(evidence: Evidence, _alpha: float) -> Iterator[Demand]:
-    held_out = bool((evidence.rows.prompts == "held_out").all())
+    held_out = evidence.prompts == "held_out"
     yield Demand(1, "judged on other prompts than v_rev's", held_out, "held out" if held_out else "given prompts alone")
     judged = evidence.final.judged.astype(bool)
     yield Demand(1, "the drift is long enough to judge", bool(judged.all()), f"{judged.sum()} of {len(judged)} runs")
@@ -164,7 +177,7 @@ def _p(values: pd.Series) -> float:
 
 
 def _above(evidence: Evidence, level: int, name: str) -> Demand:
-    """Every run's layer mean above the null's p99 at the last step; so few draws as have no p99 are as good as none."""
+    """Every run's layer mean above the null's p99 at the last step; too few draws for a p99 count as not run."""
     null, title = evidence.null(name), f"above {name.replace('_', ' ')}"
     if null is None:
         return Demand(level, title, None)
@@ -177,22 +190,17 @@ def _above(evidence: Evidence, level: int, name: str) -> Demand:
 
 def held_against(evidence: Evidence, null: NullDraws) -> pd.DataFrame:
     """`compare`'s rows of the layer mean at the last step."""
-    rows = compare(evidence.trajectory, null, prompts=str(evidence.rows.prompts.iloc[0]))
-    return rows[rows.layer.isna() & (rows.step == evidence.last)]
+    rows = compare(evidence.trajectory, null, prompts=evidence.prompts).layer_mean
+    return rows[rows.step == evidence.last]
 
 
 def _by_run(evidence: Evidence, noise: NullDraws) -> np.ndarray:
     """Alignment less the noise's mean, [run, step, layer], at the steps and layers of the noise."""
-    rows = evidence.rows[evidence.rows.layer.notna() & evidence.rows.step.isin(noise.steps)]
-    table = rows.pivot_table(index="run", columns=["step", "layer"], values="alignment", dropna=False)
-    steps = sorted(int(step) for step in rows.step.unique())
+    alignment = evidence.trajectory.data["alignment"].sel(prompts=evidence.prompts)
+    steps = sorted(step for step in alignment["step"].values.tolist() if step in noise.steps)
     layers = [layer for layer in evidence.trajectory.layers_in_mean if layer in noise.layers]
-    means = noise.cosines.mean(0)
-    cells = [
-        [table[step, layer].to_numpy() - means[noise.steps.index(step), noise.layers.index(layer)] for layer in layers]
-        for step in steps
-    ]
-    return np.moveaxis(np.array(cells, dtype=float), -1, 0)
+    chosen = {"step": steps, "layer": layers}
+    return (alignment.sel(chosen) - noise.data.mean("draw").sel(chosen)).to_numpy()
 
 
 def _control(evidence: Evidence, control: str, name: str) -> Demand:
@@ -220,7 +228,7 @@ def _closure(evidence: Evidence, alpha: float) -> Demand:
     name = "closure of the gap to the unaligned twin"
     if evidence.closures is None or evidence.closures.empty:
         return Demand(3, name, None)
-    rows = evidence.closures[evidence.closures.layer.isna()]
+    rows = evidence.closures
     final = rows[rows.step == rows.step.max()].closure
     p = _p(final)
     return Demand(3, name, p <= alpha, f"{final.mean():.3f}, p = {p:.3f}")
@@ -230,7 +238,7 @@ def _damage(evidence: Evidence) -> Demand:
     name = "damage alone is less aligned"
     if evidence.damage is None or evidence.damage.empty:
         return Demand(3, name, None)
-    rows = evidence.damage[evidence.damage.layer.isna()].dropna(subset="alignment")
+    rows = evidence.damage.dropna(subset="alignment")
     rows = rows[rows.judged.astype(bool)] if "judged" in rows else rows
     mean = float(evidence.final.alignment.mean())
     if rows.empty:

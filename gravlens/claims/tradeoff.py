@@ -15,7 +15,7 @@ def at_equal_task_loss(
     reference: str | Sequence[str] = "unblocked",
     by: Sequence[str] = ("run",),
 ) -> pd.DataFrame:
-    """Hold each arm against the reference arm at the arm's own task loss.
+    """Compare each arm with the reference arm at the arm's own task loss.
 
     The reference's points (its steps, which are early stops, or the same run at lower rates) are joined by straight
     lines in the order of their task loss, points of equal loss at their mean; nothing is read beyond their ends

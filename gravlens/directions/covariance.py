@@ -54,7 +54,7 @@ def estimate_covariance(
     """The covariance of samples, in fp64.
 
     Args:
-        samples: one a row, residual units.
+        samples: one per row, residual units.
         centred: about the samples' mean; False: about 0, so that what is common to all samples counts.
         shrunk: by Ledoit and Wolf; False: the sample covariance, which spans no more than the samples.
 
@@ -82,7 +82,7 @@ def shrunk_covariance(
     """The Ledoit–Wolf (2004) covariance matrix (1 − δ) S + δ μ I of samples, squared residual units.
 
     Args:
-        samples: one a row, residual units.
+        samples: one per row, residual units.
         centred: S about the samples' mean, or about 0.
 
     Raises:
@@ -97,7 +97,7 @@ def whitening(
     """The symmetric Σ^(−1/2) of the Ledoit–Wolf covariance: states times it have covariance 1 where Σ is theirs.
 
     Args:
-        samples: one a row, residual units.
+        samples: one per row, residual units.
         centred: Σ about the samples' mean, or about 0.
 
     Returns:
@@ -131,7 +131,7 @@ def participation_ratio(
     The plain one is at most n − 1 of n samples, the shrunk one is pulled towards d_model.
 
     Args:
-        samples: one a row, in any unit.
+        samples: one per row, in any unit.
         centred: about the samples' mean, or about 0.
         shrunk: by Ledoit and Wolf, or not.
 
@@ -165,7 +165,7 @@ def draw_from_covariance(
     and no [d, d] matrix is made.
 
     Args:
-        samples: a layer's one a row, residual units.
+        samples: a layer's one per row, residual units.
         draws: how many.
         rng: source of randomness.
         centred: about the samples' mean, or about 0.

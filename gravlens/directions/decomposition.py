@@ -1,11 +1,12 @@
 """Where the motion goes: a drift over named directions, over several ancestors; an update over the weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
+import xarray
 from jaxtyping import Float
 from scipy.optimize import nnls
 from torch import Tensor
@@ -18,11 +19,11 @@ from gravlens.directions.subspaces import (
     drift_subspaces,
     leading_components,
     orthogonal_part,
-    random_spans,
+    random_like,
     share_within,
     whole_state,
 )
-from gravlens.directions.trajectory import JUDGED_FROM, drift_per_prompt, drifts, measure_drift
+from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, drift_per_prompt, drifts, measure_drift, runs_of
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved
@@ -36,7 +37,7 @@ OWN, REST, WHOLE = "top_components", "rest", "all"
 # --- the drift over directions ----------------------------------------------------------------------------------
 def split_drift(
     residuals: Residuals, parts: Mapping[str, Spans], *, components: int = 3, layers: Sequence[int] | None = None
-) -> pd.DataFrame:
+) -> ByLayer:
     """Split each drift h(θ_t) − h(anchor) by orthogonal projection, in the order of `parts`.
 
     A part counts with what is orthogonal to the parts before it, so what two parts share goes to the first. After the
@@ -51,27 +52,28 @@ def split_drift(
         layers: which ones (default: those where every part is defined).
 
     Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over the layers), `part, share` (of ‖drift‖²; 1 in sum over parts,
-        NaN where there is no drift). Parts are those given, `top_components` and `rest`.
+        `.table` with columns `run, step, layer, part, share` (of ‖drift‖²; 1 in sum over parts, NaN where there is no
+        drift), `.layer_mean` without `layer`. Parts are those given, `top_components` and `rest`.
 
     Raises:
-        GravlensError: no run, a part that is undefined at a layer or has a name of ours, more components than drifts.
+        GravlensError: no run, a part that is undefined at a layer or has a reserved name, more components than drifts.
     """
     check_states(residuals)
     if taken := {OWN, REST} & parts.keys():
         raise GravlensError(f"A part is called {taken.pop()!r}.", f"{OWN} and {REST} are added.", "another name.")
     chosen = _layers(residuals, parts) if layers is None else tuple(layers)
     names = [*parts, *([OWN] if components else []), REST]
-    frames = []
-    for run, steps in _runs(residuals).items():
+    results = []
+    for run, steps in runs_of(residuals).items():
         mean = drifts(residuals, run, chosen)
         each = np.concatenate([drift_per_prompt(residuals, f"{run}/{step}", chosen) for step in steps])
         spans = [[_basis(name, part, layer) for name, part in parts.items()] for layer in chosen]
         if components:
             spans = [[*rows, _components(each[:, i], components)] for i, rows in enumerate(spans)]
         shares = np.stack([_shares(mean[:, i], rows) for i, rows in enumerate(spans)], axis=1)
-        frames.append(_tidy(run, steps, chosen, {"part": names, "share": shares}))
-    return pd.concat(frames, ignore_index=True)
+        axes = {"run": [run], "step": list(steps), "layer": list(chosen), "part": names}
+        results.append(ByLayer.of(xarray.Dataset({"share": (tuple(axes), shares[None])}, axes)))
+    return ByLayer.concat(results)
 
 
 def _components(drift: Float[np.ndarray, "drift d_model"], rank: int) -> Float[np.ndarray, "rank d_model"]:
@@ -102,9 +104,7 @@ def _basis(name: str, part: Spans, layer: int) -> Float[np.ndarray, "rank d_mode
 
 
 # --- the drift over ancestors -----------------------------------------------------------------------------------
-def ancestor_pull(
-    residuals: Residuals, witnesses: Sequence[str], *, layers: Sequence[int] | None = None
-) -> pd.DataFrame:
+def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Sequence[int] | None = None) -> ByLayer:
     """Which of several ancestors pulls: min over c ≥ 0 of ‖drift − Σ_i c_i (h(W_i) − h(anchor))‖, for each drift.
 
     Non-negative least squares (Lawson & Hanson 1974, scipy) on directions of their full length: a coefficient is the
@@ -119,9 +119,9 @@ def ancestor_pull(
         layers: which ones (default: those where every witness differs from the anchor).
 
     Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over the layers), `witness`, `coefficient`, `explained` (share of
-        ‖drift‖² that the whole fit explains; NaN without drift), `condition` (condition number of the directions at
-        unit length: 1 orthogonal, large collinear; at `<NA>` the largest).
+        `.table` with columns `run, step, layer, witness, coefficient, explained` (share of ‖drift‖² that the whole fit
+        explains; NaN without drift), `condition` (condition number of the directions at unit length: 1 orthogonal,
+        large collinear); `.layer_mean` without `layer`, its `condition` the largest of any layer.
 
     Raises:
         GravlensError: no run, no witness, one twice, or one that does not differ from the anchor at a layer.
@@ -134,23 +134,20 @@ def ancestor_pull(
     unit = [np.concatenate([_basis(name, vs, layer) for name, vs in found.items()]) for layer in chosen]
     lengths = [[vs[layer].distance for vs in found.values()] for layer in chosen]
     conditions = np.array([np.linalg.cond(rows) for rows in unit])
-    frames = []
-    for run, steps in _runs(residuals).items():
+    results = []
+    for run, steps in runs_of(residuals).items():
         mean = drifts(residuals, run, chosen)
         ways = [rows * np.array(length)[:, None] for rows, length in zip(unit, lengths, strict=True)]
         pulls = np.array([[nnls(way.T, one)[0] for way, one in zip(ways, step, strict=True)] for step in mean])
         fitted = np.einsum("slw,lwd->sld", pulls, np.stack(ways))
         with np.errstate(invalid="ignore"):
             explained = 1 - ((mean - fitted) ** 2).sum(2) / (mean**2).sum(2)
-        columns = {"witness": list(witnesses), "coefficient": pulls, "explained": _spread(explained, pulls.shape)}
-        table = _tidy(run, steps, chosen, columns)
-        at = {**dict(zip(chosen, conditions, strict=True)), pd.NA: conditions.max()}
-        frames.append(table.assign(condition=[at[layer] for layer in table["layer"]]))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _spread(values: Float[np.ndarray, "step layer"], shape: tuple[int, ...]) -> Float[np.ndarray, "step layer part"]:
-    return np.broadcast_to(values[..., None], shape)
+        axes = {"run": [run], "step": list(steps), "layer": list(chosen), "witness": list(witnesses)}
+        data = {"coefficient": (tuple(axes), pulls[None]), "explained": (tuple(axes)[:3], explained[None])}
+        found = ByLayer.of(xarray.Dataset({**data, "condition": ("layer", conditions)}, axes))
+        # the fit is as arbitrary as it is at its worst layer: a mean would hide it
+        results.append(replace(found, layer_mean=found.layer_mean.assign(condition=conditions.max())))
+    return ByLayer.concat(results)
 
 
 # --- the update over the weights --------------------------------------------------------------------------------
@@ -164,7 +161,7 @@ def split_update(
     """How much of each update θ_t − θ_anchor lies along the task vector θ_witness − θ_anchor, tensor by tensor.
 
     The task vector is that of Ilharco et al., "Editing models with task arithmetic" (2022), taken back. One model is
-    open at a time; beside it the anchor's weights and the task vector are kept, three times the weights in all.
+    open at a time; the anchor's weights and the task vector are kept as well, three times the weights in all.
 
     Args:
         anchor: where the updates start.
@@ -180,7 +177,7 @@ def split_update(
         update). NaN where there is no update or no task vector.
 
     Raises:
-        GravlensError: a model that is no plain Hugging Face model, or has other parameters than the anchor (with
+        GravlensError: a model that is not a plain Hugging Face model, or has other parameters than the anchor (with
             `shared`: none of its parameters), or is quantised.
     """
     opened = open_each([anchor, witness, *checkpoints], through="huggingface")
@@ -234,16 +231,6 @@ def _measured(products: Float[np.ndarray, "tensor 3"]) -> pd.DataFrame:
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
-def _runs(residuals: Residuals) -> dict[str, tuple[int, ...]]:
-    if not residuals.runs:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "What is split is the drift of a checkpoint of a run.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
-    return residuals.runs
-
-
 def _layers(residuals: Residuals, parts: Mapping[str, Spans]) -> tuple[int, ...]:
     """The residuals' layers where every part is defined."""
     chosen = residuals.layers
@@ -261,19 +248,6 @@ def _nowhere(name: str, layers: Sequence[int]) -> GravlensError:
         "Each part has a direction at each layer, and each ancestor differs from the anchor there.",
         "layers=[…] where it has one, or leave it out.",
     )
-
-
-def _tidy(
-    run: str, steps: Sequence[int], layers: Sequence[int], columns: Mapping[str, Sequence[str] | np.ndarray]
-) -> pd.DataFrame:
-    """Names of parts and values [step, layer, part] as rows; the mean over layers is appended."""
-    ((kind, names), *values) = columns.items()
-    rows = product(steps, [*layers, pd.NA], names)
-    table = pd.DataFrame([(run, *row) for row in rows], columns=["run", "step", "layer", kind])
-    for name, numbers in values:
-        numbers = np.asarray(numbers)
-        table[name] = np.concatenate([numbers, numbers.mean(1, keepdims=True)], axis=1).ravel()
-    return table.astype({"layer": "Int64"})
 
 
 # A drift closer to v_rev than this (degrees) has no part orthogonal to it but rounding.
@@ -294,7 +268,7 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
         One row per run × step × layer × position × prompt set (`given`, `held_out`): `alignment` and `fraction` as in
         `follow`; `drift_norm` in units of the distance; `judged`, whether that is above 2 %; `share_along_vrev`, the
         part of the per-prompt drifts' summed squared length that lies along v_rev; `refit_angle`, degrees between
-        v_rev and the direction located anew from this checkpoint to the witness, on the row's own prompts.
+        v_rev and the direction estimated again, from this checkpoint to the witness, on the row's own prompts.
 
     Raises:
         GravlensError: no run, a position twice, held-out residuals of the same prompts or at other positions.
@@ -313,14 +287,16 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
         vs = locate_vrev(states).defined()
         sets = {"given": states} | ({"held_out": others[position]} if position in others else {})
         for prompts, residuals in sets.items():
-            for name in _checkpoints_of_runs(residuals):
-                frames.append(_leaks(residuals, name, vs).assign(position=position, prompts=prompts))
+            for run, steps in runs_of(residuals).items():
+                tables = (_leaks(residuals, run, step, vs) for step in steps)
+                frames += [table.assign(position=position, prompts=prompts) for table in tables]
     table = pd.concat(frames, ignore_index=True)
     first = ["run", "step", "layer", "position", "prompts"]
     return table[[*first, *table.columns.drop(first)]]
 
 
-def _leaks(residuals: Residuals, checkpoint: str, vs: Directions) -> pd.DataFrame:
+def _leaks(residuals: Residuals, run: str, step: int, vs: Directions) -> pd.DataFrame:
+    checkpoint = f"{run}/{step}"
     drift = drift_per_prompt(residuals, checkpoint, vs.layers)
     to_witness = drift_per_prompt(residuals, "witness", vs.layers, start=checkpoint)
     mean, each_prompt = measure_drift(drift.mean(0), vs), measure_drift(drift, vs)
@@ -328,9 +304,8 @@ def _leaks(residuals: Residuals, checkpoint: str, vs: Directions) -> pd.DataFram
     with np.errstate(invalid="ignore"):  # no drift has no share along v_rev
         share = (each_prompt["projection"] ** 2).sum(0) / (each_prompt["drift_norm"] ** 2).sum(0)
     length = mean["drift_norm"] / vs.distances
-    run, _, step = checkpoint.rpartition("/")
     return pd.DataFrame(
-        {"run": run, "step": int(step), "layer": vs.layers, "alignment": mean["alignment"],
+        {"run": run, "step": step, "layer": vs.layers, "alignment": mean["alignment"],
          "fraction": mean["fraction"], "drift_norm": length, "judged": length > JUDGED_FROM,
          "share_along_vrev": share, "refit_angle": np.degrees(np.arccos(refit))}
     )  # fmt: skip
@@ -348,17 +323,6 @@ def _by_position(several: Sequence[Residuals]) -> dict[int, Residuals]:
     return found
 
 
-def _checkpoints_of_runs(residuals: Residuals) -> list[str]:
-    names = [f"{run}/{step}" for run, steps in residuals.runs.items() for step in steps]
-    if not names:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "What has moved is a checkpoint of a run.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
-    return names
-
-
 # --- in which directions ------------------------------------------------------------------------------------------
 def candidate_spans(
     residuals: Residuals,
@@ -374,7 +338,7 @@ def candidate_spans(
 
     Args:
         residuals: of the anchor and of the checkpoints of `fit_on`, on the given prompts.
-        directions: v_rev, whose layers and distances are kept.
+        directions: v_rev; its layers and distances are used.
         fit_on: `"{run}/{step}"`, of other runs than those that are tested.
         ranks: how many leading components of their per-prompt drift.
         refusal: a refusal direction at the same layers.
@@ -387,7 +351,7 @@ def candidate_spans(
         `whole_state`.
 
     Raises:
-        GravlensError: a checkpoint or layer that the residuals lack, a rank above the number of drifts.
+        GravlensError: a checkpoint or layer that is missing from the residuals, a rank above the number of drifts.
     """
     check_states(residuals)
     vs = directions.defined()
@@ -399,8 +363,8 @@ def candidate_spans(
         "drift": [*drift],
         "drift_orthogonal": [part for spaces in drift if len(part := _without(spaces, vs))],
         "refusal": [] if refusal is None else [refusal.at(vs.layers)],
-        "isotropic": [random_spans(spaces, rng=rng) for spaces in drift for _ in draws],
-        "covariance_matched": [random_spans(spaces, rng=rng, states=anchor) for spaces in drift for _ in draws],
+        "isotropic": [random_like(spaces, rng=rng) for spaces in drift for _ in draws],
+        "covariance_matched": [random_like(spaces, rng=rng, states=anchor) for spaces in drift for _ in draws],
         "whole_state": [whole_state(vs)],
     }
     return {kind: spans for kind, spans in found.items() if spans}
@@ -419,7 +383,7 @@ def rank_table(
     directions: Directions,
     at: Sequence[str],
     refusal: Directions | None = None,
-) -> pd.DataFrame:
+) -> ByLayer:
     """How much of a run's drift lies in spans that were fitted without it.
 
     Args:
@@ -430,21 +394,22 @@ def rank_table(
         refusal: a refusal direction at the same layers.
 
     Returns:
-        One row per checkpoint × span × layer, and `<NA>`, the mean over the span's layers: `run`, `step`, `span` (its
-        kind), `rank`, `fitted_on`, `layer`, `share` (of the summed squared length of the per-prompt drifts; a random
-        isotropic span of rank k holds k / d_model), `angle_vrev` and `angle_refusal` (degrees; 0: it lies within).
+        One row per checkpoint × span × layer: `run`, `step`, `span` (its kind), `rank`, `fitted_on`, `layer`, `share`
+        (of the summed squared length of the per-prompt drifts; a random isotropic span of rank k holds k / d_model),
+        `angle_vrev` and `angle_refusal` (degrees; 0: it lies within). `.layer_mean` is over the span's own layers.
     """
     check_states(residuals)
-    frames = []
+    results = []
     for checkpoint in at:
         run, _, step = checkpoint.rpartition("/")
         for kind, several in spans.items():
             for one in several:
                 fitted_on = ", ".join(next(iter(one)).made_from.get("checkpoints", ()))
                 facts = {"run": run, "step": int(step), "span": kind, "rank": rank_of(one), "fitted_on": fitted_on}
-                rows = _with_mean(_ranks(residuals, checkpoint, one, directions, refusal))
-                frames.append(pd.DataFrame(facts, index=rows.index).join(rows))
-    return pd.concat(frames, ignore_index=True)
+                rows = _ranks(residuals, checkpoint, one, directions, refusal)
+                means = rows.drop(columns="layer").mean().to_frame().T  # skips NaN: the drift's own layers
+                results.append(ByLayer(*(pd.DataFrame(facts, index=some.index).join(some) for some in (rows, means))))
+    return ByLayer.concat(results)
 
 
 def rank_of(spans: Spans) -> int:
@@ -465,11 +430,6 @@ def _ranks(
         }
         for i, span in enumerate(spans)
     )
-
-
-def _with_mean(rows: pd.DataFrame) -> pd.DataFrame:
-    mean = rows.drop(columns="layer").mean().to_frame().T
-    return pd.concat([rows, mean], ignore_index=True).astype({"layer": "Int64"})
 
 
 def _angle(span: Span, direction: Direction) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import xarray
@@ -53,7 +53,7 @@ class Direction:
         return self.vector[None]
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, with what it was made from."""
+        """Write one safetensors file, with the metadata."""
         return Directions((self,)).save(path)
 
     @classmethod
@@ -66,52 +66,62 @@ class Direction:
         return html.table(COLUMNS, [_row(self)], title="Direction")
 
 
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """Directions of several layers: `vs[12]` is layer 12's."""
+S = TypeVar("S", bound="Direction | Subspace")
 
-    directions: tuple[Direction, ...]
 
-    def __getitem__(self, layer: int) -> Direction:
-        for direction in self.directions:
-            if direction.layer == layer:
-                return direction
+class _OfLayers(Generic[S]):
+    """What directions and subspaces of several layers have in common: they are found by their layer."""
+
+    def __iter__(self) -> Iterator[S]:
+        raise NotImplementedError
+
+    def __getitem__(self, layer: int) -> S:
+        for one in self:
+            if one.layer == layer:
+                return one
         raise GravlensError(
-            f"There is no direction of layer {layer!r} here.",
+            f"There is no {type(self).__name__[:-1].lower()} of layer {layer!r} here.",
             f"Layers here: {', '.join(map(str, self.layers))}.",
             "one of these, or locate_vrev with that layer.",
         )
 
-    def __iter__(self) -> Iterator[Direction]:
-        return iter(self.directions)
-
     def __len__(self) -> int:
-        return len(self.directions)
+        return sum(1 for _ in self)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers, in the order of the directions."""
-        return tuple(direction.layer for direction in self)
+        """The layers, in the order of the directions or subspaces."""
+        return tuple(one.layer for one in self)
+
+    @property
+    def distances(self) -> Float[np.ndarray, " layer"]:
+        """The witness–anchor distances, residual units."""
+        return np.array([one.distance for one in self])
+
+
+@dataclass(frozen=True, eq=False)
+class Directions(_OfLayers["Direction"]):
+    """Directions of several layers: `vs[12]` is layer 12's."""
+
+    directions: tuple[Direction, ...]
+
+    def __iter__(self) -> Iterator[Direction]:
+        return iter(self.directions)
 
     @property
     def vectors(self) -> Float[np.ndarray, "layer d_model"]:
         """The unit vectors, NaN where undefined."""
         return np.stack([direction.vector for direction in self])
 
-    @property
-    def distances(self) -> Float[np.ndarray, " layer"]:
-        """The distances, residual units."""
-        return np.array([direction.distance for direction in self])
-
     def defined(self) -> "Directions":
-        """Those that are defined; raises where none is."""
+        """Select the defined ones; raises where there is none."""
         kept = tuple(direction for direction in self if direction.undefined is None)
         if not kept:
             raise undefined_error(self.directions[0])
         return Directions(kept)
 
     def at(self, layers: int | Sequence[int]) -> "Directions":
-        """Those of some layers."""
+        """Select layers."""
         return Directions(tuple(self[layer] for layer in as_list(layers)))
 
     @classmethod
@@ -125,7 +135,7 @@ class Directions:
         raise no_direction(given)
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, with what they were made from."""
+        """Write one safetensors file, with the metadata."""
         meta = [{k: v for k, v in vars(d).items() if k != "vector"} | {"made_from": dict(d.made_from)} for d in self]
         return write_tensors(path, "directions", {"vectors": self.vectors}, {"directions": meta})
 
@@ -258,41 +268,20 @@ class Subspace:
 
 
 @dataclass(frozen=True, eq=False)
-class Subspaces:
+class Subspaces(_OfLayers["Subspace"]):
     """Subspaces of several layers: `spaces[12]` is layer 12's."""
 
     subspaces: tuple[Subspace, ...]
 
-    def __getitem__(self, layer: int) -> Subspace:
-        for subspace in self.subspaces:
-            if subspace.layer == layer:
-                return subspace
-        raise GravlensError(
-            f"There is no subspace of layer {layer!r} here.", f"Layers here: {list(self.layers)}.", "one of these."
-        )
-
     def __iter__(self) -> Iterator[Subspace]:
         return iter(self.subspaces)
 
-    def __len__(self) -> int:
-        return len(self.subspaces)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers, in their order here."""
-        return tuple(subspace.layer for subspace in self)
-
-    @property
-    def distances(self) -> Float[np.ndarray, " layer"]:
-        """The witness–anchor distances, residual units."""
-        return np.array([subspace.distance for subspace in self])
-
     def at(self, layers: Sequence[int]) -> "Subspaces":
-        """Those of some layers."""
+        """Select layers."""
         return Subspaces(tuple(self[layer] for layer in layers))
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, with what they were made from."""
+        """Write one safetensors file, with the metadata."""
         meta = [{k: v for k, v in vars(s).items() if k != "basis"} | {"made_from": dict(s.made_from)} for s in self]
         arrays = {f"basis.{i}": subspace.basis for i, subspace in enumerate(self)}
         return write_tensors(path, "subspaces", arrays, {"subspaces": meta})

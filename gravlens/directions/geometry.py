@@ -19,7 +19,7 @@ from gravlens.directions.covariance import whitening
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import Estimator, difference_of_means, locate_vrev, noise_floor
 
-AXES = 512  # at most so many are mapped to see how much a map lengthens noise
+AXES = 512  # number of unit vectors mapped to see how much a map lengthens noise
 LinearMap = Callable[[Float[np.ndarray, "*batch d_model"]], Float[np.ndarray, "*batch d_model"]]
 
 
@@ -28,7 +28,7 @@ class Geometry:
     """One linear map a layer.
 
     Attributes:
-        name: as it stands in tables and in what mapped states and their directions were made from.
+        name: its name in tables and in the metadata of mapped states and directions.
         maps: layer -> map of states [..., d_model] in fp64 to states of the same shape.
     """
 

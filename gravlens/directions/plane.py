@@ -33,7 +33,7 @@ def residual_plane(residuals: Residuals, direction: Direction, *, prompts: bool 
         `attrs["across_share"]`: the component's share of the variance of the rest over checkpoints.
 
     Raises:
-        GravlensError: an undefined direction, a layer or an anchor that the residuals lack, another geometry.
+        GravlensError: an undefined direction, another geometry, a layer or an anchor that the residuals do not hold.
     """
     check_states(residuals)
     one_direction(direction)

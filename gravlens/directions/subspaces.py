@@ -1,6 +1,8 @@
 """Subspaces of one layer's residual stream: the leading components of a drift, the whole state, what is orthogonal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -8,9 +10,18 @@ from scipy.linalg import orth, subspace_angles
 
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspace, Subspaces, check_columns, each
+from gravlens.directions.direction import (
+    Direction,
+    Directions,
+    Span,
+    Spans,
+    Subspace,
+    Subspaces,
+    check_columns,
+    defined_columns,
+)
 from gravlens.directions.trajectory import drift_per_prompt
-from gravlens.directions.vrev import random_directions
+from gravlens.directions.vrev import direction_from
 
 # What is left of a unit vector below this length is rounding, not a direction.
 NOTHING_LEFT = 1e-3
@@ -23,9 +34,9 @@ def span_of(
 
     Args:
         vectors: [vector, d_model], or one; of any length.
-        layer: whose residual stream they lie in.
+        layer: number of the layer.
         distance: the witness–anchor distance there, residual units; strength is counted in it.
-        name: how the subspace calls what it was made by.
+        name: how the subspace was made.
 
     Raises:
         GravlensError: the vectors are all zero.
@@ -53,18 +64,18 @@ def leading_components(
 
 
 def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequence[str], rank: int = 1) -> Subspaces:
-    """The leading components of the drift h(θ_t; x) − h(anchor; x) over prompts, one subspace a layer.
+    """The leading components of the drift h(θ_t; x) − h(anchor; x) over prompts, one subspace per layer.
 
-    Run-defined directions, beside the history-defined v_rev; fit them on some runs, use them on others.
+    Directions defined by runs, to compare with the history-defined v_rev; fit them on some runs, use them on others.
 
     Args:
         residuals: hold `anchor` and the checkpoints.
-        directions: v_rev, whose layers and distances are kept.
+        directions: v_rev; its layers and distances are used.
         at: names of checkpoints, `"{run}/{step}"`; drifts of several are put together.
         rank: how many components.
 
     Raises:
-        GravlensError: a layer or checkpoint that the residuals lack, or more components than drifts.
+        GravlensError: a layer or checkpoint that is missing from the residuals, or more components than drifts.
     """
     directions = Directions.of(directions)
     check_states(residuals)
@@ -87,7 +98,7 @@ def whole_state(directions: Directions) -> Subspaces:
 
 
 def orthogonal_part(spaces: Subspaces, directions: Spans) -> Subspaces:
-    """What is left of each subspace, Q (1 − PᵀP), when its layer's span with basis P is taken out; its rank may fall.
+    """Remove a span with basis P from each subspace: Q (1 − PᵀP); the rank may fall.
 
     Raises:
         GravlensError: nothing is left.
@@ -119,39 +130,52 @@ def principal_angles(one: Span, other: Span) -> Float[np.ndarray, " rank"]:
 
 
 def share_within(vectors: Float[np.ndarray, "prompt d_model"], span: Span) -> float:
-    """Which share of the vectors' summed squared length lies in a span with basis Q: Σ‖Q x‖² / Σ‖x‖²; 1: all of it."""
+    """Share of the vectors' summed squared length within a span with basis Q: Σ‖Q x‖² / Σ‖x‖²; 1: all of it."""
     vectors = vectors.astype(np.float64)
     return float(((vectors @ span.basis.T.astype(np.float64)) ** 2).sum() / (vectors**2).sum())
 
 
-def random_spans(
-    spans: Spans, *, rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
-) -> Spans:
-    """A random twin of the same layers, ranks and distances: isotropic, or from the covariance of states.
+Like = TypeVar("Like", bound=Span | Spans)
+
+
+def random_like(
+    spans: Like, *, rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
+) -> Like:
+    """Random directions or subspaces with the layers, ranks and distances of the given ones: the matched control.
 
     Args:
-        spans: whose layers, ranks and distances are kept.
-        rng: source of randomness.
-        states: of these layers, in their order, any unit: each vector is a random mixture Σ_i g_i (h_i − mean h), with
-            g normal.
+        spans: one direction or subspace, or those of several layers; undefined directions are left out.
+        rng: source of randomness; each vector is a new draw.
+        states: draw from the covariance of these states (one column per layer, any unit) instead of isotropically: each
+            vector is a random mixture Σ_i g_i (h_i − mean h), with g normal.
 
     Raises:
-        GravlensError: states of other layers, or that do not vary.
+        GravlensError: no directions, states of other layers, or states that do not vary.
     """
-    if isinstance(spans, Direction | Directions):
-        return random_directions(Directions.of(spans), rng=rng, states=states)
-    if states is not None:
-        check_columns(states, spans.layers)
-    twins = []
-    for i, space in enumerate(each(spans)):
-        rank, width = space.basis.shape
-        vectors = rng.standard_normal((rank, width))
-        if states is not None:
+    several: Any = Subspaces((spans,)) if isinstance(spans, Subspace) else spans
+    if not isinstance(several, Subspaces):
+        directions = Directions.of(several)
+        several, states = (directions.defined(), None) if states is None else defined_columns(directions, states)
+    elif states is not None:
+        check_columns(states, several.layers)
+    twins: Any = type(several)(tuple(_random_twins(several, rng, states)))
+    return next(iter(twins)) if isinstance(spans, Direction | Subspace) else twins
+
+
+def _random_twins(
+    spans: Iterable[Any], rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None
+) -> Iterator[Any]:
+    for i, span in enumerate(spans):
+        rows, name = len(span.basis), "isotropic" if states is None else "covariance_matched"
+        if states is None:
+            vectors = rng.standard_normal(span.basis.shape)
+        else:
             centred = states[:, i].astype(np.float64) - states[:, i].mean(0, dtype=np.float64)
-            vectors = rng.standard_normal((rank, len(centred))) @ centred
-        name = "isotropic" if states is None else "covariance_matched"
-        twins.append(span_of(vectors, layer=space.layer, distance=space.distance, name=name))
-    return Subspaces(tuple(twins))
+            vectors = rng.standard_normal((rows, len(centred))) @ centred
+        place: dict[str, Any] = {"layer": span.layer, "distance": span.distance, "name": name}
+        # a basis is orthonormalised, which may turn a single vector round
+        twin = direction_from(vectors[0], **place) if isinstance(span, Direction) else span_of(vectors, **place)
+        yield replace(twin, prompts=span.prompts)
 
 
 def _drift(residuals: Residuals, checkpoint: str, layer: int) -> Float[np.ndarray, "prompt d_model"]:

@@ -1,7 +1,6 @@
-"""Locate v_rev: the direction from the anchor towards the witness, and random twins of it."""
+"""Locate v_rev: the direction from the anchor towards the witness."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, overload
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction, Directions, Source, defined_columns, undefined_error
+from gravlens.directions.direction import Direction, Directions, Source, undefined_error
 from gravlens.history.sequence import ModelSequence, Prompts
 from gravlens.models.placement import Placement
 
@@ -105,7 +104,7 @@ def direction_from(
 
     Args:
         vector: [d_model], of any length but 0.
-        layer: whose residual stream it lies in.
+        layer: number of the layer.
         distance: what strength 1 is, residual units; default: the vector's length.
         name: how results call it.
 
@@ -161,34 +160,11 @@ def _reliability(witness: np.ndarray, anchor: np.ndarray, estimator: Estimator) 
         return float("nan")
     halves = [estimator(witness[start::2], anchor[start::2]) for start in (0, 1)]
     norms = np.prod([np.linalg.norm(half) for half in halves])
-    cosine = float(halves[0] @ halves[1] / norms) if norms else float("nan")
-    return 2 * cosine / (1 + cosine) if cosine > -1 else float("nan")
+    return float(spearman_brown(halves[0] @ halves[1] / norms)) if norms else float("nan")
 
 
-def random_directions(
-    directions: Directions, *, rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
-) -> Directions:
-    """A random twin: one fresh unit vector a layer, at the same distances.
-
-    Args:
-        directions: whose layers and distances are kept; undefined layers are left out.
-        rng: source of randomness.
-        states: draw each vector from the covariance of these states (a column a direction, undefined may lack; any
-            unit), not isotropically: random mixtures of the centred states, Σ_i g_i (h_i − mean h), with g normal.
-
-    Raises:
-        GravlensError: states of other layers, or that do not vary.
-    """
-    directions = Directions.of(directions)
-    defined, states = (directions.defined(), None) if states is None else defined_columns(directions, states)
-    twins = []
-    for i, direction in enumerate(defined):
-        if states is None:
-            vector = rng.standard_normal(direction.vector.shape)
-        else:
-            centred = states[:, i].astype(np.float64) - states[:, i].mean(0, dtype=np.float64)
-            vector = rng.standard_normal(len(centred)) @ centred
-        name = "isotropic" if states is None else "covariance_matched"
-        twin = direction_from(vector, layer=direction.layer, distance=direction.distance, name=name)
-        twins.append(replace(twin, prompts=direction.prompts))
-    return Directions(tuple(twins))
+def spearman_brown(r: Float[np.ndarray, "*cell"] | float) -> Float[np.ndarray, "*cell"]:
+    """Reliability of the whole from the correlation of its halves, 2r / (1 + r), at least −1."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # without the bound a pair of opposed halves would give −∞, and r = −.9 a reliability of −18
+        return np.clip(2 * np.asarray(r) / (1 + np.asarray(r)), -1.0, 1.0)

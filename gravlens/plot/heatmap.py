@@ -19,7 +19,7 @@ NAMES = LABELS | {
     "way": "share of the way to the source's score",
     "refit_angle": r"refitted direction's angle with $v_\mathrm{rev}$ (degrees)",
 }
-WRITTEN = 80  # so many cells can still be read as numbers
+WRITTEN = 80  # cells; more cannot be read as numbers
 DARK = 0.6  # of the scale, from which on white letters are read
 FAINT = 0.05  # of the scale, up to which a cell is as good as white
 
@@ -36,8 +36,8 @@ def plot_heatmap(
 ) -> Axes:
     """Mean of `value` at each place of `rows` × `columns`, red above 0 and blue below; grey was not measured.
 
-    Rows that are numbers ascend from the bottom, names stand in the table's order; rows of <NA> (a mean over layers)
-    are left out. Colours end at `limit` (default: the largest number). Few cells carry their number; where they are
+    Rows that are numbers ascend from the bottom, names stand in the table's order; rows without a place (<NA>) are left
+    out. Colours end at `limit` (default: the largest number). Few cells carry their number; where they are
     many, those below 0 carry a dash, which grey print keeps. GravlensError where there is nothing to draw.
     """
     table = need(table, (value, rows, columns))

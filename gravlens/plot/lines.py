@@ -31,7 +31,7 @@ UNJUDGED = "drift too small to judge"
 
 
 class HasTable(Protocol):
-    """A result that carries its tidy table, such as a Trajectory."""
+    """A result that carries its tidy table, such as an Effect."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -39,23 +39,31 @@ class HasTable(Protocol):
         ...
 
 
+class HasLayerMean(HasTable, Protocol):
+    """A result that carries the mean over layers too, such as a Trajectory or what `compare` returns."""
+
+    @property
+    def layer_mean(self) -> pd.DataFrame:
+        """The columns of `table` without `layer`."""
+        ...
+
+
 @rc_context(STYLE)
 def plot_alignment(
-    table: pd.DataFrame | HasTable,
+    table: pd.DataFrame | HasLayerMean,
     *,
     value: str = "alignment",
-    nulls: pd.DataFrame | None = None,
+    nulls: pd.DataFrame | HasLayerMean | Sequence[HasLayerMean] | None = None,
     prompts: str = "held_out",
     ax: Axes | None = None,
 ) -> Axes:
     """Mean over layers against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
 
-    `table` is Trajectory.table, `value` one of its columns ("fraction", "projection", …), `prompts` one of its sets.
-    `nulls` has columns null, step, p99 (of the alignment's mean over layers); where runs differ the highest is drawn.
-    Points whose drift the table does not judge are hollow. GravlensError where there is nothing to draw.
+    `table` is a Trajectory or its `.layer_mean`, `value` one of the measures ("fraction", "projection", …), `prompts`
+    one of its sets. `nulls` is what `compare` returns, one or several, or a table of null, step, p99; where runs differ
+    the highest is drawn. Points whose drift is not judged are hollow. GravlensError where there is nothing to draw.
     """
-    rows = _chosen(table, prompts, value)
-    rows = need(rows[rows["layer"].isna()], (), "plot_layers, or a table with rows of layer <NA>: the mean.")
+    rows = _chosen(_layer_mean(table), prompts, value)
     if nulls is not None and value != "alignment":
         raise GravlensError(f"nulls came with value={value!r}.", "Their p99 is one of alignment.", "nulls=None.")
     ax = axes_of(ax)
@@ -64,7 +72,8 @@ def plot_alignment(
     _draw_runs(ax, rows, value)
     _draw_mean(ax, rows, value)
     if nulls is not None:
-        _draw_nulls(ax, nulls)
+        several = nulls if isinstance(nulls, Sequence) else [nulls]
+        _draw_nulls(ax, need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99")))
     _mark_steps(ax, rows["step"].unique())
     ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
     return _legend(ax)
@@ -84,8 +93,7 @@ def plot_layers(
     Undefined layers (without a value, or in Trajectory.undefined) are named under the axis; `table` and `prompts` are
     those of plot_alignment. GravlensError for a step that was not measured.
     """
-    rows = _chosen(table, prompts, value)
-    rows = rows[rows["layer"].notna()].astype({"layer": int})
+    rows = _chosen(need(table, ("layer",)), prompts, value)
     defined = rows.groupby("layer")[value].transform(lambda column: column.notna().any()).astype(bool)
     undefined, rows = {*rows.loc[~defined, "layer"], *getattr(table, "undefined", ())}, rows[defined]
     steps = _steps(rows, step)
@@ -105,7 +113,7 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
     """What each intervention does to the score: difference with its 95 % interval, on the range of random directions.
 
     `table`, or an Effect: condition, layer (<NA>: several at once), difference, low, high, random_low, random_high;
-    its attrs["score"] names the axis. Several layers stand side by side, one has a row a condition. Else GravlensError.
+    its attrs["score"] names the axis. Several layers are drawn side by side, one has a row per condition.
     """
     table = need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
     ax = axes_of(ax)
@@ -161,9 +169,21 @@ def need(
     return found
 
 
+def _layer_mean(table: pd.DataFrame | HasLayerMean) -> pd.DataFrame:
+    """The mean over layers of a result; a table with a row per layer would be averaged over the wrong layers."""
+    table = need(table if isinstance(table, pd.DataFrame) else getattr(table, "layer_mean", table), ())
+    if "layer" in table:
+        raise GravlensError(
+            "The table has a row per layer.",
+            "The mean over layers is drawn.",
+            "the result's .layer_mean, or plot_layers.",
+        )
+    return table
+
+
 def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.DataFrame:
     """The rows that were measured on `prompts`."""
-    table = need(table, ("run", "step", "layer", "prompts", value))
+    table = need(table, ("run", "step", "prompts", value))
     rows = table[table["prompts"] == prompts]
     if rows.empty:
         known = sorted(table["prompts"].unique())
@@ -207,9 +227,7 @@ def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
 
 
 def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
-    need(nulls, ("null", "step", "p99"))
-    rows = nulls[nulls["layer"].isna()] if "layer" in nulls else nulls
-    for number, (name, null) in enumerate(rows.groupby("null", sort=False)):
+    for number, (name, null) in enumerate(nulls.groupby("null", sort=False)):
         p99 = null.groupby("step")["p99"].max()
         look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
         marker = "_" * (len(p99) == 1)  # one step makes no line
@@ -247,7 +265,7 @@ def _left_out(layers: set[int]) -> str:
 
 
 def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
-    """Layers along x, conditions beside each other; <NA> is the place after the last layer."""
+    """Layers along x, conditions side by side; <NA> is the place after the last layer."""
     groups = list(table.groupby("condition", sort=False))
     beyond = int(table["layer"].max()) + 1
     ax.axhline(0, color="black", lw=0.7, zorder=0)
@@ -280,7 +298,7 @@ def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:
 
 
 def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
-    """The mean stands a little above the row's runs, so that neither hides the other."""
+    """Draw the mean a little above the row's runs, so that neither hides the other."""
     if values.empty:
         ax.text(0.02, place, "not run", transform=ax.get_yaxis_transform(), **NOT_RUN)
         return

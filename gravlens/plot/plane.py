@@ -18,7 +18,7 @@ from gravlens.plot.style import CYCLE, DASHES, GREY, MARKERS, STYLE, axes_of, wo
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure as PlotlyFigure
 UNIT = "witness–anchor distances"
-NAMED_RUNS = 6  # so many have a colour of their own
+NAMED_RUNS = 6  # more runs share one colour
 ENDS = {"witness": "*", "anchor": "s"}
 FAINT: dict[str, Any] = {"alpha": 0.35, "ms": 4, "mew": 0, "zorder": 1}
 # plotly's names of the same marks and dashes

@@ -1,4 +1,4 @@
-"""How every figure looks and is saved: one style, told apart by colour-blind readers and in grey print.
+"""One style for every figure, legible to colour-blind readers and in grey print, and saving of figures.
 
 The style holds within `rc_context(STYLE)` alone: a user's rcParams stay as they are, and pyplot is never loaded.
 """
@@ -20,7 +20,7 @@ from gravlens.core.files import write_atomically
 # Okabe and Ito's palette ("Color Universal Design", 2008), which colour-blind readers can tell apart.
 BLUE, GREY = "#0072B2", "#8A8A8A"
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# What is told apart by colour is told apart by dashes or marks as well, since paper is often grey.
+# Whatever differs by colour differs by dashes or markers too: paper is often grey.
 DASHES: tuple[Any, ...] = ("--", (0, (1, 1.2)), "-.", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 STYLE: dict[Any, Any] = {

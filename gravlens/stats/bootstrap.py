@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import drift_per_prompt, follow
+from gravlens.directions.trajectory import ByLayer, drift_per_prompt, follow
 
 Interval = Literal["basic", "percentile"]
+MEASURED = ["alignment", "fraction"]
 PAIRS_AT_ONCE = 2_000_000  # numbers held at a time while draws are made
 
 
@@ -27,8 +27,8 @@ def bootstrap_alignment(
     layers_in_mean: Sequence[int] | None = None,
     level: float = 0.95,
     interval: Interval = "basic",
-) -> pd.DataFrame:
-    """Intervals of alignment and fraction: over prompts for each run, over runs *and* prompts for the mean over runs.
+) -> ByLayer:
+    """Confidence intervals of alignment and fraction: over prompts for a run, over runs *and* prompts for their mean.
 
     Each draw resamples the prompts once, for all runs, steps and layers, and the runs once, for all steps that the same
     runs have (two-way cluster bootstrap: Owen, "The pigeonhole bootstrap", 2007). The directions are held fixed: what
@@ -36,7 +36,7 @@ def bootstrap_alignment(
 
     Args:
         residuals: with `anchor` and the runs; best on prompts that the directions were not estimated on.
-        directions: one direction a layer.
+        directions: one direction per layer.
         draws: how many.
         rng: source of randomness.
         layers_in_mean: layers of the mean (default: all of the directions').
@@ -47,9 +47,9 @@ def bootstrap_alignment(
             prompts are resampled, since the drift's noise grows, so these lie too low (docs/statistics.md).
 
     Returns:
-        Columns `run` (`mean`: the mean over runs), `step, layer` (`<NA>`: the layer mean), `measure` (`alignment` or
-        `fraction`), `estimate, low, high`. The mean of a single run has no interval (NaN); a run without drift has no
-        cosine, and makes its step's mean NaN.
+        `.table` with columns `measure` (`alignment` or `fraction`), `run` (`mean`: the mean over runs), `step, layer`,
+        `estimate, low, high`; `.layer_mean` without `layer`. The mean of a single run has no interval (NaN); a run
+        without drift has no cosine, and makes its step's mean NaN.
 
     Raises:
         GravlensError: no run, no defined direction, no draws, a level that is none.
@@ -66,18 +66,20 @@ def bootstrap_alignment(
     mean = [vs.layers.index(layer) for layer in followed.layers_in_mean]
     weights = _weights(residuals.values.shape[1], draws, rng)
     shares: dict[tuple[str, ...], np.ndarray] = {}
-    frames = []
+    parts = []
     for step in sorted({step for steps in residuals.runs.values() for step in steps}):
         runs = tuple(run for run, steps in residuals.runs.items() if step in steps)
         drift = np.stack([drift_per_prompt(residuals, f"{run}/{step}", vs.layers) for run in runs])
-        drawn = _with_layer_mean(_resample(drift, vs, weights), mean)
+        drawn = _resample(drift, vs, weights)
+        drawn = np.concatenate([drawn, drawn[..., mean].mean(-1, keepdims=True)], axis=-1)  # the layer mean is the last
         if runs not in shares:
             shares[runs] = _weights(len(runs), draws, rng)
         over_runs = np.einsum("br,mbrl->mbl", shares[runs], drawn)[:, :, None]
         widened = [*[1.0] * len(runs), _widening(len(runs), level)]
         bounds = _bounds(np.concatenate([drawn, over_runs], axis=2), np.array(widened), level, interval)
-        frames.append(_table((*runs, "mean"), step, vs.layers, bounds))
-    return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
+        axes = {"measure": MEASURED, "run": [*runs, "mean"], "step": [step], "layer": list(vs.layers)}
+        parts.append(ByLayer.split(axes, dict(zip(("estimate", "low", "high"), bounds[:, :, :, None], strict=True))))
+    return ByLayer.concat(parts)
 
 
 def _weights(items: int, draws: int, rng: np.random.Generator) -> Float[np.ndarray, "draw item"]:
@@ -106,12 +108,6 @@ def _resample(
     return np.stack([alignment, projection / vs.distances])
 
 
-def _with_layer_mean(
-    drawn: Float[np.ndarray, "measure draw run layer"], mean: list[int]
-) -> Float[np.ndarray, "measure draw run layer_and_mean"]:
-    return np.concatenate([drawn, drawn[..., mean].mean(-1, keepdims=True)], axis=-1)
-
-
 def _bounds(
     drawn: Float[np.ndarray, "measure draw run layer"],
     widened: Float[np.ndarray, " run"],
@@ -129,19 +125,8 @@ def _bounds(
 
 
 def _widening(n_runs: int, level: float) -> float:
-    """How much wider an interval over so many runs has to be than its draws say; NaN for one run."""
+    """How much wider an interval over `n_runs` has to be than its draws say; NaN for one run."""
     if n_runs == 1:
         return float("nan")
     side = (1 + level) / 2
     return float(stats.t.ppf(side, n_runs - 1) / stats.norm.ppf(side) * np.sqrt(n_runs / (n_runs - 1)))
-
-
-def _table(
-    runs: Sequence[str], step: int, layers: Sequence[int], bounds: Float[np.ndarray, "bound measure run layer"]
-) -> pd.DataFrame:
-    index = pd.MultiIndex.from_product(
-        [["alignment", "fraction"], runs, [step], pd.array([*layers, pd.NA], "Int64")],
-        names=["measure", "run", "step", "layer"],
-    )
-    columns = dict(zip(("estimate", "low", "high"), bounds.reshape(3, -1), strict=True))
-    return pd.DataFrame(columns, index).reset_index()[["run", "step", "layer", "measure", *columns]]

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+import xarray
 from einops import einsum
 from jaxtyping import Float
 
@@ -14,7 +15,7 @@ from gravlens.activations.residuals import from_start as from_start
 from gravlens.activations.residuals import substitute as substitute
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions
-from gravlens.directions.trajectory import drifts, follow, mean_state
+from gravlens.directions.trajectory import ByLayer, drifts, follow, mean_state
 from gravlens.directions.vrev import locate_vrev
 from gravlens.stats.nulls import NullDraws
 
@@ -23,7 +24,7 @@ MIN_SIBLINGS = 3  # a spread over two is a guess
 
 
 def partialled_out(directions: Directions, other: Directions) -> Directions:
-    """Directions with another history's direction taken out: unit(v − ⟨v, u⟩u), layer by layer.
+    """Remove another history's direction from directions: unit(v − ⟨v, u⟩u), layer by layer.
 
     With `other` towards a wrong witness from the same anchor, what the two have in common goes: common structure, and a
     part of the anchor's own excursion. Not all of it: u is one noisy view of that excursion. Where nothing but the
@@ -70,11 +71,11 @@ def compare_witnesses(
     anchors: Sequence[str] = ("anchor",),
     layers_in_mean: Sequence[int],
 ) -> pd.DataFrame:
-    """Every run along the direction of every named pair of witness and anchor: which history does it move back in?
+    """Follow every run along the direction of every named pair of witness and anchor.
 
-    An earlier or a later witness, one of another lineage, an equally distant checkpoint that is no ancestor: an
-    alignment is read beside its pair's distance and its direction's cosine with v_rev. The drift is always the runs'
-    own, from `anchor` (docs/controls.md).
+    An earlier or a later witness, one of another lineage, an equally distant checkpoint that is not an ancestor: an
+    alignment is read together with its pair's distance and its direction's cosine with v_rev. The drift is always the
+    runs' own, from `anchor` (docs/controls.md).
 
     Args:
         probes: states that the directions are located on; hold `witness`, `anchor` and the named checkpoints.
@@ -94,8 +95,7 @@ def compare_witnesses(
     frames = []
     for witness, anchor in [(witness, anchor) for witness in witnesses for anchor in anchors]:
         pair = _between(probes, witness, anchor, layers_in_mean)
-        table = follow(held_out, pair).table
-        rows = table.loc[table.layer.isna(), ["run", "step", "alignment", "fraction"]]
+        rows = follow(held_out, pair).layer_mean[["run", "step", "alignment", "fraction"]]
         cosines = einsum(pair.vectors.astype(np.float64), v_rev.vectors, "layer d, layer d -> layer")
         facts = {"distance": pair.distances.mean(), "cosine_with_v_rev": cosines.mean()}
         frames.append(rows.assign(witness=witness, anchor=anchor, **facts))
@@ -229,8 +229,8 @@ def closure(
     *,
     pairs: Sequence[tuple[str, str]],
     layers: Sequence[int],
-) -> pd.DataFrame:
-    """How much of the gap between a run and its unaligned twin has closed.
+) -> ByLayer:
+    """Share of the gap between a run and its unaligned twin that has closed.
 
     closure(t) = 1 − ⟨h(W_t) − h(θ_t), v_rev⟩ / distance: 0 where the same data moves both alike, 1 where the run has
     reached its twin; above 0 is reversion beyond the common drift.
@@ -243,14 +243,14 @@ def closure(
         layers: layers of the mean.
 
     Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over `layers`), `closure`.
+        `.table` with columns `run, step, layer, closure`; `.layer_mean` without `layer`, over `layers`.
 
     Raises:
         GravlensError: a run and its twin have different steps.
     """
     chosen = directions.at(layers)
     gap = mean_state(twins, "witness", layers) - mean_state(runs, "anchor", layers)
-    frames = []
+    parts = []
     for run, twin in pairs:
         if runs.runs.get(run) != twins.runs.get(twin):
             raise GravlensError(
@@ -260,15 +260,8 @@ def closure(
             )
         twin_drift = drifts(from_start(twins, start="witness"), twin, layers)
         apart = gap + twin_drift - drifts(runs, run, layers)
-        closed = (
-            1
-            - einsum(apart, chosen.vectors.astype(np.float64), "step layer d, layer d -> step layer") / chosen.distances
-        )
-        frames.append(_tidy(run, runs.runs[run], layers, closed))
-    return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
-
-
-def _tidy(run: str, steps: Sequence[int], layers: Sequence[int], closed: np.ndarray) -> pd.DataFrame:
-    rows = [(run, step, layer, closed[i, j]) for i, step in enumerate(steps) for j, layer in enumerate(layers)]
-    rows += [(run, step, pd.NA, closed[i].mean()) for i, step in enumerate(steps)]
-    return pd.DataFrame(rows, columns=["run", "step", "layer", "closure"])
+        left = einsum(apart, chosen.vectors.astype(np.float64), "step layer d, layer d -> step layer")
+        axes = {"run": [run], "step": list(runs.runs[run]), "layer": list(layers)}
+        closed = (1 - left / chosen.distances)[None]
+        parts.append(ByLayer.of(xarray.Dataset({"closure": (tuple(axes), closed)}, axes)))
+    return ByLayer.concat(parts)

@@ -1,4 +1,4 @@
-"""What alignment would be by chance: a null is a function that returns draws; `compare` holds runs against them."""
+"""Null distributions of the alignment: a null is a function that returns draws; `compare` gives p-values of runs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import xarray
 from einops import einsum
 from jaxtyping import Float
 from scipy import stats
@@ -16,6 +17,7 @@ from gravlens.core.errors import GravlensError, of_kind
 from gravlens.directions.covariance import draws_by_layer
 from gravlens.directions.direction import Directions, defined_columns
 from gravlens.directions.trajectory import (
+    ByLayer,
     Trajectory,
     check_trajectory,
     drift_per_prompt,
@@ -32,15 +34,15 @@ ABOVE = 0.01 + 1e-9  # p of what is called above a null
 
 @dataclass(frozen=True, eq=False)
 class NullDraws:
-    """Cosines with v_rev under a null.
+    """Draws of the cosine with v_rev under a null hypothesis.
 
     Attributes:
-        name: of the null.
+        name: name of the null.
         cosines: of the null's drifts, [draw, step, layer]; the layers of one draw belong together.
-        steps: the steps that it is drawn for.
-        layers: the layers.
+        steps: the steps of the second axis.
+        layers: the layers of the third axis.
         run: the run that the draws belong to; None: they serve every run.
-        of: `run`, or `mean`: each draw is a mean over runs, and is held against the runs' mean.
+        of: `run`, or `mean`: each draw is a mean over runs, and is compared with the mean of the runs.
     """
 
     name: str
@@ -49,6 +51,12 @@ class NullDraws:
     layers: tuple[int, ...]
     run: str | None = None
     of: Literal["run", "mean"] = "run"
+
+    @property
+    def data(self) -> xarray.DataArray:
+        """The cosines [draw, step, layer] with named axes."""
+        places = {"step": list(self.steps), "layer": list(self.layers)}
+        return xarray.DataArray(self.cosines, places, ("draw", "step", "layer"), self.name)
 
     def _repr_html_(self) -> str:
         served = "the mean over runs" if self.of == "mean" else self.run or "every run"
@@ -79,7 +87,7 @@ def isotropic(directions: Directions, *, steps: Sequence[int], draws: int, rng: 
     The p99 of one layer is about 2.33 / √d_model (docs/nulls.md).
 
     Args:
-        directions: one direction a layer; undefined ones are left out.
+        directions: one direction per layer; undefined ones are left out.
         steps: the steps that it serves; each has draws of its own.
         draws: how many at each step.
         rng: source of randomness.
@@ -108,8 +116,9 @@ def covariance_matched(
     (docs/nulls.md): then `sample_covariance` is the one to believe.
 
     Args:
-        directions: one direction a layer.
-        samples: the anchor's states, or per-prompt drifts, residual units; a column a direction (undefined may lack).
+        directions: one direction per layer.
+        samples: the anchor's states, or per-prompt drifts, residual units; one column per direction (undefined ones may
+            be left out).
         steps: the steps that it serves; each has draws of its own.
         draws: how many at each step.
         rng: source of randomness.
@@ -161,7 +170,6 @@ def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int,
         GravlensError where there is none.
     """
     table = rows_on(check_trajectory(trajectory).table, prompts)
-    table = table[table.layer.notna()]
     steps = sorted(set.intersection(*(set(rows.step) for _, rows in table.groupby("run")))) if len(table) else []
     if not steps:
         raise GravlensError(
@@ -188,7 +196,7 @@ def swapped_labels(
     Args:
         probes: residuals with `witness` and `anchor`, that v_rev is located on.
         held_out: residuals with `anchor` and the run, on other prompts.
-        run: whose drift it is.
+        run: name of the run.
         draws: how many.
         rng: source of randomness.
 
@@ -224,8 +232,8 @@ def other_prompts(
     Args:
         held_out: residuals with `anchor` and the run, on the prompts that the run is judged on.
         others: the same on other prompts (harmless ones, random text).
-        directions: one direction a layer.
-        run: whose drift it is.
+        directions: one direction per layer.
+        run: name of the run.
         draws: how many subsets, each as large as the held-out set.
         rng: source of randomness.
         name: of the null.
@@ -257,44 +265,59 @@ def p_value(drawn: Float[np.ndarray, " draw"], alignment: float) -> float:
     return (1 + int((~(drawn < alignment - TIED_WITHIN)).sum())) / (1 + len(drawn))
 
 
-def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out") -> pd.DataFrame:
-    """Hold every run × step × layer (`<NA>`: the layer mean) against a null.
+def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out") -> ByLayer:
+    """Compare every run at every step with a null distribution, at each layer and for the mean over layers.
 
-    Draws that belong to one run are held against that run alone, draws of the mean over runs against that mean (a row
-    of the run `mean`).
+    For the layer mean the layers of each draw are averaged first, so that it has a null of its own. Draws that belong
+    to one run are compared with that run alone, draws of the mean over runs with that mean (rows of the run `mean`).
 
     Args:
         trajectory: the runs.
         null: draws of the cosine, at the trajectory's steps and layers.
-        prompts: `held_out` or `given`: which of its rows.
+        prompts: prompt set, `held_out` or `given`.
 
     Returns:
-        Columns `null, run, step, layer, alignment, p99, p_value, above`; p = (1 + k)/(1 + n), one-sided. `above`: the
-        alignment exceeds the p99 and p is at most .01, which takes 99 draws.
-        GravlensError where the trajectory has no such rows at the null's steps.
+        `.table` with columns `null, run, step, layer, alignment, p99, p_value, above`, `.layer_mean` without `layer`;
+        p = (1 + k)/(1 + n), one-sided. `above`: the alignment exceeds the p99 and p is at most .01, which takes 99
+        draws.
+
+    Raises:
+        GravlensError: the trajectory has no such rows at the null's steps.
     """
     check_trajectory(trajectory)
     of_kind(
         null, NullDraws, "Draws of a null distribution are needed.", "isotropic(directions, steps=…, draws=…, rng=…)."
     )
-    observed = _observed(trajectory, null, prompts)
-    mean = [null.layers.index(layer) for layer in trajectory.layers_in_mean]
-    rows = []
-    for run, step, layer, alignment in observed.to_numpy(dtype=object):
-        draws = null.cosines[:, null.steps.index(step)]
-        drawn = draws[:, mean].mean(1) if layer is pd.NA else draws[:, null.layers.index(layer)]
-        p99 = float(np.quantile(drawn, 0.99))
-        p = p_value(drawn, alignment)
-        # fewer than 99 draws have no p99 of their own: the quantile then lies below the largest of them
-        above = bool(alignment > p99) and p <= ABOVE
-        rows.append((null.name, run, step, layer, alignment, p99, p, above))
-    columns = ["null", "run", "step", "layer", "alignment", "p99", "p_value", "above"]
-    return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
+    _check_layers(trajectory, null)
+    rows, means = (_observed(table, null, prompts) for table in (trajectory.table, trajectory.layer_mean))
+    draws = null.data
+    over = draws.sel(layer=list(trajectory.layers_in_mean)).mean("layer", skipna=False)
+    return ByLayer(
+        _compared(rows, [draws.sel(step=step, layer=layer) for step, layer in zip(rows.step, rows.layer, strict=True)]),
+        _compared(means, [over.sel(step=step) for step in means.step]),
+    )
 
 
-def _observed(trajectory: Trajectory, null: NullDraws, prompts: str) -> pd.DataFrame:
-    """`run, step, layer, alignment` of what a null's draws are of."""
-    table = rows_on(trajectory.table, prompts)
+def _check_layers(trajectory: Trajectory, null: NullDraws) -> None:
+    wanted = {*trajectory.data["layer"].values.tolist(), *trajectory.layers_in_mean}
+    if missing := sorted(wanted - {*null.layers}):
+        raise GravlensError(
+            f"The null {null.name} has no draws of layer {', '.join(map(str, missing))}.",
+            f"It is drawn for the layers {list(null.layers)}, and each layer is compared with its own draws.",
+            "the null and the trajectory with the same directions.",
+        )
+
+
+def _compared(rows: pd.DataFrame, draws: Sequence[xarray.DataArray]) -> pd.DataFrame:
+    p99 = np.array([np.quantile(drawn, 0.99) for drawn in draws])
+    p = np.array([p_value(drawn.to_numpy(), value) for drawn, value in zip(draws, rows.alignment, strict=True)])
+    # fewer than 99 draws have no p99 of their own: the quantile then lies below the largest of them
+    return rows.assign(p99=p99, p_value=p, above=(rows.alignment > p99) & (p <= ABOVE))
+
+
+def _observed(table: pd.DataFrame, null: NullDraws, prompts: str) -> pd.DataFrame:
+    """`null, run, step, layer, alignment` of the rows that a null's draws are compared with."""
+    table = rows_on(table, prompts)
     table = table[table.step.isin(null.steps)]
     table = table if null.run is None else table[table.run == null.run]
     if table.empty:
@@ -304,17 +327,12 @@ def _observed(trajectory: Trajectory, null: NullDraws, prompts: str) -> pd.DataF
             "A null is compared step by step.",
             "draws for the trajectory's runs and steps.",
         )
-    if missing := sorted({*table.layer.dropna(), *trajectory.layers_in_mean} - {*null.layers}):
-        raise GravlensError(
-            f"The null {null.name} has no draws of layer {', '.join(map(str, missing))}.",
-            f"It is drawn for the layers {list(null.layers)}, and each layer is compared with its own draws.",
-            "the null and the trajectory with the same directions.",
-        )
+    places = [name for name in ("step", "layer") if name in table]
     if null.of == "mean":
-        groups = table.groupby(["step", "layer"], sort=False, dropna=False).alignment
         # a run without drift has no cosine, and the mean has none either
-        table = groups.agg(lambda runs: runs.mean(skipna=False)).reset_index().assign(run="mean")
-    return table[["run", "step", "layer", "alignment"]]
+        means = table.groupby(places, sort=False).alignment.agg(lambda runs: runs.mean(skipna=False))
+        table = means.reset_index().assign(run="mean")
+    return table.assign(null=null.name)[["null", "run", *places, "alignment"]].reset_index(drop=True)
 
 
 def _null_of_draws(

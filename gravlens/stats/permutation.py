@@ -1,4 +1,4 @@
-"""Permutation tests whose unit is the run: sign flips, max-T, Holm, detrended correlation."""
+"""Permutation tests with the run as the unit: sign flips, max-T, Holm, detrended correlation."""
 
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -13,7 +13,7 @@ from gravlens.core.errors import GravlensError
 
 Alternative = Literal["greater", "less", "two-sided"]
 EXACT_ORDERS = 7  # runs: 5,040 orders are enumerated, as are 4,096 sign flips of 12
-RANDOM = 9_999  # with more runs, so many are drawn
+RANDOM = 9_999  # draws where there are too many runs to enumerate
 SAME = 1e-10  # sums that are equal on paper differ in their last bits; the statistics are at most 1 in size
 
 
@@ -65,7 +65,7 @@ def max_t(
     which grows with Student's t and, unlike it, is finite: a flip does not change Σv².
 
     Args:
-        values: of any unit, one a run and cell, less its baseline (see `sign_flip_test`); the first axis is the run.
+        values: of any unit, one per run and cell, less its baseline (see `sign_flip_test`); the first axis is the run.
         alternative: of the means.
         rng: source of randomness, for more than 12 runs.
 
@@ -126,7 +126,7 @@ def demand_rng(rng: np.random.Generator | None, n_runs: int, what: str) -> np.ra
     if rng is None:
         raise GravlensError(
             f"There are {n_runs} runs and no rng.",
-            f"The {what} of so many runs are drawn, not enumerated.",
+            f"The {what} of more than a few runs are drawn, not enumerated.",
             "rng=np.random.default_rng(0).",
         )
     return rng
@@ -178,7 +178,7 @@ def detrended_correlation(
         raise GravlensError(
             f"x {x.shape} and y {y.shape} were given.",
             "Both are finite [run, step] of the same runs and steps, three runs at least.",
-            "leave out steps that a run lacks.",
+            "leave out steps that are missing from a run.",
         )
     x, y = (one / (np.abs(one).max() or 1.0) for one in (x, y))
     raw = float((_ranks(x) * _ranks(y)).mean())
@@ -221,7 +221,7 @@ def sign_patterns(units: int) -> Float[np.ndarray, "pattern unit"]:
 def mean_under_signs(
     values: Float[np.ndarray, "unit step layer"], draws: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "draw step layer"]:
-    """Means over units whose signs are flipped at random; of few units, under every pattern but the true one."""
+    """Means over units under random sign flips; for few units, under every pattern but the true one."""
     units = len(values)
     few = units <= ALL_SIGNS_UP_TO
     signs = sign_patterns(units)[1:] if few else rng.choice((1.0, -1.0), (draws, units))

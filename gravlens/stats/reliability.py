@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from gravlens.activations.residuals import BATCH, Residuals, check_states, read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError, check_layer
-from gravlens.directions.trajectory import drift_per_prompt
-from gravlens.directions.vrev import locate_vrev
+from gravlens.directions.trajectory import ByLayer, drift_per_prompt, runs_of
+from gravlens.directions.vrev import locate_vrev, spearman_brown
 from gravlens.history.prompts import PromptSet, encode, pad
 from gravlens.models.opening import Openable, OpenModel, open_model
 
@@ -20,7 +20,7 @@ Halves = Float[np.ndarray, "half split prompt"]
 
 def cross_fit(
     residuals: Residuals, *, layers: Sequence[int] | None = None, repeats: int, rng: np.random.Generator
-) -> pd.DataFrame:
+) -> ByLayer:
     """Alignment and fraction with v_rev of one half of the prompts and the drift of the other, over random halves.
 
     Drift and v_rev both subtract the anchor's states, so on the same prompts they share its prompt noise, and correlate
@@ -35,25 +35,20 @@ def cross_fit(
         rng: source of randomness.
 
     Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over the layers), `alignment` (mean over the 2 · repeats splits),
-        `alignment_sd` (over the splits: how much depends on which half; no standard error, for splits overlap),
-        `fraction`.
+        `.table` with columns `run, step, layer, alignment` (mean over the 2 · repeats splits), `alignment_sd` (over the
+        splits: how much depends on which half; not a standard error, because splits overlap), `fraction`;
+        `.layer_mean` without `layer`.
 
     Raises:
         GravlensError: fewer than 2 prompts, no repeats, no run, no layer where v_rev is defined.
     """
     check_states(residuals)
-    if not residuals.runs:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "Cross-fitting is for the drift of runs.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
+    runs_of(residuals)
     layers, halves = _defined_layers(residuals, layers), _halves(residuals, repeats, rng)
     ways = np.concatenate([halves, halves[::-1]], axis=1)  # [half, split and split the other way, prompt]
     towards = _means(ways[0], residuals, "witness", layers)
     distance = np.linalg.norm(towards, axis=-1)
-    frames = []
+    parts = []
     for checkpoint, run, step in _run_steps(residuals):
         drift = _means(ways[1], residuals, checkpoint, layers)
         cosines = _with_mean(_cosine(drift, towards))
@@ -63,8 +58,9 @@ def cross_fit(
             "alignment_sd": cosines.std(0, ddof=1),
             "fraction": fractions.mean(0),
         }
-        frames.append(pd.DataFrame({"run": run, "step": step, "layer": [*layers, pd.NA], **columns}))
-    return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
+        axes = {"run": [run], "step": [step], "layer": list(layers)}
+        parts.append(ByLayer.split(axes, {name: values[None, None] for name, values in columns.items()}))
+    return ByLayer.concat(parts)
 
 
 def split_half_reliability(
@@ -73,8 +69,8 @@ def split_half_reliability(
     """How much v_rev and each drift depend on which prompts were drawn: 1 not at all, 0 entirely.
 
     r is the cosine of the two halves' directions, a mean over random halves; the whole has 2r / (1 + r) (Spearman 1910,
-    Brown 1910). A cosine between two such vectors cannot be expected above √(reliability · reliability): a low one says
-    that the prompts are too few, not that there is no alignment.
+    Brown 1910), at least −1. A cosine between two such vectors cannot be expected above √(reliability · reliability): a
+    low one says that the prompts are too few, not that there is no alignment.
 
     Args:
         residuals: `witness` and `anchor`, and runs if there are any, on one set of prompts.
@@ -94,8 +90,7 @@ def split_half_reliability(
     for checkpoint, of, step in [("witness", "v_rev", pd.NA), *_run_steps(residuals)]:
         one, other = (_means(half, residuals, checkpoint, layers) for half in halves)
         r = _cosine(one, other).mean(0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            frames.append(pd.DataFrame({"of": of, "step": step, "layer": list(layers), "reliability": 2 * r / (1 + r)}))
+        frames.append(pd.DataFrame({"of": of, "step": step, "layer": list(layers), "reliability": spearman_brown(r)}))
     tables = [frame.astype({"step": "Int64", "layer": "Int64"}) for frame in frames]
     return pd.concat(tables, ignore_index=True)
 
@@ -118,7 +113,7 @@ def forward_noise(
         [layer]: the largest norm over the repeats, residual units.
 
     Raises:
-        GravlensError: a layer that the model lacks, no repeats.
+        GravlensError: a layer out of range, no repeats.
     """
     model = open_model(model)
     layers = [check_layer(layer, model.n_layers) for layer in layers]

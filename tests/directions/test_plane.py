@@ -19,11 +19,6 @@ from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.plot.plane import explore_residual_plane, plot_residual_plane
 
 
-def axes(seed: int = 0) -> np.ndarray:
-    """Two orthonormal directions [2, d_model]."""
-    return np.linalg.qr(np.random.default_rng(seed).standard_normal((WIDTH, 2)))[0].T
-
-
 def placed(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
     rows = table[table["prompt"].isna()]
     return dict(zip(rows["checkpoint"], zip(rows["along"], rows["across"], strict=True), strict=True))
