@@ -23,7 +23,7 @@ from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import open_model, quiet
 from gravlens.organisms.fetch import cache_folder
 from gravlens.organisms.refusal import RefusalOrganism
-from gravlens.training.finetune import _arguments, _collate, _in_order, _Rows
+from gravlens.training.finetune import _arguments, _collate, _in_order
 from gravlens.training.monitor import Monitor
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -76,7 +76,7 @@ def cost(sequence: ModelSequence, setting: RefusalOrganism, probes: int, steps: 
     with TemporaryDirectory() as folder:
         arguments = _arguments(recipe, 0, Path(folder))
         arguments.max_steps = steps
-        trainer = Trainer(model=model.module, args=arguments, train_dataset=_Rows(data), data_collator=_collate)
+        trainer = Trainer(model=model.module, args=arguments, train_dataset=data, data_collator=_collate)
         trainer.remove_callback(PrinterCallback)
         monitor.attach(trainer, start=model)
         trainer.train()

@@ -1,4 +1,4 @@
-"""Losses that preserve behaviour rather than a direction: KL to the anchor, rehearsal of refusals."""
+"""Blockers that preserve behaviour rather than a direction: KL to the anchor, rehearsal of refusals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 
 from gravlens.blockers.blocking import BoundBlocker, Draws, check_fields, without_dropout
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import Batch, Example, PromptSet, encode, encode_example, pad
+from gravlens.history.prompts import Example, PromptSet, encode, encode_example, pad
 from gravlens.models.forward import generate
 from gravlens.models.opening import OpenModel
 
@@ -24,8 +24,8 @@ class AnchorKL:
     Attributes:
         prompts: harmful prompts preserve refusal, harmless ones everything else.
         strength: λ.
-        batch: number of prompts that are drawn for each step; None: all.
-        tokens: number of next-token distributions of an answer, from the one after the last prompt token.
+        batch: prompts drawn for each step; None: all.
+        tokens: next-token distributions of an answer, from the one after the last prompt token.
     """
 
     prompts: PromptSet
@@ -37,14 +37,15 @@ class AnchorKL:
         check_fields(self, from_0=("strength",), from_1=("batch", "tokens"))
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Generate the anchor's answers and keep its distributions (fp32, vocabulary × tokens × prompts)."""
+        """Generate the anchor's answers and keep its distributions."""
         prompts = encode(model.tokenizer, self.prompts)
         answers: list[list[int]] = [[]] * len(prompts)
         with torch.no_grad(), without_dropout(model.module):
-            if self.tokens > 1:
+            if self.tokens > 1:  # one distribution needs no answer, and transformers refuses max_new_tokens=0
                 answers = generate(model, prompts, max_new_tokens=self.tokens - 1)
             ids = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
             counts = [1 + len(answer) for answer in answers]
+            # fp32, vocabulary × tokens × prompts: 51 MB for 32 prompts of 8 tokens and 50,000 words.
             anchor = [_end_logprobs(model, [one], [n])[0] for one, n in zip(ids, counts, strict=True)]
         draws = Draws(len(ids), self.batch, rng)
 
@@ -52,9 +53,8 @@ class AnchorKL:
             rows = draws()
             with without_dropout(model.module):
                 now = _end_logprobs(model, [ids[row] for row in rows], [counts[row] for row in rows])
-            apart = [
-                kl_div(one, anchor[row], reduction="sum", log_target=True) for one, row in zip(now, rows, strict=True)
-            ]
+            pairs = zip(now, rows, strict=True)  # torch takes the second distribution first: KL(anchor ‖ θ)
+            apart = [kl_div(one, anchor[row], reduction="sum", log_target=True) for one, row in pairs]
             return weight * self.strength * torch.stack(apart).sum() / sum(counts[row] for row in rows)
 
         return BoundBlocker(loss=loss, skip=draws.skip)
@@ -67,7 +67,7 @@ class Rehearsal:
     Attributes:
         examples: pairs of prompt and answer.
         strength: λ.
-        batch: number of examples that are drawn for each step; None: all.
+        batch: examples drawn for each step; None: all.
     """
 
     examples: Sequence[Example]
@@ -80,9 +80,7 @@ class Rehearsal:
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
         """Encode the examples; GravlensError if there are none."""
         if not self.examples:
-            raise GravlensError(
-                "No examples were given.", "Rehearsal needs at least one.", "[Example(prompt, refusal)]."
-            )
+            raise GravlensError("No examples were given.", "At least one is needed.", "[Example(prompt, refusal)].")
         encoded = [encode_example(model.tokenizer, example) for example in self.examples]
         draws = Draws(len(encoded), self.batch, rng)
 
@@ -102,13 +100,10 @@ def _end_logprobs(
     model: OpenModel, ids: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> list[Float[Tensor, "token vocab"]]:
     """Compute log p of all next tokens after each of the last `counts` tokens, differentiable, fp32."""
-    batch: Batch = pad(ids)
-    inputs = {key: value.to(model.device) for key, value in batch._asdict().items()}
-    module: Any = model.module
-    del inputs["position_ids"]  # with right padding they are the default
+    batch = pad(ids)
+    mask = batch.attention_mask.to(model.device)  # no position ids: with right padding they are the default
     # The class's forward, because Trainer wraps the instance's in autocast and the anchor was read without it.
-    logits = type(module).forward(module, **inputs, use_cache=False).logits
-    ends = batch.attention_mask.sum(1).tolist()
-    return [
-        row[end - count : end].float().log_softmax(-1) for row, end, count in zip(logits, ends, counts, strict=True)
-    ]
+    forward: Any = type(model.module).forward
+    logits = forward(model.module, batch.input_ids.to(model.device), attention_mask=mask, use_cache=False).logits
+    places = zip(logits, batch.attention_mask.sum(1).tolist(), counts, strict=True)
+    return [row[end - count : end].float().log_softmax(-1) for row, end, count in places]

@@ -1,9 +1,6 @@
 """Hook a `Blocker` into the optimizer steps of a Hugging Face `Trainer`.
 
-A `Blocker` is a frozen description. It is bound once, while the weights are still those of the start (the anchor), and
-then acts on each optimizer step at up to three places: a loss with a gradient that is added to the task's, a change of
-the forward and backward passes, a change of the weights after the update. Everything goes through Trainer's callbacks,
-so it works in the same way with TRL's `SFTTrainer`, LoRA, gradient accumulation and gradient checkpointing.
+Through Trainer's callbacks alone, so that TRL's `SFTTrainer`, LoRA, accumulation and checkpointing work alike.
 """
 
 import copy
@@ -25,18 +22,9 @@ from gravlens.models.opening import OpenModel, open_model
 Schedule: TypeAlias = Callable[[int], float]
 
 
-def always(_step: int) -> float:
-    """Weight 1 at every step."""
-    return 1.0
-
-
 @dataclass(frozen=True)
 class Until:
-    """Weight 1 before a step and 0 from it on: the block is released (the release test).
-
-    Attributes:
-        step: first optimizer step without the block, counted from 0.
-    """
+    """Weight 1 before an optimizer step (counted from 0) and 0 from it on: the block is released."""
 
     step: int
 
@@ -46,11 +34,7 @@ class Until:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Weight that rises linearly from 1/steps to 1.
-
-    Attributes:
-        steps: number of optimizer steps until 1.
-    """
+    """Weight that rises linearly from 1/steps to 1."""
 
     steps: int
 
@@ -67,53 +51,43 @@ class BoundBlocker:
         during: weight -> a context in which the step's forward and backward passes run.
         after_update: weight -> norm of its change to the weights, after the optimizer has updated them.
         weight: step (from 0) -> weight; with weight 0 the blocker skips that step.
-        skip: advances the random draws by a number of steps from the beginning, when a run begins or resumes.
+        skip: advances the random draws to a step, when a run begins or resumes.
     """
 
     loss: Callable[[float], Float[Tensor, ""]] | None = None
     during: Callable[[float], AbstractContextManager[Any]] | None = None
     after_update: Callable[[float], float] | None = None
-    weight: Schedule = always
+    weight: Schedule = lambda _step: 1.0
     skip: Callable[[int], None] | None = None
 
 
 class Blocker(Protocol):
-    """Description of a blocker."""
+    """A frozen description of a blocker, bound once to a model that is still at its start (the anchor)."""
 
-    def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Read what is needed of the model at its start (the anchor)."""
-        ...
+    def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker: ...
 
 
 def check_fields(
     blocker: object, *, above_0: Sequence[str] = (), from_0: Sequence[str] = (), from_1: Sequence[str] = ()
 ) -> None:
     """Raise where a number of a blocker is out of range; None is always valid."""
+    # 5e-324 is the smallest float above 0; `not <=` refuses NaN too.
     for names, lowest, wanted in ((above_0, 5e-324, "above 0"), (from_0, 0, "at least 0"), (from_1, 1, "at least 1")):
         for name in names:
             value = getattr(blocker, name)
             if value is not None and not lowest <= value < inf:
-                raise GravlensError(
-                    f"{type(blocker).__name__}({name}={value}) was given.",
-                    f"{name} must be {wanted} and finite.",
-                    "its default.",
-                )
+                given = f"{type(blocker).__name__}({name}={value}) was given."
+                raise GravlensError(given, f"{name} must be {wanted} and finite.", "its default.")
 
 
 @dataclass(frozen=True, eq=False)
 class Scheduled:
-    """A blocker with a weight that depends on the step: `Scheduled(Penalty(vs, probes), Until(50))`.
-
-    Attributes:
-        blocker: any blocker.
-        schedule: step -> weight, such as `Until` or `Ramp`.
-    """
+    """A blocker with a weight that depends on the step: `Scheduled(Penalty(vs, probes), Until(50))`."""
 
     blocker: Blocker
     schedule: Schedule
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Bind the blocker."""
         return replace(self.blocker.bind(model, rng=rng), weight=self.schedule)
 
 
@@ -125,13 +99,12 @@ class Draws:
         self.start = copy.deepcopy(rng)
 
     def __call__(self) -> Int[np.ndarray, " draw"]:
-        """Draw the next rows."""
         return self.rng.choice(self.n, size=self.size, replace=False)
 
     def skip(self, steps: int) -> None:
         """Advance to the state after a number of draws from the beginning."""
         self.rng = copy.deepcopy(self.start)
-        for _ in range(steps):
+        for _ in range(steps):  # drawn again: a choice without replacement takes a varying number of random bits
             self()
 
 
@@ -150,24 +123,14 @@ def block(
         blockers: any number of them.
         tokenizer: default: the trainer's `processing_class`.
         rng: generator for the draws; default: seeded with 0.
-
-    Raises:
-        GravlensError: fp16, because Trainer scales its gradients there and not a blocker's; errors of `bind`.
     """
-    if trainer.args.fp16:
-        raise GravlensError(
-            "The trainer trains in fp16.",
-            "Trainer scales gradients in fp16, and a blocker's gradients are not scaled.",
-            "bf16=True, or fp32.",
-        )
+    if trainer.args.fp16:  # Trainer scales its loss there, and with it the task's gradient alone
+        raise GravlensError("The trainer trains in fp16.", "A blocker's gradient is not scaled.", "bf16=True, or fp32.")
     if trainer.model is None or trainer.model_init is not None:
-        raise GravlensError(
-            "The trainer creates its model later (model_init).",
-            "Blockers are bound to the model at its start.",
-            "Trainer(model=…).",
-        )
+        given = "The trainer creates its model later (model_init)."
+        raise GravlensError(given, "Blockers are bound to the model at its start.", "Trainer(model=…).")
     model = open_model(trainer.model, tokenizer=tokenizer or trainer.processing_class)
-    rng = np.random.default_rng(0) if rng is None else rng
+    rng = rng or np.random.default_rng(0)
     generators = [rng, *rng.spawn(max(0, len(blockers) - 1))]  # one each: `skip` can then resume each
     bound = [one.bind(model, rng=own) for one, own in zip(blockers, generators, strict=False)]
     callback = _Blocking(bound)
@@ -191,19 +154,19 @@ class _Blocking(TrainerCallback):
                 one.skip(sum(one.weight(step) > 0 for step in range(state.global_step)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.hooks.close()
+        self.hooks.close()  # of a step that an exception left open
         self.weights = [one.weight(state.global_step) for one in self.bound]
         norms = [0.0]
         for one, weight in zip(self.bound, self.weights, strict=True):
             if one.loss is not None and weight > 0:
                 norms.append(_add_gradient(one.loss(weight), model))
         self.norm = float(np.linalg.norm(norms))
-        for one, weight in zip(self.bound, self.weights, strict=True):
+        for one, weight in zip(self.bound, self.weights, strict=True):  # after the losses, whose passes are not edited
             if one.during is not None and weight > 0:
                 self.hooks.enter_context(one.during(weight))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.hooks.close()
+        self.hooks.close()  # here, not at the step's end: Trainer evaluates and saves after the update
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for one, weight in zip(self.bound, self.weights, strict=True):
@@ -216,13 +179,14 @@ class _Blocking(TrainerCallback):
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained."""
+    """Return the parameters that are trained; with LoRA the adapters alone."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _add_gradient(loss: Tensor, model: nn.Module) -> float:
     """Add the loss's gradient to `.grad` and return its norm."""
     parameters = trained(model)
+    # Not `backward`: the norm of this gradient alone is wanted. Blocks above the deepest layer read are unused.
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     total = 0.0
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -1,4 +1,4 @@
-"""Constrained fine-tuning: weight the task's loss of each token by its distance from the anchor."""
+"""Constrained fine-tuning: weight each token's loss by its distance from the anchor."""
 
 import copy
 from collections.abc import Generator
@@ -42,27 +42,22 @@ class ConstrainedSFT:
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
         """Keep a frozen copy of the anchor for its log-probabilities; any weight above 0 counts as 1."""
+        # A copy, not a second pass of the model with adapters off: full fine-tuning changes the weights themselves.
         anchor = copy.deepcopy(model.module).eval().requires_grad_(False)
 
         @contextmanager
         def during(_weight: float = 1.0) -> Generator[None]:
-            handle = model.module.register_forward_hook(lambda *call: self._replace(anchor, *call), with_kwargs=True)
-            try:
+            # torch's handle is a context manager that removes the hook.
+            with model.module.register_forward_hook(lambda *call: self._replace(anchor, *call), with_kwargs=True):
                 yield
-            finally:
-                handle.remove()
 
         return BoundBlocker(during=during)
 
     def _replace(self, anchor: Any, _module: Any, args: Any, inputs: dict[str, Any], output: Any) -> Any:
-        """Replace the loss in the model's output by the constrained loss."""
         labels = inputs.get("labels")
-        if labels is None or not isinstance(output, ModelOutput):
-            raise GravlensError(
-                "The trainer's model was run without labels.",
-                "The loss of the labels is replaced.",
-                "Trainer's own loss, without compute_loss_func.",
-            )
+        if labels is None or not isinstance(output, ModelOutput):  # a custom loss function takes the labels away
+            given = "The trainer's model was run without labels."
+            raise GravlensError(given, "Their loss is replaced.", "Trainer's own loss, without compute_loss_func.")
         with torch.no_grad():
             before = anchor(*args, **{**inputs, "use_cache": False})
         ratio = _logprobs(output, labels) - _logprobs(before, labels)
@@ -72,13 +67,15 @@ class ConstrainedSFT:
         if "log_probs" in output:  # TRL's SFTTrainer sums these, and reads no loss
             output["log_probs"] = constrained
         else:
+            # Trainer passes the tokens of all accumulated batches: a mean of means would weigh short batches more.
             output["loss"] = -constrained.sum() / (inputs.get("num_items_in_batch") or counted.sum())
         return output
 
     def _beta(self, labels: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos"]:
         counted = labels != IGNORED
         so_far = counted.cumsum(1)
-        place = so_far - so_far.where(~counted, 0).cummax(1).values  # 1 at the first token of each answer of a row
+        # 1 at the first token of each answer: a packed row, or a conversation, has several.
+        place = so_far - so_far.where(~counted, 0).cummax(1).values
         beta = torch.full(labels.shape, self.later, device=labels.device)
         beta[place <= 5] = self.early
         beta[place <= 1] = self.first
@@ -86,7 +83,7 @@ class ConstrainedSFT:
 
 
 def _logprobs(output: Any, labels: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos-1"]:
-    """Compute log p of each label but the first; values at ignored labels are arbitrary."""
+    """Compute log p of each label but the first; values at ignored labels are arbitrary."""  # masked by the caller
     if "log_probs" in output:
         return output.log_probs
     wanted = labels[:, 1:].clamp(min=0)

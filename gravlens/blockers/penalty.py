@@ -26,9 +26,10 @@ class Movement:
         spans = Directions.of(spans).defined() if isinstance(spans, Direction | Directions) else spans
         self.model, self.layers, self.ids = model, spans.layers, encode(model.tokenizer, probes)
         with without_dropout(model.module):
-            self.anchor = read_residuals(model, self.ids, layers=self.layers).to(model.device)
+            self.anchor = read_residuals(model, self.ids, layers=self.layers).to(model.device)  # read once
         rank = max(len(span.basis) for span in spans)
-        bases = torch.zeros(len(spans), rank, model.d_model)  # zero rows where the rank of a layer is smaller
+        # One tensor for all layers, so that a step takes one product; zero rows where a layer's rank is smaller.
+        bases = torch.zeros(len(spans), rank, model.d_model)
         for i, span in enumerate(spans):
             bases[i, : len(span.basis)] = torch.from_numpy(span.basis.astype(np.float64) / span.distance)
         self.per_distance = bases.to(model.device)
@@ -45,17 +46,15 @@ class Movement:
 class Penalty:
     """λ · mean over layers and probes of relu(s + margin)², s_l(x) = ⟨h_l(x; θ) − h_l(x; anchor), v_l⟩ / distance_l.
 
-    With `side="both"` it is a *clamp*, λ · mean of ‖s‖², along directions or in subspaces of any rank; with
-    `whole_state(vs)` it anchors the full vector. With `side="reinforce"` it pushes the model along v until s = margin:
-    λ · mean of relu(margin − s)².
-
     Attributes:
         directions: one direction or subspace per layer; the mean is over their layers.
         probes: the prompts x.
         margin: 0 blocks movement along v; above 0 the model is pushed the other way, by up to this fraction.
         strength: λ.
-        batch: number of probes that are drawn for each step; None: all.
-        side: penalise movement along v only (`one`), in both directions (`both`), or push along v (`reinforce`).
+        batch: probes drawn for each step; None: all.
+        side: `one` penalises movement along v alone; `both` is a clamp, λ · mean of ‖s‖², also in subspaces of any rank
+            (with `whole_state(vs)` it anchors the full vector); `reinforce` pushes the model along v until s = margin,
+            λ · mean of relu(margin − s)².
         on_mean: penalise the mean s_l over probes instead of each probe's: single prompts may then move.
     """
 
@@ -70,25 +69,17 @@ class Penalty:
     def __post_init__(self) -> None:
         check_fields(self, from_0=("margin", "strength"), from_1=("batch",))
         if self.side not in get_args(Side):
-            raise GravlensError(
-                f"Penalty(side={self.side!r}) was given.",
-                f"side must be one of {', '.join(get_args(Side))}.",
-                'side="one".',
-            )
+            wanted = f"side must be one of {', '.join(get_args(Side))}."
+            raise GravlensError(f"Penalty(side={self.side!r}) was given.", wanted, 'side="one".')
         rank = max(len(span.basis) for span in each(self.directions))
         if self.side != "both" and rank > 1:
-            raise GravlensError(
-                f'Penalty(side="{self.side}") was given a subspace of rank {rank}.',
-                "Only a direction (rank 1) has two sides.",
-                'side="both".',
-            )
+            given = f'Penalty(side="{self.side}") was given a subspace of rank {rank}.'
+            raise GravlensError(given, "Only a direction (rank 1) has two sides.", 'side="both".')
         if self.side == "both" and self.margin:
-            raise GravlensError(
-                f'Penalty(side="both", margin={self.margin}) was given.', "A clamp has no margin.", "margin=0."
-            )
+            given = f'Penalty(side="both", margin={self.margin}) was given.'
+            raise GravlensError(given, "A clamp has no margin.", "margin=0.")
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Read the probes' states at the anchor."""
         movement = Movement(model, self.directions, self.probes)
         draws = Draws(len(self.probes), self.batch, rng)
 
@@ -98,7 +89,7 @@ class Penalty:
         return BoundBlocker(loss=loss, skip=draws.skip)
 
     def _of(self, moved: Float[Tensor, "probe layer rank"]) -> Float[Tensor, ""]:
-        moved = moved.mean(0, keepdim=True) if self.on_mean else moved
+        moved = moved.mean(0, keepdim=True) if self.on_mean else moved  # before the relu: else nothing could cancel
         if self.side == "reinforce":
             moved = torch.relu(self.margin - moved)
         elif self.side == "one":

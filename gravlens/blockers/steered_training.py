@@ -19,36 +19,27 @@ from gravlens.models.opening import OpenModel
 class PreventativeSteering:
     """h ← h + strength · distance · v in the training passes (persona vectors, Chen et al. 2025).
 
-    With a strength above 0 the training passes are already at the reverted state, and the data reward movement along
-    v_rev less.
-
     Attributes:
         directions: one per layer; all layers are steered together, each at the full strength.
-        strength: in units of each direction's distance.
+        strength: in units of each direction's distance; above 0 the data reward movement along v less.
     """
 
     directions: Direction | Directions
     strength: float = 1.0
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Return the steering."""
         steer = Steer(self.directions, self.strength)
         return BoundBlocker(during=lambda weight=1.0: intervene(model, replace(steer, strength=weight * self.strength)))
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingAblation:
-    """h ← h − Qᵀ Q h in the training passes: concept ablation fine-tuning (CAFT, Casademunt et al. 2025).
-
-    Attributes:
-        directions: a direction or subspace per layer.
-    """
+    """h ← h − Qᵀ Q h in the training passes: concept ablation fine-tuning (CAFT, Casademunt et al. 2025)."""
 
     directions: Spans
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Return the ablation; any weight above 0 counts as 1."""
-        ablate = Ablate(self.directions)
+        ablate = Ablate(self.directions)  # any weight above 0 counts as 1: a component is gone or not
         return BoundBlocker(during=lambda weight=1.0: intervene(model, ablate))
 
 
@@ -65,11 +56,9 @@ class GradientAblation:
     strength: float = 1.0
 
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
-        """Return the gradient edit."""
         Ablate(self.directions)  # checks: defined directions of unit length
-        return BoundBlocker(
-            during=lambda weight=1.0: intervene(model, _GradientEdit(self.directions, weight * self.strength))
-        )
+        edit = _GradientEdit(self.directions, self.strength)
+        return BoundBlocker(during=lambda weight=1.0: intervene(model, replace(edit, strength=weight * self.strength)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +69,7 @@ class _GradientEdit:
     strength: float
 
     def edit(self, hidden: Float[Tensor, "*batch d_model"], direction: Span) -> Float[Tensor, "*batch d_model"]:
-        basis = torch.tensor(direction.basis, device=hidden.device)
+        basis = torch.tensor(direction.basis, device=hidden.device)  # fp32, also beside a bf16 gradient
         edited: Any = _WithoutGradient.apply(hidden, basis, self.strength)
         return edited
 
@@ -93,7 +82,7 @@ class _WithoutGradient(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, basis: Tensor, strength: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(basis)
         ctx.strength = strength
-        return hidden.view_as(hidden)
+        return hidden.view_as(hidden)  # a new tensor: `hidden` itself would count as no edit
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]

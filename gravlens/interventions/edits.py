@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError, wrong_kind
-from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspace, Subspaces, each
+from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspace, Subspaces, each, undefined_error
 from gravlens.models.forward import Positions, Reading, check_positions, current_reading
 from gravlens.models.opening import Openable, open_model
 
-UNIT_WITHIN = 1e-4  # of a direction's length
+UNIT_WITHIN = 1e-4  # of a direction's length; vectors are stored in fp32
 States: TypeAlias = Float[Tensor, "*batch d_model"]
 
 
@@ -24,9 +24,7 @@ class Intervention(Protocol):
     """An edit of the hidden states at each layer of its directions or subspaces; `intervene` applies it."""
 
     @property
-    def directions(self) -> Span | Spans:
-        """Directions or subspaces, each with its layer."""
-        ...
+    def directions(self) -> Span | Spans: ...
 
     def edit(self, hidden: States, direction: Any, /) -> States:
         """The edited states, a new tensor of the same dtype; `hidden` itself if there is nothing to change."""
@@ -39,7 +37,7 @@ class Intervention(Protocol):
 
 def check_intervention(given: Any) -> Intervention:
     """Return an intervention; raise for a direction, a class or anything else that edits no states."""
-    if hasattr(given, "edit") and not isinstance(given, type):
+    if hasattr(given, "edit") and not isinstance(given, type):  # Ablate instead of Ablate(v) has `edit` too
         return given
     raise wrong_kind(
         given,
@@ -49,7 +47,20 @@ def check_intervention(given: Any) -> Intervention:
 
 
 @dataclass(frozen=True, eq=False)
-class Steer:
+class _Along:
+    """An intervention along directions, which are checked."""
+
+    directions: Span | Spans
+
+    def __post_init__(self) -> None:
+        _check_spans(self.directions)
+
+    def with_directions(self, directions: Any) -> Self:
+        return replace(self, directions=directions)
+
+
+@dataclass(frozen=True, eq=False)
+class Steer(_Along):
     """Activation addition, h + strength · distance · v: strength 1 is the step from the anchor to the witness.
 
     Attributes:
@@ -61,21 +72,16 @@ class Steer:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_spans(self.directions)
+        super().__post_init__()
         _check_strength(self)
 
     def edit(self, hidden: States, direction: Direction) -> States:
-        """h + strength · distance · v, computed in fp32 at least."""
         wide, basis = _widened(hidden, direction)
-        return (wide + self.strength * direction.distance * basis[0]).to(hidden.dtype)
-
-    def with_directions(self, directions: Direction | Directions) -> "Steer":
-        """The same strength along other directions."""
-        return replace(self, directions=directions)
+        return (wide + self.strength * direction.distance * basis[0]).to(hidden.dtype)  # not in place: for autograd
 
 
 @dataclass(frozen=True, eq=False)
-class Ablate:
+class Ablate(_Along):
     """Directional ablation, h − ⟨h, v⟩ v; h − QᵀQ h for a subspace with the basis Q.
 
     Attributes:
@@ -83,22 +89,12 @@ class Ablate:
             all layers.
     """
 
-    directions: Span | Spans
-
-    def __post_init__(self) -> None:
-        _check_spans(self.directions)
-
     def edit(self, hidden: States, direction: Span) -> States:
-        """h − QᵀQ h, computed in fp32 at least."""
         return _put(hidden, direction, np.zeros(len(direction.basis)))
-
-    def with_directions(self, directions: Span | Spans) -> "Ablate":
-        """The same along others."""
-        return replace(self, directions=directions)
 
 
 @dataclass(frozen=True, eq=False)
-class Clamp:
+class Clamp(_Along):
     """h − QᵀQ (h − m): clamp the component to that of m, the anchor's mean state, plus strength · distance along v.
 
     Strength 0 is mean ablation (at the anchor's mean), 1 clamps to the witness's mean. For a value of your own, in
@@ -110,32 +106,26 @@ class Clamp:
         strength: in units of each direction's distance; 0 for subspaces.
     """
 
-    directions: Span | Spans
     residuals: Residuals = field(repr=False)
     strength: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_spans(self.directions)
+        super().__post_init__()
         _check_source(self.directions, self.residuals, "anchor")
-        if self.strength:
+        if self.strength:  # 0 is defined along subspaces too
             _check_strength(self)
 
     def edit(self, hidden: States, direction: Span) -> States:
-        """h − QᵀQ (h − m − strength · distance · v), computed in fp32 at least."""
         component = direction.basis @ self._means[direction.layer]
         return _put(hidden, direction, component + self.strength * direction.distance if self.strength else component)
 
-    def with_directions(self, directions: Span | Spans) -> "Clamp":
-        """The same along others, clamped to the anchor's mean there."""
-        return replace(self, directions=directions)
-
-    @cached_property
+    @cached_property  # `edit` runs in every forward pass, and a mean over all prompts once is enough
     def _means(self) -> dict[int, Float[np.ndarray, " d_model"]]:
         return dict(zip(self.residuals.layers, self.residuals.of("anchor").mean(0, dtype=np.float64), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
-class Patch:
+class Patch(_Along):
     """Activation patching at the last token of each prompt x: h − QᵀQ (h − h_source(x)).
 
     Patching the anchor's component into a fine-tuned model tests whether a change of the component is necessary;
@@ -148,24 +138,21 @@ class Patch:
         checkpoint: name of the source in `residuals`.
     """
 
-    directions: Span | Spans
     residuals: Residuals = field(repr=False)
     ids: Sequence[Sequence[int]] = field(repr=False)
     checkpoint: str = "anchor"
 
     def __post_init__(self) -> None:
-        _check_spans(self.directions)
+        super().__post_init__()
         _check_source(self.directions, self.residuals, self.checkpoint)
         n_prompts, position = self.residuals.values.shape[1], self.residuals.meta.get("positions", "last")
         if len(self.ids) != n_prompts or position not in ("last", -1):
+            given = f"Ids of {len(self.ids)} prompts were given, and states of {n_prompts} at position {position}."
             raise GravlensError(
-                f"Token ids of {len(self.ids)} prompts were given, and states of {n_prompts} at position {position}.",
-                "A patch needs the source's state at the last token of each prompt.",
-                "cache_residuals(sequence, prompts, …) and encode(tokenizer, prompts) of the same prompts.",
+                given, "Both must be of the same prompts, at the last token.", "cache_residuals and encode of them."
             )
 
     def edit(self, hidden: Float[Tensor, "prompt pos d_model"], direction: Span) -> States:
-        """The states, with the component at each prompt's last token replaced by the source's."""
         reading = current_reading(hidden)
         where = reading.chosen("last", hidden.shape[1])
         if not where.any():
@@ -175,10 +162,6 @@ class Patch:
         restored = _put(hidden, direction, (source @ direction.basis.T)[:, None])
         return torch.where(where.to(hidden.device)[..., None], restored, hidden)
 
-    def with_directions(self, directions: Span | Spans) -> "Patch":
-        """The same source along others."""
-        return replace(self, directions=directions)
-
     @cached_property
     def _row(self) -> dict[tuple[int, ...], int]:
         return {tuple(prompt): row for row, prompt in enumerate(self.ids)}
@@ -186,10 +169,9 @@ class Patch:
     def _rows_of(self, reading: Reading) -> list[int]:
         prompts = reading.prompts  # matched by token ids: batches are sorted by length
         if unknown := [list(prompt) for prompt in prompts if prompt not in self._row]:
+            given = f"The prompt {unknown[0]} is not among the {len(self.ids)} prompts of the source."
             raise GravlensError(
-                f"The prompt {unknown[0]} is not among the {len(self.ids)} prompts of the source.",
-                "A patch needs the source's state on the same tokens.",
-                "residuals and ids of these prompts, from the same tokenizer and chat template.",
+                given, "A patch needs the source's state on the same tokens.", "residuals and ids of these prompts."
             )
         return [self._row[prompt] for prompt in prompts]
 
@@ -200,8 +182,8 @@ class At:
 
     Attributes:
         intervention: any.
-        positions: `"last"` (the last prompt token), `"prompt"` (up to it), `"answer"` (after it), offsets that count
-            the last prompt token as −1, such as `(-1, -2)`, or `"all"`, as without `At`.
+        positions: `"last"` (the last prompt token), `"prompt"` (up to it), `"answer"` (after it), offsets such as
+            `(-1, -2)` (the last prompt token is −1), or `"all"`, as without `At`.
     """
 
     intervention: Intervention
@@ -213,19 +195,17 @@ class At:
 
     @property
     def directions(self) -> Span | Spans:
-        """Those of the intervention."""
         return self.intervention.directions
 
     def edit(self, hidden: Float[Tensor, "prompt pos d_model"], direction: Span) -> States:
-        """The states, edited at the positions."""
         if self.positions == "all":  # needs no `reading`, so it also works in passes outside gravlens
             return self.intervention.edit(hidden, direction)
         where = current_reading(hidden).chosen(self.positions, hidden.shape[1])
         edited = self.intervention.edit(hidden, direction) if where.any() else hidden
+        # Edited everywhere, then selected: prompts differ in their number of positions, so a gather would be ragged.
         return hidden if edited is hidden else torch.where(where.to(hidden.device)[..., None], edited, hidden)
 
     def with_directions(self, directions: Any) -> "At":
-        """The same along others, at the same positions."""
         return replace(self, intervention=self.intervention.with_directions(directions))
 
 
@@ -263,43 +243,29 @@ def _widened(hidden: Tensor, span: Span) -> tuple[Tensor, Tensor]:
 def _check_spans(spans: Span | Spans) -> None:
     if not each(spans):
         raise GravlensError("No direction was given.", "An intervention needs at least one.", "locate_vrev(sequence).")
-    for span in each(spans):
-        if isinstance(span, Direction):
-            _check_direction(span)
-
-
-def _check_direction(direction: Direction) -> None:
-    if direction.undefined is not None:
-        raise GravlensError(
-            f"The direction of layer {direction.layer} is undefined: {direction.undefined}.",
-            "An intervention needs a defined direction at each of its layers.",
-            "directions.defined(), which drops the undefined ones.",
-        )
-    length = float(np.linalg.norm(direction.vector.astype(np.float64)))
-    if not abs(length - 1) <= UNIT_WITHIN:
-        raise GravlensError(
-            f"The direction of layer {direction.layer} ({direction.estimator}) has length {length:.4g}.",
-            "Unit length is needed: else ablation leaves a component and strength is not in units of distance.",
-            "direction_from(vector, layer=…), which normalises it.",
-        )
+    for one in each(spans):
+        if not isinstance(one, Direction):
+            continue  # a subspace has checked its basis itself
+        if one.undefined is not None:
+            raise undefined_error(one)
+        length = float(np.linalg.norm(one.vector.astype(np.float64)))
+        if not abs(length - 1) <= UNIT_WITHIN:  # not `>`: NaN must be refused too
+            raise GravlensError(
+                f"The direction of layer {one.layer} ({one.estimator}) has length {length:.4g}.",
+                "Unit length is needed: else ablation leaves a component and strength is not in units of distance.",
+                "direction_from(vector, layer=…), which normalises it.",
+            )
 
 
 def _check_strength(edit: Steer | Clamp) -> None:
     """Raise unless strength and distances are finite, along directions: a subspace has no sign."""
     name, spans = type(edit).__name__, each(edit.directions)
     if not all(isinstance(span, Direction) for span in spans):
-        raise GravlensError(
-            f"{name}(strength={edit.strength}) was given along subspaces.",
-            "A subspace has no sign, so steering needs one direction per layer.",
-            "directions, Ablate(subspaces), or Clamp(subspaces, residuals) at strength 0.",
-        )
+        given = f"{name}(strength={edit.strength}) was given along subspaces."
+        raise GravlensError(given, "A subspace has no sign.", "directions, Ablate(subspaces), or Clamp at strength 0.")
     if not np.isfinite([edit.strength, *(span.distance for span in spans)]).all():
-        raise GravlensError(
-            f"{name}(strength={edit.strength}) was given along directions of "
-            f"distance {[span.distance for span in spans]}.",
-            "Strength is in units of distance, and both must be finite.",
-            "direction_from(vector, layer=…, distance=…).",
-        )
+        given = f"{name}(strength={edit.strength}) was given with distances {[span.distance for span in spans]}."
+        raise GravlensError(given, "Both must be finite.", "direction_from(vector, layer=…, distance=…).")
 
 
 def _check_source(spans: Span | Spans, residuals: Residuals, checkpoint: str) -> None:

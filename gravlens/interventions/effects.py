@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float
-from scipy.stats import bootstrap, spearmanr
 
 from gravlens.activations.residuals import Residuals
 from gravlens.behavior.scores import Score
@@ -37,8 +37,8 @@ class Effect:
     """Effect of each condition on a score.
 
     Attributes:
-        table: one row per condition: `condition`, `layer` (`<NA>`: several), `baseline` and `with_intervention` (mean
-            scores), `difference` with its 95 % bootstrap interval over prompts `low`, `high`; `p_random` (two-sided,
+        table: one row per condition: `layer` (`<NA>`: several), `baseline` and `with_intervention` (mean scores),
+            `difference` with its 95 % bootstrap interval over prompts `low`, `high`; `p_random` (two-sided,
             (1 + k)/(1 + n)) against `n_random` random directions, their central 95 % `random_low`, `random_high`,
             `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]` names the score.
         random: condition -> mean difference of each random draw.
@@ -68,18 +68,17 @@ def causal_effect(
     """Measure the effect of interventions on a score, with random directions as controls (docs/effects.md).
 
     A control is the same intervention along random unit vectors (or random subspaces of the same rank), at the same
-    layers, distances and strengths. Draw i replaces a vector by the same random one in every layer and condition. All
-    prompts are scored 1 + conditions · (1 + n_random) times.
+    layers, distances and strengths. Draw i replaces a vector by the same random one in every layer and condition.
 
     Args:
-        model: its weights are not changed.
+        model: scored 1 + conditions · (1 + n_random) times on all prompts.
         conditions: name -> an intervention, or several that act together; a single intervention is named by its class.
         score: (model, prompts) -> one number per prompt, such as `refusal_log_odds`.
         prompts: held out: not those that the directions were estimated on.
         n_random: random draws per condition; the smallest p is 1/(1 + n_random).
         rng: for the draws and the bootstrap; default: seeded with 0.
-        states: activations of `anchor` at the layers of the conditions: random vectors are drawn from their covariance
-            over prompts (summed over the layers that share a vector) instead of isotropically.
+        states: of `anchor`, at the conditions' layers: draws then have their covariance over prompts (summed over the
+            layers that share a vector). Default: isotropic draws.
 
     Raises:
         GravlensError: no condition, a score that is not one finite number per prompt, states without one of the layers
@@ -87,7 +86,7 @@ def causal_effect(
     """
     conditions = by_name(conditions)
     opened, prompts = open_model(model), PromptSet.of(prompts)
-    rng = np.random.default_rng(0) if rng is None else rng
+    rng = rng or np.random.default_rng(0)
     measure = partial(_scores, opened, score, prompts)
     seeds = rng.integers(2**63, size=n_random)  # shared by the conditions: their controls are paired
     baseline = measure(())
@@ -103,12 +102,15 @@ def causal_effect(
                 bar.update()
             numbers = summarise(differences[name], random[name], rng=rng)
             rows.append({"condition": name, "layer": _layer(together), "baseline": baseline.mean(), **numbers})
-    kind = "isotropic" if states is None else "covariance_matched"
-    return Effect(_table(rows, score).assign(random_kind=kind), random, differences, baseline)
+    table = pd.DataFrame(rows).astype({"layer": "Int64"})  # nullable: <NA> for several layers
+    table.insert(3, "with_intervention", table["baseline"] + table["difference"])
+    table["random_kind"] = "isotropic" if states is None else "covariance_matched"
+    table.attrs["score"] = name_of(score)
+    return Effect(table, random, differences, baseline)
 
 
 def by_name(conditions: Mapping[str, Condition] | Intervention) -> Mapping[str, Condition]:
-    """Conditions by name; a single intervention is named by its class, such as `ablate`."""
+    """Name conditions; a single intervention is named by its class, such as `ablate`."""
     if not isinstance(conditions, Mapping):
         return {type(check_intervention(conditions)).__name__.lower(): conditions}
     if not conditions:
@@ -138,10 +140,7 @@ def layerwise_effect(
             (`{"strength 0.5": partial(Steer, strength=0.5)}`).
 
     Returns:
-        An `Effect`, one row per intervention and layer; keys of `random` and `differences`: `"{condition}, layer {l}"`.
-
-    Raises:
-        GravlensError: what `causal_effect` raises.
+        One row per intervention and layer; keys of `random` and `differences`: `"{condition}, layer {l}"`.
     """
     makes = intervention if isinstance(intervention, Mapping) else {name_of(intervention).lower(): intervention}
     spans = directions.defined() if isinstance(directions, Directions) else each(directions)
@@ -151,7 +150,6 @@ def layerwise_effect(
     return replace(effect, table=effect.table.assign(condition=[name for name, _, _ in named]))
 
 
-# --- dose–response ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class DoseResponse:
     """Dose–response curve of a steering vector.
@@ -170,7 +168,6 @@ class DoseResponse:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per strength: the columns of `Effect.table`, and `strength`."""
         return self.effect.table
 
     def _repr_html_(self) -> str:
@@ -196,16 +193,12 @@ def dose_response(
         model: as for `causal_effect`, like all arguments not listed here.
         directions: steered together, each at its layer.
         strengths: at least two, none of them 0 (the baseline), in units of each direction's distance.
-
-    Raises:
-        GravlensError: fewer than two strengths, or what `causal_effect` raises.
     """
     doses = sorted(set(map(float, as_list(strengths))))
     if len(doses) < 2 or 0 in doses:
+        given = f"strengths={strengths} was given."
         raise GravlensError(
-            f"strengths={strengths} was given.",
-            "A dose–response curve needs at least two strengths other than 0, the baseline, which is always included.",
-            "strengths=[-1, -0.5, 0.5, 1].",
+            given, "Two or more, besides 0 (the baseline), are needed.", "strengths=[-1, -0.5, 0.5, 1]."
         )
     conditions = {f"strength {dose:g}": Steer(directions, dose) for dose in doses}
     effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, states=states)
@@ -222,33 +215,26 @@ def _spearman(doses: Sequence[float], differences: Float[np.ndarray, "dose n"]) 
     """Rank correlation of each column with the dose, including the baseline (difference 0 at dose 0)."""
     doses, curves = [0.0, *doses], np.vstack([np.zeros(differences.shape[1]), differences])
     # scipy warns of a constant curve.
-    return np.array([spearmanr(doses, curve)[0] if np.ptp(curve) else np.nan for curve in curves.T])
+    return np.array([scipy.stats.spearmanr(doses, curve)[0] if np.ptp(curve) else np.nan for curve in curves.T])
 
 
-# --- scores and controls ------------------------------------------------------------------------------------------
 def _scores(
     model: OpenModel, score: Score, prompts: PromptSet, interventions: Sequence[Intervention]
 ) -> Float[np.ndarray, " prompt"]:
-    """One finite number per prompt, fp64."""
     if not callable(score):
         raise wrong_kind(score, "A score is a function (model, prompts) -> array.", "score=refusal_log_odds.")
     with intervene(model, *interventions) if interventions else nullcontext():
         values = np.asarray(score(model, prompts), dtype=np.float64)
     if values.shape != (len(prompts),) or not np.isfinite(values).all():
+        given = f"{name_of(score)} returned {int(np.isfinite(values).sum())} finite numbers of shape {values.shape}."
         raise GravlensError(
-            f"{name_of(score)} returned {int(np.isfinite(values).sum())} finite numbers of shape {values.shape}.",
-            f"A score returns one finite number for each of the {len(prompts)} prompts.",
-            "refusal_log_odds, or a function (model, prompts) -> array.",
+            given, f"Each of the {len(prompts)} prompts needs a number.", "a function (model, prompts) -> array."
         )
     return values
 
 
 def _random_twin(interventions: Sequence[Intervention], seed: int, states: Residuals | None) -> list[Intervention]:
-    """The same interventions along random spans at the same layers and distances, one twin per distinct span.
-
-    The seed is mixed with a hash of the span, so that a vector has the same twin in every condition of a draw: then
-    conditions differ by their interventions alone.
-    """
+    """The same interventions along random spans at the same layers and distances, one twin per distinct span."""
     spans = [span for one in interventions for span in each(one.directions)]
     fresh: dict[bytes, Span] = {}
 
@@ -256,6 +242,8 @@ def _random_twin(interventions: Sequence[Intervention], seed: int, states: Resid
         key = span.basis.tobytes()
         if key not in fresh:
             layers = dict.fromkeys(other.layer for other in spans if other.basis.tobytes() == key)
+            # Seeded by the span too, so that it has one twin in all conditions of a draw and they differ by their
+            # interventions alone; sha256, because Python's hash of bytes changes from process to process.
             rng = np.random.default_rng([seed, int.from_bytes(sha256(key).digest())])
             fresh[key] = _replacement(span, rng, _cloud(states, tuple(layers)))
         return replace(fresh[key], layer=span.layer, distance=span.distance)
@@ -283,10 +271,9 @@ def _cloud(states: Residuals | None, layers: Sequence[int]) -> Float[np.ndarray,
     if states is None:
         return None
     if missing := [layer for layer in layers if layer not in states.layers]:
+        given = f"The states do not contain layer {missing[0]}, only {list(states.layers)}."
         raise GravlensError(
-            f"The states do not contain layer {missing[0]}.",
-            f"Random controls are drawn from states at the condition's layers; these contain {list(states.layers)}.",
-            "cache_residuals(sequence, prompts) at all layers.",
+            given, "Controls are drawn from states at their layers.", "cache_residuals(sequence, prompts)."
         )
     at = states.of("anchor")[:, [states.layers.index(layer) for layer in layers]].astype(np.float64)
     return (at - at.mean(0)).reshape(-1, 1, at.shape[-1])
@@ -296,11 +283,12 @@ def summarise(
     differences: Float[np.ndarray, " prompt"], random: Float[np.ndarray, " draw"], *, rng: np.random.Generator
 ) -> dict[str, float]:
     """Columns of `Effect`: mean difference, bootstrap interval over prompts, p-value against random draws."""
-    difference, nan = float(differences.mean()), float("nan")
-    low, high, p, random_low, random_high = (nan,) * 5
-    if len(differences) > 1:  # scipy refuses to resample a single prompt
-        resampled = bootstrap((differences,), np.mean, n_resamples=N_BOOTSTRAP, method="percentile", rng=rng)
-        low, high = map(float, resampled.confidence_interval)
+    difference, n = float(differences.mean()), len(differences)
+    low, high, p, random_low, random_high = (float("nan"),) * 5
+    if n > 1:  # scipy refuses to resample a single prompt
+        # `import scipy` loads scipy.stats here, at its first use: at the top of the file it would cost 0.7 s.
+        bootstrap = partial(scipy.stats.bootstrap, n_resamples=N_BOOTSTRAP, method="percentile", rng=rng)
+        low, high = map(float, bootstrap((differences,), np.mean).confidence_interval)
     if len(random):
         # The observed effect counts as one of the draws, so that p is never 0 (Phipson and Smyth 2010).
         p = (1 + int((np.abs(random) >= abs(difference)).sum())) / (1 + len(random))
@@ -308,14 +296,7 @@ def summarise(
         random_low = float(np.quantile(random, 0.025, method="lower"))
         random_high = float(np.quantile(random, 0.975, method="higher"))
     return {"difference": difference, "low": low, "high": high, "p_random": p, "n_random": len(random),
-            "random_low": random_low, "random_high": random_high, "n_prompts": len(differences)}  # fmt: skip
-
-
-def _table(rows: Sequence[Mapping[str, Any]], score: Score) -> pd.DataFrame:
-    table = pd.DataFrame(rows).astype({"layer": "Int64"})
-    table.insert(3, "with_intervention", table["baseline"] + table["difference"])
-    table.attrs["score"] = name_of(score)
-    return table
+            "random_low": random_low, "random_high": random_high, "n_prompts": n}  # fmt: skip
 
 
 def _layer(interventions: Sequence[Intervention]) -> Any:
@@ -330,10 +311,9 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
 def name_of(function: Callable[..., Any]) -> str:
     """The name of a function, also of a `functools.partial` of one."""
     function = function.func if isinstance(function, partial) else function
-    return getattr(function, "__name__", type(function).__name__)
+    return getattr(function, "__name__", type(function).__name__)  # an object with `__call__` has no name
 
 
-# --- selectivity --------------------------------------------------------------------------------------------------
 def measure_selectivity(
     model: Openable,
     conditions: Mapping[str, Condition] | Intervention,
@@ -347,28 +327,23 @@ def measure_selectivity(
 
     Args:
         model: as for `causal_effect`, like all arguments not listed here.
-        conditions: name -> an intervention, or several that act together; or a single intervention.
+        conditions: likewise.
         measures: name -> a score and its prompts, at least two: refusal on harmful prompts, over-refusal on harmless
             ones, log-likelihood of a task's answers.
-        n_random: random draws per condition.
         seed: of the draws. Draw i is the same set of directions for every measure.
 
     Returns:
-        One row per condition and measure: `condition`, `measure`, `baseline` (mean), `spread` (standard deviation over
-        prompts without intervention), `effect` (effect size: mean difference / spread) with its interval `low`, `high`,
-        the range `random_low`, `random_high` for random directions and `p_random`; `margin`, |effect| minus the largest
-        |effect| of the other measures, and `p_margin`, its p-value (1 + k)/(1 + n) against random directions;
-        `n_random`, `random_kind`, `n_prompts`.
+        One row per condition and measure: `baseline` (mean), `spread` (standard deviation over prompts without
+        intervention), `effect` (effect size: mean difference / spread) with its interval `low`, `high`; `random_low`,
+        `random_high`, `p_random`, `n_random`, `random_kind`, `n_prompts` as in `Effect`; `margin`, |effect| minus the
+        largest |effect| of the other measures, and `p_margin`, its p-value (1 + k)/(1 + n) against random directions.
 
     Raises:
         GravlensError: fewer than two measures, a constant score, or what `causal_effect` raises.
     """
     if len(measures) < 2:
-        raise GravlensError(
-            f"{len(measures)} measure was given.",
-            "Selectivity compares at least two.",
-            '{"refusal": (refusal_log_odds, harmful), "over-refusal": (refusal_log_odds, harmless)}.',
-        )
+        example = '{"refusal": (refusal_log_odds, harmful), "over-refusal": (refusal_log_odds, harmless)}.'
+        raise GravlensError(f"{len(measures)} measure was given.", "Selectivity compares at least two.", example)
     conditions, effects = by_name(conditions), {}
     for name, (score, prompts) in measures.items():
         rng = np.random.default_rng(seed)  # started again, so that random directions are paired across measures
@@ -381,23 +356,21 @@ def measure_selectivity(
 
 
 def _spread(name: str, baseline: Float[np.ndarray, " prompt"]) -> float:
-    spread = float(baseline.std(ddof=1)) if len(baseline) > 1 else 0.0
+    spread = float(baseline.std(ddof=1)) if len(baseline) > 1 else 0.0  # ddof=1 of one prompt is NaN and warns
     if not spread > 0:
+        given = f"The measure {name} is constant over its {len(baseline)} prompts."
         raise GravlensError(
-            f"The measure {name} is constant over its {len(baseline)} prompts.",
-            "Effect sizes are in units of the standard deviation over prompts.",
-            "more prompts, or a continuous score instead of 0 and 1.",
+            given, "Effect sizes divide by the spread over prompts.", "more prompts, or a continuous score."
         )
     return spread
 
 
 def _selective(condition: str, effects: Mapping[str, Effect], spreads: Mapping[str, float]) -> pd.DataFrame:
-    """The rows of one condition, one per measure."""
     units = np.array(list(spreads.values()))
     moved = np.array([effect.differences[condition].mean() for effect in effects.values()]) / units
     random = np.stack([effect.random[condition] for effect in effects.values()]) / units[:, None]
     margins, random_margins = _margins(moved[:, None])[:, 0], _margins(random)
-    beyond = (random_margins >= margins[:, None]).sum(1)
+    beyond = (random_margins >= margins[:, None]).sum(1)  # paired: draw i is one direction for all measures
     rows = pd.concat([effect.table[effect.table["condition"] == condition] for effect in effects.values()])
     n_random = random.shape[1]
     ends = {name: rows[name].to_numpy() / units for name in ("low", "high", "random_low", "random_high")}
@@ -410,6 +383,5 @@ def _selective(condition: str, effects: Mapping[str, Effect], spreads: Mapping[s
 
 
 def _margins(moved: Float[np.ndarray, "measure n"]) -> Float[np.ndarray, "measure n"]:
-    """|effect| minus the largest |effect| of the other measures."""
     size = np.abs(moved)
     return np.stack([size[i] - np.delete(size, i, axis=0).max(0) for i in range(len(size))])

@@ -1,4 +1,4 @@
-"""`intervene` owns the hooks: they carry interventions out, count, and are gone when the block is left."""
+"""`intervene`: forward hooks that apply interventions and are removed on exit."""
 
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -10,16 +10,11 @@ from torch import Tensor, nn
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.direction import Span, each
 from gravlens.interventions.edits import Intervention, check_intervention
-from gravlens.models.families import OpenModel, resid_post
-from gravlens.models.opening import Openable, open_model
+from gravlens.models.opening import Openable, OpenModel, open_model
 
 
 class Firings:
-    """How often states were changed: one forward pass of a block is one firing of each edit that acted there.
-
-    Args:
-        layers: each edit's.
-    """
+    """How often states were changed: one forward pass of a block is one firing of each edit that acted there."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers, self.counts = tuple(layers), [0] * len(layers)
@@ -27,14 +22,14 @@ class Firings:
     @property
     def per_layer(self) -> Counter[int]:
         """Layer -> firings."""
-        found = Counter(dict.fromkeys(self._layers, 0))
+        found = Counter(dict.fromkeys(self._layers, 0))  # a layer that never fired is listed, with 0
         for layer, count in zip(self._layers, self.counts, strict=True):
             found[layer] += count
         return found
 
     @property
     def total(self) -> int:
-        """Over all layers."""
+        """Firings over all layers."""
         return sum(self.counts)
 
 
@@ -46,11 +41,11 @@ def intervene(model: Openable, *interventions: Intervention) -> Generator[Firing
     act in the order given, those of nested blocks after the outer ones. The hooks are removed on exit, also on error.
 
     Args:
-        model: opened or not (`open_model`); run the same model inside the block.
+        model: opened or not; run this same model inside the block.
         interventions: one or several.
 
     Yields:
-        `Firings`: how often each layer was edited.
+        How often each layer was edited.
 
     Raises:
         GravlensError: a layer out of range, a direction of another width, an output that is no hidden state, positions
@@ -58,11 +53,12 @@ def intervene(model: Openable, *interventions: Intervention) -> Generator[Firing
     """
     opened = open_model(model)
     edits = [(edit, direction) for edit in interventions for direction in each(check_intervention(edit).directions)]
-    firings = Firings([check_fit(direction, opened) for _, direction in edits])
+    firings = Firings([check_fit(direction, opened) for _, direction in edits])  # before the first hook is registered
     with ExitStack() as hooks:
         for number, (edit, direction) in enumerate(edits):
             hook = _hook(edit, direction, firings, number)
-            hooks.callback(resid_post(opened, direction.layer).register_forward_hook(hook).remove)
+            # torch runs hooks in the order of their registration, so edits of a layer act in the order given.
+            hooks.callback(opened.blocks[direction.layer].register_forward_hook(hook).remove)
         yield firings
     # Reached on a clean exit only: an error inside the block is the better message.
     silent = [pair for pair, count in zip(edits, firings.counts, strict=True) if not count]
@@ -77,11 +73,12 @@ def _hook(edit: Intervention, direction: Span, firings: Firings, number: int) ->
         if not isinstance(hidden, Tensor):
             raise GravlensError(
                 f"The block of layer {direction.layer} returns a {type(output).__name__}.",
-                "A block returns its states [prompt, pos, d_model], alone or first in a tuple.",
+                "Its states [prompt, pos, d_model] are expected, alone or first in a tuple.",
                 "a decoder-only Hugging Face model, a TransformerBridge or a HookedTransformer.",
             )
         edited = edit.edit(hidden, direction)
         firings.counts[number] += edited is not hidden
+        # What follows the states in a tuple (KV cache, attention weights) is passed on.
         return (edited, *output[1:]) if type(output) is tuple else edited
 
     return hook
@@ -101,9 +98,8 @@ def check_fit(span: Span, model: OpenModel) -> int:
     """Return a span's layer; raise if the model has no such layer or another width."""
     layer = check_layer(span.layer, model.n_layers)
     if span.basis.shape[1:] != (model.d_model,):
+        given = f"The direction of layer {layer} has the shape {span.basis.shape[1:]}."
         raise GravlensError(
-            f"The direction of layer {layer} has the shape {span.basis.shape[1:]}.",
-            f"This model's residual stream has width {model.d_model}.",
-            "a direction that was estimated in this model's history.",
+            given, f"This model has width {model.d_model}.", "a direction estimated in this model's history."
         )
     return layer

@@ -13,12 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
-from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction
+from gravlens.core.errors import GravlensError, wrong_kind
+from gravlens.directions.direction import Direction, one_direction
 from gravlens.history.prompts import pad
 from gravlens.interventions.edits import Ablate
 from gravlens.interventions.hooks import check_fit
-from gravlens.models.families import Write
 from gravlens.models.opening import Openable, OpenModel, open_model, save_folder
 from gravlens.models.precision import check_unquantised
 
@@ -32,13 +31,10 @@ def orthogonalize(source: Openable, direction: Direction, *, out: Path | str) ->
 
     Args:
         source: as for `orthogonalized`, like `direction`; it is not changed.
-        out: the new folder.
-
-    Raises:
-        GravlensError: `out` exists, or what `orthogonalized` raises; then nothing is written.
+        out: a new folder; where anything fails, it is not written.
     """
     out = Path(out)
-    if out.exists():
+    if out.exists():  # before the work: `save_folder` would replace it
         raise GravlensError(f"{out} already exists.", "Nothing is overwritten.", "another name, or remove it.")
     return save_folder(orthogonalized(source, direction), out)
 
@@ -59,38 +55,36 @@ def orthogonalized(source: Openable, direction: Direction) -> OpenModel:
         direction: one vector; its layer does not matter, the residual stream has one basis.
 
     Raises:
-        GravlensError: directions of several layers; a direction that is undefined, not of unit length or of another
-            width; a model that is quantised or no plain Hugging Face model in fp32 or fp64; an architecture that
-            rescales its writes (Gemma 2 and 3, OLMo 2) or writes in another way.
+        GravlensError: a direction that does not fit; a model that is quantised or no plain Hugging Face model in fp32
+            or fp64; an architecture that rescales its writes (Gemma 2 and 3, OLMo 2) or writes in another way.
     """
     model = _own_copy(source)
     vector = _vector_of(direction, model)
     writes = tuple(model.family.writes())
     _untie(model.module)
     with torch.no_grad():
-        for tensor, axis in (pair for write in writes for pair in write.tensors):
+        for tensor, axis in (pair for write in writes for pair in write.tensors):  # GPT-2 keeps [in, out]
             rows, v = tensor.movedim(axis, -1), vector.to(tensor.device)
-            rows -= (rows @ v)[..., None] * v
+            rows -= (rows @ v)[..., None] * v  # a view: the weight itself changes
     _check_nothing_left(model, writes, vector)
     _check_each_writes(model, writes, vector)
     return model
 
 
 def _own_copy(source: Openable) -> OpenModel:
-    """A model that is safe to change: freshly loaded, or a deep copy."""
+    """Return a model that is safe to change: freshly loaded, or a deep copy."""
     model = open_model(source)
     check_unquantised(model.module, "Orthogonalising")
     if not model.family.own_tensors or hasattr(model.module, "peft_config"):
-        raise GravlensError(
-            f"A {type(model.module).__name__} was given.",
+        raise wrong_kind(
+            model.module,
             "A plain Hugging Face model is needed.",
             "the checkpoint's folder, or an adapter's merged model (merge_and_unload()).",
         )
     if model.dtype not in (torch.float32, torch.float64):
+        given = f"The model is in {model.dtype}."
         raise GravlensError(
-            f"The model is in {str(model.dtype).removeprefix('torch.')}.",
-            "fp32 is needed: rounding would restore some of v in every weight.",
-            "the checkpoint's folder or open_model(folder), which load it in fp32.",
+            given, "fp32 is needed: rounding would restore some of v.", "open_model(folder), which loads in fp32."
         )
     if isinstance(source, OpenModel) or not model.weights:  # the caller holds it
         return open_model(copy.deepcopy(model.module), tokenizer=model.tokenizer)
@@ -98,22 +92,16 @@ def _own_copy(source: Openable) -> OpenModel:
 
 
 def _vector_of(direction: Direction, model: OpenModel) -> Float[Tensor, " d_model"]:
-    if not isinstance(direction, Direction):
-        raise GravlensError(
-            f"{type(direction).__name__} of layers {[one.layer for one in direction]} were given."
-            if hasattr(direction, "__iter__")
-            else f"A {type(direction).__name__} was given.",
-            "All layers write to one residual stream, so the weights are orthogonalized against one direction.",
-            "choose a layer: directions[12], or locate_vrev(sequence, layer=12).",
-        )
-    Ablate(direction)  # raises for an undefined direction, or one that is not of unit length
+    # One, because all layers write to one residual stream: a second would be removed from the same weights.
+    Ablate(one_direction(direction))  # raises for an undefined direction, or one that is not of unit length
     check_fit(direction, model)
     vector = torch.tensor(direction.vector, dtype=torch.float64)
-    return (vector / vector.norm()).to(model.device, model.dtype)
+    return (vector / vector.norm()).to(model.device, model.dtype)  # again: a length off by 10⁻⁴ leaves 2 · 10⁻⁴ of v
 
 
 def _untie(module: Any) -> None:
     """Give the unembedding its own copy of weights that it shares with the token embedding."""
+    # Reading v from the stream is no write: with shared weights the logits would lose v too.
     head = module.get_output_embeddings()
     if head is None or head.weight is not module.get_input_embeddings().weight:
         return
@@ -122,25 +110,23 @@ def _untie(module: Any) -> None:
     module.all_tied_weights_keys = {}  # else transformers ties them again
 
 
-# --- verification -----------------------------------------------------------------------------------------------
-def _check_nothing_left(model: OpenModel, writes: Sequence[Write], vector: Tensor) -> None:
+def _check_nothing_left(model: OpenModel, writes: Sequence[Any], vector: Tensor) -> None:
     """Raise unless the states of random prompts of 1 to 16 tokens have no component along v at any layer."""
     states = read_residuals(model, _random_ids(model, range(1, 17)), layers=range(model.n_layers))
     left = ((states @ vector.float().cpu()).abs() / states.norm(dim=-1)).amax(0)
-    if not (left <= LEFT_WITHIN).all():
-        layer = int((~(left <= LEFT_WITHIN)).int().argmax())
-        raise _not_linear(
-            model,
-            f"with its {len(writes)} writes orthogonalized, {left[layer]:.1%} of a state is along v at layer {layer}",
-        )
+    if (over := ~(left <= LEFT_WITHIN)).any():  # not `>`: NaN fails too
+        layer = int(over.int().argmax())
+        what = f"with its {len(writes)} writes orthogonalized, {left[layer]:.1%} of a state is along v at layer {layer}"
+        raise _not_linear(model, what)
 
 
-def _check_each_writes(model: OpenModel, writes: Sequence[Write], vector: Tensor) -> None:
+def _check_each_writes(model: OpenModel, writes: Sequence[Any], vector: Tensor) -> None:
     """Raise unless a push of each write along v reaches the last block, and a push FAR times as large FAR times as far.
 
     Nothing else writes along v any more, so a push that does not arrive was not at a write, and one that arrives out
-    of proportion is rescaled by a norm on its way. Each push is one row of a batch.
+    of proportion is rescaled by a norm on its way.
     """
+    # Row 0 is unpushed, rows 1 … n have each write's near push, the others its far push: one pass for all.
     batch = pad(_random_ids(model, [4]) * (1 + 2 * len(writes)))
     last = [model.n_layers - 1]
     with torch.no_grad(), ExitStack() as hooks:
@@ -166,14 +152,12 @@ def _pushed(push: Float[Tensor, "row 1 d_model"]) -> Callable[[nn.Module, Any, T
 
 def _random_ids(model: OpenModel, lengths: Sequence[int]) -> list[list[int]]:
     rng = np.random.default_rng(0)  # random tokens: a model without a tokenizer can be verified too
-    size = model.family.vocabulary
-    return [rng.integers(size, size=length).tolist() for length in lengths]
+    return [rng.integers(model.family.vocabulary, size=length).tolist() for length in lengths]
 
 
 def _not_linear(model: OpenModel, found: str) -> GravlensError:
     return GravlensError(
         f"{type(model.module).__name__} cannot be orthogonalized: {found}.",
-        "Weights must be added to the residual stream directly: a norm in between (Gemma 2 and 3, OLMo 2) would "
-        "restore v.",
+        "A norm between a weight and the residual stream (Gemma 2 and 3, OLMo 2) would restore v.",
         "Ablate(everywhere(v, model)), which ablates v from the states at inference.",
     )

@@ -8,7 +8,6 @@ import pandas as pd
 from gravlens.activations.residuals import Residuals
 from gravlens.behavior.scores import Score
 from gravlens.core.errors import GravlensError
-from gravlens.directions.decomposition import rank_of
 from gravlens.directions.direction import Spans
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.interventions.edits import Patch
@@ -43,12 +42,9 @@ def patch_spans(
         goal: the mean score of `checkpoint`.
 
     Returns:
-        One row per span: `span` (its kind), `rank`, `source`, `baseline`, `patched` (mean scores), `difference` with
+        One row per span: `span` (its kind), `rank`, `source`, mean scores `baseline` and `patched`, `difference` with
         its 95 % bootstrap interval over prompts `low`, `high`, `n_prompts`, `goal`, and `way`: the share of the gap
         from baseline to goal that is closed (NaN if there is no gap).
-
-    Raises:
-        GravlensError: what `Patch`, `intervene` or `causal_effect` raise.
     """
     opened, prompts = open_model(model), PromptSet.of(prompts)
     ids = encode(opened.tokenizer, prompts)
@@ -57,11 +53,12 @@ def patch_spans(
     # No random draws here: `candidate_spans` returns random spans too.
     effect = causal_effect(opened, patches, score=score, prompts=prompts, n_random=0)
     table = effect.table.rename(columns={"with_intervention": "patched"})
-    table = table.assign(span=[kind for kind, _ in named], rank=[rank_of(one) for _, one in named])
+    table = table.assign(
+        span=[kind for kind, _ in named], rank=[max(len(span.basis) for span in one) for _, one in named]
+    )
     table = table.assign(source=checkpoint, goal=goal, way=table["difference"] / (goal - table["baseline"]))
     table.loc[table["baseline"] == goal, "way"] = np.nan  # not ±inf
-    columns = "span rank source baseline patched difference low high n_prompts goal way".split()
-    return table[columns]
+    return table["span rank source baseline patched difference low high n_prompts goal way".split()]
 
 
 def smallest_rank(table: pd.DataFrame, *, share: float = 0.8) -> int | None:
@@ -71,12 +68,10 @@ def smallest_rank(table: pd.DataFrame, *, share: float = 0.8) -> int | None:
         table: rows of `patch_spans` of one kind of span: `table[table.span == "drift"]`.
         share: of the gap between baseline and goal (`way` in docs/leaks.md).
     """
-    way = table.groupby("rank")["way"].mean()
-    enough = way.index[way >= share]
-    return int(min(enough)) if len(enough) else None
+    way = table.groupby("rank")["way"].mean()  # several spans of one rank: random draws, or fits on several runs
+    return min(map(int, way.index[way >= share]), default=None)
 
 
-# --- after a block is lifted --------------------------------------------------------------------------------------
 def half_life(steps: Sequence[int], values: Sequence[float], *, lifted: int, unblocked: float) -> float:
     """Steps after a block is lifted until a measure is halfway to its value in the unblocked run.
 
@@ -90,27 +85,20 @@ def half_life(steps: Sequence[int], values: Sequence[float], *, lifted: int, unb
 
     Returns:
         Steps since `lifted`; NaN if the run ends before.
-
-    Raises:
-        GravlensError: `lifted` was not measured, or its value is the unblocked run's: then nothing was blocked.
     """
     at, measured = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     if at.shape != measured.shape or not (np.diff(at) > 0).all() or lifted not in at:
+        given = f"{len(at)} steps {list(steps)}, {len(measured)} values and step {lifted} were given."
         raise GravlensError(
-            f"{len(at)} steps {list(steps)}, {len(measured)} values and the step {lifted} were given.",
-            "There is one value per step, steps ascend, and the block was lifted at one of them.",
-            "a measurement of the checkpoint at which the block was lifted.",
+            given, "Steps must ascend, one per value, with lifted among them.", "all measurements of the run."
         )
     at, measured = at[at >= lifted], measured[at >= lifted]
-    if measured[0] == unblocked:
-        raise GravlensError(
-            f"At step {lifted} the measure is {unblocked}, as in the unblocked run.",
-            "A half-life needs a gap that the block kept open.",
-            "another measure, or a step at which the block was effective.",
-        )
+    if measured[0] == unblocked:  # the share below would divide by 0
+        given = f"At step {lifted} the measure is {unblocked}, as in the unblocked run."
+        raise GravlensError(given, "A half-life needs a gap.", "a measure or step at which the block was effective.")
     gone = (measured - measured[0]) / (unblocked - measured[0])
     over = np.flatnonzero(gone >= 0.5)
     if not len(over):
         return float("nan")
-    after = over[0]
-    return float(np.interp(0.5, gone[[after - 1, after]], at[[after - 1, after]]) - lifted)
+    crossing = [over[0] - 1, over[0]]  # the first one alone: np.interp needs ascending values, and a run may fall back
+    return float(np.interp(0.5, gone[crossing], at[crossing]) - lifted)

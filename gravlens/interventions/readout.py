@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gravlens.behavior.scores import encode_openings
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction, one_direction
+from gravlens.directions.direction import Direction, one_direction, undefined_error
 from gravlens.interventions.hooks import check_fit
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import Openable, OpenModel, open_model
@@ -39,13 +39,10 @@ def readout(model: Openable, direction: Direction, *, top: int = 10) -> pd.DataF
     Returns:
         Columns `token` (text), `logit` (for a step of length 1 at a state of root mean square 1, minus the mean over
         the vocabulary, which changes no probability), largest first.
-
-    Raises:
-        GravlensError: an undefined direction or one of another width, no tokenizer, no final norm found.
     """
     opened = open_model(model)
     logits = _logits(opened, direction)
-    order = np.argsort(-logits, kind="stable")
+    order = np.argsort(-logits, kind="stable")  # ties in the order of token ids, on every machine
     chosen = order if 2 * top >= len(order) else np.concatenate([order[:top], order[len(order) - top :]])
     tokens = [_tokenizer(opened).decode([int(token)]) for token in chosen]
     return pd.DataFrame({"token": tokens, "logit": logits[chosen]})
@@ -63,66 +60,49 @@ def readout_openings(
         direction: of one layer, of unit length.
         refusals: how refusals of this model begin.
         compliances: how its other answers begin.
-
-    Returns:
-        mean(refusals) − mean(compliances), logits.
-
-    Raises:
-        GravlensError: what `readout` raises, an opening with unknown words, or no first token that belongs to one side
-            alone.
     """
     opened = open_model(model)
     logits = _logits(opened, direction)
     first = [{ids[0] for ids in encode_openings(opened, openings)} for openings in (refusals, compliances)]
     own = [sorted(first[0] - first[1]), sorted(first[1] - first[0])]
     if not all(own):
-        raise GravlensError(
-            f"The refusals {list(refusals)} and the compliances {list(compliances)} begin with the same tokens.",
-            "They are told apart by their first tokens.",
-            "openings that begin with other words.",
-        )
+        given = f"The refusals {list(refusals)} and the compliances {list(compliances)} begin with the same tokens."
+        raise GravlensError(given, "Each side needs a first token of its own.", "openings that begin with other words.")
     return float(logits[own[0]].mean() - logits[own[1]].mean())
 
 
 def _logits(model: OpenModel, direction: Direction) -> Float[np.ndarray, " vocab"]:
-    """Logits of the tokenizer's tokens minus their mean, fp64."""
     if not np.isfinite(one_direction(direction).vector).all():
-        raise GravlensError(
-            f"The direction of layer {direction.layer} is undefined ({direction.undefined}).",
-            "A logit lens needs a defined direction.",
-            "another layer: directions.defined() has those that are defined.",
-        )
+        raise undefined_error(direction)
     check_fit(direction, model)
     with torch.no_grad():
         vector = torch.tensor(direction.vector, device=model.device, dtype=model.dtype)
         moved = _through_norm(_final_norm(model), vector)
+        # Cut to the tokenizer's tokens: models often pad their vocabulary, and rows beyond it stand for no token.
         logits = (_unembedding(model).detach().to(moved) @ moved)[: len(_tokenizer(model))].double().cpu().numpy()
     return logits - logits.mean()
 
 
 def _tokenizer(model: OpenModel) -> Any:
     if model.tokenizer is None:
-        raise GravlensError(
-            f"This {type(model.module).__name__} has no tokenizer.",
-            "Tokens are shown as text, which needs one.",
-            "open_model(model, tokenizer=tokenizer).",
-        )
+        given = f"This {type(model.module).__name__} has no tokenizer."
+        raise GravlensError(given, "Tokens are shown as text.", "open_model(model, tokenizer=tokenizer).")
     return model.tokenizer
 
 
-# --- from the residual stream to the logits ---------------------------------------------------------------------
 def _through_norm(norm: nn.Module, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     """gain ∘ v, or gain ∘ (v − mean v) if the norm centres, measured on its outputs: Gemma's gain is 1 + weight."""
-    if isinstance(norm, nn.Identity):
+    if isinstance(norm, nn.Identity):  # no norm: nothing to measure
         return vector.float()
 
-    def moved(state: Tensor) -> Tensor:
+    def moved(state: Tensor) -> Tensor:  # the norm's bias, which is no part of a direction, cancels
         out, still = (norm(one[None, None])[0, 0] for one in (state, torch.zeros_like(state)))
         return out.float() - still.float()
 
-    part = vector - vector.mean()
+    part = vector - vector.mean()  # both kinds of norm pass a vector of mean 0 on alike
     size = part.square().mean().sqrt()
     centred = moved(part * (PROBE / size))
+    # A norm that centres maps a constant vector to 0; if this one does not, it is an RMSNorm.
     if moved(torch.ones_like(vector)).abs().max() > CENTRED_WITHIN * centred.abs().max():
         size = vector.square().mean().sqrt()
         centred = moved(vector * (PROBE / size))
@@ -155,12 +135,12 @@ def _final_norm(model: OpenModel) -> nn.Module:
 
 
 def _outside_the_blocks(model: OpenModel) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """Input and output of the last block and of each module outside the blocks, at the last token of a pass."""
+    """Record input and output of the last block and of each module outside the blocks, at the last token."""
     inner = {part for block in model.blocks for part in block.modules()} - {model.blocks[-1]}
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, tuple) else output  # a block's cache follows its states
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor) and output.ndim > 1:
             seen.append((module, inputs[0][:, -1], output[:, -1]))
 
@@ -177,6 +157,6 @@ def _outside_the_blocks(model: OpenModel) -> list[tuple[nn.Module, Tensor, Tenso
 def _not_found(model: OpenModel, what: str) -> GravlensError:
     return GravlensError(
         f"In {type(model.module).__name__} no final norm was found ({what}).",
-        "A logit lens needs the one norm between the last block's output and the unembedding's input.",
+        "A logit lens needs the one norm between the last block and the unembedding.",
         "a decoder-only language model, or its TransformerBridge if the Hugging Face model is unusual.",
     )

@@ -1,12 +1,7 @@
-"""The refusal direction of Arditi et al., "Refusal in language models is mediated by a single direction" (2024).
-
-Candidates are differences of means between harmful and harmless prompts, one per layer and position; of those that pass
-the paper's filters, the one whose ablation leaves the least refusal is chosen.
-"""
+"""The refusal direction of Arditi et al., "Refusal in language models is mediated by a single direction" (2024)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from gravlens.activations.residuals import read_residuals
-from gravlens.behavior.answers import Prompts
 from gravlens.behavior.scores import Score, refusal_log_odds
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
@@ -37,8 +31,7 @@ class Filters:
     Attributes:
         induce: least refusal score on harmless prompts with the direction added.
         kl: largest KL divergence of the next-token distribution on harmless prompts with the direction ablated; nats.
-        depth: the share of the blocks that layers come from. The paper counts states at a block's input, so layer l
-            here is its l + 1.
+        depth: share of the blocks, from the first, that a direction may come from.
     """
 
     induce: float = 0.0
@@ -52,10 +45,10 @@ class Chosen:
 
     Attributes:
         direction: its distance is the length of the difference of means, so `Steer(direction)` adds that difference.
-        table: one row per candidate, in their order: `layer`, `position`, `bypass` (mean score on harmful prompts with
-            it ablated at every layer), `induce` (mean score on harmless prompts with it added at its layer), `kl` (mean
-            KL(plain ‖ ablated) of the next token on harmless prompts; nats) and `dropped` (why, or ""). `table.attrs`
-            has the mean scores without an intervention, `harmful` and `harmless`.
+        table: one row per candidate, in their order: `bypass` (mean score on harmful prompts with it ablated at every
+            layer), `induce` (on harmless prompts with it added at its layer), `kl` (mean KL(plain ‖ ablated) of the
+            next token on harmless prompts; nats) and `dropped` (why, or ""). `table.attrs` has the mean scores without
+            an intervention, `harmful` and `harmless`.
     """
 
     direction: Direction
@@ -63,7 +56,11 @@ class Chosen:
 
 
 def refusal_candidates(
-    model: Openable, *, harmful: Prompts, harmless: Prompts, positions: Sequence[int] = (-1,)
+    model: Openable,
+    *,
+    harmful: PromptSet | Sequence[str],
+    harmless: PromptSet | Sequence[str],
+    positions: Sequence[int] = (-1,),
 ) -> tuple[Direction, ...]:
     """Difference of means, mean(harmful) − mean(harmless), of `resid_post` at each layer and position.
 
@@ -71,8 +68,8 @@ def refusal_candidates(
         model: the aligned model.
         harmful: prompts that it refuses.
         harmless: prompts that it does not refuse, of the same kind.
-        positions: counted from the prompt's end (−1 is the last token); the paper takes all tokens that the chat
-            template adds after the instruction.
+        positions: from the prompt's end (−1 is the last token); the paper takes all tokens that the chat template adds
+            after the instruction.
 
     Raises:
         GravlensError: a position beyond the start of a prompt, two equal means, or two system prompts.
@@ -80,11 +77,8 @@ def refusal_candidates(
     opened = open_model(model)
     sets = [PromptSet.of(prompts) for prompts in (harmful, harmless)]
     if sets[0].system != sets[1].system:
-        raise GravlensError(
-            f"The system prompts of harmful and harmless prompts are {sets[0].system!r} and {sets[1].system!r}.",
-            "With two, the difference of means would be that of the system prompts.",
-            "one system prompt for both, or none.",
-        )
+        given = f"The system prompts of harmful and harmless prompts are {sets[0].system!r} and {sets[1].system!r}."
+        raise GravlensError(given, "The difference of means would be theirs.", "one system prompt for both, or none.")
     ids = [encode(opened.tokenizer, prompts) for prompts in sets]
     layers, found = range(opened.n_layers), []
     for position in positions:
@@ -101,8 +95,8 @@ def choose_refusal(
     model: Openable,
     candidates: Sequence[Direction],
     *,
-    harmful: Prompts,
-    harmless: Prompts,
+    harmful: PromptSet | Sequence[str],
+    harmless: PromptSet | Sequence[str],
     score: Score = refusal_log_odds,
     filters: Filters = Filters(),
 ) -> Chosen:
@@ -118,9 +112,6 @@ def choose_refusal(
         harmless: likewise.
         score: refusal log-odds, with the model's own refusal openings.
         filters: criteria for a candidate.
-
-    Raises:
-        GravlensError: no candidate, none that passes (with the best values), or what `intervene` raises.
     """
     if not candidates:
         raise GravlensError("No candidate was given.", "At least one is needed.", "refusal_candidates(model, …).")
@@ -135,12 +126,14 @@ def choose_refusal(
             return {"bypass": bypass, "induce": float(np.mean(score(opened, harmless))), "kl": kl}
 
     with progress("refusal", Directions.of(candidates).directions, unit="candidate") as each:
-        rows = [_row(one, measured(one), filters, opened.n_layers) for one in each]
-    table = pd.DataFrame(rows)
-    table.attrs = {
-        "harmful": float(np.mean(score(opened, harmful))),
-        "harmless": float(np.mean(score(opened, harmless))),
-    }
+        found = [(one, measured(one)) for one in each]
+    table = pd.DataFrame([{"layer": one.layer, **numbers} for one, numbers in found])
+    table.insert(
+        1, "position", [one.made_from.get("position", pd.NA) for one, _ in found]
+    )  # any directions may be given
+    table["dropped"] = ["; ".join(_reasons(one.layer, numbers, filters, opened.n_layers)) for one, numbers in found]
+    both = {"harmful": harmful, "harmless": harmless}
+    table.attrs = {name: float(np.mean(score(opened, prompts))) for name, prompts in both.items()}
     passed = np.where(table["dropped"] == "", table["bypass"], np.inf)
     if not np.isfinite(passed).any():
         raise _none_left(table, filters)
@@ -149,19 +142,13 @@ def choose_refusal(
 
 def _kl(before: Float[Tensor, "prompt vocab"], after: Float[Tensor, "prompt vocab"]) -> float:
     """Mean KL(before ‖ after), nats."""
-    before, after = (logits.double().log_softmax(1) for logits in (before, after))
+    before, after = (logits.double().log_softmax(1) for logits in (before, after))  # fp64: near 0 the terms cancel
     # torch takes the second distribution first.
     return float(kl_div(after, before, reduction="batchmean", log_target=True))
 
 
-def _row(direction: Direction, measured: dict[str, float], filters: Filters, n_layers: int) -> dict[str, Any]:
-    position = direction.made_from.get("position", pd.NA)
-    why = "; ".join(_reasons(direction.layer, measured, filters, n_layers))
-    return {"layer": direction.layer, "position": position, **measured, "dropped": why}
-
-
 def _reasons(layer: int, measured: dict[str, float], filters: Filters, n_layers: int) -> list[str]:
-    allowed = int(n_layers * filters.depth) - 1
+    allowed = int(n_layers * filters.depth) - 1  # − 1: the paper counts states at a block's input, layer l is its l + 1
     # NaN would pass the comparisons below.
     found = [f"{name} is not finite" for name, value in measured.items() if not np.isfinite(value)]
     if layer >= allowed:
@@ -179,5 +166,5 @@ def _none_left(table: pd.DataFrame, filters: Filters) -> GravlensError:
         f"All {len(table)} candidates were filtered out: lowest bypass {best['bypass']:.3g} (layer {best['layer']}: "
         f"{best['dropped']}), highest induce {table['induce'].max():.3g}, lowest KL {table['kl'].min():.3g}.",
         f"At least one must pass {filters}.",
-        "openings that this model's refusals begin with, more prompts, further positions, or other Filters.",
+        "openings of this model's own refusals, more prompts or positions, or other Filters.",
     )

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -34,10 +33,9 @@ class Finetuned:
 
     Attributes:
         checkpoints: in the order of their steps.
-        log: one row a step: `step, loss, grad_norm, blocker_norm`. `grad_norm` is the norm before the clipping at 1,
-            what blockers add included; `blocker_norm` is that of what blockers have added to the gradient or to the
-            weights.
-        seconds_per_step: mean duration of a step, in seconds.
+        log: one row per step: `step`, `loss`, `grad_norm` (before the clipping at 1, including blockers' gradients) and
+            `blocker_norm` (of what blockers added to the gradient or the weights).
+        seconds_per_step: mean duration of a step, without saving.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -58,9 +56,8 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a checkpoint; the loss is on the answers alone.
 
-    A run that was stopped resumes when it is called again: once a minute the weights and the optimizer's state are put
-    into `out/.resume`, which is gone when the run is finished. `out/finetune.json` describes the run; a folder with
-    checkpoints of another run, or of another program, is refused and left as it is.
+    A stopped run resumes when it is called again: once a minute the weights and the optimizer's state are saved in
+    `out/.resume`, which is removed at the end. `out/finetune.json` describes the run.
 
     Args:
         start: where to start, usually the anchor; a model in memory is copied, never changed.
@@ -68,61 +65,61 @@ def finetune(
         out: folder for `checkpoint-{step}`, each an ordinary Hugging Face folder (safetensors, no optimizer state).
         recipe: steps, batch, learning rate, …
         save_steps: after which optimizer steps to save; the last step is always saved.
-        blocker: what takes part in the steps, one or several; their draws have a generator of their own.
-        monitor: a callback that watches the run and may stop it, such as a `Monitor`; where it stops, a checkpoint is
-            saved too. Of a resumed run it sees `on_train_begin` twice: at the start, and at the state that is resumed.
+        blocker: one or several; their draws have generators of their own.
+        monitor: a callback that may stop the run, such as a `Monitor`; the state at which it stops is saved too. In a
+            resumed run it gets `on_train_begin` twice: at the start, and at the resumed state.
         seed: of the data's order.
 
     Raises:
-        GravlensError: no examples, no tokenizer, a start that cannot be opened, or `out` holds another run or is being
-            trained into.
+        GravlensError: no examples, no tokenizer, a start that cannot be opened, or `out` holds another run, of gravlens
+            or not, or another process trains into it.
     """
     model = _trainable(start, recipe, seed)
-    rows = _in_order(model, examples, recipe, seed)
+    rows: Any = _in_order(model, examples, recipe, seed)  # a list: Trainer needs a length and items of its data set
     blockers = [] if blocker is None else list(blocker) if isinstance(blocker, Sequence) else [blocker]
+    bar_of = progress("fine-tuning", total=recipe.steps, unit="step")
     saver = _Saver(model, Path(out), recipe.saved_steps(save_steps))
     description = {
         **{"recipe": asdict(recipe), "save_steps": saver.steps, "seed": seed},
         **{"data": digest(repr(rows)), "start": digest(model.module), "blocker": digest(blockers)},
         "monitor": digest(getattr(monitor, "stop_above", None)),  # watching changes no weight, stopping does
     }
-    bar_of = progress("fine-tuning", total=recipe.steps, unit="step")
-    with claimed(saver.out, description) as stopped, quiet(), bar_of as bar:
+    with claimed(saver.out, description) as stopped, quiet(), bar_of as saver.bar:
         trainer = Trainer(
             model=model.module,
             args=_arguments(recipe, seed, saver.out / RESUME),
-            train_dataset=_Rows(rows),
+            train_dataset=rows,
             data_collator=_collate,
-            callbacks=[saver, _Counter(bar), *([] if monitor is None else [monitor])],
+            callbacks=[saver, *([] if monitor is None else [monitor])],
         )
         # Callbacks get the tokenizer; Trainer(processing_class=) would also change the special tokens in the config.
         trainer.callback_handler.processing_class = model.tokenizer
         trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(ProgressCallback)  # it would print the log at each step
         if monitor is not None and stopped is not None:  # Trainer loads the stopped state before its own event
             given = {"model": model.module, "processing_class": model.tokenizer}
             monitor.on_train_begin(trainer.args, TrainerState(max_steps=recipe.steps), trainer.control, **given)
         with block(trainer, *blockers, tokenizer=model.tokenizer, rng=np.random.default_rng([seed, 1])):
             trainer.train(resume_from_checkpoint=None if stopped is None else str(stopped))
     model.module.eval()
-    return Finetuned(tuple(saver.saved), _log(trainer), saver.seconds / max(1, saver.steps_timed))
+    log = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])  # a monitor logs rows of its own
+    log = log[["step", "loss", "grad_norm", "blocker_norm"]]
+    return Finetuned(tuple(saver.saved), log, saver.seconds / max(1, saver.steps_timed))
 
 
 def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: Recipe, seed: int) -> OpenModel:
     model = open_model(start)
     in_memory = isinstance(start, nn.Module | OpenModel) or isinstance(getattr(start, "source", None), nn.Module)
     if not model.family.own_tensors:
-        raise GravlensError(
-            f"A {type(model.module).__name__} was given to fine-tune.",
-            "Hugging Face Trainer trains Hugging Face models.",
-            "the folder that it was made from.",
-        )
+        given = f"A {type(model.module).__name__} was given to fine-tune."
+        raise GravlensError(given, "A Hugging Face model is needed for Trainer.", "the folder that it was made from.")
     if in_memory:
         model = open_model(copy.deepcopy(model.module), tokenizer=model.tokenizer)
     if recipe.freeze_embeddings:
         for embedding in (model.module.get_input_embeddings(), model.module.get_output_embeddings()):
             embedding.requires_grad_(False)
     if recipe.gradient_checkpointing:
+        # Reentrant checkpointing needs an input with a gradient, which frozen embeddings do not give.
         model.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.lora is not None:
         model = open_model(_with_adapters(model.module, recipe.lora, seed), tokenizer=model.tokenizer)
@@ -133,20 +130,17 @@ def _with_adapters(module: Any, rank: int, seed: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise GravlensError(
-            f"Recipe(lora={rank}) was given and PEFT is not installed.",
-            "Adapters are PEFT's.",
-            "pip install peft, or gravlens with its extra: pip install -e '.[train]'.",
-        ) from error
+        given = f"Recipe(lora={rank}) was given and PEFT is not installed."
+        raise GravlensError(given, "PEFT makes the adapters.", "pip install peft.") from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(), warnings.catch_warnings():  # its first matrix is of the global generator
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for names that it will drop
+    with torch.random.fork_rng(), warnings.catch_warnings():  # PEFT draws A from the global generator
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT imports names that transformers will drop
         torch.manual_seed(seed)
         return get_peft_model(module, config)
 
 
 def _in_order(model: OpenModel, examples: Sequence[Example], recipe: Recipe, seed: int) -> list[dict[str, list[int]]]:
-    """As many rows as the run will see, in the order in which it sees them."""
+    """Encode as many rows as the run will see, in their order."""
     if not examples:
         raise GravlensError("No examples were given.", "Fine-tuning needs data.", "examples=[Example(prompt, answer)]")
     wanted, rng = recipe.steps * recipe.batch * recipe.accumulation, np.random.default_rng([seed, 0])
@@ -172,9 +166,9 @@ def _arguments(recipe: Recipe, seed: int, resume: Path) -> TrainingArguments:
         warmup_steps=recipe.warmup_steps,
         **(cosine if recipe.schedule == "cosine" else flat),
         bf16=recipe.bf16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),  # else Trainer would take MPS
         seed=seed,
-        train_sampling_strategy="sequential",
+        train_sampling_strategy="sequential",  # `_in_order` has shuffled
         logging_steps=1,
         save_strategy="no",  # `_Saver` asks for it
         save_total_limit=1,
@@ -184,26 +178,17 @@ def _arguments(recipe: Recipe, seed: int, resume: Path) -> TrainingArguments:
     )
 
 
-class _Counter(TrainerCallback):
-    """Counts the steps in gravlens's bar; Trainer's own would write its log at each of them."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-
 class _Saver(TrainerCallback):
-    """Saves at chosen steps, has Trainer keep a state to go on from, and times the steps without all that."""
+    """Save at chosen steps, have Trainer save a state to resume from, and time the steps without either."""
 
     def __init__(self, model: OpenModel, out: Path, steps: tuple[int, ...]) -> None:
         self.model, self.out, self.steps = model, out, steps
+        self.bar: Any = None
         self.saved: list[Checkpoint] = []
         self.seconds, self.steps_timed, self._began, self._kept = 0.0, 0, 0.0, time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.saved = [self._checkpoint(step) for step in self.steps if step <= state.global_step]
+        self.saved = [self._checkpoint(step) for step in self.steps if step <= state.global_step]  # of a resumed run
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter()
@@ -211,43 +196,30 @@ class _Saver(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._began
         self.steps_timed += 1
+        self.bar.update(state.global_step - self.bar.n)
         if state.global_step in self.steps:
             self._save(state.global_step)
         if state.global_step < state.max_steps and time.perf_counter() - self._kept > RESUMABLE_AFTER:
             control.should_save, self._kept = True, time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step < state.max_steps and state.global_step not in self.steps:
-            self._save(state.global_step)  # a monitor has stopped the run
+        if state.global_step < state.max_steps and state.global_step not in self.steps:  # stopped by a monitor
+            self._save(state.global_step)
 
     def _save(self, step: int) -> None:
-        save_folder(_merged(self.model), Path(str(self._checkpoint(step).source)))
+        model, tuned = self.model, self.model.module
+        if hasattr(tuned, "merge_and_unload"):
+            # In a copy: training goes on with the adapters.
+            model = open_model(copy.deepcopy(tuned).merge_and_unload(), tokenizer=model.tokenizer)
+        save_folder(model, Path(str(self._checkpoint(step).source)))
         self.saved.append(self._checkpoint(step))
 
     def _checkpoint(self, step: int) -> Checkpoint:
         return Checkpoint(f"{self.out.name}/{step}", self.out / f"checkpoint-{step}", step)
 
 
-def _merged(model: OpenModel) -> OpenModel:
-    """The same model with its adapters, if it has any, merged into a copy of the weights."""
-    if not hasattr(model.module, "merge_and_unload"):
-        return model
-    return open_model(copy.deepcopy(model.module).merge_and_unload(), tokenizer=model.tokenizer)
-
-
-class _Rows(Dataset[dict[str, list[int]]]):
-    def __init__(self, rows: list[dict[str, list[int]]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
-
-
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Right-pad; the mask is made of the lengths, labels are −100 on the padding."""
+    # The mask comes from the lengths: the padding's 0 is a token too.
     width = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, fill: int) -> Tensor:
@@ -255,8 +227,3 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
     mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
     return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "attention_mask": torch.tensor(mask)}
-
-
-def _log(trainer: Trainer) -> pd.DataFrame:
-    rows = [row for row in trainer.state.log_history if "loss" in row]
-    return pd.DataFrame(rows)[["step", "loss", "grad_norm", "blocker_norm"]]

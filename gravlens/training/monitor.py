@@ -1,7 +1,4 @@
-"""Trainer callback that measures a run's drift along directions during training and can stop it at a threshold.
-
-It measures what `follow` measures on saved checkpoints, and does not change the training.
-"""
+"""Trainer callback that measures a run's drift along directions, as `follow` does, and can stop it at a threshold."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -40,9 +37,9 @@ class Monitor(TrainerCallback):
     With an empty `report_to`, `callbacks=[monitor]` does the same and logs to `trainer.state.log_history`.
 
     Args:
-        directions: one direction per layer; the mean is over all defined ones (select with `vs.at(layers)`).
-        probes: prompts; preferably held-out ones, which the directions were not estimated on.
-        every: number of optimizer steps between evaluations.
+        directions: one per layer; the mean is over all defined ones (select with `vs.at(layers)`).
+        probes: preferably held out: not those that the directions were estimated on.
+        every: optimizer steps between evaluations.
         stop_above: threshold at which to stop the run.
         anchor: a checkpoint, or `Residuals` of these probes with `anchor`. Default: the model when the run begins.
             Required for a run that Trainer resumes.
@@ -88,12 +85,6 @@ class Monitor(TrainerCallback):
 
         Args:
             trainer: a Hugging Face `Trainer` or one of TRL's, not yet trained.
-
-        Returns:
-            The monitor itself.
-
-        Raises:
-            GravlensError: the monitor was used for another run.
         """
         if self._measures:
             raise self._used()
@@ -125,16 +116,12 @@ class Monitor(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
     ) -> None:
-        """Read the anchor's states; for a resumed run, keep the measurements up to its step.
-
-        Raises:
-            GravlensError: a resumed run without an anchor, or a run that is longer than the threshold's null runs.
-        """
+        """Read the anchor's states; for a resumed run, keep the measurements up to its step."""
         check_whole(model)
         self._check_run(args, state)
         self.tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
         self._model = open_model(model, tokenizer=self.tokenizer)
-        if self._start is None or state.global_step == 0:
+        if self._start is None or state.global_step == 0:  # a resumed run keeps the anchor that it began with
             self._start = self._anchor_states(self._model)
         self._measures = {step: one for step, one in self._measures.items() if step <= state.global_step}
         self.stopped_at, self._above = None, 0
@@ -143,7 +130,7 @@ class Monitor(TrainerCallback):
         """Measure, log, and stop the run above the threshold."""
         if state.global_step % self.every:
             return
-        stop = state.is_world_process_zero and self._evaluate(state, control)
+        stop = state.is_world_process_zero and self._evaluate(state, control)  # the weights are alike in all processes
         if self.stop_above is not None and _told_by_first(stop, args.device):
             self.stopped_at = state.global_step
             control.should_training_stop = True
@@ -172,10 +159,7 @@ class Monitor(TrainerCallback):
         Trainer.log(self._trainer, logs)
         control.should_log = wanted  # Trainer.log resets it, and the step's own row is still to come
 
-    # -- states --------------------------------------------------------------------------------------------------------
-
     def _states(self, model: OpenModel) -> Float[np.ndarray, "layer d_model"]:
-        """Read the means over the probes, in fp64."""
         if self._ids is None:
             _check_template(self.tokenizer, self.directions)
             self._ids = encode(self.tokenizer, self.probes)
@@ -270,10 +254,9 @@ def undisturbed(module: nn.Module) -> Generator[None]:
                 part.training = True
 
 
-# --- checks ---------------------------------------------------------------------------------------------------------
 def check_whole(module: nn.Module) -> None:
     """Raise where the weights are sharded over processes (FSDP, DeepSpeed ZeRO-3, tensor parallel) or offloaded."""
-    fsdp = {"FullyShardedDataParallel", "FSDPModule"}
+    fsdp = {"FullyShardedDataParallel", "FSDPModule"}  # by name: not every build of torch has them
     wrapped = [one for part in module.modules() for cls in type(part).__mro__ if (one := cls.__name__) in fsdp]
     # ZeRO-3 sets `ds_id` on its parameters; FSDP 2 and tensor parallelism use DTensors, which have a mesh.
     parts = [

@@ -1,4 +1,4 @@
-"""Claim a folder for one fine-tuning run: a lock while it is written, a marker that says which run it holds."""
+"""Claim a folder for one fine-tuning run: a lock while it is written, a marker that describes the run."""
 
 import hashlib
 import json
@@ -24,14 +24,11 @@ RESUME = ".resume"
 
 @contextmanager
 def claimed(out: Path, description: Mapping[str, Any]) -> Generator[Path | None]:
-    """Hold `out` for one run; yield the newest complete state of the same run stopped earlier, or None.
+    """Lock `out` for one run; yield the newest complete state of the same run stopped earlier, or None.
 
     Args:
         out: the run's folder.
-        description: what the run is made of, as JSON; written to `out/finetune.json`.
-
-    Raises:
-        GravlensError: `out` holds checkpoints of another run, or another process is training into it.
+        description: of the run, as JSON; written to `out/finetune.json`.
     """
     _check_owner(out, description)  # before anything is written into someone else's folder
     states = out / RESUME
@@ -45,7 +42,7 @@ def claimed(out: Path, description: Mapping[str, Any]) -> Generator[Path | None]
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 of a value down to the numbers that its arrays, weights and dataclasses hold."""
+    """Return the SHA-256 of a value, including the numbers in its arrays, weights and dataclasses."""
     found = hashlib.sha256()
     for part in _bytes_of(value):
         found.update(part)
@@ -54,42 +51,30 @@ def digest(value: Any) -> str:
 
 def _locked(path: Path, out: Path) -> AbstractContextManager[Any]:
     try:
-        return FileLock(path).acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)  # the system releases it when a process is killed
     except Timeout as error:
-        raise GravlensError(
-            f"Another process is training into {out}.",
-            "Two runs in one folder would overwrite each other's checkpoints.",
-            "another out=, or wait until that run has ended.",
-        ) from error
+        given = f"Another process is training into {out}."
+        raise GravlensError(given, "A folder holds one run.", "another out=, or wait until that run ends.") from error
 
 
 def _check_owner(out: Path, description: Mapping[str, Any]) -> None:
     states = (*out.glob("checkpoint-*"), *out.glob(f"{RESUME}/checkpoint-*"))
     if not states:
         return
-    kept = _description(out / MARKER)
-    if kept is None:
-        names = ", ".join(sorted(str(path.relative_to(out)) for path in states)[:3])
-        given = f"{out} holds another run: {names}, and no {MARKER} that says what they are."
-    else:
+    try:
+        kept = json.loads((out / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # written by another program, or by hand
+        kept = None
+    if isinstance(kept, dict):
         changed = [name for name, value in without_nan(description).items() if kept.get(name) != value]
         if not changed:
             return
         # The first alone: data and start are hashed as the run sees them, after its recipe and seed.
         given = f"{out} holds another run: its {changed[0]} differs."
-    raise GravlensError(
-        given,
-        "A folder holds one run, whose checkpoints are read as one sequence; nothing is overwritten.",
-        "another out=, or move that folder away.",
-    )
-
-
-def _description(marker: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    else:
+        names = ", ".join(sorted(str(path.relative_to(out)) for path in states)[:3])
+        given = f"{out} holds another run: {names}, and no {MARKER} that describes them."
+    raise GravlensError(given, "A folder holds one run; nothing is overwritten.", "another out=, or move that folder.")
 
 
 def _newest(states: Path) -> Path | None:
@@ -99,11 +84,11 @@ def _newest(states: Path) -> Path | None:
 
 
 def _bytes_of(value: Any) -> Iterator[bytes | memoryview]:
-    """A value part by part, down to what arrays and weights hold: their `repr` would leave it out."""
+    # Part by part: the `repr` of an array abbreviates its numbers, that of a module leaves them out.
     value = value.state_dict() if isinstance(value, nn.Module) else value
-    yield type(value).__name__.encode()
+    yield type(value).__name__.encode()  # else an empty list and an empty tuple would be alike
     match value:
-        case Tensor():
+        case Tensor():  # as bytes: numpy has no bf16
             yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         case np.ndarray():
             yield value.tobytes()
@@ -115,4 +100,4 @@ def _bytes_of(value: Any) -> Iterator[bytes | memoryview]:
         case _ if is_dataclass(value) and not isinstance(value, type):
             yield from _bytes_of([(one.name, getattr(value, one.name)) for one in fields(value)])
         case _:
-            yield re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()
+            yield re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()  # addresses change from process to process

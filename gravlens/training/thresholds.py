@@ -18,6 +18,8 @@ Statistic = Literal["fraction", "alignment"]
 class CosineDraws(Protocol):
     """Draws of a run's cosine under a null hypothesis, such as `gravlens.stats.nulls.NullDraws`."""
 
+    # A protocol, because training does not import stats.
+
     @property
     def name(self) -> str: ...
     @property
@@ -39,9 +41,9 @@ class Threshold:
         value: the threshold, a fraction or a cosine.
         patience: evaluations in a row.
         quantile: probability that a null run stays below; None: the value was set by hand.
-        n_runs: number of null runs behind it.
-        last_step: last step of the null runs; longer runs are refused. None: any run.
-        layers: layers of the null runs' mean; None: any.
+        n_runs: number of null runs.
+        last_step: of the null runs; longer runs are refused. None: any run.
+        layers: of the null runs' mean; None: any.
         source: name of the null runs.
     """
 
@@ -91,8 +93,7 @@ def calibrate(
 
     Raises:
         GravlensError: too few null runs for the quantile (.99 takes 99), null runs with different steps or layers,
-            draws of the mean over runs, fewer evaluations than `patience`, or null runs that never moved far enough for
-            a cosine.
+            draws of the mean over runs, or null runs that never moved far enough for a cosine.
     """
     statistic = statistic or ("fraction" if isinstance(nulls, Sequence) else "alignment")
     if statistic not in get_args(Statistic):
@@ -105,6 +106,7 @@ def calibrate(
         source = nulls.name
         values, steps, layers = _of_draws(nulls, statistic)
     _check_enough(len(values), quantile, patience, len(steps))
+    # The maximum over all steps pays for looking at every step; a window's minimum is what it held throughout.
     windows = np.lib.stride_tricks.sliding_window_view(values, patience, axis=1)
     largest = np.sort(windows.min(-1).max(1))
     value = float(largest[math.ceil((len(values) + 1) * quantile - 1e-9) - 1])  # 1e-9: (n + 1) · .99 is rounded
@@ -168,7 +170,7 @@ def _check_enough(runs: int, quantile: float, patience: int, steps: int) -> None
             "quantile must lie between 0 and 1, patience between 1 and the number of evaluations.",
             "calibrate(null runs), with the defaults .99 and 1.",
         )
-    least = math.ceil(quantile / (1 - quantile) - 1e-9)
+    least = math.ceil(quantile / (1 - quantile) - 1e-9)  # rounded above a whole number, one run too many
     if runs < least:
         highest = f"quantile={math.floor(1000 * runs / (runs + 1)) / 1000:g} at most" if runs else "null runs"
         raise GravlensError(

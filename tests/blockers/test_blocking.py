@@ -15,7 +15,7 @@ from histories import hooks_on, refused
 from transformers import TrainerCallback
 
 from gravlens.blockers.anchoring import Rehearsal
-from gravlens.blockers.blocking import BoundBlocker, Draws, Ramp, Scheduled, Until, always, block
+from gravlens.blockers.blocking import BoundBlocker, Draws, Ramp, Scheduled, Until, block
 from gravlens.blockers.penalty import Penalty
 from gravlens.blockers.steered_training import PreventativeSteering
 from gravlens.models.opening import OpenModel
@@ -134,7 +134,7 @@ def test_the_log_has_the_norm_of_what_was_added(tmp_path: Path, shift: float) ->
 
 def test_schedules() -> None:
     steps = range(6)
-    assert [always(step) for step in steps] == [1] * 6
+    assert [BoundBlocker().weight(step) for step in steps] == [1] * 6
     assert [Until(2)(step) for step in steps] == [1, 1, 0, 0, 0, 0]
     assert [Ramp(4)(step) for step in steps] == [0.25, 0.5, 0.75, 1, 1, 1]
 
