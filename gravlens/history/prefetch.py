@@ -28,11 +28,10 @@ class Fetched:
 def in_turn(checkpoints: Iterable[Row], *, keep: int | None) -> Generator[Resolved, None, None]:
     """Yield each checkpoint with its weights on disk while the next one is fetched.
 
-    A checkpoint that was resolved before is not resolved again; another is resolved in its turn, so that its folder may
-    be written while those before it are read. A hub's revision is downloaded in one background thread, and an error
-    there is raised when its turn comes; for local files the kernel is asked to read ahead. Revisions that were
-    downloaded here are evicted, except for the last `keep`, so that at most `keep` + 1 are on disk at a time; however
-    the iteration ends, `keep` stay.
+    An unresolved checkpoint is resolved in its turn, so that its folder may be written while those before it are read.
+    A hub's revision is downloaded in one background thread, whose errors are raised when its turn comes; for local
+    files the kernel is asked to read ahead. Of the revisions downloaded here the last `keep` stay, however the
+    iteration ends, and at most `keep` + 1 are on disk at a time.
     """
     rows, ours, known = list(checkpoints), dict[Path, Any](), Known()
     stays = _never_evicted([_checkpoint(row) for row in rows])
@@ -41,7 +40,7 @@ def in_turn(checkpoints: Iterable[Row], *, keep: int | None) -> Generator[Resolv
     try:
         for number, row in enumerate(rows):
             future = ahead[1] if ahead else worker.submit(_fetch, row, known)
-            fetched = future.result() or Fetched(resolve(row, known))
+            fetched = future.result() or Fetched(resolve(row, known))  # a local folder: it may be written just now
             ahead = None
             _note(ours, fetched, stays)
             _trim(ours, keep, needed={_checkpoint(later).source for later in rows[number:]})
@@ -60,9 +59,9 @@ def _checkpoint(row: Row) -> Checkpoint:
 
 
 def _never_evicted(rows: Sequence[Checkpoint]) -> set[Any]:
-    """Sources of witness, anchor and bases, which other calls read again: only a run's checkpoints have a step."""
+    """Sources of witness, anchor and bases, which other calls read again."""
     bases = {row.base.source for row in rows if row.base is not None}
-    return bases | {row.source for row in rows if row.step is None}
+    return bases | {row.source for row in rows if row.step is None}  # only a run's checkpoints have a step
 
 
 def _note(ours: dict[Path, Any], fetched: Fetched, stays: set[Any]) -> None:
@@ -72,7 +71,7 @@ def _note(ours: dict[Path, Any], fetched: Fetched, stays: set[Any]) -> None:
     # A commit that was downloaded under one name may be read again under another.
     source = None if own is None else ours.pop(own, checkpoint.source if own == fetched.downloaded else None)
     for base in bases:
-        ours.pop(base, None)
+        ours.pop(base, None)  # a whole model that adapters need again
     if own is not None and source is not None and checkpoint.source not in stays:
         ours[own] = checkpoint.source
 
@@ -100,6 +99,7 @@ def _fetch(row: Row, known: Known) -> Fetched | None:
         if isinstance(row.source, Path | str):
             _read_ahead(Path(row.source))
         return None
+    # What was in the cache before is the user's, and never evicted.
     here = snapshots_here(str(checkpoint.source)) if on_a_hub else None
     resolved = row.fetched() if isinstance(row, Resolved) else resolve(row, known)
     for path in resolved.paths:
@@ -109,8 +109,8 @@ def _fetch(row: Row, known: Known) -> Fetched | None:
 
 
 def _read_ahead(folder: Path) -> None:
-    """Ask the kernel to read the weights ahead: a hint that may fail, and that not every system has."""
-    with suppress(OSError, GravlensError, AttributeError):
+    """Ask the kernel to read the weights ahead: a hint that may fail."""
+    with suppress(OSError, GravlensError, AttributeError):  # macOS and Windows have no posix_fadvise
         for path in weight_paths(folder):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
