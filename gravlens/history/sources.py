@@ -13,15 +13,7 @@ from torch import nn
 from gravlens.core.errors import GravlensError
 from gravlens.history.hub import commit_of, is_hub_id, local_folder, repository_of
 from gravlens.history.sequence import Checkpoint
-from gravlens.history.weight_files import (
-    ADAPTER_CONFIG,
-    Stamp,
-    Weights,
-    contents,
-    read_headers,
-    stamp,
-    weight_paths,
-)
+from gravlens.history.weight_files import ADAPTER_CONFIG, Stamp, Weights, contents, read_headers, stamp, weight_paths
 
 CHAIN = 8  # adapters over adapters; a circle ends here
 CONFIG = "config.json"

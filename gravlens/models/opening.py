@@ -21,7 +21,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.files import damaged
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
-from gravlens.models.families import OpenModel, check_not_centred, family_of, library
+from gravlens.models.families import Family, OpenModel, all_centred, family_of, library
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
 from gravlens.models.precision import as_dtype, check_unquantised
 
@@ -220,6 +220,15 @@ def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: 
     family = family_of(module)
     check_not_centred(checkpoint, family)
     return OpenModel(family, tokenizer or getattr(module, "tokenizer", None), weights)
+
+
+def check_not_centred(checkpoint: Checkpoint, family: Family) -> None:
+    """Raise if everything that writes to the residual stream has mean 0: `resid_post` is not the checkpoint's."""
+    # Cheap for a model that was not centred: the first rows of its embedding settle it.
+    if all_centred(pair for write in family.writes() for pair in write.tensors):
+        given = f"{checkpoint.name} ({checkpoint.described}) has centred writing weights."
+        wanted = "Weights as trained are needed: centring subtracts the mean over d_model from resid_post."
+        raise GravlensError(given, wanted, family.unprocessed)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

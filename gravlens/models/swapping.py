@@ -13,9 +13,9 @@ from gravlens.core.errors import GravlensError
 from gravlens.history.prefetch import in_turn
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder
-from gravlens.models.families import check_not_centred, folded_apart
 from gravlens.models.opening import (
     OpenModel,
+    check_not_centred,
     checkpoint_tokenizer,
     load_huggingface,
     merge_adapter,
@@ -104,8 +104,8 @@ def swap_weights(model: OpenModel, source: Folder | Path | str) -> None:
         shapes, tensors = {name: tuple(tensor.shape) for name, tensor in found.items()}, iter(found.items())
     wanted = {name: tuple(weight.shape) for name, weight in model.weights.items()}
     if wrong := sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)):
-        given = f"The weights of {folder.source} have other names or shapes than those before ({', '.join(wrong[:3])})."
-        raise GravlensError(given, *ONE_SHAPE)
+        given = f"The weights of {folder.source} have another shape or name than those before it"
+        raise GravlensError(f"{given} ({', '.join(wrong[:3])}).", *ONE_SHAPE)
     with torch.no_grad():
         for name, tensor in tensors:
             model.weights[name].copy_(tensor)
@@ -137,7 +137,10 @@ def _check_folded_alike(checkpoints: Sequence[Checkpoint]) -> None:
     models = [(checkpoint, open_model(checkpoint)) for checkpoint in checkpoints]
     unlike = {model.family.is_folded: (checkpoint, model) for checkpoint, model in models}
     if len(unlike) > 1:
-        raise folded_apart(unlike[True][0], unlike[True][1].family, unlike[False][0])
+        (folded, model), (other, _) = unlike[True], unlike[False]
+        given = f"{folded.name} ({folded.described}) has folded norms, {other.name} ({other.described}) has not."
+        wanted = "All checkpoints of a history are processed alike, best of all not at all."
+        raise GravlensError(given, wanted, model.family.unprocessed)
 
 
 def _shape(checkpoint: Resolved, known: dict[Path, tuple[int, int]]) -> tuple[int, int]:
