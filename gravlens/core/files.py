@@ -103,11 +103,9 @@ def meta_of(content: bytes, path: Path | str, kind: str) -> dict[str, Any]:
 def _meta(path: Path | str, kind: str, header: Mapping[str, str]) -> dict[str, Any]:
     found, convention = header.get("gravlens", "tensors of another program"), header.get("convention", "unknown")
     if (found, convention) != (kind, CONVENTION):  # a file that counts layers otherwise would be off by one, silently
-        raise GravlensError(
-            f"{path} holds {found!r} by the convention {convention!r}.",
-            f"A gravlens file of {kind} by the convention {CONVENTION!r} is needed.",
-            f"write it again with this version's .save() of {kind}.",
-        )
+        given = f"{path} holds {found!r} by the convention {convention!r}."
+        wanted = f"A gravlens file of {kind} by the convention {CONVENTION!r} is needed."
+        raise GravlensError(given, wanted, f"write it again with this version's .save() of {kind}.")
     return json.loads(header["meta"])
 
 

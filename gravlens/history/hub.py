@@ -46,11 +46,9 @@ def existing(folder: Path | str, here: Path = Path()) -> Path | str:
     # "ft/step20" has the form of a hub id; where ft/ exists, it is a mistyped path and not a repository.
     if isinstance(folder, str) and is_hub_id(folder) and not path.parent.exists():
         return folder
-    raise GravlensError(
-        f"The checkpoint {folder} does not exist.",
-        "A folder written by save_pretrained is needed (or a hub id, owner/name@revision).",
-        f"check the path; it is looked up from {here.resolve().name}/.",
-    )
+    given = f"The checkpoint {folder} does not exist."
+    wanted = "A folder written by save_pretrained is needed (or a hub id, owner/name@revision)."
+    raise GravlensError(given, wanted, f"check the path; it is looked up from {here.resolve().name}/.")
 
 
 def local_folder(source: Path | str, *, weights: bool = True) -> Path:
@@ -73,11 +71,10 @@ def local_folder(source: Path | str, *, weights: bool = True) -> Path:
     except (OSError, ValueError) as error:
         if part := getattr(error, "snapshot_path", None):  # offline; `weight_paths` names what is missing
             return Path(part)
-        raise GravlensError(
-            f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
-            "A folder written by save_pretrained or a reachable hub id is needed.",
-            "check the path, or the id and revision; download it once where there is a network.",
-        ) from error
+        given = f"{source} could not be opened ({str(error).strip().splitlines()[0]})."
+        wanted = "A folder written by save_pretrained or a reachable hub id is needed."
+        remedy = "check the path, or the id and revision; download it once where there is a network."
+        raise GravlensError(given, wanted, remedy) from error
     return Path(found)
 
 

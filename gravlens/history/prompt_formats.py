@@ -104,11 +104,9 @@ def format_of(source: Any, rows: Sequence[Row], shape: PromptFormat | str | None
     if "prompt" in columns:  # a user's own file: other columns may equal those of a published set by chance
         return next((one for one in found if one.prompt == "prompt"), PLAIN)
     if not found:
-        raise GravlensError(
-            f"{source_name(source)} has the columns {_list(columns)}: no 'prompt', and no known format.",
-            f"{known}; any other file has a column 'prompt'.",
-            f"column={(columns or ['question'])[0]!r} if it holds the prompts, or rename it to 'prompt'.",
-        )
+        given = f"{source_name(source)} has the columns {_list(columns)}: no 'prompt', and no known format."
+        remedy = f"column={(columns or ['question'])[0]!r} if it holds the prompts, or rename it to 'prompt'."
+        raise GravlensError(given, f"{known}; any other file has a column 'prompt'.", remedy)
     return found[0]
 
 
@@ -117,11 +115,9 @@ def check_rows(source: Any, rows: list[Row], *keys: str) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if not all(isinstance(row.get(key), str) for key in keys):
             needed, columns = " and ".join(map(repr, keys)), _list(_columns([row]))
-            raise GravlensError(
-                f"Row {number} of {source_name(source)} has no text for {needed}; its columns are {columns}.",
-                f"Each row needs {needed} as text.",
-                "rename the column, or name it (column='question').",
-            )
+            given = f"Row {number} of {source_name(source)} has no text for {needed}; its columns are {columns}."
+            wanted = f"Each row needs {needed} as text."
+            raise GravlensError(given, wanted, "rename the column, or name it (column='question').")
     return rows
 
 

@@ -81,11 +81,9 @@ class PromptSet:
             return self.texts[part]
         mask = np.asarray(part)
         if mask.dtype != bool or mask.shape != (len(self),):
-            raise GravlensError(
-                f"{len(self)} prompts were indexed with an array of {mask.dtype} of shape {mask.shape}.",
-                "A mask has one boolean per prompt.",
-                "prompts[0], prompts[:3], or prompts[[len(text) < 80 for text in prompts]].",
-            )
+            given = f"{len(self)} prompts were indexed with an array of {mask.dtype} of shape {mask.shape}."
+            remedy = "prompts[0], prompts[:3], or prompts[[len(text) < 80 for text in prompts]]."
+            raise GravlensError(given, "A mask has one boolean per prompt.", remedy)
         return replace(self, texts=tuple(compress(self.texts, mask)))
 
     @property
@@ -173,11 +171,9 @@ def read_examples(
     rows = read_rows(source)
     shape = format_of(source, rows, PromptFormat(columns, *columns) if columns else format)
     if not shape.answer:
-        raise GravlensError(
-            f"{source_name(source)} has prompts and no answers (columns {', '.join(shape.columns)}).",
-            "An example is a prompt and an answer.",
-            "a file with columns 'prompt' and 'answer', or columns=(prompt, answer).",
-        )
+        given = f"{source_name(source)} has prompts and no answers (columns {', '.join(shape.columns)})."
+        wanted = "An example is a prompt and an answer."
+        raise GravlensError(given, wanted, "a file with columns 'prompt' and 'answer', or columns=(prompt, answer).")
     check_rows(source, rows, shape.prompt, shape.answer)
     entries = read_entries(source, shape, only)
     # A missing value is None in a Dataset and "" in a CSV file.
@@ -237,11 +233,9 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     except Exception as error:  # a word-level tokenizer without an unknown token raises a bare Exception
         if "UNK" not in str(error).upper():
             raise
-        raise GravlensError(
-            f"The vocabulary cannot encode {text[:80]!r}.",
-            "Every word needs a token, or the vocabulary a token for unknown words.",
-            "prompts of words in this vocabulary, or another tokenizer.",
-        ) from error
+        given = f"The vocabulary cannot encode {text[:80]!r}."
+        wanted = "Every word needs a token, or the vocabulary a token for unknown words."
+        raise GravlensError(given, wanted, "prompts of words in this vocabulary, or another tokenizer.") from error
 
 
 def _rendered(tokenizer: Any, text: str, system: str) -> str:
@@ -263,11 +257,9 @@ def _check_takes_system(tokenizer: Any) -> None:
             if not lost:
                 return
             found = f"has a chat template that leaves out the {lost[0].removeprefix('gravlens-')} turn"
-    raise GravlensError(
-        f"A system prompt was given, and this tokenizer {found}.",
-        "A system prompt is a turn of the chat template.",
-        "no system prompt, or its text at the start of each prompt.",
-    )
+    given = f"A system prompt was given, and this tokenizer {found}."
+    wanted = "A system prompt is a turn of the chat template."
+    raise GravlensError(given, wanted, "no system prompt, or its text at the start of each prompt.")
 
 
 def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:

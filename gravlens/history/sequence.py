@@ -303,11 +303,9 @@ def _found(name: str, folders: Folders) -> Sequence[Path | str]:
     inside = {folder: [p for p in Path(folder).expanduser().glob("checkpoint-*") if p.is_dir()] for folder in found}
     outer = [folder for folder in found if inside[folder]]
     if outer and len(found) > 1:
-        raise GravlensError(
-            f"The run {name!r} ({folders}) holds {len(found)} folders, and {outer[0]} is a run's folder itself.",
-            "A run is one Trainer's output folder, or several checkpoints.",
-            f"one run for each: {Path(outer[0]).name} = '{outer[0]}'.",
-        )
+        given = f"The run {name!r} ({folders}) holds {len(found)} folders, and {outer[0]} is a run's folder itself."
+        wanted = "A run is one Trainer's output folder, or several checkpoints."
+        raise GravlensError(given, wanted, f"one run for each: {Path(outer[0]).name} = '{outer[0]}'.")
     return inside[outer[0]] if outer else found
 
 

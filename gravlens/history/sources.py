@@ -151,11 +151,9 @@ class Resolved:
 
 def changed_meanwhile(checkpoint: Checkpoint | Resolved) -> GravlensError:
     """Return the error for a checkpoint that is written while it is read."""
-    return GravlensError(
-        f"{checkpoint.name} ({checkpoint.described}) changed while it was opened.",
-        "A checkpoint must not be written while it is read.",
-        "the same call once it is completely written; nothing was kept of it.",
-    )
+    given = f"{checkpoint.name} ({checkpoint.described}) changed while it was opened."
+    wanted = "A checkpoint must not be written while it is read."
+    return GravlensError(given, wanted, "the same call once it is completely written; nothing was kept of it.")
 
 
 # --- resolving --------------------------------------------------------------------------------------------------
