@@ -166,19 +166,21 @@ def map_tensor(path: Path, name: str) -> np.ndarray:
     return np.memmap(path, "<f4", "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
 
 
-def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Create a folder unless it exists: built under a temporary name and renamed, so it is complete if it exists."""
-    if folder.is_dir():
+def once(folder: Path, make: Callable[[Path], None], *, replace: bool = False) -> Path:
+    """Create a folder atomically, unless it exists or to replace it: `make` fills it under a temporary name."""
+    if folder.is_dir() and not replace:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         make(scratch)
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)  # os.replace needs an empty target
         os.chmod(scratch, 0o755)  # mkdtemp makes it 0700
         os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
-        if not folder.is_dir():  # another process may have created it first
+        if replace or not folder.is_dir():  # another process may have created it first
             raise
     return folder
 

@@ -52,11 +52,7 @@ def existing(folder: Path | str, here: Path = Path()) -> Path | str:
 
 
 def local_folder(source: Path | str, *, weights: bool = True) -> Path:
-    """Return a folder itself, or a hub id's snapshot, downloaded if necessary (`weights=False`: the small files only).
-
-    Raises:
-        GravlensError: neither a folder nor a hub id, or a hub id that cannot be downloaded.
-    """
+    """Return a folder, or a hub id's snapshot, downloaded if necessary; without `weights` only its small files."""
     if Path(source).is_dir():
         return Path(source)
     if isinstance(source, Path) or Path(source).exists() or not is_hub_id(source):

@@ -1,7 +1,7 @@
 """Prefetch checkpoints: download the next while the current one is read; evict it afterwards."""
 
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ def in_turn(checkpoints: Iterable[Row], *, keep: int | None) -> Generator[Resolv
     iteration ends, and at most `keep` + 1 are on disk at a time.
     """
     rows, ours, known = list(checkpoints), dict[Path, Any](), Known()
-    stays = _never_evicted([_checkpoint(row) for row in rows])
+    given = [_checkpoint(row) for row in rows]
+    # Witness, anchor and bases are read again by other calls; only a run's checkpoints have a step.
+    stays: set[Any] = {one.base.source for one in given if one.base} | {one.source for one in given if one.step is None}
     ahead: tuple[Row, Future[Fetched | None]] | None = None
     worker = ThreadPoolExecutor(1, "gravlens-ahead")  # one: nothing is evicted while something is downloaded
     try:
@@ -56,12 +58,6 @@ def in_turn(checkpoints: Iterable[Row], *, keep: int | None) -> Generator[Resolv
 
 def _checkpoint(row: Row) -> Checkpoint:
     return row.checkpoint if isinstance(row, Resolved) else row
-
-
-def _never_evicted(rows: Sequence[Checkpoint]) -> set[Any]:
-    """Sources of witness, anchor and bases, which other calls read again."""
-    bases = {row.base.source for row in rows if row.base is not None}
-    return bases | {row.source for row in rows if row.step is None}  # only a run's checkpoints have a step
 
 
 def _note(ours: dict[Path, Any], fetched: Fetched, stays: set[Any]) -> None:

@@ -79,9 +79,6 @@ def read_entries(source: Any, shape: PromptFormat | str | None = None, only: Onl
     Args:
         shape: a format or its name; default: recognised by the columns.
         only: column -> value or values of the rows to keep.
-
-    Raises:
-        GravlensError: a missing file, unknown columns, or a row without a prompt.
     """
     rows = read_rows(source)
     shape = format_of(source, rows, shape)
@@ -144,11 +141,9 @@ def _kept(source: Any, rows: list[Row], only: Only) -> list[Row]:
         found = {str(row.get(column)) for row in rows}
         rows = [row for row in rows if str(row.get(column)) in values]
         if not rows:
-            raise GravlensError(
-                f"{source_name(source)} has no row where {column} is {_list(sorted(values))}.",
-                f"Its columns are {_list(_columns(read_rows(source)))}; {column} is {_list(sorted(found)[:8])}.",
-                "only={column: value} with these.",
-            )
+            given = f"{source_name(source)} has no row where {column} is {_list(sorted(values))}."
+            held = f"Its columns are {_list(_columns(read_rows(source)))}; {column} is {_list(sorted(found)[:8])}."
+            raise GravlensError(given, held, "only={column: value} with these.")
     return rows
 
 
@@ -159,7 +154,7 @@ def is_table(source: Any) -> bool:
 
 def read_rows(source: Any, *keys: str) -> list[Row]:
     """Read the rows of a file or a `Dataset`; raise as `check_rows` for the given keys."""
-    rows = _rows_of_table(source) if is_table(source) else _rows_of_file(_path(source))
+    rows = _rows_of_table(source) if is_table(source) else _rows_of_file(source)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             given, remedy = f"Row {number} of {source_name(source)} is {str(row)[:40]!r}.", '{"prompt": "How do I …?"}.'
@@ -167,13 +162,6 @@ def read_rows(source: Any, *keys: str) -> list[Row]:
     if not rows:
         raise GravlensError(f"{source_name(source)} is empty.", "At least one row is needed.", "another file.")
     return check_rows(source, rows, *keys)
-
-
-def _path(source: Path | str) -> Path:
-    if isinstance(source, Path | str):
-        return Path(source)
-    remedy = "PromptSet.of([…]) or Contrast.of([…], […]) for texts."
-    raise wrong_kind(source, "A file or a datasets.Dataset is read.", remedy)
 
 
 def _rows_of_table(table: Any) -> list[Row]:
@@ -184,7 +172,11 @@ def _rows_of_table(table: Any) -> list[Row]:
     return [dict(row) for row in table]
 
 
-def _rows_of_file(path: Path) -> list[Row]:
+def _rows_of_file(source: Path | str) -> list[Row]:
+    if not isinstance(source, Path | str):
+        remedy = "PromptSet.of([…]) or Contrast.of([…], […]) for texts."
+        raise wrong_kind(source, "A file or a datasets.Dataset is read.", remedy)
+    path = Path(source)
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         remedy = "check the path, or [prompt], a list, for the text of one prompt."
@@ -195,7 +187,10 @@ def _rows_of_file(path: Path) -> list[Row]:
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in lines if line.strip()]
         if path.suffix == ".json":
-            return _array(path, json.loads(text))
+            if isinstance(content := json.loads(text), list):
+                return content
+            given, wanted = f"{path} holds a {type(content).__name__}.", "A .json file is one array of objects."
+            raise GravlensError(given, wanted, "an array, or JSONL.")
         if path.suffix == ".csv":
             return list(csv.DictReader(io.StringIO(text)))  # not of `lines`: a quoted prompt may contain line breaks
         return [{"prompt": line} for line in lines if line.strip()]
@@ -204,13 +199,6 @@ def _rows_of_file(path: Path) -> list[Row]:
     except json.JSONDecodeError as error:
         given, wanted = f"{path} is not valid JSON ({error}).", "JSONL has one object per line, JSON one array of them."
         raise GravlensError(given, wanted, "correct that line.") from error
-
-
-def _array(path: Path, content: Any) -> list[Row]:
-    if not isinstance(content, list):
-        given, wanted = f"{path} holds a {type(content).__name__}.", "A .json file is one array of objects."
-        raise GravlensError(given, wanted, "an array, or JSONL.")
-    return content
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

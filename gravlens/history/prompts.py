@@ -41,7 +41,6 @@ class PromptSet:
     """An ordered set of user prompts with one role.
 
     Attributes:
-        texts: the prompts, none of them blank.
         role: `harmful`, `harmless`, `task`, or plain `prompts`.
         system: system prompt of all prompts, a separate turn of the chat template; "" for none.
     """
@@ -55,12 +54,10 @@ class PromptSet:
             given = f"The text {self.texts[:40]!r} was given as a prompt set."
             raise GravlensError(given, "A prompt set holds a tuple of texts.", "PromptSet.of([text]).")
         if not self.texts or not all(isinstance(text, str) and text.strip() for text in self.texts):
-            raise GravlensError(
-                f"The prompt set ({self.role}) has {len(self.texts)} prompts"
-                + (", some of them blank or not text." if self.texts else "."),
-                "At least one prompt is needed, each a text that is not blank.",
-                "PromptSet.of(['How do I …?', …]) or a JSONL file with a key 'prompt' on each line.",
-            )
+            bad = ", some of them blank or not text" if self.texts else ""
+            wanted = "At least one prompt is needed, each a text that is not blank."
+            remedy = "PromptSet.of(['How do I …?', …]) or a JSONL file with a key 'prompt' on each line."
+            raise GravlensError(f"The prompt set ({self.role}) has {len(self.texts)} prompts{bad}.", wanted, remedy)
         check_system(self.system)
 
     def __len__(self) -> int:
@@ -95,16 +92,9 @@ class PromptSet:
 
     @classmethod
     def of(cls, prompts: Any, role: str = "prompts", *, column: str | None = None, system: str = "") -> "PromptSet":
-        """Make a prompt set of a list of texts, a file or a `datasets.Dataset`; a `PromptSet` is returned unchanged.
+        """Make a prompt set of a list of texts, or of a file or `datasets.Dataset` as `read_prompts` does.
 
-        Args:
-            prompts: any of these; files and datasets are read by `read_prompts`.
-            role: ignored for a `PromptSet`.
-            column: column of the prompts, if it is neither `prompt` nor that of a known format.
-            system: system prompt of all prompts.
-
-        Raises:
-            GravlensError: no prompts, or a file that `read_prompts` refuses.
+        A `PromptSet` keeps its role, and its system prompt unless `system` is given.
         """
         if isinstance(prompts, PromptSet):
             return replace(prompts, system=system) if system else prompts
@@ -139,12 +129,10 @@ def read_prompts(
     found = sorted({entry.role for entry in entries} - {""})
     kept = [entry for entry in entries if {entry.role, role} not in OPPOSED]
     if not kept or (role == "prompts" and len(found) > 1):
-        raise GravlensError(
-            f"{source_name(source)} holds {' and '.join(found)} prompts"
-            + (f", and {role} ones were requested." if not kept else "."),
-            "A prompt set has one role.",
-            f"read_prompts(..., role={found[0]!r}), and pass the result.",
-        )
+        other = "" if kept else f", and {role} ones were requested"
+        given = f"{source_name(source)} holds {' and '.join(found)} prompts{other}."
+        remedy = f"read_prompts(..., role={found[0]!r}), and pass the result."
+        raise GravlensError(given, "A prompt set has one role.", remedy)
     return PromptSet(tuple(entry.prompt for entry in kept), found[0] if role == "prompts" and found else role)
 
 
@@ -188,13 +176,10 @@ def check_system(system: Any) -> str:
 
 
 def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]]:
-    """Encode each prompt up to its last token, after which the model answers.
+    """Encode each prompt up to its last token, after which the model answers; there is never more than one BOS.
 
     A tokenizer with a chat template renders the system prompt (if any), a user turn and the generation prompt; one
-    without encodes the plain text. There is never more than one BOS.
-
-    Raises:
-        GravlensError: no tokenizer, or a system prompt that the chat template cannot render.
+    without encodes the plain text.
     """
     if tokenizer is None:
         remedy = "pass tokenizer= when it is opened."

@@ -16,7 +16,7 @@ from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system
-from gravlens.history.weight_files import trained_steps, weight_files
+from gravlens.history.weight_files import read_headers, trained_steps
 
 PROMPT_KEYS = ("probes", "held_out", "harmless")
 KEYS = {"witness", "anchor", "runs", "tokenizer", "chat_template", "system", *PROMPT_KEYS}  # of SEQUENCE.toml
@@ -112,8 +112,9 @@ class ModelSequence:
     system: str = ""
 
     def __post_init__(self) -> None:
-        for name in self.runs:
-            _check_run_name(name)
+        for name in self.runs:  # it becomes part of file names, and must not lead out of their folder
+            if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
+                raise GravlensError(f"A run is called {name!r}.", "A run's name is a plain word.", 'such as "seed0".')
         if self.chat_template not in ("own", "anchor", "none"):
             given = f"chat_template={self.chat_template!r} was given."
             raise GravlensError(given, "It chooses the chat template of all checkpoints.", "'own', 'anchor' or 'none'.")
@@ -123,8 +124,7 @@ class ModelSequence:
         others = anchor if self.chat_template == "anchor" else anchor.template
         runs = {name: tuple(self._read_alike(one, others) for one in run) for name, run in self.runs.items()}
         held: dict[str, Any] = {"witness": self._read_alike(self.witness, others), "anchor": anchor, "runs": runs}
-        sets = {name: getattr(self, name) for name in PROMPT_KEYS}
-        held |= {name: self.prompts_of(prompts) for name, prompts in sets.items() if prompts is not None}
+        held |= {name: self.prompts_of(prompts) for name, prompts in self._prompts.items()}
         for name, value in held.items():  # the dataclass is frozen
             object.__setattr__(self, name, value)
 
@@ -138,11 +138,13 @@ class ModelSequence:
 
     def with_system(self, system: str) -> "ModelSequence":
         """Return the same history with another system prompt ("" for none); prompt sets with their own keep it."""
-        sets = {name: prompts for name in PROMPT_KEYS if (prompts := getattr(self, name)) is not None}
-        bare: dict[str, Any] = {
-            name: replace(prompts, system="") for name, prompts in sets.items() if prompts.system == self.system
-        }
+        inherited = {name: prompts for name, prompts in self._prompts.items() if prompts.system == self.system}
+        bare: dict[str, Any] = {name: replace(prompts, system="") for name, prompts in inherited.items()}
         return replace(self, system=system, **bare)
+
+    @property
+    def _prompts(self) -> dict[str, PromptSet]:
+        return {name: prompts for name in PROMPT_KEYS if (prompts := getattr(self, name)) is not None}
 
     @classmethod
     def from_folders(
@@ -250,8 +252,7 @@ class ModelSequence:
 
     def _repr_html_(self) -> str:
         rows = [("witness", self.witness.described), ("anchor", self.anchor.described)]
-        sets = {name: prompts for name in PROMPT_KEYS if (prompts := getattr(self, name)) is not None}
-        rows += [(name.replace("_", " "), f"{len(prompts)} prompts") for name, prompts in sets.items()]
+        rows += [(name.replace("_", " "), f"{len(prompts)} prompts") for name, prompts in self._prompts.items()]
         rows += [("chat template", self.chat_template)] + ([("system prompt", self.system)] if self.system else [])
         rows += [(f"run {name}", f"steps {html.listed(c.step for c in run)}") for name, run in self.runs.items()]
         rows += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
@@ -261,12 +262,6 @@ class ModelSequence:
 def _prompt_sets(probes: Any, held_out: Any, harmless: Any) -> dict[str, Any]:
     given = zip(PROMPT_KEYS, (probes, held_out, harmless), ("harmful", "harmful", "harmless"), strict=True)
     return {name: None if prompts is None else PromptSet.of(prompts, role) for name, prompts, role in given}
-
-
-def _check_run_name(name: str) -> None:
-    # It becomes part of file names, and must not lead out of their folder.
-    if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
-        raise GravlensError(f"A run is called {name!r}.", "A run's name is a plain word.", 'a name such as "seed0".')
 
 
 def _run_of_folders(
@@ -279,7 +274,7 @@ def _run_of_folders(
         try:
             source = existing(source)
             if run.missing == "skip" and isinstance(source, Path):
-                weight_files(source)  # raises if a copy or a running training has not completed it
+                read_headers(source)  # raises if a copy or a running training has not completed it
             steps[source] = _step_of(name, source)
         except GravlensError as error:
             if run.missing == "refuse":
@@ -360,11 +355,7 @@ def _ordered(name: str, checkpoints: list[Checkpoint]) -> tuple[Checkpoint, ...]
 
 
 def _read_sequence_file(path: Path) -> dict[str, Any]:
-    """Return the keys of a sequence file: paths relative to the working directory, runs as tables of `Run`'s fields.
-
-    Raises:
-        GravlensError: invalid TOML, no witness or anchor, an unknown key or type of value, a missing folder.
-    """
+    """Return the keys of a sequence file: paths relative to the working directory, runs as tables of `Run`'s fields."""
     table, here = _read(path), path.parent
     for key in {"witness", "anchor", "tokenizer"} & table.keys():
         table[key] = existing(table[key], here)

@@ -90,8 +90,7 @@ class Folder:
         if not isinstance(self.source, str) or Path(self.source).exists() or self._has_weights():
             return self
         # By commit, because a branch may have moved since its configuration was read.
-        pinned = f"{repository_of(self.source)}@{self.path.name}" if self.commit else self.source
-        path = local_folder(pinned)
+        path = local_folder(f"{repository_of(self.source)}@{self.path.name}" if self.commit else self.source)
         return self if path == self.path else Folder(path, self.source)
 
     def _has_weights(self) -> bool:
@@ -121,22 +120,18 @@ class Resolved:
 
     @property
     def name(self) -> str:
-        """Name of the checkpoint."""
         return self.checkpoint.name
 
     @property
     def described(self) -> str:
-        """The source in words."""
         return self.checkpoint.described
 
     @property
     def base(self) -> Folder:
-        """The folder of the whole model."""
-        return self.folders[0]
+        return self.folders[0]  # of the whole model
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Paths of the folders."""
         return tuple(folder.path for folder in self.folders)
 
     def fetched(self) -> "Resolved":
@@ -158,16 +153,12 @@ def changed_meanwhile(checkpoint: Checkpoint | Resolved) -> GravlensError:
 
 # --- resolving --------------------------------------------------------------------------------------------------
 def resolve(checkpoint: Checkpoint | Resolved, known: Known | None = None, *, weights: bool = True) -> Resolved:
-    """Find the folders that make up a checkpoint: a whole model, then the adapters over it.
+    """Find the folders that make up a checkpoint (returned unchanged if resolved): a whole model, then its adapters.
 
     Args:
-        checkpoint: returned unchanged if it is resolved.
         known: folders resolved before, by source; it is filled. Checkpoints that share a folder (an adapter's base, the
             anchor as template) share its `Folder`.
         weights: download the weights of a hub id too, not only its small files.
-
-    Raises:
-        GravlensError: a missing folder, or an adapter of unknown base.
     """
     if isinstance(checkpoint, Resolved):
         return checkpoint

@@ -23,25 +23,11 @@ Stamp: TypeAlias = tuple[int, ...]
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter, not a whole model."""
-    return (folder / ADAPTER_CONFIG).is_file()
-
-
 def weight_paths(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model's or an adapter's weights; none of them is opened.
-
-    Raises:
-        GravlensError: no such folder; pickled or missing weights; a missing shard; a model and an adapter together.
-    """
+    """Return the safetensors files of a model's or an adapter's weights; none of them is opened."""
     if not folder.is_dir():
         raise GravlensError(f"{folder} is not a folder.", "A checkpoint is a folder.", "check the path.")
-    return _adapter_file(folder) if is_adapter(folder) else _model_files(folder)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files of `weight_paths` after reading their headers; a truncated file raises too."""
-    return list(read_headers(folder).files)
+    return _adapter_file(folder) if (folder / ADAPTER_CONFIG).is_file() else _model_files(folder)
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -91,29 +77,24 @@ def _no_weights(folder: Path, loader: str, package: str) -> GravlensError:
 
 
 class Entry(NamedTuple):
-    """One tensor in a safetensors header; a dtype that is not floating point goes by its name."""
+    """One tensor in a safetensors header."""
 
     file: Path
-    dtype: torch.dtype | str
+    dtype: torch.dtype | str  # the file's own name for a dtype that is not floating point
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The headers of a folder's weight files.
-
-    Attributes:
-        stamps: `stamp` of each file, taken before it was opened.
-        tensors: tensor name -> its header entry, sorted by name however the folder is sharded.
-    """
+    """The headers of a folder's weight files."""
 
     files: tuple[Path, ...]
-    stamps: tuple[Stamp, ...]
-    tensors: Mapping[str, Entry]
+    stamps: tuple[Stamp, ...]  # of each file, before it was opened
+    tensors: Mapping[str, Entry]  # sorted by name, however the folder is sharded
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape."""
+        """Shapes by tensor name."""
         return {name: entry.shape for name, entry in self.tensors.items()}
 
     @property

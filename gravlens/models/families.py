@@ -29,11 +29,11 @@ FP32_LEAVES, ROUNDING_LEAVES = 1e-4, 4  # the second in units of the eps of a co
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """A module that adds its output to the residual stream, with its tensors and their axis of length d_model."""
+    """A module that adds its output to the residual stream."""
 
     name: str
     module: nn.Module
-    tensors: tuple[tuple[Tensor, int], ...]
+    tensors: tuple[tuple[Tensor, int], ...]  # each with its axis of length d_model
 
 
 class Family(ABC):
@@ -237,12 +237,10 @@ class OpenModel:
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream."""
         return self.family.d_model
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks."""
         return len(self.blocks)
 
     @property

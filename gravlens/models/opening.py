@@ -2,9 +2,6 @@
 
 import copy
 import logging
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError
-from gravlens.core.files import damaged
+from gravlens.core.files import damaged, once
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
 from gravlens.models.families import Family, OpenModel, all_centred, family_of, library
@@ -48,9 +45,8 @@ def open_model(
         device: as in `Placement`, like `dtype` and `device_map`.
 
     Raises:
-        GravlensError: a folder that is missing, corrupt, has pickled weights only, or is not a causal language model;
-            an adapter that does not fit its base; centred writing weights, which change `resid_post`; an unavailable
-            device, an unknown dtype, weights that would be offloaded.
+        GravlensError: not a complete causal language model in safetensors; an adapter that does not fit its base;
+            centred writing weights, which change `resid_post`; an unavailable device, weights that would be offloaded.
     """
     if isinstance(source, OpenModel):
         return source
@@ -118,12 +114,7 @@ def load_huggingface(
 
 
 def merge_adapter(module: Any, folder: Folder) -> None:
-    """Merge a PEFT adapter into the weights of a Hugging Face model, in place; no second model is made.
-
-    Raises:
-        GravlensError: PEFT is not installed; a quantised base; a pickled or corrupt adapter; an adapter that names a
-            module to import; an adapter with unused or missing tensors, which PEFT would skip silently.
-    """
+    """Merge a PEFT adapter into the weights of a Hugging Face model, in place; no second model is made."""
     check_unquantised(module, "Merging an adapter")
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     _ = folder.weights  # raises on a pickled or truncated adapter before PEFT changes the model
@@ -158,6 +149,7 @@ def _merged(module: Any, folder: Folder) -> tuple[Any, set[str]]:
     adapted = PeftModel(module, config, adapter_name=ADAPTER)
     # PeftModel.from_pretrained would also load a pickled adapter; here it only gets tensors from safetensors.
     report = set_peft_model_state_dict(adapted, dict(folder.weights.load()), adapter_name=ADAPTER)
+    # PEFT skips unused and missing tensors silently.
     empty = {name for name in report.missing_keys if ADAPTER in name.split(".")}  # the base's are missing as a rule
     lost = empty | set(report.unexpected_keys)
     return adapted.unload() if lost else adapted.merge_and_unload(safe_merge=True), lost
@@ -239,20 +231,14 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 def save_folder(model: OpenModel, folder: Path) -> Path:
     """Save a model and its tokenizer as a Hugging Face folder, atomically; an existing folder is replaced."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+
+    def save(scratch: Path) -> None:
         with quiet():
             model.module.save_pretrained(scratch)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(scratch)
-        shutil.rmtree(folder, ignore_errors=True)  # os.replace needs an empty target
-        os.chmod(scratch, 0o755)  # mkdtemp makes it private to the user
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    return folder
+
+    return once(folder, save, replace=True)
 
 
 @contextmanager

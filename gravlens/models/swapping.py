@@ -41,10 +41,7 @@ def open_each(
 
     A yielded model is valid until the next iteration. Models in memory are yielded as they are; adapters are merged
     into their base in place, and its weights restored for the next; a quantised folder is opened as a new model. The
-    next checkpoint is prefetched meanwhile (`placement.keep`).
-
-    Raises:
-        GravlensError: a checkpoint that cannot be opened, or is written while it is opened.
+    next checkpoint is prefetched meanwhile (`placement.keep`). One that is written while it is opened is an error.
     """
     opened: OpenModel | None = None
     config: Any = None
@@ -88,11 +85,7 @@ def _with_adapters(model: OpenModel, adapters: Sequence[Folder]) -> tuple[OpenMo
 
 
 def swap_weights(model: OpenModel, source: Folder | Path | str) -> None:
-    """Copy a checkpoint's weights into a model that gravlens opened from a checkpoint of the same architecture.
-
-    Raises:
-        GravlensError: weights of other names or shapes, or quantised ones.
-    """
+    """Copy a checkpoint's weights into a model that gravlens opened from a checkpoint of the same architecture."""
     check_unquantised(model.module, "Swapping weights in")
     folder = as_folder(source)
     if quantisation_in(folder.config):
@@ -112,11 +105,7 @@ def swap_weights(model: OpenModel, source: Folder | Path | str) -> None:
 
 
 def one_shape(checkpoints: Sequence[Resolved]) -> tuple[int, int]:
-    """Return the number of layers and the width of the residual stream, by the configurations; no model is opened.
-
-    Raises:
-        GravlensError: no checkpoint, an unreadable configuration, different shapes, or folded norms in some only.
-    """
+    """Return the number of layers and the width of the residual stream, by the configurations, if all agree."""
     if not checkpoints:
         raise GravlensError("No checkpoint was given.", "At least one is needed.", "checkpoints=None for all.")
     known: dict[Path, tuple[int, int]] = {}
@@ -124,17 +113,15 @@ def one_shape(checkpoints: Sequence[Resolved]) -> tuple[int, int]:
     first, wanted = checkpoints[0], shapes[0]
     for checkpoint, shape in zip(checkpoints, shapes, strict=True):
         if shape != wanted:
-            raise GravlensError(
-                f"{checkpoint.name} ({checkpoint.described}) has {shape[0]} layers of width {shape[1]}, "
-                f"{first.name} ({first.described}) has {wanted[0]} layers of width {wanted[1]}.",
-                *ONE_SHAPE,
-            )
+            given = f"{checkpoint.name} ({checkpoint.described}) has {shape[0]} layers of width {shape[1]}, "
+            given += f"{first.name} ({first.described}) has {wanted[0]} layers of width {wanted[1]}."
+            raise GravlensError(given, *ONE_SHAPE)
     _check_folded_alike([one.checkpoint for one in checkpoints if not one.folders])
     return wanted
 
 
-def _check_folded_alike(checkpoints: Sequence[Checkpoint]) -> None:
-    models = [(checkpoint, open_model(checkpoint)) for checkpoint in checkpoints]
+def _check_folded_alike(in_memory: Sequence[Checkpoint]) -> None:
+    models = [(checkpoint, open_model(checkpoint)) for checkpoint in in_memory]
     unlike = {model.family.is_folded: (checkpoint, model) for checkpoint, model in models}
     if len(unlike) > 1:
         (folded, model), (other, _) = unlike[True], unlike[False]
