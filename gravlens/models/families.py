@@ -192,7 +192,9 @@ def library(name: str) -> type[Family]:
             return models.lens.Bridge  # loaded here, lazily: TransformerLens takes 3 s to import
         case "hooked_transformer":
             return models.lens.Hooked
-    raise GravlensError(f"through={name!r} was given.", "It is 'huggingface' or 'bridge'.", 'through="huggingface".')
+        case _:
+            given, remedy = f"through={name!r} was given.", 'through="huggingface".'
+            raise GravlensError(given, "It is 'huggingface' or 'bridge'.", remedy)
 
 
 def family_of(module: Any) -> Family:

@@ -60,18 +60,13 @@ def open_model(
     for adapter in adapters:
         merge_adapter(module, adapter)
     weights = weights_of(module)
-    _own_memory(weights)
-    module = library(through).boot(str(base.path), module, tokenizer)  # a bridge may hold views of the weights
-    return _adopt(checkpoint, module, tokenizer, weights)
-
-
-def _own_memory(weights: Mapping[str, Tensor]) -> None:
-    """Copy weights on the CPU out of the memory-mapped file."""
-    # The mapping would keep the disk space of an evicted file. And the last bits of a matrix product depend on memory
-    # alignment: a checkpoint would give other bits loaded than swapped in.
     for weight in weights.values():
         if weight.device.type == "cpu":
+            # Out of the memory-mapped file: it would keep the disk space of an evicted checkpoint. And the last bits of
+            # a matrix product depend on memory alignment: loaded and swapped in, a checkpoint would give other bits.
             weight.data = weight.data.clone()
+    module = library(through).boot(str(base.path), module, tokenizer)  # a bridge may hold views of the weights
+    return _adopt(checkpoint, module, tokenizer, weights)
 
 
 def load_huggingface(
