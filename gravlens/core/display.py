@@ -24,12 +24,12 @@ def table(
         rest: where to find the rows that are left out (`.table`).
     """
     cut = len(rows) - MAX_ROWS
-    told = [*notes, *([f"{cut:,} of {len(rows):,} rows are left out" + (f": see {rest}" if rest else "")] * (cut > 0))]
+    below = [*notes, *([f"{cut:,} of {len(rows):,} rows are left out" + (f": see {rest}" if rest else "")] * (cut > 0))]
     sides = [_side(value) for value in rows[0]] if rows else [TEXT] * len(columns)
     # Everything is escaped: names and prompts are the user's, and a notebook would run a script in them.
     head = "".join(f"<th{side}>{escape(name)}</th>" for name, side in zip(columns, sides, strict=False))
     body = "".join(f"<tr>{''.join(_cells(row, named=not columns))}</tr>" for row in rows[:MAX_ROWS])
-    lines = "".join(f"<br>{escape(line)}" for line in told)
+    lines = "".join(f"<br>{escape(line)}" for line in below)
     caption = f'<caption style="caption-side: top; text-align: left"><b>{escape(title)}</b>{lines}</caption>'
     return f"<table>{caption}{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
 

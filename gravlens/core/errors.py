@@ -43,6 +43,6 @@ def check_layer(layer: int, n_layers: int) -> int:
     # Integral admits numpy's integers; True would pass as layer 1; -1 would index another layer in every depth.
     if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < n_layers:
         wanted = f"Layers are whole numbers from 0 to {n_layers - 1}: layer l is blocks.l.hook_resid_post."
-        remedy = f"a layer between 0 and {n_layers - 1} (the last one is {n_layers - 1}, there is no -1)."
-        raise GravlensError(f"Layer {layer!r} was asked for.", wanted, remedy)
+        remedy = f"a layer between 0 and {n_layers - 1}; there is no -1."
+        raise GravlensError(f"Layer {layer!r} is out of range.", wanted, remedy)
     return int(layer)

@@ -29,9 +29,9 @@ def in_turn(checkpoints: Iterable[Row], *, keep: int | None) -> Generator[Resolv
     """Yield each checkpoint with its weights on disk while the next one is fetched.
 
     An unresolved checkpoint is resolved in its turn, so that its folder may be written while those before it are read.
-    A hub's revision is downloaded in one background thread, whose errors are raised when its turn comes; for local
-    files the kernel is asked to read ahead. Of the revisions downloaded here the last `keep` stay, however the
-    iteration ends, and at most `keep` + 1 are on disk at a time.
+    A hub's revision is downloaded in one background thread, and an error there is raised when its turn comes; local
+    files are read ahead by the kernel. Of the revisions downloaded here the last `keep` stay, however the iteration
+    ends, and at most `keep` + 1 are on disk at a time.
     """
     rows, ours, known = list(checkpoints), dict[Path, Any](), Known()
     given = [_checkpoint(row) for row in rows]
@@ -81,7 +81,7 @@ def _trim(ours: dict[Path, Any], keep: int | None, *, needed: set[Any]) -> None:
 
 
 def _drop_unread(checkpoint: Checkpoint, ahead: Future[Fetched | None], stays: set[Any]) -> None:
-    """Evict what was prefetched for a checkpoint whose turn never came."""
+    """Evict what was prefetched for a checkpoint that was never read."""
     fetched = None if ahead.cancelled() or ahead.exception() else ahead.result()
     if fetched is not None and fetched.downloaded is not None and checkpoint.source not in stays:
         evict(fetched.downloaded)

@@ -288,7 +288,7 @@ def _run_of_folders(
 
 
 def _found(name: str, folders: Folders) -> Sequence[Path | str]:
-    """Return the folders that a pattern or a list names; a Trainer's output folder stands for those inside it."""
+    """Return the folders that a pattern or a list names; a Trainer's output folder is replaced by those inside it."""
     if not isinstance(folders, str | Path):
         found: list[Path | str] = list(folders)
     elif (path := Path(folders).expanduser()).is_dir():

@@ -54,7 +54,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _adapter_file(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():  # which one is meant cannot be told
+    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():  # either could be meant
         given = f"{folder} holds both a whole model and an adapter ({ADAPTER_CONFIG})."
         remedy = f"move {ADAPTER_CONFIG} away where the adapter was merged already."
         raise GravlensError(given, "A checkpoint is one of the two.", remedy)

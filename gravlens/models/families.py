@@ -302,16 +302,16 @@ def _experts(name: str, part: nn.Module, width: int) -> Iterator[Write]:
 
 def all_centred(tensors: Iterable[tuple[Tensor, int]]) -> bool:
     """Whether every tensor has mean 0 over its axis, and not all are zero."""
-    told = False
+    evidence = False
     for tensor, axis in tensors:
         rows = tensor.detach().movedim(axis, -1).flatten(0, -2)[:ROWS] if tensor.ndim > 1 else tensor.detach()[None]
         scale = rows.float().square().mean().sqrt()
         if scale > 0:  # zeros, as in a new bias, are no evidence either way
-            told = True
+            evidence = True
             mean = rows.float().mean(-1).square().mean().sqrt() * rows.shape[-1] ** 0.5
             if not mean <= _rounding(rows) * scale:  # so written, NaN is not centred
                 return False
-    return told
+    return evidence
 
 
 def _rounding(rows: Tensor) -> float:
