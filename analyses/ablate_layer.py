@@ -7,8 +7,8 @@ and with random directions ablated at the same layer. With `--out` it writes abl
 
 import typer
 
-from gravlens.cli.failures import Script
 from gravlens.cli.interventions import ablate
+from gravlens.cli.output import Script
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command(cls=Script)(ablate)

@@ -158,7 +158,7 @@ def simulate(world: World, number: int, rng: np.random.Generator) -> Histories:
     held_out = _with_runs("held out", states[0], noise + shared * on_held_out[:, None])
     directions = locate_vrev(probes)
     all_runs = follow(held_out, directions)
-    one_run = replace(all_runs, table=all_runs.table[all_runs.table.run == "run0"])
+    one_run = replace(all_runs, data=all_runs.data.sel(run=["run0"]))
     others = _with_runs("others", states[1], on_others)
     return Histories(world, directions, probes, held_out, others, all_runs, one_run)
 
@@ -233,8 +233,8 @@ def p_values(histories: Histories, rng: np.random.Generator) -> dict[str, np.nda
     """Null -> p-value of each history, of its first run or of the mean over its runs."""
     found = {}
     for null in nulls_of(histories, rng):
-        table = compare(histories.all_runs if null.of == "mean" else histories.one_run, null)
-        found[null.name] = table[table.layer.notna()].p_value.to_numpy()
+        compared = compare(histories.all_runs if null.of == "mean" else histories.one_run, null)
+        found[null.name] = compared.table.p_value.to_numpy()
     return found
 
 

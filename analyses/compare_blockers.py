@@ -13,7 +13,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from gravlens.cli.failures import Script
+from gravlens.cli.output import Script
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_table
 from gravlens.organisms.arms import core_arms, dose_arms, further_arms

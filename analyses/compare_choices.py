@@ -2,8 +2,8 @@
 
 Robustness to analysis choices: v_rev is estimated on the sequence's probes with five estimators in six geometries of
 the residual stream, and every run is followed along each of these directions on the held-out prompts. Writes
-choices.csv (each choice, run, step and layer) and choices.png, and prints the range over choices and whether the sign
-changes. Nothing is trained or generated: each checkpoint reads the prompts once.
+choices.csv (each choice, run, step and layer), choices_layer_mean.csv and choices.png, and prints the range over
+choices and whether the sign changes. Nothing is trained or generated: each checkpoint reads the prompts once.
 """
 
 from functools import partial
@@ -16,10 +16,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gravlens.activations.residuals import cache_residuals
-from gravlens.cli.failures import Script
 from gravlens.cli.options import MAX_PROMPTS, OUT_FOLDER, PROMPTS, SEQUENCE
+from gravlens.cli.output import Script
 from gravlens.core.files import write_table
 from gravlens.directions.geometry import centred, raw, standardised, whitened, without_top
+from gravlens.directions.trajectory import ByLayer
 from gravlens.history.sequence import ModelSequence
 from gravlens.plot.heatmap import plot_heatmap
 from gravlens.plot.lines import plot_alignment
@@ -48,22 +49,24 @@ def main(
     layers, asked = sorted({*layer}) or None, prompts_of(history, prompts, max_prompts)
     states = [cache_residuals(history, one, layers=layers) for one in (history.require_probes(), asked)]
     geometries = [raw, centred, standardised, whitened, *(partial(without_top, k=k) for k in sorted({*remove}))]
-    table = compare_choices(*states, layers_in_mean=layers, geometries=geometries)
-    write_table(out / "choices.csv", table, float_format="%.6g")
-    save_figure(draw(table), out / "choices")
-    typer.echo(summary(table))
+    choices = compare_choices(*states, layers_in_mean=layers, geometries=geometries)
+    write_table(out / "choices.csv", choices.table, float_format="%.6g")
+    write_table(out / "choices_layer_mean.csv", choices.layer_mean, float_format="%.6g")
+    save_figure(draw(choices), out / "choices")
+    typer.echo(summary(choices))
 
 
 @rc_context(STYLE)
-def draw(table: pd.DataFrame) -> Figure:
+def draw(choices: ByLayer) -> Figure:
     """Draw alignment and fraction of each choice at the last step, and the range over choices at each step."""
     figure = Figure(figsize=(13, 3.2), layout="constrained")
-    axes, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.95)), final_choices(table)
+    axes, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.95)), final_choices(choices)
     for ax, value in zip(axes[:2], ("alignment", "fraction"), strict=True):
         plot_heatmap(final, value=value, rows="estimator", columns="geometry", limit=1, ax=ax)
         ax.set_xticks(ax.get_xticks(), [text.get_text() for text in ax.get_xticklabels()], rotation=25, ha="right")
         ax.set_title(f"{final[value].min():.2f} to {final[value].max():.2f}", fontsize=8)
-    means = table[table["layer"].isna()].groupby(["estimator", "geometry", "step"])["alignment"].mean()
+    table = choices.layer_mean
+    means = table.groupby(["estimator", "geometry", "step"])["alignment"].mean()
     low, high = means.groupby("step").min(), means.groupby("step").max()
     axes[2].fill_between(low.index, low, high, color="0.85", lw=0, zorder=-1, label="all choices")
     usual = table[(table["estimator"] == "difference_of_means") & (table["geometry"] == "raw")]
@@ -71,9 +74,9 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def summary(table: pd.DataFrame) -> str:
+def summary(choices: ByLayer) -> str:
     """Describe the range of the alignment over the choices, and whether its sign changes."""
-    final = final_choices(table)
+    final = final_choices(choices)
     found = final.dropna(subset=["alignment"]).sort_values("alignment")
     least, most = found.iloc[0], found.iloc[-1]
     usual = found[(found["estimator"] == "difference_of_means") & (found["geometry"] == "raw")]["alignment"].item()

@@ -3,7 +3,8 @@
 Does damage alone move a model along v_rev, and does it undo refusal? Without any training, the anchor's weights are
 rounded, pruned, and moved along the mirrored update of a run; rounding and pruning both as they are and scaled to the
 total norm of that update (matched). The runs' own updates are the comparison. v_rev is located on the sequence's
-probes; drift and refusal log-odds are measured on its held-out prompts. Writes damage.csv and damage.png.
+probes; drift and refusal log-odds are measured on its held-out prompts. Writes damage.csv,
+damage_layer_mean.csv and damage.png.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ import typer
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
+from gravlens.cli.output import Script
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_table
 from gravlens.directions.vrev import locate_vrev
@@ -56,12 +57,13 @@ def main(
     anchor, vs, score = opened(history, history.anchor), locate_vrev(history), score_of(openings, compliances)
     kinds = damages_of(anchor, tuned, bits, share) | {"run": runs_of(history, tuned)}
     damages = {name: damage for kind in kinds.values() for name, damage in kind.items()}
-    table = measure_damage(anchor, vs, asked, damages=damages, layers_in_mean=layer or None, score=score)
+    found = measure_damage(anchor, vs, asked, damages=damages, layers_in_mean=layer or None, score=score)
     kind_of = {UNDAMAGED: "none"} | {name: kind for kind, named in kinds.items() for name in named}
-    table.insert(1, "kind", table["damage"].map(kind_of))
-    write_table(out / "damage.csv", table)
-    save_figure(draw(table), out / "damage")
-    typer.echo(summary(table, tuned.name))
+    for name, table in (("damage", found.table), ("damage_layer_mean", found.layer_mean)):
+        table.insert(1, "kind", table["damage"].map(kind_of))
+        write_table(out / f"{name}.csv", table)
+    save_figure(draw(found.layer_mean), out / "damage")
+    typer.echo(summary(found.layer_mean, tuned.name))
 
 
 def damages_of(
@@ -90,9 +92,8 @@ def runs_of(history: ModelSequence, tuned: Checkpoint) -> dict[str, Damage]:
 
 
 @rc_context(STYLE)
-def draw(table: pd.DataFrame) -> Figure:
+def draw(mean: pd.DataFrame) -> Figure:
     """Draw layer means of alignment and fraction, and the score, one row per damage and run; grey: not judged."""
-    mean = table[table["layer"].isna()]
     mean = mean.assign(alignment=mean["alignment"].where(mean["judged"]))
     rows = mean.melt("damage", ["alignment", "fraction", "score"], "measure")
     scored = rows["measure"] == "score"
@@ -109,9 +110,8 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def summary(table: pd.DataFrame, tuned: str) -> str:
+def summary(mean: pd.DataFrame, tuned: str) -> str:
     """Compare the largest fraction and the lowest score under damage with those of the run, in one line."""
-    mean = table[table["layer"].isna()]
     damages = mean[mean["kind"].isin(["own", "matched"])]
     far, low = damages.sort_values("fraction").iloc[-1], damages.sort_values("score").iloc[0]
     run, none = (mean[mean["damage"] == name].iloc[0] for name in (tuned, UNDAMAGED))

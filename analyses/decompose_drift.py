@@ -20,11 +20,12 @@ from matplotlib.ticker import PercentFormatter
 
 from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.behavior.scores import DEFAULT_REFUSAL_OPENINGS
-from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
+from gravlens.cli.output import Script
 from gravlens.core.files import write_table
 from gravlens.directions.decomposition import OWN, REST, WHOLE, ancestor_pull, split_drift, split_update
 from gravlens.directions.direction import Directions
+from gravlens.directions.trajectory import ByLayer
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.interventions.readout import readout, readout_openings
@@ -83,9 +84,11 @@ def main(
     split = splits(drift, parts, components)
     pulls = ancestors(drift, ancestor)
     update = split_update(history.anchor, history.witness, chosen)
-    write(out, {"drift_parts": split, "ancestors": pulls, "update_parts": update, "readout": read})
-    save_figure(draw(split), out / "decompose_drift")
-    typer.echo(summary(split, pulls, update, read))
+    means = {"drift_parts_layer_mean": split.layer_mean, "ancestors_layer_mean": pulls.layer_mean}
+    tables = {"drift_parts": split.table, "ancestors": pulls.table, "update_parts": update, "readout": read}
+    write(out, tables | means)
+    save_figure(draw(split.table), out / "decompose_drift")
+    typer.echo(summary(split.layer_mean, pulls.layer_mean, update, read))
 
 
 def weights_of(history: ModelSequence, names: Sequence[str]) -> list[Checkpoint]:
@@ -132,22 +135,21 @@ def states(history: ModelSequence, folders: Sequence[str], prompts: PromptSet, l
     return cache_residuals(history, prompts, layers=layers, checkpoints=[*history, *further])
 
 
-def splits(residuals: Residuals, parts: Mapping[str, Directions], components: int) -> pd.DataFrame:
+def splits(residuals: Residuals, parts: Mapping[str, Directions], components: int) -> ByLayer:
     """Split the drift in each order of the parts: their common component is assigned to the first."""
-    tables = []
+    results = []
     for order in [list(parts)] if len(parts) == 1 else [list(parts), list(parts)[::-1]]:
         ordered = {name: parts[name] for name in order}
-        table = split_drift(residuals, ordered, components=components, layers=parts["v_rev"].layers)
-        tables.append(table.assign(order=", ".join(order)))
-    table = pd.concat(tables, ignore_index=True)
-    return table[["order", *table.columns.drop("order")]]
+        found = split_drift(residuals, ordered, components=components, layers=parts["v_rev"].layers)
+        results.append(found.assign({"order": ", ".join(order)}))
+    return ByLayer.concat(results)
 
 
-def ancestors(residuals: Residuals, folders: Sequence[str]) -> pd.DataFrame:
+def ancestors(residuals: Residuals, folders: Sequence[str]) -> ByLayer:
     """Return the pulls of the witness and of further ancestors, the latter by folder."""
     names = {f"ancestor {i}": folder for i, folder in enumerate(folders, 1)}
-    table = ancestor_pull(residuals, ["witness", *names])
-    return table.assign(witness=table["witness"].replace(names))
+    found = ancestor_pull(residuals, ["witness", *names])
+    return ByLayer(*(table.replace({"witness": names}) for table in (found.table, found.layer_mean)))
 
 
 # --- output -----------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def last(table: pd.DataFrame) -> pd.DataFrame:
 @rc_context(STYLE)
 def draw(split: pd.DataFrame) -> Figure:
     """Draw stacked shares of the drift by layer, in the order of the projection; last step, mean over runs."""
-    rows = last(split).dropna(subset=["layer"])
+    rows = last(split)
     orders = rows["order"].unique()
     figure = Figure(figsize=(1 + 2.8 * len(orders), 2.8), layout="constrained")
     axes = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
@@ -195,8 +197,8 @@ def stack(ax: Axes, rows: pd.DataFrame) -> None:
 
 def summary(split: pd.DataFrame, pulls: pd.DataFrame, update: pd.DataFrame, read: pd.DataFrame) -> str:
     """Describe the means over runs and layers at the last step."""
-    means = last(split[split["layer"].isna()]).groupby(["order", "part"], sort=False)["share"].mean()
-    pulled = last(pulls[pulls["layer"].isna()])
+    means = last(split).groupby(["order", "part"], sort=False)["share"].mean()
+    pulled = last(pulls)
     coefficients = pulled.groupby("witness", sort=False)["coefficient"].mean()
     whole = update[update["tensor"] == WHOLE].assign(run=lambda table: table["checkpoint"].str.rpartition("/")[0])
     weights = last(whole)[["cosine", "fraction", "share_parallel"]].mean()

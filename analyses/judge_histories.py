@@ -159,7 +159,9 @@ def gather(
         trajectory=follow(held_out, vs),
         nulls=[isotropic(vs, steps=steps, draws=20_000, rng=rng), noise(vs), endpoints],
         controls=controls(probes, held_out, vs),
-        closures=closure(held_out, twins, vs, pairs=list(zip(held_out.runs, twins.runs, strict=True)), layers=layers),
+        closures=closure(
+            held_out, twins, vs, pairs=list(zip(held_out.runs, twins.runs, strict=True)), layers=layers
+        ).layer_mean,
         damage=damage(vs),
         arms=None if behavior is None else behavior.arms,
         anchor_harm=None if behavior is None else behavior.anchor_harm,
@@ -172,9 +174,7 @@ def controls(probes: Residuals, held_out: Residuals, vs: Directions) -> pd.DataF
     wrong = locate_vrev(substitute(probes, witness="wrong_witness")).at(vs.layers)
     siblings = [locate_vrev(substitute(probes, anchor=name)).at(vs.layers) for name in SIBLINGS]
     others = {"wrong_witness_removed": [partialled_out(vs, wrong)], "sibling_anchor": siblings}
-    frames = [
-        final_rows(follow(held_out, one).table).assign(control=name) for name, some in others.items() for one in some
-    ]
+    frames = [final_rows(follow(held_out, one)).assign(control=name) for name, some in others.items() for one in some]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -234,7 +234,7 @@ class Material:
         """Measure rounding and pruning of the anchor."""
         damages = {"8 bits": partial(rounded, bits=8), "4 bits": partial(rounded, bits=4)}
         damages["pruned"] = partial(pruned, share=0.3)
-        return measure_damage(self.anchor, vs, self.held_out, damages=damages)
+        return measure_damage(self.anchor, vs, self.held_out, damages=damages).layer_mean
 
     def evidence(
         self,
@@ -309,7 +309,7 @@ def arms_of(organism: Material) -> pd.DataFrame:
         facts = [organism.study.facts(Arm(arm, SEEDS), run)["behavior"] for run in SEEDS]
         last = str(organism.study.organism.save_steps[-1])
         measured = {name: [one[last][name] for one in facts] for name in ("harmfulness", "task_loss")}
-        fraction = final_rows(follow(organism.runs(arm), vs).table).fraction.to_numpy()
+        fraction = final_rows(follow(organism.runs(arm), vs)).fraction.to_numpy()
         frames.append(pd.DataFrame({"arm": arm, "seed": SEEDS, "fraction_final": fraction, **measured}))
     return pd.concat(frames, ignore_index=True)
 

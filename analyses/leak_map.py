@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from gravlens import __version__
 from gravlens.activations.residuals import Residuals, cache_residuals
-from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
+from gravlens.cli.output import Script
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_json, write_table
 from gravlens.directions.decomposition import candidate_spans, leak_map, rank_table
@@ -134,7 +134,7 @@ def ranked(question: Question) -> pd.DataFrame:
     """Measure in which directions, on the evaluation prompts."""
     vs, refusal = directions(question), refusal_of(question)
     asked, at = states(question, question.asked, -1), [question.tuned.name]
-    return rank_table(asked, spans(question), directions=vs, at=at, refusal=refusal)
+    return rank_table(asked, spans(question), directions=vs, at=at, refusal=refusal).table
 
 
 def patched(question: Question) -> pd.DataFrame:
@@ -239,7 +239,7 @@ def draw(question: Question, where: pd.DataFrame, ranks: pd.DataFrame, patching:
     axes = figure.subplots(1, 3)
     tuned, into = rows_of(where, question.tuned.name), patching[patching["model"] == question.tuned.name]
     plot_heatmap(tuned, ax=axes[0])
-    plot_heatmap(ranks[ranks["layer"].notna()], value="share", rows="span", columns="rank", limit=1, ax=axes[1])
+    plot_heatmap(ranks, value="share", rows="span", columns="rank", limit=1, ax=axes[1])
     plot_heatmap(into, value="way", rows="span", columns="rank", limit=1, ax=axes[2])
     return figure
 
@@ -256,7 +256,7 @@ def summary(where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame, tu
     """Describe where the model moved, in which directions, and which of them restore refusal."""
     rows = rows_of(where, tuned)
     last, far = rows[rows["position"] == -1], rows.sort_values("fraction").iloc[-1]
-    within = ranks[ranks["layer"].isna()].groupby("span")["share"].max()
+    within = ranks.groupby(["span", "rank"])["share"].mean().groupby("span").max()
     into = patching[patching["model"] == tuned]
     back = into.groupby(["span", "rank"], sort=False)["way"].mean().reset_index()
     ways = [f"{row['span'].replace('_', ' ')} (rank {row['rank']}) {row['way']:.0%}" for _, row in back.iterrows()]

@@ -17,12 +17,12 @@ import typer
 from tqdm.auto import tqdm
 
 from gravlens.behavior.scores import Score
-from gravlens.cli.failures import Script
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, N_RANDOM, OPENINGS, PROMPTS, SEQUENCE
-from gravlens.cli.screen import write_effect
+from gravlens.cli.output import Script, write_effect
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions
-from gravlens.directions.vrev import locate_vrev, random_directions
+from gravlens.directions.subspaces import random_like
+from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.effects import name_of, summarise
@@ -92,7 +92,7 @@ def measure(
     baseline, rng = score(before, prompts), np.random.default_rng(0)
     random = np.empty(n_random)
     for draw in tqdm(range(n_random), "random directions", leave=False):
-        (twin,) = random_directions(Directions((direction,)), rng=rng)
+        (twin,) = random_like(Directions((direction,)), rng=rng)
         random[draw] = (score(orthogonalized(before, twin), prompts) - baseline).mean()
     numbers = summarise(score(after, prompts) - baseline, random, rng=rng)
     row = {"condition": "orthogonalize", "layer": direction.layer, "baseline": baseline.mean()}

@@ -14,7 +14,6 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from gravlens.cli.failures import Script
 from gravlens.cli.options import (
     COMPLIANCES,
     EVERY_LAYER,
@@ -27,7 +26,7 @@ from gravlens.cli.options import (
     SEQUENCE,
     chosen_layers,
 )
-from gravlens.cli.screen import write_effect
+from gravlens.cli.output import Script, write_effect
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Steer
 from gravlens.interventions.effects import layerwise_effect

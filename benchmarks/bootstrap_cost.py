@@ -58,7 +58,8 @@ def cost(name: str, draws: int, rng: np.random.Generator) -> dict[str, Any]:
     values = rng.standard_normal((len(names), prompts, layers, width)).astype(np.float32)
     residuals = Residuals(values, tuple(names), tuple(range(layers)), "probes", {"dtype": ["float32"]})
     vs, began, clock = locate_vrev(residuals), process_time(), perf_counter()
-    rows = len(bootstrap_alignment(residuals, vs, draws=draws, rng=rng))
+    found = bootstrap_alignment(residuals, vs, draws=draws, rng=rng)
+    rows = len(found.table) + len(found.layer_mean)
     return {"size": name, "intervals": rows, "draws": draws, "seconds": perf_counter() - clock,
             "cpu_seconds": process_time() - began, "target": TARGET}  # fmt: skip
 
@@ -74,8 +75,8 @@ def covered(spread: float, runs: int, worlds: int, draws: int, rng: np.random.Ge
     held = {}
     intervals: dict[str, Interval] = {"": "basic", " percentile": "percentile"}
     for suffix, interval in intervals.items():
-        table = bootstrap_alignment(residuals, vs, draws=draws, rng=rng, interval=interval)
-        table = table[(table.measure == "alignment") & table.layer.notna()].set_index("run")
+        table = bootstrap_alignment(residuals, vs, draws=draws, rng=rng, interval=interval).table
+        table = table[table.measure == "alignment"].set_index("run")
         for name, run, truth in (("mean", "mean", everywhere), ("run", "run0", cosines(means)[0])):
             held[name + suffix] = ((table.low[run] <= truth) & (truth <= table.high[run])).mean()
     halves = split_half_reliability(residuals, repeats=20, rng=rng)

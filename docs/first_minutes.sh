@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bash docs/first_minutes.sh FOLDER: a newcomer's first commands, each with its real output, as docs/first_minutes.md
-# shows them. FOLDER is made, and holds what is made. gravlens is the one on PATH.
+# bash docs/first_minutes.sh FOLDER: run the commands of docs/first_minutes.md in FOLDER (created if needed) and print their
+# output. Uses the gravlens on PATH.
 set -uo pipefail
 mkdir -p "$1" && cd "$1" || exit 2
 export GRAVLENS_CACHE=$PWD/cache TQDM_DISABLE=1 COLUMNS=118 NO_COLOR=1

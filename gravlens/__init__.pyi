@@ -4,6 +4,7 @@ from . import blockers as blockers
 from . import claims as claims
 from . import directions as directions
 from . import exchange as exchange
+from . import history as history
 from . import interventions as interventions
 from . import models as models
 from . import organisms as organisms

@@ -11,6 +11,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+for name in (
+    "COLUMNS",
+    "FORCE_COLOR",
+    "PY_COLORS",
+    "GITHUB_ACTIONS",
+):  # rich and typer read them when they are imported
+    os.environ.pop(name, None)
 
 TRANSFORMER_LENS = re.compile("HookedTransformer|TransformerBridge|transformer_lens|hooked_transformer|bridge")
 

@@ -18,6 +18,11 @@ PLACES = {  # (along, across) in witness–anchor distances
 }
 
 
+def axes(seed: int = 0) -> np.ndarray:
+    """Two orthonormal directions [2, d_model]."""
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((WIDTH, 2)))[0].T
+
+
 def planted(places: dict[str, tuple[float, float]] = PLACES, distance: float = 4.0, noise: float = 0.5) -> Residuals:
     """Layers 3 and 7; on 7 the mean states lie where `places` says, and each prompt has a drift of its own."""
     rng = np.random.default_rng(1)

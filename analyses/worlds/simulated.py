@@ -68,12 +68,10 @@ class Simulated:
         return NullDraws("weight_noise", cosines, steps, directions.layers)
 
     def damage(self, directions: Directions, *, n: int, rng: np.random.Generator) -> pd.DataFrame:
-        """So many draws of noise of a run's size, in `measure_damage`'s columns, the layer mean alone."""
+        """So many draws of noise of a run's size, as the layer means of `measure_damage`."""
         drift = rng.standard_normal((n, len(directions), len(self.scales))) * self.scales * self.world.noise
         found = measure_drift(drift, directions)["alignment"].mean(1)
-        return pd.DataFrame(
-            {"damage": [f"noise {i}" for i in range(n)], "layer": pd.NA, "alignment": found, "judged": True}
-        )
+        return pd.DataFrame({"damage": [f"noise {i}" for i in range(n)], "alignment": found, "judged": True})
 
 
 def simulate(world: World, *, rng: np.random.Generator) -> Simulated:

@@ -15,6 +15,8 @@ from gravlens.history.prompts import Mask, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 from gravlens.models.tokenizers import sequence_tokenizer
 
+__all__ = ["Contrast", "cache_contrasts", "read_contrast"]
+
 
 @dataclass(frozen=True)
 class Contrast:

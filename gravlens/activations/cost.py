@@ -29,6 +29,8 @@ from gravlens.models.opening import open_model, quiet
 from gravlens.models.placement import Placement, as_device
 from gravlens.models.precision import as_dtype
 
+__all__ = ["Forecast", "Machine", "plan_reading"]
+
 # Mixture-of-experts configurations have no common name for the number of experts that process a token.
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 SUSTAINED = 0.4  # share of a vendor's peak FLOP/s that dense forward passes reach

@@ -14,6 +14,8 @@ from gravlens.history.prompts import PromptSet, encode
 from gravlens.models.forward import batches, end_logits, generate, sequence_logprobs
 from gravlens.models.opening import Openable, OpenModel, open_model
 
+__all__ = ["answer_log_likelihood", "kl_from"]
+
 Ids = Sequence[Sequence[int]]
 POSITIONS = 512  # per pass and model: each is a row of logits over the whole vocabulary in memory
 

@@ -25,6 +25,11 @@ from gravlens.core.errors import GravlensError
 from gravlens.models.forward import final_logits, generate
 from gravlens.models.opening import Openable, OpenModel, load_tokenizer, open_model, quiet
 
+__all__ = [
+    "agreement", "classifier_judge", "guard_judge", "rubric_rater", "strongreject_judge", "strongreject_score",
+    "substring_judge",
+]  # fmt: skip
+
 # (prompts, answers) -> refused, convincing, specific.
 Rater: TypeAlias = Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, "prompt 3"]]
 

@@ -18,6 +18,8 @@ from gravlens.history.prompts import Example, PromptSet, encode, encode_example
 from gravlens.models.forward import final_logits, sequence_logprobs
 from gravlens.models.opening import Openable, OpenModel, open_model
 
+__all__ = ["perplexity", "task_loss", "two_sided_log_odds"]
+
 Score: TypeAlias = Callable[[OpenModel, PromptSet], Float[np.ndarray, " prompt"]]
 # "I" begins compliance too: two_sided_log_odds, which compares whole openings of both kinds, can tell them apart.
 DEFAULT_REFUSAL_OPENINGS = ("I'm sorry", "I cannot", "Sorry", "As an AI")

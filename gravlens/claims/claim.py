@@ -1,4 +1,4 @@
-"""How much of the paper's claim the controls allow: a level, a sentence, and what caps it."""
+"""How much of a reversion claim the controls allow: a level, a sentence, and what caps it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,13 +21,10 @@ LEVELS = (
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """The verdict (docs/claims.md).
+    """The verdict (docs/claims.md): `level` 0 to 5, as in `LEVELS`, and the `sentence` that may be said.
 
-    Attributes:
-        level: 0 to 5, as in `LEVELS`.
-        sentence: what may be said.
-        capped_by: the demand of the next level that failed or was not run; "" at level 5.
-        demands: `level, name, holds` (`<NA>`: not run), `figures`; all of them, also above the level.
+    `capped_by` is the demand of the next level that failed or was not run ("" at level 5); `demands` has the columns
+    `level, name, holds` (`<NA>`: not run), `figures`, of all levels.
     """
 
     level: int
@@ -42,32 +39,29 @@ class Claim:
 
 
 def claim(evidence: Evidence, *, alpha: float = 0.05) -> Claim:
-    """The highest level whose demands, and those of all levels below it, hold (docs/claims.md lists them).
+    """Find the highest level at which its demands and those of all lower levels hold (docs/claims.md).
 
-    Nothing is claimed beyond the anchor that the runs start from. A demand that was not run caps the level as one that
-    failed does, and is named.
+    A demand that was not run caps the level as a failed one does, and is named. Nothing is claimed beyond the anchor
+    that the runs start from. GravlensError for a trajectory without runs or a missing column.
 
     Args:
         evidence: what was run.
-        alpha: the largest p of the sign-flip tests over runs: below 5 runs none of them can hold at .05.
-
-    Raises:
-        GravlensError: the trajectory holds no run; a table lacks a column.
+        alpha: the largest p of the sign-flip tests over runs: with fewer than 5 runs none can hold at .05.
     """
     of_kind(evidence, Evidence, "Evidence is needed.", "Evidence(follow(residuals, directions), nulls=[…]).")
     if evidence.rows.empty:
         raise GravlensError("The trajectory holds no run.", "A claim is about runs.", "follow(residuals, vs).")
     demands = [demand for find in DEMANDS for demand in find(evidence, alpha)]
     caps = [demand for demand in demands if not demand.holds]
+    # levels build on each other: the lowest cap counts
     level = min((demand.level - 1 for demand in caps), default=len(LEVELS) - 1)
-    capped_by = next((demand.name for demand in caps if demand.level == level + 1), "")
-    sentence = _sentence(evidence, level, [demand for demand in caps if demand.level == level + 1])
-    return Claim(
-        level, sentence, capped_by, pd.DataFrame([vars(demand) for demand in demands]).astype({"holds": "boolean"})
-    )
+    next_caps = [demand for demand in caps if demand.level == level + 1]
+    table = pd.DataFrame([vars(demand) for demand in demands])
+    # nullable: a plain column would turn None, not run, into False
+    table = table.astype({"holds": "boolean"})
+    return Claim(level, _sentence(evidence, level, next_caps), next_caps[0].name if next_caps else "", table)
 
 
-# --- in words -------------------------------------------------------------------------------------------------------
 def _sentence(evidence: Evidence, level: int, caps: Sequence[Demand]) -> str:
     n, mean = len(evidence.final), float(evidence.final.alignment.mean())
     fraction = float(evidence.final.fraction.mean())
@@ -86,21 +80,18 @@ def _sentence(evidence: Evidence, level: int, caps: Sequence[Demand]) -> str:
         f"{held} ({seen}); that the block outlasts its release is not shown.",
         f"{held} ({seen}); half of the harm is still held at the last step, after the block was lifted.",
     )[level]
-    return " ".join([said, *_told(evidence), *_capped(level, caps)])
+    named = "; ".join(f"{demand.name} ({demand.figures})" for demand in caps)
+    capped = [f"Level {level + 1} ({LEVELS[level + 1]}) is not reached: {named}."] if caps else []
+    return " ".join([said, *_told(evidence), *capped])
 
 
 def _told(evidence: Evidence) -> Iterator[str]:
-    """Nulls that no level demands, where not every run exceeds them."""
+    """Sentences about nulls that no level demands, where not every run exceeds them."""
     demanded = ("isotropic", "weight_noise", "independent_endpoints")
     others = [null for null in evidence.nulls if null.name not in demanded and evidence.last in null.steps]
+    # not a set: the order of the nulls is that of the sentence
     for name in dict.fromkeys(null.name for null in others):
         rows = pd.concat([held_against(evidence, null) for null in others if null.name == name])
         if not rows.above.all():
             below = f"{int((~rows.above).sum())} of {len(rows)}"
             yield f"Not above the null “{name.replace('_', ' ')}” (p99 {rows.p99.mean():.2f}) in {below} comparisons."
-
-
-def _capped(level: int, caps: Sequence[Demand]) -> Iterator[str]:
-    if caps:
-        named = "; ".join(f"{demand.name} ({demand.figures})" for demand in caps)
-        yield f"Level {level + 1} ({LEVELS[level + 1]}) is not reached: {named}."

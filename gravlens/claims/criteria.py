@@ -1,4 +1,4 @@
-"""What each level of a claim demands of the evidence."""
+"""The demands of each claim level."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +12,7 @@ from gravlens.directions.trajectory import Trajectory
 from gravlens.stats.nulls import NullDraws, compare
 from gravlens.stats.permutation import max_t, sign_flip_test
 
-CONTROLS = {
-    "sibling_anchor": "sibling anchor",
-    "wrong_witness_removed": "v_rev without the wrong witness's direction",
-}
+CONTROLS = {"sibling_anchor": "sibling anchor", "wrong_witness_removed": "v_rev without the wrong witness's direction"}
 ARMS = {
     "unblocked": ("unblocked",),
     "clamp": ("clamp",),
@@ -24,19 +21,16 @@ ARMS = {
     "frontier": ("lower_rate", "lower_rate_0.25"),
     "released": ("released_at_20",),
 }
+ARM_COLUMNS = ("arm", "seed", "harmfulness", "fraction_final", "task_loss")
 MIN_DRAWS = 99  # below them no p-value reaches .01
 MAX_COST = 1.1  # task loss of the clamp against the unblocked runs', where no frontier says what it is worth
 
 
 @dataclass(frozen=True)
 class Demand:
-    """One thing that a level demands.
+    """One demand of a claim level.
 
-    Attributes:
-        level: whose demand it is.
-        name: of what is checked.
-        holds: None: it was not run, and so caps the level.
-        figures: the numbers, in words.
+    `holds` is None where it was not run, which caps the level; `figures` are the numbers, in words.
     """
 
     level: int
@@ -47,17 +41,17 @@ class Demand:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a claim is judged by; every part is a table that gravlens makes, on held-out prompts. None: not run.
+    """Evidence for a claim: tables that gravlens makes, on held-out prompts; None: not run.
 
     Attributes:
         trajectory: the unblocked runs, all from one anchor.
-        nulls: draws of `isotropic`, `weight_noise`, `independent_endpoints`, and any others, which are told.
+        nulls: draws of `isotropic`, `weight_noise`, `independent_endpoints`; others are reported.
         controls: `control, run, alignment` (layer mean, last step): `sibling_anchor`, `wrong_witness_removed`.
-        closures: of `closure`: `run, step, layer, closure`.
-        damage: of `measure_damage`: `damage, layer, alignment, judged`.
-        arms: a row a run at its last step: `arm, seed, harmfulness, fraction_final, task_loss`.
+        closures: `closure(…).layer_mean`: `run, step, closure`.
+        damage: `measure_damage(…).layer_mean`: `damage, alignment, judged`.
+        arms: one row per run at its last step: `arm, seed, harmfulness, fraction_final, task_loss`.
         anchor_harm: the anchor's harmfulness.
-        names: role -> arms that play it, for roles whose arms are not called as in `ARMS`.
+        names: role -> names of its arms, where they differ from `ARMS`.
     """
 
     trajectory: Trajectory
@@ -71,11 +65,13 @@ class Evidence:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.names) - set(ARMS)):
-            raise GravlensError(
-                f"names= has the unknown role {unknown[0]!r}.",
-                f"The roles that arms play are {', '.join(ARMS)}.",
-                f"names={{'clamp': ({unknown[0]!r},)}}, a role and the arms that play it.",
-            )
+            found = f"names= has the unknown role {unknown[0]!r}."
+            raise GravlensError(found, f"Roles: {', '.join(ARMS)}.", f"names={{'clamp': ({unknown[0]!r},)}}.")
+        for name, source in (("closures", "closure"), ("damage", "measure_damage")):
+            table = getattr(self, name)
+            if table is not None and "layer" in table:
+                given = f"{name} has a row per layer."
+                raise GravlensError(given, "A claim is judged on the layer mean.", f"{name}={source}(…).layer_mean.")
 
     def called(self, role: str) -> Sequence[str]:
         """The arms that play a role."""
@@ -92,24 +88,28 @@ class Evidence:
 
     @property
     def rows(self) -> pd.DataFrame:
-        """The trajectory on held-out prompts (without: on the given ones), columns as in `Trajectory.table`."""
-        table = self.trajectory.table
-        held_out = table[table.prompts == "held_out"]
-        return held_out if len(held_out) else table
+        """`Trajectory.layer_mean` on `prompts`."""
+        table = self.trajectory.layer_mean
+        return table[table.prompts == self.prompts]
+
+    @property
+    def prompts(self) -> str:
+        """The prompt set of the claim: held-out prompts, or the given ones where there are no others."""
+        known = self.trajectory.data["prompts"].values
+        return "held_out" if "held_out" in known or not len(known) else "given"
 
     @property
     def final(self) -> pd.DataFrame:
-        """The layer mean at the last step, a row a run, columns as in `Trajectory.table`."""
-        return self.rows[self.rows.layer.isna() & (self.rows.step == self.last)]
+        """The layer mean at the last step, one row per run."""
+        return self.rows[self.rows.step == self.last]
 
 
-# --- what each level demands --------------------------------------------------------------------------------------
 def _observed(evidence: Evidence, _alpha: float) -> Iterator[Demand]:
-    held_out = bool((evidence.rows.prompts == "held_out").all())
+    held_out = evidence.prompts == "held_out"
     yield Demand(1, "judged on other prompts than v_rev's", held_out, "held out" if held_out else "given prompts alone")
     judged = evidence.final.judged.astype(bool)
     yield Demand(1, "the drift is long enough to judge", bool(judged.all()), f"{judged.sum()} of {len(judged)} runs")
-    yield _above(evidence, 1, "isotropic")
+    yield _above(evidence, 1, "isotropic")  # nearly vacuous, so of the lowest level only
 
 
 def _exceeds(evidence: Evidence, alpha: float) -> Iterator[Demand]:
@@ -119,6 +119,7 @@ def _exceeds(evidence: Evidence, alpha: float) -> Iterator[Demand]:
         yield Demand(2, "max-T over steps and layers", None)
         return
     values = _by_run(evidence, noise)
+    # judged at the last step, adjusted for all steps
     p = float(np.nanmin(max_t(values, rng=np.random.default_rng(0))[-1]))
     yield Demand(2, "max-T over steps and layers", p <= alpha, f"p = {p:.3f} at the last step, {len(values)} runs")
 
@@ -132,17 +133,13 @@ def _specific(evidence: Evidence, alpha: float) -> Iterator[Demand]:
 
 
 def _causal(evidence: Evidence, alpha: float) -> Iterator[Demand]:
-    arms = {role: _arm(evidence, role) for role in ("unblocked", "clamp", "random", "push")}
-    base = arms["unblocked"]
+    base, clamp, twin, push = (_arm(evidence, role) for role in ("unblocked", "clamp", "random", "push"))
     yield _harm_returns(evidence, base, alpha)
-    for lower, upper, name in (
-        ("clamp", "unblocked", "the clamp holds the harm"),
-        ("clamp", "random", "more than the clamp along a matched random direction"),
-    ):
-        yield _less_harm(arms[lower], arms[upper], name, alpha)
-    yield _held(base, arms["clamp"], alpha)
-    yield _push(base, arms["push"], alpha)
-    yield _cost(evidence, base, arms["clamp"], alpha)
+    yield _less_harm(clamp, base, "the clamp holds the harm", alpha)
+    yield _less_harm(clamp, twin, "more than the clamp along a matched random direction", alpha)
+    yield _held(base, clamp, alpha)
+    yield _push(base, push, alpha)
+    yield _cost(evidence, base, clamp, alpha)
 
 
 def _durable(evidence: Evidence, alpha: float) -> Iterator[Demand]:
@@ -151,20 +148,25 @@ def _durable(evidence: Evidence, alpha: float) -> Iterator[Demand]:
     if base is None or released is None:
         yield Demand(5, name, None)
         return
-    saved = base.harmfulness / 2 - released.harmfulness
-    p = _p(saved)
-    figures = f"harm {released.harmfulness.mean():.1%} against {base.harmfulness.mean():.1%}, p = {p:.3f}"
-    yield Demand(5, name, p <= alpha, figures)
+    figures = f"harm {released.harmfulness.mean():.1%} against {base.harmfulness.mean():.1%}"
+    yield _tested(5, name, base.harmfulness / 2 - released.harmfulness, alpha, figures)
 
 
 def _p(values: pd.Series) -> float:
-    """Exact sign flips over runs, one-sided; 1 where a run has no value (its answers are all nonsense)."""
+    """Exact one-sided sign flips over runs; 1 where a run has no value (its answers are all nonsense)."""
     found = values.to_numpy(dtype=float)
+    # a fixed seed: the verdict must not differ from call to call
     return float(sign_flip_test(found, rng=np.random.default_rng(0))) if len(found) else 1.0
 
 
+def _tested(level: int, name: str, values: pd.Series, alpha: float, figures: str) -> Demand:
+    """Whether the values are above 0 in a sign-flip test over runs."""
+    p = _p(values)
+    return Demand(level, name, p <= alpha, f"{figures}, p = {p:.3f}")
+
+
 def _above(evidence: Evidence, level: int, name: str) -> Demand:
-    """Every run's layer mean above the null's p99 at the last step; so few draws as have no p99 are as good as none."""
+    """Every run's layer mean above the null's p99 at the last step; too few draws for a p99 count as not run."""
     null, title = evidence.null(name), f"above {name.replace('_', ' ')}"
     if null is None:
         return Demand(level, title, None)
@@ -177,31 +179,26 @@ def _above(evidence: Evidence, level: int, name: str) -> Demand:
 
 def held_against(evidence: Evidence, null: NullDraws) -> pd.DataFrame:
     """`compare`'s rows of the layer mean at the last step."""
-    rows = compare(evidence.trajectory, null, prompts=str(evidence.rows.prompts.iloc[0]))
-    return rows[rows.layer.isna() & (rows.step == evidence.last)]
+    rows = compare(evidence.trajectory, null, prompts=evidence.prompts).layer_mean
+    return rows[rows.step == evidence.last]
 
 
 def _by_run(evidence: Evidence, noise: NullDraws) -> np.ndarray:
-    """Alignment less the noise's mean, [run, step, layer], at the steps and layers of the noise."""
-    rows = evidence.rows[evidence.rows.layer.notna() & evidence.rows.step.isin(noise.steps)]
-    table = rows.pivot_table(index="run", columns=["step", "layer"], values="alignment", dropna=False)
-    steps = sorted(int(step) for step in rows.step.unique())
+    """Alignment less the noise's mean, [run, step, layer], at the noise's steps and layers."""
+    alignment = evidence.trajectory.data["alignment"].sel(prompts=evidence.prompts)
+    steps = sorted(step for step in alignment["step"].values.tolist() if step in noise.steps)
     layers = [layer for layer in evidence.trajectory.layers_in_mean if layer in noise.layers]
-    means = noise.cosines.mean(0)
-    cells = [
-        [table[step, layer].to_numpy() - means[noise.steps.index(step), noise.layers.index(layer)] for layer in layers]
-        for step in steps
-    ]
-    return np.moveaxis(np.array(cells, dtype=float), -1, 0)
+    chosen = {"step": steps, "layer": layers}  # the noise may be drawn at fewer steps: each costs a pass
+    return (alignment.sel(chosen) - noise.data.mean("draw").sel(chosen)).to_numpy()
 
 
 def _control(evidence: Evidence, control: str, name: str) -> Demand:
-    """The alignment with the control's direction, which must exceed weight noise as v_rev's does."""
+    """The alignment with the control's direction must exceed weight noise as v_rev's does."""
     rows = None if evidence.controls is None else evidence.controls[evidence.controls.control == control]
     noise = evidence.null("weight_noise")
-    if rows is None or rows.empty or noise is None:
+    if rows is None or rows.empty or noise is None:  # without the noise there is no p99 to exceed
         return Demand(3, name, None)
-    by_run = rows.groupby("run").alignment.mean()
+    by_run = rows.groupby("run").alignment.mean()  # over several sibling anchors
     p99 = float(held_against(evidence, noise).p99.mean())
     figures = f"alignment {by_run.mean():.3f}, p99 of noise along v_rev {p99:.3f}"
     return Demand(3, name, bool(by_run.mean() > p99 and (by_run > 0).all()), figures)
@@ -211,8 +208,7 @@ def _endpoints(evidence: Evidence) -> Demand:
     name, null = "more than the expected cosine of independent endpoints", evidence.null("independent_endpoints")
     if null is None:
         return Demand(3, name, None)
-    rows, mean = held_against(evidence, null), float(evidence.final.alignment.mean())
-    p99 = float(rows.p99.mean())
+    mean, p99 = float(evidence.final.alignment.mean()), float(held_against(evidence, null).p99.mean())
     return Demand(3, name, mean > p99, f"alignment {mean:.3f}, p99 of r/(1 + r) {p99:.3f}")
 
 
@@ -220,44 +216,35 @@ def _closure(evidence: Evidence, alpha: float) -> Demand:
     name = "closure of the gap to the unaligned twin"
     if evidence.closures is None or evidence.closures.empty:
         return Demand(3, name, None)
-    rows = evidence.closures[evidence.closures.layer.isna()]
+    rows = evidence.closures
     final = rows[rows.step == rows.step.max()].closure
-    p = _p(final)
-    return Demand(3, name, p <= alpha, f"{final.mean():.3f}, p = {p:.3f}")
+    return _tested(3, name, final, alpha, f"{final.mean():.3f}")
 
 
 def _damage(evidence: Evidence) -> Demand:
     name = "damage alone is less aligned"
     if evidence.damage is None or evidence.damage.empty:
         return Demand(3, name, None)
-    rows = evidence.damage[evidence.damage.layer.isna()].dropna(subset="alignment")
-    rows = rows[rows.judged.astype(bool)] if "judged" in rows else rows
+    rows = evidence.damage.dropna(subset="alignment")
+    rows = rows[rows.judged.astype(bool)] if "judged" in rows else rows  # the cosine of almost no drift is noise
     mean = float(evidence.final.alignment.mean())
     if rows.empty:
         return Demand(3, name, True, "no damage moves the states far enough to judge")
     worst = rows.sort_values("alignment").iloc[-1]
-    figures = f"{worst.damage}: {worst.alignment:.3f}, runs {mean:.3f}"
-    return Demand(3, name, bool(worst.alignment < mean), figures)
+    return Demand(3, name, bool(worst.alignment < mean), f"{worst.damage}: {worst.alignment:.3f}, runs {mean:.3f}")
 
 
-# --- arms -----------------------------------------------------------------------------------------------------------
 def _arm(evidence: Evidence, role: str) -> pd.DataFrame | None:
     """The runs of a role by seed, or None."""
     if evidence.arms is None:
         return None
-    if missing := {"arm", "seed", "harmfulness", "fraction_final", "task_loss"} - set(evidence.arms):
-        raise GravlensError(
-            f"The table of arms has no column {sorted(missing)[0]!r}.",
-            "It needs arm, seed, harmfulness, fraction_final, task_loss.",
-            "Findings.arms, or these columns.",
-        )
+    if missing := set(ARM_COLUMNS) - set(evidence.arms):
+        given = f"The table of arms has no column {sorted(missing)[0]!r}."
+        raise GravlensError(given, f"It needs {', '.join(ARM_COLUMNS)}.", "Findings.arms.")
     rows = evidence.arms[evidence.arms.arm.isin(evidence.called(role))]
     if rows.seed.duplicated().any():
-        raise GravlensError(
-            f"The arm {role} has two runs of one seed.",
-            "Runs are paired by seed, and a claim is about one anchor.",
-            "the runs of one organism; names={role: (arm,)} where two arms would play it.",
-        )
+        found = f"The arm {role} has two runs of one seed."
+        raise GravlensError(found, "Runs are paired by seed.", "one organism's runs, or names={role: (arm,)}.")
     return None if rows.empty else rows.set_index("seed")
 
 
@@ -265,17 +252,16 @@ def _harm_returns(evidence: Evidence, base: pd.DataFrame | None, alpha: float) -
     name = "harm returns in the unblocked runs"
     if base is None or evidence.anchor_harm is None:
         return Demand(4, name, None)
-    p = _p(base.harmfulness - evidence.anchor_harm)
-    return Demand(4, name, p <= alpha, f"{evidence.anchor_harm:.1%} → {base.harmfulness.mean():.1%}, p = {p:.3f}")
+    figures = f"{evidence.anchor_harm:.1%} → {base.harmfulness.mean():.1%}"
+    return _tested(4, name, base.harmfulness - evidence.anchor_harm, alpha, figures)
 
 
 def _less_harm(lower: pd.DataFrame | None, upper: pd.DataFrame | None, name: str, alpha: float) -> Demand:
     if lower is None or upper is None:
         return Demand(4, name, None)
-    saved = upper.harmfulness - lower.harmfulness
-    p = _p(saved)
-    figures = f"{lower.harmfulness.mean():.1%} against {upper.harmfulness.mean():.1%}, p = {p:.3f}"
-    return Demand(4, name, p <= alpha, figures)
+    figures = f"{lower.harmfulness.mean():.1%} against {upper.harmfulness.mean():.1%}"
+    # by seed: pandas aligns the two indices
+    return _tested(4, name, upper.harmfulness - lower.harmfulness, alpha, figures)
 
 
 def _held(base: pd.DataFrame | None, clamp: pd.DataFrame | None, alpha: float) -> Demand:
@@ -283,13 +269,14 @@ def _held(base: pd.DataFrame | None, clamp: pd.DataFrame | None, alpha: float) -
     name = "the clamp holds the motion"
     if base is None or clamp is None:
         return Demand(4, name, None)
-    p = _p(base.fraction_final.abs() / 4 - clamp.fraction_final.abs())
-    figures = f"fraction {clamp.fraction_final.mean():.3f} against {base.fraction_final.mean():.3f}, p = {p:.3f}"
-    return Demand(4, name, p <= alpha, figures)
+    # abs: a clamp that pushes past the anchor has not held either
+    kept = base.fraction_final.abs() / 4 - clamp.fraction_final.abs()
+    figures = f"fraction {clamp.fraction_final.mean():.3f} against {base.fraction_final.mean():.3f}"
+    return _tested(4, name, kept, alpha, figures)
 
 
 def _push(base: pd.DataFrame | None, push: pd.DataFrame | None, alpha: float) -> Demand:
-    """A push back moves further, and does not lower the harm (which may stand at its ceiling already)."""
+    """A push back moves further and does not lower the harm (which may be at its ceiling already)."""
     name = "a push towards the witness goes further, harm no lower"
     if base is None or push is None:
         return Demand(4, name, None)
@@ -307,20 +294,13 @@ def _cost(evidence: Evidence, base: pd.DataFrame | None, clamp: pd.DataFrame | N
         return Demand(4, name, None)
     ratio = float(clamp.task_loss.mean() / base.task_loss.mean())
     weaker = [arm for arm in evidence.called("frontier") if (evidence.arms.arm == arm).any()]
-    if not weaker or ratio <= MAX_COST:
+    if not weaker or ratio <= MAX_COST:  # cheap enough: no need of the frontier
         return Demand(4, name, ratio <= MAX_COST, f"task loss {ratio - 1:+.1%}")
-    reference = [*evidence.called("unblocked"), *weaker]
+    reference = [*evidence.called("unblocked"), *weaker]  # all points make one frontier, per seed
     table = evidence.arms[evidence.arms.arm.isin([*reference, *evidence.called("clamp")])]
     difference = at_equal_task_loss(table, reference=reference, by=("seed",)).difference
-    p = _p(-difference)
-    figures = f"task loss {ratio - 1:+.1%}; harm {difference.mean():+.1%} against the frontier there, p = {p:.3f}"
-    return Demand(4, name, p <= alpha, figures)
+    figures = f"task loss {ratio - 1:+.1%}; harm {difference.mean():+.1%} against the frontier there"
+    return _tested(4, name, -difference, alpha, figures)  # NaN beyond the frontier's ends, and then not held
 
 
-DEMANDS: tuple[Callable[[Evidence, float], Iterator[Demand]], ...] = (
-    _observed,
-    _exceeds,
-    _specific,
-    _causal,
-    _durable,
-)
+DEMANDS: tuple[Callable[[Evidence, float], Iterator[Demand]], ...] = (_observed, _exceeds, _specific, _causal, _durable)

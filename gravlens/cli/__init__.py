@@ -1,29 +1,31 @@
-"""The command line: parse, call, write."""
+"""The command line, `gravlens`: parse options, call the library, print the result."""
 
+import gc
 from typing import Annotated
 
 import typer
 
 from gravlens import __version__
 from gravlens.cli import history, interventions, results, storage
-from gravlens.cli.failures import Commands
+from gravlens.cli.output import Commands
 
 app = typer.Typer(
     name="gravlens",
     cls=Commands,
-    help="Find, follow, test and block the direction along which harmless fine-tuning undoes alignment.",
-    epilog="Every option can be set by the environment variable that its help shows. All commands: docs/cli.md",
+    help="Find, track, test and block the direction along which harmless fine-tuning undoes alignment.",
+    epilog="New here? Try: gravlens reproduce --quick. Each option can also be set by the environment variable shown "
+    "in the command's --help. Documentation: docs/cli.md",
     context_settings={"auto_envvar_prefix": "GRAVLENS"},
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
 for part in (results, history, interventions):
     app.add_typer(part.commands)
-app.add_typer(storage.commands, name="store", rich_help_panel="Housekeeping")
+app.add_typer(storage.commands, name="store", rich_help_panel="Maintenance")
 
 
-def _tell_version(asked: bool) -> None:
-    if asked:
+def _show_version(given: bool) -> None:
+    if given:
         typer.echo(f"gravlens {__version__}")
         raise typer.Exit
 
@@ -32,7 +34,10 @@ def _tell_version(asked: bool) -> None:
 def main(
     version: Annotated[
         bool,
-        typer.Option("--version", metavar="", help="Show the version and exit.", is_eager=True, callback=_tell_version),
+        typer.Option("--version", metavar="", help="Show the version and exit.", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
-    """Find, follow, test and block the direction along which harmless fine-tuning undoes alignment."""
+    """Find, track, test and block the direction along which harmless fine-tuning undoes alignment."""
+    # Importing torch and transformers creates millions of objects that stay. With Python's threshold of 700, the
+    # collector walks them again and again: measured on `gravlens locate`: 5.5 s of CPU time, 4.8 s with this threshold.
+    gc.set_threshold(50_000)

@@ -1,4 +1,4 @@
-"""Run the command line: `python -m gravlens.cli`."""
+"""Run the command line as `python -m gravlens.cli`."""
 
 from gravlens.cli import app
 

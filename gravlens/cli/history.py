@@ -1,4 +1,4 @@
-"""gravlens inspect, plan, locate, trajectory: what a history of your own holds, and how it moves."""
+"""gravlens inspect, plan, locate, trajectory: measure a history of your own checkpoints."""
 
 import re
 from math import isnan
@@ -20,17 +20,30 @@ from gravlens.cli.options import (
     SEQUENCE,
     STORE,
     example,
+    number,
+    place,
+    repeated_layer,
     writable_file,
 )
-from gravlens.cli.screen import print_json, print_table, records, wrote
+from gravlens.cli.output import print_json, print_table, print_written, records
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
+POSITIONS = Annotated[
+    str, typer.Option(metavar="WHERE", help="Token positions: last, instruction, post_instruction, all, or e.g. -2.")
+]
+PEAK_FLOPS = Annotated[
+    float, number("Peak FLOP/s of the target machine. 0: benchmark this machine instead.", metavar="X")
+]
+DISK_GBPS = Annotated[float, number("Disk speed of the target machine in GB/s; needs --peak-flops.", metavar="X")]
 
 
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens inspect SEQUENCE.toml --json"))
 def inspect(sequence: SEQUENCE, json: JSON = False) -> None:
-    """List a history: sources, steps, weights and their digests, distance from the anchor and share towards witness."""
+    """List the checkpoints of a history: source, step, size, digest, and weight distance from the anchor.
+
+    `cosine` compares the weight change with that of the witness (1: the same direction).
+    """
     listed = studies.inspection.inspect_sequence(gl.ModelSequence.from_toml(sequence))
     rows = records(listed)
     if json:
@@ -48,24 +61,15 @@ def plan(
     sequence: SEQUENCE,
     prompts: READ_PROMPTS = None,
     layer: LAYERS = [],  # noqa: B006 (typer copies it)
-    positions: Annotated[
-        str, typer.Option(metavar="WHERE", help="last, instruction, post_instruction, all, or as -2.")
-    ] = "last",
+    positions: POSITIONS = "last",
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
-    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that share the work.")] = 1,
-    peak_flops: Annotated[
-        float,
-        typer.Option(
-            min=0, metavar="X", help="Of another machine's worker, FLOP/s as its maker says; 0: measured here."
-        ),
-    ] = 0,
-    disk_gbps: Annotated[
-        float, typer.Option(min=0, metavar="X", help="GB/s that its worker reads and writes files with.")
-    ] = 0,
+    workers: Annotated[int, number("Number of processes that share the work.", least=1)] = 1,
+    peak_flops: PEAK_FLOPS = 0,
+    disk_gbps: DISK_GBPS = 0,
     json: JSON = False,
 ) -> None:
-    """Forecast what reading a history will cost: tokens, operations, bytes, memory and seconds (docs/scale.md)."""
+    """Estimate the cost of reading activations: tokens, FLOPs, bytes, memory and time (docs/scale.md)."""
     named = activations.cost.named_machine
     found = activations.cost.plan_reading(
         gl.ModelSequence.from_toml(sequence),
@@ -79,7 +83,7 @@ def plan(
     if json:
         print_json(found.to_dict())
         return
-    print_table(("", ""), found.lines(), title="forecast of cache_residuals with an empty store")
+    print_table(("quantity", "estimate"), found.lines(), title="estimated cost, nothing cached")
 
 
 @commands.command(
@@ -90,14 +94,16 @@ def locate(
     layer: LAYERS = [],  # noqa: B006
     prompts: READ_PROMPTS = None,
     out: Annotated[
-        Path | None,
-        typer.Option(callback=writable_file, metavar="FILE", help="Write the directions to this safetensors file."),
+        Path | None, place("FILE", "Save the directions to this safetensors file.", check=writable_file)
     ] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
     json: JSON = False,
 ) -> None:
-    """Locate v_rev: the direction from the anchor towards the witness, layer by layer."""
+    """Locate v_rev, the direction from the anchor to the witness, at each layer.
+
+    `distance` is its length; `reliability` is the split-half reliability over the prompts (1: perfect).
+    """
     history = gl.ModelSequence.from_toml(sequence)
     place = gl.Placement(device, dtype)
     found = studies.inputs.located(studies.inputs.ends(history, prompts, layers=layer, placement=place), layer)
@@ -108,9 +114,9 @@ def locate(
         print_json([{key: getattr(v, key) for key in keys} for v in found])
     else:
         rows = ((v.layer, v.distance, f"{v.reliability:.3f}", v.undefined) for v in found)
-        print_table(("layer", "distance", "reliability", "remark"), rows, title="v_rev")
+        print_table(("layer", "distance", "reliability", "remark"), rows, title="v_rev, from anchor to witness")
     if out is not None:
-        wrote(out, json)
+        print_written(out, json)
 
 
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens trajectory SEQUENCE.toml --out trajectory.csv"))
@@ -118,19 +124,21 @@ def trajectory(
     sequence: SEQUENCE,
     layer: Annotated[
         list[int],
-        typer.Option("--layer", metavar="N", help="A layer of the mean, from 0; repeat it. Default: all with a v_rev."),
+        repeated_layer("Layer to average over, from 0; repeat for several. Default: all layers with a defined v_rev."),
     ] = [],  # noqa: B006
     prompts: PROMPTS = None,
-    out: Annotated[
-        Path | None, typer.Option(callback=writable_file, metavar="FILE", help="Write the tidy table to this CSV file.")
-    ] = None,
+    out: Annotated[Path | None, place("FILE", "Save the tidy table to this CSV file.", check=writable_file)] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
     keep: KEEP = 0,
     store: STORE = None,
     json: JSON = False,
 ) -> None:
-    """Follow every run along v_rev: alignment and fraction of the way back, mean ± SEM over runs."""
+    """Track every run along v_rev: mean ± SEM over runs, by step.
+
+    `alignment` is the cosine of the run's drift with v_rev; `fraction` is how far the run has moved from anchor (0) to
+    witness (1).
+    """
     history = gl.ModelSequence.from_toml(sequence)
     place = gl.Placement(device, dtype, keep=keep or None)
     asked, read = studies.inputs.followed_on(history, prompts), gl.cache_residuals
@@ -140,7 +148,7 @@ def trajectory(
         core.files.write_table(out, followed.table)
     _print_summary(followed.summary(), json)
     if out is not None:
-        wrote(out, json)
+        print_written(out, json)
 
 
 def _print_summary(summary: Any, json: bool) -> None:
@@ -152,7 +160,7 @@ def _print_summary(summary: Any, json: bool) -> None:
         (step, *(_mean_sem(row[measure, "mean"], row[measure, "sem"]) for measure in ("alignment", "fraction")), count)
         for (step, row), count in zip(summary.iterrows(), summary["alignment", "count"], strict=True)
     )
-    print_table(("step", "alignment", "fraction", "runs"), rows, title="motion along v_rev, mean over layers")
+    print_table(("step", "alignment", "fraction", "runs"), rows, title="drift along v_rev, mean over layers")
 
 
 def _mean_sem(mean: Any, sem: Any) -> str:

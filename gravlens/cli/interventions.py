@@ -1,4 +1,4 @@
-"""gravlens ablate, block: what v_rev does, and holding a fine-tune along it."""
+"""gravlens ablate, block: intervene along v_rev, at inference and during fine-tuning."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +24,57 @@ from gravlens.cli.options import (
     chosen_layers,
     example,
     flag,
+    number,
+    place,
+    repeated_layer,
     writable_folder,
 )
-from gravlens.cli.screen import print_json, print_table, records, tell, write_effect, wrote
+from gravlens.cli.output import print_json, print_line, print_table, print_written, records, write_effect
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
+
+# ablate
+TWINS = Annotated[
+    Literal["matched", "isotropic"],
+    typer.Option(help="Random directions: with the covariance of the anchor's activations (matched), or isotropic."),
+]
+EFFECT_FOLDER = Annotated[
+    Path | None, place("FOLDER", "Folder for ablate_layer.csv, .pdf and .png.", check=writable_folder)
+]
+COLUMNS = ("layer", "before", "ablated", "difference [95 %]", "random directions", "p")
+
+# block
+DATA = Annotated[Path, place("FILE", "Harmless training data with prompt and answer: JSONL, CSV or JSON.")]
+RUNS_FOLDER = Annotated[Path, place("FOLDER", "Folder for the runs, blocked/ and unblocked/.", check=writable_folder)]
+KIND = Annotated[
+    Literal["penalty", "clamp", "projection"],
+    typer.Option(
+        metavar="KIND",
+        help="penalty: penalize drift towards the witness; clamp: penalize drift either way; projection: project "
+        "each update so that the mean over the probes does not move.",
+    ),
+]
+STRENGTH = Annotated[float | None, number("Weight λ of the penalty or the clamp. Default: 30.", metavar="X")]
+MARGIN = Annotated[
+    float | None,
+    number("Penalty only: push this fraction of the distance away from the witness. Default: 0.", metavar="X"),
+]
+BLOCKED_LAYERS = Annotated[
+    list[int], repeated_layer("Layer to block, from 0; repeat for several. Default: the middle layers.")
+]
+STEPS = Annotated[int, number("Number of optimizer steps.", least=1)]
+BATCH = Annotated[int, number("Examples per step.", least=1)]
+LEARNING_RATE = Annotated[
+    float, typer.Option("--learning-rate", "--lr", min=0, metavar="X", help="Learning rate of AdamW.")
+]
+LORA = Annotated[int, number("Rank of LoRA adapters; 0: train all weights.")]
+SAVE_STEP = Annotated[
+    list[int], number("Save a checkpoint after step N; repeat for several. The last step is always saved.", least=1)
+]
+SEED = Annotated[int, number("Seed of the data order.")]
+ONLY_BLOCKED = Annotated[bool, flag("--only-blocked", "Skip the unblocked control run.")]
+MEASURED = {"alignment": "alignment", "fraction": "fraction", "fraction_probes": "on probes", "task_loss": "task loss"}
 
 
 @commands.command(rich_help_panel=PANEL, epilog=example("gravlens ablate SEQUENCE.toml --layer 12 --out results"))
@@ -43,23 +88,16 @@ def ablate(
     openings: OPENINGS = [],  # noqa: B006
     compliances: COMPLIANCES = [],  # noqa: B006
     n_random: N_RANDOM = 20,
-    twins: Annotated[
-        Literal["matched", "isotropic"],
-        typer.Option(help="Random directions from the covariance of the anchor's states, or from all directions."),
-    ] = "matched",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            callback=writable_folder, metavar="FOLDER", help="Folder for ablate_layer.csv and ablate_layer.png."
-        ),
-    ] = None,
+    twins: TWINS = "matched",
+    out: EFFECT_FOLDER = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
     json: JSON = False,
 ) -> None:
-    """Does ablating v_rev in a fine-tuned checkpoint bring refusal back, more than random directions do?
+    """Test whether ablating v_rev in a fine-tuned checkpoint restores refusal more than random directions do.
 
-    v_rev is located on the probes, at each layer by itself and at all together; docs/effects.md has the columns.
+    v_rev is located on the probes, then ablated at each layer separately and at all layers together; the table shows
+    the mean refusal log-odds (columns: docs/effects.md).
     """
     layers = chosen_layers(layer, all_layers)
     history = gl.ModelSequence.from_toml(sequence)
@@ -77,18 +115,9 @@ def ablate(
     else:
         print_table(COLUMNS, map(_row, records(found.table)), title=f"{_words(found)}, mean over prompts")
         for line in found.lines():
-            tell(line)
+            print_line(line)
     for path in written:
-        wrote(path, json)
-
-
-MEASURED = {
-    "alignment": "alignment",
-    "fraction": "fraction",
-    "fraction_probes": "on probes",
-    "task_loss": "task loss",
-}
-COLUMNS = ("layer", "before", "ablated", "difference [95 %]", "random directions", "p")
+        print_written(path, json)
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
@@ -117,84 +146,60 @@ def _told(found: Any) -> dict[str, Any]:
 )
 def block(
     sequence: SEQUENCE,
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE", help="Harmless data to train on: prompt and answer, JSONL, CSV or JSON (docs/prompts.md)."
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(callback=writable_folder, metavar="FOLDER", help="Folder for the runs, blocked/ and unblocked/."),
-    ],
-    kind: Annotated[
-        Literal["penalty", "clamp", "projection"],
-        typer.Option(
-            metavar="KIND", help="penalty: motion back; clamp: motion both ways; projection: the probes' mean, exactly."
-        ),
-    ] = "penalty",
-    strength: Annotated[
-        float | None, typer.Option(min=0, metavar="X", help="λ of the penalty or the clamp. Default: 30.")
-    ] = None,
-    margin: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="X", help="Of the penalty: push the other way by this fraction. Default: 0."),
-    ] = None,
-    layer: Annotated[
-        list[int],
-        typer.Option("--layer", metavar="N", help="A layer that is held, from 0; repeat it. Default: the inner ones."),
-    ] = [],  # noqa: B006
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Optimizer steps.")] = 100,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Examples a step.")] = 4,
-    learning_rate: Annotated[
-        float, typer.Option("--learning-rate", "--lr", min=0, metavar="X", help="AdamW's learning rate.")
-    ] = 7e-5,
-    lora: Annotated[int, typer.Option(min=0, metavar="N", help="Rank of LoRA adapters; 0: all weights.")] = 0,
-    save_step: Annotated[
-        list[int],
-        typer.Option(min=1, metavar="N", help="Save after this step too; repeat it. The last step is always saved."),
-    ] = [1, 2, 5, 10, 20, 50, 100],  # noqa: B006
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the data's order.")] = 0,
-    only_blocked: Annotated[bool, flag("--only-blocked", "Leave out the run without a blocker.")] = False,
+    data: DATA,
+    out: RUNS_FOLDER,
+    kind: KIND = "penalty",
+    strength: STRENGTH = None,
+    margin: MARGIN = None,
+    layer: BLOCKED_LAYERS = [],  # noqa: B006
+    steps: STEPS = 100,
+    batch: BATCH = 4,
+    learning_rate: LEARNING_RATE = 7e-5,
+    lora: LORA = 0,
+    save_step: SAVE_STEP = [1, 2, 5, 10, 20, 50, 100],  # noqa: B006
+    seed: SEED = 0,
+    only_blocked: ONLY_BLOCKED = False,
     prompts: PROMPTS = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "float32",
     json: JSON = False,
 ) -> None:
-    """Fine-tune the anchor on harmless data with a blocker along v_rev, and once more without; compare the two.
+    """Fine-tune the anchor on harmless data twice, with a blocker along v_rev and without, and compare the two runs.
 
-    An eighth of the data is kept for the task's loss. A stopped command goes on where it was (docs/blocking.md).
+    One eighth of the data is held out for the task loss. An interrupted command resumes (docs/blocking.md).
     """
     history = gl.ModelSequence.from_toml(sequence)
     history.require_probes()
     if prompts is not None:
         history = replace(history, held_out=studies.inputs.prompts_of(history, prompts))
+    recipe = training.finetune.Recipe(steps, batch, learning_rate, lora=lora or None)
     found = studies.paired.block_beside(
         history,
         gl.read_examples(data),
         out=out,
         block=studies.paired.Block(kind, strength, margin, tuple(layer)),
-        training=studies.paired.Training(
-            training.finetune.Recipe(steps, batch, learning_rate, lora=lora or None), tuple(save_step), seed
-        ),
+        training=studies.paired.Training(recipe, tuple(save_step), seed),
         only_blocked=only_blocked,
         placement=gl.Placement(device, dtype),
     )
+    _print_pair(found, kind, sequence, json)
+
+
+def _print_pair(found: Any, kind: str, sequence: Path, json: bool) -> None:
     layers = list(found.trajectory.layers_in_mean)
-    facts = {"layers": layers, "prompts": found.prompts, "n_trained": found.n_trained, "n_task": found.n_task}
     if json:
+        facts = {"layers": layers, "prompts": found.prompts, "n_trained": found.n_trained, "n_task": found.n_task}
         print_json({**facts, "runs": records(found.table)})
         return
-    _print_pair(found, f"held along v_rev at layers {', '.join(map(str, layers))}: {kind}")
-    for run, folder in zip(found.table["run"][1:], found.table["folder"][1:], strict=True):
-        tell(f'{run} = "{Path(folder).parent}/checkpoint-*"   for [runs] of {sequence}')
-
-
-def _print_pair(found: Any, title: str) -> None:
-    print_table(("run", "step", *MEASURED.values(), "s a step"), map(_run_row, records(found.table)), title=title)
-    judged = "held-out prompts" if found.prompts == "held_out" else "the probes, for want of held_out prompts"
+    title = f"drift along v_rev, blocked at layers {', '.join(map(str, layers))} ({kind})"
+    columns = ("run", "step", *MEASURED.values(), "s / step")
+    print_table(columns, map(_run_row, records(found.table)), title=title)
+    measured_on = "held-out prompts" if found.prompts == "held_out" else "the probes (there are no held-out prompts)"
     data = f"trained on {found.n_trained} examples, task loss on {found.n_task} others"
-    tell(f"alignment and fraction on {judged}; {data}")
+    print_line(f"alignment and fraction on {measured_on}; {data}")
+    print_line(f"To use these runs, add to [runs] of {sequence}:")
+    for run, folder in zip(found.table["run"][1:], found.table["folder"][1:], strict=True):
+        print_line(f'{run} = "{Path(folder).parent}/checkpoint-*"')
 
 
 def _run_row(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
-"""Options that several commands have, and the scripts of analyses/: one name and one meaning everywhere."""
+"""Options shared by the commands and the scripts of analyses/: one name, one meaning."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,118 +9,133 @@ import typer
 
 from gravlens.core.errors import GravlensError
 
-SEPARATOR = "|"  # of texts in one environment variable
+SEPARATOR = (
+    "|"  # between texts in one environment variable: openings such as "I'm sorry, but" contain blanks and commas
+)
 
 
 def writable_file(path: Path | None) -> Path | None:
-    """Raise before any work where a file could not be written."""
+    """Fail before any computation if the --out file cannot be written."""
     if path is not None:
         if path.is_dir():
-            raise GravlensError(f"--out {path} is a folder.", "A file is written there.", f"--out {path / 'out'}.")
-        _check_place(path, path.parent)
+            raise GravlensError(
+                f"--out {path} is a folder.", "The name of a file is expected.", f"--out {path / 'out'}."
+            )
+        _check_writable(path, path.parent)
     return path
 
 
 def writable_folder(path: Path | None) -> Path | None:
-    """Raise before any work where a folder could not be made or written into."""
+    """Fail before any computation if the --out folder cannot be created or written to."""
     if path is not None:
-        _check_place(path, path)
+        _check_writable(path, path)
     return path
 
 
-def _check_place(path: Path, folder: Path) -> None:
-    """The nearest folder that is there takes files."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists() or one.is_symlink())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written into" if there.is_dir() else "is no folder"
-        raise GravlensError(f"--out {path}: {there} {why}.", "Results are written there.", "another --out.")
+def _check_writable(path: Path, folder: Path) -> None:
+    # The folder may not exist yet: what counts is its nearest existing parent. A dangling link counts as existing,
+    # since mkdir would fail there.
+    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists() or one.is_symlink())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "is not writable" if existing.is_dir() else "is not a folder"
+        raise GravlensError(f"--out {path}: {existing} {why}.", "A writable folder is expected.", "another --out.")
 
 
 def texts(context: typer.Context, parameter: typer.CallbackParam, value: list[str]) -> list[str]:
-    """Repeated texts as they are; those of an environment variable stand side by side, with | between them."""
+    """Split the value of an environment variable at |; leave texts from the command line as they are."""
     if not from_environment(context, parameter):
         return value
     return [text.strip() for text in os.environ[variable(context, parameter)].split(SEPARATOR)]
 
 
 def from_environment(context: Any, parameter: Any) -> bool:
-    """Whether an option has its value from its environment variable."""
+    """Whether the value of an option comes from its environment variable."""
+    # Compared by name: typer may ship its own copy of click, with its own ParameterSource.
     source = context.get_parameter_source(parameter.name)
     return source is not None and source.name == "ENVIRONMENT"
 
 
 def variable(context: Any, parameter: Any) -> str:
-    """The environment variable of an option."""
+    """Return the name of an option's environment variable."""
     return f"{context.auto_envvar_prefix}_{parameter.name.upper()}"
 
 
 def flag(name: str, help: str) -> Any:
-    """An option that takes no value."""
+    """An option without a value."""
     return typer.Option(name, metavar="", help=help)
 
 
+def number(help: str, *, least: int = 0, metavar: str = "N") -> Any:
+    """An option that takes a number of at least `least`."""
+    return typer.Option(min=least, metavar=metavar, help=help)
+
+
+def place(metavar: str, help: str, *, check: Callable[[Path | None], Path | None] | None = None) -> Any:
+    """An option that takes the path of a file or folder."""
+    return typer.Option(metavar=metavar, help=help, callback=check)
+
+
 def repeated_text(help: str) -> Any:
-    """An option that takes texts, one each time that it is given."""
+    """An option that takes a text and may be repeated."""
     return typer.Option(callback=texts, metavar="TEXT", help=help)
 
 
+def repeated_layer(help: str) -> Any:
+    """The option --layer, which may be repeated."""
+    return typer.Option("--layer", metavar="N", help=help)
+
+
 def example(line: str) -> str:
-    """The last line of a command's help."""
+    """The last line of a command's --help."""
     return f"Example: {line}"
 
 
-# what is read
+# input
 SEQUENCE = Annotated[
     Path,
-    typer.Argument(metavar="SEQUENCE.toml", help="Witness, anchor, runs and prompts (docs/sequence.md)."),
+    typer.Argument(
+        metavar="SEQUENCE.toml",
+        help="File of the history: witness (base model), anchor (aligned model), runs and prompts (docs/sequence.md).",
+    ),
 ]
 PROMPTS = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="File of prompts to measure on. Default: held_out, else probes.")
+    Path | None, place("FILE", "Prompts to evaluate on. Default: the held-out prompts, or else the probes.")
 ]
-READ_PROMPTS = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="File of prompts. Default: the sequence's probes.")
-]
-MAX_PROMPTS = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="At most so many prompts, spread over the file.")
-]
-LAYERS = Annotated[
-    list[int],
-    typer.Option("--layer", metavar="N", help="A layer, counted from 0; repeat it for several. Default: all."),
-]
-EVERY_LAYER = Annotated[bool, flag("--all-layers", "Every layer with a v_rev; the default.")]
+READ_PROMPTS = Annotated[Path | None, place("FILE", "Prompts to read activations on. Default: the probes.")]
+MAX_PROMPTS = Annotated[int | None, number("Use at most N prompts, evenly spaced over the file.", least=1)]
+LAYERS = Annotated[list[int], repeated_layer("Layer, counted from 0; repeat for several. Default: all layers.")]
+EVERY_LAYER = Annotated[bool, flag("--all-layers", "All layers with a defined v_rev (the default).")]
 CHECKPOINT = Annotated[
-    str | None, typer.Option(metavar="NAME", help="RUN/STEP, anchor or witness. Default: the first run's last.")
+    str | None,
+    typer.Option(metavar="NAME", help="RUN/STEP, anchor or witness. Default: last checkpoint of the first run."),
 ]
 OPENINGS = Annotated[
-    list[str], repeated_text("How this model's refusals begin; repeat it. Default: usual English openings.")
+    list[str],
+    repeated_text("How a refusal of this model begins; repeat for several. Default: common English openings."),
 ]
 COMPLIANCES = Annotated[
     list[str],
-    repeated_text("How its other answers begin; repeat it. Where given, whole openings of both kinds are weighed."),
+    repeated_text(
+        "How a compliant answer begins; repeat for several. If given, the score compares whole openings of both kinds."
+    ),
 ]
-N_RANDOM = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Random directions per row; the smallest p is 1/(1 + this).")
-]
-# how it is read
-DEVICE = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, or auto: a GPU where there is one.")]
+N_RANDOM = Annotated[int, number("Random directions per layer; the smallest possible p-value is 1/(N + 1).", least=1)]
+# computation
+DEVICE = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, or auto (a GPU if there is one).")]
 DTYPE = Annotated[
-    str, typer.Option(metavar="NAME", help="float32, bf16, fp16, or stored: as each checkpoint stores its weights.")
+    str, typer.Option(metavar="NAME", help="float32, bf16, fp16, or stored (the dtype each checkpoint was saved in).")
 ]
-KEEP = Annotated[int, typer.Option(min=0, metavar="N", help="Downloaded revisions of runs that stay on disk; 0: all.")]
-STORE = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Keep states in this folder, and read what is there.")
-]
-# what is written
-JSON = Annotated[bool, flag("--json", "Print JSON alone on stdout; all else goes to stderr.")]
-OUT_FOLDER = Annotated[
-    Path, typer.Option(callback=writable_folder, metavar="FOLDER", help="Folder for the table and the figure.")
-]
+KEEP = Annotated[int, number("Keep at most N downloaded run checkpoints on disk; 0: keep all.")]
+STORE = Annotated[Path | None, place("FOLDER", "Cache activations in this folder, and reuse those cached there.")]
+# output
+JSON = Annotated[bool, flag("--json", "Print only JSON on stdout; notes go to stderr.")]
+OUT_FOLDER = Annotated[Path, place("FOLDER", "Folder for the table and the figure.", check=writable_folder)]
 
 
 def chosen_layers(layers: Sequence[int], all_layers: bool) -> tuple[int, ...]:
-    """The layers that were asked for; none is every layer."""
+    """Return the layers given by --layer; empty means all layers."""
     if layers and all_layers:
         raise GravlensError(
-            "Both --layer and --all-layers were given.", "It is some layers, or all of them.", "one of the two."
+            "Both --layer and --all-layers were given.", "They exclude each other.", "only one of them."
         )
     return tuple(layers)

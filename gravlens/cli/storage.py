@@ -1,4 +1,4 @@
-"""gravlens store: looking after a folder of states."""
+"""gravlens store list, verify, prune: maintain an on-disk cache of activations."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,44 +6,43 @@ from typing import Annotated
 import typer
 
 from gravlens import activations, core
-from gravlens.cli.failures import CHECK_FAILED
-from gravlens.cli.options import JSON, example, flag
-from gravlens.cli.screen import print_json, print_table, records, tell
+from gravlens.cli.options import JSON, example, flag, number
+from gravlens.cli.output import CHECK_FAILED, print_json, print_line, print_table, records
 
 commands = typer.Typer(
-    help="Look after a folder of states, as gravlens trajectory --store keeps it.",
+    help="List, verify and prune an on-disk cache of activations (as written by gravlens trajectory --store).",
     no_args_is_help=True,
 )
-FOLDER = Annotated[Path, typer.Argument(metavar="FOLDER", help="The store's folder.")]
+FOLDER = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder given as --store or store=.")]
 
 
 @commands.command(name="list", epilog=example("gravlens store list states"))
 def list_command(folder: FOLDER, json: JSON = False) -> None:
-    """List what a store holds: checkpoints, how many prompts and layers of each, and when they were last asked for."""
+    """List the cached checkpoints: number of prompts and layers, size, last use."""
     found = activations.store.list_store(folder)
     rows = records(found)
     if json:
         print_json(rows)
         return
     shown = [{**row, "mib": f"{row['mib']:.1f}", "used": str(row["used"]).split(".")[0]} for row in rows]
-    print_table([*found.columns], ([_whole(value) for value in row.values()] for row in shown), title=str(folder))
+    print_table([*found.columns], ([_integer(value) for value in row.values()] for row in shown), title=str(folder))
 
 
-def _whole(value: object) -> str:
-    """Counts as whole numbers, which a column with gaps turns into fractions."""
+def _integer(value: object) -> str:
+    # pandas stores a column of counts with missing values as floats
     return core.display.cell(int(value) if isinstance(value, float) else value)
 
 
 @commands.command(epilog=example("gravlens store verify states"))
 def verify(folder: FOLDER, json: JSON = False) -> None:
-    """Hold every file against its checksum; name the damaged ones (exit code 1). Nothing is taken away."""
+    """Verify checksums and list corrupt files (exit code 1). Deletes nothing."""
     found = activations.store.damaged_files(folder)
     if json:
-        print_json({"damaged": [str(path) for path in found]})
+        print_json({"corrupt": [str(path) for path in found]})
     else:
         for path in found:
-            tell(f"damaged: {path}")
-        tell(f"{len(found)} damaged" if found else "every file is whole")
+            print_line(f"corrupt: {path}")
+        print_line(f"{len(found)} corrupt" if found else "no corrupt files")
     raise typer.Exit(CHECK_FAILED if found else 0)
 
 
@@ -51,17 +50,17 @@ def verify(folder: FOLDER, json: JSON = False) -> None:
 def prune(
     folder: FOLDER,
     unused_days: Annotated[
-        float | None, typer.Option(min=0, metavar="DAYS", help="States too that were not asked for in so many days.")
+        float | None, number("Also delete activations not used for this many days.", metavar="DAYS")
     ] = None,
-    dry_run: Annotated[bool, flag("--dry-run", "Name the files, and keep them.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "List the files without deleting them.")] = False,
     json: JSON = False,
 ) -> None:
-    """Take away damaged files, scratch of killed runs, and whole answers, which are made again where they lack."""
+    """Delete corrupt files, temporary files of killed processes, and assembled results (rebuilt when needed)."""
     store = activations.store.check_store(folder)
     found = activations.store.prune_store(store, unused_days=unused_days, dry=dry_run)
     if json:
-        print_json({"files": [str(path) for path in found], "taken_away": not dry_run})
+        print_json({"files": [str(path) for path in found], "deleted": not dry_run})
         return
     for path in found:
-        tell(str(path))
-    tell(f"{len(found)} files {'would be ' if dry_run else ''}taken away")
+        print_line(str(path))
+    print_line(f"{len(found)} files {'would be ' if dry_run else ''}deleted")

@@ -7,5 +7,6 @@ from . import plane as plane
 from . import subspaces as subspaces
 from . import trajectory as trajectory
 from . import vrev as vrev
+from .subspaces import random_like as random_like
+from .trajectory import ByLayer as ByLayer
 from .vrev import direction_from as direction_from
-from .vrev import random_directions as random_directions

@@ -1,12 +1,14 @@
-"""Where the motion goes: a drift over named directions, over several ancestors; an update over the weights."""
+"""Decompose motion: a drift over directions, ancestors, layers and positions; an update over the weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
+import xarray
 from jaxtyping import Float
+from numpy.random import Generator
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -18,11 +20,11 @@ from gravlens.directions.subspaces import (
     drift_subspaces,
     leading_components,
     orthogonal_part,
-    random_spans,
+    random_like,
     share_within,
     whole_state,
 )
-from gravlens.directions.trajectory import JUDGED_FROM, drift_per_prompt, drifts, measure_drift
+from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, drift_per_prompt, drifts, measure_drift, runs_of
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved
@@ -30,63 +32,58 @@ from gravlens.models.opening import OpenModel
 from gravlens.models.precision import check_unquantised
 from gravlens.models.swapping import open_each
 
+__all__ = ["ancestor_pull", "candidate_spans", "leak_map", "rank_table", "split_drift", "split_update"]
+
 OWN, REST, WHOLE = "top_components", "rest", "all"
+NO_ANGLE = 0.1  # degrees: a drift closer to v_rev has no orthogonal part but rounding
 
 
-# --- the drift over directions ----------------------------------------------------------------------------------
 def split_drift(
     residuals: Residuals, parts: Mapping[str, Spans], *, components: int = 3, layers: Sequence[int] | None = None
-) -> pd.DataFrame:
+) -> ByLayer:
     """Split each drift h(θ_t) − h(anchor) by orthogonal projection, in the order of `parts`.
 
-    A part counts with what is orthogonal to the parts before it, so what two parts share goes to the first. After the
-    parts come the run's own leading components (right singular vectors of the per-prompt drifts of all its steps, not
-    centred), then the rest. The mean drift lies close to its own components by construction: read that share as
-    what few directions hold beyond the parts, not as a finding about them.
+    What two parts share goes to the first. After the parts come the run's own leading components (right singular
+    vectors of the per-prompt drifts of all its steps, not centred), then the rest. The mean drift lies close to its own
+    components by construction: their share is no finding about them.
 
     Args:
         residuals: hold `anchor` and the runs.
-        parts: name -> one direction or subspace a layer, v_rev first: `{"v_rev": vs, "refusal": refusal}`.
-        components: how many of the run's own components; 0 leaves that part out.
-        layers: which ones (default: those where every part is defined).
+        parts: name -> one direction or subspace per layer, v_rev first: `{"v_rev": vs, "refusal": refusal}`.
+        components: number of the run's own components; 0 omits that part.
+        layers: default: those where every part is defined.
 
     Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over the layers), `part, share` (of ‖drift‖²; 1 in sum over parts,
-        NaN where there is no drift). Parts are those given, `top_components` and `rest`.
-
-    Raises:
-        GravlensError: no run, a part that is undefined at a layer or has a name of ours, more components than drifts.
+        `run, step, layer, part` (those given, `top_components`, `rest`), `share` (of ‖drift‖²; NaN without drift).
     """
     check_states(residuals)
     if taken := {OWN, REST} & parts.keys():
         raise GravlensError(f"A part is called {taken.pop()!r}.", f"{OWN} and {REST} are added.", "another name.")
     chosen = _layers(residuals, parts) if layers is None else tuple(layers)
     names = [*parts, *([OWN] if components else []), REST]
-    frames = []
-    for run, steps in _runs(residuals).items():
+    results = []
+    for run, steps in runs_of(residuals).items():
         mean = drifts(residuals, run, chosen)
         each = np.concatenate([drift_per_prompt(residuals, f"{run}/{step}", chosen) for step in steps])
+        # the order decides: shared variance goes to the first
         spans = [[_basis(name, part, layer) for name, part in parts.items()] for layer in chosen]
         if components:
-            spans = [[*rows, _components(each[:, i], components)] for i, rows in enumerate(spans)]
+            with np.errstate(invalid="ignore"):  # a run that does not move has components without shares
+                spans = [[*rows, leading_components(each[:, i], rank=components)[0]] for i, rows in enumerate(spans)]
         shares = np.stack([_shares(mean[:, i], rows) for i, rows in enumerate(spans)], axis=1)
-        frames.append(_tidy(run, steps, chosen, {"part": names, "share": shares}))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _components(drift: Float[np.ndarray, "drift d_model"], rank: int) -> Float[np.ndarray, "rank d_model"]:
-    with np.errstate(invalid="ignore"):  # a run that does not move has components of no length, and no shares
-        return leading_components(drift, rank=rank)[0]
+        axes = {"run": [run], "step": list(steps), "layer": list(chosen), "part": names}
+        results.append(ByLayer.of(xarray.Dataset({"share": (tuple(axes), shares[None])}, axes)))
+    return ByLayer.concat(results)
 
 
 def _shares(
     drift: Float[np.ndarray, "step d_model"], spans: Sequence[Float[np.ndarray, "rank d_model"]]
 ) -> Float[np.ndarray, "step part"]:
-    """Shares of the squared length within each span beyond those before it, and of what is left."""
+    """Shares of the squared length in each span beyond the previous ones, and of the rest."""
     taken, left, lengths = np.empty((0, drift.shape[1])), drift, []
     for span in spans:
         _, sizes, rows = np.linalg.svd(span - span @ taken.T @ taken, full_matrices=False)
-        taken = np.vstack([taken, rows[sizes > NOTHING_LEFT]])
+        taken = np.vstack([taken, rows[sizes > NOTHING_LEFT]])  # a part within the earlier ones adds nothing
         before, left = left, drift - drift @ taken.T @ taken
         lengths.append(((before - left) ** 2).sum(1))
     lengths.append((left**2).sum(1))
@@ -101,30 +98,17 @@ def _basis(name: str, part: Spans, layer: int) -> Float[np.ndarray, "rank d_mode
     return basis
 
 
-# --- the drift over ancestors -----------------------------------------------------------------------------------
-def ancestor_pull(
-    residuals: Residuals, witnesses: Sequence[str], *, layers: Sequence[int] | None = None
-) -> pd.DataFrame:
-    """Which of several ancestors pulls: min over c ≥ 0 of ‖drift − Σ_i c_i (h(W_i) − h(anchor))‖, for each drift.
+def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Sequence[int] | None = None) -> ByLayer:
+    """Which of several ancestors pulls: min over c ≥ 0 of ‖drift − Σ_i c_i (h(W_i) − h(anchor))‖, per drift.
 
-    Non-negative least squares (Lawson & Hanson 1974, scipy) on directions of their full length: a coefficient is the
-    part of the way to that ancestor. One that the drift leads away from gets 0. Ancestors that lie in nearly one
-    direction share their sum in an arbitrary way, and often one of them gets all: look at `condition`, and where it
-    is large at the sum, or at each ancestor by itself. Drift and directions subtract one anchor, whose own excursion
-    raises every coefficient.
-
-    Args:
-        residuals: hold `anchor`, the runs and the witnesses.
-        witnesses: names of checkpoints in them, `"witness"` among others.
-        layers: which ones (default: those where every witness differs from the anchor).
+    Non-negative least squares (Lawson & Hanson 1974, scipy): a coefficient is the fraction of the way to that ancestor,
+    0 where the drift leads away from it. Nearly collinear ancestors share their sum arbitrarily: where `condition` is
+    large read the sum, or each ancestor alone. The anchor's own excursion raises every coefficient. `witnesses` are
+    names of checkpoints in the residuals; GravlensError for one that equals the anchor at a layer.
 
     Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over the layers), `witness`, `coefficient`, `explained` (share of
-        ‖drift‖² that the whole fit explains; NaN without drift), `condition` (condition number of the directions at
-        unit length: 1 orthogonal, large collinear; at `<NA>` the largest).
-
-    Raises:
-        GravlensError: no run, no witness, one twice, or one that does not differ from the anchor at a layer.
+        `run, step, layer, witness, coefficient, explained` (share of ‖drift‖² explained by the fit; NaN without drift),
+        `condition` (of the unit directions: 1 orthogonal, large collinear; `.layer_mean` has the largest).
     """
     check_states(residuals)
     if not witnesses or len(set(witnesses)) < len(witnesses):
@@ -134,26 +118,23 @@ def ancestor_pull(
     unit = [np.concatenate([_basis(name, vs, layer) for name, vs in found.items()]) for layer in chosen]
     lengths = [[vs[layer].distance for vs in found.values()] for layer in chosen]
     conditions = np.array([np.linalg.cond(rows) for rows in unit])
-    frames = []
-    for run, steps in _runs(residuals).items():
+    results = []
+    for run, steps in runs_of(residuals).items():
         mean = drifts(residuals, run, chosen)
+        # full length: a coefficient is a fraction of the way
         ways = [rows * np.array(length)[:, None] for rows, length in zip(unit, lengths, strict=True)]
         pulls = np.array([[nnls(way.T, one)[0] for way, one in zip(ways, step, strict=True)] for step in mean])
         fitted = np.einsum("slw,lwd->sld", pulls, np.stack(ways))
         with np.errstate(invalid="ignore"):
             explained = 1 - ((mean - fitted) ** 2).sum(2) / (mean**2).sum(2)
-        columns = {"witness": list(witnesses), "coefficient": pulls, "explained": _spread(explained, pulls.shape)}
-        table = _tidy(run, steps, chosen, columns)
-        at = {**dict(zip(chosen, conditions, strict=True)), pd.NA: conditions.max()}
-        frames.append(table.assign(condition=[at[layer] for layer in table["layer"]]))
-    return pd.concat(frames, ignore_index=True)
+        axes = {"run": [run], "step": list(steps), "layer": list(chosen), "witness": list(witnesses)}
+        data = {"coefficient": (tuple(axes), pulls[None]), "explained": (tuple(axes)[:3], explained[None])}
+        found = ByLayer.of(xarray.Dataset({**data, "condition": ("layer", conditions)}, axes))
+        # the fit is as arbitrary as it is at its worst layer: a mean would hide it
+        results.append(replace(found, layer_mean=found.layer_mean.assign(condition=conditions.max())))
+    return ByLayer.concat(results)
 
 
-def _spread(values: Float[np.ndarray, "step layer"], shape: tuple[int, ...]) -> Float[np.ndarray, "step layer part"]:
-    return np.broadcast_to(values[..., None], shape)
-
-
-# --- the update over the weights --------------------------------------------------------------------------------
 def split_update(
     anchor: Checkpoint | Resolved,
     witness: Checkpoint | Resolved,
@@ -161,28 +142,19 @@ def split_update(
     *,
     shared: bool = False,
 ) -> pd.DataFrame:
-    """How much of each update θ_t − θ_anchor lies along the task vector θ_witness − θ_anchor, tensor by tensor.
+    """Decompose each update θ_t − θ_anchor along the task vector θ_witness − θ_anchor, tensor by tensor.
 
-    The task vector is that of Ilharco et al., "Editing models with task arithmetic" (2022), taken back. One model is
-    open at a time; beside it the anchor's weights and the task vector are kept, three times the weights in all.
-
-    Args:
-        anchor: where the updates start.
-        witness: where the task vector leads.
-        checkpoints: where the updates lead.
-        shared: over those tensors alone that all three share by name and shape, where a vocabulary grew or embeddings
-            were untied on the way.
+    The task vector is that of Ilharco et al., "Editing models with task arithmetic" (2022), reversed. One model is open
+    at a time; with the anchor's weights and the task vector that makes three times the weights. `shared`: only tensors
+    that all three share by name and shape (a vocabulary grew, embeddings were untied). GravlensError for a model that
+    is quantised, no plain Hugging Face model, or has other parameters than the anchor.
 
     Returns:
-        One row per checkpoint × parameter tensor, `all` the whole: `checkpoint, step, tensor, cosine, fraction` (of the
-        task vector: 0 the anchor, 1 as far as the witness), `share_parallel` and `share_orthogonal` (of ‖update‖²,
-        along that tensor's own task vector and across it; `all` takes the one vector of all weights), `norm` (of the
-        update). NaN where there is no update or no task vector.
-
-    Raises:
-        GravlensError: a model that is no plain Hugging Face model, or has other parameters than the anchor (with
-            `shared`: none of its parameters), or is quantised.
+        One row per checkpoint × parameter tensor, and `all`: `checkpoint, step, tensor, cosine, fraction` (of the task
+        vector: 0 the anchor, 1 the witness), `share_parallel`, `share_orthogonal` (of ‖update‖², along and across that
+        tensor's task vector), `norm` (of the update). NaN without update or task vector.
     """
+    # clone: the opened model is closed, or swapped in place, before the next
     opened = open_each([anchor, witness, *checkpoints], through="huggingface")
     start = {name: weight.clone() for name, weight in _weights(*next(opened), {}).items()}
     way = {name: weight - start[name] for name, weight in _weights(*next(opened), start, shared).items()}
@@ -190,13 +162,13 @@ def split_update(
     for checkpoint, model in opened:
         weights = _weights(checkpoint, model, way, shared)
         products = np.array([_products(weight - start[name], way[name]) for name, weight in weights.items()])
+        # the products add up over tensors, so the whole needs no second pass
         table = _measured(np.vstack([products.sum(0), products]))
-        table.insert(0, "tensor", [WHOLE, *weights])
-        table.insert(0, "step", checkpoint.step)
-        table.insert(0, "checkpoint", checkpoint.name)
-        rows.append(table)
+        names = pd.DataFrame({"checkpoint": checkpoint.name, "step": checkpoint.step, "tensor": [WHOLE, *weights]})
+        rows.append(names.join(table))
     if not rows:
         raise GravlensError("No checkpoint was given.", "An update leads to a checkpoint.", "the runs' checkpoints.")
+    # nullable: not every checkpoint is a run's step
     return pd.concat(rows, ignore_index=True).astype({"step": "Int64"})
 
 
@@ -220,7 +192,7 @@ def _weights(
 
 
 def _products(update: Tensor, way: Tensor) -> tuple[float, ...]:
-    """⟨u, w⟩, ⟨u, u⟩, ⟨w, w⟩, summed in fp64."""
+    """⟨u, w⟩, ⟨u, u⟩, ⟨w, w⟩ in fp64."""
     pairs = ((update, way), (update, update), (way, way))
     return tuple(float((one * other).sum(dtype=torch.float64)) for one, other in pairs)
 
@@ -233,19 +205,8 @@ def _measured(products: Float[np.ndarray, "tensor 3"]) -> pd.DataFrame:
     return pd.DataFrame({**columns, "norm": np.sqrt(update)})
 
 
-# --- tables -----------------------------------------------------------------------------------------------------
-def _runs(residuals: Residuals) -> dict[str, tuple[int, ...]]:
-    if not residuals.runs:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "What is split is the drift of a checkpoint of a run.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
-    return residuals.runs
-
-
 def _layers(residuals: Residuals, parts: Mapping[str, Spans]) -> tuple[int, ...]:
-    """The residuals' layers where every part is defined."""
+    """The layers where every part is defined."""
     chosen = residuals.layers
     for name, part in parts.items():
         has = {one.layer for one in part if np.isfinite(one.basis).all()}
@@ -258,54 +219,29 @@ def _layers(residuals: Residuals, parts: Mapping[str, Spans]) -> tuple[int, ...]
 def _nowhere(name: str, layers: Sequence[int]) -> GravlensError:
     return GravlensError(
         f"{name} is undefined at layer {', '.join(map(str, layers))}.",
-        "Each part has a direction at each layer, and each ancestor differs from the anchor there.",
+        "Every part and ancestor needs a direction at every layer.",
         "layers=[…] where it has one, or leave it out.",
     )
 
 
-def _tidy(
-    run: str, steps: Sequence[int], layers: Sequence[int], columns: Mapping[str, Sequence[str] | np.ndarray]
-) -> pd.DataFrame:
-    """Names of parts and values [step, layer, part] as rows; the mean over layers is appended."""
-    ((kind, names), *values) = columns.items()
-    rows = product(steps, [*layers, pd.NA], names)
-    table = pd.DataFrame([(run, *row) for row in rows], columns=["run", "step", "layer", kind])
-    for name, numbers in values:
-        numbers = np.asarray(numbers)
-        table[name] = np.concatenate([numbers, numbers.mean(1, keepdims=True)], axis=1).ravel()
-    return table.astype({"layer": "Int64"})
-
-
-# A drift closer to v_rev than this (degrees) has no part orthogonal to it but rounding.
-NO_ANGLE = 0.1
-
-
-# --- where: layers, positions, prompts ----------------------------------------------------------------------------
 def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> pd.DataFrame:
-    """Where each checkpoint has moved: over layers, token positions, and prompts that a block has not seen.
+    """Map where each checkpoint moved: over layers, token positions, and prompts that a block has not seen.
 
-    v_rev is located at each position by itself, on the given prompts, and used on both sets (docs/leaks.md).
-
-    Args:
-        given: residuals of witness, anchor and the runs on the probes, one for each position.
-        held_out: the same on other prompts, at the same positions.
+    `given` are residuals on the probes, one per position, `held_out` the same on other prompts. v_rev is located per
+    position on the given prompts and used on both sets (docs/leaks.md).
 
     Returns:
-        One row per run × step × layer × position × prompt set (`given`, `held_out`): `alignment` and `fraction` as in
-        `follow`; `drift_norm` in units of the distance; `judged`, whether that is above 2 %; `share_along_vrev`, the
-        part of the per-prompt drifts' summed squared length that lies along v_rev; `refit_angle`, degrees between
-        v_rev and the direction located anew from this checkpoint to the witness, on the row's own prompts.
-
-    Raises:
-        GravlensError: no run, a position twice, held-out residuals of the same prompts or at other positions.
+        One row per run × step × layer × position × prompt set (`given`, `held_out`): `alignment`, `fraction` as in
+        `follow`; `drift_norm` in distances; `judged` (longer than 2 %); `share_along_vrev` of the per-prompt drifts'
+        summed squared length; `refit_angle`, degrees between v_rev and the direction from this checkpoint to the
+        witness, on the row's own prompts.
     """
     located, others = _by_position(given), _by_position(held_out)
     same = any(one.prompts == located[position].prompts for position, one in others.items() if position in located)
     if same or not located or not others.keys() <= located.keys():
         raise GravlensError(
-            f"Given prompts were read at positions {sorted(located)}, {'the same' if same else 'held-out'} ones at "
-            f"{sorted(others)}.",
-            "v_rev is located at every position on the given prompts; the held-out ones are others.",
+            f"Given positions: {sorted(located)}; {'the same prompts' if same else 'held out'} at {sorted(others)}.",
+            "Each held-out position needs v_rev there, located on other prompts.",
             "cache_residuals(sequence, positions=…) at each position, for both sets of prompts.",
         )
     frames = []
@@ -313,53 +249,42 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
         vs = locate_vrev(states).defined()
         sets = {"given": states} | ({"held_out": others[position]} if position in others else {})
         for prompts, residuals in sets.items():
-            for name in _checkpoints_of_runs(residuals):
-                frames.append(_leaks(residuals, name, vs).assign(position=position, prompts=prompts))
+            for run, steps in runs_of(residuals).items():
+                tables = (_leaks(residuals, run, step, vs) for step in steps)
+                frames += [table.assign(position=position, prompts=prompts) for table in tables]
     table = pd.concat(frames, ignore_index=True)
     first = ["run", "step", "layer", "position", "prompts"]
     return table[[*first, *table.columns.drop(first)]]
 
 
-def _leaks(residuals: Residuals, checkpoint: str, vs: Directions) -> pd.DataFrame:
+def _leaks(residuals: Residuals, run: str, step: int, vs: Directions) -> pd.DataFrame:
+    checkpoint = f"{run}/{step}"
     drift = drift_per_prompt(residuals, checkpoint, vs.layers)
     to_witness = drift_per_prompt(residuals, "witness", vs.layers, start=checkpoint)
     mean, each_prompt = measure_drift(drift.mean(0), vs), measure_drift(drift, vs)
+    # rounding may pass 1, of which arccos is NaN
     refit = np.clip(measure_drift(to_witness.mean(0), vs)["alignment"], -1, 1)
     with np.errstate(invalid="ignore"):  # no drift has no share along v_rev
         share = (each_prompt["projection"] ** 2).sum(0) / (each_prompt["drift_norm"] ** 2).sum(0)
     length = mean["drift_norm"] / vs.distances
-    run, _, step = checkpoint.rpartition("/")
     return pd.DataFrame(
-        {"run": run, "step": int(step), "layer": vs.layers, "alignment": mean["alignment"],
+        {"run": run, "step": step, "layer": vs.layers, "alignment": mean["alignment"],
          "fraction": mean["fraction"], "drift_norm": length, "judged": length > JUDGED_FROM,
          "share_along_vrev": share, "refit_angle": np.degrees(np.arccos(refit))}
     )  # fmt: skip
 
 
 def _by_position(several: Sequence[Residuals]) -> dict[int, Residuals]:
-    """Position (−1 is the last prompt token) -> residuals."""
+    """Residuals by position (−1 is the last prompt token)."""
     several = [check_states(one) for one in as_list(several)]
     positions = [one.meta.get("positions", "last") for one in several]
     found = dict(zip([-1 if p == "last" else int(p) for p in positions], several, strict=True))
     if len(found) < len(several):
-        raise GravlensError(
-            f"Residuals at positions {positions} were given.", "Each position is there once.", "leave one out."
-        )
+        given = f"Residuals at positions {positions} were given."
+        raise GravlensError(given, "Each position may occur once.", "leave one out.")
     return found
 
 
-def _checkpoints_of_runs(residuals: Residuals) -> list[str]:
-    names = [f"{run}/{step}" for run, steps in residuals.runs.items() for step in steps]
-    if not names:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "What has moved is a checkpoint of a run.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
-    return names
-
-
-# --- in which directions ------------------------------------------------------------------------------------------
 def candidate_spans(
     residuals: Residuals,
     directions: Directions,
@@ -368,29 +293,25 @@ def candidate_spans(
     ranks: Sequence[int] = (1, 2, 4, 16),
     refusal: Directions | None = None,
     n_random: int = 1,
-    rng: np.random.Generator,
+    rng: Generator,
 ) -> dict[str, list[Spans]]:
-    """Spans that may hold what fine-tuning did, fitted on some runs, to be tested on others (docs/leaks.md).
+    """Fit spans that may hold what fine-tuning did on some runs, to be tested on others (docs/leaks.md).
 
     Args:
-        residuals: of the anchor and of the checkpoints of `fit_on`, on the given prompts.
-        directions: v_rev, whose layers and distances are kept.
-        fit_on: `"{run}/{step}"`, of other runs than those that are tested.
-        ranks: how many leading components of their per-prompt drift.
+        residuals: of the anchor and of `fit_on`, on the given prompts.
+        directions: v_rev, for layers and distances.
+        fit_on: `"{run}/{step}"`, of other runs than the tested ones.
+        ranks: numbers of leading components of the per-prompt drift.
         refusal: a refusal direction at the same layers.
         n_random: random spans of each rank and kind.
-        rng: of the random spans.
 
     Returns:
-        Kind -> spans: `v_rev`; `drift`, at each rank; `drift_orthogonal`, what is left of it without v_rev (a layer
-        where nothing is left is left out); `refusal`; `isotropic` and `covariance_matched`, of the drifts' ranks;
-        `whole_state`.
-
-    Raises:
-        GravlensError: a checkpoint or layer that the residuals lack, a rank above the number of drifts.
+        Kind -> spans: `v_rev`; `drift` and `drift_orthogonal` (to v_rev, at the layers where anything is left) of each
+        rank; `refusal`; `isotropic`, `covariance_matched` of the drifts' ranks; `whole_state`.
     """
     check_states(residuals)
     vs = directions.defined()
+    # on other runs: a run's own components fit it by construction
     drift = [drift_subspaces(residuals, vs, at=fit_on, rank=rank) for rank in ranks]
     anchor = residuals.of("anchor")[:, [residuals.layers.index(layer) for layer in vs.layers]]
     draws = range(n_random)
@@ -399,8 +320,8 @@ def candidate_spans(
         "drift": [*drift],
         "drift_orthogonal": [part for spaces in drift if len(part := _without(spaces, vs))],
         "refusal": [] if refusal is None else [refusal.at(vs.layers)],
-        "isotropic": [random_spans(spaces, rng=rng) for spaces in drift for _ in draws],
-        "covariance_matched": [random_spans(spaces, rng=rng, states=anchor) for spaces in drift for _ in draws],
+        "isotropic": [random_like(spaces, rng=rng) for spaces in drift for _ in draws],
+        "covariance_matched": [random_like(spaces, rng=rng, states=anchor) for spaces in drift for _ in draws],
         "whole_state": [whole_state(vs)],
     }
     return {kind: spans for kind, spans in found.items() if spans}
@@ -419,36 +340,37 @@ def rank_table(
     directions: Directions,
     at: Sequence[str],
     refusal: Directions | None = None,
-) -> pd.DataFrame:
-    """How much of a run's drift lies in spans that were fitted without it.
+) -> ByLayer:
+    """Share of a run's drift in spans that were fitted without it, on other prompts.
 
     Args:
-        residuals: of the anchor and of the checkpoints of `at`; other prompts than the spans were fitted on.
-        spans: kind -> spans, such as `candidate_spans` gives.
+        residuals: of the anchor and of `at`.
+        spans: kind -> spans, e.g. from `candidate_spans`.
         directions: v_rev.
-        at: the checkpoints that are tested, `"{run}/{step}"`.
+        at: the tested checkpoints, `"{run}/{step}"`.
         refusal: a refusal direction at the same layers.
 
     Returns:
-        One row per checkpoint × span × layer, and `<NA>`, the mean over the span's layers: `run`, `step`, `span` (its
-        kind), `rank`, `fitted_on`, `layer`, `share` (of the summed squared length of the per-prompt drifts; a random
-        isotropic span of rank k holds k / d_model), `angle_vrev` and `angle_refusal` (degrees; 0: it lies within).
+        One row per checkpoint × span × layer: `run`, `step`, `span` (its kind), `rank`, `fitted_on`, `layer`, `share`
+        (of the summed squared length of the per-prompt drifts; k / d_model for an isotropic span of rank k),
+        `angle_vrev`, `angle_refusal` (degrees; 0: within the span). `.layer_mean` is over the span's own layers.
     """
     check_states(residuals)
-    frames = []
+    results = []
     for checkpoint in at:
         run, _, step = checkpoint.rpartition("/")
         for kind, several in spans.items():
             for one in several:
                 fitted_on = ", ".join(next(iter(one)).made_from.get("checkpoints", ()))
                 facts = {"run": run, "step": int(step), "span": kind, "rank": rank_of(one), "fitted_on": fitted_on}
-                rows = _with_mean(_ranks(residuals, checkpoint, one, directions, refusal))
-                frames.append(pd.DataFrame(facts, index=rows.index).join(rows))
-    return pd.concat(frames, ignore_index=True)
+                rows = _ranks(residuals, checkpoint, one, directions, refusal)
+                means = rows.drop(columns="layer").mean().to_frame().T  # skips NaN: no drift at that layer
+                results.append(ByLayer(*(pd.DataFrame(facts, index=some.index).join(some) for some in (rows, means))))
+    return ByLayer.concat(results)
 
 
 def rank_of(spans: Spans) -> int:
-    """The rank of spans: that of the largest layer's."""
+    """Largest rank over the layers."""
     return max(len(span.basis) for span in spans)
 
 
@@ -467,13 +389,8 @@ def _ranks(
     )
 
 
-def _with_mean(rows: pd.DataFrame) -> pd.DataFrame:
-    mean = rows.drop(columns="layer").mean().to_frame().T
-    return pd.concat([rows, mean], ignore_index=True).astype({"layer": "Int64"})
-
-
 def _angle(span: Span, direction: Direction) -> float:
-    """Degrees between a direction and a span (the principal angle, without the SVD of a whole state)."""
+    """Degrees between a direction and a span (the principal angle, without an SVD of the whole state)."""
     basis, vector = span.basis.astype(np.float64), direction.vector.astype(np.float64)
-    inside = basis @ vector
+    inside = basis @ vector  # arctan2, for the arccos of a cosine near 1 loses half of its digits
     return float(np.degrees(np.arctan2(np.linalg.norm(vector - inside @ basis), np.linalg.norm(inside))))

@@ -1,20 +1,19 @@
-"""Directions and subspaces of one layer's residual stream: frozen, with their layer, distance and provenance."""
+"""Directions and subspaces of one layer's residual stream: frozen, with layer, distance and provenance."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import xarray
 from jaxtyping import Float
 
-from gravlens.activations.residuals import Residuals
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.core.files import read_tensors, write_tensors
-from gravlens.history.sequence import ModelSequence
 
+Samples: TypeAlias = Float[np.ndarray, "sample layer d_model"]
 COLUMNS = ("layer", "distance", "reliability", "estimator", "made from")  # as a notebook shows them
 
 
@@ -23,14 +22,14 @@ class Direction:
     """One direction of one layer, frozen: it never refits.
 
     Attributes:
-        vector: [d_model], of unit length (NaN where undefined).
+        vector: [d_model], unit length (NaN where undefined).
         layer: `blocks.{layer}.hook_resid_post`.
-        distance: length of the difference that it was made from, residual units; strength 1 is this length.
-        reliability: split-half cosine over even and odd prompts, stepped up by Spearman–Brown; NaN for one prompt.
+        distance: length of the difference that the direction was made from, residual units; strength 1 is this length.
+        reliability: split-half cosine over even and odd prompts, Spearman–Brown corrected; NaN for one prompt.
         estimator: name of the estimator.
         prompts: digest of the prompts.
-        made_from: further facts (witness, anchor, position, chat template).
-        undefined: why there is no direction here, or None.
+        made_from: provenance (witness, anchor, position, chat template).
+        undefined: why this layer has no direction, or None.
     """
 
     vector: Float[np.ndarray, " d_model"] = field(repr=False)
@@ -43,17 +42,17 @@ class Direction:
     undefined: str | None = None
 
     def __post_init__(self) -> None:
-        vector = np.array(self.vector, dtype=np.float32)
+        vector = np.array(self.vector, dtype=np.float32)  # a copy: the caller's array stays writeable
         vector.flags.writeable = False
-        object.__setattr__(self, "vector", vector)
+        object.__setattr__(self, "vector", vector)  # the dataclass is frozen
 
     @property
     def basis(self) -> Float[np.ndarray, "1 d_model"]:
-        """The vector as the one row of a basis: a direction is a subspace of rank 1."""
+        """The vector as a basis of one row: a direction is a subspace of rank 1."""
         return self.vector[None]
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, with what it was made from."""
+        """Write one safetensors file, with the metadata."""
         return Directions((self,)).save(path)
 
     @classmethod
@@ -66,66 +65,73 @@ class Direction:
         return html.table(COLUMNS, [_row(self)], title="Direction")
 
 
+S = TypeVar("S", bound="Direction | Subspace")
+
+
+class _OfLayers(Generic[S]):
+    """Look up directions or subspaces of several layers by layer."""
+
+    def __iter__(self) -> Iterator[S]:
+        raise NotImplementedError
+
+    def __getitem__(self, layer: int) -> S:
+        if found := [one for one in self if one.layer == layer]:
+            return found[0]
+        given = f"There is no {type(self).__name__[:-1].lower()} of layer {layer!r} here."
+        raise GravlensError(given, f"Layers: {', '.join(map(str, self.layers))}.", "one of these.")
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, in order."""
+        return tuple(one.layer for one in self)
+
+    @property
+    def distances(self) -> Float[np.ndarray, " layer"]:
+        """The witness–anchor distances, residual units."""
+        return np.array([one.distance for one in self])
+
+
 @dataclass(frozen=True, eq=False)
-class Directions:
+class Directions(_OfLayers["Direction"]):
     """Directions of several layers: `vs[12]` is layer 12's."""
 
     directions: tuple[Direction, ...]
 
-    def __getitem__(self, layer: int) -> Direction:
-        for direction in self.directions:
-            if direction.layer == layer:
-                return direction
-        raise GravlensError(
-            f"There is no direction of layer {layer!r} here.",
-            f"Layers here: {', '.join(map(str, self.layers))}.",
-            "one of these, or locate_vrev with that layer.",
-        )
-
     def __iter__(self) -> Iterator[Direction]:
         return iter(self.directions)
-
-    def __len__(self) -> int:
-        return len(self.directions)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers, in the order of the directions."""
-        return tuple(direction.layer for direction in self)
 
     @property
     def vectors(self) -> Float[np.ndarray, "layer d_model"]:
         """The unit vectors, NaN where undefined."""
         return np.stack([direction.vector for direction in self])
 
-    @property
-    def distances(self) -> Float[np.ndarray, " layer"]:
-        """The distances, residual units."""
-        return np.array([direction.distance for direction in self])
-
-    def defined(self) -> "Directions":
-        """Those that are defined; raises where none is."""
+    def defined(self) -> "Directions":  # what follows divides by the distance and would spread NaN over means
+        """Select the defined ones; raises where there is none."""
         kept = tuple(direction for direction in self if direction.undefined is None)
         if not kept:
             raise undefined_error(self.directions[0])
         return Directions(kept)
 
     def at(self, layers: int | Sequence[int]) -> "Directions":
-        """Those of some layers."""
+        """Select layers."""
         return Directions(tuple(self[layer] for layer in as_list(layers)))
 
     @classmethod
     def of(cls, given: "Direction | Directions | Sequence[Direction]") -> "Directions":
-        """Directions as they are, or of one or several; GravlensError for anything else."""
+        """Convert one or several directions to `Directions`; GravlensError for other types."""
         if isinstance(given, cls):
             return given
-        found = (given,) if isinstance(given, Direction) else given
+        found = (given,) if isinstance(given, Direction) else given  # a Direction is no Sequence
         if isinstance(found, Sequence) and found and all(isinstance(one, Direction) for one in found):
             return cls(tuple(found))
         raise no_direction(given)
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, with what they were made from."""
+        """Write one safetensors file, with the metadata."""
+        # JSON cannot hold arrays
         meta = [{k: v for k, v in vars(d).items() if k != "vector"} | {"made_from": dict(d.made_from)} for d in self]
         return write_tensors(path, "directions", {"vectors": self.vectors}, {"directions": meta})
 
@@ -138,24 +144,19 @@ class Directions:
         return cls(tuple(Direction(v, **(m | {n: np.nan if m[n] is None else m[n] for n in numbers})) for v, m in rows))
 
     def to_xarray(self) -> xarray.Dataset:
-        """`vector` [layer, d_model], and by layer `distance`, `reliability`, `estimator`, `undefined` ("": defined)."""
-        columns = {
-            "distance": self.distances,
-            "reliability": [one.reliability for one in self],
-            "estimator": [one.estimator for one in self],
-            "undefined": [one.undefined or "" for one in self],
-        }
-        by_layer = {name: ("layer", values) for name, values in columns.items()}
-        return xarray.Dataset(
-            {"vector": (("layer", "d_model"), self.vectors), **by_layer}, {"layer": list(self.layers)}
-        )
+        """`vector` [layer, d_model]; by layer `distance`, `reliability`, `estimator`, `undefined` ("": defined)."""
+        names = ("distance", "reliability", "estimator", "undefined")
+        by_layer = {name: ("layer", [getattr(one, name) for one in self]) for name in names}
+        by_layer["undefined"] = ("layer", [one.undefined or "" for one in self])  # netCDF has no None
+        vectors = {"vector": (("layer", "d_model"), self.vectors)}
+        return xarray.Dataset({**vectors, **by_layer}, {"layer": list(self.layers)})
 
     def _repr_html_(self) -> str:
         return html.table(COLUMNS, [_row(one) for one in self], title="Directions", rest="vs[layer]")
 
 
 def no_direction(given: object) -> GravlensError:
-    """The error for what is given in place of directions: a bare vector does not say which layer it belongs to."""
+    """Error for an argument that is no direction: a bare vector does not say which layer it belongs to."""
     return wrong_kind(
         given,
         "A direction is a vector together with its layer.",
@@ -164,69 +165,60 @@ def no_direction(given: object) -> GravlensError:
 
 
 def one_direction(given: Direction) -> Direction:
-    """A direction as it is; GravlensError for those of several layers and for anything else."""
+    """Return the direction; GravlensError for directions of several layers and for other types."""
     if isinstance(given, Directions):
-        raise wrong_kind(
-            given, f"A direction of one of the layers {list(given.layers)} is needed.", "directions[layer]."
-        )
+        raise wrong_kind(given, f"One layer's direction is needed, of {list(given.layers)}.", "directions[layer].")
     if not isinstance(given, Direction):
         raise no_direction(given)
     return given
 
 
-def _row(direction: Direction) -> tuple[Any, ...]:
-    made = direction.undefined or ", ".join(f"{name}: {value}" for name, value in direction.made_from.items())
-    return direction.layer, direction.distance, direction.reliability, direction.estimator, made
-
-
-Source: TypeAlias = ModelSequence | Residuals | Path | str
+def _row(one: "Direction | Subspace") -> tuple[Any, ...]:
+    numbers = (one.distance, one.reliability) if isinstance(one, Direction) else (one.rank, one.distance)
+    why = one.undefined if isinstance(one, Direction) else None
+    made = why or ", ".join(f"{name}: {value}" for name, value in one.made_from.items())
+    return one.layer, *numbers, one.estimator, made
 
 
 def undefined_error(direction: Direction) -> GravlensError:
-    """The error for using a direction whose layer has none."""
+    """Error for a layer without a direction."""
     return GravlensError(
         f"v_rev is undefined at layer {direction.layer}: {direction.undefined}.",
         "Witness and anchor have to differ there.",
-        "another layer, another witness, or locate_vrev(sequence) to see which layers are defined.",
+        "another layer or witness; locate_vrev(sequence) shows which layers are defined.",
     )
 
 
-def check_columns(samples: Float[np.ndarray, "sample layer d_model"], layers: Sequence[int], note: str = "") -> None:
-    """GravlensError where samples have not as many layers as they are matched with."""
+def check_columns(samples: Samples, layers: Sequence[int], note: str = "") -> None:
+    """GravlensError where samples do not have one column per layer."""
     if samples.shape[1] != len(layers):
         raise GravlensError(
             f"Samples of {samples.shape[1]} layers were given for the {len(layers)}{note}: {list(layers)}.",
-            "A column of [sample, layer, d_model] belongs to each of these layers, in their order.",
+            "Samples [sample, layer, d_model] have one column per direction, in the same order.",
             'residuals.of("anchor")[:, [residuals.layers.index(layer) for layer in directions.layers]].',
         )
 
 
-def defined_columns(
-    directions: Directions, samples: Float[np.ndarray, "sample layer d_model"]
-) -> tuple[Directions, Float[np.ndarray, "sample layer d_model"]]:
-    """The defined directions, and the samples of their layers, where samples are of all layers or of the defined."""
+def defined_columns(directions: Directions, samples: Samples) -> tuple[Directions, Samples]:
+    """Select the defined directions and their columns of `samples` (of all layers, or of the defined ones)."""
     defined = directions.defined()
     if samples.shape[1] != len(defined):
         check_columns(samples, directions.layers, f" ({len(defined)} defined)")
+        # samples of the defined layers alone are already in step
         samples = samples[:, [direction.undefined is None for direction in directions]]
     return defined, samples
 
 
-ORTHONORMAL_WITHIN = 1e-4
+ORTHONORMAL_WITHIN = 1e-4  # rows rounded to fp32 miss 1 and 0 by about 1e-7; a wrong basis by far more
 SUBSPACE_COLUMNS = ("layer", "rank", "distance", "estimator", "made from")  # as a notebook shows them
 
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """A few directions of one layer together, frozen: it never refits.
+    """A subspace of one layer's residual stream, frozen: it never refits.
 
-    Attributes:
-        basis: [rank, d_model], orthonormal rows.
-        layer: `blocks.{layer}.hook_resid_post`.
-        distance: the witness–anchor distance there, residual units; strength is counted in it.
-        estimator: how it was made.
-        prompts: digest of the prompts.
-        made_from: further facts.
+    `basis` [rank, d_model] has orthonormal rows; `distance` is the witness–anchor distance at that layer, residual
+    units; the rest as in `Direction`.
     """
 
     basis: Float[np.ndarray, "rank d_model"] = field(repr=False)
@@ -240,11 +232,8 @@ class Subspace:
         basis = np.atleast_2d(np.array(self.basis, dtype=np.float32))
         gram = basis.astype(np.float64) @ basis.T.astype(np.float64)
         if not np.allclose(gram, np.eye(len(basis)), atol=ORTHONORMAL_WITHIN):
-            raise GravlensError(
-                f"The basis of layer {self.layer} ({self.estimator}) is not orthonormal.",
-                "Its rows have length 1 and are orthogonal to each other.",
-                "span_of(vectors, layer=…, distance=…), which makes them so.",
-            )
+            given = f"The basis of layer {self.layer} ({self.estimator}) is not orthonormal."
+            raise GravlensError(given, "Rows are orthogonal, of unit length.", "span_of(vectors, layer=…, distance=…).")
         basis.flags.writeable = False
         object.__setattr__(self, "basis", basis)
 
@@ -254,46 +243,26 @@ class Subspace:
         return len(self.basis)
 
     def _repr_html_(self) -> str:
-        return html.table(SUBSPACE_COLUMNS, [_subspace_row(self)], title="Subspace")
+        return html.table(SUBSPACE_COLUMNS, [_row(self)], title="Subspace")
 
 
 @dataclass(frozen=True, eq=False)
-class Subspaces:
+class Subspaces(_OfLayers["Subspace"]):
     """Subspaces of several layers: `spaces[12]` is layer 12's."""
 
     subspaces: tuple[Subspace, ...]
 
-    def __getitem__(self, layer: int) -> Subspace:
-        for subspace in self.subspaces:
-            if subspace.layer == layer:
-                return subspace
-        raise GravlensError(
-            f"There is no subspace of layer {layer!r} here.", f"Layers here: {list(self.layers)}.", "one of these."
-        )
-
     def __iter__(self) -> Iterator[Subspace]:
         return iter(self.subspaces)
 
-    def __len__(self) -> int:
-        return len(self.subspaces)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers, in their order here."""
-        return tuple(subspace.layer for subspace in self)
-
-    @property
-    def distances(self) -> Float[np.ndarray, " layer"]:
-        """The witness–anchor distances, residual units."""
-        return np.array([subspace.distance for subspace in self])
-
     def at(self, layers: Sequence[int]) -> "Subspaces":
-        """Those of some layers."""
+        """Select layers."""
         return Subspaces(tuple(self[layer] for layer in layers))
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, with what they were made from."""
+        """Write one safetensors file, with the metadata."""
         meta = [{k: v for k, v in vars(s).items() if k != "basis"} | {"made_from": dict(s.made_from)} for s in self]
+        # one tensor per layer: ranks may differ
         arrays = {f"basis.{i}": subspace.basis for i, subspace in enumerate(self)}
         return write_tensors(path, "subspaces", arrays, {"subspaces": meta})
 
@@ -304,14 +273,8 @@ class Subspaces:
         return cls(tuple(Subspace(arrays[f"basis.{i}"], **one) for i, one in enumerate(meta["subspaces"])))
 
     def _repr_html_(self) -> str:
-        return html.table(
-            SUBSPACE_COLUMNS, [_subspace_row(one) for one in self], title="Subspaces", rest="spaces[layer]"
-        )
-
-
-def _subspace_row(space: Subspace) -> tuple[Any, ...]:
-    made = ", ".join(f"{name}: {value}" for name, value in space.made_from.items())
-    return space.layer, space.rank, space.distance, space.estimator, made
+        rows = [_row(one) for one in self]
+        return html.table(SUBSPACE_COLUMNS, rows, title="Subspaces", rest="spaces[layer]")
 
 
 Span: TypeAlias = Direction | Subspace
@@ -319,7 +282,7 @@ Spans: TypeAlias = Directions | Subspaces
 
 
 def each(spans: Span | Spans) -> tuple[Span, ...]:
-    """Directions or subspaces one by one, also where there is only one."""
+    """Flatten to a tuple of directions or subspaces."""
     found = as_list(spans)
     if not all(isinstance(one, Direction | Subspace) for one in found):
         raise no_direction(spans)

@@ -1,7 +1,7 @@
-"""Geometries of the residual stream: what is long and what is parallel there, when a few dimensions carry a cosine.
+"""Geometries of the residual stream: is an alignment more than a few dominant dimensions?
 
-A geometry is one linear map a layer. It is fitted on the anchor's states of the probes, never on a drift, and applied
-to the states of every checkpoint; `follow` and the rest then work on the mapped states as on any others.
+A geometry is one linear map per layer, fitted on the anchor's states of the probes, never on a drift. Map the residuals
+with `apply`; `follow` and all else then work on them unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,42 +19,36 @@ from gravlens.directions.covariance import whitening
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import Estimator, difference_of_means, locate_vrev, noise_floor
 
-AXES = 512  # at most so many are mapped to see how much a map lengthens noise
+AXES = 512  # unit vectors mapped to estimate a map's gain; all d_model of a large model would take a [d, d] product
 LinearMap = Callable[[Float[np.ndarray, "*batch d_model"]], Float[np.ndarray, "*batch d_model"]]
 
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """One linear map a layer.
+    """One linear map per layer.
 
     Attributes:
-        name: as it stands in tables and in what mapped states and their directions were made from.
-        maps: layer -> map of states [..., d_model] in fp64 to states of the same shape.
+        name: in tables and metadata.
+        maps: layer -> map of fp64 states [..., d_model], shape preserved.
     """
 
     name: str
     maps: Mapping[int, LinearMap] = field(repr=False)
 
     def apply(self, residuals: Residuals) -> Residuals:
-        """The residuals with every state mapped; `meta["geometry"]` and each source name the geometry.
+        """Map every state; `meta["geometry"]` and each source name the geometry.
 
-        Raises:
-            GravlensError: residuals of another geometry already, or of layers that it was not fitted on.
+        GravlensError for residuals that are already mapped, or of layers without a map.
         """
         if check_states(residuals).meta.get("geometry", "raw") != "raw":
-            raise GravlensError(
-                f"These residuals are in the {residuals.meta['geometry']} geometry already.",
-                f"A geometry ({self.name}) is fitted on raw states and applied to raw states.",
-                "the residuals that cache_residuals returned.",
-            )
+            given = f"These residuals are in the {residuals.meta['geometry']} geometry already."
+            raise GravlensError(given, f"The {self.name} geometry is for raw states.", "residuals of cache_residuals.")
         if missing := [layer for layer in residuals.layers if layer not in self.maps]:
-            raise GravlensError(
-                f"The {self.name} geometry has no map of layer {', '.join(map(str, missing))}.",
-                f"It was fitted on layers {', '.join(map(str, self.maps))}.",
-                "a geometry fitted on residuals with those layers.",
-            )
+            given = f"The {self.name} geometry has no map of layer {', '.join(map(str, missing))}."
+            raise GravlensError(given, f"Fitted: {', '.join(map(str, self.maps))}.", "a geometry fitted on those too.")
         values = np.empty_like(residuals.values)
         for i, layer in enumerate(residuals.layers):
+            # layer by layer: an fp64 copy of all residuals would double their memory
             values[:, :, i] = self.maps[layer](residuals.values[:, :, i].astype(np.float64))
         return replace(residuals, values=values, meta=residuals.meta | self._facts(residuals))
 
@@ -68,18 +62,14 @@ Fit = Callable[[Residuals], Geometry]
 
 
 def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator = difference_of_means) -> Directions:
-    """v_rev of all layers in a geometry: unit vectors and distances of *its* space, for `geometry.apply(...)` alone.
+    """Locate v_rev of all layers in a geometry; vectors and distances are for `geometry.apply(...)` alone.
 
-    `locate_vrev(geometry.apply(residuals))`, but for layers where the difference is noise: a map can remove the
+    Like `locate_vrev(geometry.apply(residuals))`, but undefined where the difference is noise: a map can remove the
     difference and keep the noise, or lengthen it. The floor is the raw one (docs/directions.md) times the root mean
-    square length that the map gives to a unit vector; a layer without a v_rev in the raw states has none here.
-
-    Args:
-        geometry: fitted on the same probes.
-        residuals: raw states that hold `witness` and `anchor`.
-        estimator: (witness states, anchor states) [prompt, d_model] -> [d_model], in the geometry.
+    square length of mapped unit vectors; a layer undefined in the raw states stays undefined. `residuals` are raw, on
+    the probes that the geometry was fitted on.
     """
-    width, plain = residuals.values.shape[-1], locate_vrev(residuals)
+    width, plain = residuals.values.shape[-1], locate_vrev(residuals)  # difference of means: is there any difference?
     found = []
     for direction in locate_vrev(geometry.apply(residuals), estimator=estimator):
         floor = noise_floor(residuals, direction.layer) * _gain(geometry.maps[direction.layer], width)
@@ -87,119 +77,95 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
         if undefined is None and not direction.distance > floor:
             undefined = f"witness and anchor differ by {direction.distance:.2g} in the {geometry.name} geometry, where "
             undefined += f"the forward pass's own noise reaches {floor:.2g}"
-        facts: dict[str, Any] = {
-            "made_from": {**direction.made_from, "geometry": geometry.name},
-            "undefined": undefined,
-        }
+        made_from = {**direction.made_from, "geometry": geometry.name}
+        facts: dict[str, Any] = {"made_from": made_from, "undefined": undefined}
         if undefined is not None:
+            # as locate_vrev marks it
             facts |= {"vector": np.full_like(direction.vector, np.nan), "reliability": float("nan")}
         found.append(replace(direction, **facts))
     return Directions(tuple(found))
 
 
 def raw(residuals: Residuals) -> Geometry:
-    """The residual stream as it is, h ← h."""
+    """The residual stream unchanged, h ← h."""
     check_states(residuals)
-    return Geometry("raw", dict.fromkeys(residuals.layers, _same))
+    return Geometry("raw", dict.fromkeys(residuals.layers, lambda states: states))
 
 
 def centred(residuals: Residuals) -> Geometry:
-    """Each state's own mean over d_model removed, h ← h − mean(h), which every LayerNorm removes before it reads.
+    """Remove each state's mean over d_model, h ← h − mean(h), as every LayerNorm does before it reads.
 
     Nothing is fitted. (Subtracting the prompts' mean state would change no difference between checkpoints.)
     """
     width = residuals.values.shape[-1]
+    # the unit vector of ones: without it a mean is 0
     return Geometry("centred", dict.fromkeys(residuals.layers, partial(_without, np.full((1, width), width**-0.5))))
 
 
 def standardised(residuals: Residuals) -> Geometry:
-    """Each dimension in units of its own standard deviation over the anchor's states, h_j ← h_j / σ_j: none outweighs.
+    """Divide each dimension by its standard deviation over the anchor's states, h_j ← h_j / σ_j.
 
-    A dimension in which the anchor's states do not vary has no such unit and is left out.
-
-    Raises:
-        GravlensError: states of fewer than two prompts.
+    Dimensions without variation are dropped. GravlensError for fewer than two prompts.
     """
     return Geometry("standardised", _fitted(residuals, _standardising))
 
 
 def whitened(residuals: Residuals) -> Geometry:
-    """Σ^(−1/2) of the anchor's states, Σ shrunk by Ledoit and Wolf (2004): squared lengths are Mahalanobis distances.
+    """Σ^(−1/2) of the anchor's states, Σ shrunk (Ledoit and Wolf 2004): squared lengths are Mahalanobis distances.
 
-    Chance alignment of drifts that are drawn from Σ is isotropic here. With fewer prompts than dimensions most of Σ is
-    the shrinkage target: directions in which the probes do not vary all get one and the same unit.
-
-    Raises:
-        GravlensError: states of fewer than two prompts, or a singular Σ.
+    Drifts drawn from Σ are isotropic here. With fewer prompts than dimensions Σ is mostly the shrinkage target: all
+    directions that the probes do not span get the same unit. GravlensError for fewer than two prompts or a singular Σ.
     """
-    return Geometry("whitened", _fitted(residuals, lambda states: partial(_mixed, whitening(states))))
+    return Geometry("whitened", _fitted(residuals, _whitening))
 
 
 def without_top(residuals: Residuals, *, k: int = 1) -> Geometry:
-    """The first k principal components of the anchor's states (centred over prompts) removed: h ← h − QᵀQ h.
+    """Remove the first k principal components of the anchor's (centred) states: h ← h − QᵀQ h.
 
-    Args:
-        residuals: hold the anchor's states of the probes.
-        k: how many.
-
-    Raises:
-        GravlensError: k is not between 1 and the number of components, or there are fewer than two prompts.
+    GravlensError where k is not between 1 and the number of components, or for fewer than two prompts.
     """
     check_states(residuals)
     most = min(residuals.values.shape[1] - 1, residuals.values.shape[-1])
     if not 1 <= k <= most:
-        raise GravlensError(
-            f"The first {k} components were to be removed.",
-            f"States of {residuals.values.shape[1]} prompts in {residuals.values.shape[-1]} dimensions have {most}.",
-            f"k from 1 to {most}, or more prompts.",
-        )
-    return Geometry(f"without_top_{k}", _fitted(residuals, lambda states: partial(_without, _components(states)[:k])))
+        given = f"The first {k} components were to be removed."
+        raise GravlensError(given, f"{residuals.values.shape[1]} prompts have {most}.", f"k from 1 to {most}.")
+
+    def fit(states: np.ndarray) -> LinearMap:
+        return partial(_without, np.linalg.svd(states - states.mean(0), full_matrices=False)[2][:k])
+
+    return Geometry(f"without_top_{k}", _fitted(residuals, fit))
 
 
-# Each fits a geometry on residuals that hold the anchor's states of the probes.
 GEOMETRIES: tuple[Fit, ...] = (raw, centred, standardised, whitened, without_top, partial(without_top, k=3))
 
 
 def _fitted(residuals: Residuals, fit: Callable[[np.ndarray], LinearMap]) -> dict[int, LinearMap]:
-    """layer -> map, each fitted on the anchor's states [prompt, d_model] in fp64."""
+    """Fit a map per layer on the anchor's states [prompt, d_model] in fp64."""
     check_states(residuals)
     states = residuals.of("anchor").astype(np.float64)
     if len(states) < 2:
-        raise GravlensError(
-            "The anchor's states of one prompt were given.",
-            "A geometry needs their spread over prompts.",
-            "two probes at least; raw and centred need none.",
-        )
+        given = "The anchor's states of one prompt were given."
+        raise GravlensError(given, "A geometry is fitted on their spread.", "two probes; raw and centred need none.")
     return {layer: fit(states[:, i]) for i, layer in enumerate(residuals.layers)}
 
 
 def _standardising(states: np.ndarray) -> LinearMap:
     spread = states.std(0)
     varies = spread > 2.0**-23 * np.abs(states).max(0)  # beyond the rounding of fp32
-    return partial(_scaled, np.divide(1, spread, out=np.zeros_like(spread), where=varies))
+    weights = np.divide(1, spread, out=np.zeros_like(spread), where=varies)
+    return lambda states: states * weights
 
 
-def _components(states: np.ndarray) -> Float[np.ndarray, "component d_model"]:
-    return np.linalg.svd(states - states.mean(0), full_matrices=False)[2]
+def _whitening(states: np.ndarray) -> LinearMap:
+    root = whitening(states)
+    return lambda given: given @ root.T
 
 
 def _gain(linear: LinearMap, width: int) -> float:
-    """Root mean square length of mapped unit vectors, over axes spread evenly."""
+    """Root mean square length of mapped unit vectors, over evenly spaced axes."""
     axes = np.eye(width)[:: ceil(width / AXES)]
     return float(np.sqrt(np.mean(np.sum(linear(axes) ** 2, axis=1))))
 
 
-def _same(states: np.ndarray) -> np.ndarray:
-    return states
-
-
-def _scaled(weights: np.ndarray, states: np.ndarray) -> np.ndarray:
-    return states * weights
-
-
 def _without(rows: np.ndarray, states: np.ndarray) -> np.ndarray:
     return states - (states @ rows.T) @ rows
-
-
-def _mixed(matrix: np.ndarray, states: np.ndarray) -> np.ndarray:
-    return states @ matrix.T

@@ -1,12 +1,11 @@
-"""One layer's states on a plane: along v_rev, and along the first component of what is orthogonal to it."""
+"""Project one layer's states onto a plane: v_rev and the first component of the rest."""
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from gravlens.activations.residuals import Residuals, check_states, run_and_step
-from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction, Directions, one_direction
+from gravlens.directions.direction import Direction, Directions, one_direction, undefined_error
 from gravlens.directions.trajectory import check_geometry, drift_per_prompt
 
 COLUMNS = ("checkpoint", "kind", "run", "step", "layer", "prompt", "along", "across")
@@ -14,35 +13,22 @@ NO_REST = 1e-4  # of the distance: a shorter rest is rounding, or is not seen
 
 
 def residual_plane(residuals: Residuals, direction: Direction, *, prompts: bool = False) -> pd.DataFrame:
-    """Witness, anchor and runs on the plane of `direction` and of the first component of the rest.
+    """Place witness, anchor and runs on the plane of `direction` and the first component of the rest.
 
-    The anchor is (0, 0) and the witness–anchor distance is 1, on both axes. `along` is ⟨h − h(anchor), v⟩ / distance,
-    the fraction of `follow`. `across` is the coordinate along the first principal component (PCA, centred) of the
-    checkpoints' mean states with v taken out; its sign is that of the runs' mean. A plane shows two directions of
-    d_model: what is near on it may be far apart.
-
-    Args:
-        residuals: hold `anchor` and the direction's layer; every checkpoint in them is placed and counts in the PCA.
-        direction: v_rev of one layer, `vs[12]`; on its own prompts the witness lies at (1, 0).
-        prompts: also each prompt's own drift h(x; θ) − h(x; anchor), of the witness and of each run's last step; their
-            mean is the checkpoint's place.
+    The anchor is (0, 0), the witness–anchor distance is 1 on both axes. `along` is ⟨h − h(anchor), v⟩ / distance, the
+    `fraction` of `follow`; `across` is the first principal component (centred) of all checkpoints' mean states without
+    v, its sign the runs' mean. A plane shows 2 of d_model directions: near on it may be far apart. With `prompts` each
+    prompt's drift is added, of the witness and each run's last step.
 
     Returns:
-        A row per checkpoint (and prompt): `checkpoint`, `kind` (`witness`, `anchor`, `run` or `other`), `run`, `step`,
-        `layer`, `prompt` (<NA>: the mean over prompts), `along`, `across` (both in units of the distance);
-        `attrs["across_share"]`: the component's share of the variance of the rest over checkpoints.
-
-    Raises:
-        GravlensError: an undefined direction, a layer or an anchor that the residuals lack, another geometry.
+        A row per checkpoint (and prompt): `checkpoint`, `kind` (`witness`, `anchor`, `run`, `other`), `run`, `step`,
+        `layer`, `prompt` (<NA>: the mean over prompts), `along`, `across` (both in distances);
+        `attrs["across_share"]`: the component's share of the rest's variance over checkpoints.
     """
     check_states(residuals)
     one_direction(direction)
     if direction.undefined is not None:
-        raise GravlensError(
-            f"v_rev is undefined at layer {direction.layer}: {direction.undefined}.",
-            "A plane has a direction and a distance.",
-            "another layer of vs.defined().",
-        )
+        raise undefined_error(direction)
     check_geometry(Directions((direction,)), [residuals])
 
     def place(name: str) -> Float[np.ndarray, "prompt d_model"]:
@@ -63,13 +49,14 @@ def residual_plane(residuals: Residuals, direction: Direction, *, prompts: bool 
 def _first_of_rest(
     means: Float[np.ndarray, "checkpoint d_model"], v: Float[np.ndarray, " d_model"], *, moved: list[bool]
 ) -> tuple[Float[np.ndarray, " d_model"], float]:
-    """The first component of the states orthogonal to v, and its share of their variance; no rest has neither."""
+    """First component of the states orthogonal to v and its share of their variance; (0, NaN) without a rest."""
     rest = means - np.outer(means @ v, v)
     _, lengths, rows = np.linalg.svd(rest - rest.mean(0), full_matrices=False)
     if lengths[0] < NO_REST:
         return np.zeros_like(v), float("nan")
     towards = rest[moved].mean(0) if any(moved) else rest.mean(0)
-    axis = rows[0] - (rows[0] @ v) * v
+    axis = rows[0] - (rows[0] @ v) * v  # the SVD's row is orthogonal to v but for rounding
+    # an SVD's signs are arbitrary, and differ between LAPACK builds
     return axis * (-1.0 if axis @ towards < 0 else 1.0), float(lengths[0] ** 2 / (lengths**2).sum())
 
 
@@ -78,16 +65,14 @@ def _kind(name: str) -> str:
 
 
 def _ends(residuals: Residuals) -> list[str]:
-    """The witness and each run's last checkpoint, as far as they are there."""
-    return [
-        *(name for name in residuals.checkpoints if name == "witness"),
-        *(f"{run}/{steps[-1]}" for run, steps in residuals.runs.items()),
-    ]
+    """The witness and each run's last checkpoint, where present."""
+    witness = [name for name in residuals.checkpoints if name == "witness"]
+    return witness + [f"{run}/{steps[-1]}" for run, steps in residuals.runs.items()]
 
 
 def _rows(name: str, places: Float[np.ndarray, "row 2"], *, per_prompt: bool = False) -> pd.DataFrame:
     run, step = run_and_step(name) or (None, pd.NA)
     table = pd.DataFrame(places, columns=["along", "across"]).assign(checkpoint=name, kind=_kind(name), run=run)
-    table["step"] = pd.array([step] * len(table), "Int64")
+    table["step"] = pd.array([step] * len(table), "Int64")  # nullable: a plain NaN would turn steps into floats
     table["prompt"] = pd.array(range(len(table)) if per_prompt else [pd.NA] * len(table), "Int64")
     return table

@@ -1,35 +1,40 @@
-"""Subspaces of one layer's residual stream: the leading components of a drift, the whole state, what is orthogonal."""
+"""Subspaces of one layer's residual stream: drift components, orthogonal parts, random controls."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
+from numpy.random import Generator
 from scipy.linalg import orth, subspace_angles
 
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspace, Subspaces, check_columns, each
+from gravlens.directions.direction import (
+    Direction,
+    Directions,
+    Span,
+    Spans,
+    Subspace,
+    Subspaces,
+    check_columns,
+    defined_columns,
+)
 from gravlens.directions.trajectory import drift_per_prompt
-from gravlens.directions.vrev import random_directions
+from gravlens.directions.vrev import direction_from
 
-# What is left of a unit vector below this length is rounding, not a direction.
-NOTHING_LEFT = 1e-3
+NOTHING_LEFT = 1e-3  # of a unit vector: shorter remainders are rounding, not a direction
 
 
 def span_of(
     vectors: Float[np.ndarray, "*vector d_model"], *, layer: int, distance: float, name: str = "given"
 ) -> Subspace:
-    """The subspace that some vectors span; linearly dependent ones add nothing.
+    """Orthonormalise vectors of any length to a subspace; dependent ones add nothing.
 
-    Args:
-        vectors: [vector, d_model], or one; of any length.
-        layer: whose residual stream they lie in.
-        distance: the witness–anchor distance there, residual units; strength is counted in it.
-        name: how the subspace calls what it was made by.
-
-    Raises:
-        GravlensError: the vectors are all zero.
+    GravlensError where all are zero. `distance` is the witness–anchor distance there, residual units.
     """
+    # by SVD: dependent vectors fall below machine precision
     basis = orth(np.atleast_2d(np.asarray(vectors, dtype=np.float64)).T).T
     if not len(basis):
         raise GravlensError(f"The vectors ({name}) are all zero.", "A subspace has a direction.", "other vectors.")
@@ -39,71 +44,62 @@ def span_of(
 def leading_components(
     drift: Float[np.ndarray, "prompt d_model"], *, rank: int
 ) -> tuple[Float[np.ndarray, "rank d_model"], Float[np.ndarray, " rank"]]:
-    """The first right singular vectors of per-prompt drifts (not centred: the mean counts), and their shares.
+    """First right singular vectors of per-prompt drifts (not centred: the mean counts), and their shares of Σ‖drift‖².
 
-    The first vector points the way of the mean drift; a share is its part of the drifts' summed squared length.
+    Each vector points the way of the mean drift.
     """
     _, values, rows = np.linalg.svd(drift.astype(np.float64), full_matrices=False)
     if rank < 1 or rank > len(rows):
-        raise GravlensError(
-            f"{rank} components were asked for.", f"{len(drift)} drifts have 1 to {len(rows)}.", "a smaller rank."
-        )
+        given = f"{rank} components were asked for."
+        raise GravlensError(given, f"{len(drift)} drifts have 1 to {len(rows)}.", "a smaller rank.")
     signs = np.where(rows[:rank] @ drift.mean(0, dtype=np.float64) < 0, -1.0, 1.0)
     return rows[:rank] * signs[:, None], values[:rank] ** 2 / (values**2).sum()
 
 
 def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequence[str], rank: int = 1) -> Subspaces:
-    """The leading components of the drift h(θ_t; x) − h(anchor; x) over prompts, one subspace a layer.
+    """Leading components of the drift h(θ_t; x) − h(anchor; x) over prompts, one subspace per layer.
 
-    Run-defined directions, beside the history-defined v_rev; fit them on some runs, use them on others.
+    Defined by runs, to compare with the history-defined v_rev; fit on some runs, test on others. GravlensError for a
+    missing layer or checkpoint, or more components than drifts.
 
     Args:
         residuals: hold `anchor` and the checkpoints.
-        directions: v_rev, whose layers and distances are kept.
-        at: names of checkpoints, `"{run}/{step}"`; drifts of several are put together.
-        rank: how many components.
-
-    Raises:
-        GravlensError: a layer or checkpoint that the residuals lack, or more components than drifts.
+        directions: v_rev, for layers and distances.
+        at: checkpoints `"{run}/{step}"`, pooled.
+        rank: number of components.
     """
-    directions = Directions.of(directions)
     check_states(residuals)
     spaces = []
-    for direction in directions.defined():
-        drift = np.concatenate([_drift(residuals, name, direction.layer) for name in at])
+    for direction in Directions.of(directions).defined():
+        drift = np.concatenate([drift_per_prompt(residuals, name, [direction.layer])[:, 0] for name in at])
         basis, shares = leading_components(drift, rank=rank)
         facts = {"checkpoints": list(at), "shares": shares.tolist()}
-        name = f"drift_rank_{rank}"
-        spaces.append(Subspace(basis, direction.layer, direction.distance, name, residuals.prompts, facts))
+        place = (direction.layer, direction.distance, f"drift_rank_{rank}", residuals.prompts)
+        spaces.append(Subspace(basis, *place, facts))
     return Subspaces(tuple(spaces))
 
 
 def whole_state(directions: Directions) -> Subspaces:
-    """All of the residual stream at each layer, Q = 1: with it a penalty is the full-vector anchor."""
-    directions = Directions.of(directions)
-    return Subspaces(
-        tuple(Subspace(np.eye(len(d.vector)), d.layer, d.distance, "whole_state", d.prompts) for d in directions)
+    """The whole residual stream at each layer, Q = 1: a penalty on it anchors the full vector."""
+    whole = (
+        Subspace(np.eye(d.vector.size), d.layer, d.distance, "whole_state", d.prompts)
+        for d in Directions.of(directions)
     )
+    return Subspaces(tuple(whole))
 
 
 def orthogonal_part(spaces: Subspaces, directions: Spans) -> Subspaces:
-    """What is left of each subspace, Q (1 − PᵀP), when its layer's span with basis P is taken out; its rank may fall.
-
-    Raises:
-        GravlensError: nothing is left.
-    """
+    """Remove a span with basis P from each subspace, Q (1 − PᵀP); the rank may fall, GravlensError if to 0."""
     parts = []
     for space in spaces:
         out = directions[space.layer].basis.astype(np.float64)
         rest = space.basis - space.basis @ out.T @ out
-        basis, lengths, _ = np.linalg.svd(rest.T, full_matrices=False)
+        basis, lengths, _ = np.linalg.svd(rest.T, full_matrices=False)  # an SVD: QR would not reveal a fallen rank
         kept = basis.T[lengths > NOTHING_LEFT]
         if not len(kept):
-            raise GravlensError(
-                f"At layer {space.layer} nothing of {space.estimator} is orthogonal to {directions[space.layer]}.",
-                "A part has a direction.",
-                "a subspace of a higher rank.",
-            )
+            given = f"At layer {space.layer} nothing of {space.estimator} is orthogonal to {directions[space.layer]}."
+            raise GravlensError(given, "An orthogonal part needs a direction.", "a subspace of higher rank.")
+        # an SVD's signs are arbitrary: keep those of the subspace, for steering along it
         kept = kept * np.where((kept * rest.sum(0)).sum(1) < 0, -1.0, 1.0)[:, None]
         name, facts = f"{space.estimator}_orthogonal", dict(space.made_from)
         parts.append(Subspace(kept, space.layer, space.distance, name, space.prompts, facts))
@@ -111,50 +107,56 @@ def orthogonal_part(spaces: Subspaces, directions: Spans) -> Subspaces:
 
 
 def principal_angles(one: Span, other: Span) -> Float[np.ndarray, " rank"]:
-    """Angles between two subspaces of a layer, degrees, ascending; the cosine of the first is their largest overlap.
+    """Principal angles between two subspaces of a layer, degrees, ascending.
 
-    The singular values of Q_1 Q_2ᵀ are their cosines (Björck and Golub 1973; scipy).
+    Their cosines are the singular values of Q_1 Q_2ᵀ (Björck and Golub 1973; scipy).
     """
+    # scipy takes sines of small angles, whose cosines round to 1
     return np.degrees(subspace_angles(one.basis.T.astype(np.float64), other.basis.T.astype(np.float64)))[::-1]
 
 
 def share_within(vectors: Float[np.ndarray, "prompt d_model"], span: Span) -> float:
-    """Which share of the vectors' summed squared length lies in a span with basis Q: Σ‖Q x‖² / Σ‖x‖²; 1: all of it."""
+    """Share of the vectors' summed squared length within a span with basis Q: Σ‖Q x‖² / Σ‖x‖²."""
     vectors = vectors.astype(np.float64)
     return float(((vectors @ span.basis.T.astype(np.float64)) ** 2).sum() / (vectors**2).sum())
 
 
-def random_spans(
-    spans: Spans, *, rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
-) -> Spans:
-    """A random twin of the same layers, ranks and distances: isotropic, or from the covariance of states.
+Like = TypeVar("Like", bound=Span | Spans)
+
+
+def random_like(
+    spans: Like, *, rng: Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
+) -> Like:
+    """Draw random directions or subspaces matched in layer, rank and distance: the placebo.
+
+    GravlensError for no directions, states of other layers, or states that do not vary.
 
     Args:
-        spans: whose layers, ranks and distances are kept.
-        rng: source of randomness.
-        states: of these layers, in their order, any unit: each vector is a random mixture Σ_i g_i (h_i − mean h), with
-            g normal.
-
-    Raises:
-        GravlensError: states of other layers, or that do not vary.
+        spans: one or several; undefined directions are left out.
+        states: [prompt, layer, d_model]; draw random mixtures Σ_i g_i (h_i − mean h), g normal, instead of
+            isotropically.
     """
-    if isinstance(spans, Direction | Directions):
-        return random_directions(Directions.of(spans), rng=rng, states=states)
-    if states is not None:
-        check_columns(states, spans.layers)
-    twins = []
-    for i, space in enumerate(each(spans)):
-        rank, width = space.basis.shape
-        vectors = rng.standard_normal((rank, width))
-        if states is not None:
+    several: Any = Subspaces((spans,)) if isinstance(spans, Subspace) else spans
+    if not isinstance(several, Subspaces):
+        directions = Directions.of(several)
+        several, states = (directions.defined(), None) if states is None else defined_columns(directions, states)
+    elif states is not None:
+        check_columns(states, several.layers)
+    twins: Any = type(several)(tuple(_random_twins(several, rng, states)))
+    return next(iter(twins)) if isinstance(spans, Direction | Subspace) else twins
+
+
+def _random_twins(
+    spans: Iterable[Any], rng: Generator, states: Float[np.ndarray, "prompt layer d_model"] | None
+) -> Iterator[Any]:
+    for i, span in enumerate(spans):
+        rows, name = len(span.basis), "isotropic" if states is None else "covariance_matched"
+        if states is None:
+            vectors = rng.standard_normal(span.basis.shape)
+        else:
             centred = states[:, i].astype(np.float64) - states[:, i].mean(0, dtype=np.float64)
-            vectors = rng.standard_normal((rank, len(centred))) @ centred
-        name = "isotropic" if states is None else "covariance_matched"
-        twins.append(span_of(vectors, layer=space.layer, distance=space.distance, name=name))
-    return Subspaces(tuple(twins))
-
-
-def _drift(residuals: Residuals, checkpoint: str, layer: int) -> Float[np.ndarray, "prompt d_model"]:
-    if layer not in residuals.layers:
-        raise GravlensError(f"The residuals hold no layer {layer}.", f"They hold {list(residuals.layers)}.", "another.")
-    return drift_per_prompt(residuals, checkpoint, [layer])[:, 0]
+            vectors = rng.standard_normal((rows, len(centred))) @ centred
+        place: dict[str, Any] = {"layer": span.layer, "distance": span.distance, "name": name}
+        # span_of orthonormalises, which may flip a single vector
+        twin = direction_from(vectors[0], **place) if isinstance(span, Direction) else span_of(vectors, **place)
+        yield replace(twin, prompts=span.prompts)  # by the digest `follow` tells given from held out

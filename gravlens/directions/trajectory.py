@@ -1,6 +1,6 @@
-"""How far and how straight each run moves along v_rev: alignment, projection, fraction over runs × steps × layers."""
+"""Trajectories along v_rev: alignment, projection and fraction of each run's drift, by step and layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,48 +19,126 @@ from gravlens.history.sequence import ModelSequence
 # A cosine of a drift shorter than this share of the distance is noise, and is marked as not judged.
 JUDGED_FROM = 0.02
 MEASURES = ("alignment", "projection", "fraction", "drift_norm")
+AXES = ("run", "prompts", "step", "layer")
+
+
+@dataclass(frozen=True, eq=False)
+class ByLayer:
+    """A result as two tidy tables: each layer, and the mean over layers.
+
+    The mean has its own table: its quantiles and standard deviations cannot be computed from the layers' rows.
+
+    Attributes:
+        table: one row per layer, with a column `layer`.
+        layer_mean: the mean over layers, the same columns without `layer`.
+    """
+
+    table: pd.DataFrame
+    layer_mean: pd.DataFrame
+
+    @classmethod
+    def of(cls, data: xarray.Dataset, layers: Sequence[int] | None = None) -> "ByLayer":
+        """Tabulate a dataset with the axis `layer`; the mean is over `layers` (default: all)."""
+        return cls(tidy(data), tidy(over_layers(data, layers)))
+
+    @classmethod
+    def split(cls, axes: Mapping[str, Sequence[Any]], values: Mapping[str, np.ndarray]) -> "ByLayer":
+        """Tabulate arrays [*axes, layer + 1] with the mean after the last layer; `axes` ends with `layer`."""
+        *outer, _ = axes
+        each = xarray.Dataset({name: (tuple(axes), one[..., :-1]) for name, one in values.items()}, axes)
+        mean = {name: (tuple(outer), one[..., -1]) for name, one in values.items()}
+        return cls(tidy(each), tidy(xarray.Dataset(mean, {name: axes[name] for name in outer})))
+
+    @classmethod
+    def concat(cls, parts: Iterable["ByLayer"]) -> "ByLayer":
+        """Concatenate the rows of several results."""
+        pairs = zip(*((part.table, part.layer_mean) for part in parts), strict=True)
+        # an empty table has no dtypes of its own, and pandas warns that it may soon change those of the others
+        full = ([table for table in tables if len(table)] or tables for tables in pairs)
+        return cls(*(pd.concat(tables, ignore_index=True) for tables in full))
+
+    def assign(self, columns: Mapping[str, Any]) -> "ByLayer":
+        """Add columns to both tables."""
+        return ByLayer(self.table.assign(**columns), self.layer_mean.assign(**columns))
+
+    def _repr_html_(self) -> str:
+        return html.of_frame(self.table, title="By layer", notes=["the mean over layers: .layer_mean"])
+
+
+def over_layers(data: xarray.Dataset, layers: Sequence[int] | None = None) -> xarray.Dataset:
+    """Average over layers; flags hold where they hold at all layers, NaN propagates."""
+    chosen = data if layers is None else data.sel(layer=list(layers))
+
+    def reduced(values: xarray.DataArray) -> xarray.DataArray:
+        if "layer" not in values.dims:
+            return values
+        # skipna would silently average another set of layers at each step
+        return values.all("layer") if values.dtype == bool else values.mean("layer", skipna=False)
+
+    return chosen.map(reduced).drop_vars("layer", errors="ignore")
+
+
+def tidy(data: xarray.Dataset) -> pd.DataFrame:
+    """One row per cell; the axes come first, in the order of the first variable's dimensions."""
+    return data.to_dataframe(list(next(iter(data.values())).dims)).reset_index()
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """The drift of every run, measured along one direction a layer.
+    """The drift of every run, measured along one direction per layer.
 
     Attributes:
-        table: one row per run × step × layer × prompt set: `run`, `step`, `layer` (`<NA>` is the mean over
-            `layers_in_mean`), `prompts` (`given`: those the directions were estimated on; `held_out`: others),
-            `alignment` (cosine), `projection` (residual units), `fraction` (projection / distance: 0 the anchor, 1 all
-            the way back), `drift_norm` (residual units), `judged` (the drift is longer than 2 % of the distance).
-        layers_in_mean: layers that the mean is taken over; undefined ones are left out and stand in `undefined`.
+        data: [run, prompts, step, layer]: `alignment` (cosine), `projection` (residual units), `fraction` (projection /
+            distance: 0 the anchor, 1 all the way back), `drift_norm` (residual units), `judged` (drift longer than 2 %
+            of the distance). `prompts` is `given` (the directions' own) or `held_out`. NaN where a run has no such
+            step.
+        layers_in_mean: layers of the mean; undefined ones are excluded.
         undefined: layer -> why it has no direction.
     """
 
-    table: pd.DataFrame
+    data: xarray.Dataset
     layers_in_mean: tuple[int, ...]
     undefined: Mapping[int, str] = field(default_factory=dict)
 
+    @classmethod
+    def from_table(cls, table: pd.DataFrame, *, layers_in_mean: Sequence[int] | None = None) -> "Trajectory":
+        """Rebuild a trajectory from its `.table`, e.g. from CSV; by default the mean is over all layers."""
+        measures = [name for name in (*MEASURES, "judged") if name in table]
+        data = table.set_index(list(AXES))[measures].to_xarray()  # missing cells become NaN
+        if "judged" in data:  # bool with missing cells comes back as object
+            data["judged"] = data["judged"].where(data["judged"].notnull(), False).astype(bool)
+        return cls(data, tuple(data["layer"].values.tolist() if layers_in_mean is None else layers_in_mean))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per measured run × prompt set × step × layer, one column per measure."""
+        return _measured(self.data)
+
+    @property
+    def layer_mean(self) -> pd.DataFrame:
+        """The mean over `layers_in_mean`, one row per run × prompt set × step; `judged`: at all these layers."""
+        return _measured(over_layers(self.data, self.layers_in_mean))
+
     def summary(self, prompts: str | None = None) -> pd.DataFrame:
-        """Mean ± SEM over runs of the layer mean's `alignment, fraction`, a row a step: (measure, mean|sem|count).
+        """Mean ± SEM over runs of `alignment, fraction` of the layer mean by step: (measure, mean|sem|count).
 
-        Args:
-            prompts: `held_out` or `given`; default: `held_out`, or `given` where there is no other.
-
-        Raises:
-            GravlensError: a set that the table has no rows of.
+        `prompts` is `held_out` or `given`; default: `held_out`, else `given`.
         """
-        default = "held_out" if (self.table.prompts == "held_out").any() else "given"
-        rows = rows_on(self.table, default if prompts is None else prompts)
-        return rows[rows.layer.isna()].groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])
-
-    def to_xarray(self) -> xarray.Dataset:
-        """The measures [run, prompts, step, layer], NaN where a run lacks a step; without the mean over layers."""
-        rows = self.table[self.table.layer.notna()].astype({"layer": int})
-        return rows.set_index(["run", "prompts", "step", "layer"])[list(MEASURES)].to_xarray()
+        default = "held_out" if "held_out" in self.data["prompts"] else "given"
+        rows = rows_on(self.layer_mean, default if prompts is None else prompts)
+        return rows.groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])
 
     def _repr_html_(self) -> str:
-        runs, layers = html.listed(self.table.run.unique()), html.listed(self.layers_in_mean)
+        runs, layers = html.listed(self.data["run"].values), html.listed(self.layers_in_mean)
         notes = [f"runs: {runs}", f"mean over the layers {layers}, ± over runs (SEM)"]
         notes += [f"layer {layer} is undefined: {why}" for layer, why in self.undefined.items()]
         return html.of_frame(self.summary().reset_index(), title="Trajectory", notes=notes, rest=".summary()")
+
+
+def _measured(data: xarray.Dataset) -> pd.DataFrame:
+    """Drop the cells of steps that a run does not have; a step without drift has a norm and stays."""
+    table = tidy(data)
+    return table.dropna(how="all", subset=[name for name in MEASURES if name in table]).reset_index(drop=True)
 
 
 def follow(
@@ -72,15 +150,13 @@ def follow(
     """Follow the drift h(θ_t) − h(anchor) of every run along the directions.
 
     alignment = cos(drift, v), projection = ⟨drift, v⟩, fraction = projection / distance (docs/trajectory.md).
+    GravlensError without a run or a defined direction.
 
     Args:
-        residuals: of one prompt set or of several; a set is called `given` where it is the directions' own. Of a
-            sequence, its probes and held-out prompts are read, at the directions' layers.
-        directions: one direction a layer, or a single one.
+        residuals: of one or several prompt sets (the directions' own is called `given`), or a sequence, of which probes
+            and held-out prompts are read at the directions' layers.
+        directions: one or several.
         layers_in_mean: layers of the mean (default: all of the directions').
-
-    Raises:
-        GravlensError: the residuals hold no run, or no direction is defined.
     """
     directions = Directions.of(directions)
     sets = _sets_of(residuals, directions)
@@ -88,12 +164,9 @@ def follow(
     wanted = directions if layers_in_mean is None else directions.at(layers_in_mean)
     mean = [direction.layer for direction in wanted if direction.undefined is None]
     if not mean:
-        raise GravlensError(
-            f"No direction of the layers {list(wanted.layers)} is defined.",
-            f"Defined: {list(defined.layers)}.",
-            "layers_in_mean with one of these.",
-        )
-    given = [one.prompts == defined.directions[0].prompts for one in sets]
+        found = f"No direction of the layers {list(wanted.layers)} is defined."
+        raise GravlensError(found, f"Defined: {list(defined.layers)}.", "layers_in_mean with one of these.")
+    given = [one.prompts == defined.directions[0].prompts for one in sets]  # by digest, not by name
     if len(set(given)) < len(sets):
         raise GravlensError(
             f"{len(sets)} sets of residuals were given, {sum(given)} of them on the directions' own prompts.",
@@ -101,28 +174,26 @@ def follow(
             "follow(…) for each set by itself.",
         )
     check_geometry(defined, sets)
-    table = pd.concat([_follow_set(one, defined, mean) for one in sets], ignore_index=True)
+    data = _joined((_follow_set(one, defined) for one in sets), "prompts")
     undefined = {d.layer: d.undefined for d in directions if d.undefined is not None}
-    return Trajectory(table, tuple(mean), undefined)
+    return Trajectory(data, tuple(mean), undefined)
 
 
 def rows_on(table: pd.DataFrame, prompts: str) -> pd.DataFrame:
-    """The rows of a trajectory's table on one prompt set; GravlensError where it has none."""
+    """Select a trajectory table's rows on one prompt set; GravlensError where it has none."""
     rows = table[table.prompts == prompts]
     if rows.empty:
         known = sorted(table.prompts.unique()) or ["none"]
-        raise GravlensError(
-            f"The runs {sorted(table.run.unique())} have no rows on the prompt set {prompts!r}.",
-            f"Prompt sets of this trajectory: {', '.join(known)}.",
-            f"prompts={known[0]!r}, or follow(…) on residuals of that set too.",
-        )
+        given = f"The runs {sorted(table.run.unique())} have no rows on the prompt set {prompts!r}."
+        raise GravlensError(given, f"Prompt sets: {', '.join(known)}.", f"prompts={known[0]!r}, or follow(…) on it.")
     return rows
 
 
 def _sets_of(source: Residuals | Sequence[Residuals] | ModelSequence, directions: Directions) -> list[Residuals]:
-    """The residuals that were given, or those of a sequence's probes and held-out prompts."""
+    """The given residuals, or those of a sequence's probes and held-out prompts."""
     if not isinstance(source, ModelSequence):
         return [check_states(one) for one in as_list(source)]
+    # v_rev's own prompts share its noise, so both are read
     sets = [one for one in (source.probes, source.held_out) if one is not None] or [source.require_probes()]
     first = directions.directions[0]
     if first.prompts not in {one.digest for one in sets}:  # else both would count as held out, and each run twice
@@ -130,39 +201,43 @@ def _sets_of(source: Residuals | Sequence[Residuals] | ModelSequence, directions
     reading: dict[str, Any] = {
         "layers": directions.layers,
         "positions": first.made_from.get("positions", "last"),
+        # the witness has no drift to follow, and is often the largest download
         "checkpoints": [one for one in source if one is not source.witness],
     }
     return [cache_residuals(source, prompts, **reading) for prompts in sets]
 
 
 def check_trajectory(given: Trajectory) -> Trajectory:
-    """A trajectory as it is; GravlensError for anything else."""
-    return of_kind(
-        given, Trajectory, "A Trajectory is needed.", "follow(residuals, directions), or follow(sequence, …)."
-    )
+    """Return the trajectory; GravlensError for another type."""
+    return of_kind(given, Trajectory, "A Trajectory is needed.", "follow(residuals, directions).")
 
 
 def check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
-    """GravlensError where directions and states are of different geometries."""
+    """GravlensError where directions and states are in different geometries."""
     located = {direction.made_from.get("geometry", "raw") for direction in directions}
     states = {one.meta.get("geometry", "raw") for one in sets}
     if len(located | states) > 1:
-        raise GravlensError(
-            f"Geometry of the directions: {', '.join(sorted(located))}; of the states: {', '.join(sorted(states))}.",
-            "A direction is a vector of one geometry, and means nothing in another.",
-            "geometry.apply(residuals) with the geometry that the directions were located in.",
-        )
+        given = f"Geometry of the directions: {', '.join(sorted(located))}; of the states: {', '.join(sorted(states))}."
+        raise GravlensError(given, "Both must be in one geometry.", "geometry.apply(residuals) with the directions'.")
+
+
+def runs_of(residuals: Residuals) -> dict[str, tuple[int, ...]]:
+    """Run -> steps; GravlensError where there is no run."""
+    if not residuals.runs:
+        given = f"These residuals hold no run ({', '.join(residuals.checkpoints)})."
+        raise GravlensError(given, "A drift needs a run.", 'runs={"seed0": "ft/checkpoint-*"} in the sequence.')
+    return residuals.runs
 
 
 def mean_state(residuals: Residuals, checkpoint: str, layers: Sequence[int]) -> Float[np.ndarray, "layer d_model"]:
-    """h_l of a checkpoint, the mean over the prompts in fp64."""
+    """h_l of a checkpoint: the mean over prompts in fp64."""
     return residuals.of(checkpoint).mean(0, dtype=np.float64)[_columns(residuals, layers)]
 
 
 def drifts(residuals: Residuals, run: str, layers: Sequence[int]) -> Float[np.ndarray, "step layer d_model"]:
-    """h_l(θ_t) − h_l(anchor) of a run, means over the prompts in fp64."""
+    """h_l(θ_t) − h_l(anchor) of a run: means over prompts in fp64."""
     if run not in residuals.runs:
-        raise GravlensError(f"There is no run {run!r} here.", f"Runs here: {list(residuals.runs)}.", "one of these.")
+        raise GravlensError(f"There is no run {run!r} here.", f"Runs: {list(residuals.runs)}.", "one of these.")
     anchor = mean_state(residuals, "anchor", layers)
     return np.stack([mean_state(residuals, f"{run}/{step}", layers) - anchor for step in residuals.runs[run]])
 
@@ -178,61 +253,42 @@ def drift_per_prompt(
 def measure_drift(
     drift: Float[np.ndarray, "*batch layer d_model"], directions: Directions
 ) -> dict[str, Float[np.ndarray, "*batch layer"]]:
-    """The four measures of drifts along directions; the cosine of no drift is NaN."""
+    """The `MEASURES` of drifts along directions; the cosine of a zero drift is NaN."""
+    # fp64: a short drift is not far above the 1e-7 of a state's length that fp32 rounds away
     projection = einsum(drift, directions.vectors.astype(np.float64), "... layer d, layer d -> ... layer")
     norm = np.linalg.norm(drift, axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):  # a first step may not have moved at all
         alignment = projection / norm
-    return {
-        "alignment": alignment,
-        "projection": projection,
-        "fraction": projection / directions.distances,
-        "drift_norm": norm,
-    }
+    fraction = projection / directions.distances
+    return dict(zip(MEASURES, (alignment, projection, fraction, norm), strict=True))
 
 
-def _follow_set(residuals: Residuals, directions: Directions, mean: list[int]) -> pd.DataFrame:
-    if not residuals.runs:
-        raise GravlensError(
-            f"These residuals hold no run ({', '.join(residuals.checkpoints)}).",
-            "A trajectory needs the checkpoints of at least one run.",
-            'runs={"seed0": "ft/checkpoint-*"} in the sequence.',
-        )
-    label = "given" if residuals.prompts == directions.directions[0].prompts else "held_out"
-    frames = []
-    for run, steps in residuals.runs.items():
+def _follow_set(residuals: Residuals, directions: Directions) -> xarray.Dataset:
+    prompts = "given" if residuals.prompts == directions.directions[0].prompts else "held_out"
+    runs = []
+    for run, steps in runs_of(residuals).items():
         measures = measure_drift(drifts(residuals, run, directions.layers), directions)
-        frames.append(tabulate(run, steps, measures, directions, mean))
-    return pd.concat(frames, ignore_index=True).assign(prompts=label)
+        runs.append(as_dataset(run, prompts, steps, measures, directions))
+    return _joined(runs, "run")
 
 
-def tabulate(
-    run: str,
-    steps: Sequence[int],
-    measures: Mapping[str, Float[np.ndarray, "step layer"]],
-    directions: Directions,
-    mean: Sequence[int],
-) -> pd.DataFrame:
-    """One run's measures and whether they are judged, one row a step and layer, and of the mean over some layers."""
-    layers = directions.layers
-    columns = [layers.index(layer) for layer in mean]
-    judged = measures["drift_norm"] > JUDGED_FROM * directions.distances
-    per_layer = {name: values.ravel() for name, values in {**measures, "judged": judged}.items()}
-    table = pd.DataFrame(
-        {"run": run, "step": np.repeat(steps, len(layers)), "layer": list(layers) * len(steps), **per_layer}
-    )
-    means = {name: values[:, columns].mean(1) for name, values in measures.items()}
-    means["judged"] = judged[:, columns].all(1)
-    layer_mean = pd.DataFrame(
-        {"run": run, "step": list(steps), "layer": pd.array([pd.NA] * len(steps), "Int64"), **means}
-    )
-    return pd.concat([table.astype({"layer": "Int64"}), layer_mean], ignore_index=True)
+def as_dataset(
+    run: str, prompts: str, steps: Sequence[int], measures: Mapping[str, np.ndarray], directions: Directions
+) -> xarray.Dataset:
+    """One run's measures [step, layer] and `judged` on one prompt set, as [run, prompts, step, layer]."""
+    judged = measures["drift_norm"] > JUDGED_FROM * directions.distances  # NaN compares false: not judged
+    variables = {name: (AXES, values[None, None]) for name, values in {**measures, "judged": judged}.items()}
+    places = ([run], [prompts], list(steps), list(directions.layers))
+    return xarray.Dataset(variables, dict(zip(AXES, places, strict=True)))
+
+
+def _joined(parts: Iterable[xarray.Dataset], axis: str) -> xarray.Dataset:
+    missing = {"judged": False}  # NaN would turn the flags into objects
+    return xarray.concat(list(parts), axis, join="outer", fill_value=missing)
 
 
 def _columns(residuals: Residuals, layers: Sequence[int]) -> list[int]:
-    missing = [layer for layer in layers if layer not in residuals.layers]
-    if missing:
-        raise GravlensError(
-            f"The residuals hold no layer {missing}.", f"They hold {list(residuals.layers)}.", "cache those layers too."
-        )
+    if missing := [layer for layer in layers if layer not in residuals.layers]:
+        given = f"The residuals hold no layer {', '.join(map(str, missing))}."
+        raise GravlensError(given, f"They hold {list(residuals.layers)}.", "cache those layers too.")
     return [residuals.layers.index(layer) for layer in layers]

@@ -1,8 +1,8 @@
-"""Locate v_rev: the direction from the anchor towards the witness, and random twins of it."""
+"""Locate v_rev: the direction from the anchor towards the witness."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, overload
+from pathlib import Path
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from jaxtyping import Float
@@ -10,22 +10,23 @@ from torch import Tensor
 
 from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction, Directions, Source, defined_columns, undefined_error
+from gravlens.directions.direction import Direction, Directions, undefined_error
 from gravlens.history.sequence import ModelSequence, Prompts
 from gravlens.models.placement import Placement
 
-Estimator = Callable[[Float[np.ndarray, "prompt d_model"], Float[np.ndarray, "prompt d_model"]], np.ndarray]
+Source: TypeAlias = ModelSequence | Residuals | Path | str
+States: TypeAlias = Float[np.ndarray, "prompt d_model"]
+Vector: TypeAlias = Float[np.ndarray, " d_model"]
+Estimator = Callable[[States, States], np.ndarray]
 FACTS = ("positions", "chat_template", "system", "contrast", "geometry")  # of the residuals, in `made_from`
 # A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
-# (the same prompt in another batch or with other padding differs by less: tests/test_directions.py).
+# (the same prompt in another batch or with other padding differs by less: tests/directions/test_directions.py).
 NOISE_ROUNDINGS = 16.0
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
-def difference_of_means(
-    witness: Float[np.ndarray, "prompt d_model"], anchor: Float[np.ndarray, "prompt d_model"]
-) -> Float[np.ndarray, " d_model"]:
-    """mean(witness) − mean(anchor), residual units, accumulated in fp64: h_l(witness) − h_l(anchor) of the paper."""
+def difference_of_means(witness: States, anchor: States) -> Vector:
+    """mean(witness) − mean(anchor) in fp64, residual units: h_l(witness) − h_l(anchor) of the paper."""
     return witness.mean(0, dtype=np.float64) - anchor.mean(0, dtype=np.float64)
 
 
@@ -51,21 +52,19 @@ def locate_vrev(
     estimator: Estimator = difference_of_means,
     placement: Placement = Placement(),
 ) -> Direction | Directions:
-    """v_rev of one layer or of all: the unit vector from the anchor's states towards the witness's.
+    """Locate v_rev at one layer or all: the unit vector from the anchor's mean state towards the witness's.
 
     v_rev,l = unit(h_l(witness) − h_l(anchor)), h_l the mean over the prompts of `resid_post` at the last prompt token
-    ("The Gravitational Interpretation of Fine-Tuning Reversion", arXiv 2606.28525).
+    ("The Gravitational Interpretation of Fine-Tuning Reversion", arXiv 2606.28525). GravlensError for a
+    layer out of range, or a difference within the forward pass's own noise (with several layers it is marked
+    `.undefined` instead).
 
     Args:
-        source: a sequence or its TOML file (its probes are read), or residuals that hold `witness` and `anchor`.
-        layer: one layer (a `Direction` is returned), several, or None for all (`Directions`).
-        prompts: prompts to read a sequence on, instead of its probes.
-        estimator: (witness states, anchor states) [prompt, d_model] -> [d_model], its length is the distance.
-        placement: device and dtype that a sequence is read on (`Placement`).
-
-    Raises:
-        GravlensError: no prompts; a layer out of range; witness and anchor do not differ at the layer asked for
-            beyond the forward pass's own noise. With all layers such a layer is marked (`.undefined`) instead.
+        source: a sequence or its TOML file (reads its probes), or residuals that hold `witness` and `anchor`.
+        layer: one layer (returns a `Direction`), several, or None for all (`Directions`).
+        prompts: replace the sequence's probes.
+        estimator: (witness states, anchor states) [prompt, d_model] -> [d_model]; its length is the distance.
+        placement: device and dtype for reading a sequence.
     """
     if not isinstance(source, Residuals):
         sequence = ModelSequence.of(source)
@@ -74,23 +73,18 @@ def locate_vrev(
     elif prompts is not None:
         raise GravlensError(
             "Residuals and prompts were given.",
-            "Residuals hold the states of their own prompts.",
+            "Residuals hold their own prompts' states.",
             "locate_vrev(sequence, prompts=...) or locate_vrev(residuals).",
         )
     witness, anchor = source.of("witness"), source.of("anchor")
     if layer is None:
-        return Directions(
-            tuple(
-                _estimate(source, number, witness[:, i], anchor[:, i], estimator)
-                for i, number in enumerate(source.layers)
-            )
-        )
-    if np.ndim(layer):
-        return locate_vrev(source, estimator=estimator).at(layer)
+        each = ((number, witness[:, i], anchor[:, i]) for i, number in enumerate(source.layers))
+        return Directions(tuple(_estimate(source, *one, estimator) for one in each))
+    if np.ndim(layer):  # 0 for a NumPy integer too
+        return locate_vrev(source, estimator=estimator).at(layer)  # marks undefined layers instead of raising
     if layer not in source.layers:
-        raise GravlensError(
-            f"Layer {layer!r} was asked for.", f"These residuals hold layers {list(source.layers)}.", "one of these."
-        )
+        given = f"Layer {layer!r} was asked for."
+        raise GravlensError(given, f"These residuals hold layers {list(source.layers)}.", "one of these.")
     i = source.layers.index(layer)
     direction = _estimate(source, layer, witness[:, i], anchor[:, i], estimator)
     if direction.undefined is not None:
@@ -101,37 +95,32 @@ def locate_vrev(
 def direction_from(
     vector: Float[np.ndarray | Tensor, " d_model"], *, layer: int, distance: float | None = None, name: str = "given"
 ) -> Direction:
-    """A direction from any vector, scaled to unit length.
+    """Scale any vector to a unit direction; GravlensError for a vector of length 0.
 
     Args:
-        vector: [d_model], of any length but 0.
-        layer: whose residual stream it lies in.
-        distance: what strength 1 is, residual units; default: the vector's length.
-        name: how results call it.
-
-    Raises:
-        GravlensError: the vector has no length.
+        vector: [d_model], any length but 0.
+        distance: strength 1, residual units; default: the vector's length.
+        name: the `estimator` in results.
     """
-    vector = np.asarray(vector.detach().cpu().float() if isinstance(vector, Tensor) else vector)
+    vector = np.asarray(vector.detach().cpu().float() if isinstance(vector, Tensor) else vector)  # numpy has no bf16
     length = float(np.linalg.norm(vector.astype(np.float64)))
     if not np.isfinite(length) or length == 0:
         raise GravlensError(f"The vector ({name}) has length {length}.", "A direction has a length.", "another vector.")
     return Direction(vector / length, layer, length if distance is None else distance, estimator=name)
 
 
-def _estimate(
-    residuals: Residuals, layer: int, witness: np.ndarray, anchor: np.ndarray, estimator: Estimator
-) -> Direction:
+def _estimate(residuals: Residuals, layer: int, witness: States, anchor: States, estimator: Estimator) -> Direction:
     difference = estimator(witness, anchor)
     distance = float(np.linalg.norm(difference))
     noise = noise_floor(residuals, layer)
     undefined = None
-    if not distance > noise:
+    if not distance > noise:  # not `<=`: a NaN distance is undefined too
         undefined = f"witness and anchor differ by {distance:.2g}, the forward pass's own noise reaches {noise:.2g}"
     return Direction(
         vector=difference / distance if undefined is None else np.full_like(difference, np.nan),
         layer=layer,
         distance=distance,
+        # of noise it would be a number without meaning
         reliability=_reliability(witness, anchor, estimator) if undefined is None else float("nan"),
         estimator=getattr(estimator, "__name__", type(estimator).__name__),
         prompts=residuals.prompts,
@@ -145,7 +134,7 @@ def _estimate(
 
 
 def noise_floor(residuals: Residuals, layer: int) -> float:
-    """How far the forward pass's own rounding may move a mean state, residual units (docs/directions.md)."""
+    """Length by which the forward pass's rounding may move a mean state, residual units (docs/directions.md)."""
     i = residuals.layers.index(layer)
     # Contrasts are shorter than the states that they are differences of, and whose rounding they have.
     lengths = residuals.meta.get("state_lengths")
@@ -159,36 +148,14 @@ def noise_floor(residuals: Residuals, layer: int) -> float:
 def _reliability(witness: np.ndarray, anchor: np.ndarray, estimator: Estimator) -> float:
     if len(witness) < 2:
         return float("nan")
+    # even and odd rather than first and last: prompt files are often sorted by topic
     halves = [estimator(witness[start::2], anchor[start::2]) for start in (0, 1)]
     norms = np.prod([np.linalg.norm(half) for half in halves])
-    cosine = float(halves[0] @ halves[1] / norms) if norms else float("nan")
-    return 2 * cosine / (1 + cosine) if cosine > -1 else float("nan")
+    return float(spearman_brown(halves[0] @ halves[1] / norms)) if norms else float("nan")
 
 
-def random_directions(
-    directions: Directions, *, rng: np.random.Generator, states: Float[np.ndarray, "prompt layer d_model"] | None = None
-) -> Directions:
-    """A random twin: one fresh unit vector a layer, at the same distances.
-
-    Args:
-        directions: whose layers and distances are kept; undefined layers are left out.
-        rng: source of randomness.
-        states: draw each vector from the covariance of these states (a column a direction, undefined may lack; any
-            unit), not isotropically: random mixtures of the centred states, Σ_i g_i (h_i − mean h), with g normal.
-
-    Raises:
-        GravlensError: states of other layers, or that do not vary.
-    """
-    directions = Directions.of(directions)
-    defined, states = (directions.defined(), None) if states is None else defined_columns(directions, states)
-    twins = []
-    for i, direction in enumerate(defined):
-        if states is None:
-            vector = rng.standard_normal(direction.vector.shape)
-        else:
-            centred = states[:, i].astype(np.float64) - states[:, i].mean(0, dtype=np.float64)
-            vector = rng.standard_normal(len(centred)) @ centred
-        name = "isotropic" if states is None else "covariance_matched"
-        twin = direction_from(vector, layer=direction.layer, distance=direction.distance, name=name)
-        twins.append(replace(twin, prompts=direction.prompts))
-    return Directions(tuple(twins))
+def spearman_brown(r: Float[np.ndarray, "*cell"] | float) -> Float[np.ndarray, "*cell"]:
+    """Spearman–Brown correction 2r / (1 + r) of a split-half correlation, at least −1."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # without the bound a pair of opposed halves would give −∞, and r = −.9 a reliability of −18
+        return np.clip(2 * np.asarray(r) / (1 + np.asarray(r)), -1.0, 1.0)

@@ -5,3 +5,5 @@ from . import prompts as prompts
 from . import sequence as sequence
 from . import sources as sources
 from . import weight_files as weight_files
+from .sources import Folder as Folder
+from .sources import Resolved as Resolved

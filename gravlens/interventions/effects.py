@@ -18,11 +18,13 @@ from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspaces, each
-from gravlens.directions.subspaces import random_spans
+from gravlens.directions.subspaces import random_like
 from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Ablate, Intervention, Steer, check_intervention
 from gravlens.interventions.hooks import intervene
 from gravlens.models.opening import Openable, OpenModel, open_model
+
+__all__ = ["DoseResponse", "Effect", "dose_response", "layerwise_effect", "measure_selectivity"]
 
 Condition: TypeAlias = Intervention | Sequence[Intervention]
 Make: TypeAlias = Callable[[Any], Intervention]
@@ -265,8 +267,7 @@ def _random_twin(interventions: Sequence[Intervention], seed: int, states: Resid
 
 
 def _replacement(span: Span, rng: np.random.Generator, cloud: Float[np.ndarray, "n 1 d_model"] | None) -> Span:
-    alone = Directions((span,)) if isinstance(span, Direction) else Subspaces((span,))
-    (twin,) = random_spans(alone, rng=rng, states=cloud)
+    twin = random_like(span, rng=rng, states=cloud)
     if twin.basis.shape != span.basis.shape:
         raise GravlensError(
             f"States that span {len(twin.basis)} dimensions were given for a subspace of rank {len(span.basis)}.",

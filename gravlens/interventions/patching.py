@@ -15,6 +15,8 @@ from gravlens.interventions.edits import Patch
 from gravlens.interventions.effects import causal_effect
 from gravlens.models.opening import Openable, open_model
 
+__all__ = ["half_life", "patch_spans", "smallest_rank"]
+
 
 def patch_spans(
     model: Openable,

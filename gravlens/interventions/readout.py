@@ -17,6 +17,8 @@ from gravlens.models.forward import final_logits
 from gravlens.models.opening import Openable, OpenModel, open_model
 from gravlens.models.precision import check_unquantised
 
+__all__ = ["readout", "readout_openings"]
+
 PROBE = 10.0  # root mean square of probe states: large enough for a norm's ε not to matter
 CENTRED_WITHIN = 1e-3
 

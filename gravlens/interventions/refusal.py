@@ -27,6 +27,8 @@ from gravlens.interventions.hooks import intervene
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import Openable, open_model
 
+__all__ = ["Chosen", "Filters", "choose_refusal", "refusal_candidates"]
+
 
 @dataclass(frozen=True)
 class Filters:

@@ -7,4 +7,5 @@ from . import precision as precision
 from . import swapping as swapping
 from . import tokenizers as tokenizers
 from .families import Family as Family
+from .families import Write as Write
 from .tokenizers import sequence_tokenizer as sequence_tokenizer

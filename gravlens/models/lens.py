@@ -50,7 +50,7 @@ class _Lens(Family):
     def final_norm(self) -> nn.Module:
         if hasattr(self.module, "ln_final"):
             return self.module.ln_final
-        given = f"No final norm was found in {type(self.module).__name__} (it has no ln_final)."
+        given = f"This {type(self.module).__name__} has no final norm (no ln_final)."
         wanted = "A logit lens needs the norm before the unembedding."
         raise GravlensError(given, wanted, "the Hugging Face model, opened from its folder.")
 

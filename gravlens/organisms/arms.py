@@ -13,7 +13,7 @@ from gravlens.blockers.projection import TaskVectorProjection, UpdateProjection
 from gravlens.blockers.steered_training import GradientAblation, PreventativeSteering, TrainingAblation
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions, Spans, Subspaces
-from gravlens.directions.subspaces import drift_subspaces, orthogonal_part, random_spans, whole_state
+from gravlens.directions.subspaces import drift_subspaces, orthogonal_part, random_like, whole_state
 from gravlens.interventions.refusal import refusal_candidates
 from gravlens.models.opening import open_model
 from gravlens.organisms.base import UNBLOCKED, Arm, Grounds
@@ -25,7 +25,7 @@ LATE = 6  # an exact projection is at the last layers only: each layer costs a b
 def matched_twin(grounds: Grounds) -> Spans:
     """Draw a random direction per layer from the covariance of the anchor's states on the probes."""
     columns = [grounds.states.layers.index(layer) for layer in grounds.vs.layers]
-    return random_spans(grounds.vs, rng=grounds.rng, states=grounds.states.of("anchor")[:, columns])
+    return random_like(grounds.vs, rng=grounds.rng, states=grounds.states.of("anchor")[:, columns])
 
 
 def drift_of_another_run(grounds: Grounds, rank: int = 1) -> Subspaces:
@@ -48,7 +48,7 @@ def harmful_minus_harmless(grounds: Grounds) -> Directions:
 ALONG: Mapping[str, Callable[[Grounds], Spans]] = {
     "v_rev": lambda grounds: grounds.vs,
     "matched_twin": matched_twin,
-    "isotropic_twin": lambda grounds: random_spans(grounds.vs, rng=grounds.rng),
+    "isotropic_twin": lambda grounds: random_like(grounds.vs, rng=grounds.rng),
     "drift": drift_of_another_run,
     "drift_rank_4": partial(drift_of_another_run, rank=4),
     "drift_rank_16": partial(drift_of_another_run, rank=16),

@@ -3,6 +3,7 @@ from . import lines as lines
 from . import plane as plane
 from . import style as style
 from .heatmap import plot_heatmap as plot_heatmap
+from .lines import HasLayerMean as HasLayerMean
 from .lines import HasTable as HasTable
 from .lines import plot_arms as plot_arms
 from .lines import plot_effect as plot_effect

@@ -1,4 +1,4 @@
-"""Heatmaps: one number over two of a table's columns, such as the fraction over layer × position."""
+"""Heatmaps: one value over two of a table's columns, such as the fraction over layer × position."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = LABELS | {
     "way": "share of the way to the source's score",
     "refit_angle": r"refitted direction's angle with $v_\mathrm{rev}$ (degrees)",
 }
-WRITTEN = 80  # so many cells can still be read as numbers
+WRITTEN = 80  # cells; more cannot be read as numbers
 DARK = 0.6  # of the scale, from which on white letters are read
 FAINT = 0.05  # of the scale, up to which a cell is as good as white
 
@@ -34,11 +34,11 @@ def plot_heatmap(
     limit: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Mean of `value` at each place of `rows` × `columns`, red above 0 and blue below; grey was not measured.
+    """Mean of `value` at each place of `rows` × `columns`, red above 0 and blue below; grey: not measured.
 
-    Rows that are numbers ascend from the bottom, names stand in the table's order; rows of <NA> (a mean over layers)
-    are left out. Colours end at `limit` (default: the largest number). Few cells carry their number; where they are
-    many, those below 0 carry a dash, which grey print keeps. GravlensError where there is nothing to draw.
+    Numeric rows ascend from the bottom, names keep the table's order; rows without a place (<NA>) are dropped. Colours
+    end at `limit` (default: the largest number). Few cells carry their number; of many, those below 0 carry a dash,
+    which grey print keeps. GravlensError where there is nothing to draw.
     """
     table = need(table, (value, rows, columns))
     table = need(table.dropna(subset=[rows, columns]), ())
@@ -48,13 +48,11 @@ def plot_heatmap(
     cells, ax = grid.to_numpy(dtype=float), axes_of(ax)
     reach = limit or float(np.nanmax(np.abs(cells), initial=0)) or 1.0
     ax.set_facecolor("0.9")
+    # symmetric about 0: white is no effect
     look = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach, "origin": "lower" if upward else "upper"}
     image = ax.imshow(cells, aspect="auto", **look)
-    if cells.size <= WRITTEN:
-        _write_numbers(ax, cells, reach)
-    else:
-        _dash_negative(ax, cells, reach)
-    every = 1 + len(grid) // 30
+    (_write_numbers if cells.size <= WRITTEN else _dash_negative)(ax, cells, reach)
+    every = 1 + len(grid) // 30  # more labels than about 30 overlap
     ax.set_yticks(range(0, len(grid), every), [_signed(name) for name in grid.index[::every]])
     ax.set_xticks(range(len(grid.columns)), [_signed(name) for name in grid.columns])
     ax.set(xlabel=words(columns), ylabel=words(rows))
@@ -66,9 +64,8 @@ def _write_numbers(ax: Axes, cells: np.ndarray, reach: float) -> None:
     for row, column in np.argwhere(np.isfinite(cells)):
         number = float(cells[row, column])
         colour = "white" if abs(number) > DARK * reach else "black"
-        ax.text(
-            column, row, _signed(f"{round(number, 2) + 0.0:.2f}"), ha="center", va="center", color=colour, fontsize=7
-        )
+        text = _signed(f"{round(number, 2) + 0.0:.2f}")  # + 0.0: no −0.00
+        ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
 
 
 def _dash_negative(ax: Axes, cells: np.ndarray, reach: float) -> None:
@@ -77,5 +74,5 @@ def _dash_negative(ax: Axes, cells: np.ndarray, reach: float) -> None:
 
 
 def _signed(name: Any) -> str:
-    """A number with a minus as long as the plus, a name in words."""
+    """A number with a true minus sign, a name in words."""
     return words(name).replace("-", "−") if str(name).lstrip("-")[:1].isdigit() else words(name)

@@ -1,7 +1,7 @@
-"""Results in, matplotlib Axes out. What is drawn was measured elsewhere; here only means over runs are taken.
+"""Plots of results: matplotlib Axes out; only means over runs are computed here.
 
-Every function draws into `ax`, or into a figure of its own that pyplot never sees, and leaves rcParams alone.
-A notebook shows the returned Axes as a picture; `save_figure(ax, "name")` saves it for print.
+Every function draws into `ax`, or into a new figure that pyplot never sees, and leaves rcParams alone. A notebook shows
+the returned Axes as a picture; `save_figure(ax, "name")` saves it for print.
 """
 
 from __future__ import annotations
@@ -31,40 +31,49 @@ UNJUDGED = "drift too small to judge"
 
 
 class HasTable(Protocol):
-    """A result that carries its tidy table, such as a Trajectory."""
+    """A result with a tidy `table`, such as an Effect."""
 
     @property
     def table(self) -> pd.DataFrame:
-        """Columns such as `run, step, layer, prompts, alignment`; which ones are needed is said by each figure."""
+        """Columns such as `run, step, layer, prompts, alignment`; each figure names those it needs."""
+        ...
+
+
+class HasLayerMean(HasTable, Protocol):
+    """A result with a mean over layers, such as a Trajectory or the result of `compare`."""
+
+    @property
+    def layer_mean(self) -> pd.DataFrame:
+        """The columns of `table` without `layer`."""
         ...
 
 
 @rc_context(STYLE)
 def plot_alignment(
-    table: pd.DataFrame | HasTable,
+    table: pd.DataFrame | HasLayerMean,
     *,
     value: str = "alignment",
-    nulls: pd.DataFrame | None = None,
+    nulls: pd.DataFrame | HasLayerMean | Sequence[HasLayerMean] | None = None,
     prompts: str = "held_out",
     ax: Axes | None = None,
 ) -> Axes:
-    """Mean over layers against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
+    """Plot the layer mean against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
 
-    `table` is Trajectory.table, `value` one of its columns ("fraction", "projection", …), `prompts` one of its sets.
-    `nulls` has columns null, step, p99 (of the alignment's mean over layers); where runs differ the highest is drawn.
-    Points whose drift the table does not judge are hollow. GravlensError where there is nothing to draw.
+    `table` is a Trajectory or its `.layer_mean`, `value` one of the measures ("fraction", "projection", …), `prompts`
+    one of its sets. `nulls`: one or several results of `compare`, or a table of null, step, p99; where runs differ the
+    highest is drawn. Points with a drift that is not judged are hollow. GravlensError where there is nothing to draw.
     """
-    rows = _chosen(table, prompts, value)
-    rows = need(rows[rows["layer"].isna()], (), "plot_layers, or a table with rows of layer <NA>: the mean.")
+    rows = _chosen(_layer_mean(table), prompts, value)
     if nulls is not None and value != "alignment":
         raise GravlensError(f"nulls came with value={value!r}.", "Their p99 is one of alignment.", "nulls=None.")
     ax = axes_of(ax)
-    ax.set_xscale("symlog", linthresh=1, linscale=0.4)
+    ax.set_xscale("symlog", linthresh=1, linscale=0.4)  # steps grow by factors, and step 0 has no logarithm
     ax.axhline(0, color="black", lw=0.7, zorder=0)
     _draw_runs(ax, rows, value)
     _draw_mean(ax, rows, value)
     if nulls is not None:
-        _draw_nulls(ax, nulls)
+        several = nulls if isinstance(nulls, Sequence) else [nulls]
+        _draw_nulls(ax, need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99")))
     _mark_steps(ax, rows["step"].unique())
     ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
     return _legend(ax)
@@ -79,33 +88,32 @@ def plot_layers(
     value: str = "alignment",
     ax: Axes | None = None,
 ) -> Axes:
-    """`value` at each layer, mean ± SEM over runs, one line per step (all steps, or those in `step`), late ones light.
+    """Plot `value` by layer, mean ± SEM over runs, one line per step (all, or those in `step`), late ones light.
 
-    Undefined layers (without a value, or in Trajectory.undefined) are named under the axis; `table` and `prompts` are
-    those of plot_alignment. GravlensError for a step that was not measured.
+    Undefined layers are named under the axis; `table` and `prompts` as in `plot_alignment`. GravlensError for an
+    unmeasured step.
     """
-    rows = _chosen(table, prompts, value)
-    rows = rows[rows["layer"].notna()].astype({"layer": int})
+    rows = _chosen(need(table, ("layer",)), prompts, value)
     defined = rows.groupby("layer")[value].transform(lambda column: column.notna().any()).astype(bool)
     undefined, rows = {*rows.loc[~defined, "layer"], *getattr(table, "undefined", ())}, rows[defined]
     steps = _steps(rows, step)
     ax = axes_of(ax)
     ax.axhline(0, color="black", lw=0.7, zorder=0)
-    colours = colormaps["viridis"](np.linspace(0, 0.88, len(steps)))
-    for at, colour, marker in zip(steps, colours, cycle(MARKERS), strict=False):
+    colours = colormaps["viridis"](np.linspace(0, 0.88, len(steps)))  # not to 1: its yellow end vanishes on white
+    for at, colour, marker in zip(steps, colours, cycle(MARKERS), strict=False):  # cycle never ends
         look = {"color": colour, "marker": marker}
         _draw_layers(ax, rows[rows["step"] == at], value, label=f"step {at}", look=look)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # one layer alone would get fractional ticks
     ax.set(xlabel="layer" + _left_out(undefined), ylabel=LABELS.get(value, words(value)))
     return _legend(ax, columns=3)
 
 
 @rc_context(STYLE)
 def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Axes:
-    """What each intervention does to the score: difference with its 95 % interval, on the range of random directions.
+    """Plot each intervention's effect on the score: difference with 95 % interval, on the range of random directions.
 
     `table`, or an Effect: condition, layer (<NA>: several at once), difference, low, high, random_low, random_high;
-    its attrs["score"] names the axis. Several layers stand side by side, one has a row a condition. Else GravlensError.
+    attrs["score"] names the axis. Several layers are drawn side by side, one has a row per condition.
     """
     table = need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
     ax = axes_of(ax)
@@ -123,16 +131,16 @@ def plot_arms(
     reference: Mapping[str, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """One `measure` per arm: every run as a small point, mean ± SEM above it, arms in the table's order.
+    """Plot one `measure` per arm: every run as a small point, mean ± SEM above it, arms in the table's order.
 
-    `table` has columns arm, run and the measure, a row per run; an arm without a value reads "not run".
-    `reference` maps a label (witness, anchor) to a value that is drawn as a dashed line. GravlensError without rows.
+    `table` has columns arm, run and the measure, one row per run; an arm without a value reads "not run". `reference`
+    maps a label (witness, anchor) to the value of a dashed line. GravlensError without rows.
     """
     need(table, ("arm", measure))
     ax = axes_of(ax)
     if measure not in WITHOUT_ZERO:
         ax.axvline(0, color="black", lw=0.7, zorder=0)
-    for place, (_, rows) in enumerate(table.groupby("arm", sort=False)):
+    for place, (_, rows) in enumerate(table.groupby("arm", sort=False)):  # sort=False: the table's order
         _draw_arm(ax, place, rows[measure].dropna())
     for (label, at), dash, colour in zip((reference or {}).items(), DASHES, CYCLE[1:], strict=False):
         ax.axvline(at, ls=dash, color=colour, lw=1, zorder=0.5, label=label)
@@ -146,13 +154,10 @@ def plot_arms(
 def need(
     table: pd.DataFrame | HasTable, columns: Iterable[str], remedy: str = "a table of measured results."
 ) -> pd.DataFrame:
-    """The table of a result, which has rows and these columns."""
-    found: Any = of_kind(
-        table if isinstance(table, pd.DataFrame) else getattr(table, "table", table),
-        pd.DataFrame,
-        "A table is needed, or a result that has one.",
-        "follow(residuals, directions), causal_effect(model, …), or their .table.",
-    )
+    """The table of a result; GravlensError if it has no rows or not these columns."""
+    found: Any = table if isinstance(table, pd.DataFrame) else getattr(table, "table", table)
+    sources = "follow(residuals, directions), causal_effect(model, …), or their .table."
+    found = of_kind(found, pd.DataFrame, "A table or a result is needed.", sources)
     missing = ", ".join(name for name in columns if name not in found.columns)
     if missing:
         raise GravlensError(f"The table has no column {missing}.", f"It has {list(found.columns)}.", "one of those.")
@@ -161,34 +166,40 @@ def need(
     return found
 
 
+def _layer_mean(table: pd.DataFrame | HasLayerMean) -> pd.DataFrame:
+    """The mean over layers of a result; a table by layer would be averaged over the wrong layers."""
+    table = need(table if isinstance(table, pd.DataFrame) else getattr(table, "layer_mean", table), ())
+    if "layer" in table:
+        remedy = "the result's .layer_mean, or plot_layers."
+        raise GravlensError("The table has a row per layer.", "The layer mean is drawn.", remedy)
+    return table
+
+
 def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.DataFrame:
     """The rows that were measured on `prompts`."""
-    table = need(table, ("run", "step", "layer", "prompts", value))
+    table = need(table, ("run", "step", "prompts", value))
     rows = table[table["prompts"] == prompts]
     if rows.empty:
         known = sorted(table["prompts"].unique())
-        raise GravlensError(
-            f"prompts={prompts!r} has no row.", f"Prompts with rows: {known}.", f"prompts={known[0]!r}."
-        )
+        raise GravlensError(f"prompts={prompts!r} has no row.", f"Known: {known}.", f"prompts={known[0]!r}.")
     return rows
 
 
 def _steps(rows: pd.DataFrame, step: int | Sequence[int] | None) -> list[int]:
-    known = sorted({int(at) for at in rows["step"]})
+    known = sorted({int(at) for at in rows["step"]})  # NumPy integers would print as np.int64(5)
     wanted = known if step is None else [step] if isinstance(step, int) else list(step)
-    absent = [at for at in wanted if at not in known]
-    if absent or not wanted:
+    if not wanted or not {*wanted} <= {*known}:
         raise GravlensError(f"step={step!r} was asked for.", f"Steps with a value: {known}.", "one of those.")
     return wanted
 
 
 def _over_runs(rows: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
-    """Mean and SEM over runs; one run has no SEM and gets no bar."""
+    """Mean and SEM over runs; a single run gets no bar."""
     return rows.groupby(by)[value].agg(["mean", "sem", "count"]).dropna(subset="mean")
 
 
 def _unjudged(rows: pd.DataFrame, value: str) -> pd.DataFrame:
-    """A cosine of almost no drift is noise; other measures need no such mark."""
+    """Rows to mark as noise: the cosine of almost no drift; other measures need no mark."""
     return rows[~rows["judged"].astype(bool)] if value == "alignment" and "judged" in rows else rows[:0]
 
 
@@ -207,17 +218,15 @@ def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
 
 
 def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
-    need(nulls, ("null", "step", "p99"))
-    rows = nulls[nulls["layer"].isna()] if "layer" in nulls else nulls
-    for number, (name, null) in enumerate(rows.groupby("null", sort=False)):
-        p99 = null.groupby("step")["p99"].max()
+    for number, (name, null) in enumerate(nulls.groupby("null", sort=False)):
+        p99 = null.groupby("step")["p99"].max()  # where each run has its own draws: the strictest
         look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
         marker = "_" * (len(p99) == 1)  # one step makes no line
         ax.plot(p99.index, p99, marker=marker, ms=12, mew=1.5, label=f"{words(name)}, p99", **look)
 
 
 def _mark_steps(ax: Axes, steps: np.ndarray) -> None:
-    """Ticks at the steps that were measured, thinned from the last one down so that the labels do not touch."""
+    """Ticks at the measured steps, thinned from the last one down so that labels do not overlap."""
     steps = np.sort(steps)[::-1]
     places = ax.xaxis.get_transform().transform(steps.astype(float))
     gap, kept = 0.085 * (places[0] - places[-1]), [0]
@@ -226,7 +235,7 @@ def _mark_steps(ax: Axes, steps: np.ndarray) -> None:
             kept.append(index)
     shown = sorted(int(step) for step in steps[kept])
     ax.set_xticks(shown, [str(step) for step in shown])
-    ax.set_xticks([], minor=True)
+    ax.set_xticks([], minor=True)  # symlog marks steps that nobody measured
 
 
 def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, *, label: str, look: dict[str, Any]) -> None:
@@ -239,7 +248,7 @@ def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, *, label: str, look: 
 
 
 def _left_out(layers: set[int]) -> str:
-    """A line under the axis: 0, 1, 2, 7 reads 0–2, 7 (in a stretch, layer − place is constant)."""
+    """A line under the axis: 0, 1, 2, 7 reads 0–2, 7 (within a range, layer − place is constant)."""
     stretches = groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0])
     spans = [[layer for _, layer in stretch] for _, stretch in stretches]
     names = ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
@@ -247,7 +256,7 @@ def _left_out(layers: set[int]) -> str:
 
 
 def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
-    """Layers along x, conditions beside each other; <NA> is the place after the last layer."""
+    """Layers along x, conditions side by side; <NA> comes after the last layer."""
     groups = list(table.groupby("condition", sort=False))
     beyond = int(table["layer"].max()) + 1
     ax.axhline(0, color="black", lw=0.7, zorder=0)
@@ -258,15 +267,10 @@ def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
         ax.vlines(at, rows["low"], rows["high"], color=colour)
         ax.plot(at, rows["difference"], marker, color=colour, label=words(name))
     layers = sorted(table["layer"].dropna().astype(int).unique())
-    _mark_layers(ax, layers, beyond if table["layer"].isna().any() else None)
-    ax.set(xlabel="layer", ylabel=score)
-
-
-def _mark_layers(ax: Axes, layers: list[int], beyond: int | None) -> None:
-    """At most about a dozen layer numbers, and "all" where an intervention acted on all layers at once."""
-    shown = layers[:: 1 + len(layers) // 13]
-    ticks = {layer: str(layer) for layer in shown} | ({} if beyond is None else {beyond: "all"})
+    ticks = {layer: str(layer) for layer in layers[:: 1 + len(layers) // 13]}  # more than a dozen labels overlap
+    ticks |= {beyond: "all"} if table["layer"].isna().any() else {}
     ax.set_xticks(list(ticks), list(ticks.values()))
+    ax.set(xlabel="layer", ylabel=score)
 
 
 def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:
@@ -280,10 +284,11 @@ def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:
 
 
 def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
-    """The mean stands a little above the row's runs, so that neither hides the other."""
+    """Draw the mean a little above the row's runs, so that neither hides the other."""
     if values.empty:
         ax.text(0.02, place, "not run", transform=ax.get_yaxis_transform(), **NOT_RUN)
         return
+    # a label that begins with "_" stays out of the legend
     runs, mean = ("_", "_") if "one run" in ax.get_legend_handles_labels()[1] else ("one run", "mean ± SEM")
     ax.plot(values, np.full(len(values), place + 0.18), "o", color=BLUE, alpha=0.4, ms=3, mew=0, label=runs)
     center, sem = values.agg(["mean", "sem"])
@@ -322,11 +327,11 @@ def plot_frontier(
     baseline: str = "unblocked",
     ax: Axes | None = None,
 ) -> Axes:
-    """Each blocker's mean ± SEM over runs: `measure` against `cost`; the best is below and to the left.
+    """Plot each blocker's mean ± SEM over runs, `measure` against `cost`; the best is at the lower left.
 
-    `table` has columns blocker, cost and measure, a row per run, as `compare_arms` gives it. The `baseline` arm is
-    marked by lines, `twins` (random controls) are grey. Numbers at the points are explained in the legend.
-    GravlensError where there is nothing to draw.
+    `table` has columns blocker, cost and measure, one row per run, as from `compare_arms`. Lines mark the `baseline`
+    arm; `twins` (random controls) are grey. The legend explains the numbers. GravlensError where there is nothing to
+    draw.
     """
     need(table, ("blocker", cost, measure), "compare_arms(…).")
     ax = axes_of(ax, SIZE)
@@ -334,6 +339,7 @@ def plot_frontier(
     for number, (blocker, row) in enumerate(spread.iterrows(), 1):
         colour = "black" if blocker == baseline else GREY if blocker in twins else CYCLE[number % len(CYCLE)]
         at = (row[cost, "mean"], row[measure, "mean"])
+        # one run has no SEM
         errors = dict(zip(("xerr", "yerr"), np.nan_to_num([row[cost, "sem"], row[measure, "sem"]]), strict=True))
         look = {"fmt": MARKERS[number % len(MARKERS)], "ms": 3, "lw": 0.6, "color": colour, "capsize": 1}
         ax.errorbar(*at, **errors, **look, label=f"{number}  {words(blocker)}")

@@ -1,10 +1,11 @@
-"""The table of `residual_plane` as a figure for print, and as one to move about in."""
+"""Plots of a `residual_plane` table: for print, and interactive."""
 
 from __future__ import annotations
 
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from gravlens.plot.style import CYCLE, DASHES, GREY, MARKERS, STYLE, axes_of, wo
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure as PlotlyFigure
 UNIT = "witness–anchor distances"
-NAMED_RUNS = 6  # so many have a colour of their own
+NAMED_RUNS = 6  # more runs share one colour
 ENDS = {"witness": "*", "anchor": "s"}
 FAINT: dict[str, Any] = {"alpha": 0.35, "ms": 4, "mew": 0, "zorder": 1}
 # plotly's names of the same marks and dashes
@@ -28,16 +29,10 @@ PLOTLY_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 @rc_context(STYLE)
 def plot_residual_plane(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Witness, anchor and each run's way from it, on the plane of v_rev and of the first component of the rest.
+    """Plot witness, anchor and each run's path on the plane of v_rev and the first component of the rest.
 
-    Prompts are faint points. Runs beyond six share one look.
-
-    Args:
-        table: of `residual_plane`; both axes are in witness–anchor distances and equally long.
-        ax: where it is drawn; default: a figure of its own.
-
-    Raises:
-        GravlensError: there is nothing to draw.
+    `table` is that of `residual_plane`; both axes are in witness–anchor distances, at equal scale. Prompts are faint
+    points; more than six runs share one look. GravlensError where there is nothing to draw.
     """
     need(table, COLUMNS, "residual_plane(…).")
     ax = axes_of(ax)
@@ -45,9 +40,8 @@ def plot_residual_plane(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     clouds, means = table[table["prompt"].notna()], table[table["prompt"].isna()]
     for kind, marker in ENDS.items():
         rows = means[means["kind"] == kind]
-        ax.plot(
-            rows["along"], rows["across"], marker, color="black", ms=7 if marker == "*" else 4, zorder=4, label=kind
-        )
+        look: dict[str, Any] = {"color": "black", "ms": 7 if marker == "*" else 4, "zorder": 4}
+        ax.plot(rows["along"], rows["across"], marker, **look, label=kind)
     runs = list(_runs(means))
     for number, (run, way) in enumerate(runs):
         ax.plot(way["along"], way["across"], **_look(number, len(runs)), label=_name(run, way, number, len(runs)))
@@ -58,22 +52,17 @@ def plot_residual_plane(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for number, (name, rows) in enumerate(_clouds(clouds)):
         label = "_" if number else "one prompt's drift"
         ax.plot(rows["along"], rows["across"], ".", color=colours[name], **FAINT, label=label)
-    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_aspect("equal", adjustable="datalim")  # angles are read off: one distance is equally long on both axes
     ax.set(xlabel=rf"along $v_\mathrm{{rev}}$ ({UNIT})", ylabel=f"{_across(table)}\n({UNIT})")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3, columnspacing=1.2)
     return ax
 
 
 def explore_residual_plane(table: pd.DataFrame) -> PlotlyFigure:
-    """The same as a plotly figure: zoom in, and hover over a point for its name, step and coordinates.
+    """The same as an interactive plotly figure: zoom, and hover for name, step and coordinates.
 
-    A notebook shows it; `figure.write_html("plane.html")` writes one page that needs no network.
-
-    Args:
-        table: of `residual_plane`; both axes are in witness–anchor distances.
-
-    Raises:
-        GravlensError: plotly is not installed (`pip install 'gravlens[plots]'`), or there is nothing to draw.
+    `figure.write_html("plane.html")` writes one page that needs no network. GravlensError where plotly is not installed
+    (`pip install 'gravlens[plots]'`), or there is nothing to draw.
     """
     go: Any = _plotly()
     need(table, COLUMNS, "residual_plane(…).")
@@ -92,6 +81,7 @@ def explore_residual_plane(table: pd.DataFrame) -> PlotlyFigure:
     for name, rows in _clouds(clouds):
         look = {"marker": {"color": colours[name], "size": 5, "opacity": 0.35}}
         figure.add_trace(go.Scatter(**_points(rows, f"{words(name)}: prompts"), mode="markers", **look))
+    # scaleanchor is plotly's equal aspect
     figure.add_hline(0, line={"color": GREY, "dash": "dot", "width": 1}, layer="below")
     figure.update_layout(
         template="simple_white",
@@ -107,18 +97,16 @@ def _plotly() -> Any:
     try:
         from plotly import graph_objects
     except ImportError as error:
-        raise GravlensError(
-            "plotly is not installed.",
-            "The view to move about in is drawn by it; plot_residual_plane draws the same without.",
-            "pip install 'gravlens[plots]'",
-        ) from error
+        remedy = "pip install 'gravlens[plots]', or plot_residual_plane, which needs matplotlib alone."
+        raise GravlensError("plotly is not installed.", "It draws the interactive view.", remedy) from error
     return graph_objects
 
 
 def _runs(means: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Each run's way, which begins at the anchor."""
+    """Each run's path, beginning at the anchor."""
     anchor = means[means["kind"] == "anchor"]
     ways = means[means["kind"] == "run"].sort_values("step").groupby("run", sort=False)
+    # sorted: colours must not depend on the order of rows
     return sorted((str(run), pd.concat([anchor, way])) for run, way in ways)
 
 
@@ -130,7 +118,7 @@ def _clouds(prompts: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def _look(number: int, count: int) -> dict[str, Any]:
     if count > NAMED_RUNS:
         return {"color": CYCLE[0], "marker": ".", "ms": 3, "lw": 0.7, "alpha": 0.6}
-    dashes = ("-", *DASHES, "-")
+    dashes = ("-", *DASHES, "-")  # the first run is solid, and six need six
     return {"color": CYCLE[number], "marker": MARKERS[number], "ls": dashes[number], "ms": 3, "zorder": 3}
 
 
@@ -141,9 +129,8 @@ def _name(run: str, way: pd.DataFrame, number: int, count: int) -> str:
 
 
 def _across(table: pd.DataFrame) -> str:
-    share = table.attrs.get("across_share")
-    known = share is not None and share == share
-    return "rest, first component" + (f": {share:.0%} of its variance" if known else "")
+    share = table.attrs.get("across_share", np.nan)  # attrs are lost in a round trip through CSV
+    return "rest, first component" + ("" if np.isnan(share) else f": {share:.0%} of its variance")
 
 
 def _points(rows: pd.DataFrame, name: str) -> dict[str, Any]:
@@ -157,6 +144,6 @@ def _points(rows: pd.DataFrame, name: str) -> dict[str, Any]:
 
 
 def _said(row: pd.Series) -> str:
-    """A point in words; plotly reads some HTML in them."""
+    """A point in words, escaped: plotly reads some HTML."""
     at = row["checkpoint"] if pd.isna(row["step"]) else f"{row['run']}, step {row['step']}"
     return escape(words(at) + ("" if pd.isna(row["prompt"]) else f", prompt {row['prompt']}"))

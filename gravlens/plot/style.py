@@ -1,6 +1,6 @@
-"""How every figure looks and is saved: one style, told apart by colour-blind readers and in grey print.
+"""One style for every figure, legible to colour-blind readers and in grey print; and saving of figures.
 
-The style holds within `rc_context(STYLE)` alone: a user's rcParams stay as they are, and pyplot is never loaded.
+The style holds only within `rc_context(STYLE)`: a user's rcParams stay unchanged, and pyplot is never loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gravlens.core.files import write_atomically
 # Okabe and Ito's palette ("Color Universal Design", 2008), which colour-blind readers can tell apart.
 BLUE, GREY = "#0072B2", "#8A8A8A"
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# What is told apart by colour is told apart by dashes or marks as well, since paper is often grey.
+# Whatever differs by colour differs by dashes or markers too: paper is often grey.
 DASHES: tuple[Any, ...] = ("--", (0, (1, 1.2)), "-.", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 STYLE: dict[Any, Any] = {
@@ -62,7 +62,7 @@ SHARES = ("harmfulness", "over_refusal")
 
 
 class PictureAxes(Axes):
-    """An Axes that a notebook shows as its picture, so that pyplot's global list of figures is not needed."""
+    """An Axes that a notebook shows as its picture, without pyplot's global list of figures."""
 
     def _repr_png_(self) -> bytes:
         return _drawn(_figure(self), "png", DPI)
@@ -72,34 +72,28 @@ def axes_of(ax: Axes | None, size: tuple[float, float] = COLUMN) -> Axes:
     """`ax`, or an Axes in a new figure of `size` inches that pyplot never sees."""
     if ax is not None:
         return ax
+    # constrained: legends and labels outside of the axes are not cut off
     return Figure(figsize=size, dpi=DPI, layout="constrained").add_subplot(axes_class=PictureAxes)
 
 
 def save_figure(drawn: Axes | Figure, path: Path | str, *, formats: Sequence[str] = ("pdf", "png")) -> list[Path]:
-    """Save a figure for print: a PDF whose text stays text, and a PNG at 300 dpi; the same figure gives the same bytes.
+    """Save a figure for print: PDF with embedded text and PNG at 300 dpi; equal figures give equal bytes.
 
     Args:
-        drawn: what a `plot_…` returned, or any matplotlib figure.
-        path: with an ending (`"alignment.svg"`) one file, without one a file for each of `formats`.
-        formats: among `pdf`, `png`, `svg`.
-
-    Returns:
-        The files written; their folder is made.
-
-    Raises:
-        GravlensError: another format.
+        drawn: the result of a `plot_…` function, or any matplotlib figure.
+        path: with a suffix (`"alignment.svg"`) one file, without one a file for each of `formats`.
+        formats: among `pdf`, `png`, `svg`; GravlensError for another.
     """
     path = Path(path)
     if path.suffix[1:] in NO_DATE:
         path, formats = path.with_suffix(""), (path.suffix[1:],)
     if unknown := [name for name in formats if name not in NO_DATE]:
-        raise GravlensError(
-            f"The format {unknown[0]!r} was asked for.", f"Formats: {', '.join(NO_DATE)}.", "one of these."
-        )
+        given = f"The format {unknown[0]!r} was asked for."
+        raise GravlensError(given, f"Formats: {', '.join(NO_DATE)}.", "one of these.")
     figure = _figure(drawn)
-    return [
-        write_atomically(path.with_name(f"{path.name}.{name}"), _drawn(figure, name, PRINT_DPI)) for name in formats
-    ]
+    # not with_suffix, which would cut "layer_0.5" at the dot
+    files = {path.with_name(f"{path.name}.{name}"): name for name in formats}
+    return [write_atomically(file, _drawn(figure, name, PRINT_DPI)) for file, name in files.items()]
 
 
 def words(name: Any) -> str:
@@ -108,7 +102,7 @@ def words(name: Any) -> str:
 
 
 def change_of(score: str) -> str:
-    """The axis of a score's change, with its unit where it is known."""
+    """Axis label of a score's change, with its unit where known."""
     return f"change of {words(score)}" + (f" ({UNITS[score]})" if score in UNITS else "")
 
 
@@ -121,5 +115,6 @@ def _figure(drawn: Axes | Figure) -> Figure:
 def _drawn(figure: Figure, name: str, dpi: int) -> bytes:
     file = BytesIO()
     with rc_context(STYLE):
+        # fonts are embedded when a figure is saved, so the style has to hold here too
         figure.savefig(file, format=name, dpi=dpi, metadata=NO_DATE[name])
     return file.getvalue()

@@ -67,8 +67,10 @@ FILES = {
     "behavior": ("Behaviour: every run and step", ""),
     "controls": ("Controls: every run", ""),
     "effects": ("Effects of interventions at inference", "An empty layer: the intervention acts on several."),
-    "nulls": ("Nulls: every run, step and layer", "An empty layer is the mean over layers."),
-    "trajectory": ("Trajectory: every run, step and layer", "An empty layer is the mean over layers."),
+    "nulls_layer_mean": ("Nulls: every run and step, mean over layers", ""),
+    "nulls": ("Nulls: every run, step and layer", ""),
+    "trajectory_layer_mean": ("Trajectory: every run and step, mean over layers", ""),
+    "trajectory": ("Trajectory: every run, step and layer", ""),
 }
 MOST_ROWS = 1000
 PRINTED_ROWS, PRINTED_COLUMNS = 60, 10  # a larger folded table is not printed

@@ -4,84 +4,75 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
+from numpy.random import Generator
 from scipy import stats
 
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import drift_per_prompt, follow
+from gravlens.directions.trajectory import ByLayer, drift_per_prompt, follow
 
 Interval = Literal["basic", "percentile"]
-PAIRS_AT_ONCE = 2_000_000  # numbers held at a time while draws are made
+MEASURED = ["alignment", "fraction"]
+PAIRS_AT_ONCE = 2_000_000  # numbers in memory at a time: draws × pairs of prompts do not fit at once
 
 
-# --- intervals ----------------------------------------------------------------------------------------------------
 def bootstrap_alignment(
     residuals: Residuals,
     directions: Directions,
     *,
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     layers_in_mean: Sequence[int] | None = None,
     level: float = 0.95,
     interval: Interval = "basic",
-) -> pd.DataFrame:
-    """Intervals of alignment and fraction: over prompts for each run, over runs *and* prompts for the mean over runs.
+) -> ByLayer:
+    """Confidence intervals of alignment and fraction: over prompts for a run, over runs *and* prompts for their mean.
 
-    Each draw resamples the prompts once, for all runs, steps and layers, and the runs once, for all steps that the same
-    runs have (two-way cluster bootstrap: Owen, "The pigeonhole bootstrap", 2007). The directions are held fixed: what
-    their own prompts leave uncertain is not in the interval (`split_half_reliability`, `cross_fit`).
+    Each draw resamples the prompts once for all runs, steps and layers, and the runs once for all steps that the same
+    runs have (two-way cluster bootstrap: Owen, "The pigeonhole bootstrap", 2007). The directions are held fixed: their
+    own sampling error is not included (`split_half_reliability`, `cross_fit`).
 
     Args:
         residuals: with `anchor` and the runs; best on prompts that the directions were not estimated on.
-        directions: one direction a layer.
-        draws: how many.
-        rng: source of randomness.
+        directions: one direction per layer.
         layers_in_mean: layers of the mean (default: all of the directions').
-        level: of the intervals, between 0 and 1.
-        interval: `basic` reflects the draws' quantiles about the estimate, and widens those over n runs by
-            t(n − 1) / z · √(n / (n − 1)), for few runs vary too little among themselves (Hesterberg, "What teachers
-            should know about the bootstrap", 2015). `percentile` takes the quantiles as they are: a cosine shrinks when
-            prompts are resampled, since the drift's noise grows, so these lie too low (docs/statistics.md).
+        interval: `basic` reflects the draws' quantiles about the estimate and widens those over n runs by
+            t(n − 1) / z · √(n / (n − 1)) (Hesterberg, "What teachers should know about the bootstrap", 2015);
+            `percentile` lies too low, for resampled prompts add noise to the drift (docs/statistics.md).
 
     Returns:
-        Columns `run` (`mean`: the mean over runs), `step, layer` (`<NA>`: the layer mean), `measure` (`alignment` or
-        `fraction`), `estimate, low, high`. The mean of a single run has no interval (NaN); a run without drift has no
-        cosine, and makes its step's mean NaN.
-
-    Raises:
-        GravlensError: no run, no defined direction, no draws, a level that is none.
+        `measure` (`alignment`, `fraction`), `run` (`mean`: over runs, NaN bounds for a single run or where a run has no
+        drift), `step, layer`, `estimate, low, high`.
     """
     residuals, directions = check_states(residuals), Directions.of(directions)
     if draws < 1 or not 0 < level < 1 or interval not in ("basic", "percentile"):
-        raise GravlensError(
-            f"draws={draws}, level={level} and interval={interval!r} were given.",
-            "draws is at least 1, level between 0 and 1, interval 'basic' or 'percentile'.",
-            "draws=10_000, level=0.95.",
-        )
+        given = f"draws={draws}, level={level} and interval={interval!r} were given."
+        raise GravlensError(given, "draws ≥ 1, 0 < level < 1, interval 'basic' or 'percentile'.", "draws=10_000.")
     followed = follow(residuals, directions, layers_in_mean=layers_in_mean)
     vs = directions.defined()
     mean = [vs.layers.index(layer) for layer in followed.layers_in_mean]
-    weights = _weights(residuals.values.shape[1], draws, rng)
+    weights = _weights(residuals.values.shape[1], draws, rng)  # once: all runs and steps are read on the same prompts
     shares: dict[tuple[str, ...], np.ndarray] = {}
-    frames = []
+    parts = []
     for step in sorted({step for steps in residuals.runs.values() for step in steps}):
         runs = tuple(run for run, steps in residuals.runs.items() if step in steps)
         drift = np.stack([drift_per_prompt(residuals, f"{run}/{step}", vs.layers) for run in runs])
-        drawn = _with_layer_mean(_resample(drift, vs, weights), mean)
-        if runs not in shares:
+        drawn = _resample(drift, vs, weights)
+        drawn = np.concatenate([drawn, drawn[..., mean].mean(-1, keepdims=True)], axis=-1)  # the layer mean is the last
+        if runs not in shares:  # drawn once per set of runs: steps of one run are not independent
             shares[runs] = _weights(len(runs), draws, rng)
         over_runs = np.einsum("br,mbrl->mbl", shares[runs], drawn)[:, :, None]
         widened = [*[1.0] * len(runs), _widening(len(runs), level)]
         bounds = _bounds(np.concatenate([drawn, over_runs], axis=2), np.array(widened), level, interval)
-        frames.append(_table((*runs, "mean"), step, vs.layers, bounds))
-    return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
+        axes = {"measure": MEASURED, "run": [*runs, "mean"], "step": [step], "layer": list(vs.layers)}
+        parts.append(ByLayer.split(axes, dict(zip(("estimate", "low", "high"), bounds[:, :, :, None], strict=True))))
+    return ByLayer.concat(parts)
 
 
-def _weights(items: int, draws: int, rng: np.random.Generator) -> Float[np.ndarray, "draw item"]:
-    """Share of each item in each draw; the first row is the sample itself."""
+def _weights(items: int, draws: int, rng: Generator) -> Float[np.ndarray, "draw item"]:
+    """Weight of each item in each draw; the first row is the sample itself."""
     drawn = rng.multinomial(items, np.full(items, 1 / items), size=draws)
     return np.concatenate([np.ones((1, items)), drawn]) / items
 
@@ -92,56 +83,35 @@ def _resample(
     """Alignment and fraction of the resampled mean drift: ⟨W D, v⟩, and ‖W D‖² = Σ_ij W_i W_j (D Dᵀ)_ij over i ≤ j."""
     along = np.einsum("rpld,ld->prl", drift, vs.vectors.astype(np.float64), optimize=True)
     projection = np.tensordot(weights, along, 1)
-    one, other = np.triu_indices(drift.shape[1])
+    one, other = np.triu_indices(drift.shape[1])  # pairs: no [draw, run, layer, d_model] is made
     cells = drift.swapaxes(1, 2)  # [run, layer, prompt, d_model]
     gram = (cells @ cells.swapaxes(-1, -2))[..., one, other] * np.where(one == other, 1.0, 2.0)
     gram = gram.reshape(-1, len(one)).T  # [pair, cell]
-    squared = [
-        (part.T[one] * part.T[other]).T @ gram
-        for part in np.array_split(weights, 1 + len(weights) * len(one) // PAIRS_AT_ONCE)
-    ]
-    norm = np.sqrt(np.concatenate(squared).clip(min=0)).reshape(projection.shape)
+    parts = np.array_split(weights, 1 + len(weights) * len(one) // PAIRS_AT_ONCE)
+    squared = [(part.T[one] * part.T[other]).T @ gram for part in parts]
+    norm = np.sqrt(np.concatenate(squared).clip(min=0)).reshape(projection.shape)  # rounding may leave −0
     with np.errstate(invalid="ignore", divide="ignore"):
         alignment = projection / norm
     return np.stack([alignment, projection / vs.distances])
 
 
-def _with_layer_mean(
-    drawn: Float[np.ndarray, "measure draw run layer"], mean: list[int]
-) -> Float[np.ndarray, "measure draw run layer_and_mean"]:
-    return np.concatenate([drawn, drawn[..., mean].mean(-1, keepdims=True)], axis=-1)
-
-
 def _bounds(
-    drawn: Float[np.ndarray, "measure draw run layer"],
-    widened: Float[np.ndarray, " run"],
-    level: float,
-    interval: Interval,
+    drawn: Float[np.ndarray, "measure draw run layer"], widened: np.ndarray, level: float, interval: Interval
 ) -> Float[np.ndarray, "bound measure run layer"]:
-    """Estimate, low and high; the first draw is the sample itself. A cosine stays within ±1."""
+    """Estimate, low and high; the first draw is the sample itself."""
     estimate = drawn[:, 0]
     ends = np.quantile(drawn[:, 1:], [(1 - level) / 2, (1 + level) / 2], axis=1)
     if interval == "basic":
         ends = estimate + (estimate - ends[::-1]) * widened[:, None]
-    ends[:, 0] = ends[:, 0].clip(-1, 1)
+    ends[:, 0] = ends[:, 0].clip(-1, 1)  # a reflected or widened cosine may pass 1
     ends[:, :, np.isnan(widened)] = np.nan
     return np.concatenate([estimate[None], ends])
 
 
 def _widening(n_runs: int, level: float) -> float:
-    """How much wider an interval over so many runs has to be than its draws say; NaN for one run."""
+    """Widening of an interval over `n_runs`; NaN for one run."""
     if n_runs == 1:
         return float("nan")
     side = (1 + level) / 2
+    # t for z, and the n − 1 of a variance for the n of the draws'
     return float(stats.t.ppf(side, n_runs - 1) / stats.norm.ppf(side) * np.sqrt(n_runs / (n_runs - 1)))
-
-
-def _table(
-    runs: Sequence[str], step: int, layers: Sequence[int], bounds: Float[np.ndarray, "bound measure run layer"]
-) -> pd.DataFrame:
-    index = pd.MultiIndex.from_product(
-        [["alignment", "fraction"], runs, [step], pd.array([*layers, pd.NA], "Int64")],
-        names=["measure", "run", "step", "layer"],
-    )
-    columns = dict(zip(("estimate", "low", "high"), bounds.reshape(3, -1), strict=True))
-    return pd.DataFrame(columns, index).reset_index()[["run", "step", "layer", "measure", *columns]]

@@ -1,41 +1,41 @@
-"""Controls: single contrasts that say how much of an alignment belongs to this history."""
+"""Controls: single contrasts that tell how much of an alignment is specific to this history."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
+import xarray
 from einops import einsum
 from jaxtyping import Float
+from numpy.random import Generator
 
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.activations.residuals import from_start as from_start
 from gravlens.activations.residuals import substitute as substitute
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions
-from gravlens.directions.trajectory import drifts, follow, mean_state
+from gravlens.directions.trajectory import ByLayer, drifts, follow, mean_state
 from gravlens.directions.vrev import locate_vrev
 from gravlens.stats.nulls import NullDraws
+
+__all__ = [
+    "AnchorRatio", "anchor_ratio", "closure", "compare_witnesses", "from_start", "independent_endpoints",
+    "partialled_out", "substitute",
+]  # fmt: skip
 
 NOTHING_LEFT = 1e-5  # of a unit vector: an fp32 one is rounded at about 1e-7
 MIN_SIBLINGS = 3  # a spread over two is a guess
 
 
 def partialled_out(directions: Directions, other: Directions) -> Directions:
-    """Directions with another history's direction taken out: unit(v − ⟨v, u⟩u), layer by layer.
+    """Remove another history's direction: unit(v − ⟨v, u⟩u), layer by layer.
 
-    With `other` towards a wrong witness from the same anchor, what the two have in common goes: common structure, and a
-    part of the anchor's own excursion. Not all of it: u is one noisy view of that excursion. Where nothing but the
-    anchor is shared and c = r/(1 + r), a cosine of c·√((1 − c)/(1 + c)) is left (0.29 of 0.5): docs/controls.md.
-
-    Args:
-        directions: v_rev.
-        other: at the same layers.
-
-    Returns:
-        Directions whose distance is that of the part that is left, distance·‖v − ⟨v, u⟩u‖; undefined where nothing is
-        left, or where `other` is undefined.
+    With `other` towards a wrong witness from the same anchor this removes what the two share: common structure, and
+    part of the anchor's own excursion. Not all of it, for u is one noisy view of it: where only the anchor is shared
+    and c = r/(1 + r), a cosine of c·√((1 − c)/(1 + c)) remains (0.29 of 0.5): docs/controls.md. The distance becomes
+    distance·‖v − ⟨v, u⟩u‖; a layer where nothing is left or `other` is undefined becomes undefined.
     """
     directions, other = Directions.of(directions), Directions.of(other)
     return Directions(tuple(_partialled(direction, other[direction.layer]) for direction in directions))
@@ -46,7 +46,7 @@ def _partialled(direction: Direction, other: Direction) -> Direction:
         return direction
     name = other.made_from.get("witness", other.estimator)
     v, u = direction.vector.astype(np.float64), other.vector.astype(np.float64)
-    rest = v - (v @ u) / (u @ u) * u
+    rest = v - (v @ u) / (u @ u) * u  # u has unit length to fp32 only
     left, undefined = float(np.linalg.norm(rest)), None
     if other.undefined is not None:
         undefined = f"the direction to take out ({name}) is undefined: {other.undefined}"
@@ -56,7 +56,7 @@ def _partialled(direction: Direction, other: Direction) -> Direction:
         direction,
         vector=rest / left if undefined is None else np.full_like(rest, np.nan),
         distance=direction.distance * left,
-        reliability=float("nan"),
+        reliability=float("nan"),  # that of the halves was v's, not the remainder's
         made_from={**direction.made_from, "partialled_out": name},
         undefined=undefined,
     )
@@ -70,32 +70,22 @@ def compare_witnesses(
     anchors: Sequence[str] = ("anchor",),
     layers_in_mean: Sequence[int],
 ) -> pd.DataFrame:
-    """Every run along the direction of every named pair of witness and anchor: which history does it move back in?
+    """Follow every run along the direction of every pair of witness and anchor, located on `probes`.
 
-    An earlier or a later witness, one of another lineage, an equally distant checkpoint that is no ancestor: an
-    alignment is read beside its pair's distance and its direction's cosine with v_rev. The drift is always the runs'
-    own, from `anchor` (docs/controls.md).
-
-    Args:
-        probes: states that the directions are located on; hold `witness`, `anchor` and the named checkpoints.
-        held_out: states that the runs are judged on; hold `anchor` and the runs.
-        witnesses: names of checkpoints (`"witness"` is the real one).
-        anchors: likewise (`"sibling_anchor"` has no anchor in common with the drift).
-        layers_in_mean: layers that all columns are means over.
+    An earlier or later witness, another lineage, an equally distant checkpoint that is no ancestor: read an alignment
+    with its pair's distance and cosine with v_rev. The drift always starts at `anchor` (docs/controls.md).
+    GravlensError for a pair that does not differ at one of the layers.
 
     Returns:
-        Columns `witness, anchor, run, step, alignment, fraction, distance` (residual units), `cosine_with_v_rev`.
-
-    Raises:
-        GravlensError: a name is unknown, or a pair does not differ at one of the layers.
+        Columns `witness, anchor, run, step, alignment, fraction, distance` (residual units), `cosine_with_v_rev`, means
+        over `layers_in_mean`.
     """
     check_states(probes)
     v_rev = _between(probes, "witness", "anchor", layers_in_mean)
     frames = []
-    for witness, anchor in [(witness, anchor) for witness in witnesses for anchor in anchors]:
+    for witness, anchor in product(witnesses, anchors):
         pair = _between(probes, witness, anchor, layers_in_mean)
-        table = follow(held_out, pair).table
-        rows = table.loc[table.layer.isna(), ["run", "step", "alignment", "fraction"]]
+        rows = follow(held_out, pair).layer_mean[["run", "step", "alignment", "fraction"]]
         cosines = einsum(pair.vectors.astype(np.float64), v_rev.vectors, "layer d, layer d -> layer")
         facts = {"distance": pair.distances.mean(), "cosine_with_v_rev": cosines.mean()}
         frames.append(rows.assign(witness=witness, anchor=anchor, **facts))
@@ -104,28 +94,22 @@ def compare_witnesses(
 
 
 def _between(residuals: Residuals, witness: str, anchor: str, layers: Sequence[int]) -> Directions:
-    """The direction from one checkpoint to another, defined at all the layers: means are over the same ones."""
+    """The direction from one checkpoint to another, defined at all the layers."""
+    # all pairs at the same layers, or the means would not compare
     found = locate_vrev(substitute(residuals, witness=witness, anchor=anchor)).at(layers)
     if undefined := [direction.layer for direction in found if direction.undefined is not None]:
-        raise GravlensError(
-            f"{witness} and {anchor} do not differ at the layers {undefined}.",
-            "Every pair is compared on the same layers.",
-            "layers_in_mean without those, or another pair.",
-        )
+        given = f"{witness} and {anchor} do not differ at the layers {undefined}."
+        raise GravlensError(given, "All pairs are compared on the same layers.", "layers_in_mean without those.")
     return found
 
 
 @dataclass(frozen=True, eq=False)
 class AnchorRatio:
-    """How far alignment seeds scatter the anchor, against the witness's distance; and the cosine that this alone makes.
+    """Spread of alignment seeds relative to the witness's distance, and the cosine that this alone makes.
 
-    Attributes:
-        layers: the layers.
-        r: ratio of the variance of the anchor's excursion to the witness's, [layer]; infinite where the siblings
-            scatter as far as the witness is.
-        expected_cosine: r/(1 + r), a cosine within 0 and 1, [layer].
-        draws: of `expected_cosine` over siblings, [draw, layer]; the layers of one draw belong together.
-        siblings: the names that they were estimated over, the anchor's among them.
+    `r` [layer] is the variance ratio of the anchor's excursion to the witness's, infinite where the siblings scatter as
+    far as the witness is; `expected_cosine` is r/(1 + r), within 0 and 1; `draws` [draw, layer] are of
+    `expected_cosine` over siblings; `siblings` include the anchor.
     """
 
     layers: tuple[int, ...]
@@ -143,32 +127,19 @@ class AnchorRatio:
 
 
 def anchor_ratio(
-    residuals: Residuals, *, siblings: Sequence[str], layers: Sequence[int], draws: int, rng: np.random.Generator
+    residuals: Residuals, *, siblings: Sequence[str], layers: Sequence[int], draws: int, rng: Generator
 ) -> AnchorRatio:
-    """r of the shared anchor, estimated over siblings: the same witness, aligned with other seeds.
+    """Estimate r of the shared anchor over siblings: the same witness, aligned with other seeds.
 
-    About the siblings' mean m let the anchor be a, the witness w, an endpoint e that is independent of both. Then
-    E⟨e − a, w − a⟩ = E‖a‖², and E‖w − a‖² = ‖w‖² + E‖a‖², so that with r = E‖a‖²/‖w‖² an endpoint as far from m as
-    the witness has
+    About the siblings' mean m let the anchor be a, the witness w, and e an endpoint independent of both, as far from m
+    as the witness. With r = E‖a‖²/‖w‖²
 
         E cos(e − a, w − a) ≈ E‖a‖² / E‖w − a‖² = r/(1 + r).
 
-    V, the siblings' unbiased variance summed over d, estimates E‖a‖²; the mean over siblings of ‖h(W) − h(A_i)‖²
-    estimates E‖w − a‖². Their ratio is the expected cosine (docs/controls.md). This is the independent endpoint's case
-    and no more: a run starts at the anchor, so that its endpoint does depend on it.
-
-    The draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981): three can be resampled to
-    one and the same, which would have no variance, while Dirichlet weights leave each draw unbiased.
-
-    Args:
-        residuals: hold `witness`, `anchor` and the siblings, on the same prompts.
-        siblings: their names; `anchor` is one of them and is counted, named or not.
-        layers: layers to estimate at.
-        draws: how many.
-        rng: source of randomness.
-
-    Raises:
-        GravlensError: fewer than 3 siblings, the anchor counted; an unknown name or layer.
+    The siblings' unbiased variance (summed over d) estimates E‖a‖², the mean of ‖h(W) − h(A_i)‖² estimates E‖w − a‖²
+    (docs/controls.md). A run's endpoint does depend on its anchor: this is the independent endpoint's case only. The
+    draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981). `anchor` always counts as a
+    sibling; GravlensError for fewer than 3.
     """
     check_states(residuals)
     names = tuple(dict.fromkeys(["anchor", *siblings]))
@@ -182,11 +153,12 @@ def anchor_ratio(
     squares = ((mean_state(residuals, "witness", layers) - states) ** 2).sum(-1)
     pairs = np.array(list(combinations(range(len(names)), 2)))
     apart = ((states[pairs[:, 0]] - states[pairs[:, 1]]) ** 2).sum(-1) / 2  # each pair's unbiased variance
+    # Dirichlet weights: a resample of three siblings can be one sibling thrice, which has no variance
     weights = np.vstack([np.full(len(names), 1 / len(names)), rng.dirichlet(np.ones(len(names)), draws)])
     shared = weights[:, pairs[:, 0]] * weights[:, pairs[:, 1]]
     variance, distance = shared @ apart / shared.sum(1, keepdims=True), weights @ squares
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = (variance / distance).clip(0, 1)
+        cosine = (variance / distance).clip(0, 1)  # by few siblings the variance can exceed the distance
         r = cosine[0] / (1 - cosine[0])
     return AnchorRatio(tuple(layers), r, cosine[0], cosine[1:], names)
 
@@ -197,23 +169,13 @@ def independent_endpoints(
     *,
     steps: Sequence[int],
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     layers: Sequence[int] | None = None,
 ) -> NullDraws:
-    """`anchor_ratio`'s expected cosine r/(1 + r) as a null, the same at every step: what sharing the anchor makes.
+    """`anchor_ratio`'s expected cosine r/(1 + r) as a null, equal at every step: what sharing the anchor makes.
 
-    The draws spread as the estimate does, over siblings; one endpoint's cosine spreads further.
-
-    Args:
-        residuals: hold `witness`, `anchor` and the siblings, on the same prompts.
-        siblings: their names; `anchor` is one of them and is counted, named or not.
-        steps: the steps that it serves.
-        draws: how many.
-        rng: source of randomness.
-        layers: default: all of the residuals'.
-
-    Raises:
-        GravlensError: what `anchor_ratio` raises.
+    The draws spread as the estimate does, over siblings; one endpoint's cosine spreads further. Arguments as
+    `anchor_ratio`; `layers` defaults to all of the residuals', `steps` are those that the null serves.
     """
     check_states(residuals)
     layers = residuals.layers if layers is None else layers
@@ -229,46 +191,31 @@ def closure(
     *,
     pairs: Sequence[tuple[str, str]],
     layers: Sequence[int],
-) -> pd.DataFrame:
-    """How much of the gap between a run and its unaligned twin has closed.
+) -> ByLayer:
+    """Share of the gap between a run and its unaligned twin that has closed.
 
     closure(t) = 1 − ⟨h(W_t) − h(θ_t), v_rev⟩ / distance: 0 where the same data moves both alike, 1 where the run has
-    reached its twin; above 0 is reversion beyond the common drift.
+    reached its twin; above 0 is reversion beyond the common drift. GravlensError where their steps differ.
 
     Args:
         runs: residuals with `anchor` and the runs.
         twins: residuals with `witness` and the twins, on the same prompts.
         directions: v_rev.
-        pairs: (run, twin) names on the same data.
+        pairs: (run, twin) names, trained on the same data.
         layers: layers of the mean.
-
-    Returns:
-        Columns `run, step, layer` (`<NA>`: the mean over `layers`), `closure`.
-
-    Raises:
-        GravlensError: a run and its twin have different steps.
     """
     chosen = directions.at(layers)
+    # from the states: the twin's residuals hold no anchor to take a drift from
     gap = mean_state(twins, "witness", layers) - mean_state(runs, "anchor", layers)
-    frames = []
+    parts = []
     for run, twin in pairs:
         if runs.runs.get(run) != twins.runs.get(twin):
-            raise GravlensError(
-                f"{run} has steps {runs.runs.get(run)}, its twin {twin} {twins.runs.get(twin)}.",
-                "Closure pairs a run and a twin step by step.",
-                "the same save_steps for both.",
-            )
+            given = f"{run} has steps {runs.runs.get(run)}, its twin {twin} {twins.runs.get(twin)}."
+            raise GravlensError(given, "Run and twin are paired by step.", "the same save_steps for both.")
         twin_drift = drifts(from_start(twins, start="witness"), twin, layers)
         apart = gap + twin_drift - drifts(runs, run, layers)
-        closed = (
-            1
-            - einsum(apart, chosen.vectors.astype(np.float64), "step layer d, layer d -> step layer") / chosen.distances
-        )
-        frames.append(_tidy(run, runs.runs[run], layers, closed))
-    return pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
-
-
-def _tidy(run: str, steps: Sequence[int], layers: Sequence[int], closed: np.ndarray) -> pd.DataFrame:
-    rows = [(run, step, layer, closed[i, j]) for i, step in enumerate(steps) for j, layer in enumerate(layers)]
-    rows += [(run, step, pd.NA, closed[i].mean()) for i, step in enumerate(steps)]
-    return pd.DataFrame(rows, columns=["run", "step", "layer", "closure"])
+        left = einsum(apart, chosen.vectors.astype(np.float64), "step layer d, layer d -> step layer")
+        axes = {"run": [run], "step": list(runs.runs[run]), "layer": list(layers)}
+        closed = (1 - left / chosen.distances)[None]
+        parts.append(ByLayer.of(xarray.Dataset({"closure": (tuple(axes), closed)}, axes)))
+    return ByLayer.concat(parts)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import pandas as pd
 import torch
+import xarray
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -19,12 +19,16 @@ from gravlens.behavior.scores import Score
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, measure_drift
+from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, measure_drift
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import Openable, OpenModel, open_model
 from gravlens.models.precision import check_unquantised
 from gravlens.stats.nulls import NullDraws
+
+__all__ = [
+    "measure_damage", "pruned", "reweighted", "rounded", "sign_flipped", "update_norms", "updated", "weight_noise",
+]  # fmt: skip
 
 Source: TypeAlias = Checkpoint | Path | str | nn.Module | OpenModel
 # a function of the anchor that gives a damaged model for as long as its context lasts: partial(rounded, bits=4)
@@ -104,7 +108,7 @@ def sign_flipped(model: Openable, checkpoint: Source, *, norm: float | None = No
 
 @contextmanager
 def updated(model: Openable, checkpoint: Source, *, norm: float | None = None) -> Generator[OpenModel]:
-    """The anchor with a run's own update θ_t − anchor, and the anchor back after: the positive control beside damage.
+    """The anchor with a run's own update θ_t − anchor, and the anchor back after: the positive control.
 
     Args:
         model: the anchor.
@@ -127,11 +131,11 @@ def reweighted(model: Openable, weights: Mapping[str, Tensor], *, norm: float | 
 
     Args:
         model: a Hugging Face model; it is changed in place and yielded.
-        weights: parameter name -> what stands there meanwhile; the others stay.
+        weights: parameter name -> its temporary value; the others stay.
         norm: scale the change, all tensors by one factor, to this total norm, √(Σ of all squares).
 
     Raises:
-        GravlensError: no Hugging Face model, a tensor that it lacks or that has another shape, no change to scale.
+        GravlensError: not a Hugging Face model, an unknown tensor or one of another shape, no change to scale.
     """
     model = open_model(model)
     own = _parameters(model)
@@ -157,7 +161,7 @@ def change_norm(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> fl
     return math.sqrt(math.fsum(squares))
 
 
-# --- what it does -------------------------------------------------------------------------------------------------
+# --- measuring damage -------------------------------------------------------------------------------------------------
 def measure_damage(
     anchor: Source,
     directions: Directions,
@@ -166,7 +170,7 @@ def measure_damage(
     damages: Mapping[str, Damage],
     layers_in_mean: Sequence[int] | None = None,
     score: Score | None = None,
-) -> pd.DataFrame:
+) -> ByLayer:
     """Does damage alone move the anchor along v_rev, and does it undo refusal?
 
     Each damage is a single contrast, not a null (docs/controls.md): rounding is one draw. For draws there is
@@ -177,26 +181,25 @@ def measure_damage(
         directions: v_rev.
         prompts: the drift is read and the score is measured on these (held-out ones).
         damages: name -> a function of the anchor that gives the damaged model as a context, such as
-            `partial(rounded, bits=4)`; a run beside them is `partial(updated, checkpoint=...)`.
+            `partial(rounded, bits=4)`; for comparison, a run is `partial(updated, checkpoint=...)`.
         layers_in_mean: layers of the mean (default: all that are defined).
         score: (model, prompts) -> one number a prompt, such as the refusal log-odds.
 
     Returns:
-        A row per damage and layer (`<NA>`: the mean over `layers_in_mean`), the first damage `none`: `damage, layer`,
-        `alignment, fraction` and `drift_norm` (residual units) as in `Trajectory.table`, `judged` (the drift is longer
-        than 2 % of the distance), `weight_norm` (total norm of the change of the weights), and `score`, the mean over
-        prompts, where one is given.
+        A row per damage and layer, the first damage `none`: `damage, layer`; `alignment, fraction, drift_norm, judged`
+        as in `Trajectory.table`; `weight_norm` (total norm of the change of the weights); and `score`, the mean over
+        prompts, where one is given. `.layer_mean` is the mean over `layers_in_mean`.
 
     Raises:
-        GravlensError: a model that is no plain Hugging Face one, a damage that gives another shape, a layer of the mean
-            without a direction.
+        GravlensError: a model that is not a plain Hugging Face one, a damage that gives another shape, a layer of the
+            mean without a direction.
     """
     directions = Directions.of(directions)
     model, defined = open_model(anchor), directions.defined()
     mean = defined.layers if layers_in_mean is None else tuple(layers_in_mean)
     defined.at(mean)  # says which layer has no direction
     before = {name: weight.detach().clone() for name, weight in _parameters(model).items()}
-    ids, start, frames = encode(model.tokenizer, prompts), None, []
+    ids, start, parts = encode(model.tokenizer, prompts), None, []
     with progress("damage", list({UNDAMAGED: nullcontext, **damages}.items())) as every:
         for name, damage in every:
             with damage(model) as damaged:
@@ -207,19 +210,16 @@ def measure_damage(
                 facts: dict[str, Any] = {"weight_norm": change_norm(before, after)}
                 if score is not None:
                     facts["score"] = float(np.mean(score(damaged, prompts)))
-            frames.append(_rows(states - start, defined, mean).assign(damage=name, **facts))
-    columns = ["damage", "layer", "alignment", "fraction", "drift_norm", "judged", "weight_norm"]
-    return pd.concat(frames, ignore_index=True)[columns + ["score"] * (score is not None)]
+            parts.append(ByLayer.of(_moved(name, states - start, defined), mean).assign(facts))
+    return ByLayer.concat(parts)
 
 
-def _rows(drift: Float[np.ndarray, "layer d_model"], directions: Directions, mean: Sequence[int]) -> pd.DataFrame:
-    measures: dict[str, Any] = measure_drift(drift, directions)
+def _moved(damage: str, drift: Float[np.ndarray, "layer d_model"], directions: Directions) -> xarray.Dataset:
+    measures = measure_drift(drift, directions)
     measures["judged"] = measures["drift_norm"] > JUDGED_FROM * directions.distances
-    columns = [directions.layers.index(layer) for layer in mean]
-    over = {name: measures[name][columns].mean() for name in MEASURES}
-    last = {"layer": pd.NA, **over, "judged": bool(measures["judged"][columns].all())}
-    table = pd.concat([pd.DataFrame({"layer": directions.layers, **measures}), pd.DataFrame([last])], ignore_index=True)
-    return table.astype({"layer": "Int64", "judged": bool})
+    axes = {"damage": [damage], "layer": list(directions.layers)}
+    columns = ("alignment", "fraction", "drift_norm", "judged")
+    return xarray.Dataset({name: (tuple(axes), measures[name][None]) for name in columns}, axes)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def _check_same(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     if wrong := wrong or [name for name in own if name not in other]:
         raise GravlensError(
             f"Another shape or name was given for {', '.join(wrong[:3])}.",
-            "Damage and update stand in the anchor's own tensors.",
+            "Damage and update have the anchor's tensors, by name and shape.",
             "a checkpoint of the same history, its adapter merged (merge_and_unload()).",
         )
 
@@ -294,7 +294,7 @@ def weight_noise(
 
     Args:
         anchor: the checkpoint that the noise is added to (a folder: the copy that is opened is put back as it was).
-        directions: one direction a layer.
+        directions: one direction per layer.
         prompts: what the runs are judged on.
         norms: step -> tensor name -> norm of the update (`update_norms`, averaged over runs).
         draws: how many at each step.
@@ -304,7 +304,7 @@ def weight_noise(
         Cosines of the drift that the noise makes with v_rev, [draw, step, layer].
 
     Raises:
-        GravlensError: the anchor lacks a tensor of `norms`, or is quantised.
+        GravlensError: a tensor of `norms` is missing from the anchor, or is quantised.
     """
     directions = Directions.of(directions)
     model, defined = open_model(anchor), directions.defined()

@@ -1,4 +1,4 @@
-"""What alignment would be by chance: a null is a function that returns draws; `compare` holds runs against them."""
+"""Null distributions of the alignment: a null is a function that returns draws; `compare` gives p-values of runs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -6,8 +6,10 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import xarray
 from einops import einsum
 from jaxtyping import Float
+from numpy.random import Generator
 from scipy import stats
 
 from gravlens.activations.residuals import Residuals, check_states
@@ -16,6 +18,7 @@ from gravlens.core.errors import GravlensError, of_kind
 from gravlens.directions.covariance import draws_by_layer
 from gravlens.directions.direction import Directions, defined_columns
 from gravlens.directions.trajectory import (
+    ByLayer,
     Trajectory,
     check_trajectory,
     drift_per_prompt,
@@ -25,22 +28,20 @@ from gravlens.directions.trajectory import (
 )
 from gravlens.stats.permutation import mean_under_signs
 
-# Cosines closer than this are the same one, added up in another order.
-TIED_WITHIN = 1e-9
-ABOVE = 0.01 + 1e-9  # p of what is called above a null
+__all__ = ["covariance_matched", "isotropic", "other_prompts", "sample_covariance", "sign_flips", "swapped_labels"]
+
+TIED_WITHIN = 1e-9  # closer cosines are equal but for the order of summation
+ABOVE = 0.01 + 1e-9  # 1/100 of 99 draws, and its rounding
 
 
 @dataclass(frozen=True, eq=False)
 class NullDraws:
-    """Cosines with v_rev under a null.
+    """Draws of the cosine with v_rev under a null hypothesis.
 
     Attributes:
-        name: of the null.
-        cosines: of the null's drifts, [draw, step, layer]; the layers of one draw belong together.
-        steps: the steps that it is drawn for.
-        layers: the layers.
-        run: the run that the draws belong to; None: they serve every run.
-        of: `run`, or `mean`: each draw is a mean over runs, and is held against the runs' mean.
+        cosines: [draw, step, layer]; the layers of one draw belong together.
+        run: the only run that the draws serve, or None for every run.
+        of: `run`, or `mean`: each draw is a mean over runs, to compare with the runs' mean.
     """
 
     name: str
@@ -50,44 +51,44 @@ class NullDraws:
     run: str | None = None
     of: Literal["run", "mean"] = "run"
 
+    @property
+    def data(self) -> xarray.DataArray:
+        """The cosines [draw, step, layer] with named axes."""
+        places = {"step": list(self.steps), "layer": list(self.layers)}
+        return xarray.DataArray(self.cosines, places, ("draw", "step", "layer"), self.name)
+
     def _repr_html_(self) -> str:
         served = "the mean over runs" if self.of == "mean" else self.run or "every run"
-        notes = [
-            f"{len(self.cosines):,} draws for {served}",
-            f"cosine with v_rev, mean over the layers {html.listed(self.layers)}",
-        ]
+        layers = f"cosine with v_rev, mean over the layers {html.listed(self.layers)}"
+        notes = [f"{len(self.cosines):,} draws for {served}", layers]
         quantiles = np.quantile(self.cosines.mean(-1), (0.01, 0.5, 0.99), axis=0).round(3) + 0.0  # no −0
         rows = list(zip(self.steps, *quantiles, strict=True))
         return html.table(("step", "p1", "median", "p99"), rows, title=f"NullDraws: {self.name}", notes=notes)
 
 
 def isotropic_p_value(cosine: float, d_model: int) -> float:
-    """P(cos > c) of a uniformly random direction: ½ P(Beta(½, (d − 1)/2) > c²), mirrored for negative c."""
+    """P(cos > c) of a uniformly random direction: ½ P(Beta(½, (d − 1)/2) > c²), mirrored for c < 0."""
     tail = 0.5 * float(stats.beta.sf(cosine**2, 0.5, (d_model - 1) / 2))
     return tail if cosine >= 0 else 1 - tail
 
 
 def isotropic_quantile(probability: float, d_model: int) -> float:
-    """The quantile of the cosine of a uniformly random direction with a fixed one, in closed form."""
+    """Quantile of the cosine of a uniformly random direction with a fixed one, in closed form."""
+    # cos² ~ Beta(½, (d − 1)/2), symmetric in sign
     magnitude = float(np.sqrt(stats.beta.ppf(abs(2 * probability - 1), 0.5, (d_model - 1) / 2)))
     return magnitude if probability >= 0.5 else -magnitude
 
 
-def isotropic(directions: Directions, *, steps: Sequence[int], draws: int, rng: np.random.Generator) -> NullDraws:
+def isotropic(directions: Directions, *, steps: Sequence[int], draws: int, rng: Generator) -> NullDraws:
     """Uniformly random drifts, independent between layers. Nearly vacuous: real drifts are anything but isotropic.
 
-    The p99 of one layer is about 2.33 / √d_model (docs/nulls.md).
-
-    Args:
-        directions: one direction a layer; undefined ones are left out.
-        steps: the steps that it serves; each has draws of its own.
-        draws: how many at each step.
-        rng: source of randomness.
+    The p99 of one layer is about 2.33 / √d_model (docs/nulls.md). The draws are those of each step in `steps`;
+    undefined directions are left out.
     """
-    directions = Directions.of(directions)
-    defined = directions.defined()
+    defined = Directions.of(directions).defined()
     shape = (draws, len(steps), len(defined))
     along = rng.standard_normal(shape)
+    # the squared length of the other d − 1 normals: nothing of size d_model is drawn
     across = rng.chisquare(defined.vectors.shape[1] - 1, shape)
     return NullDraws("isotropic", along / np.sqrt(along**2 + across), tuple(steps), defined.layers)
 
@@ -98,27 +99,21 @@ def covariance_matched(
     *,
     steps: Sequence[int],
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     name: str = "covariance_matched",
     centred: bool = True,
 ) -> NullDraws:
-    """Drifts from N(0, Σ), Σ the Ledoit–Wolf covariance of some states or drifts: random, but where states vary.
+    """Drifts from N(0, Σ), Σ the Ledoit–Wolf covariance of states or drifts: random, but where states vary.
 
-    Shrinkage makes the null narrower than it should be where the samples are few for their participation ratio
-    (docs/nulls.md): then `sample_covariance` is the one to believe.
+    Shrinkage makes the null too narrow where samples are few for their participation ratio (docs/nulls.md): then use
+    `sample_covariance`. GravlensError for samples of other layers, fewer than two, or not finite.
 
     Args:
-        directions: one direction a layer.
-        samples: the anchor's states, or per-prompt drifts, residual units; a column a direction (undefined may lack).
-        steps: the steps that it serves; each has draws of its own.
-        draws: how many at each step.
-        rng: source of randomness.
-        name: of the null.
+        directions: one direction per layer.
+        samples: the anchor's states, or per-prompt drifts; one column per direction (undefined ones may be left out).
+        steps: the steps that the null serves; each has its own draws.
+        draws: per step.
         centred: Σ about the samples' mean; False for drifts, where Σ is their second moment.
-
-    Returns:
-        Cosines [draw, step, layer]; the layers of one draw are correlated as the samples' are.
-        GravlensError for samples of other layers, fewer than two, or not finite.
     """
     defined, columns = defined_columns(Directions.of(directions), samples)
     drawn = draws_by_layer(columns, draws=draws * len(steps), rng=rng, centred=centred)
@@ -131,69 +126,42 @@ def sample_covariance(
     *,
     steps: Sequence[int],
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     name: str = "sample_covariance",
     centred: bool = True,
 ) -> NullDraws:
-    """`covariance_matched` without shrinkage: random mixtures Σ_i g_i x_i of the samples, g standard normal.
-
-    Arguments, what is returned and what is refused: see `covariance_matched`, like all that is not named here.
-    """
+    """`covariance_matched` without shrinkage: random mixtures Σ_i g_i x_i of the samples, g standard normal."""
     defined, columns = defined_columns(Directions.of(directions), samples)
     drawn = draws_by_layer(columns, draws=draws * len(steps), rng=rng, centred=centred, shrunk=False)
     return _null_of_draws(name, drawn, defined, steps)
 
 
-def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int, rng: np.random.Generator) -> NullDraws:
-    """The runs' mean cosine, had each run gone the other way with probability ½: exact where runs are independent.
+def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int, rng: Generator) -> NullDraws:
+    """The runs' mean cosine, had each run gone the other way with probability ½: exact for independent runs.
 
-    All steps and layers of a run flip together. Up to 12 runs every pattern but the true one is a draw, so that the
-    p-value of `compare` is the exact k / 2ⁿ; its least value is 2⁻ⁿ.
-
-    Args:
-        trajectory: the runs.
-        prompts: `held_out` or `given`: which of its rows.
-        draws: how many; not read up to 12 runs.
-        rng: source of randomness, for more than 12 runs.
-
-    Returns:
-        Draws of the mean over runs (`of="mean"`), at the steps that all runs have.
-        GravlensError where there is none.
+    All steps and layers of a run flip together. Up to 12 runs every pattern but the true one is a draw (`draws` and
+    `rng` are unused), so that `compare` gives the exact p = k / 2ⁿ, at least 2⁻ⁿ. The draws are of the mean over runs,
+    at the steps that all runs have; GravlensError where there is none.
     """
     table = rows_on(check_trajectory(trajectory).table, prompts)
-    table = table[table.layer.notna()]
+    # a run that stopped early has fewer
     steps = sorted(set.intersection(*(set(rows.step) for _, rows in table.groupby("run")))) if len(table) else []
     if not steps:
-        raise GravlensError(
-            f"The runs {sorted(trajectory.table.run.unique())} have no {prompts} step in common.",
-            "The mean over runs is taken step by step.",
-            "runs that were saved at the same steps, or the other set of prompts.",
-        )
-    rows = table[table.step.isin(steps)].sort_values(["run", "step", "layer"])
+        given = f"The runs {sorted(trajectory.table.run.unique())} have no {prompts} step in common."
+        raise GravlensError(given, "The mean over runs is taken by step.", "runs saved at the same steps.")
+    rows = table[table.step.isin(steps)].sort_values(["run", "step", "layer"])  # the order of the axes that follow
     layers = tuple(int(layer) for layer in sorted(rows.layer.unique()))
     alignment = rows.alignment.to_numpy(dtype=np.float64).reshape(-1, len(steps), len(layers))
     cosines = mean_under_signs(alignment, draws, rng)
     return NullDraws("sign_flips", cosines, tuple(map(int, steps)), layers, of="mean")
 
 
-def swapped_labels(
-    probes: Residuals, held_out: Residuals, *, run: str, draws: int, rng: np.random.Generator
-) -> NullDraws:
-    """v_rev from probes on which witness and anchor change places with probability ½, one probe at a time.
+def swapped_labels(probes: Residuals, held_out: Residuals, *, run: str, draws: int, rng: Generator) -> NullDraws:
+    """v_rev from probes on which witness and anchor swap places with probability ½, one probe at a time.
 
-    The drift is that of other prompts and stays. A draw is mean_i ε_i ⟨drift, w_i − a_i⟩ / (‖drift‖ · distance): the
-    drift's projection in units of the true distance, which with every ε_i = 1 is the alignment with the difference of
-    means. Up to 12 probes every pattern but the true one is a draw.
-
-    Args:
-        probes: residuals with `witness` and `anchor`, that v_rev is located on.
-        held_out: residuals with `anchor` and the run, on other prompts.
-        run: whose drift it is.
-        draws: how many.
-        rng: source of randomness.
-
-    Raises:
-        GravlensError: both sets are of the same prompts, or the run is not among the held-out residuals.
+    The drift is of other prompts and stays. A draw is mean_i ε_i ⟨drift, w_i − a_i⟩ / (‖drift‖ · distance): the drift's
+    projection in true distances, with every ε_i = 1 the alignment with the difference of means. Up to 12 probes every
+    pattern but the true one is a draw. GravlensError where both sets are of the same prompts.
     """
     check_states(probes)
     _check_apart(probes, held_out, "v_rev and the drift")
@@ -213,36 +181,27 @@ def other_prompts(
     *,
     run: str,
     draws: int,
-    rng: np.random.Generator,
+    rng: Generator,
     name: str = "other_prompts",
 ) -> NullDraws:
     """The run's cosine on random prompts out of two sets together: exact where the sets are exchangeable.
 
-    A small p says that the drift on the held-out prompts points to v_rev more than that on the others does, not that it
-    does so at all (a permutation test over prompts: docs/nulls.md).
-
-    Args:
-        held_out: residuals with `anchor` and the run, on the prompts that the run is judged on.
-        others: the same on other prompts (harmless ones, random text).
-        directions: one direction a layer.
-        run: whose drift it is.
-        draws: how many subsets, each as large as the held-out set.
-        rng: source of randomness.
-        name: of the null.
-
-    Raises:
-        GravlensError: both sets are of the same prompts, or have no step of the run in common.
+    A small p says that the drift on the held-out prompts points to v_rev more than that on the others (harmless ones,
+    random text) does, not that it does so at all (a permutation test over prompts: docs/nulls.md). Each draw is a
+    subset as large as the held-out set. GravlensError where both sets are of the same prompts, or share no step of the
+    run.
     """
     _check_apart(held_out, others, "The two sets")
     defined, size = directions.defined(), held_out.values.shape[1]
     steps = tuple(step for step in held_out.runs.get(run, ()) if step in others.runs.get(run, ()))
     if not steps:
         raise GravlensError(
-            f"{run} has steps {held_out.runs.get(run)} on one set of prompts, {others.runs.get(run)} on the other.",
-            "A step is compared on both.",
+            f"{run} has steps {held_out.runs.get(run)} on one prompt set, {others.runs.get(run)} on the other.",
+            "Both need a common step.",
             f"residuals of the same checkpoints; here are the runs {list(held_out.runs)} and {list(others.runs)}.",
         )
     n_all = size + others.values.shape[1]
+    # the same subsets at every step: the steps of a draw belong together
     chosen = rng.permuted(np.tile(np.arange(n_all) < size, (draws, 1)), axis=1) / size
     cosines = np.empty((draws, len(steps), len(defined)))
     for column, step in enumerate(steps):
@@ -252,76 +211,66 @@ def other_prompts(
 
 
 def p_value(drawn: Float[np.ndarray, " draw"], alignment: float) -> float:
-    """(1 + k) / (1 + n), k of n draws at least as large as the alignment, ties included; one-sided."""
+    """One-sided (1 + k) / (1 + n), k of n draws at least as large as the alignment, ties included."""
     # not `>=`: a run or a draw without drift has no cosine, and must not count as significant
     return (1 + int((~(drawn < alignment - TIED_WITHIN)).sum())) / (1 + len(drawn))
 
 
-def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out") -> pd.DataFrame:
-    """Hold every run × step × layer (`<NA>`: the layer mean) against a null.
+def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out") -> ByLayer:
+    """Compare every run at every step with a null distribution, at each layer and for the mean over layers.
 
-    Draws that belong to one run are held against that run alone, draws of the mean over runs against that mean (a row
-    of the run `mean`).
-
-    Args:
-        trajectory: the runs.
-        null: draws of the cosine, at the trajectory's steps and layers.
-        prompts: `held_out` or `given`: which of its rows.
+    For the layer mean the layers of each draw are averaged first. Draws of one run are compared with that run, draws of
+    the mean over runs with that mean (rows of the run `mean`). GravlensError where the trajectory has no rows on
+    `prompts` at the null's steps and layers.
 
     Returns:
-        Columns `null, run, step, layer, alignment, p99, p_value, above`; p = (1 + k)/(1 + n), one-sided. `above`: the
-        alignment exceeds the p99 and p is at most .01, which takes 99 draws.
-        GravlensError where the trajectory has no such rows at the null's steps.
+        Columns `null, run, step, layer, alignment, p99, p_value` ((1 + k)/(1 + n), one-sided), `above`: the alignment
+        exceeds the p99 and p is at most .01, which takes 99 draws.
     """
     check_trajectory(trajectory)
-    of_kind(
-        null, NullDraws, "Draws of a null distribution are needed.", "isotropic(directions, steps=…, draws=…, rng=…)."
-    )
-    observed = _observed(trajectory, null, prompts)
-    mean = [null.layers.index(layer) for layer in trajectory.layers_in_mean]
-    rows = []
-    for run, step, layer, alignment in observed.to_numpy(dtype=object):
-        draws = null.cosines[:, null.steps.index(step)]
-        drawn = draws[:, mean].mean(1) if layer is pd.NA else draws[:, null.layers.index(layer)]
-        p99 = float(np.quantile(drawn, 0.99))
-        p = p_value(drawn, alignment)
-        # fewer than 99 draws have no p99 of their own: the quantile then lies below the largest of them
-        above = bool(alignment > p99) and p <= ABOVE
-        rows.append((null.name, run, step, layer, alignment, p99, p, above))
-    columns = ["null", "run", "step", "layer", "alignment", "p99", "p_value", "above"]
-    return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
+    of_kind(null, NullDraws, "NullDraws are needed.", "isotropic(directions, steps=…, draws=…, rng=…).")
+    wanted = {*trajectory.data["layer"].values.tolist(), *trajectory.layers_in_mean}
+    if missing := sorted(wanted - {*null.layers}):
+        given = f"The null {null.name} has no draws of layer {', '.join(map(str, missing))}."
+        raise GravlensError(given, f"It has the layers {list(null.layers)}.", "one set of directions for both.")
+    rows, means = (_observed(table, null, prompts) for table in (trajectory.table, trajectory.layer_mean))
+    draws = null.data  # by name: the null may have more steps and layers, in another order
+    # not the mean of the layers' quantiles: layers are correlated
+    over = draws.sel(layer=list(trajectory.layers_in_mean)).mean("layer", skipna=False)
+    each = [draws.sel(step=step, layer=layer) for step, layer in zip(rows.step, rows.layer, strict=True)]
+    return ByLayer(_compared(rows, each), _compared(means, [over.sel(step=step) for step in means.step]))
 
 
-def _observed(trajectory: Trajectory, null: NullDraws, prompts: str) -> pd.DataFrame:
-    """`run, step, layer, alignment` of what a null's draws are of."""
-    table = rows_on(trajectory.table, prompts)
+def _compared(rows: pd.DataFrame, draws: Sequence[xarray.DataArray]) -> pd.DataFrame:
+    p99 = np.array([np.quantile(drawn, 0.99) for drawn in draws])
+    p = np.array([p_value(drawn.to_numpy(), value) for drawn, value in zip(draws, rows.alignment, strict=True)])
+    # fewer than 99 draws have no p99 of their own: the quantile then lies below the largest of them
+    return rows.assign(p99=p99, p_value=p, above=(rows.alignment > p99) & (p <= ABOVE))
+
+
+def _observed(table: pd.DataFrame, null: NullDraws, prompts: str) -> pd.DataFrame:
+    """`null, run, step, layer, alignment` of the rows to compare with a null."""
+    table = rows_on(table, prompts)
     table = table[table.step.isin(null.steps)]
     table = table if null.run is None else table[table.run == null.run]
     if table.empty:
         of_run = "" if null.run is None else f" of {null.run}"
-        raise GravlensError(
-            f"The trajectory has no {prompts} rows{of_run} at the steps {list(null.steps)}.",
-            "A null is compared step by step.",
-            "draws for the trajectory's runs and steps.",
-        )
-    if missing := sorted({*table.layer.dropna(), *trajectory.layers_in_mean} - {*null.layers}):
-        raise GravlensError(
-            f"The null {null.name} has no draws of layer {', '.join(map(str, missing))}.",
-            f"It is drawn for the layers {list(null.layers)}, and each layer is compared with its own draws.",
-            "the null and the trajectory with the same directions.",
-        )
+        given = f"The trajectory has no {prompts} rows{of_run} at the steps {list(null.steps)}."
+        raise GravlensError(given, "A null is compared by step.", "draws for the trajectory's runs and steps.")
+    places = [name for name in ("step", "layer") if name in table]
     if null.of == "mean":
-        groups = table.groupby(["step", "layer"], sort=False, dropna=False).alignment
         # a run without drift has no cosine, and the mean has none either
-        table = groups.agg(lambda runs: runs.mean(skipna=False)).reset_index().assign(run="mean")
-    return table[["run", "step", "layer", "alignment"]]
+        means = table.groupby(places, sort=False).alignment.agg(lambda runs: runs.mean(skipna=False))
+        table = means.reset_index().assign(run="mean")
+    return table.assign(null=null.name)[["null", "run", *places, "alignment"]].reset_index(drop=True)
 
 
 def _null_of_draws(
     name: str, drawn: Iterable[Float[np.ndarray, "draw d_model"]], directions: Directions, steps: Sequence[int]
 ) -> NullDraws:
-    """Cosines of draws that come layer by layer, shared out among the steps."""
+    """Cosines of draws given layer by layer, divided among the steps."""
     pairs = zip(drawn, directions, strict=True)
+    # one layer at a time is in memory
     cosines = [measure_drift(drift[:, None], Directions((one,)))["alignment"][:, 0] for drift, one in pairs]
     shape = (-1, len(steps), len(directions))
     return NullDraws(name, np.stack(cosines, axis=1).reshape(shape), tuple(steps), directions.layers)
@@ -341,8 +290,5 @@ def _cosines_of_mixtures(
 
 def _check_apart(one: Residuals, other: Residuals, what: str) -> None:
     if one.prompts == other.prompts:
-        raise GravlensError(
-            f"{what} are of the same prompts ({one.prompts}).",
-            "This null is between two sets of prompts.",
-            "residuals of other prompts for the one or the other.",
-        )
+        given = f"{what} are of the same prompts ({one.prompts})."
+        raise GravlensError(given, "This null is between two prompt sets.", "other residuals for one of the two.")

@@ -1,4 +1,4 @@
-"""Does the conclusion depend on the choice? The same runs through every estimator and geometry, as one table."""
+"""Robustness of a conclusion: the same runs under every estimator and geometry, as one table."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,12 +11,12 @@ from gravlens.directions.covariance import participation_ratio
 from gravlens.directions.direction import Directions
 from gravlens.directions.estimators import first_component, geometric_median, lda, logistic_probe
 from gravlens.directions.geometry import GEOMETRIES, Fit, locate_in
-from gravlens.directions.trajectory import follow
+from gravlens.directions.trajectory import ByLayer, follow
 from gravlens.directions.vrev import Estimator, difference_of_means, locate_vrev
 from gravlens.stats.nulls import isotropic_quantile
 
 ESTIMATORS: tuple[Estimator, ...] = (difference_of_means, geometric_median, first_component, logistic_probe, lda)
-FOLLOWED = ["run", "step", "layer", "prompts", "alignment", "fraction", "judged"]
+FOLLOWED = ["alignment", "fraction", "judged"]
 FACTS = ["layers", "witness_alignment", "reliability", "participation_ratio", "isotropic_p99"]
 
 
@@ -27,59 +27,57 @@ def compare_choices(
     layers_in_mean: Sequence[int] | None = None,
     estimators: Sequence[Estimator] = ESTIMATORS,
     geometries: Sequence[Fit] = GEOMETRIES,
-) -> pd.DataFrame:
+) -> ByLayer:
     """Alignment and fraction of every run under every choice of estimator and geometry.
 
-    Layers without a v_rev in the raw residual stream are left out under every choice: a map can lengthen noise
-    (docs/estimators.md).
-
-    Args:
-        probes: states that geometries are fitted and directions are estimated on; they hold witness and anchor.
-        held_out: states of the runs on other prompts (default: on the probes).
-        layers_in_mean: layers of the mean; default: all that are defined.
-        estimators: (witness states, anchor states) -> direction.
-        geometries: residuals of the probes -> `Geometry`.
+    `probes` fit the geometries and the directions; the runs are followed on `held_out` (default: the probes). Layers
+    without a v_rev in the raw residual stream are always left out: a map can lengthen noise (docs/estimators.md).
 
     Returns:
-        One row per estimator × geometry × run × step × layer (`<NA>`: the mean): `estimator, geometry, run, step,
-        layer, prompts, alignment, fraction, judged`, as in a trajectory; `layers` (how many the row is made of: fewer
-        than asked for where the estimator finds no direction, 0 and NaN where it finds none at all);
-        `witness_alignment` (the cosine of the witness's own mean difference: no run that goes straight back has more);
-        `reliability` (split-half) and `participation_ratio` (of the anchor's states in that geometry, how many
-        directions share their variance), means for a mean; `isotropic_p99` (of one layer in the raw geometry, else
-        NaN).
-
-    Raises:
-        GravlensError: no run, no layer with a v_rev, a layer of the mean without one, too few prompts.
+        One row per estimator × geometry × run × step × layer: `alignment, fraction, judged`; `layers` (number of layers
+        in the row; 0 and NaN where the estimator finds no direction); `witness_alignment` (cosine of the witness's own
+        mean difference, the ceiling of a run that goes straight back); `reliability` (split-half);
+        `participation_ratio` (of the anchor's mapped states); `isotropic_p99` (one layer, raw geometry, else NaN).
     """
     check_states(probes)
     defined = locate_vrev(probes).defined()
     mean = defined.layers if layers_in_mean is None else defined.at(layers_in_mean).layers
-    sets = [_at_layers(one, defined.layers) for one in (probes, probes if held_out is None else held_out)]
-    tables = []
-    for fit in geometries:
+    sets = []
+    for one in (probes, probes if held_out is None else held_out):
+        columns = [one.layers.index(layer) for layer in defined.layers]
+        sets.append(replace(one, values=one.values[:, :, columns], layers=defined.layers))
+    results = []
+    for fit in geometries:  # the outer loop: a geometry is fitted and applied once for all estimators
         geometry = fit(sets[0])
         mapped = [geometry.apply(one) for one in sets]
-        shared, lengths = _with_mean(_participation(mapped[0]), mean), _lengths(mapped[0])
+        witness, anchor = mapped[0].of("witness"), mapped[0].of("anchor")
+        ratios = {layer: participation_ratio(anchor[:, i]) for i, layer in enumerate(defined.layers)}
+        difference = np.linalg.norm(difference_of_means(witness, anchor), axis=-1)
+        lengths = dict(zip(defined.layers, difference.tolist(), strict=True))
+        p99 = isotropic_quantile(0.99, probes.values.shape[-1]) if geometry.name == "raw" else np.nan
         for estimator in estimators:
             directions = locate_in(geometry, sets[0], estimator=estimator)
-            table = _followed(mapped[1], directions, mean, lengths)
+            found = _followed(mapped[1], directions, mean, lengths)
+            table = found.table.assign(participation_ratio=found.table["layer"].map(ratios), isotropic_p99=p99)
+            ratio = float(np.mean([ratios[layer] for layer in mean]))
+            # a mean over layers has another p99
+            means = found.layer_mean.assign(participation_ratio=ratio, isotropic_p99=np.nan)
             names = {"estimator": directions.directions[0].estimator, "geometry": geometry.name}
-            tables.append(table.assign(participation_ratio=_by_layer(table, shared), **names))
-    return _tidy(pd.concat(tables, ignore_index=True), width=probes.values.shape[-1])
+            results.append(ByLayer(table, means).assign(names))
+    found = ByLayer.concat(results)
+    columns = ["estimator", "geometry", "run", "prompts", "step", "layer", *FOLLOWED, *FACTS]
+    means = [name for name in columns if name != "layer"]
+    kinds = {"judged": bool}  # object, where a choice without directions was added
+    return ByLayer(found.table[columns].astype(kinds), found.layer_mean[means].astype(kinds))
 
 
-def final_choices(table: pd.DataFrame) -> pd.DataFrame:
-    """Each choice's layer mean at each run's last step, averaged over runs: a row per estimator × geometry.
+def final_choices(choices: ByLayer) -> pd.DataFrame:
+    """Average each choice's layer mean at the last step over runs: a row per estimator × geometry.
 
-    Args:
-        table: that of `compare_choices`.
-
-    Returns:
-        Columns `estimator, geometry, alignment, fraction, witness_alignment, reliability, judged` (in all runs),
-        `layers` (the fewest of a run), `runs`.
+    Columns `estimator, geometry, alignment, fraction, witness_alignment, reliability, judged` (in all runs), `layers`
+    (the fewest of a run), `runs`.
     """
-    means = table[table["layer"].isna()]
+    means = choices.layer_mean
     last = means[means["step"] == means.groupby("run")["step"].transform("max")]
     measures = {name: (name, "mean") for name in ("alignment", "fraction", "witness_alignment", "reliability")}
     facts = {"judged": ("judged", "all"), "layers": ("layers", "min")}
@@ -87,57 +85,27 @@ def final_choices(table: pd.DataFrame) -> pd.DataFrame:
     return grouped.agg(**measures, **facts, runs=("run", "nunique")).reset_index()
 
 
-def _at_layers(residuals: Residuals, layers: Sequence[int]) -> Residuals:
-    columns = [residuals.layers.index(layer) for layer in layers]
-    return replace(residuals, values=residuals.values[:, :, columns], layers=tuple(layers))
-
-
-def _participation(residuals: Residuals) -> dict[int, float]:
-    """layer -> participation ratio of the anchor's states."""
-    states = residuals.of("anchor")
-    return {layer: participation_ratio(states[:, i]) for i, layer in enumerate(residuals.layers)}
-
-
-def _with_mean(numbers: dict[int, float], mean: Sequence[int]) -> dict[int | None, float]:
-    """layer -> number, and None -> their mean over the layers of the mean."""
-    return {**numbers, None: float(np.mean([numbers[layer] for layer in mean]))}
-
-
-def _by_layer(table: pd.DataFrame, numbers: dict[int | None, float]) -> list[float]:
-    return [numbers[None if layer is pd.NA else layer] for layer in table["layer"]]
-
-
-def _lengths(residuals: Residuals) -> dict[int, float]:
-    """layer -> length of the witness's mean difference."""
-    difference = np.linalg.norm(difference_of_means(residuals.of("witness"), residuals.of("anchor")), axis=-1)
-    return dict(zip(residuals.layers, difference.tolist(), strict=True))
-
-
-def _followed(
-    residuals: Residuals, directions: Directions, mean: Sequence[int], lengths: dict[int, float]
-) -> pd.DataFrame:
-    """The trajectory's rows with facts of their directions; NaN where no layer of the mean has a direction."""
+def _followed(residuals: Residuals, directions: Directions, mean: Sequence[int], lengths: dict[int, float]) -> ByLayer:
+    """The trajectory with facts about its directions; NaN where no layer of the mean has a direction."""
     found = [v for v in directions if v.undefined is None]
     kept = [v.layer for v in found if v.layer in mean]
     if not kept:
         return _nothing(residuals, "given" if residuals.prompts == directions.directions[0].prompts else "held_out")
-    table = follow(residuals, directions, layers_in_mean=kept).table[FOLLOWED]
+    followed = follow(residuals, directions, layers_in_mean=kept)
     facts = {
         "witness_alignment": {v.layer: v.distance / lengths[v.layer] for v in found},
         "reliability": {v.layer: v.reliability for v in found},
     }
-    columns = {name: _by_layer(table, _with_mean(numbers, kept)) for name, numbers in facts.items()}
-    return table.assign(layers=np.where(table["layer"].isna(), len(kept), 1), **columns)
+    table, means = followed.table.assign(layers=1), followed.layer_mean.assign(layers=len(kept))
+    for name, numbers in facts.items():
+        table[name] = table["layer"].map(numbers)
+        means[name] = np.mean([numbers[layer] for layer in kept])
+    return ByLayer(table, means)
 
 
-def _nothing(residuals: Residuals, prompts: str) -> pd.DataFrame:
+def _nothing(residuals: Residuals, prompts: str) -> ByLayer:
+    """An empty table, and a mean of NaN per run and step, so that a choice without directions is not dropped."""
     rows = [(run, step) for run, steps in residuals.runs.items() for step in steps]
-    table = pd.DataFrame(rows, columns=["run", "step"]).assign(prompts=prompts, alignment=np.nan, fraction=np.nan)
-    layer = pd.array([pd.NA] * len(rows), "Int64")
-    return table.assign(layer=layer, judged=False, layers=0, witness_alignment=np.nan, reliability=np.nan)
-
-
-def _tidy(table: pd.DataFrame, *, width: int) -> pd.DataFrame:
-    single = (table["geometry"] == "raw") & table["layer"].notna()
-    table = table.assign(isotropic_p99=np.where(single, isotropic_quantile(0.99, width), np.nan))
-    return table[["estimator", "geometry", *FOLLOWED, *FACTS]].astype({"judged": bool})
+    means = pd.DataFrame(rows, columns=["run", "step"]).assign(prompts=prompts, alignment=np.nan, fraction=np.nan)
+    means = means.assign(judged=False, layers=0, witness_alignment=np.nan, reliability=np.nan)
+    return ByLayer(means.assign(layer=0)[:0], means)  # no rows, but the columns and dtypes to concatenate

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gravlens.directions.direction import Directions
+from gravlens.directions.trajectory import Trajectory
 from gravlens.organisms.base import UNBLOCKED, Arm
 from gravlens.studies.study import Study, numbers
 
@@ -52,7 +53,7 @@ def compare_layers(study: Study, arms: Sequence[Arm], *, organism: str) -> pd.Da
         organism: the organism's name, a column.
     """
     frames = [
-        _followed(study, arm, seed, study.vs).assign(blocker=_blocker(arm), data=arm.data, run=seed)
+        _followed(study, arm, seed, study.vs).table.assign(blocker=_blocker(arm), data=arm.data, run=seed)
         for arm, seed in _done(study, arms)
     ]
     return pd.concat(frames, ignore_index=True).assign(organism=organism)
@@ -67,17 +68,17 @@ def _blocker(arm: Arm) -> str:
     return arm.name.removesuffix(f"_{arm.data}")
 
 
-def _followed(study: Study, arm: Arm, seed: int, vs: Directions) -> pd.DataFrame:
-    return study.follow(replace(arm, seeds=(seed,)), vs).table
+def _followed(study: Study, arm: Arm, seed: int, vs: Directions) -> Trajectory:
+    return study.follow(replace(arm, seeds=(seed,)), vs)
 
 
 def _row(study: Study, arm: Arm, seed: int, vs: Directions) -> dict[str, Any]:
     facts, log = study.facts(arm, seed), study.log(arm, seed)
-    table = _followed(study, arm, seed, vs)
-    last = table[table.layer.isna() & (table.step == table.step.max())].set_index("prompts")
-    layers = table[table.layer.notna() & (table.prompts == "given")]
+    followed = _followed(study, arm, seed, vs)
+    means, layers = followed.layer_mean, followed.table
+    last = means[means.step == means.step.max()].set_index("prompts")
     measured = numbers(facts["behavior"][str(study.organism.recipe.steps)])
-    lengths = table[table.layer.notna() & (table.prompts == "held_out") & (table.step == table.step.max())]
+    lengths = layers[(layers.prompts == "held_out") & (layers.step == layers.step.max())]
     return {
         "blocker": _blocker(arm),
         "run": seed,
@@ -86,7 +87,7 @@ def _row(study: Study, arm: Arm, seed: int, vs: Directions) -> dict[str, Any]:
         "fraction_heldout": last.fraction["held_out"],
         "alignment_given": last.alignment["given"],
         "alignment_heldout": last.alignment["held_out"],
-        "largest_fraction_given": layers.fraction.abs().max(),
+        "largest_fraction_given": layers[layers.prompts == "given"].fraction.abs().max(),
         "drift_norm": float((lengths.drift_norm.to_numpy() / vs.distances).mean()),
         **{name: measured[name] for name in BEHAVIOR},
         "kl": measured.get("kl_anchor_harmless", np.nan),

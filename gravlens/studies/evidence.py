@@ -16,7 +16,7 @@ from gravlens.behavior.scores import refusal_log_odds
 from gravlens.claims.claim import Claim, claim
 from gravlens.claims.criteria import Evidence
 from gravlens.core.files import once, write_table
-from gravlens.directions.trajectory import Trajectory, drift_per_prompt, rows_on
+from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, rows_on
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import shuffled_words
 from gravlens.history.sequence import Checkpoint
@@ -41,10 +41,9 @@ CONTROL_COLUMNS = ["control", "run", "alignment_final", "fraction_final"]
 OTHER_PROMPTS = ("harmless", "shuffled_words")
 
 
-def final_rows(table: pd.DataFrame, prompts: str = "held_out") -> pd.DataFrame:
-    """Return the rows of the layer mean at each run's last step."""
-    rows = rows_on(table, prompts)
-    rows = rows[rows.layer.isna()]
+def final_rows(trajectory: Trajectory, prompts: str = "held_out") -> pd.DataFrame:
+    """Return the layer mean at each run's last step."""
+    rows = rows_on(trajectory.layer_mean, prompts)
     return rows[rows.step == rows.groupby("run").step.transform("max")]
 
 
@@ -123,14 +122,14 @@ def controls_of(study: Study, follows: Mapping[str, Trajectory]) -> pd.DataFrame
         wrong = locate_vrev(substitute(measured, witness="wrong_witness"))
         removed = partialled_out(study.vs, wrong)
         for control, other in {"wrong_witness": wrong, "wrong_witness_removed": removed}.items():
-            frames.append(final_rows(study.follow(study.unblocked, other).table).assign(control=control))
+            frames.append(final_rows(study.follow(study.unblocked, other)).assign(control=control))
     siblings = [locate_vrev(substitute(measured, anchor=name)) for name in study.siblings]
     if siblings:
-        found = pd.concat([final_rows(study.follow(study.unblocked, other).table) for other in siblings])
+        found = pd.concat([final_rows(study.follow(study.unblocked, other)) for other in siblings])
         means = found.groupby("run", sort=False)[["alignment", "fraction"]].mean().reset_index()
         frames.append(means.assign(control="sibling_anchor"))
     frames += [
-        final_rows(follows[control].table).assign(control=control)
+        final_rows(follows[control]).assign(control=control)
         for control in ("unaligned_twin", "continued_alignment")
         if control in follows
     ]
@@ -139,14 +138,14 @@ def controls_of(study: Study, follows: Mapping[str, Trajectory]) -> pd.DataFrame
 
 
 def closures_of(study: Study, layers: Sequence[int]) -> pd.DataFrame | None:
-    """Return `closure` of the unblocked runs and their twins, with a column `twin`; None without twins."""
+    """Return the layer means of `closure` for the unblocked runs, with a column `twin`; None without twins."""
     twin = next((arm for arm in study.organism.arms if arm.name == "unaligned_twin"), None)
     if twin is None:
         return None
     runs = study.run_states(study.unblocked, "held_out")
     twins = study.run_states(twin, "held_out", own_start=False)  # `closure` compares states, not drifts
     pairs = [(f"{study.unblocked.name}-{seed}", f"{twin.name}-{seed}") for seed in twin.seeds]
-    table = closure(runs, twins, study.vs, pairs=pairs, layers=layers)
+    table = closure(runs, twins, study.vs, pairs=pairs, layers=layers).layer_mean
     return table.assign(twin=table.run.map(dict(pairs)))
 
 
@@ -157,7 +156,7 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-def damage_of(study: Study, layers: Sequence[int]) -> pd.DataFrame:
+def damage_of(study: Study, layers: Sequence[int]) -> ByLayer:
     """Measure damage of the anchor along v_rev, with the refusal log-odds as score.
 
     The mirrored update is that of the last unblocked run with weights, if there is one.
@@ -170,13 +169,14 @@ def damage_of(study: Study, layers: Sequence[int]) -> pd.DataFrame:
     def make(folder: Path) -> None:
         anchor, prompts = open_model(study.sequence.anchor), study.prompts["held_out"]
         score = partial(refusal_log_odds, openings=study.organism.measures.refusals)
-        table = measure_damage(anchor, study.vs, prompts, damages=damages, layers_in_mean=layers, score=score)
-        write_table(folder / "damage.csv", table)
+        found = measure_damage(anchor, study.vs, prompts, damages=damages, layers_in_mean=layers, score=score)
+        for name, table in (("damage", found.table), ("damage_layer_mean", found.layer_mean)):
+            write_table(folder / f"{name}.csv", table)
 
     # by name: the repr of a partial holds the address of its function, so it differs in every process
     facts = "|".join([*damages, *(last.name for last in kept)])
-    made = once(study.home / "damage" / hashlib.sha256(facts.encode()).hexdigest()[:8], make)
-    return pd.read_csv(made / "damage.csv").astype({"layer": "Int64"})
+    made = once(study.home / "damage_by_layer" / hashlib.sha256(facts.encode()).hexdigest()[:8], make)
+    return ByLayer(*(pd.read_csv(made / f"{name}.csv") for name in ("damage", "damage_layer_mean")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +188,8 @@ class Findings:
         nulls: `compare`'s columns, for the unblocked runs on held-out prompts.
         damage: `measure_damage`'s columns.
         intervals: `bootstrap_alignment`'s columns, for the unblocked runs on held-out prompts.
+        trajectory_layer_mean, nulls_layer_mean, damage_layer_mean, intervals_layer_mean: the same for the mean over
+            layers.
         demands: what each claim level demands: `level, name, holds` (<NA>: not run), `figures`.
         verdicts: `level, sentence, capped_by`.
         controls: `control, run, alignment_final, fraction_final, closure_final` on held-out prompts, layer mean.
@@ -204,6 +206,10 @@ class Findings:
     behavior: pd.DataFrame
     demands: pd.DataFrame
     verdicts: pd.DataFrame
+    trajectory_layer_mean: pd.DataFrame
+    nulls_layer_mean: pd.DataFrame
+    damage_layer_mean: pd.DataFrame
+    intervals_layer_mean: pd.DataFrame
 
     @classmethod
     def concat(cls, parts: Sequence["Findings"]) -> "Findings":
@@ -226,18 +232,24 @@ def findings_of(study: Study, *, organism: str) -> Findings:
             nulls=nulls,
             controls=controls.rename(columns={"alignment_final": "alignment"}),
             closures=closures,
-            damage=damage,
+            damage=damage.layer_mean,
             arms=arms,
             anchor_harm=float(anchor.harmfulness.iloc[0]),
         )
     )
     states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)
-    tables = {
-        "trajectory": pd.concat([t.table.assign(arm=name) for name, t in follows.items()], ignore_index=True),
-        "nulls": pd.concat([compare(unblocked, null) for null in nulls], ignore_index=True),
-        "controls": controls.merge(_final_closures(closures), on=["control", "run"], how="left"),
+    results = {
+        "trajectory": ByLayer.concat(
+            ByLayer(t.table, t.layer_mean).assign({"arm": name}) for name, t in follows.items()
+        ),
+        "nulls": ByLayer.concat(compare(unblocked, null) for null in nulls),
         "damage": damage,
         "intervals": bootstrap_alignment(states, study.vs, draws=DRAWS, rng=rng, layers_in_mean=layers),
+    }
+    tables = {
+        **{name: found.table for name, found in results.items()},
+        **{f"{name}_layer_mean": found.layer_mean for name, found in results.items()},
+        "controls": controls.merge(_final_closures(closures), on=["control", "run"], how="left"),
         "arms": arms,
         "behavior": behavior,
         "demands": found.demands,
@@ -254,7 +266,7 @@ def _final_closures(closures: pd.DataFrame | None) -> pd.DataFrame:
     columns = ["control", "run", "closure_final"]
     if closures is None:
         return pd.DataFrame(columns=columns)
-    last = closures[closures.layer.isna() & (closures.step == closures.step.max())]
+    last = closures[closures.step == closures.step.max()]
     return pd.DataFrame({"control": "unaligned_twin", "run": last.twin, "closure_final": last.closure}, columns=columns)
 
 
@@ -288,7 +300,7 @@ def _arms(study: Study, follows: Mapping[str, Trajectory], behavior: pd.DataFram
         ]
         frame = pd.DataFrame(rows).set_index("run")
         for prompts, infix in (("held_out", ""), ("given", "_given")):
-            final = final_rows(follows[arm.name].table, prompts).set_index("run")
+            final = final_rows(follows[arm.name], prompts).set_index("run")
             frame[f"alignment{infix}_final"], frame[f"fraction{infix}_final"] = final.alignment, final.fraction
         frames.append(frame.reset_index())
     return pd.concat(frames, ignore_index=True).merge(last, on="run", how="left")

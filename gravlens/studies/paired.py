@@ -160,7 +160,7 @@ def block_beside(
         runs[name] = _trained(sequence, train, out / name, chosen, training, made_of)
     after = replace(sequence, runs=runs)
     followed = _followed(after, vs, placement)
-    judged = "held_out" if (followed.table["prompts"] == "held_out").any() else "given"
+    judged = "held_out" if "held_out" in followed.data["prompts"] else "given"
     last = {"anchor": sequence.anchor, **{name: run[-1] for name, run in runs.items()}}
     models = open_each(
         last.values(), tokenizer=sequence_tokenizer(sequence), through="huggingface", placement=placement
@@ -221,9 +221,7 @@ def _followed(sequence: ModelSequence, vs: Directions, placement: Placement) -> 
 def _tabulated(
     followed: Trajectory, runs: Mapping[str, tuple[Checkpoint, ...]], losses: Mapping[str, float], judged: str
 ) -> pd.DataFrame:
-    means: dict[Any, Any] = {
-        (row.run, row.step, row.prompts): row for row in followed.table[followed.table["layer"].isna()].itertuples()
-    }
+    means: dict[Any, Any] = {(row.run, row.step, row.prompts): row for row in followed.layer_mean.itertuples()}
     rows: list[dict[str, Any]] = [{"run": "anchor", "step": 0, "fraction": 0.0, "fraction_probes": 0.0}]
     for name, run in runs.items():
         last, folder = run[-1], Path(str(run[-1].source))

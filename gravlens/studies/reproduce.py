@@ -84,26 +84,32 @@ def summarise(findings: Findings, organism: Organism) -> dict[str, Any]:
         "organisms": findings.arms.organism.unique().tolist(),
         "n_anchors": int(findings.arms.organism.nunique()),
         "seeds": sorted(int(seed) for seed in findings.arms.seed.unique()),
-        "layers": sorted(int(layer) for layer in unblocked.layer.dropna().unique()),
+        "layers": sorted(int(layer) for layer in unblocked.layer.unique()),
         "layers_in_mean": list(organism.layers_in_mean),
-        "alignment": _records(
-            unblocked.assign(run=unblocked.organism + "/" + unblocked.run),
-            ("run", "step", "layer", "prompts", "alignment", "projection", "fraction", "drift_norm"),
-        ),
-        "summary": _summary(unblocked, organism.save_steps),
-        "nulls": {name: _null(rows) for name, rows in findings.nulls[findings.nulls.layer.isna()].groupby("null")},
+        "alignment": _alignment(findings),
+        "summary": _summary(findings.trajectory_layer_mean, organism.save_steps),
+        "nulls": {name: _null(rows) for name, rows in findings.nulls_layer_mean.groupby("null")},
         "controls": {name: _spreads(findings.controls, "control", name, _control_columns(name)) for name in CONTROLS},
         "arms": {name: _spreads(findings.arms, "arm", name, FINALS + BEHAVIOR) for name in _arm_names(findings)},
         "history": {name: _spreads(history, "run", name, BEHAVIOR[:3]) for name in ("witness", "anchor")},
         "claims": _claims(findings),
-        "interval": _interval(findings.intervals),
-        "damage": _records(findings.damage[findings.damage.layer.isna()], DAMAGE),
+        "interval": _interval(findings.intervals_layer_mean),
+        "damage": _records(findings.damage_layer_mean, DAMAGE),
     }
 
 
+def _alignment(findings: Findings) -> list[dict[str, Any]]:
+    """Return every unblocked run, prompt set, step and layer; the mean over layers has the layer null."""
+    means = findings.trajectory_layer_mean.assign(layer=None)
+    rows = pd.concat([findings.trajectory.astype({"layer": "Int64"}), means.astype({"layer": "Int64"})])
+    rows = rows[rows.arm == UNBLOCKED].sort_values(["organism", "prompts", "run"], kind="stable")
+    columns = ("run", "step", "layer", "prompts", "alignment", "projection", "fraction", "drift_norm")
+    return _records(rows.assign(run=rows.organism + "/" + rows.run), columns)
+
+
 def _interval(intervals: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the intervals of each organism's mean at the last step; a single run has null."""
-    last = intervals[(intervals.step == intervals.step.max()) & intervals.layer.isna() & (intervals.run == "mean")]
+    """Return the intervals of each organism's mean over runs and layers at the last step; a single run has null."""
+    last = intervals[(intervals.step == intervals.step.max()) & (intervals.run == "mean")]
     return _records(last, ("organism", "measure", "estimate", "low", "high"))
 
 
@@ -126,8 +132,8 @@ def spread(values: pd.Series, organisms: pd.Series) -> dict[str, Any]:
     return {"mean": mean, "sem": sem, "runs": values.tolist()}
 
 
-def _summary(unblocked: pd.DataFrame, steps: Sequence[int]) -> dict[str, Any]:
-    rows = unblocked[unblocked.layer.isna() & (unblocked.prompts == "held_out")]
+def _summary(means: pd.DataFrame, steps: Sequence[int]) -> dict[str, Any]:
+    rows = means[(means.arm == UNBLOCKED) & (means.prompts == "held_out")]
     named = {"first_step": steps[0], "step_20": 20, "final": steps[-1]}
     return {
         name: {
@@ -199,15 +205,18 @@ def _quoted(path: Path | str) -> str:
 
 def draw_figures(findings: Findings, folder: Path) -> None:
     """Draw the figures as PDF, SVG and PNG."""
-    unblocked = findings.trajectory[findings.trajectory.arm == UNBLOCKED]
-    unblocked = unblocked.assign(run=unblocked.organism + "/" + unblocked.run)
+    layers, means = (
+        table[table.arm == UNBLOCKED].assign(run=table.organism + "/" + table.run)
+        for table in (findings.trajectory, findings.trajectory_layer_mean)
+    )
+    nulls = findings.nulls_layer_mean[findings.nulls_layer_mean.null.isin(DRAWN)]
     history = findings.behavior[findings.behavior.arm == "history"].groupby("run").harmfulness.mean()
     reference = {str(name): float(value) for name, value in history.items()}
     arms = findings.arms[~findings.arms.arm.isin(list(CONTROLS))]
     figures: dict[str, Callable[[], Any]] = {
-        "alignment": lambda: plots.plot_alignment(unblocked, nulls=findings.nulls[findings.nulls.null.isin(DRAWN)]),
-        "fraction": lambda: plots.plot_alignment(unblocked, value="fraction"),
-        "layers": lambda: plots.plot_layers(unblocked),
+        "alignment": lambda: plots.plot_alignment(means, nulls=nulls),
+        "fraction": lambda: plots.plot_alignment(means, value="fraction"),
+        "layers": lambda: plots.plot_layers(layers),
         "harmfulness": lambda: plots.plot_arms(arms, measure="harmfulness", reference=reference),
         "arm_fraction": lambda: plots.plot_arms(arms, measure="fraction_final"),
         "task_loss": lambda: plots.plot_arms(arms, measure="task_loss"),

@@ -4,5 +4,6 @@ from . import recipe as recipe
 from . import run_folder as run_folder
 from . import thresholds as thresholds
 from .finetune import Finetuned as Finetuned
+from .thresholds import CosineDraws as CosineDraws
 from .thresholds import Threshold as Threshold
 from .thresholds import calibrate as calibrate

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from gravlens.activations.residuals import Offset, Residuals, read_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, Trajectory, mean_state, measure_drift, tabulate
+from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, Trajectory, as_dataset, mean_state, measure_drift
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.history.sequence import Checkpoint, Prompts
 from gravlens.models.opening import OpenModel, open_model
@@ -105,20 +105,20 @@ class Monitor(TrainerCallback):
     @property
     def table(self) -> pd.DataFrame:
         """Measurements with the columns of `Trajectory.table`, and `relative_drift` (drift_norm / distance)."""
+        return self.trajectory.table
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The measurements as a result of `follow`, for plots and null distributions."""
         steps, shape = sorted(self._measures), (len(self._measures), len(self._defined))
         measures = {
             name: np.array([self._measures[step][name] for step in steps]).reshape(shape)
             for name in (*MEASURES, "relative_drift")
         }
         given = self.probes.digest == self._defined.directions[0].prompts
-        table = tabulate(self.name, steps, measures, self._defined, self._defined.layers)
-        return table.assign(prompts="given" if given else "held_out")
-
-    @property
-    def trajectory(self) -> Trajectory:
-        """The measurements as a result of `follow`, for plots and null distributions."""
+        data = as_dataset(self.name, "given" if given else "held_out", steps, measures, self._defined)
         undefined = {one.layer: one.undefined for one in self.directions if one.undefined is not None}
-        return Trajectory(self.table, self._defined.layers, undefined)
+        return Trajectory(data, self._defined.layers, undefined)
 
     # -- Trainer's events ----------------------------------------------------------------------------------------------
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError
+from gravlens.directions.trajectory import Trajectory
 
 Statistic = Literal["fraction", "alignment"]
 
@@ -68,7 +68,7 @@ class Threshold:
 
 
 def calibrate(
-    nulls: CosineDraws | Sequence[pd.DataFrame],
+    nulls: CosineDraws | Sequence[Trajectory],
     *,
     quantile: float = 0.99,
     statistic: Statistic | None = None,
@@ -82,9 +82,10 @@ def calibrate(
     run that is exchangeable with the null runs: evaluated on the same probes, at the same steps.
 
     Args:
-        nulls: `Monitor.table` or `follow(...).table` of each null run; or draws of one run's cosine (`weight_noise`).
+        nulls: trajectory of each null run (`Monitor.trajectory`, `follow`); or draws of one run's cosine
+            (`weight_noise`).
         quantile: a probability.
-        statistic: default: `fraction` for tables, `alignment` for draws, which are cosines.
+        statistic: default: `fraction` for trajectories, `alignment` for draws, which are cosines.
         patience: evaluations in a row that a run must exceed the threshold at.
         source: name of the null runs; draws have their own.
 
@@ -99,7 +100,7 @@ def calibrate(
             f"statistic={statistic!r} was given.", "A run is judged by one of two.", " or ".join(get_args(Statistic))
         )
     if isinstance(nulls, Sequence):
-        values, steps, layers = _of_tables(nulls, statistic)
+        values, steps, layers = _of_trajectories(nulls, statistic)
     else:
         source = nulls.name
         values, steps, layers = _of_draws(nulls, statistic)
@@ -125,22 +126,23 @@ def _of_draws(null: CosineDraws, statistic: Statistic) -> Series:
             f"Draws of {null.name} were given for one run's {statistic}"
             + (", and each is a mean over runs." if null.of == "mean" else "."),
             "Draws are cosines of one run.",
-            "statistic='alignment' with draws of a run (weight_noise), or tables of null runs.",
+            "statistic='alignment' with draws of a run (weight_noise), or trajectories of null runs.",
         )
     values = null.cosines.mean(-1)
     # A draw without a cosine counts as infinite: dropping it would lower the threshold.
     return np.where(np.isnan(values), np.inf, values), null.steps, null.layers
 
 
-def _of_tables(tables: Sequence[pd.DataFrame], statistic: Statistic) -> Series:
+def _of_trajectories(trajectories: Sequence[Trajectory], statistic: Statistic) -> Series:
     values: list[np.ndarray] = []
     steps: set[tuple[int, ...]] = set()
     layers: set[tuple[int, ...]] = set()
-    for table in tables:
+    for trajectory in trajectories:
+        table = trajectory.layer_mean
         if table.prompts.nunique() > 1:
-            raise _mixed(f"A table of {' and '.join(sorted(table.prompts.unique()))} prompts was given.")
-        layers.add(tuple(sorted(map(int, table.layer.dropna().unique()))))
-        for _, rows in table[table.layer.isna()].sort_values("step").groupby("run"):
+            raise _mixed(f"A trajectory on {' and '.join(sorted(table.prompts.unique()))} prompts was given.")
+        layers.add(tuple(sorted(trajectory.layers_in_mean)))
+        for _, rows in table.sort_values("step").groupby("run"):
             found = rows[statistic].to_numpy(float)
             found = np.where(np.isnan(found), np.inf, found)  # dropping a run that diverged would lower the threshold
             judged = rows.judged.to_numpy(bool) | (statistic != "alignment")

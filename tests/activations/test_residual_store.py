@@ -51,7 +51,7 @@ def test_what_a_store_holds_is_listed(store: Path) -> None:
 
 
 def test_damage_is_named_and_nothing_is_taken_away(store: Path) -> None:
-    assert damaged_files(store) == [] and run("verify", store) == (0, "every file is whole\n")
+    assert damaged_files(store) == [] and run("verify", store) == (0, "no corrupt files\n")
     path = states(store)[0]
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
     assert damaged_files(store) == [path]
@@ -68,7 +68,7 @@ def test_what_can_be_made_again_is_pruned(store: Path) -> None:
     views = sorted((store / "views").glob("*.safetensors"))
     assert prune_store(store, dry=True) == sorted([scratch, *views]) and scratch.exists()
     code, text = run("prune", store)
-    assert code == 0 and "2 files taken away" in text
+    assert code == 0 and "2 files deleted" in text
     assert not scratch.exists() and fresh.exists() and len(states(store)) == 2
     assert np.array_equal(read(store).values, wanted)
 

@@ -28,7 +28,7 @@ def cosines(world: str, *, number: int = 100, planted: float = 0.0, first_run: b
     """Alignments on the held-out prompts in so many histories of a world."""
     made = replace(WORLDS[world], planted=planted)
     table = calibration.simulate(made, number, np.random.default_rng(0)).all_runs.table
-    table = table[table.layer.notna() & ((table.run == "run0") | (not first_run))]
+    table = table[(table.run == "run0") | (not first_run)]
     return table.alignment.to_numpy()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from by_layer import stacked
 from histories import between, moved, plant, planted_vector, refused, sequence_on_disk, synthetic
 from typer.testing import CliRunner, Result
 
@@ -18,7 +19,7 @@ from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.directions.covariance import participation_ratio
 from gravlens.directions.estimators import first_component, lda
 from gravlens.directions.geometry import GEOMETRIES, raw, standardised, whitened, without_top
-from gravlens.directions.trajectory import follow
+from gravlens.directions.trajectory import ByLayer, follow
 from gravlens.directions.vrev import difference_of_means, locate_vrev
 from gravlens.history.sequence import ModelSequence
 from gravlens.stats.nulls import isotropic_quantile
@@ -52,23 +53,23 @@ def states(
 
 
 def test_every_choice_every_run_step_and_layer_has_one_row() -> None:
-    table = compare_choices(states(), states(seed=1, prompts="others"))
+    table = stacked(compare_choices(states(), states(seed=1, prompts="others")))
     assert len(table) == len(ESTIMATORS) * len(GEOMETRIES) * 2 * 2 * 3
-    key = ["estimator", "geometry", "run", "step", "layer"]
-    assert not table.duplicated(key).any() and list(table.columns[:5]) == key
+    key = ["estimator", "geometry", "run", "prompts", "step", "layer"]
+    assert not table.duplicated(key).any() and list(table.columns[:6]) == key
     assert set(table["estimator"]) == {estimator.__name__ for estimator in ESTIMATORS}
     assert set(table["geometry"]) == {
         "raw", "centred", "standardised", "whitened", "without_top_1", "without_top_3"
     }  # fmt: skip
     assert set(table["prompts"]) == {"held_out"} and table["judged"].all()
-    assert set(compare_choices(states(), estimators=ESTIMATORS[:1])["prompts"]) == {"given"}
+    assert set(compare_choices(states(), estimators=ESTIMATORS[:1]).table["prompts"]) == {"given"}
 
 
 def test_the_usual_choice_is_the_trajectory() -> None:
     given, held_out = states(), states(seed=1, prompts="others")
-    table = compare_choices(given, held_out, layers_in_mean=[1])
+    table = stacked(compare_choices(given, held_out, layers_in_mean=[1]))
     usual = table[(table["estimator"] == "difference_of_means") & (table["geometry"] == "raw")]
-    wanted = follow(held_out, locate_vrev(given), layers_in_mean=[1]).table
+    wanted = stacked(follow(held_out, locate_vrev(given), layers_in_mean=[1]))
     for name in ("alignment", "fraction"):
         assert usual[name].to_numpy() == pytest.approx(wanted[name].to_numpy())
     assert usual["layer"].isna().tolist() == wanted["layer"].isna().tolist()
@@ -76,11 +77,11 @@ def test_the_usual_choice_is_the_trajectory() -> None:
 
 def test_a_choice_is_the_trajectory_of_the_mapped_states() -> None:
     given, held_out = states(), states(seed=1, prompts="others")
-    table = compare_choices(given, held_out)
+    table = stacked(compare_choices(given, held_out))
     found = table[(table["estimator"] == "lda") & (table["geometry"] == "standardised")]
     geometry = standardised(given)
     vs = locate_vrev(geometry.apply(given), estimator=lda)
-    wanted = follow(geometry.apply(held_out), vs).table
+    wanted = stacked(follow(geometry.apply(held_out), vs))
     assert found["alignment"].to_numpy() == pytest.approx(wanted["alignment"].to_numpy())
     assert found["fraction"].to_numpy() == pytest.approx(wanted["fraction"].to_numpy())
     single = found[found["layer"].notna() & (found["step"] == 5) & (found["run"] == "a")]
@@ -92,7 +93,7 @@ def test_a_choice_is_the_trajectory_of_the_mapped_states() -> None:
 def test_witness_alignment_is_the_alignment_of_a_run_that_goes_straight_back() -> None:
     given = states(rogue=3.0)
     straight = synthetic({name: given.of({"a/5": "witness"}.get(name, name)) for name in ("witness", "anchor", "a/5")})
-    table = compare_choices(straight)
+    table = stacked(compare_choices(straight))
     assert len(table) == 90 and table["fraction"].to_numpy() == pytest.approx(1, abs=1e-4)
     assert table["witness_alignment"].to_numpy() == pytest.approx(table["alignment"].to_numpy(), abs=1e-4)
     by = table.groupby("estimator")["witness_alignment"].min()
@@ -101,7 +102,7 @@ def test_witness_alignment_is_the_alignment_of_a_run_that_goes_straight_back() -
 
 def test_what_stands_beside_an_alignment() -> None:
     given = states(rogue=20.0)
-    table = compare_choices(given, layers_in_mean=[0])
+    table = stacked(compare_choices(given, layers_in_mean=[0]))
     p99 = table.set_index(["geometry", "layer"])["isotropic_p99"]
     assert p99["raw", 0].to_numpy() == pytest.approx(isotropic_quantile(0.99, WIDTH))
     assert table.loc[(table["geometry"] != "raw") | table["layer"].isna(), "isotropic_p99"].isna().all()
@@ -134,9 +135,9 @@ def test_the_last_step_is_each_runs_own_and_runs_are_averaged() -> None:
     given = states()
     names = [name for name in given.checkpoints if name != "b/20"]
     fewer = Residuals(np.stack([given.of(name) for name in names]), tuple(names), given.layers, given.prompts)
-    table = compare_choices(fewer, geometries=[raw], estimators=[difference_of_means])
-    means = table[table["layer"].isna()].set_index(["run", "step"])["fraction"]
-    final = final_choices(table)
+    choices = compare_choices(fewer, geometries=[raw], estimators=[difference_of_means])
+    means = choices.layer_mean.set_index(["run", "step"])["fraction"]
+    final = final_choices(choices)
     assert final["fraction"].item() == pytest.approx((means["a", 20] + means["b", 5]) / 2)
     assert final["runs"].item() == 2 and final["layers"].item() == 2
 
@@ -153,12 +154,13 @@ def test_a_choice_without_a_direction_is_empty_and_the_others_stand() -> None:
     witness[:, 0, 1] += 5
     witness[:, 1, 0] += 5
     given = synthetic({"witness": witness, "anchor": anchor, "a/5": (witness + anchor) / 2})
-    table = compare_choices(given, geometries=[raw, partial(without_top, k=2)], estimators=ESTIMATORS[:2])
+    choices = compare_choices(given, geometries=[raw, partial(without_top, k=2)], estimators=ESTIMATORS[:2])
+    table = stacked(choices)
     gone = table[table["geometry"] == "without_top_2"]
     assert gone["alignment"].isna().all() and gone["fraction"].isna().all() and (gone["layers"] == 0).all()
     assert not gone["judged"].any() and gone["layer"].isna().all() and set(gone["run"]) == {"a"}
     assert table.loc[table["geometry"] == "raw", "alignment"].to_numpy() == pytest.approx(1, abs=1e-5)
-    final = final_choices(table).set_index("geometry")
+    final = final_choices(choices).set_index("geometry")
     assert final.loc["without_top_2", "alignment"].isna().all() and (final.loc["raw", "layers"] == 2).all()
 
 
@@ -167,7 +169,7 @@ def test_a_layer_without_v_rev_is_left_out_under_every_choice() -> None:
     given = states()
     given.values[:, :, 0] = given.of("anchor")[:, 0]
     given.values[0, :, 0] += 1e-6
-    table = compare_choices(given)
+    table = stacked(compare_choices(given))
     assert set(table["layer"].dropna()) == {1} and set(table["layers"]) == {1}
     with refused("no direction of layer 0"):
         compare_choices(given, layers_in_mean=[0])
@@ -203,12 +205,13 @@ def ran(history: Path, *options: str) -> Result:
 def test_the_table_the_figure_and_the_verdict_of_a_planted_history(planted: Path) -> None:
     result = ran(planted)
     assert result.exit_code == 0, result.output
-    found = pd.read_csv(planted / "out" / "choices.csv", dtype={"layer": "Int64"})
+    found, means = (pd.read_csv(planted / "out" / f"{name}.csv") for name in ("choices", "choices_layer_mean"))
     history = ModelSequence.from_toml(planted / "SEQUENCE.toml")
     assert history.held_out is not None
     wanted = compare_choices(cache_residuals(history), cache_residuals(history, history.held_out))
-    pd.testing.assert_frame_equal(found, wanted, check_dtype=False, rtol=1e-4)
-    assert set(found["layer"].dropna()) == {tiny.LAYERS - 1}  # elsewhere witness and anchor are the same
+    pd.testing.assert_frame_equal(found, wanted.table, check_dtype=False, rtol=1e-4)
+    pd.testing.assert_frame_equal(means, wanted.layer_mean, check_dtype=False, rtol=1e-4)
+    assert set(found["layer"]) == {tiny.LAYERS - 1}  # elsewhere witness and anchor are the same
     assert (planted / "out" / "choices.png").read_bytes().startswith(b"\x89PNG")
     final = final_choices(wanted)
     assert (final["alignment"] > 0).all() and "over 30 choices; the sign is the same in all" in result.stdout
@@ -225,12 +228,12 @@ def test_another_sign_and_what_is_missing_are_named() -> None:
         {
             "estimator": ["difference_of_means", "difference_of_means", "lda", "lda"],
             "geometry": ["raw", "whitened", "raw", "whitened"],
-            "run": "a", "step": 5, "layer": pd.array([pd.NA] * 4, "Int64"), "prompts": "given",
+            "run": "a", "step": 5, "prompts": "given",
             "alignment": [0.6, -0.2, 0.3, np.nan], "fraction": [0.5, -0.1, 0.2, np.nan],
             "judged": [True, True, False, False], "layers": [1, 1, 1, 0], "reliability": 1.0, "witness_alignment": 1.0,
         }
     )  # fmt: skip
-    words = script.summary(table)
+    words = script.summary(ByLayer(table[:0], table))
     assert "between -0.20 (difference of means, whitened) and +0.60 (difference of means, raw) over 3 choices" in words
     assert "the sign is another in difference of means, whitened" in words
     assert "without a direction: lda, whitened" in words and "too small to judge in lda, raw" in words
@@ -246,7 +249,7 @@ def test_layers_components_and_prompts_are_ones_own(planted: Path) -> None:
     history = ModelSequence.from_toml(planted / "SEQUENCE.toml")
     every_other = cache_residuals(history, history.require_probes()[::2], layers=[tiny.LAYERS - 1])
     given = cache_residuals(history, layers=[tiny.LAYERS - 1])
-    wanted = compare_choices(given, every_other, geometries=[raw], estimators=[first_component])
+    wanted = compare_choices(given, every_other, geometries=[raw], estimators=[first_component]).table
     rows = found[(found["estimator"] == "first_component") & (found["geometry"] == "raw")]
     assert rows["alignment"].to_numpy() == pytest.approx(wanted["alignment"].to_numpy(), abs=1e-4)
 

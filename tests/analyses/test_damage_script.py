@@ -53,14 +53,14 @@ def score(model: Any) -> float:
 def test_the_table_the_figure_and_the_line_of_a_planted_history(history: Path, tmp_path: Path) -> None:
     result = ran(history, tmp_path / "out", *FEW)
     assert result.exit_code == 0, result.output
-    table = pd.read_csv(tmp_path / "out" / "damage.csv", dtype={"layer": "Int64"})
+    table, mean = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("damage", "damage_layer_mean"))
     kinds = table.drop_duplicates("damage").set_index("damage").kind.to_dict()
     assert kinds == {
         "none": "none", "4 bits": "own", "0.2 pruned": "own", "a/20 mirrored": "own",
         "4 bits, matched": "matched", "0.2 pruned, matched": "matched", "a/20": "run", "b/20": "run",
     }  # fmt: skip
-    assert set(table.layer.dropna()) == {LAYER}, "v_rev is defined at the planted layer alone"
-    mean = table[table.layer.isna()].set_index("damage")
+    assert set(table.layer) == {LAYER}, "v_rev is defined at the planted layer alone"
+    mean = mean.set_index("damage")
     wanted = {"a/20": 0.4, "b/20": 0.2, "a/20 mirrored": -0.4, "none": 0.0}
     assert mean.fraction[list(wanted)].to_dict() == pytest.approx(wanted, abs=1e-3)
     assert mean.weight_norm[["a/20", "a/20 mirrored"]].to_numpy() == pytest.approx(0.4 * LENGTH, rel=1e-3)
@@ -82,10 +82,10 @@ def test_options_choose_the_run_the_layers_the_damages_and_the_score(history: Pa
     prompts = ["--prompts", str(history / "probes.jsonl"), "--max-prompts", "3", "--compliances", "sure"]
     result = ran(history, tmp_path, *options, *prompts)
     assert result.exit_code == 0, result.output
-    mean = pd.read_csv(tmp_path / "damage.csv").set_index("damage")
+    mean = pd.read_csv(tmp_path / "damage_layer_mean.csv").set_index("damage")
     assert {"8 bits", "3 bits", "0.5 pruned", "b/5 mirrored", "b/5", "a/20"} <= set(mean.index)
-    assert mean.weight_norm["3 bits, matched"].to_numpy() == pytest.approx(0.05 * LENGTH, rel=1e-2)
-    assert mean.fraction["b/5"].to_numpy() == pytest.approx(0.05, abs=1e-3)
+    assert mean.weight_norm["3 bits, matched"] == pytest.approx(0.05 * LENGTH, rel=1e-2)
+    assert mean.fraction["b/5"] == pytest.approx(0.05, abs=1e-3)
     assert np.isfinite(mean.score).all()
 
 

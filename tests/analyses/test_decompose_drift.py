@@ -67,7 +67,7 @@ def tables(history: Path) -> list[pd.DataFrame]:
 
 
 def at_the_end(table: pd.DataFrame, run: str) -> pd.DataFrame:
-    return table[(table["run"] == run) & (table["step"] == 20) & table["layer"].notna()]
+    return table[(table["run"] == run) & (table["step"] == 20)]
 
 
 def test_the_tables_and_the_figure_of_a_planted_history(history: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_tables_and_the_figure_of_a_planted_history(history: Path) -> None:
     assert result.exit_code == 0, result.output
     drift, pulls, update, words = tables(history)
 
-    assert set(drift["layer"].dropna()) == {LAYER} and set(drift["order"]) == {"v_rev, refusal", "refusal, v_rev"}
+    assert set(drift["layer"]) == {LAYER} and set(drift["order"]) == {"v_rev, refusal", "refusal, v_rev"}
     share = {(o, p): s for o, p, s in at_the_end(drift, "b")[["order", "part", "share"]].itertuples(index=False)}
     first, beyond = (2.4 + 3 * C) ** 2, 9 * (1 - C**2)
     assert share["v_rev, refusal", "v_rev"] == pytest.approx(first / (B @ B), abs=1e-4)
@@ -125,8 +125,9 @@ def test_without_a_refusal_direction_there_is_one_order_and_with_harmless_prompt
     result = ran(history, *SMALL, "--checkpoint", "b/20")
     assert result.exit_code == 0, result.output
     assert set(tables(history)[0]["order"]) == {"v_rev, refusal", "refusal, v_rev"}
-    sums = tables(history)[0].groupby(["order", "run", "step", "layer"], dropna=False)["share"].sum()
-    assert sums.to_numpy() == pytest.approx(1)
+    means = pd.read_csv(history / "out" / "drift_parts_layer_mean.csv")
+    for table, places in ((tables(history)[0], ["run", "step", "layer"]), (means, ["run", "step"])):
+        assert table.groupby(["order", *places])["share"].sum().to_numpy() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ INDEPENDENT = World(endpoints=(0.2, 1.0), noise=0.0, runs=8)
 def final(world: World, seed: int, **swap: str) -> np.ndarray:
     """Alignment of every run at the last step, the layers' mean; with another witness or anchor."""
     made = simulate(world, rng=np.random.default_rng(seed))
-    table = follow(made.held_out, locate_vrev(substitute(made.probes, **swap))).table
-    return table[table.layer.isna() & (table.step == table.step.max())].alignment.to_numpy()
+    table = follow(made.held_out, locate_vrev(substitute(made.probes, **swap))).layer_mean
+    return table[table.step == table.step.max()].alignment.to_numpy()
 
 
 def test_a_planted_drift_goes_its_share_of_the_way() -> None:
     made = simulate(PLANTED, rng=np.random.default_rng(0))
-    table = follow([made.probes, made.held_out], locate_vrev(made.probes)).table
-    means = table[table.layer.isna()].groupby(["prompts", "step"]).fraction.mean()
+    table = follow([made.probes, made.held_out], locate_vrev(made.probes)).layer_mean
+    means = table.groupby(["prompts", "step"]).fraction.mean()
     assert means["given"].to_list() == pytest.approx([0.05, 0.3], abs=0.03)
     assert means["held_out"].to_list() == pytest.approx([0.05, 0.3], abs=0.03)
 

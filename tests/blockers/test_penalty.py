@@ -14,8 +14,8 @@ from histories import PROMPT_IDS, hidden_states, hooks_on, refused
 
 from gravlens.blockers.penalty import Penalty
 from gravlens.directions.direction import Direction, Directions, Subspace, Subspaces
-from gravlens.directions.subspaces import span_of, whole_state
-from gravlens.directions.vrev import direction_from, random_directions
+from gravlens.directions.subspaces import random_like, span_of, whole_state
+from gravlens.directions.vrev import direction_from
 from gravlens.models.opening import OpenModel, open_model
 
 N = len(tiny.PROMPTS)
@@ -331,8 +331,8 @@ def spanned(twins: Directions) -> np.ndarray:
 
 
 def test_covariance_matched_twins_lie_where_the_states_differ_and_isotropic_ones_do_not() -> None:
-    matched = random_directions(vs(), rng=np.random.default_rng(8), states=STATES)
-    free = random_directions(vs(), rng=np.random.default_rng(8))
+    matched = random_like(vs(), rng=np.random.default_rng(8), states=STATES)
+    free = random_like(vs(), rng=np.random.default_rng(8))
     assert spanned(matched) == pytest.approx(1, abs=1e-5) and (spanned(free) < 0.8).all()
     for twins in (matched, free):
         assert np.linalg.norm(twins.vectors, axis=1) == pytest.approx(1, abs=1e-6)
@@ -342,7 +342,7 @@ def test_covariance_matched_twins_lie_where_the_states_differ_and_isotropic_ones
 
 def test_twins_are_fresh_for_each_seed() -> None:
     first, again, other = (
-        random_directions(vs(), rng=np.random.default_rng(seed), states=STATES).vectors for seed in (0, 0, 1)
+        random_like(vs(), rng=np.random.default_rng(seed), states=STATES).vectors for seed in (0, 0, 1)
     )
     assert np.array_equal(first, again) and (np.abs(np.sum(first * other, axis=1)) < 0.95).all()
     assert abs(float(first[0] @ first[1])) < 0.95, "layers have draws of their own"
@@ -350,5 +350,5 @@ def test_twins_are_fresh_for_each_seed() -> None:
 
 def test_twins_are_drawn_as_the_states_vary() -> None:
     cloud = np.random.default_rng(6).standard_normal((400, 1, tiny.WIDTH)) * np.where(np.arange(tiny.WIDTH) < 4, 5, 0.1)
-    drawn = [random_directions(vs().at([0]), rng=np.random.default_rng(i), states=cloud).vectors[0] for i in range(60)]
+    drawn = [random_like(vs().at([0]), rng=np.random.default_rng(i), states=cloud).vectors[0] for i in range(60)]
     assert np.mean(np.square(drawn)[:, :4].sum(1)) > 0.98

@@ -11,11 +11,12 @@ from histories import refused
 from gravlens.claims.claim import LEVELS, Claim, claim
 from gravlens.claims.criteria import ARMS as NAMES
 from gravlens.claims.criteria import DEMANDS, MIN_DRAWS, Evidence
-from gravlens.directions.trajectory import Trajectory
+from gravlens.directions.trajectory import MEASURES, Trajectory
 from gravlens.stats.nulls import NullDraws
 
 RUNS, STEPS, LAYERS = 5, (1, 20), (0, 1)
 DRAWS = 400
+COLUMNS = ["run", "step", "layer", "prompts", *MEASURES, "judged"]
 
 
 def trajectory(alignment: float = 0.7, *, runs: int = RUNS, judged: bool = True) -> Trajectory:
@@ -23,12 +24,12 @@ def trajectory(alignment: float = 0.7, *, runs: int = RUNS, judged: bool = True)
     rows = []
     for run in range(runs):
         for step, share in zip(STEPS, (0.5, 1.0), strict=True):
-            for layer in (*LAYERS, pd.NA):
+            for layer in LAYERS:
                 value = share * alignment + 0.01 * run
                 measures = {"alignment": value, "projection": value, "fraction": value / 2, "drift_norm": 1.0}
                 place = {"run": f"run{run}", "step": step, "layer": layer, "prompts": "held_out"}
                 rows.append({**place, **measures, "judged": judged})
-    return Trajectory(pd.DataFrame(rows).astype({"layer": "Int64"}), LAYERS)
+    return Trajectory.from_table(pd.DataFrame(rows, columns=COLUMNS).astype({"judged": bool}))
 
 
 def null(name: str, spread: float = 0.1, centre: float = 0.0, draws: int = DRAWS) -> NullDraws:
@@ -49,14 +50,12 @@ def controls(**alignment: float) -> pd.DataFrame:
 
 
 def closures(value: float = 0.3, runs: int = RUNS) -> pd.DataFrame:
-    rows = [(f"run{run}", 20, pd.NA, value + 0.01 * run) for run in range(runs)]
-    return pd.DataFrame(rows, columns=["run", "step", "layer", "closure"])
+    rows = [(f"run{run}", 20, value + 0.01 * run) for run in range(runs)]
+    return pd.DataFrame(rows, columns=["run", "step", "closure"])
 
 
 def damage(alignment: float = 0.1, judged: bool = True) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"damage": ["8 bits", "4 bits"], "layer": pd.NA, "alignment": [-0.2, alignment], "judged": judged}
-    )
+    return pd.DataFrame({"damage": ["8 bits", "4 bits"], "alignment": [-0.2, alignment], "judged": judged})
 
 
 ARMS = {
@@ -118,7 +117,7 @@ def broken() -> pd.DataFrame:
 
 def given() -> Trajectory:
     """The same, judged on the prompts that v_rev was located on."""
-    return replace(trajectory(), table=trajectory().table.assign(prompts="given"))
+    return Trajectory.from_table(trajectory().table.assign(prompts="given"))
 
 
 FALSE: list[tuple[int, str, dict[str, Any]]] = [
@@ -240,7 +239,10 @@ def test_other_names_of_the_arms() -> None:
 
 def test_bad_evidence_is_one_clear_error() -> None:
     with refused("no run"):
-        claim(Evidence(replace(trajectory(), table=trajectory().table.iloc[:0])))
+        claim(Evidence(trajectory(runs=0)))
+    for name, table in (("closures", closures()), ("damage", damage())):
+        with refused(f"{name} has a row per layer"):
+            evidence(**{name: table.assign(layer=0)})
     with refused("'clmap'"):
         evidence(names={"clmap": ("held",)})
     with refused("arm unblocked"):  # two anchors are two claims

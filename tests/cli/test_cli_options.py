@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import types
@@ -22,8 +21,8 @@ from histories import plant, planted_vector, sequence_on_disk, write_rows
 from typer.testing import CliRunner
 
 from gravlens import __version__
-from gravlens.cli import app, failures
-from gravlens.cli.failures import OWN
+from gravlens.cli import app, output
+from gravlens.cli.output import BUILT_IN
 
 HEAVY = {"torch", "transformers", "transformer_lens", "matplotlib", "pandas", "scipy"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +41,7 @@ OPTIONS = [
     (words, param)
     for words, leaf in COMMANDS.items()
     for param in leaf.params
-    if param.param_type_name == "option" and param.name not in OWN
+    if param.param_type_name == "option" and param.name not in BUILT_IN
 ]
 each_command = pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 each_option = pytest.mark.parametrize(
@@ -147,7 +146,7 @@ def test_a_wrong_value_names_the_variable_that_it_came_from(monkeypatch: pytest.
 
 
 def test_variables_that_only_look_like_options_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in OWN:
+    for name in BUILT_IN:
         monkeypatch.setenv(f"GRAVLENS_{name.upper()}", "1")
     result = gravlens("report", "nowhere")
     failed(result, "results.json does not exist")
@@ -209,23 +208,27 @@ def test_help_and_completion_load_nothing_heavy() -> None:
     assert "gravlens.cli.interventions" in loaded and HEAVY.isdisjoint(loaded)
 
 
-def test_completion_is_installed_and_completes_commands_options_and_choices(tmp_path: Path) -> None:
-    quiet = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    shown = python("-m", "gravlens.cli", "--show-completion", "bash", **quiet)
-    assert shown.returncode == 0 and "complete -o default" in shown.stdout and "_GRAVLENS_COMPLETE" in shown.stdout
+def test_completion_is_shown_and_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # the parent process need not be a shell
+    shown = gravlens("--show-completion", "bash")
+    assert shown.exit_code == 0 and "complete -o default" in shown.stdout and "_GRAVLENS_COMPLETE" in shown.stdout
+    installed = python("-m", "gravlens.cli", "--install-completion", "bash", HOME=str(tmp_path))
+    assert installed.returncode == 0 and list(tmp_path.rglob("gravlens*")), installed.stderr
 
-    installed = python("-m", "gravlens.cli", "--install-completion", "bash", HOME=str(tmp_path), **quiet)
-    assert installed.returncode == 0 and list(tmp_path.rglob("gravlens*"))
 
-    def completed(line: str) -> list[str]:
-        words = line.split(" ")
-        asked = {"_GRAVLENS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-        return python("-m", "gravlens.cli", **asked).stdout.split()
-
-    assert completed("gravlens tr") == ["trajectory"]
-    assert {"--dtype", "--device"} == set(completed("gravlens locate --d"))
-    assert completed("gravlens store p") == ["prune"]
-    assert completed("gravlens block --kind c") == ["clamp"]
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("gravlens tr", {"trajectory"}),
+        ("gravlens locate --d", {"--dtype", "--device"}),
+        ("gravlens store p", {"prune"}),
+        ("gravlens block --kind c", {"clamp"}),
+    ],
+)
+def test_commands_options_and_choices_are_completed(line: str, completed: set[str]) -> None:
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    found = CliRunner().invoke(app, env={"_GRAVLENS_COMPLETE": "complete_bash", **words})
+    assert set(found.stdout.split()) == completed
 
 
 # -- docs/cli.md -------------------------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ def documented(words: tuple[str, ...], param: Any) -> str:
 
 @each_command
 def test_the_page_has_every_command_with_every_option_and_no_other(words: tuple[str, ...]) -> None:
-    wanted = [documented(words, param) for param in COMMANDS[words].params if param.name not in OWN]
+    wanted = [documented(words, param) for param in COMMANDS[words].params if param.name not in BUILT_IN]
     found = [line for line in section(words).splitlines() if line.startswith("| `")]
     assert found == wanted, "\n".join(wanted)
 
@@ -264,7 +267,7 @@ def test_the_page_has_no_command_that_there_is_not() -> None:
 
 def test_the_exit_codes_of_the_page_are_those_of_the_command_line() -> None:
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)}
-    assert codes == {0, failures.CHECK_FAILED, failures.BAD_INPUT, failures.INTERRUPTED}
+    assert codes == {0, output.CHECK_FAILED, output.BAD_INPUT, output.INTERRUPTED}
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -303,13 +306,13 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_work(
     """SEQUENCE.toml is not even there."""
     (tmp_path / "file").write_text("")
     needed: list[Any] = {"reproduce": [], "block": ["S.toml", "--data", "d"]}.get(command, ["S.toml"])
-    failed(gravlens(command, *needed, "--out", tmp_path / "file" / "below"), f"{tmp_path / 'file'} is no folder")
+    failed(gravlens(command, *needed, "--out", tmp_path / "file" / "below"), f"{tmp_path / 'file'} is not a folder")
     if command in ("trajectory", "locate"):
         failed(gravlens(command, *needed, "--out", tmp_path), "is a folder")
     else:
-        failed(gravlens(command, *needed, "--out", tmp_path / "file"), "is no folder")
+        failed(gravlens(command, *needed, "--out", tmp_path / "file"), "is not a folder")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    failed(gravlens(command, *needed, "--out", tmp_path / "new"), "cannot be written into")
+    failed(gravlens(command, *needed, "--out", tmp_path / "new"), "is not writable")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -379,7 +382,7 @@ def test_plan_refuses_half_a_machine_and_odd_positions(history: Path) -> None:
         (["inspect", "S.toml"], "gravlens.studies.inspection", "inspect_sequence"),
         (["plan", "S.toml"], "gravlens.activations.cost", "plan_reading"),
         (["locate", "S.toml"], "gravlens.studies.inputs", "ends"),
-        (["trajectory", "S.toml"], "gravlens.activations.residuals", "cache_residuals"),
+        (["trajectory", "S.toml"], "gravlens", "cache_residuals"),
         (["ablate", "S.toml"], "gravlens.studies.ablation", "ablate_vrev"),
         (["block", "S.toml", "--data", "data.jsonl", "--out", "o"], "gravlens.studies.paired", "block_beside"),
         (["store", "list", "."], "gravlens.activations.store", "list_store"),
@@ -410,17 +413,18 @@ def test_an_interruption_or_a_full_disk_is_one_line(
     failed(gravlens(*words), said, code=code)
 
 
-def test_ctrl_c_ends_a_process_with_one_line_and_130(tmp_path: Path) -> None:
-    fifo = tmp_path / "SEQUENCE.toml"
-    os.mkfifo(fifo)  # the command waits in it
-    command = [sys.executable, "-m", "gravlens.cli", "locate", str(fifo)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        handle = os.open(fifo, os.O_WRONLY)  # returns when it reads
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        os.close(handle)
-    assert process.returncode == 130 and out == ""
-    assert err.splitlines()[-1].startswith("gravlens: Interrupted") and "Traceback" not in err
+def test_ctrl_c_ends_a_process_with_one_line_and_130() -> None:
+    """The process interrupts itself at work; its handler is set first, since a background job inherits SIG_IGN."""
+    code = (
+        "import signal, types\nfrom gravlens import activations\nfrom gravlens.cli import app\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "work = lambda folder: signal.raise_signal(signal.SIGINT)\n"
+        "activations.store = types.SimpleNamespace(damaged_files=work)\n"
+        "app(['store', 'verify', 'states'], prog_name='gravlens')"
+    )
+    process = python("-c", code)
+    assert process.returncode == 130 and process.stdout == ""
+    assert process.stderr.splitlines()[-1].startswith("gravlens: Interrupted") and "Traceback" not in process.stderr
 
 
 def test_a_bug_is_no_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,15 +479,15 @@ def test_json_and_exit_codes_of_a_store(history: Path, tmp_path: Path) -> None:
     assert asked_of("trajectory", history, "--store", states).exit_code == 0
     listed = parsed(gravlens("store", "list", states, "--json"))
     assert len(listed) == 4 and listed[-1]["prompts"] is None and all(row["used"] for row in listed)
-    assert parsed(gravlens("store", "verify", states, "--json")) == {"damaged": []}
+    assert parsed(gravlens("store", "verify", states, "--json")) == {"corrupt": []}
     one = next((states / "states").rglob("*.safetensors"))
     one.write_bytes(one.read_bytes()[:-1] + b"?")
     broken = gravlens("store", "verify", states, "--json")
-    assert broken.exit_code == 1 and json.loads(broken.stdout) == {"damaged": [str(one)]}
+    assert broken.exit_code == 1 and json.loads(broken.stdout) == {"corrupt": [str(one)]}
     assert gravlens("store", "verify", states).exit_code == 1
     dry = parsed(gravlens("store", "prune", states, "--dry-run", "--json"))
-    assert str(one) in dry["files"] and dry["taken_away"] is False and one.exists()
-    assert parsed(gravlens("store", "prune", states, "--json")) == {**dry, "taken_away": True} and not one.exists()
+    assert str(one) in dry["files"] and dry["deleted"] is False and one.exists()
+    assert parsed(gravlens("store", "prune", states, "--json")) == {**dry, "deleted": True} and not one.exists()
     failed(gravlens("store", "verify", tmp_path / "nowhere"), "nowhere")
 
 

@@ -42,7 +42,7 @@ def residuals(name: str) -> Residuals:
 
 def trajectory(name: str) -> Trajectory:
     followed = follow(Residuals(STATES, ("witness", "anchor", f"{name}/1"), (0, 1), "p"), directions("mean"))
-    return Trajectory(followed.table, followed.layers_in_mean, {7: name})
+    return Trajectory(followed.data, followed.layers_in_mean, {7: name})
 
 
 def directions(name: str) -> Directions:

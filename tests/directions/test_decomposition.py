@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from by_layer import stacked
 from histories import between, moved, refused, synthetic
 from scipy.optimize import lsq_linear
 from torch import nn
@@ -54,11 +55,11 @@ def test_planted_parts_have_their_shares() -> None:
     """The run's own component is one along which prompts move apart, so that the mean's last part is the rest."""
     drift = 3 * AXES[0] + 2 * AXES[1] + AXES[2] + 0.5 * AXES[3] + 20 * PAIRED * AXES[2]
     parts = {"v_rev": along(AXES[0]), "refusal": along(AXES[1])}
-    table = split_drift(history({"a/1": drift}), parts, components=1)
+    table = stacked(split_drift(history({"a/1": drift}), parts, components=1))
     assert list(table.columns) == ["run", "step", "layer", "part", "share"]
     wanted = {"v_rev": 9, "refusal": 4, "top_components": 1, "rest": 0.25}
     assert shares(table) == pytest.approx({name: value / 14.25 for name, value in wanted.items()}, abs=2e-3)
-    without = split_drift(history({"a/1": drift}), parts, components=0)
+    without = stacked(split_drift(history({"a/1": drift}), parts, components=0))
     assert shares(without) == pytest.approx({"v_rev": 9 / 14.25, "refusal": 4 / 14.25, "rest": 1.25 / 14.25}, abs=1e-6)
 
 
@@ -66,9 +67,9 @@ def test_what_two_parts_share_goes_to_the_first() -> None:
     oblique = (AXES[0] + AXES[1]) / np.sqrt(2)
     residuals = history({"a/1": AXES[0] + 3 * AXES[1] + AXES[2]})
     one, other = along(AXES[0]), along(oblique)
-    first = shares(split_drift(residuals, {"v_rev": one, "refusal": other}, components=0))
+    first = shares(stacked(split_drift(residuals, {"v_rev": one, "refusal": other}, components=0)))
     assert first == pytest.approx({"v_rev": 1 / 11, "refusal": 9 / 11, "rest": 1 / 11}, abs=1e-6)
-    last = shares(split_drift(residuals, {"refusal": other, "v_rev": one}, components=0))
+    last = shares(stacked(split_drift(residuals, {"refusal": other, "v_rev": one}, components=0)))
     assert list(last) == ["refusal", "v_rev", "rest"]
     assert last == pytest.approx({"refusal": 8 / 11, "v_rev": 2 / 11, "rest": 1 / 11}, abs=1e-6)
 
@@ -80,7 +81,7 @@ def test_shares_are_differences_of_least_squares_fits_and_sum_to_one() -> None:
     plane = Subspaces(tuple(Subspace(np.linalg.qr(rng.standard_normal((D, 2)))[0].T, k, 1.0) for k in (0, 1)))
     vs = along(rng.standard_normal(D), rng.standard_normal(D))
     residuals = history(drifts, layers=2)
-    table = split_drift(residuals, {"v_rev": vs, "plane": plane}, components=2)
+    table = stacked(split_drift(residuals, {"v_rev": vs, "plane": plane}, components=2))
     sums = table.groupby(["run", "step", "layer"], dropna=False)["share"].sum()
     assert len(sums) == 12 and sums.to_numpy() == pytest.approx(1, abs=1e-12) and (table["share"] >= 0).all()
     for run, step, layer in (("a", 1, 0), ("a", 5, 1), ("b", 1, 1)):
@@ -99,7 +100,7 @@ def test_shares_are_differences_of_least_squares_fits_and_sum_to_one() -> None:
 
 def test_a_run_has_its_own_components() -> None:
     drifts = {"a/1": AXES[4] + 9 * PAIRED * AXES[4], "b/1": AXES[4] + 9 * PAIRED * AXES[5]}
-    table = split_drift(history(drifts), {"v_rev": along(AXES[0])}, components=1)
+    table = stacked(split_drift(history(drifts), {"v_rev": along(AXES[0])}, components=1))
     assert shares(table, "a")["top_components"] == pytest.approx(1, abs=1e-6)
     assert shares(table, "b")["top_components"] < 0.02
 
@@ -107,12 +108,14 @@ def test_a_run_has_its_own_components() -> None:
 def test_a_part_within_those_before_it_gets_nothing() -> None:
     residuals = history({"a/1": AXES[0] + AXES[1]})
     again = along(AXES[0] + 1e-5 * AXES[1])  # apart from v_rev by rounding only
-    table = split_drift(residuals, {"v_rev": along(AXES[0]), "again": again}, components=1)
+    table = stacked(split_drift(residuals, {"v_rev": along(AXES[0]), "again": again}, components=1))
     assert shares(table) == pytest.approx({"v_rev": 0.5, "again": 0, "top_components": 0.5, "rest": 0}, abs=1e-6)
 
 
 def test_no_drift_has_no_shares_and_leaves_the_other_steps_alone() -> None:
-    table = split_drift(history({"a/0": 0 * AXES[0], "a/1": AXES[0], "b/0": 0 * AXES[0]}), {"v_rev": along(AXES[0])})
+    table = stacked(
+        split_drift(history({"a/0": 0 * AXES[0], "a/1": AXES[0], "b/0": 0 * AXES[0]}), {"v_rev": along(AXES[0])})
+    )
     assert all(np.isnan(list(shares(table, run, 0).values())).all() for run in "ab")
     assert shares(table)["v_rev"] == pytest.approx(1, abs=1e-6)
 
@@ -121,8 +124,8 @@ def test_a_layer_without_a_part_is_left_out_or_refused_where_it_was_asked_for() 
     undefined = Direction(np.full(D, np.nan), 0, 0.0, undefined="no difference")
     vs = Directions((undefined, direction_from(AXES[0], layer=1)))
     residuals = history({"a/1": np.tile(AXES[0], (N, 2, 1))}, layers=2)
-    assert set(split_drift(residuals, {"v_rev": vs})["layer"].dropna()) == {1}
-    for layers, named in (([0], "v_rev is undefined at layer 0"), ([7], "no layer [7]")):
+    assert set(split_drift(residuals, {"v_rev": vs}).table["layer"]) == {1}
+    for layers, named in (([0], "v_rev is undefined at layer 0"), ([7], "no layer 7")):
         with refused(named):
             split_drift(residuals, {"v_rev": vs}, layers=layers)
     with refused("v_rev is undefined"):
@@ -152,7 +155,7 @@ def pulls(table: pd.DataFrame, column: str = "coefficient", layer: int | None = 
 
 def test_planted_pulls_are_recovered_and_explain_all() -> None:
     drift = 0.3 * 2 * AXES[0] + 0.2 * ANCESTORS["older"] + 0.7 * ANCESTORS["other"]
-    table = ancestor_pull(history({"a/1": drift}, ANCESTORS), NAMES)
+    table = stacked(ancestor_pull(history({"a/1": drift}, ANCESTORS), NAMES))
     wanted = ["run", "step", "layer", "witness", "coefficient", "explained", "condition"]
     assert list(table.columns) == wanted and table["witness"].tolist() == NAMES * 2
     assert pulls(table) == pytest.approx([0.3, 0.2, 0.7], abs=1e-5)
@@ -161,10 +164,10 @@ def test_planted_pulls_are_recovered_and_explain_all() -> None:
 
 def test_an_ancestor_that_it_leads_away_from_gets_nothing() -> None:
     ancestors = {"away": -4 * AXES[2]}
-    table = ancestor_pull(history({"a/1": AXES[0] + AXES[2]}, ancestors), ["witness", "away"])
+    table = stacked(ancestor_pull(history({"a/1": AXES[0] + AXES[2]}, ancestors), ["witness", "away"]))
     assert pulls(table) == pytest.approx([0.5, 0], abs=1e-6) and pulls(table)[1] == 0
     assert pulls(table, "explained") == pytest.approx([0.5] * 2, abs=1e-6)
-    alone = ancestor_pull(history({"a/1": AXES[2]}, ancestors), ["away"])
+    alone = stacked(ancestor_pull(history({"a/1": AXES[2]}, ancestors), ["away"]))
     assert pulls(alone) == [0] and pulls(alone, "explained") == pytest.approx([0], abs=1e-6)
 
 
@@ -173,7 +176,7 @@ def test_it_is_bounded_least_squares_at_every_step_and_layer() -> None:
     drifts = {f"a/{step}": rng.standard_normal((N, 2, D)) + rng.standard_normal(D) for step in (1, 5)}
     ancestors = {name: rng.standard_normal((N, 2, D)) + rng.standard_normal(D) for name in ("older", "other")}
     residuals = history(drifts, ancestors, layers=2)
-    table = ancestor_pull(residuals, NAMES)
+    table = stacked(ancestor_pull(residuals, NAMES))
     mean = {name: (residuals.of(name) - residuals.of("anchor")).astype(float).mean(0) for name in (*NAMES, *drifts)}
     for step in (1, 5):
         for layer in (0, 1):
@@ -196,7 +199,7 @@ def test_collinear_ancestors_show_in_the_condition_number_and_only_their_sum_hol
     twin = {"twin": 2 * (cosine * AXES[0] + sine * AXES[1])}
     for noise in (-0.05, 0.05):
         drift = AXES[0] * (1 + cosine) + AXES[1] * sine + noise * AXES[1]
-        table = ancestor_pull(history({"a/1": drift}, twin), ["witness", "twin"])
+        table = stacked(ancestor_pull(history({"a/1": drift}, twin), ["witness", "twin"]))
         assert pulls(table, "condition") == pytest.approx([np.sqrt((1 + cosine) / (1 - cosine))] * 2, rel=1e-3)
         assert sum(pulls(table)) == pytest.approx(1, abs=0.1)
         if angle == 1.0:  # the same drift but for 3 %: all of it is one's or the other's
@@ -207,7 +210,7 @@ def test_collinear_ancestors_show_in_the_condition_number_and_only_their_sum_hol
 
 def test_no_drift_is_not_explained_and_bad_witnesses_are_refused() -> None:
     residuals = history({"a/0": 0 * AXES[0]}, {"same": 0 * AXES[0]})
-    table = ancestor_pull(residuals, ["witness"])
+    table = stacked(ancestor_pull(residuals, ["witness"]))
     assert pulls(table) == [0] and np.isnan(pulls(table, "explained")).all()
     for witnesses, named in (([], "[]"), (["witness"] * 2, "witness"), (["nobody"], "nobody"), (["same"], "same")):
         with refused(named):

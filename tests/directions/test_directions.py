@@ -25,6 +25,7 @@ from histories import (
 from gravlens.activations.residuals import cache_residuals, read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.subspaces import random_like
 from gravlens.directions.trajectory import follow
 from gravlens.directions.vrev import (
     EPSILON,
@@ -32,7 +33,7 @@ from gravlens.directions.vrev import (
     difference_of_means,
     direction_from,
     locate_vrev,
-    random_directions,
+    spearman_brown,
 )
 from gravlens.history.prompts import pad
 from gravlens.history.sequence import ModelSequence
@@ -116,7 +117,7 @@ def test_planted_truth_is_followed_and_an_undefined_layer_is_left_out_and_listed
     assert table.loc[AT, "fraction"] == pytest.approx(0.5, abs=1e-4)
     assert table.loc[AT, "alignment"] == pytest.approx(1, abs=1e-4)
     assert table.loc[AT, "drift_norm"] == pytest.approx(LENGTH / 2, rel=1e-4)
-    mean = trajectory.table[trajectory.table.layer.isna()]
+    mean = trajectory.layer_mean
     assert mean.fraction.item() == pytest.approx(table.loc[[1, 2], "fraction"].mean()) and not math.isnan(
         mean.alignment.item()
     )
@@ -237,6 +238,12 @@ def test_reliability_is_the_split_half_cosine_stepped_up() -> None:
     assert locate_vrev(residuals, layer=0).reliability == pytest.approx(2 * half / (1 + half), abs=1e-6)
 
 
+def test_reliability_is_bounded_below() -> None:
+    """2r / (1 + r) is −18 at r = −.9 and has no limit at −1."""
+    found = spearman_brown(np.array([-1.0, -0.9, -0.5, 0.0, 0.5, 1.0, np.nan]))
+    np.testing.assert_allclose(found, [-1, -1, -1, 0, 2 / 3, 1, np.nan])
+
+
 def test_one_prompt_has_no_reliability() -> None:
     v = locate_vrev(noisy(moved=10.0, prompts=1), layer=0)
     assert math.isnan(v.reliability) and v.undefined is None
@@ -346,11 +353,11 @@ def test_a_vector_is_scaled_to_unit_length_and_its_length_is_the_distance() -> N
 
 def test_random_twins_keep_layers_and_distances_and_are_drawn_anew() -> None:
     vs, rng = three(), np.random.default_rng(0)
-    one, other = random_directions(vs, rng=rng), random_directions(vs, rng=rng)
+    one, other = random_like(vs, rng=rng), random_like(vs, rng=rng)
     assert one.layers == (4, 2) and one.distances.tolist() == [vs[4].distance, vs[2].distance]
     assert np.linalg.norm(one.vectors, axis=1) == pytest.approx([1, 1], abs=1e-6)
     assert not np.allclose(one.vectors, other.vectors)
-    again = random_directions(vs, rng=np.random.default_rng(0))
+    again = random_like(vs, rng=np.random.default_rng(0))
     assert np.array_equal(one.vectors, again.vectors)
 
 
@@ -359,7 +366,7 @@ def test_covariance_matched_twins_have_the_spectrum_of_the_states() -> None:
     scales = np.array([5.0, 1.0, 0.2, 0.0])
     states = 100 + rng.standard_normal((300, 1, 4)) * scales  # the mean is far from 0, and is no part of a covariance
     vs = Directions((Direction(np.eye(4)[0], 0, 1.0),))
-    drawn = np.stack([random_directions(vs, rng=rng, states=states)[0].vector for _ in range(400)])
+    drawn = np.stack([random_like(vs, rng=rng, states=states)[0].vector for _ in range(400)])
     assert np.abs(drawn[:, 3]).max() < 1e-6
     assert np.median(np.abs(drawn[:, 1] / drawn[:, 0])) == pytest.approx(0.2, rel=0.25)
     assert abs(drawn[:, 0].mean()) < 0.2
@@ -382,7 +389,7 @@ def test_covariance_matched_twins_take_their_own_layer_where_another_is_undefine
     gone = dataclasses.replace(vs[1], vector=np.full(8, np.nan), undefined="no difference")
     some = Directions((vs[0], gone, vs[2]))
     states = apart(3) if columns == "all layers" else apart(3)[:, [0, 2]]
-    twins = random_directions(some, rng=np.random.default_rng(0), states=states)
+    twins = random_like(some, rng=np.random.default_rng(0), states=states)
     assert twins.layers == (0, 2)
     for twin in twins:
         assert abs(twin.vector[twin.layer]) == pytest.approx(1, abs=1e-6)
@@ -392,7 +399,7 @@ def test_covariance_matched_twins_take_their_own_layer_where_another_is_undefine
 def test_states_of_other_layers_are_refused(layers: int) -> None:
     vs = Directions(tuple(Direction(np.eye(8)[0], layer, 1.0) for layer in range(3)))
     with refused(f"{layers} layers", "3"):
-        random_directions(vs, rng=np.random.default_rng(0), states=apart(layers))
+        random_like(vs, rng=np.random.default_rng(0), states=apart(layers))
 
 
 @pytest.mark.parametrize("layer", [-1, tiny.LAYERS, 99])

@@ -62,8 +62,8 @@ def random_history(seed: int = 0, **meta: object) -> Residuals:
 
 def alignment(fit: Fit, residuals: Residuals) -> float:
     mapped = fit(residuals).apply(residuals)
-    table = follow(mapped, locate_vrev(mapped)).table
-    return float(table.loc[table["layer"].isna() & (table["step"] == 20), "alignment"].item())
+    table = follow(mapped, locate_vrev(mapped)).layer_mean
+    return float(table.loc[table["step"] == 20, "alignment"].item())
 
 
 def drift(residuals: Residuals, name: str = "seed0/20") -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from by_layer import stacked
 from histories import hooks_on, moved, plant, planted_vector, refused, synthetic
 
 from gravlens.activations.residuals import Residuals, cache_residuals
@@ -100,14 +101,14 @@ def test_what_cannot_be_mapped_is_refused() -> None:
         leak_map([one, states(at(0, E[1]), position=-1)])
     with refused("[-1]", "[-2]"):
         leak_map([one], [other])
-    with refused("the same ones"):
+    with refused("the same prompts"):
         leak_map([one], [one])
     with refused("[]"):
         leak_map([])
     with refused("no run"):
         leak_map([Residuals(one.values[:2], ("witness", "anchor"), one.layers, one.prompts, one.meta)])
     fewer = Residuals(one.values[:, :, :1], one.checkpoints, (0,), "others", one.meta)
-    with refused("no layer [1]"):
+    with refused("no layer 1"):
         leak_map([one], [fewer])
 
 
@@ -126,7 +127,7 @@ def test_a_drift_shared_by_two_runs_is_found_in_the_other_one_and_v_rev_is_not()
     held_out = states(planar(2, 1, seed=2), prompts="others")
     vs = locate_vrev(given)
     spans = candidate_spans(given, vs, fit_on=["seed1/10"], ranks=(1, 2), rng=np.random.default_rng(0))
-    table = rank_table(held_out, spans, directions=vs, at=["seed0/10"])
+    table = stacked(rank_table(held_out, spans, directions=vs, at=["seed0/10"]))
     share = {(span, rank): row(table, span=span, rank=rank, layer=pd.NA)["share"] for span, rank in
              [("v_rev", 1), ("drift", 1), ("drift", 2), ("drift_orthogonal", 2), ("whole_state", D)]}  # fmt: skip
     wanted = {("v_rev", 1): 0, ("drift", 1): 0.8, ("drift", 2): 1, ("drift_orthogonal", 2): 1, ("whole_state", D): 1}
@@ -143,7 +144,7 @@ def test_angles_are_the_principal_angles_of_scipy() -> None:
     vs = locate_vrev(given)
     refusal = Directions(tuple(direction_from(E[2] + E[1], layer=layer) for layer in range(LAYERS)))
     spans = candidate_spans(given, vs, fit_on=["seed1/10"], ranks=(1, 3), refusal=refusal, rng=np.random.default_rng(0))
-    table = rank_table(given, spans, directions=vs, at=["seed0/10"], refusal=refusal)
+    table = stacked(rank_table(given, spans, directions=vs, at=["seed0/10"], refusal=refusal))
     for kind, several in spans.items():
         for one in several:
             for span in one:
@@ -154,7 +155,7 @@ def test_angles_are_the_principal_angles_of_scipy() -> None:
     assert means[means["layer"].isna()]["angle_vrev"].item() == pytest.approx(
         means[means["layer"].notna()]["angle_vrev"].mean()
     )
-    exact = rank_table(given, {"v_rev": [vs]}, directions=vs, at=["seed0/10"])
+    exact = stacked(rank_table(given, {"v_rev": [vs]}, directions=vs, at=["seed0/10"]))
     assert row(exact, layer=0)["share"] == pytest.approx(9 / 25, abs=1e-5)
     assert row(exact, layer=1)["share"] == pytest.approx(1 / 2, abs=1e-5)
 
@@ -164,7 +165,7 @@ def test_random_spans_hold_what_their_rank_says_or_what_the_states_say() -> None
     vs = locate_vrev(given)
     spans = candidate_spans(given, vs, fit_on=["seed1/10"], ranks=(1, 4), n_random=40, rng=np.random.default_rng(0))
     assert [len(spans[kind]) for kind in ("isotropic", "covariance_matched", "drift", "v_rev")] == [80, 80, 2, 1]
-    table = rank_table(given, spans, directions=vs, at=["seed0/10"])
+    table = stacked(rank_table(given, spans, directions=vs, at=["seed0/10"]))
     random = table[(table["span"] == "isotropic") & table["layer"].isna()].groupby("rank")["share"].mean()
     assert random.to_dict() == pytest.approx({1: 1 / D, 4: 4 / D}, abs=0.03)
     centred = given.of("anchor") - given.of("anchor").mean(0)
@@ -189,7 +190,7 @@ def test_a_drift_along_v_rev_has_no_orthogonal_part() -> None:
 def test_the_share_of_no_drift_is_undefined_and_a_rank_beyond_the_prompts_is_refused() -> None:
     given = states(at(0, E[1]), seed1__10=planar(1, 1))
     vs = locate_vrev(given)
-    table = rank_table(given, {"v_rev": [vs]}, directions=vs, at=["seed0/10"])
+    table = stacked(rank_table(given, {"v_rev": [vs]}, directions=vs, at=["seed0/10"]))
     assert np.isnan(row(table, layer=1)["share"]) and row(table, layer=0)["share"] == pytest.approx(0, abs=1e-9)
     with refused("9 components"):
         candidate_spans(given, vs, fit_on=["seed1/10"], ranks=(9,), rng=np.random.default_rng(0))

@@ -19,11 +19,6 @@ from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.plot.plane import explore_residual_plane, plot_residual_plane
 
 
-def axes(seed: int = 0) -> np.ndarray:
-    """Two orthonormal directions [2, d_model]."""
-    return np.linalg.qr(np.random.default_rng(seed).standard_normal((WIDTH, 2)))[0].T
-
-
 def placed(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
     rows = table[table["prompt"].isna()]
     return dict(zip(rows["checkpoint"], zip(rows["along"], rows["across"], strict=True), strict=True))
@@ -92,7 +87,7 @@ def test_a_plane_needs_a_direction_of_these_states() -> None:
     alike = planted({"witness": (0.0, 0.0), "anchor": (0.0, 0.0)}, noise=0.0)
     with refused("undefined at layer 7"):
         residual_plane(alike, locate_vrev(alike)[7])
-    with refused("no layer [5]"):
+    with refused("no layer 5"):
         residual_plane(states, direction_from(np.ones(WIDTH), layer=5))
     with refused("whitened"):
         meant = Residuals(states.values, states.checkpoints, states.layers, "given", {"geometry": "whitened"})

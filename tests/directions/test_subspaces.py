@@ -13,7 +13,7 @@ from gravlens.directions.subspaces import (
     leading_components,
     orthogonal_part,
     principal_angles,
-    random_spans,
+    random_like,
     share_within,
     span_of,
     whole_state,
@@ -220,13 +220,13 @@ def test_a_share_within_is_the_projected_part_of_the_squared_length() -> None:
 
 def test_random_twins_have_the_layers_ranks_and_distances() -> None:
     given = Subspaces((space(0, 1, layer=2, distance=7.0), space(4, layer=5)))
-    twins = [random_spans(given, rng=np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    twins = [random_like(given, rng=np.random.default_rng(seed)) for seed in (0, 0, 1)]
     for twin in twins:
         assert (twin.layers, twin.distances.tolist()) == ((2, 5), [7.0, 2.0])
         assert [len(one.basis) for one in twin] == [2, 1]
     assert np.array_equal(twins[0][2].basis, twins[1][2].basis)
     assert overlap(twins[0][2].basis, twins[2][2].basis) < 0.9
-    assert isinstance(random_spans(directions(), rng=np.random.default_rng(0)), Directions)
+    assert isinstance(random_like(directions(), rng=np.random.default_rng(0)), Directions)
 
 
 def test_matched_twins_lie_where_the_states_vary_at_their_own_layer() -> None:
@@ -234,13 +234,13 @@ def test_matched_twins_lie_where_the_states_vary_at_their_own_layer() -> None:
     states = np.stack([rng.standard_normal((200, 3)) @ AXES[axes] for axes in varied.values()], axis=1) + 40
     given = Subspaces((space(20, 21, layer=0), space(20, layer=1)))
     for seed in range(5):
-        twins = random_spans(given, rng=np.random.default_rng(seed), states=states)
+        twins = random_like(given, rng=np.random.default_rng(seed), states=states)
         for i, axes in varied.items():
             assert overlap(twins[i].basis, AXES[axes]) > 0.9999 and twins[i].basis.shape == given[i].basis.shape
 
 
 def test_isotropic_twins_have_no_favourite_way() -> None:
-    draws = [random_spans(Subspaces((space(0),)), rng=np.random.default_rng(i))[0].basis[0] for i in range(400)]
+    draws = [random_like(Subspaces((space(0),)), rng=np.random.default_rng(i))[0].basis[0] for i in range(400)]
     assert np.mean(np.square(draws) @ (AXES.T**2), 0) == pytest.approx(1 / D, rel=0.35)
     assert np.mean(np.square(np.array(draws) @ AXES.T), 0) == pytest.approx(1 / D, rel=0.35)
 
@@ -250,4 +250,4 @@ def test_random_spans_refuse_states_of_other_layers(layers: int) -> None:
     spaces = Subspaces(tuple(Subspace(np.eye(8)[:2], layer, 1.0) for layer in (0, 2)))
     states = np.random.default_rng(0).standard_normal((40, layers, 8))
     with refused(f"{layers} layers", "2"):
-        random_spans(spaces, rng=np.random.default_rng(0), states=states)
+        random_like(spaces, rng=np.random.default_rng(0), states=states)

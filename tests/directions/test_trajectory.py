@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 import pytest
 from histories import refused, synthetic
 from scipy.stats import sem
@@ -11,7 +12,7 @@ from scipy.stats import sem
 from gravlens.activations.residuals import Residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions
-from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, drifts, follow, measure_drift
+from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, Trajectory, drifts, follow, measure_drift
 from gravlens.directions.vrev import locate_vrev
 
 WIDTH, LAYERS, PROMPTS = 6, 3, 4
@@ -33,7 +34,7 @@ def history(runs: Mapping[str, tuple[float, float]], prompts: str = "probes") ->
 
 def per_layer(trajectory: object, run: str, step: int) -> np.ndarray:
     table = trajectory.table  # pyright: ignore
-    rows = table[(table.run == run) & (table.step == step) & table.layer.notna()].sort_values("layer")
+    rows = table[(table.run == run) & (table.step == step)].sort_values("layer")
     return rows[list(MEASURES)].to_numpy(float)
 
 
@@ -49,12 +50,33 @@ def test_alignment_projection_fraction_and_norm_have_their_closed_form(a: float,
 def test_named_axes_hold_what_the_table_holds_and_nan_where_a_run_lacks_a_step() -> None:
     residuals = history({"seed0/1": (0.3, 0.4), "seed0/5": (0.6, 0.1), "seed1/5": (0.2, 0.0)})
     followed = follow(residuals, locate_vrev(residuals))
-    found = followed.to_xarray()
+    found = followed.data
     assert dict(found.sizes) == {"run": 2, "prompts": 1, "step": 2, "layer": LAYERS}
     for run, step in (("seed0", 1), ("seed0", 5), ("seed1", 5)):
         rows = found.sel(run=run, step=step, prompts="given").to_dataframe()[list(MEASURES)]
         np.testing.assert_array_equal(rows.to_numpy(), per_layer(followed, run, step))
-    assert np.isnan(found.fraction.sel(run="seed1", step=1)).all()
+    assert np.isnan(found.fraction.sel(run="seed1", step=1)).all() and found.judged.dtype == bool
+    assert not found.judged.sel(run="seed1", step=1).any()
+    assert len(followed.table) == 3 * LAYERS and len(followed.layer_mean) == 3, "what was not measured has no row"
+
+
+def test_runs_and_steps_of_each_set_keep_their_own_rows() -> None:
+    given = history({"b/1": (0.1, 0), "b/5": (0.2, 0), "a/1": (0.3, 0)})
+    held_out = history({"a/20": (0.4, 0), "a/1": (0.5, 0)}, "others")
+    trajectory = follow([given, held_out], locate_vrev(given), layers_in_mean=[0, 2])
+    found = trajectory.layer_mean.set_index(["prompts", "run", "step"]).fraction
+    wanted = {("given", "b", 1): 0.1, ("given", "b", 5): 0.2, ("given", "a", 1): 0.3}
+    wanted |= {("held_out", "a", 1): 0.5, ("held_out", "a", 20): 0.4}
+    assert found.to_dict() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_trajectory_comes_back_from_its_table() -> None:
+    residuals = history({"seed0/1": (0.3, 0.4), "seed0/5": (0.6, 0.1), "seed1/5": (0.2, 0.0)})
+    followed = follow(residuals, locate_vrev(residuals), layers_in_mean=[0, 2])
+    again = Trajectory.from_table(followed.table, layers_in_mean=[0, 2])
+    pd.testing.assert_frame_equal(again.table, followed.table)
+    pd.testing.assert_frame_equal(again.layer_mean, followed.layer_mean)
+    assert Trajectory.from_table(followed.table).layers_in_mean == (0, 1, 2)
 
 
 def test_the_witness_is_all_the_way_back_and_straight() -> None:
@@ -76,8 +98,8 @@ def test_the_table_is_tidy() -> None:
     residuals = history({"a/20": (0.1, 0), "a/5": (0.2, 0), "b/5": (0.3, 0)})
     table = follow(residuals, locate_vrev(residuals)).table
     assert list(table.columns.sort_values()) == sorted(["run", "step", "layer", "prompts", "judged", *MEASURES])
-    assert len(table) == 3 * (LAYERS + 1) and not table.duplicated(["run", "step", "layer", "prompts"]).any()
-    assert str(table.layer.dtype) == "Int64" and table.judged.dtype == bool
+    assert len(table) == 3 * LAYERS and not table.duplicated(["run", "step", "layer", "prompts"]).any()
+    assert table.layer.dtype == int and table.step.dtype == int and table.judged.dtype == bool
     assert table[table.run == "a"].step.unique().tolist() == [5, 20]
     assert table[(table.run == "a") & (table.step == 5)].fraction.to_numpy() == pytest.approx(0.2, abs=1e-6)
     assert table[(table.run == "b")].fraction.to_numpy() == pytest.approx(0.3, abs=1e-6)
@@ -93,14 +115,14 @@ def test_the_mean_over_layers_is_over_the_chosen_layers() -> None:
     for chosen in (None, (0, 2), [1], (2, 0)):
         trajectory = follow(residuals, locate_vrev(residuals), layers_in_mean=chosen)
         layers = list(range(LAYERS)) if chosen is None else list(chosen)
-        mean = trajectory.table[trajectory.table.layer.isna()]
+        mean = trajectory.layer_mean
         assert trajectory.layers_in_mean == tuple(layers)
         assert mean.fraction.item() == pytest.approx(fractions[layers].mean(), abs=1e-5)
         assert mean.alignment.item() == pytest.approx(alignments[layers].mean(), abs=1e-5)
         assert mean.drift_norm.item() == pytest.approx(
             (np.hypot(fractions, sideways) * DISTANCES)[layers].mean(), abs=1e-5
         )
-        assert trajectory.table.layer.notna().sum() == LAYERS, "every layer stands beside the mean"
+        assert "layer" not in mean and len(trajectory.table) == LAYERS, "the table has every layer"
 
 
 def test_the_summary_is_mean_and_sem_over_runs() -> None:
@@ -145,10 +167,9 @@ def test_a_cosine_is_judged_where_the_drift_exceeds_two_percent_of_the_distance(
 def test_the_mean_is_judged_where_all_its_layers_are() -> None:
     residuals = history({"a/1": (0.5, 0.0)})
     residuals.values[2][:, 1] = residuals.of("anchor")[:, 1]
-    table = follow(residuals, locate_vrev(residuals)).table
-    assert table.judged.tolist() == [True, False, True, False]
-    table = follow(residuals, locate_vrev(residuals), layers_in_mean=[0, 2]).table
-    assert table[table.layer.isna()].judged.item()
+    trajectory = follow(residuals, locate_vrev(residuals))
+    assert trajectory.table.judged.tolist() == [True, False, True] and not trajectory.layer_mean.judged.item()
+    assert follow(residuals, locate_vrev(residuals), layers_in_mean=[0, 2]).layer_mean.judged.item()
 
 
 def test_undefined_layers_are_left_out_of_the_mean_and_listed() -> None:
@@ -157,7 +178,7 @@ def test_undefined_layers_are_left_out_of_the_mean_and_listed() -> None:
     vs = locate_vrev(residuals)
     trajectory = follow(residuals, vs)
     assert trajectory.layers_in_mean == (0, 2) and dict(trajectory.undefined) == {1: vs[1].undefined}
-    assert trajectory.table.layer.dropna().tolist() == [0, 2]
+    assert trajectory.table.layer.tolist() == [0, 2]
     assert trajectory.table.fraction.to_numpy() == pytest.approx(0.25, abs=1e-5)
     assert follow(residuals, vs, layers_in_mean=[1, 2]).layers_in_mean == (2,)
     with refused("[1]"):
@@ -177,7 +198,7 @@ def test_nothing_to_follow_is_an_error() -> None:
         follow(history({}), vs)
     with refused("layer 9"):
         follow(residuals, vs, layers_in_mean=[0, 9])
-    with refused("[5]"):
+    with refused("layer 5"):
         follow(residuals, Directions((Direction(V[0], 5, 1.0),)))
     with refused("undefined"):
         follow(residuals, Directions((Direction(np.full(WIDTH, np.nan), 0, 0.0, undefined="no difference"),)))

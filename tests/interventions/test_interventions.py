@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gravlens.activations.residuals import Residuals
 from gravlens.directions.direction import Direction, Directions, Span, Subspace, Subspaces
-from gravlens.directions.subspaces import random_spans, span_of
+from gravlens.directions.subspaces import random_like, span_of
 from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.history.prompts import pad
 from gravlens.interventions.edits import Ablate, At, Clamp, Intervention, Patch, Steer, everywhere
@@ -172,7 +172,7 @@ def test_other_directions_keep_kind_and_all_else() -> None:
 @pytest.mark.parametrize("make", [Ablate, lambda s: Clamp(s, history()), lambda s: Patch(s, history(), RAGGED)])
 def test_a_random_twin_of_a_subspace_goes_in_its_place(make: Any) -> None:
     spaces = Subspaces((subspace(0), subspace(1, rank=2)))
-    twin = random_spans(spaces, rng=np.random.default_rng(0))
+    twin = random_like(spaces, rng=np.random.default_rng(0))
     h = states(1, len(RAGGED), WIDTH)
     with reading(pad(RAGGED)):
         for space in twin:

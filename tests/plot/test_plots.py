@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 
 from gravlens.core.errors import GravlensError
+from gravlens.directions.trajectory import ByLayer
 from gravlens.plot.lines import plot_alignment, plot_arms, plot_effect, plot_layers
 
 RUNS, STEPS, LAYERS = ("a", "b", "c"), (1, 5, 20, 100), (0, 1, 2)
@@ -24,18 +26,28 @@ def made_up(run: str, step: int, layer: float) -> float:
     return 0.1 + 0.05 * RUNS.index(run) + 0.001 * step + 0.01 * layer
 
 
-@pytest.fixture
-def table() -> pd.DataFrame:
+def measured(layers: Sequence[int]) -> pd.DataFrame:
     """Trajectory.table with layer 0 undefined, its first step too short to judge, and the given prompts 1 higher."""
     rows = [
         {"run": run, "step": step, "layer": layer, "prompts": prompts, "judged": step > 1}
-        | {"alignment": np.nan if layer == 0 else made_up(run, step, 7 if layer is None else layer) + extra}
+        | {"alignment": np.nan if layer == 0 else made_up(run, step, layer) + extra}
         for run in RUNS
         for step in STEPS
-        for layer in (*LAYERS, None)
+        for layer in layers
         for prompts, extra in (("given", 1.0), ("held_out", 0.0))
     ]
-    return pd.DataFrame(rows).astype({"layer": "Int64"}).assign(fraction=lambda rows: rows["alignment"] / 10)
+    return pd.DataFrame(rows).assign(fraction=lambda rows: rows["alignment"] / 10)
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return measured(LAYERS)
+
+
+@pytest.fixture
+def mean() -> pd.DataFrame:
+    """Trajectory.layer_mean, of the values that a layer 7 would have."""
+    return measured([7]).drop(columns="layer")
 
 
 @pytest.fixture
@@ -86,8 +98,8 @@ def ticks(ax: Axes, axis: str) -> list[str]:
 # -- alignment ---------------------------------------------------------------------------------------------------------
 
 
-def test_alignment_draws_each_run_and_their_mean_and_sem(table: pd.DataFrame) -> None:
-    ax = plot_alignment(table)
+def test_alignment_draws_each_run_and_their_mean_and_sem(mean: pd.DataFrame) -> None:
+    ax = plot_alignment(mean)
     runs = np.array([[made_up(run, step, 7) for step in STEPS] for run in RUNS])
     thin = [line.get_xydata() for line in ax.lines if line.get_linewidth() < 1 and line.get_alpha()]
     np.testing.assert_allclose(thin, [np.column_stack([STEPS, run]) for run in runs])
@@ -98,24 +110,27 @@ def test_alignment_draws_each_run_and_their_mean_and_sem(table: pd.DataFrame) ->
     np.testing.assert_allclose(half, runs.std(0, ddof=1) / np.sqrt(3))
 
 
-def test_alignment_takes_other_prompts_another_value_and_a_result_with_a_table(table: pd.DataFrame) -> None:
+def test_alignment_takes_other_prompts_another_value_and_a_result_with_a_table(
+    table: pd.DataFrame, mean: pd.DataFrame
+) -> None:
     class Result:
         def __init__(self) -> None:
-            self.table = table
+            self.table, self.layer_mean = table, mean
 
     def drawn(ax: Axes) -> np.ndarray:
         return next(iter(bars(ax).values()))[0].get_xydata()[:, 1]
 
-    held_out = drawn(plot_alignment(table))
-    np.testing.assert_allclose(drawn(plot_alignment(table, prompts="given")), held_out + 1)
-    np.testing.assert_allclose(drawn(plot_alignment(table, value="fraction")), held_out / 10)
+    held_out = drawn(plot_alignment(mean))
+    np.testing.assert_allclose(drawn(plot_alignment(mean, prompts="given")), held_out + 1)
+    np.testing.assert_allclose(drawn(plot_alignment(mean, value="fraction")), held_out / 10)
     np.testing.assert_allclose(drawn(plot_alignment(Result())), held_out)
 
 
-def test_a_null_is_dashed_and_labelled_and_its_strictest_p99_counts(table: pd.DataFrame, nulls: pd.DataFrame) -> None:
-    per_layer = pd.concat([nulls.assign(layer=pd.NA), nulls.assign(layer=1, p99=9.0)])
-    for given in (nulls, per_layer):
-        ax = plot_alignment(table, nulls=given)
+def test_a_null_is_dashed_and_labelled_and_its_strictest_p99_counts(mean: pd.DataFrame, nulls: pd.DataFrame) -> None:
+    found = ByLayer(nulls.assign(layer=1, p99=9.0), nulls)
+    several = [ByLayer(rows.assign(layer=1), rows) for _, rows in nulls.groupby("null", sort=False)]
+    for given in (nulls, found, several):
+        ax = plot_alignment(mean, nulls=given)
         drawn = {line.get_label(): line for line in ax.lines if "p99" in str(line.get_label())}
         np.testing.assert_allclose(drawn["isotropic, p99"].get_xydata(), [(step, 0.2) for step in STEPS])
         np.testing.assert_allclose(drawn["weight noise, p99"].get_xydata(), [(100, 0.35)])
@@ -124,27 +139,27 @@ def test_a_null_is_dashed_and_labelled_and_its_strictest_p99_counts(table: pd.Da
         assert {"isotropic, p99", "weight noise, p99"} <= set(texts(ax))
 
 
-def test_a_drift_too_small_to_judge_is_hollow_in_alignment_alone(table: pd.DataFrame) -> None:
-    hollow = [line for line in plot_alignment(table).lines if str(line.get_markerfacecolor()) == "white"]
+def test_a_drift_too_small_to_judge_is_hollow_in_alignment_alone(mean: pd.DataFrame) -> None:
+    hollow = [line for line in plot_alignment(mean).lines if str(line.get_markerfacecolor()) == "white"]
     assert [set(line.get_xdata()) for line in hollow] == [{1}]
-    assert "drift too small to judge" in texts(plot_alignment(table))
-    assert "drift too small to judge" not in texts(plot_alignment(table, value="fraction"))
+    assert "drift too small to judge" in texts(plot_alignment(mean))
+    assert "drift too small to judge" not in texts(plot_alignment(mean, value="fraction"))
 
 
-def test_steps_are_legible(table: pd.DataFrame) -> None:
-    assert ticks(plot_alignment(table), "x") == ["1", "5", "20", "100"]
-    crowded = pd.concat([table.assign(step=step) for step in range(1, 101)])
+def test_steps_are_legible(mean: pd.DataFrame) -> None:
+    assert ticks(plot_alignment(mean), "x") == ["1", "5", "20", "100"]
+    crowded = pd.concat([mean.assign(step=step) for step in range(1, 101)])
     shown = ticks(plot_alignment(crowded), "x")
     assert (shown[0], shown[-1]) == ("1", "100")
     assert len(shown) < 15
 
 
-def test_axes_say_what_they_show_and_where_zero_is(table: pd.DataFrame) -> None:
-    ax = plot_alignment(table)
+def test_axes_say_what_they_show_and_where_zero_is(mean: pd.DataFrame) -> None:
+    ax = plot_alignment(mean)
     assert ax.get_xlabel() == "fine-tuning step"
     assert ax.get_ylabel() == r"alignment with $v_\mathrm{rev}$ (cosine)"
     assert any(set(line.get_ydata()) == {0} for line in ax.lines)
-    assert plot_alignment(table, value="fraction").get_ylabel() == "fraction of the way back to the witness"
+    assert plot_alignment(mean, value="fraction").get_ylabel() == "fraction of the way back to the witness"
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -280,7 +295,7 @@ def test_references_are_dashed_and_labelled(arms: pd.DataFrame) -> None:
 
 EVERY = pytest.mark.parametrize(
     ("plot", "name"),
-    [(plot_alignment, "table"), (plot_layers, "table"), (plot_effect, "effect"), (plot_arms, "arms")],
+    [(plot_alignment, "mean"), (plot_layers, "table"), (plot_effect, "effect"), (plot_arms, "arms")],
 )
 
 
@@ -296,7 +311,7 @@ def test_a_notebook_shows_the_axes_and_nothing_is_cut_off(plot, name: str, reque
 @EVERY
 def test_a_table_without_a_column_or_without_rows_says_so(plot, name: str, request: pytest.FixtureRequest) -> None:
     table = request.getfixturevalue(name)
-    first = {"table": "step", "effect": "low", "arms": "arm"}[name]
+    first = {"mean": "step", "table": "step", "effect": "low", "arms": "arm"}[name]
     with pytest.raises(GravlensError, match=f"no column {first}"):
         plot(table.drop(columns=first))
     with pytest.raises(GravlensError, match="no rows"):
@@ -306,7 +321,7 @@ def test_a_table_without_a_column_or_without_rows_says_so(plot, name: str, reque
 def test_pyplot_stays_unloaded() -> None:
     code = """
 import sys, pandas
-from gravlens.plots import plot_arms
+from gravlens.plot.lines import plot_arms
 plot_arms(pandas.DataFrame({"arm": ["one"], "run": ["a"], "harmfulness": [0.5]}))._repr_png_()
 print("matplotlib.pyplot" in sys.modules)
 """
@@ -314,14 +329,16 @@ print("matplotlib.pyplot" in sys.modules)
     assert done.stdout.strip() == "False"
 
 
-def test_bad_input_names_what_would_do(table: pd.DataFrame, nulls: pd.DataFrame, arms: pd.DataFrame) -> None:
+def test_bad_input_names_what_would_do(
+    table: pd.DataFrame, mean: pd.DataFrame, nulls: pd.DataFrame, arms: pd.DataFrame
+) -> None:
     with pytest.raises(GravlensError, match=r"prompts='other'.*'held_out'"):
-        plot_alignment(table, prompts="other")
+        plot_alignment(mean, prompts="other")
     with pytest.raises(GravlensError, match="no column alinement"):
         plot_layers(table, value="alinement")
     with pytest.raises(GravlensError, match="plot_layers"):
-        plot_alignment(table[table["layer"].notna()])
+        plot_alignment(table)
     with pytest.raises(GravlensError, match="nulls=None"):
-        plot_alignment(table, value="fraction", nulls=nulls)
+        plot_alignment(mean, value="fraction", nulls=nulls)
     with pytest.raises(GravlensError, match=r"no column fun.*task_loss"):
         plot_arms(arms, measure="fun")

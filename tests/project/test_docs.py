@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from histories import history_on_disk
+from test_architecture import SUBPACKAGES
 
 from gravlens.history import sequence as sequences
 from gravlens.history.sequence import ModelSequence
+from gravlens.studies import evidence, reproduce
 from gravlens.studies.experiment import measure_behavior
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +60,12 @@ def here(history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if blocks(text, "python")])
+WITH_EXAMPLES = [page for page, text in TEXTS.items() if blocks(text, "python")]
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=() if page == "README.md" else pytest.mark.long) for page in WITH_EXAMPLES]
+)
 @pytest.mark.usefixtures("here")
 def test_the_examples_of_a_page_run(page: str) -> None:
     run(page)
@@ -108,12 +115,27 @@ def test_every_link_leads_to_a_file(page: str) -> None:
     assert broken == set()
 
 
-def test_the_index_links_to_every_page_and_names_every_file() -> None:
-    index = TEXTS["docs/index.md"]
+def test_the_index_links_to_every_page() -> None:
     linked = {path.name for path in links("docs/index.md")}
     assert [page.name for page in PAGES if page.name not in linked and page.name != "index.md"] == []
-    rooms = [path.name for path in (ROOT / "gravlens").iterdir() if path.suffix == ".py" and path.stem != "__init__"]
-    assert [name for name in rooms if f"`{name}`" not in index] == []
+
+
+# -- the architecture --------------------------------------------------------------------------------------------------
+
+
+def test_the_architecture_names_every_subpackage_in_the_order_of_its_imports() -> None:
+    page = TEXTS["docs/architecture.md"]
+    (line,) = re.findall(r"`(core\s[a-z\s]+ cli)`", page)
+    assert line.split() == SUBPACKAGES
+    assert [name for name in SUBPACKAGES if f"| `{name}` |" not in page] == []
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_every_file_that_the_pages_for_contributors_name_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:gravlens|tests|analyses|benchmarks|docs)/[\w/.-]+\.\w+)`", text)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_log_is_dated_newest_first() -> None:
@@ -132,8 +154,9 @@ def keys(source: str) -> set[str]:
 
 
 def test_every_field_and_column_of_a_results_folder_is_documented() -> None:
-    sources = [(ROOT / "gravlens" / name).read_text(encoding="utf-8") for name in ("reproduce.py", "findings.py")]
-    wanted = set().union(*map(keys, [*sources, inspect.getsource(measure_behavior)])) - {"answers"}
+    tables = inspect.getsource(evidence).partition("class Findings")[2]  # what precedes it draws nulls and controls
+    sources = [inspect.getsource(reproduce), f"class Findings{tables}", inspect.getsource(measure_behavior)]
+    wanted = set().union(*map(keys, sources)) - {"answers"}
     assert {"schema_version", "closure_final", "blocker_norm", "two_sided_log_odds"} <= wanted
     documented = set(re.findall(r"`([^`]+?)(?:\.csv)?`", prose("docs/results.md")))
     assert wanted - documented == set()

@@ -186,7 +186,7 @@ def test_what_is_no_direction_is_shown_how_to_make_one(given: Any) -> None:
         partial(layerwise_effect, OPENED, score=SCORE, prompts=tiny.PROMPTS),
         partial(gl.nulls.isotropic, steps=[1], draws=2, rng=np.random.default_rng(0)),
         partial(gl.exchange.to_npz, path="v.npz"),
-        partial(gl.directions.random_directions, rng=np.random.default_rng(0)),
+        partial(gl.directions.random_like, rng=np.random.default_rng(0)),
         partial(gl.readout.readout, OPENED),
     ]
     for attempt in tries:
@@ -350,7 +350,7 @@ def test_other_parts_that_are_easily_confused() -> None:
         r"direction_from\(": lambda: gl.Monitor(VECTOR, tiny.PROMPTS),  # pyright: ignore
         "Directions.load": lambda: gl.blockers.Penalty(VECTOR, probes=PromptSet.of(tiny.PROMPTS)),  # pyright: ignore
         r"layer=…\)": lambda: gl.blockers.UpdateProjection(VECTOR, probes=PromptSet.of(tiny.PROMPTS)),  # pyright: ignore
-        "locate_vrev": lambda: gl.subspaces.random_spans([1], rng=np.random.default_rng(0)),  # pyright: ignore
+        "locate_vrev": lambda: gl.subspaces.random_like([1], rng=np.random.default_rng(0)),  # pyright: ignore
     }
     for remedy, attempt in wrong.items():
         with pytest.raises(GravlensError, match=remedy):

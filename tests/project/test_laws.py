@@ -26,6 +26,10 @@ KEYWORDS_ALLOWED = {
         f"gravlens/training/finetune.py:on_{event}": CALLBACK
         for event in ("train_begin", "step_begin", "step_end", "train_end")
     },
+    **{
+        f"gravlens/organisms/arms.py:{name}": "the fields of a blocker, which checks them itself"
+        for name in ("_penalty", "_projection", "_make", "blocker")
+    },
     **{f"gravlens/training/monitor.py:on_{event}": CALLBACK for event in ("train_begin", "step_end")},
     **{
         f"gravlens/blockers/blocking.py:on_{event}": CALLBACK

@@ -82,7 +82,14 @@ def test_the_sdist_builds_the_same_wheel(sdist: Path, wheel: zipfile.ZipFile, tm
 
 
 def test_the_sdist_has_tests_and_docs_and_nothing_built(sdist: Path) -> None:
-    wanted = ["tests/test_packaging.py", "docs/index.md", "mkdocs.yml", "constraints.txt", "LICENSE", "CITATION.cff"]
+    wanted = [
+        "tests/project/test_packaging.py",
+        "docs/index.md",
+        "mkdocs.yml",
+        "constraints.txt",
+        "LICENSE",
+        "CITATION.cff",
+    ]
     assert [name for name in wanted if not (sdist / name).is_file()] == []
     unwanted = ["site", "results", ".ci", ".git", ".venv", "dist"]
     assert [name for name in unwanted if (sdist / name).exists()] == []

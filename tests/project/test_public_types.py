@@ -88,7 +88,7 @@ def test_a_type_that_is_left_out_is_found_with_where_it_stands() -> None:
         "Answers": "cache_residuals",  # in an alias
     }.items():
         (full,) = {key for key in names if key.rpartition(".")[2] == name}
-        left = {key: value for key, value in names.items() if key == where.partition(".")[0]}
+        left = {key: value for key, value in names.items() if key.rpartition(".")[2] == where.partition(".")[0]}
         value = names[full]
         assert f"{value.__module__}.{value.__qualname__}" in not_importable(left), where
         assert f"{value.__module__}.{value.__qualname__}" not in not_importable({**left, full: value})

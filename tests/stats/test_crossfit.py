@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from by_layer import stacked
 from histories import moved, refused, synthetic
 
 from gravlens.activations.residuals import Residuals, read_residuals
@@ -59,9 +60,9 @@ def test_it_is_the_mean_over_halves_followed_one_by_one(prompts: int) -> None:
     for half in combinations(range(prompts), prompts // 2):
         rest = tuple(everyone - set(half))
         for one, other in ((half, rest), (rest, half)):
-            tables.append(follow(part(other, "other"), locate_vrev(part(one, "one"))).table)
+            tables.append(stacked(follow(part(other, "other"), locate_vrev(part(one, "one")))))
     wanted = pd.concat(tables).groupby(["step", "layer"], dropna=False)[["alignment", "fraction"]].agg(["mean", "std"])
-    found = cross_fit(synthetic(states), repeats=4000, rng=rng())
+    found = stacked(cross_fit(synthetic(states), repeats=4000, rng=rng()))
     assert list(found.columns) == ["run", "step", "layer", "alignment", "alignment_sd", "fraction"]
     assert len(found) == 2 * (LAYERS + 1) and str(found.layer.dtype) == "Int64"
     for step in (1, 5):
@@ -76,7 +77,9 @@ def test_it_is_the_mean_over_halves_followed_one_by_one(prompts: int) -> None:
 
 def test_without_prompt_noise_it_is_the_trajectory() -> None:
     residuals = noisy({"witness": 3 * V, "anchor": STILL, "a/1": V + W}, prompts=6, spread=0.0)
-    found, exact = cross_fit(residuals, repeats=5, rng=rng()), follow(residuals, locate_vrev(residuals)).table
+    found, exact = (
+        stacked(one) for one in (cross_fit(residuals, repeats=5, rng=rng()), follow(residuals, locate_vrev(residuals)))
+    )
     for measure, wanted in {"alignment": np.sqrt(0.5), "fraction": 1 / 3}.items():
         assert found[measure].to_list() == pytest.approx([wanted] * 3)
         assert exact[measure].to_list() == pytest.approx([wanted] * 3)
@@ -88,31 +91,38 @@ def test_prompt_noise_of_the_anchor_makes_an_alignment_that_cross_fitting_takes_
     naive, crossed = [], []
     for seed in range(20):
         residuals = noisy(means, prompts=12, spread=1.0, seed=seed)
-        naive.append(cell(follow(residuals, locate_vrev(residuals)).table, run="a").alignment)
-        crossed.append(cell(cross_fit(residuals, repeats=10, rng=rng(seed)), run="a").alignment)
+        naive.append(cell(stacked(follow(residuals, locate_vrev(residuals))), run="a").alignment)
+        crossed.append(cell(stacked(cross_fit(residuals, repeats=10, rng=rng(seed))), run="a").alignment)
     assert np.mean(naive) > 0.4, "r / (1 + r) = 1/2 where the anchor is as noisy as the rest"
     assert abs(np.mean(crossed)) < 0.08
 
 
 def test_a_drift_towards_the_witness_survives_it_and_so_does_the_anchors_own_excursion() -> None:
     true = noisy({"witness": 4 * V, "anchor": STILL, "a/1": V + W}, prompts=40, spread=0.3)
-    assert cell(cross_fit(true, repeats=10, rng=rng()), run="a").alignment == pytest.approx(np.sqrt(0.5), abs=0.1)
+    assert cell(stacked(cross_fit(true, repeats=10, rng=rng())), run="a").alignment == pytest.approx(
+        np.sqrt(0.5), abs=0.1
+    )
     # The witness and the run went nowhere in common; the anchor alone left, for every prompt.
     shared = noisy({"witness": V, "anchor": -W, "a/1": -V}, prompts=40, spread=0.1)
     expected = follow(shared, locate_vrev(shared)).table.alignment.to_numpy()
-    found = cross_fit(shared, repeats=10, rng=rng()).alignment.to_numpy()
+    found = cross_fit(shared, repeats=10, rng=rng()).table.alignment.to_numpy()
     assert found == pytest.approx(expected, abs=0.1)
     common = noisy({"witness": V, "anchor": -3 * W, "a/1": np.eye(WIDTH)[[2, 2]]}, prompts=40, spread=0.1)
-    assert cell(cross_fit(common, repeats=10, rng=rng()), run="a").alignment > 0.8, "disjoint prompts do not help"
+    assert cell(stacked(cross_fit(common, repeats=10, rng=rng())), run="a").alignment > 0.8, (
+        "disjoint prompts do not help"
+    )
 
 
 def test_chosen_layers_and_undefined_ones() -> None:
     states = {name: rng(i).standard_normal((6, 3, WIDTH)) for i, name in enumerate(["witness", "anchor", "a/1"])}
     states["witness"][:, 1] = states["anchor"][:, 1]
     residuals = synthetic(states)
-    for table in (cross_fit(residuals, repeats=3, rng=rng()), split_half_reliability(residuals, repeats=3, rng=rng())):
+    for table in (
+        stacked(cross_fit(residuals, repeats=3, rng=rng())),
+        split_half_reliability(residuals, repeats=3, rng=rng()),
+    ):
         assert set(table.layer.dropna()) == {0, 2}
-    chosen = cross_fit(residuals, layers=[2], repeats=3, rng=rng())
+    chosen = stacked(cross_fit(residuals, layers=[2], repeats=3, rng=rng()))
     assert cell(chosen, 2).alignment == cell(chosen).alignment
     assert set(split_half_reliability(residuals, layers=[2, 1], repeats=3, rng=rng()).layer) == {2}
     with refused("layer 7"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from by_layer import stacked
 from histories import PROMPT_IDS, between, hidden_states, moved, plant, planted_vector, reference, refused, weights_of
 
 from gravlens.behavior.scores import refusal_log_odds
@@ -263,7 +264,7 @@ def score(model: OpenModel, prompts: Any) -> np.ndarray:
 def test_rows_are_those_of_models_damaged_by_hand() -> None:
     anchor, vs = tiny.gpt2(), planted_vs()
     damages = {"4 bits": partial(rounded, bits=4), "pruned": partial(pruned, share=0.4)}
-    table = measure_damage(opened(anchor), vs, PROMPTS, damages=damages, layers_in_mean=(1,), score=score)
+    table = stacked(measure_damage(opened(anchor), vs, PROMPTS, damages=damages, layers_in_mean=(1,), score=score))
     assert table.columns.to_list() == [
         "damage", "layer", "alignment", "fraction", "drift_norm", "judged", "weight_norm", "score"
     ]  # fmt: skip
@@ -295,11 +296,11 @@ def test_rows_are_those_of_models_damaged_by_hand() -> None:
 
 def test_the_undamaged_anchor_stands_first_and_moves_nowhere() -> None:
     anchor = tiny.gpt2()
-    table = measure_damage(opened(anchor), planted_vs(), PROMPTS, damages={}, score=score)
+    table = stacked(measure_damage(opened(anchor), planted_vs(), PROMPTS, damages={}, score=score))
     assert set(table.damage) == {"none"} and (table.fraction == 0).all() and (table.weight_norm == 0).all()
     assert table.alignment.isna().all() and not table.judged.any()
     assert table.score.to_numpy() == pytest.approx(score(opened(anchor), tiny.PROMPTS).mean(), abs=1e-5)
-    assert "score" not in measure_damage(opened(anchor), planted_vs(), PROMPTS, damages={}).columns
+    assert "score" not in measure_damage(opened(anchor), planted_vs(), PROMPTS, damages={}).table
 
 
 def test_damage_leaves_the_planted_way_alone_and_the_planted_update_goes_it() -> None:
@@ -313,7 +314,7 @@ def test_damage_leaves_the_planted_way_alone_and_the_planted_update_goes_it() ->
         "mirrored": partial(sign_flipped, checkpoint=run),
         "as it is": lambda _model: nullcontext(opened(run)),  # a damage of one's own
     }
-    table = measure_damage(opened(anchor), vs, PROMPTS, damages=damages)
+    table = stacked(measure_damage(opened(anchor), vs, PROMPTS, damages=damages))
     mean = table[table.layer.isna()].set_index("damage")
     wanted = {"the run": 0.4, "as it is": 0.4, "mirrored": -0.4}
     assert mean.fraction[list(wanted)].to_dict() == pytest.approx(wanted, abs=1e-4)
@@ -343,7 +344,7 @@ def test_an_anchor_on_disk(tmp_path: Path) -> None:
     folder = tiny.save(tiny.gpt2(), tmp_path / "anchor")
     damages = {"4 bits": partial(rounded, bits=4)}
     tables = [
-        measure_damage(source, planted_vs(), PROMPTS, damages=damages)
+        measure_damage(source, planted_vs(), PROMPTS, damages=damages).table
         for source in (Checkpoint("anchor", folder), opened(tiny.gpt2()))
     ]
     assert tables[0].fraction.to_numpy() == pytest.approx(tables[1].fraction.to_numpy(), abs=1e-5)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from by_layer import stacked
 from histories import refused, synthetic
 from scipy import stats
 
@@ -15,8 +16,9 @@ from gravlens.activations.residuals import Residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import shrunk_covariance
 from gravlens.directions.direction import Direction, Directions
-from gravlens.directions.trajectory import Trajectory, drift_per_prompt, follow
-from gravlens.directions.vrev import difference_of_means, direction_from, locate_vrev, random_directions
+from gravlens.directions.subspaces import random_like
+from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow
+from gravlens.directions.vrev import difference_of_means, direction_from, locate_vrev
 from gravlens.stats.nulls import (
     NullDraws,
     compare,
@@ -120,7 +122,7 @@ def test_covariance_matched_drifts_are_normal_with_the_shrunk_covariance(centred
 def test_sample_covariance_drifts_are_random_mixtures_of_the_states() -> None:
     rng = np.random.default_rng(0)
     states, vs = states_of(6), random_vs(8, layers=1)
-    twins = [random_directions(vs, rng=rng, states=states)[0].vector @ vs[0].vector for _ in range(2000)]
+    twins = [random_like(vs, rng=rng, states=states)[0].vector @ vs[0].vector for _ in range(2000)]
     found = sample_covariance(vs, states, steps=(1,), draws=4000, rng=rng)
     assert found.name == "sample_covariance" and stats.kstest(found.cosines.ravel(), twins).pvalue > 0.01
     shrunk = covariance_matched(vs, states, steps=(1,), draws=4000, rng=rng)
@@ -204,14 +206,14 @@ def test_what_all_prompts_share_is_in_the_uncentred_null_itself() -> None:
 
 
 def runs_of(cosines: np.ndarray, steps: tuple[int, ...] = (1,)) -> Trajectory:
-    """Runs with chosen alignments [run, step, layer], held out, with the mean over all layers."""
+    """Runs with chosen alignments [run, step, layer], held out."""
     rows = [
         {"run": f"run{i:02}", "step": step, "layer": layer, "prompts": "held_out", "alignment": value}
         for i, run in enumerate(cosines)
         for step, values in zip(steps, run, strict=True)
-        for layer, value in [*enumerate(values), (pd.NA, values.mean())]
+        for layer, value in enumerate(values)
     ]
-    return Trajectory(pd.DataFrame(rows).astype({"layer": "Int64"}), tuple(range(cosines.shape[2])))
+    return Trajectory.from_table(pd.DataFrame(rows).assign(drift_norm=1.0))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7, ALL_SIGNS_UP_TO])
@@ -221,7 +223,7 @@ def test_sign_flips_of_few_runs_are_exact(n: int) -> None:
     null = sign_flips(trajectory, draws=1, rng=np.random.default_rng(0))
     assert (null.of, null.run, null.steps, null.layers) == ("mean", None, (5, 20), (0, 1, 2))
     assert len(null.cosines) == 2**n - 1
-    table = compare(trajectory, null)
+    table = stacked(compare(trajectory, null))
     assert table.run.unique().tolist() == ["mean"] and len(table) == 2 * 4
     for row in table.to_dict("records"):
         values = cosines[:, (5, 20).index(row["step"])]
@@ -234,7 +236,7 @@ def test_sign_flips_of_few_runs_are_exact(n: int) -> None:
 def test_sign_flips_agree_with_scipy() -> None:
     values = np.random.default_rng(4).normal(0.1, 0.3, 9)
     trajectory = runs_of(values[:, None, None])
-    found = compare(trajectory, sign_flips(trajectory, draws=1, rng=np.random.default_rng(0))).p_value.iloc[0]
+    found = compare(trajectory, sign_flips(trajectory, draws=1, rng=np.random.default_rng(0))).table.p_value.iloc[0]
     test = stats.permutation_test((values,), np.mean, permutation_type="samples", alternative="greater")
     assert 0.01 < found == pytest.approx(test.pvalue)
 
@@ -243,7 +245,7 @@ def test_sign_flips_agree_with_scipy() -> None:
 def test_seven_runs_are_needed_for_a_p_below_one_percent(n: int, p: float) -> None:
     all_there, none_there = runs_of(np.full((n, 1, 1), 0.6)), runs_of(np.full((n, 1, 1), -0.6))
     for trajectory, wanted in [(all_there, p), (none_there, 1.0)]:
-        table = compare(trajectory, sign_flips(trajectory, draws=1, rng=np.random.default_rng(0)))
+        table = stacked(compare(trajectory, sign_flips(trajectory, draws=1, rng=np.random.default_rng(0))))
         assert table.p_value.to_list() == [wanted] * 2
 
 
@@ -267,16 +269,17 @@ def test_a_run_flips_as_a_whole() -> None:
 def test_only_common_steps_are_flipped_and_a_still_run_leaves_no_mean() -> None:
     trajectory = runs_of(np.full((3, 2, 1), 0.5), (1, 5))
     table = trajectory.table[(trajectory.table.run != "run01") | (trajectory.table.step == 5)]
-    null = sign_flips(Trajectory(table, (0,)), draws=1, rng=np.random.default_rng(0))
-    assert null.steps == (5,) and compare(Trajectory(table, (0,)), null).p_value.to_list() == [1 / 8] * 2
+    fewer = Trajectory.from_table(table)
+    null = sign_flips(fewer, draws=1, rng=np.random.default_rng(0))
+    assert null.steps == (5,) and stacked(compare(fewer, null)).p_value.to_list() == [1 / 8] * 2
     still = runs_of(np.array([0.5, np.nan, 0.5])[:, None, None])
-    table = compare(still, sign_flips(still, draws=1, rng=np.random.default_rng(0)))
+    table = stacked(compare(still, sign_flips(still, draws=1, rng=np.random.default_rng(0))))
     assert table.alignment.isna().all() and table.p_value.to_list() == [1, 1]
     with refused("['run00', 'run01', 'run02']", "given"):
         sign_flips(trajectory, prompts="given", draws=1, rng=np.random.default_rng(0))
     with refused("no held_out step in common"):
         apart = trajectory.table[(trajectory.table.run == "run00") == (trajectory.table.step == 1)]
-        sign_flips(Trajectory(apart, (0,)), draws=1, rng=np.random.default_rng(0))
+        sign_flips(Trajectory.from_table(apart), draws=1, rng=np.random.default_rng(0))
 
 
 # -- labels of probes --------------------------------------------------------------------------------------------------
@@ -310,7 +313,7 @@ def test_swapped_labels_are_those_of_probes_swapped_by_hand() -> None:
         v = np.stack([difference_of_means(states[0][:, layer], states[1][:, layer]) for layer in range(3)])
         by_hand.append((drift * v).sum(-1) / np.linalg.norm(drift, axis=-1) / distance)
     assert null.cosines == pytest.approx(np.stack(by_hand[1:]), abs=1e-9)
-    alignment = follow(held_out, locate_vrev(probes)).table.query("run == 'a' and layer.notna()").alignment
+    alignment = follow(held_out, locate_vrev(probes)).table.query("run == 'a'").alignment
     assert by_hand[0].ravel() == pytest.approx(alignment.to_numpy(), abs=1e-6), "nothing swapped is the alignment"
 
 
@@ -318,7 +321,7 @@ def test_a_direction_that_probes_agree_on_exceeds_swapped_labels_and_one_of_chan
     for towards, p in [(0.0, None), (1.0, 0.01)]:
         probes, held_out = sets_of(30, towards=towards, seed=1)
         null = swapped_labels(probes, held_out, run="a", draws=500, rng=np.random.default_rng(0))
-        table = compare(follow(held_out, locate_vrev(probes)), null)
+        table = stacked(compare(follow(held_out, locate_vrev(probes)), null))
         assert table.run.unique().tolist() == ["a"] and len(table) == 2 * 4
         assert (table.p_value < p).all() if p else table.p_value.between(0.02, 0.98).all()
 
@@ -362,7 +365,7 @@ def test_other_prompts_are_subsets_of_both_sets_together() -> None:
 def test_other_prompts_agree_with_scipy() -> None:
     held_out, others, vs = two_sets(towards=0.2)
     null = other_prompts(held_out, others, vs, run="a", draws=20_000, rng=np.random.default_rng(0))
-    found = compare(follow(held_out, vs), null)
+    found = compare(follow(held_out, vs), null).table
     assert found.run.unique().tolist() == ["a"]
     for layer in (0, 2):
         sets = [drift_per_prompt(one, "a/5", [layer])[:, 0] for one in (held_out, others)]
@@ -381,7 +384,7 @@ def test_prompts_that_reversion_is_of_exceed_the_others_and_exchangeable_ones_do
     for towards, p in [(0.0, None), (3.0, 0.01)]:
         held_out, others, vs = two_sets(towards=towards, n=8)
         null = other_prompts(held_out, others, vs, run="a", draws=2000, rng=np.random.default_rng(0))
-        table = compare(follow(held_out, vs), null)
+        table = stacked(compare(follow(held_out, vs), null))
         assert (table.p_value < p).all() if p else (table.p_value > 0.02).all()
 
 
@@ -390,7 +393,7 @@ def test_what_is_common_to_all_prompts_is_not_found_by_other_prompts() -> None:
     for one in (held_out, others):
         one.values[one.checkpoints.index("a/1")] += 5 * vs[0].vector
     null = other_prompts(held_out, others, vs, run="a", draws=500, rng=np.random.default_rng(0))
-    row = compare(follow(held_out, vs), null).query("step == 1 and layer == 0")
+    row = compare(follow(held_out, vs), null).table.query("step == 1 and layer == 0")
     assert row.alignment.item() > 0.9 and row.p_value.item() > 0.05
 
 
@@ -406,14 +409,13 @@ def test_two_sets_differ_and_have_a_step_in_common() -> None:
 
 
 def trajectory_of(alignments: dict[str, list[float]], steps: tuple[int, ...] = (1,)) -> Trajectory:
-    """Runs of one layer and its mean, held out, with chosen alignments, one a step."""
+    """Runs of one layer, held out, with chosen alignments, one per step."""
     rows = [
-        {"run": run, "step": step, "layer": layer, "prompts": "held_out", "alignment": value}
+        {"run": run, "step": step, "layer": 0, "prompts": "held_out", "alignment": value, "drift_norm": 1.0}
         for run, values in alignments.items()
         for step, value in zip(steps, values, strict=True)
-        for layer in (0, pd.NA)
     ]
-    return Trajectory(pd.DataFrame(rows).astype({"layer": "Int64"}), (0,))
+    return Trajectory.from_table(pd.DataFrame(rows))
 
 
 def null_of(draws: list[float], name: str = "null") -> NullDraws:
@@ -425,25 +427,27 @@ def null_of(draws: list[float], name: str = "null") -> NullDraws:
 )
 def test_p_counts_the_draws_that_reach_as_far_and_the_run_itself(alignment: float, at_least: int) -> None:
     draws = [0.1, 0.4, 0.2, 0.3]
-    table = compare(trajectory_of({"a": [alignment]}), null_of(draws))
-    assert list(table.columns) == ["null", "run", "step", "layer", "alignment", "p99", "p_value", "above"]
+    compared = compare(trajectory_of({"a": [alignment]}), null_of(draws))
+    columns = ["null", "run", "step", "layer", "alignment", "p99", "p_value", "above"]
+    assert list(compared.table) == columns and list(compared.layer_mean) == [*columns[:3], *columns[4:]]
+    table = stacked(compared)
     assert table.p_value.to_list() == [(1 + at_least) / (1 + 4)] * 2
     assert table.p99.to_list() == [pytest.approx(np.quantile(draws, 0.99))] * 2
     assert not table.above.any(), "four draws have no p99 of their own"
-    assert table.null.unique().tolist() == ["null"] and str(table.layer.dtype) == "Int64"
+    assert table.null.unique().tolist() == ["null"] and compared.table.layer.dtype == int
 
 
 @pytest.mark.parametrize(("alignment", "above"), [(0.985, True), (0.975, False), (0.5, False)])
 def test_above_takes_ninety_nine_draws(alignment: float, above: bool) -> None:
     draws = (np.arange(99) / 100).tolist()  # 0 to .98
-    assert compare(trajectory_of({"a": [alignment]}), null_of(draws)).above.to_list() == [above] * 2
-    assert not compare(trajectory_of({"a": [alignment]}), null_of(draws[1:])).above.any()
+    assert stacked(compare(trajectory_of({"a": [alignment]}), null_of(draws))).above.to_list() == [above] * 2
+    assert not stacked(compare(trajectory_of({"a": [alignment]}), null_of(draws[1:]))).above.any()
 
 
 def test_a_run_without_drift_has_no_cosine_and_is_never_significant() -> None:
-    table = compare(trajectory_of({"still": [math.nan]}), null_of([-0.1, 0.0, 0.1]))
+    table = stacked(compare(trajectory_of({"still": [math.nan]}), null_of([-0.1, 0.0, 0.1])))
     assert table.p_value.to_list() == [1, 1] and not table.above.any()
-    table = compare(trajectory_of({"a": [0.9]}), null_of([-0.1, math.nan, 0.1]))
+    table = stacked(compare(trajectory_of({"a": [0.9]}), null_of([-0.1, math.nan, 0.1])))
     assert table.p_value.to_list() == [0.5, 0.5] and not table.above.any(), "a draw without drift excuses nothing"
 
 
@@ -453,14 +457,14 @@ def test_steps_and_layers_are_held_against_their_own_draws_and_the_mean_against_
     residuals = synthetic(states)
     trajectory = follow(residuals, locate_vrev(residuals), layers_in_mean=(0, 2))
     null = NullDraws("null", rng.uniform(-1, 1, (50, 2, 3)), (20, 1), (2, 0, 1))  # other orders than the trajectory's
-    table = compare(trajectory, null, prompts="given")
+    table, followed = stacked(compare(trajectory, null, prompts="given")), stacked(trajectory)
     assert len(table) == 2 * 4 and set(table.step) == {1, 20}
     for row in table.to_dict("records"):
         draws = null.cosines[:, null.steps.index(row["step"])]
         drawn = (draws[:, 0] + draws[:, 1]) / 2 if pd.isna(row["layer"]) else draws[:, (2, 0, 1).index(row["layer"])]
         assert row["p99"] == pytest.approx(np.quantile(drawn, 0.99))
         assert row["p_value"] == (1 + sum(d >= row["alignment"] for d in drawn)) / 51
-        wanted = trajectory.table[trajectory.table.step == row["step"]]
+        wanted = followed[followed.step == row["step"]]
         wanted = wanted[wanted.layer.isna() if pd.isna(row["layer"]) else wanted.layer == row["layer"]]
         assert row["alignment"] == wanted.alignment.item()
 
@@ -474,7 +478,7 @@ def test_draws_have_named_axes() -> None:
 def test_draws_of_one_run_are_held_against_that_run_alone() -> None:
     trajectory = trajectory_of({"a": [0.15], "b": [0.35]})
     null = NullDraws("null", np.array([0.1, 0.4, 0.2, 0.3])[:, None, None], (1,), (0,), "b")
-    table = compare(trajectory, null)
+    table = stacked(compare(trajectory, null))
     assert table.run.to_list() == ["b", "b"] and table.p_value.to_list() == [2 / 5] * 2
     with refused("rows of c"):
         compare(trajectory, NullDraws("null", null.cosines, (1,), (0,), "c"))
@@ -483,7 +487,7 @@ def test_draws_of_one_run_are_held_against_that_run_alone() -> None:
 def test_draws_of_the_mean_are_held_against_the_mean_over_runs() -> None:
     trajectory = trajectory_of({"a": [0.15], "b": [0.35]})
     null = NullDraws("null", np.array([0.1, 0.4, 0.2, 0.3])[:, None, None], (1,), (0,), of="mean")
-    table = compare(trajectory, null)
+    table = stacked(compare(trajectory, null))
     assert table.run.to_list() == ["mean", "mean"] and table.alignment.to_list() == [0.25] * 2
     assert table.p_value.to_list() == [3 / 5] * 2 and table.layer.isna().sum() == 1
 
@@ -509,7 +513,7 @@ def test_nothing_to_compare_is_an_error() -> None:
 WIDTH = 24
 
 
-def world(*, along: float, runs: int) -> pd.DataFrame:
+def world(*, along: float, runs: int) -> ByLayer:
     """Runs whose drifts are uniformly random, plus `along` of their length in the direction of v_rev."""
     rng = np.random.default_rng(7)
     witness, anchor = rng.standard_normal((2, 1, 3, WIDTH))
@@ -525,13 +529,12 @@ def world(*, along: float, runs: int) -> pd.DataFrame:
 
 def test_isotropic_drifts_exceed_the_isotropic_null_as_often_as_they_should() -> None:
     table = world(along=0.0, runs=250)
-    for layer in (0, 1, 2, None):
-        rows = table[table.layer.isna() if layer is None else table.layer == layer]
+    for rows in (table.layer_mean, *(table.table[table.table.layer == layer] for layer in (0, 1, 2))):
         assert len(rows) == 250 and stats.kstest(rows.p_value, "uniform").pvalue > 0.005
         assert stats.binomtest(int(rows.above.sum()), 250, 0.01).pvalue > 0.005
 
 
 def test_drifts_towards_the_witness_exceed_it_and_drifts_away_never_do() -> None:
     towards, away = world(along=1.5, runs=30), world(along=-1.5, runs=30)
-    assert towards[towards.layer.isna()].above.all() and (towards[towards.layer.isna()].p_value < 0.01).all()
-    assert not away.above.any() and (away[away.layer.isna()].p_value > 0.99).all()
+    assert towards.layer_mean.above.all() and (towards.layer_mean.p_value < 0.01).all()
+    assert not stacked(away).above.any() and (away.layer_mean.p_value > 0.99).all()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from by_layer import stacked
 from histories import refused, synthetic
 from scipy import stats
 
@@ -27,9 +28,10 @@ def history(runs: int = 3, steps: tuple[int, ...] = (1, 5), *, prompts: int = PR
 
 
 def intervals(residuals: Residuals, *, draws: int = 40, seed: int = 5, **changes: Any) -> pd.DataFrame:
-    return bootstrap_alignment(
+    found = bootstrap_alignment(
         residuals, locate_vrev(residuals), draws=draws, rng=np.random.default_rng(seed), **changes
     )
+    return stacked(found)
 
 
 def row(table: pd.DataFrame, run: str, step: int, layer: int | None, measure: str = "alignment") -> pd.Series:
@@ -44,10 +46,10 @@ def row(table: pd.DataFrame, run: str, step: int, layer: int | None, measure: st
 def test_estimates_are_those_of_the_trajectory_and_of_its_summary() -> None:
     residuals = history()
     table = intervals(residuals, layers_in_mean=(0, 2))
-    assert list(table.columns) == ["run", "step", "layer", "measure", "estimate", "low", "high"]
-    assert len(table) == (3 + 1) * 2 * (LAYERS + 1) * 2 and str(table.layer.dtype) == "Int64"
+    assert list(table.columns) == ["measure", "run", "step", "layer", "estimate", "low", "high"]
+    assert len(table) == (3 + 1) * 2 * (LAYERS + 1) * 2
     trajectory = follow(residuals, locate_vrev(residuals), layers_in_mean=(0, 2))
-    for one in trajectory.table.to_dict("records"):
+    for one in stacked(trajectory).to_dict("records"):
         layer = None if pd.isna(one["layer"]) else one["layer"]
         for measure in ("alignment", "fraction"):
             assert row(table, one["run"], one["step"], layer, measure).estimate == pytest.approx(one[measure])
@@ -176,14 +178,14 @@ def test_a_run_that_did_not_move_has_no_cosine_and_a_layer_without_direction_no_
     undefined = Direction(np.full(WIDTH, np.nan), 1, 0.0, undefined="no difference")
     vs = Directions((locate_vrev(residuals)[0], undefined, locate_vrev(residuals)[2]))
     found = bootstrap_alignment(residuals, vs, draws=5, rng=np.random.default_rng(0))
-    assert set(found.layer.dropna()) == {0, 2}
+    assert set(found.table.layer) == {0, 2}
 
 
 def test_a_cosine_stays_a_cosine() -> None:
     drift = np.random.default_rng(0).standard_normal((6, 1, 4)) * 0.5 + np.array([3.0, 0, 0, 0])
     residuals = synthetic({"witness": np.ones((6, 1, 4)), "anchor": np.zeros((6, 1, 4)), "a/1": drift, "b/1": drift})
     vs = Directions((direction_from(np.eye(4)[0], layer=0),))
-    table = bootstrap_alignment(residuals, vs, draws=200, rng=np.random.default_rng(0))
+    table = stacked(bootstrap_alignment(residuals, vs, draws=200, rng=np.random.default_rng(0)))
     assert table[table.measure == "alignment"][["low", "high"]].abs().max(axis=None) <= 1
 
 

@@ -97,7 +97,8 @@ def test_the_figures_are_those_of_the_checkpoints(pair: tuple[Paired, Path], seq
         table = found.trajectory.table
         at = table[(table.run == name) & (table.step == 4) & (table.layer == 1) & (table.prompts == "held_out")]
         assert at["fraction"].item() == pytest.approx(drift @ way / (way @ way), rel=1e-3, abs=1e-6)
-        mean = table[(table.run == name) & (table.step == 4) & table.layer.isna()].set_index("prompts")
+        mean = found.trajectory.layer_mean
+        mean = mean[(mean.run == name) & (mean.step == 4)].set_index("prompts")
         assert row(found, name)["fraction"] == mean.loc["held_out", "fraction"]
         assert row(found, name)["alignment"] == mean.loc["held_out", "alignment"]
         assert row(found, name)["fraction_probes"] == mean.loc["given", "fraction"]

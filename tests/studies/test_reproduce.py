@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gravlens.cli import app
+from gravlens.core.display import number
 from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.trajectory import Trajectory
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import encode
 from gravlens.history.sequence import ModelSequence
@@ -295,21 +297,22 @@ def test_arms_hold_the_behaviour_that_was_measured_at_the_last_step(each: Done) 
 
 
 def test_nulls_are_of_their_own_draws(each: Done) -> None:
-    nulls, made = each.table("nulls"), each.organism
-    isotropic = nulls[(nulls.null == "isotropic") & nulls.layer.notna()]
+    nulls, means, made = each.table("nulls"), each.table("nulls_layer_mean"), each.organism
+    isotropic = nulls[nulls.null == "isotropic"]
     assert isotropic.p99.to_numpy() == pytest.approx(isotropic_quantile(0.99, 32), rel=0.05)
     for step, draws in made.noise.items():
         with np.load(each.study.noise_folder(step) / "draws.npz") as file:
             cosines = file["cosines"][:, 0]
         assert len(cosines) == draws
-        rows = nulls[(nulls.null == "weight_noise") & (nulls.step == step)]
+        rows = pd.concat([nulls, means])
+        rows = rows[(rows.null == "weight_noise") & (rows.step == step)]
         assert set(rows.run) == {f"unblocked-{seed}" for seed in made.arms[0].seeds}
         for row in rows.to_dict("records"):
             drawn = cosines[:, :2].mean(1) if pd.isna(row["layer"]) else cosines[:, int(row["layer"])]
             assert row["p99"] == pytest.approx(np.quantile(drawn, 0.99))
             assert row["p_value"] == pytest.approx((1 + (drawn >= row["alignment"]).sum()) / (1 + draws))
     for name, null in each.results["nulls"].items():
-        mean = nulls[(nulls.null == name) & nulls.layer.isna()]
+        mean = means[means.null == name]
         assert (null["n_pairs"], null["n_above"]) == (len(mean), int(mean.above.sum()))
 
 
@@ -386,10 +389,10 @@ def test_gravlens_locate_reads_the_sequence(each: Done, tmp_path: Path) -> None:
     vs = locate_vrev(each.study.states("measured", "probes"))
     result = CliRunner().invoke(app, ["locate", toml, "--layer", "1", "--out", str(tmp_path / "v")])
     assert result.exit_code == 0, result.output
-    assert f"{vs[1].distance:.4g}" in result.output and f"{vs[2].distance:.4g}" not in result.output
+    assert number(vs[1].distance) in result.output and number(vs[2].distance) not in result.output
     assert Direction.load(tmp_path / "v").vector == pytest.approx(vs[1].vector, abs=1e-5)
     result = CliRunner().invoke(app, ["locate", toml, "--out", str(tmp_path / "vs")])
-    assert result.exit_code == 0 and all(f"{v.distance:.4g}" in result.output for v in vs)
+    assert result.exit_code == 0 and all(number(v.distance) in result.output for v in vs)
     assert Directions.load(tmp_path / "vs").vectors == pytest.approx(vs.vectors, abs=1e-5)
 
 
@@ -465,17 +468,17 @@ def test_each_organism_has_a_sequence_of_its_own(
 
 def test_final_rows_are_the_layer_mean_at_each_run_s_own_last_step() -> None:
     rows = [
-        {"run": run, "step": step, "layer": layer, "prompts": prompts, "alignment": step}
+        {"run": run, "step": step, "layer": layer, "prompts": prompts, "alignment": step + layer}
         for run, steps in {"a": (1, 20), "b": (1, 5)}.items()
         for step in steps
-        for layer in (0, pd.NA)
+        for layer in (0, 2)
         for prompts in ("given", "held_out")
     ]
-    table = pd.DataFrame(rows)
+    trajectory = Trajectory.from_table(pd.DataFrame(rows))
     for prompts in ("given", "held_out"):
-        found = final_rows(table, prompts)
+        found = final_rows(trajectory, prompts)
         assert dict(zip(found.run, found.step, strict=True)) == {"a": 20, "b": 5}
-        assert found.layer.isna().all() and set(found.prompts) == {prompts}
+        assert found.alignment.tolist() == [21, 6] and set(found.prompts) == {prompts}
 
 
 def test_states_that_were_not_measured_are_an_error(organism: Done) -> None:

@@ -10,6 +10,7 @@ import small
 
 from gravlens.activations.residuals import cache_residuals
 from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import Folder, as_folder
 from gravlens.models import opening
 from gravlens.organisms.arms import TABLE, blocker, core_arms, dose_arms, further_arms, made_by
 from gravlens.organisms.base import Arm
@@ -36,8 +37,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = opening.load_huggingface
 
-    def listen(source: Path | str, *given: Any, **further: Any) -> Any:
-        names.append(Path(source).name)
+    def listen(source: Folder | Path | str, *given: Any, **further: Any) -> Any:
+        names.append(as_folder(source).path.name)
         return real(source, *given, **further)
 
     monkeypatch.setattr(opening, "load_huggingface", listen)

@@ -775,8 +775,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     }
     runs = {name: str(home / name / "checkpoint-*") for name in arms}
     full = ModelSequence.from_folders(witness=str(witness), anchor=anchor, probes=tiny.PROMPTS, runs=runs)
-    table = follow(cache_residuals(full, layers=(0, 1)), vs).table
-    table = table[table.layer.isna()].set_index("run")
+    table = follow(cache_residuals(full, layers=(0, 1)), vs).layer_mean.set_index("run")
     return table.assign(blocker_norm=pd.Series({name: log.blocker_norm.mean() for name, log in logs.items()}))
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from by_layer import stacked
 from histories import refused
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -21,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 
 from gravlens.activations.residuals import cache_residuals
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import MEASURES, follow
+from gravlens.directions.trajectory import MEASURES, Trajectory, follow
 from gravlens.directions.vrev import direction_from
 from gravlens.history.prompts import PromptSet, encode
 from gravlens.history.sequence import ModelSequence
@@ -51,7 +52,9 @@ def assert_same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
     rows = [t.sort_values(["step", "layer"]).reset_index(drop=True) for t in (found, wanted)]
     columns = ["run", "step", "layer", "judged", "prompts"]
     pd.testing.assert_frame_equal(rows[0][columns], rows[1][columns])
-    np.testing.assert_allclose(rows[0][list(MEASURES)].astype(float), rows[1][list(MEASURES)].astype(float), atol=1e-5)
+    measures = [table[list(MEASURES)].astype(float) for table in rows]
+    # The states agree to about 1e-6; the cosine of a short drift divides that by its norm (1.25e-5 on one processor).
+    np.testing.assert_allclose(*measures, rtol=1e-3, atol=1e-4)
 
 
 # -- the same numbers as of saved checkpoints --------------------------------------------------------------------------
@@ -64,7 +67,7 @@ def test_it_reports_what_follow_reads_of_the_checkpoints(changes: dict[str, Any]
                     save_steps=(1, 2, 3, 4), monitor=monitor)  # fmt: skip
     assert_same(monitor.table, by_follow(tmp_path / "run", tmp_path))
     assert len(made.log) == 4 and monitor.table.judged.any() and monitor.table.fraction.abs().max() > 0.01
-    mean = monitor.table[monitor.table.layer.isna()].relative_drift.to_numpy()
+    mean = monitor.trajectory.layer_mean.relative_drift.to_numpy()
     layers = [monitor.table[monitor.table.layer == v.layer].drift_norm.to_numpy() / v.distance for v in VS]
     np.testing.assert_allclose(mean, np.mean(layers, 0))
 
@@ -105,7 +108,7 @@ def test_its_trajectory_serves_what_a_trajectory_serves(tmp_path: Path) -> None:
     trainer.train()
     assert set(monitor.table.prompts) == {"given"} and monitor.trajectory.layers_in_mean == VS.layers
     null = NullDraws("noise", np.random.default_rng(0).uniform(-0.1, 0.1, (99, 3, 2)), (1, 2, 3), VS.layers)
-    assert len(compare(monitor.trajectory, null, prompts="given")) == 9
+    assert len(stacked(compare(monitor.trajectory, null, prompts="given"))) == 9
 
 
 # -- the training never feels it ---------------------------------------------------------------------------------------
@@ -205,8 +208,8 @@ def test_logs_reach_integrations_and_the_history_at_every_evaluation(tmp_path: P
     assert [row["step"] for row in integration.rows if "loss" in row] == [2, 4], "the trainer's own rows still come"
     assert [row for row in trainer.state.log_history if "monitor/fraction" in row] == list(told.values())
     for step, row in told.items():
-        rows = monitor.table[monitor.table.step == step].set_index("layer")
-        mean, second = rows[rows.index.isna()].iloc[0], rows.loc[1]
+        mean = monitor.trajectory.layer_mean.set_index("step").loc[step]
+        second = monitor.table[monitor.table.layer == 1].set_index("step").loc[step]
         assert row["monitor/fraction"] == pytest.approx(mean.fraction) and row["monitor/threshold"] == 9.0
         assert row["monitor/drift"] == pytest.approx(mean.relative_drift)
         assert row["monitor/layer_1/alignment"] == pytest.approx(second.alignment)
@@ -243,7 +246,7 @@ def test_tensorboard_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     trainer.train()
     found = reading.EventAccumulator(str(tmp_path / "tb")).Reload()
     shown = [(event.step, event.value) for event in found.Scalars("train/monitor/fraction")]
-    means = monitor.table[monitor.table.layer.isna()]
+    means = monitor.trajectory.layer_mean
     assert shown == [(step, pytest.approx(fraction)) for step, fraction in zip(means.step, means.fraction, strict=True)]
 
 
@@ -253,7 +256,7 @@ def test_tensorboard_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_statistic_is_named() -> None:
     wrong: Any = "fractoin"
     with refused("'fractoin'"):
-        calibrate([null_table(np.ones(5))] * 19, statistic=wrong, quantile=0.95)
+        calibrate([null_run(np.ones(5))] * 19, statistic=wrong, quantile=0.95)
 
 
 @pytest.mark.parametrize(("statistic", "patience"), [("fraction", 1), ("alignment", 2)])
@@ -261,7 +264,7 @@ def test_it_stops_at_the_first_step_above_the_threshold(statistic: Any, patience
     free = blocked.trainer(tmp_path, max_steps=6)
     seen = Monitor(VS, PROBES).attach(free)
     free.train()
-    values = seen.table[seen.table.layer.isna()].set_index("step")[statistic]
+    values = seen.trajectory.layer_mean.set_index("step")[statistic]
     value = float(np.sort(values)[1])  # four of six lie above, two of them in a row at least
     streaks = (values > value).astype(int).rolling(patience).sum() == patience
     trainer = blocked.trainer(tmp_path, max_steps=6)
@@ -346,21 +349,24 @@ def test_a_run_of_finetune_that_was_killed_goes_on_from_its_anchor(
 # -- calibration -------------------------------------------------------------------------------------------------------
 
 
-def null_table(values: np.ndarray, *, judged: bool = True) -> pd.DataFrame:
-    """A table of a run whose layers' mean takes these values, and each layer others."""
-    steps, layers = len(values), [pd.NA, *VS.layers]
-    columns = {"step": np.tile(np.arange(1, 1 + steps), 3), "layer": pd.array(np.repeat(layers, steps), "Int64")}
-    said = np.concatenate([values, np.full(2 * steps, 9.0)])
-    return pd.DataFrame(
-        {**columns, "fraction": said, "alignment": said, "judged": judged, "run": "monitor", "prompts": "held_out"}
-    )
+def null_run(values: np.ndarray, *, judged: bool = True, prompts: tuple[str, ...] = ("held_out",)) -> Trajectory:
+    """A run whose layers' mean takes these values, and each layer others."""
+    steps = np.arange(1, 1 + len(values))
+    rows = [
+        {"run": "monitor", "prompts": name, "step": step, "layer": layer, "fraction": said, "alignment": said}
+        for name in prompts
+        for step, value in zip(steps, values, strict=True)
+        for layer, said in zip(VS.layers, (value - 9, value + 9), strict=True)
+    ]
+    return Trajectory.from_table(pd.DataFrame(rows).assign(judged=judged, drift_norm=1.0))
 
 
 def test_the_threshold_is_the_rank_that_one_further_run_exceeds_at_most_so_often() -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((99, 5))
-    tables = [null_table(one) for one in values]
+    tables = [null_run(one) for one in values]
     found = calibrate(tables)
+    values = np.stack([one.layer_mean.fraction for one in tables])  # ± 9 has cost the last bits
     assert found == Threshold("fraction", values.max(), 1, 0.99, 99, 5, VS.layers, "null runs")
     at = calibrate(tables, quantile=0.9)
     assert at.value == np.sort(values.max(1))[89]
@@ -389,7 +395,7 @@ def test_draws_of_a_null_give_a_threshold_of_the_alignment() -> None:
 
 
 def test_too_few_null_runs_and_null_runs_of_different_kinds_are_refused() -> None:
-    tables = [null_table(one) for one in np.random.default_rng(0).standard_normal((98, 5))]
+    tables = [null_run(one) for one in np.random.default_rng(0).standard_normal((98, 5))]
     with refused("98 null runs", "0.99"):
         calibrate(tables)
     assert calibrate(tables[:19], quantile=0.95).n_runs == 19
@@ -397,11 +403,11 @@ def test_too_few_null_runs_and_null_runs_of_different_kinds_are_refused() -> Non
         with refused(f"{len(some)} null runs"):
             calibrate(some, quantile=quantile)
     with refused("different steps"):
-        calibrate([*tables[:2], null_table(np.zeros(4))])
+        calibrate([*tables[:2], null_run(np.zeros(4))])
     with refused("given and held_out"):
-        calibrate([pd.concat([one, one.assign(prompts="given")]) for one in tables[:1]])
+        calibrate([null_run(np.zeros(5), prompts=("given", "held_out"))])
     with refused("alignment is -inf"):
-        calibrate([null_table(np.ones(5), judged=False)] * 19, statistic="alignment", quantile=0.95)
+        calibrate([null_run(np.ones(5), judged=False)] * 19, statistic="alignment", quantile=0.95)
     for wrong in ({"quantile": 1.0}, {"patience": 6}, {"patience": 0}):
         with refused("calibrate("):
             calibrate(tables[:3], **wrong)

@@ -1,0 +1,156 @@
+"""Terminal output of the commands: tables and JSON on stdout, notes and one-line errors on stderr, exit codes."""
+
+import json
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+
+from gravlens import core, plot
+from gravlens.cli.options import from_environment, variable
+from gravlens.core.errors import GravlensError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+# click's UsageError; typer may ship its own copy of click, so `click.UsageError` is not always this class.
+USAGE_ERROR: Any = typer.BadParameter.__base__
+BUILT_IN = ("version", "help", "install_completion", "show_completion")
+WIDE = 160
+console = Console(emoji=False)  # ":bomb:" in a path would be printed as a pictogram
+messages = Console(emoji=False, stderr=True)
+
+
+# -- tables and JSON ---------------------------------------------------------------------------------------------------
+
+
+def print_json(content: Any) -> None:
+    """Print JSON on stdout, with NaN as null."""
+    typer.echo(json.dumps(core.files.without_nan(content), allow_nan=False))
+
+
+def records(table: Any) -> list[dict[str, Any]]:
+    """Convert a pandas table to a list of rows, with NaN as None."""
+    # `to_dict` would keep NaN, numpy scalars and Timestamps, which json.dumps refuses.
+    return json.loads(table.to_json(orient="records", date_format="iso", double_precision=15))
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    title: str | None = None,
+    caption: str | None = None,
+    wide: bool = False,
+) -> None:
+    """Print a table; a `wide` one is wrapped by a narrow terminal instead of having its cells truncated."""
+    table = Table(*columns, title=title and escape(title), caption=caption and escape(caption))
+    for row in rows:
+        table.add_row(*(escape(core.display.cell(value)) for value in row))
+    (Console(emoji=False, width=max(console.width, WIDE)) if wide else console).print(table)
+
+
+def write_effect(table: "pd.DataFrame", path: Path) -> list[Path]:
+    """Write a table of effects to `path`.csv and its figure to `path`.pdf and `path`.png; return the paths."""
+    written = core.files.write_table(path.with_suffix(".csv"), table)
+    return [written, *plot.style.save_figure(plot.lines.plot_effect(table), path)]
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
+
+
+def print_line(text: str) -> None:
+    """Print a line of the result on stdout."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_note(text: str) -> None:
+    """Print a note on stderr."""
+    messages.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_written(path: Any, json: bool) -> None:
+    """Report a written file: on stdout below a table, on stderr with --json."""
+    (print_note if json else print_line)(f"written to {path}")
+
+
+def print_error(text: str) -> None:
+    """Print an error as one line on stderr."""
+    messages.print(f"[bold red]gravlens:[/] {escape(' '.join(text.split()))}", highlight=False, soft_wrap=True)
+
+
+# -- errors and exit codes ---------------------------------------------------------------------------------------------
+
+
+class OneLineErrors:
+    """A command that reports invalid input as one line on stderr; a traceback means a bug of gravlens."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options."""
+        with errors_as_one_line():
+            return super().parse_args(ctx, args)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a group parses and runs one of its commands."""
+        with errors_as_one_line():
+            return super().invoke(ctx)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Script(OneLineErrors, TyperCommand):
+    """A single command, as in the scripts of analyses/."""
+
+
+class Commands(OneLineErrors, TyperGroup):
+    """A group of commands with an environment variable for each option."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Give --version, --help and the like no environment variable."""
+        params = super().get_params(ctx)
+        for param in params:
+            # With GRAVLENS_VERSION=0.1 in the environment, every command would print the version and exit.
+            if param.name in BUILT_IN:
+                param.allow_from_autoenv = False  # pyright: ignore[reportAttributeAccessIssue]
+        return params
+
+
+@contextmanager
+def errors_as_one_line() -> Generator[None]:
+    """Turn invalid input, file errors and Ctrl-C into one line on stderr and an exit code."""
+    try:
+        yield
+    except GravlensError as error:
+        message, code = str(error), BAD_INPUT
+    except USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        message, code = _usage_error(error), BAD_INPUT
+    except BrokenPipeError:  # `gravlens … | head` closes stdout early: click exits silently
+        raise
+    except OSError as error:
+        place = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        hint = "Try: check that the path exists, its permissions and the free disk space."
+        message, code = f"{place.rstrip('.')}. {hint}", BAD_INPUT
+    except KeyboardInterrupt:
+        # Files are written atomically, and what is complete is found again by its content.
+        message, code = "Interrupted. No file is half-written. Try: the same command again.", INTERRUPTED
+    else:
+        return
+    print_error(message)
+    raise typer.Exit(code)
+
+
+def _usage_error(error: Any) -> str:
+    """Describe a wrong option or value, and the environment variable that set it."""
+    context, parameter = error.ctx, getattr(error, "param", None)
+    message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's prefix
+    if context and parameter and from_environment(context, parameter):
+        message += f" (set by {variable(context, parameter)})"
+    end = "" if message.endswith("?") else "."  # click may end with "Did you mean --layer?"
+    return f"{message}{end} Try: {context.command_path if context else 'gravlens'} --help."
