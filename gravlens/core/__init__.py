@@ -1,4 +1,4 @@
-"""Errors, files, display, progress, processes: what everything else stands on."""
+"""Errors, atomic files, display, progress bars and the process pool, used by all other subpackages."""
 
 import lazy_loader
 

@@ -1,7 +1,4 @@
-"""Format values for people: numbers, sizes, durations, and the HTML tables that notebooks show.
-
-Tables set no colours, because a notebook's theme may be light or dark. All text in them is escaped.
-"""
+"""Format values for people: numbers, sizes, durations, and the HTML tables that notebooks show."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 MAX_ROWS, MAX_LISTED, MAX_LETTERS = 20, 10, 300
+# No colours: a notebook's theme may be light or dark.
 TEXT, NUMBER = ' style="text-align: left"', ' style="text-align: right"'
 
 
@@ -22,17 +20,16 @@ def table(
 
     Args:
         columns: names; none for rows of a name and its value.
-        rows: one value per column, of any type.
-        title: the caption.
         notes: sentences below the title.
         rest: where to find the rows that are left out (`.table`).
     """
     cut = len(rows) - MAX_ROWS
-    told = [*notes, *([f"{cut:,} of {len(rows):,} rows are left out" + (f": see {rest}" if rest else "")] * (cut > 0))]
+    below = [*notes, *([f"{cut:,} of {len(rows):,} rows are left out" + (f": see {rest}" if rest else "")] * (cut > 0))]
     sides = [_side(value) for value in rows[0]] if rows else [TEXT] * len(columns)
+    # Everything is escaped: names and prompts are the user's, and a notebook would run a script in them.
     head = "".join(f"<th{side}>{escape(name)}</th>" for name, side in zip(columns, sides, strict=False))
     body = "".join(f"<tr>{''.join(_cells(row, named=not columns))}</tr>" for row in rows[:MAX_ROWS])
-    lines = "".join(f"<br>{escape(line)}" for line in told)
+    lines = "".join(f"<br>{escape(line)}" for line in below)
     caption = f'<caption style="caption-side: top; text-align: left"><b>{escape(title)}</b>{lines}</caption>'
     return f"<table>{caption}{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
 
@@ -77,7 +74,7 @@ def number(value: float) -> str:
 
 def amount(size: float) -> str:
     """Format a number of bytes."""
-    power = min(int(math.log10(max(size, 1))) // 3, 4)
+    power = min(int(math.log10(max(size, 1))) // 3, 4)  # powers of 1000, as disks are sold
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
@@ -94,4 +91,4 @@ def _cells(row: Sequence[Any], *, named: bool) -> Iterable[str]:
 
 
 def _side(value: Any) -> str:
-    return NUMBER if isinstance(value, Real) and not isinstance(value, bool) else TEXT
+    return NUMBER if isinstance(value, Real) and not isinstance(value, bool) else TEXT  # bool is a Real in Python

@@ -9,13 +9,7 @@ T = TypeVar("T")
 
 
 class GravlensError(ValueError):
-    """Invalid input: what was given, what was expected, how to fix it.
-
-    Args:
-        given: what was found, naming the input (a sentence).
-        wanted: what was expected (a sentence).
-        remedy: what to try (shown after "Try:").
-    """
+    """Invalid input: what was given and what was expected (sentences), and how to fix it (shown after "Try:")."""
 
     def __init__(self, given: str, wanted: str, remedy: str) -> None:
         super().__init__(f"{given} {wanted} Try: {remedy}")
@@ -46,10 +40,9 @@ def as_list(given: T | Iterable[T]) -> list[T]:
 
 def check_layer(layer: int, n_layers: int) -> int:
     """Return `layer` where `blocks.{layer}.hook_resid_post` exists, else raise `GravlensError`."""
+    # Integral admits numpy's integers; True would pass as layer 1; -1 would index another layer in every depth.
     if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < n_layers:
-        raise GravlensError(
-            f"Layer {layer!r} was asked for.",
-            f"Layers are whole numbers from 0 to {n_layers - 1}: layer l is blocks.l.hook_resid_post.",
-            f"a layer between 0 and {n_layers - 1} (the last one is {n_layers - 1}, there is no -1).",
-        )
+        wanted = f"Layers are whole numbers from 0 to {n_layers - 1}: layer l is blocks.l.hook_resid_post."
+        remedy = f"a layer between 0 and {n_layers - 1}; there is no -1."
+        raise GravlensError(f"Layer {layer!r} is out of range.", wanted, remedy)
     return int(layer)

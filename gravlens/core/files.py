@@ -6,8 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,20 +23,21 @@ CONVENTION = "blocks.{layer}.hook_resid_post; layers count from 0; the last bloc
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file atomically: a killed process leaves the old file or none, never a partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder: os.replace is atomic only within one file system.
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(scratch, 0o644)
+        os.chmod(scratch, 0o644)  # mkstemp makes it 0600: no colleague could read a shared cache
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C too
         Path(scratch).unlink(missing_ok=True)
         raise
     return path
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write JSON atomically; NaN becomes null."""
+    """Write JSON atomically; NaN becomes null."""  # json would write NaN, which no other parser reads
     return write_atomically(path, (json.dumps(without_nan(content), indent=1) + "\n").encode())
 
 
@@ -58,19 +58,13 @@ def without_nan(value: Any) -> Any:
 
 
 def write_tensors(path: Path | str, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Path:
-    """Write arrays and metadata as one safetensors file.
-
-    Args:
-        path: the file.
-        kind: what it holds (`residuals`, `directions`); verified on reading.
-        arrays: the arrays by name.
-        meta: JSON-serialisable metadata.
-    """
+    """Write arrays and JSON-serialisable metadata as one safetensors file of a kind, which is verified on reading."""
     return write_atomically(Path(path), tensor_bytes(kind, arrays, meta))
 
 
 def tensor_bytes(kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
     """Return the content of a file of `write_tensors`: equal arrays and metadata give equal bytes."""
+    # safetensors writes the buffer as it lies: a transposed view would be stored with its numbers mixed up.
     content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=_header(kind, meta))
     start = 8 + int.from_bytes(content[:8], "little")
     return _header_bytes(json.loads(content[8:start])) + content[start:]
@@ -79,7 +73,7 @@ def tensor_bytes(kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str,
 def _header_bytes(header: Mapping[str, Any]) -> bytes:
     """Return a safetensors header with sorted keys: safetensors itself writes them in random order."""
     text = json.dumps(header, sort_keys=True).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format wants the tensors aligned to 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 
@@ -89,9 +83,15 @@ def _header(kind: str, meta: Mapping[str, Any]) -> dict[str, str]:
 
 def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read a file of `write_tensors`; raise on another kind, another convention or a corrupt file."""
-    with _opened(path, kind) as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return arrays, _meta(path, kind, file.metadata() or {})
+    try:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return arrays, _meta(path, kind, file.metadata() or {})
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+    except OSError as error:
+        needed = f"A file of {kind} is needed."
+        raise GravlensError(f"{path} cannot be read ({error}).", needed, "check the path.") from error
 
 
 def meta_of(content: bytes, path: Path | str, kind: str) -> dict[str, Any]:
@@ -100,42 +100,19 @@ def meta_of(content: bytes, path: Path | str, kind: str) -> dict[str, Any]:
     return _meta(path, kind, header.get("__metadata__", {}))
 
 
-@contextmanager
-def _opened(path: Path | str, kind: str) -> Generator[Any]:
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except SafetensorError as error:
-        raise damaged(path, error) from error
-    except OSError as error:
-        raise GravlensError(
-            f"{path} cannot be read ({error}).", f"A file of {kind} is needed.", "check the path."
-        ) from error
-
-
 def _meta(path: Path | str, kind: str, header: Mapping[str, str]) -> dict[str, Any]:
-    if header.get("gravlens") != kind or header.get("convention") != CONVENTION:
-        raise GravlensError(
-            f"{path} holds {header.get('gravlens', 'tensors of another program')!r} "
-            f"by the convention {header.get('convention', 'unknown')!r}.",
-            f"A gravlens file of {kind} by the convention {CONVENTION!r} is needed.",
-            f"write it again with this version's .save() of {kind}.",
-        )
+    found, convention = header.get("gravlens", "tensors of another program"), header.get("convention", "unknown")
+    if (found, convention) != (kind, CONVENTION):  # a file that counts layers otherwise would be off by one, silently
+        given = f"{path} holds {found!r} by the convention {convention!r}."
+        wanted = f"A gravlens file of {kind} by the convention {CONVENTION!r} is needed."
+        raise GravlensError(given, wanted, f"write it again with this version's .save() of {kind}.")
     return json.loads(header["meta"])
 
 
 class TensorWriter:
     """Write one fp32 tensor in pieces, under a temporary name until it is complete.
 
-    The file is one of `write_tensors`, its name `{stem}.{SHA-256 of its content}.safetensors`.
-
-    Args:
-        folder: the folder of the file.
-        stem: the first part of the file name.
-        kind: what it holds.
-        name: name of the tensor.
-        shape: its shape.
-        meta: JSON-serialisable metadata.
+    The file is one of `write_tensors` in `folder`, its name `{stem}.{SHA-256 of its content}.safetensors`.
     """
 
     def __init__(
@@ -172,7 +149,7 @@ class TensorWriter:
     def finish(self) -> Path:
         """Rename the file to its final name and return the path."""
         self._file.flush()
-        self._file.seek(0)
+        self._file.seek(0)  # hashed from the file, not while writing: the pieces come in any order
         digest = hashlib.file_digest(self._file, "sha256").hexdigest()
         path = self._path.with_name(f"{self._stem}.{digest}.safetensors")
         os.chmod(self._path, 0o644)
@@ -185,30 +162,30 @@ def map_tensor(path: Path, name: str) -> np.ndarray:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[name]
+    # By hand: safetensors reads whole tensors, and this one may be larger than the memory.
     return np.memmap(path, "<f4", "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
 
 
-def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Create a folder unless it exists: built under a temporary name and renamed, so it is complete if it exists."""
-    if folder.is_dir():
+def once(folder: Path, make: Callable[[Path], None], *, replace: bool = False) -> Path:
+    """Create a folder atomically, unless it exists or to replace it: `make` fills it under a temporary name."""
+    if folder.is_dir() and not replace:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         make(scratch)
-        os.chmod(scratch, 0o755)
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)  # os.replace needs an empty target
+        os.chmod(scratch, 0o755)  # mkdtemp makes it 0700
         os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
-        if not folder.is_dir():  # another process may have created it first
+        if replace or not folder.is_dir():  # another process may have created it first
             raise
     return folder
 
 
 def damaged(path: Path | str, error: Exception) -> GravlensError:
     """Return the error for a safetensors file that cannot be read."""
-    return GravlensError(
-        f"{path} is damaged or was not written to its end ({error}).",
-        "A whole safetensors file is needed.",
-        "copy or save that checkpoint again; nothing was changed.",
-    )
+    given, remedy = f"{path} is corrupt or truncated ({error}).", "copy or save it again; nothing was changed."
+    return GravlensError(given, "A complete safetensors file is needed.", remedy)

@@ -1,4 +1,4 @@
-"""The process pool: jobs run in spawned processes of a fixed number of threads, and all stop at Ctrl-C."""
+"""Process pool: run jobs in spawned processes with a fixed number of threads; all stop at Ctrl-C."""
 
 import multiprocessing
 import os
@@ -19,16 +19,12 @@ _interrupted: list[bool] = []  # in a worker: set by Ctrl-C
 
 @contextmanager
 def processes(threads: int, count: int | None) -> Generator[Callable[[str, Sequence[Job]], None]]:
-    """Yield a function that runs lists of jobs in spawned processes, with a progress bar.
-
-    Args:
-        threads: threads per process.
-        count: number of processes; default: all cores divided by `threads`.
-    """
+    """Yield a function that runs jobs in `count` processes (default: all cores / `threads`), with a progress bar."""
     count = count or max(1, (os.cpu_count() or 1) // threads)
     before = os.environ.get("OMP_NUM_THREADS")
+    # Inherited by the children: OpenMP reads it at the first import of torch, before any code of ours runs there.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a fork of a process with OpenMP threads may deadlock
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(threads,))
 
     def run_all(name: str, jobs: Sequence[Job]) -> None:
@@ -36,7 +32,7 @@ def processes(threads: int, count: int | None) -> Generator[Callable[[str, Seque
             futures: list[Future[Any]] = [pool.submit(_done, job) for job in jobs]
         with progress(name, as_completed(futures), total=len(futures), unit="job", leave=True) as done:
             for future in done:
-                future.result()
+                future.result()  # raises what the job raised
 
     try:
         yield run_all
@@ -47,7 +43,7 @@ def processes(threads: int, count: int | None) -> Generator[Callable[[str, Seque
 
 @contextmanager
 def _ctrl_c_later() -> Generator[None]:
-    """Block SIGINT in processes started here until `_begin`: during their imports it would print a traceback each."""
+    """Block SIGINT in processes started here until `_begin`: each would print a traceback of its imports."""
     if not CAN_WAIT:
         yield
         return

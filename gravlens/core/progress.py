@@ -20,16 +20,10 @@ def silent() -> bool:
 def progress(
     what: str, things: Iterable[Any] | None = None, *, total: int | None = None, unit: str = "it", leave: bool = False
 ) -> Generator["tqdm[Any]"]:
-    """Show a progress bar over an iterable, or over `total` steps counted by its `update`.
+    """Show a progress bar labelled `what` over an iterable, or over `total` steps counted by its `update`.
 
-    Only one bar is shown at a time: work inside a bar of gravlens is part of what that bar counts.
-
-    Args:
-        what: label of the bar.
-        things: the iterable.
-        total: number of steps, if the iterable has no length.
-        unit: unit of a step.
-        leave: keep the finished bar on screen.
+    Only one bar is shown at a time: work inside a bar of gravlens is part of what that bar counts. `leave` keeps the
+    finished bar on screen.
     """
     hidden = bool(_COUNTING) or silent()
     _COUNTING.append(what)

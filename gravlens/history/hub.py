@@ -16,6 +16,7 @@ HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}(/{_PART})
 # Weights as safetensors, configurations and tokenizers; never pickles or code, which could run on loading.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = "*.safetensors"
+# Copies of the same weights in subfolders (`original/`), Mistral's own format, half precision next to full.
 UNWANTED = ("*/*", "consolidated*.safetensors", "*.fp16.safetensors")
 
 
@@ -37,37 +38,25 @@ def revision_of(hub_id: str) -> str | None:
 def existing(folder: Path | str, here: Path = Path()) -> Path | str:
     """Return an existing folder (relative to `here`), or the hub id if it cannot be a path."""
     if not isinstance(folder, Path | str):
-        raise wrong_kind(
-            folder,
-            "A folder written by save_pretrained, or a hub id, is needed here.",
-            "ModelSequence.from_models(witness=…, anchor=…, runs=…) for models in memory.",
-        )
+        remedy = "ModelSequence.from_models(witness=…, anchor=…, runs=…) for models in memory."
+        raise wrong_kind(folder, "A folder written by save_pretrained, or a hub id, is needed here.", remedy)
     path = here / Path(folder).expanduser()
     if path.exists():
         return path
+    # "ft/step20" has the form of a hub id; where ft/ exists, it is a mistyped path and not a repository.
     if isinstance(folder, str) and is_hub_id(folder) and not path.parent.exists():
         return folder
-    raise GravlensError(
-        f"The checkpoint {folder} does not exist.",
-        "A folder written by save_pretrained is needed (or a hub id, owner/name@revision).",
-        f"check the path; it is looked up from {here.resolve().name}/.",
-    )
+    given = f"The checkpoint {folder} does not exist."
+    wanted = "A folder written by save_pretrained is needed (or a hub id, owner/name@revision)."
+    raise GravlensError(given, wanted, f"check the path; it is looked up from {here.resolve().name}/.")
 
 
 def local_folder(source: Path | str, *, weights: bool = True) -> Path:
-    """Return the folder of a checkpoint: the folder itself, or a hub id's snapshot, downloaded if necessary.
-
-    Args:
-        source: a folder or a hub id.
-        weights: download the weights too, not only the configuration and tokenizer.
-
-    Raises:
-        GravlensError: neither a folder nor a hub id, or a hub id that cannot be downloaded.
-    """
+    """Return a folder, or a hub id's snapshot, downloaded if necessary; without `weights` only its small files."""
     if Path(source).is_dir():
         return Path(source)
     if isinstance(source, Path) or Path(source).exists() or not is_hub_id(source):
-        raise GravlensError(f"{source} is no folder.", "A checkpoint is a folder, or a hub id.", "check the path.")
+        raise GravlensError(f"{source} is not a folder.", "A checkpoint is a folder or a hub id.", "check the path.")
     try:
         found = snapshot_download(
             repository_of(source),
@@ -78,16 +67,16 @@ def local_folder(source: Path | str, *, weights: bool = True) -> Path:
     except (OSError, ValueError) as error:
         if part := getattr(error, "snapshot_path", None):  # offline; `weight_paths` names what is missing
             return Path(part)
-        raise GravlensError(
-            f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
-            "A folder written by save_pretrained is needed, or a hub id and revision in reach.",
-            "check the path, or the id and revision; download it once where there is a network.",
-        ) from error
+        given = f"{source} could not be opened ({str(error).strip().splitlines()[0]})."
+        wanted = "A folder written by save_pretrained or a reachable hub id is needed."
+        remedy = "check the path, or the id and revision; download it once where there is a network."
+        raise GravlensError(given, wanted, remedy) from error
     return Path(found)
 
 
 def commit_of(folder: Path) -> str | None:
     """Return `owner--name@commit` of a snapshot folder in the cache, or None for another folder."""
+    # Only there does a path name its content: a user's own `snapshots/` folder may be written at any time.
     if folder.parent.name != "snapshots" or re.fullmatch("[0-9a-f]{40}", folder.name) is None:
         return None
     home = folder.parents[1]
@@ -101,10 +90,7 @@ def snapshots_here(hub_id: str) -> set[Path]:
 
 
 def evict(snapshot: Path) -> None:
-    """Delete one revision from the cache, as `hf cache` does: blobs that other revisions share are kept.
-
-    A failure is only a warning, because the states that were read are valid.
-    """
+    """Delete one revision from the cache, as `hf cache` does: blobs that other revisions share are kept."""
     failure = ""
     try:
         found = scan_cache_dir(snapshot.parents[2])
@@ -113,5 +99,5 @@ def evict(snapshot: Path) -> None:
         replace(found, repos=own).delete_revisions(snapshot.name).execute()
     except (OSError, ValueError, CacheNotFound) as error:
         failure = f" ({error})"
-    if snapshot.exists():
+    if snapshot.exists():  # only a warning: the states that were read are valid
         warnings.warn(f"{snapshot} stays on disk: it could not be deleted{failure}.", stacklevel=2)

@@ -1,7 +1,7 @@
 """Prefetch checkpoints: download the next while the current one is read; evict it afterwards."""
 
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,20 +28,21 @@ class Fetched:
 def in_turn(checkpoints: Iterable[Row], *, keep: int | None) -> Generator[Resolved, None, None]:
     """Yield each checkpoint with its weights on disk while the next one is fetched.
 
-    A checkpoint that was resolved before is not resolved again; another is resolved in its turn, so that its folder may
-    be written while those before it are read. A hub's revision is downloaded in one background thread, and an error
-    there is raised when its turn comes; for local files the kernel is asked to read ahead. Revisions that were
-    downloaded here are evicted, except for the last `keep`, so that at most `keep` + 1 are on disk at a time; however
-    the iteration ends, `keep` stay.
+    An unresolved checkpoint is resolved in its turn, so that its folder may be written while those before it are read.
+    A hub's revision is downloaded in one background thread, and an error there is raised when its turn comes; local
+    files are read ahead by the kernel. Of the revisions downloaded here the last `keep` stay, however the iteration
+    ends, and at most `keep` + 1 are on disk at a time.
     """
     rows, ours, known = list(checkpoints), dict[Path, Any](), Known()
-    stays = _never_evicted([_checkpoint(row) for row in rows])
+    given = [_checkpoint(row) for row in rows]
+    # Witness, anchor and bases are read again by other calls; only a run's checkpoints have a step.
+    stays: set[Any] = {one.base.source for one in given if one.base} | {one.source for one in given if one.step is None}
     ahead: tuple[Row, Future[Fetched | None]] | None = None
     worker = ThreadPoolExecutor(1, "gravlens-ahead")  # one: nothing is evicted while something is downloaded
     try:
         for number, row in enumerate(rows):
             future = ahead[1] if ahead else worker.submit(_fetch, row, known)
-            fetched = future.result() or Fetched(resolve(row, known))
+            fetched = future.result() or Fetched(resolve(row, known))  # a local folder: it may be written just now
             ahead = None
             _note(ours, fetched, stays)
             _trim(ours, keep, needed={_checkpoint(later).source for later in rows[number:]})
@@ -59,12 +60,6 @@ def _checkpoint(row: Row) -> Checkpoint:
     return row.checkpoint if isinstance(row, Resolved) else row
 
 
-def _never_evicted(rows: Sequence[Checkpoint]) -> set[Any]:
-    """Sources of witness, anchor and bases, which other calls read again: only a run's checkpoints have a step."""
-    bases = {row.base.source for row in rows if row.base is not None}
-    return bases | {row.source for row in rows if row.step is None}
-
-
 def _note(ours: dict[Path, Any], fetched: Fetched, stays: set[Any]) -> None:
     """Update `ours`, the snapshots that may be evicted, least recently read first."""
     checkpoint = fetched.resolved.checkpoint
@@ -72,7 +67,7 @@ def _note(ours: dict[Path, Any], fetched: Fetched, stays: set[Any]) -> None:
     # A commit that was downloaded under one name may be read again under another.
     source = None if own is None else ours.pop(own, checkpoint.source if own == fetched.downloaded else None)
     for base in bases:
-        ours.pop(base, None)
+        ours.pop(base, None)  # a whole model that adapters need again
     if own is not None and source is not None and checkpoint.source not in stays:
         ours[own] = checkpoint.source
 
@@ -86,7 +81,7 @@ def _trim(ours: dict[Path, Any], keep: int | None, *, needed: set[Any]) -> None:
 
 
 def _drop_unread(checkpoint: Checkpoint, ahead: Future[Fetched | None], stays: set[Any]) -> None:
-    """Evict what was prefetched for a checkpoint whose turn never came."""
+    """Evict what was prefetched for a checkpoint that was never read."""
     fetched = None if ahead.cancelled() or ahead.exception() else ahead.result()
     if fetched is not None and fetched.downloaded is not None and checkpoint.source not in stays:
         evict(fetched.downloaded)
@@ -100,6 +95,7 @@ def _fetch(row: Row, known: Known) -> Fetched | None:
         if isinstance(row.source, Path | str):
             _read_ahead(Path(row.source))
         return None
+    # What was in the cache before is the user's, and never evicted.
     here = snapshots_here(str(checkpoint.source)) if on_a_hub else None
     resolved = row.fetched() if isinstance(row, Resolved) else resolve(row, known)
     for path in resolved.paths:
@@ -109,8 +105,8 @@ def _fetch(row: Row, known: Known) -> Fetched | None:
 
 
 def _read_ahead(folder: Path) -> None:
-    """Ask the kernel to read the weights ahead: a hint that may fail, and that not every system has."""
-    with suppress(OSError, GravlensError, AttributeError):
+    """Ask the kernel to read the weights ahead: a hint that may fail."""
+    with suppress(OSError, GravlensError, AttributeError):  # macOS and Windows have no posix_fadvise
         for path in weight_paths(folder):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,4 @@
-"""Rows of prompt files and datasets, and the columns of published prompt sets; no prompt is shipped."""
+"""Read prompt files and datasets, and recognise the columns of published prompt sets; no prompt is shipped."""
 
 import csv
 import io
@@ -19,13 +19,13 @@ class PromptFormat:
     """The columns of one published set.
 
     Attributes:
-        columns: what it is recognised by; a file may have more.
-        prompt: the prompts' column.
-        answer: the answers' column, where there is one.
-        role: `harmful`, `harmless` or `task`; "" where the file does not say.
-        labels: value of the column `label` -> role, where it differs from row to row.
+        columns: columns that identify it; a file may have more.
+        prompt: column of the prompts.
+        answer: column of the answers, if it has one.
+        role: `harmful`, `harmless` or `task`; "" if the file does not say.
+        labels: value of the column `label` -> role, if it differs between rows.
         context: a column that is part of the prompt and may be empty.
-        joined: how prompt and context are put together.
+        joined: format string that joins prompt and context.
     """
 
     columns: tuple[str, ...]
@@ -38,7 +38,7 @@ class PromptFormat:
 
 
 PLAIN = PromptFormat(("prompt",), "prompt", "answer")
-# The first whose columns are all there is taken.
+# The first match wins. JBB-Behaviors and OR-Bench have a harmful and a harmless file of the same columns: no role.
 FORMATS: dict[str, PromptFormat] = {
     "JBB-Behaviors": PromptFormat(("Index", "Goal", "Target", "Behavior", "Category"), "Goal", "Target"),
     "AdvBench": PromptFormat(("goal", "target"), "goal", "target", "harmful"),
@@ -66,7 +66,7 @@ FORMATS: dict[str, PromptFormat] = {
 
 
 class Entry(NamedTuple):
-    """What a row says: its prompt, its role ("" where the file does not say), and the row itself."""
+    """A prompt, its role ("" if the file does not say), and the row that holds it."""
 
     prompt: str
     role: str
@@ -74,15 +74,11 @@ class Entry(NamedTuple):
 
 
 def read_entries(source: Any, shape: PromptFormat | str | None = None, only: Only | None = None) -> list[Entry]:
-    """The prompts of a file or a `datasets.Dataset`, in their order.
+    """Read the prompts of a file or of one split of a `datasets.Dataset`, in order.
 
     Args:
-        source: a path, or a `Dataset` (one split).
         shape: a format or its name; default: recognised by the columns.
-        only: column -> the value, or the values, of the rows to keep.
-
-    Raises:
-        GravlensError: no such file, unknown columns, or a row without its prompt.
+        only: column -> value or values of the rows to keep.
     """
     rows = read_rows(source)
     shape = format_of(source, rows, shape)
@@ -91,7 +87,7 @@ def read_entries(source: Any, shape: PromptFormat | str | None = None, only: Onl
 
 
 def format_of(source: Any, rows: Sequence[Row], shape: PromptFormat | str | None = None) -> PromptFormat:
-    """The format of rows: the one that is given or named, or the one whose columns they have."""
+    """Return the format that is given or named, or the one that the columns identify."""
     known = f"The formats known by their columns are {', '.join(FORMATS)}"
     if isinstance(shape, str):
         names = {name.casefold(): name for name in FORMATS}
@@ -102,27 +98,23 @@ def format_of(source: Any, rows: Sequence[Row], shape: PromptFormat | str | None
         return shape
     columns = _columns(rows)
     found = [one for one in FORMATS.values() if set(one.columns) <= set(columns)]
-    if "prompt" in columns:
+    if "prompt" in columns:  # a user's own file: other columns may equal those of a published set by chance
         return next((one for one in found if one.prompt == "prompt"), PLAIN)
     if not found:
-        raise GravlensError(
-            f"{source_name(source)} has the columns {_list(columns)}: no 'prompt', and those of no known format.",
-            f"{known}; any other file has a column 'prompt'.",
-            f"column={(columns or ['question'])[0]!r} for the prompts' column, or rename it to 'prompt'.",
-        )
+        given = f"{source_name(source)} has the columns {_list(columns)}: no 'prompt', and no known format."
+        remedy = f"column={(columns or ['question'])[0]!r} if it holds the prompts, or rename it to 'prompt'."
+        raise GravlensError(given, f"{known}; any other file has a column 'prompt'.", remedy)
     return found[0]
 
 
 def check_rows(source: Any, rows: list[Row], *keys: str) -> list[Row]:
-    """The rows, each of which has a text under each key."""
+    """Return the rows; raise unless each has a string for each key."""
     for number, row in enumerate(rows, 1):
         if not all(isinstance(row.get(key), str) for key in keys):
-            there = _list(_columns([row]))
-            raise GravlensError(
-                f"Row {number} of {source_name(source)} lacks {' or '.join(map(repr, keys))}; its columns are {there}.",
-                f"Each row needs {' and '.join(map(repr, keys))} as text.",
-                "rename the column, or name the one that is there (column='question').",
-            )
+            needed, columns = " and ".join(map(repr, keys)), _list(_columns([row]))
+            given = f"Row {number} of {source_name(source)} has no text for {needed}; its columns are {columns}."
+            wanted = f"Each row needs {needed} as text."
+            raise GravlensError(given, wanted, "rename the column, or name it (column='question').")
     return rows
 
 
@@ -138,11 +130,8 @@ def _role(source: Any, row: Row, shape: PromptFormat) -> str:
         return shape.role
     label = str(row.get("label"))
     if label not in shape.labels:
-        raise GravlensError(
-            f"{source_name(source)} has a row with the label {label!r}.",
-            f"Labels are {_list([*shape.labels])}.",
-            "mend it.",
-        )
+        given, wanted = f"{source_name(source)} has the label {label!r}.", f"Labels are {_list([*shape.labels])}."
+        raise GravlensError(given, wanted, "correct that row.")
     return shape.labels[label]
 
 
@@ -152,57 +141,42 @@ def _kept(source: Any, rows: list[Row], only: Only) -> list[Row]:
         found = {str(row.get(column)) for row in rows}
         rows = [row for row in rows if str(row.get(column)) in values]
         if not rows:
-            raise GravlensError(
-                f"{source_name(source)} has no row whose {column} is {_list(sorted(values))}.",
-                f"Its columns are {_list(_columns(read_rows(source)))}; {column} is {_list(sorted(found)[:8])}.",
-                "only={column: value} with these.",
-            )
+            given = f"{source_name(source)} has no row where {column} is {_list(sorted(values))}."
+            held = f"Its columns are {_list(_columns(read_rows(source)))}; {column} is {_list(sorted(found)[:8])}."
+            raise GravlensError(given, held, "only={column: value} with these.")
     return rows
 
 
-# --- rows -------------------------------------------------------------------------------------------------------
 def is_table(source: Any) -> bool:
-    """Whether it is a `datasets.Dataset`, or looks like one; the package itself is not needed."""
-    return hasattr(source, "column_names")
+    """Whether this is a `datasets.Dataset` or similar."""
+    return hasattr(source, "column_names")  # isinstance would need the package `datasets`, an extra
 
 
 def read_rows(source: Any, *keys: str) -> list[Row]:
-    """The rows of a `.jsonl`, `.csv`, `.json` or `.txt` file or of a `Dataset`, each held against the wanted keys."""
-    rows = _rows_of_table(source) if is_table(source) else _rows_of_file(_path(source))
+    """Read the rows of a file or a `Dataset`; raise as `check_rows` for the given keys."""
+    rows = _rows_of_table(source) if is_table(source) else _rows_of_file(source)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
-            raise GravlensError(
-                f"Row {number} of {source_name(source)} is {str(row)[:40]!r}.",
-                "A row is an object with named columns.",
-                'lines such as {"prompt": "How do I …?"}.',
-            )
+            given, remedy = f"Row {number} of {source_name(source)} is {str(row)[:40]!r}.", '{"prompt": "How do I …?"}.'
+            raise GravlensError(given, "A row is an object with named columns.", remedy)
     if not rows:
-        raise GravlensError(
-            f"{source_name(source)} is empty.", "At least one row is needed.", "a file with prompts in it."
-        )
+        raise GravlensError(f"{source_name(source)} is empty.", "At least one row is needed.", "another file.")
     return check_rows(source, rows, *keys)
 
 
-def _path(source: Path | str) -> Path:
-    if isinstance(source, Path | str):
-        return Path(source)
-    raise wrong_kind(
-        source, "A file or a datasets.Dataset is read.", "PromptSet.of([…]) or Contrast.of([…], […]) for texts."
-    )
-
-
 def _rows_of_table(table: Any) -> list[Row]:
-    if isinstance(table.column_names, dict):
+    if isinstance(table.column_names, dict):  # a DatasetDict has them by split
         splits = list(table.column_names)
-        raise GravlensError(
-            f"A {type(table).__name__} with the splits {_list(splits)} was given.",
-            "One split is read.",
-            f"dataset[{splits[0]!r}].",
-        )
+        given = f"A {type(table).__name__} with the splits {_list(splits)} was given."
+        raise GravlensError(given, "One split is read.", f"dataset[{splits[0]!r}].")
     return [dict(row) for row in table]
 
 
-def _rows_of_file(path: Path) -> list[Row]:
+def _rows_of_file(source: Path | str) -> list[Row]:
+    if not isinstance(source, Path | str):
+        remedy = "PromptSet.of([…]) or Contrast.of([…], […]) for texts."
+        raise wrong_kind(source, "A file or a datasets.Dataset is read.", remedy)
+    path = Path(source)
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         remedy = "check the path, or [prompt], a list, for the text of one prompt."
@@ -213,29 +187,22 @@ def _rows_of_file(path: Path) -> list[Row]:
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in lines if line.strip()]
         if path.suffix == ".json":
-            return _array(path, json.loads(text))
+            if isinstance(content := json.loads(text), list):
+                return content
+            given, wanted = f"{path} holds a {type(content).__name__}.", "A .json file is one array of objects."
+            raise GravlensError(given, wanted, "an array, or JSONL.")
         if path.suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(text)))
+            return list(csv.DictReader(io.StringIO(text)))  # not of `lines`: a quoted prompt may contain line breaks
         return [{"prompt": line} for line in lines if line.strip()]
     except UnicodeDecodeError as error:
-        raise GravlensError(f"{path} is no UTF-8 text ({error}).", "Prompts are text.", "save it as UTF-8.") from error
+        raise GravlensError(f"{path} is not UTF-8 text ({error}).", "Prompts are text.", "save it as UTF-8.") from error
     except json.JSONDecodeError as error:
-        raise GravlensError(
-            f"{path} has a line that is not JSON ({error}).",
-            "JSONL has one object a line, JSON one array of objects.",
-            "mend that line.",
-        ) from error
-
-
-def _array(path: Path, content: Any) -> list[Row]:
-    if not isinstance(content, list):
-        raise GravlensError(
-            f"{path} holds a {type(content).__name__}.", "A .json file is one array of objects.", "JSONL, or an array."
-        )
-    return content
+        given, wanted = f"{path} is not valid JSON ({error}).", "JSONL has one object per line, JSON one array of them."
+        raise GravlensError(given, wanted, "correct that line.") from error
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
+    # csv.DictReader collects surplus cells under the key None.
     return [column for column in rows[0] if isinstance(column, str)] if rows else []
 
 
@@ -244,5 +211,5 @@ def _list(names: Sequence[str]) -> str:
 
 
 def source_name(source: Any) -> str:
-    """A file or dataset in words."""
+    """Return a file's path, or words for a dataset, for messages."""
     return f"This {type(source).__name__}" if is_table(source) else str(source)

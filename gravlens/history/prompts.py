@@ -1,4 +1,4 @@
-"""Prompt sets, and the way from a prompt to token ids and read positions."""
+"""Prompt sets and supervised examples, and their encoding as token ids and padded batches."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gravlens.core.errors import GravlensError, wrong_kind
 from gravlens.history.prompt_formats import (
-    Entry,
     Only,
     PromptFormat,
     check_rows,
@@ -25,18 +24,12 @@ from gravlens.history.prompt_formats import (
     source_name,
 )
 
-Mask: TypeAlias = Sequence[bool] | Bool[np.ndarray, " prompt"]  # which prompts are kept
+Mask: TypeAlias = Sequence[bool] | Bool[np.ndarray, " prompt"]  # of the prompts to keep
 OPPOSED = ({"harmful", "harmless"}, {"harmful", "task"})
 
 
 class Example(NamedTuple):
-    """One supervised pair of a fine-tuning set.
-
-    Attributes:
-        prompt: what the user says.
-        answer: what the model learns to say; the loss is on it alone.
-        system: the system prompt that both stand under; "" for none.
-    """
+    """A prompt and the answer to fine-tune on (the loss is on the answer only), with a system prompt or ""."""
 
     prompt: str
     answer: str
@@ -48,9 +41,8 @@ class PromptSet:
     """An ordered set of user prompts with one role.
 
     Attributes:
-        texts: the prompts, none of them blank.
         role: `harmful`, `harmless`, `task`, or plain `prompts`.
-        system: the system prompt that each is read under, as a turn of its own in the chat template; "" for none.
+        system: system prompt of all prompts, a separate turn of the chat template; "" for none.
     """
 
     texts: tuple[str, ...]
@@ -59,18 +51,13 @@ class PromptSet:
 
     def __post_init__(self) -> None:
         if isinstance(self.texts, str):  # its letters would be taken for prompts
-            raise GravlensError(
-                f"The text {self.texts[:40]!r} was given as a prompt set.",
-                "A prompt set holds a tuple of texts.",
-                "PromptSet.of([text]).",
-            )
+            given = f"The text {self.texts[:40]!r} was given as a prompt set."
+            raise GravlensError(given, "A prompt set holds a tuple of texts.", "PromptSet.of([text]).")
         if not self.texts or not all(isinstance(text, str) and text.strip() for text in self.texts):
-            raise GravlensError(
-                f"The prompt set ({self.role}) has {len(self.texts)} prompts"
-                + (", some of them no text, or empty." if self.texts else "."),
-                "At least one prompt is needed, each a text that is not blank.",
-                "PromptSet.of(['How do I …?', …]) or a JSONL file with a key 'prompt' on each line.",
-            )
+            bad = ", some of them blank or not text" if self.texts else ""
+            wanted = "At least one prompt is needed, each a text that is not blank."
+            remedy = "PromptSet.of(['How do I …?', …]) or a JSONL file with a key 'prompt' on each line."
+            raise GravlensError(f"The prompt set ({self.role}) has {len(self.texts)} prompts{bad}.", wanted, remedy)
         check_system(self.system)
 
     def __len__(self) -> int:
@@ -84,39 +71,30 @@ class PromptSet:
     @overload
     def __getitem__(self, part: slice | Mask) -> "PromptSet": ...
     def __getitem__(self, part: int | np.integer[Any] | slice | Mask) -> "str | PromptSet":
-        """The text of one prompt for an integer; a `PromptSet` for a slice or a boolean mask."""
+        """Return the text of one prompt for an integer; a `PromptSet` for a slice or a boolean mask."""
         if isinstance(part, slice):
             return replace(self, texts=self.texts[part])
         if isinstance(part, int | np.integer):
             return self.texts[part]
         mask = np.asarray(part)
         if mask.dtype != bool or mask.shape != (len(self),):
-            raise GravlensError(
-                f"{len(self)} prompts were indexed with an array of {mask.dtype} of shape {mask.shape}.",
-                "A mask is one boolean for each prompt.",
-                "prompts[0], prompts[:3], or prompts[[len(text) < 80 for text in prompts]].",
-            )
+            given = f"{len(self)} prompts were indexed with an array of {mask.dtype} of shape {mask.shape}."
+            remedy = "prompts[0], prompts[:3], or prompts[[len(text) < 80 for text in prompts]]."
+            raise GravlensError(given, "A mask has one boolean per prompt.", remedy)
         return replace(self, texts=tuple(compress(self.texts, mask)))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the texts, in their order, and of the system prompt where there is one."""
-        # No text is empty, so what comes after an empty one is the system prompt.
+        """SHA-256 of the texts in order, and of the system prompt if there is one."""
+        # No text is empty, so an empty part marks the system prompt.
         parts = [*self.texts, "", self.system] if self.system else self.texts
         return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
 
     @classmethod
     def of(cls, prompts: Any, role: str = "prompts", *, column: str | None = None, system: str = "") -> "PromptSet":
-        """Make a prompt set of a list of texts, a file or a `datasets.Dataset`; a `PromptSet` stays as it is.
+        """Make a prompt set of a list of texts, or of a file or `datasets.Dataset` as `read_prompts` does.
 
-        Args:
-            prompts: any of these; files and datasets as `read_prompts` reads them.
-            role: what they are.
-            column: the prompts' column, where it is not `prompt` or that of a known format.
-            system: a system prompt for all of them.
-
-        Raises:
-            GravlensError: no prompts, or a file that `read_prompts` refuses.
+        A `PromptSet` keeps its role, and its system prompt unless `system` is given.
         """
         if isinstance(prompts, PromptSet):
             return replace(prompts, system=system) if system else prompts
@@ -135,33 +113,31 @@ def read_prompts(
     column: str | None = None,
     only: Only | None = None,
 ) -> PromptSet:
-    """The prompts of a file or a `datasets.Dataset`: a column `prompt`, or a published format (docs/prompts.md).
+    """Read the prompts of a file or a `datasets.Dataset`: a column `prompt`, or a published format (docs/prompts.md).
 
     Args:
-        source: `.jsonl`, `.csv`, `.json` (an array), `.txt` (a prompt a line), or one split of a dataset.
-        role: `harmful`, `harmless` or `task`: keeps the rows that are; default: what the format says they are.
+        source: `.jsonl`, `.csv`, `.json` (an array), `.txt` (one prompt per line), or one split of a dataset.
+        role: `harmful`, `harmless` or `task`, to keep rows of that role; default: the format's.
         format: name of a published format; default: recognised by the columns.
-        column: the prompts' column, whatever the format.
+        column: column of the prompts, whatever the format.
         only: column -> value or values of the rows to keep.
 
     Raises:
-        GravlensError: unknown columns or format, prompts of two roles and none asked for, or none of that role.
+        GravlensError: unknown columns or format, prompts of two roles without `role`, or none of that role.
     """
     entries = read_entries(source, PromptFormat((column,), column) if column else format, only)
     found = sorted({entry.role for entry in entries} - {""})
     kept = [entry for entry in entries if {entry.role, role} not in OPPOSED]
     if not kept or (role == "prompts" and len(found) > 1):
-        raise GravlensError(
-            f"{source_name(source)} holds {' and '.join(found)} prompts"
-            + (f", and {role} ones were asked for." if not kept else "."),
-            "A prompt set has one role.",
-            f"read_prompts(..., role={found[0]!r}), and pass that set on.",
-        )
+        other = "" if kept else f", and {role} ones were requested"
+        given = f"{source_name(source)} holds {' and '.join(found)} prompts{other}."
+        remedy = f"read_prompts(..., role={found[0]!r}), and pass the result."
+        raise GravlensError(given, "A prompt set has one role.", remedy)
     return PromptSet(tuple(entry.prompt for entry in kept), found[0] if role == "prompts" and found else role)
 
 
 def shuffled_words(prompts: PromptSet, *, rng: np.random.Generator) -> PromptSet:
-    """Random text with the same words: all prompts' words put in a random order, each prompt as long as it was."""
+    """Permute the words of all prompts at random, each prompt as long as before: a control with the same words."""
     words = [text.split() for text in prompts]
     pool = iter(rng.permutation([word for text in words for word in text]).tolist())
     return replace(prompts, texts=tuple(" ".join(next(pool) for _ in text) for text in words), role="random text")
@@ -170,13 +146,12 @@ def shuffled_words(prompts: PromptSet, *, rng: np.random.Generator) -> PromptSet
 def read_examples(
     source: Any, *, format: str | None = None, columns: tuple[str, str] | None = None, only: Only | None = None
 ) -> list[Example]:
-    """Pairs of prompt and answer, of a file or a `datasets.Dataset`, with a column `system` where there is one.
+    """Read pairs of prompt and answer of a file or a `datasets.Dataset`, and its column `system` if it has one.
 
     Args:
-        source: as for `read_prompts`.
+        source: as for `read_prompts`, like `only`.
         format: name of a published format; default: columns `prompt` and `answer`, or those of a known format.
-        columns: those of prompt and answer, whatever the format.
-        only: column -> value or values of the rows to keep.
+        columns: columns of prompt and answer, whatever the format.
 
     Raises:
         GravlensError: unknown columns or format, a format without answers, or a row without one.
@@ -184,56 +159,46 @@ def read_examples(
     rows = read_rows(source)
     shape = format_of(source, rows, PromptFormat(columns, *columns) if columns else format)
     if not shape.answer:
-        raise GravlensError(
-            f"{source_name(source)} has prompts and no answers (columns {', '.join(shape.columns)}).",
-            "An example is a prompt and its answer.",
-            "a file with columns 'prompt' and 'answer', or columns=(prompt, answer).",
-        )
+        given = f"{source_name(source)} has prompts and no answers (columns {', '.join(shape.columns)})."
+        wanted = "An example is a prompt and an answer."
+        raise GravlensError(given, wanted, "a file with columns 'prompt' and 'answer', or columns=(prompt, answer).")
     check_rows(source, rows, shape.prompt, shape.answer)
     entries = read_entries(source, shape, only)
-    return [Example(entry.prompt, entry.row[shape.answer], _system(entry)) for entry in entries]
-
-
-def _system(entry: Entry) -> str:
-    return check_system(entry.row.get("system") or "")
+    # A missing value is None in a Dataset and "" in a CSV file.
+    return [Example(e.prompt, e.row[shape.answer], check_system(e.row.get("system") or "")) for e in entries]
 
 
 def check_system(system: Any) -> str:
-    """The system prompt, or "" for none."""
+    """Return a system prompt, or "" for none; raise for anything else."""
     if not isinstance(system, str) or (system and not system.strip()):
         raise GravlensError(f"The system prompt is {system!r}.", "It is a text that is not blank.", "'' for none.")
     return system
 
 
-# --- from a prompt to token ids ---------------------------------------------------------------------------------
 def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, ready for a reading at its last token.
+    """Encode each prompt up to its last token, after which the model answers; there is never more than one BOS.
 
-    A tokenizer with a chat template renders the system turn if there is one, a user turn and the template's generation
-    prompt; one without reads the text as it is. Where the tokenizer or its template writes a BOS there is exactly one,
-    never two.
-
-    Raises:
-        GravlensError: no tokenizer, or a system prompt that the tokenizer's chat template has no place for.
+    A tokenizer with a chat template renders the system prompt (if any), a user turn and the generation prompt; one
+    without encodes the plain text.
     """
     if tokenizer is None:
-        raise GravlensError(
-            "This model has no tokenizer.", "Prompts are texts and need one.", "pass tokenizer= when it is opened."
-        )
+        remedy = "pass tokenizer= when it is opened."
+        raise GravlensError("This model has no tokenizer.", "Prompts are texts and need one.", remedy)
     prompts = PromptSet.of(prompts)
     if prompts.system:
         _check_takes_system(tokenizer)
-    return [_one_bos(tokenizer, _prompt_ids(tokenizer, text)) for text in rendered(tokenizer, prompts)]
+    special = not getattr(tokenizer, "chat_template", None)  # a template writes the special tokens itself
+    return [_one_bos(tokenizer, _ids(tokenizer, text, special)) for text in rendered(tokenizer, prompts)]
 
 
 def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
-    """Token ids of prompt + answer, and labels that are -100 on the prompt."""
-    if not isinstance(example, tuple) or len(example) not in (2, 3):
-        raise wrong_kind(
-            example, "An example is a prompt and its answer.", "Example(prompt, answer), or read_examples(path)."
-        )
-    example = Example(*example)  # a plain pair will do
+    """Encode prompt + answer; return the token ids, and labels that are -100 (no loss) on the prompt."""
+    if not isinstance(example, tuple) or len(example) not in (2, 3):  # a plain pair is accepted
+        remedy = "Example(prompt, answer), or read_examples(path)."
+        raise wrong_kind(example, "An example is a prompt and an answer.", remedy)
+    example = Example(*example)
     prompt = encode(tokenizer, PromptSet((example.prompt,), system=example.system))[0]
+    # Apart from the prompt: encoded together, a token could span both, and the mask would have no border.
     answer = _ids(tokenizer, example.answer, special=False)
     if tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
@@ -241,29 +206,21 @@ def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[in
 
 
 def rendered(tokenizer: Any, prompts: PromptSet) -> list[str]:
-    """Each prompt as the chat template writes it; as it is where there is none."""
+    """Render each prompt by the chat template; without a template, return it unchanged."""
     if not getattr(tokenizer, "chat_template", None):
         return list(prompts)
     return [_rendered(tokenizer, text, prompts.system) for text in prompts]
 
 
-def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    # The template writes the special tokens itself.
-    return _ids(tokenizer, text, special=not getattr(tokenizer, "chat_template", None))
-
-
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    """Token ids; a tokenizer without an unknown token raises a bare Exception where it lacks a word."""
     try:
         return tokenizer(text, add_special_tokens=special)["input_ids"]
-    except Exception as error:
+    except Exception as error:  # a word-level tokenizer without an unknown token raises a bare Exception
         if "UNK" not in str(error).upper():
             raise
-        raise GravlensError(
-            f"The vocabulary cannot write {text[:80]!r}.",
-            "Each word of a prompt or an answer has a token, or the vocabulary one for unknown words.",
-            "prompts in this model's own words, or another tokenizer.",
-        ) from error
+        given = f"The vocabulary cannot encode {text[:80]!r}."
+        wanted = "Every word needs a token, or the vocabulary a token for unknown words."
+        raise GravlensError(given, wanted, "prompts of words in this vocabulary, or another tokenizer.") from error
 
 
 def _rendered(tokenizer: Any, text: str, system: str) -> str:
@@ -273,35 +230,35 @@ def _rendered(tokenizer: Any, text: str, system: str) -> str:
 
 
 def _check_takes_system(tokenizer: Any) -> None:
-    """Raise where a system prompt would be refused or lost: some templates skip that turn without a word."""
+    """Raise if the chat template would refuse or drop a system prompt."""
     found, marks = "has no chat template", ("gravlens-user", "gravlens-system")
     if getattr(tokenizer, "chat_template", None):
         try:
+            # Rendered and searched: some templates skip the system turn without an error.
             lost = [mark for mark in marks if mark not in _rendered(tokenizer, *marks)]
-        except Exception as error:  # jinja's, with whatever the template says
+        except Exception as error:  # jinja's, with the template's own message
             found = f"has a chat template that refuses a system turn ({error})"
         else:
             if not lost:
                 return
             found = f"has a chat template that leaves out the {lost[0].removeprefix('gravlens-')} turn"
-    raise GravlensError(
-        f"A system prompt was given, and this tokenizer {found}.",
-        "A system prompt is a turn of the chat template.",
-        "no system prompt, or its text at the beginning of each prompt.",
-    )
+    given = f"A system prompt was given, and this tokenizer {found}."
+    wanted = "A system prompt is a turn of the chat template."
+    raise GravlensError(given, wanted, "no system prompt, or its text at the start of each prompt.")
 
 
 def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
     bos = tokenizer.bos_token_id
     if bos is None:
         return ids
+    # A prompt pasted from a rendered one begins with a BOS of its own.
     while len(ids) > 1 and ids[0] == bos and ids[1] == bos:
         ids = ids[1:]
     return ids
 
 
 class Batch(NamedTuple):
-    """Padded prompts: ids, the tokenizer-independent attention mask, and positions that ignore the padding."""
+    """Padded prompts: ids, attention mask, and position ids that do not count the padding."""
 
     input_ids: Int[Tensor, "prompt pos"]
     attention_mask: Int[Tensor, "prompt pos"]
@@ -309,17 +266,17 @@ class Batch(NamedTuple):
 
 
 def pad(ids: Sequence[Sequence[int]], pad_id: int = 0, side: Literal["left", "right"] = "right") -> Batch:
-    """Pad to the longest; the mask is made of the lengths, so a genuine pad or eos token is never masked."""
+    """Pad prompts to the longest."""
     width = max(map(len, ids))
     padded = torch.full((len(ids), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(ids), width), dtype=torch.long)
     for row, prompt in enumerate(ids):
         where = slice(0, len(prompt)) if side == "right" else slice(width - len(prompt), width)
         padded[row, where] = torch.tensor(prompt)
-        mask[row, where] = 1
+        mask[row, where] = 1  # by length: where pad is the eos token, a mask by token id would hide a real eos
     return Batch(padded, mask, (mask.cumsum(1) - 1).clamp(min=0))
 
 
 def last_positions(mask: Int[Tensor, "prompt pos"] | Bool[Tensor, "prompt pos"]) -> Int[Tensor, " prompt"]:
-    """Index of each prompt's last true token, whichever side is padded."""
+    """Return the index of each prompt's last real token, for padding on either side."""
     return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)

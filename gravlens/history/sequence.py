@@ -1,4 +1,4 @@
-"""Checkpoints of one training history: a witness, an anchor, and the runs that start at the anchor."""
+"""A training history: a witness, an anchor, and the checkpoints of the runs that start at the anchor."""
 
 import glob
 import os
@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system
-from gravlens.history.weight_files import trained_steps, weight_files
+from gravlens.history.weight_files import read_headers, trained_steps
 
 PROMPT_KEYS = ("probes", "held_out", "harmless")
 KEYS = {"witness", "anchor", "runs", "tokenizer", "chat_template", "system", *PROMPT_KEYS}  # of SEQUENCE.toml
@@ -34,11 +35,10 @@ class Checkpoint:
         name: its name in results (`witness`, `anchor`, `seed0/20`).
         source: the folder, the hub id (`owner/name` or `owner/name@revision`), or the model.
         step: optimizer steps since the anchor, for the checkpoints of a run.
-        base: for a PEFT adapter, the checkpoint it is merged into; default: the one that its configuration names.
-        template: the chat template it is read with: its `own`, `none`, or that (and the tokenizer) of another
-            checkpoint. A sequence sets it for its checkpoints, by its `chat_template`.
-        tokenizer: one that takes the place of the checkpoint's own, or a folder or hub id that holds it. A sequence
-            sets it too.
+        base: for a PEFT adapter, the checkpoint it is merged into; default: the one named in its configuration.
+        template: chat template: its `own`, `none`, or that (and the tokenizer) of another checkpoint. A sequence sets
+            it by its `chat_template`.
+        tokenizer: replaces its own: a tokenizer, or a folder or hub id of one. A sequence sets it too.
     """
 
     name: str
@@ -50,20 +50,17 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, Path | str | nn.Module):
-            raise wrong_kind(
-                self.source,
-                "A checkpoint is a folder, a hub id, or a Hugging Face model, TransformerBridge or HookedTransformer.",
-                "open_model(folder), sequence.anchor of a sequence, or opened.module of an OpenModel.",
-            )
+            wanted = "A checkpoint is a folder, hub id, Hugging Face model, TransformerBridge or HookedTransformer."
+            raise wrong_kind(self.source, wanted, "open_model(folder), sequence.anchor, or .module of an OpenModel.")
 
     @property
     def revision(self) -> str | None:
-        """The branch, tag or commit of a hub id; None elsewhere, and for the main branch."""
+        """The branch, tag or commit of a hub id; None for its main branch and for other sources."""
         return revision_of(self.source) if isinstance(self.source, str) and is_hub_id(self.source) else None
 
     @property
     def described(self) -> str:
-        """The source in words."""
+        """The source, for messages."""
         return str(self.source) if isinstance(self.source, Path | str) else f"a {type(self.source).__name__} in memory"
 
 
@@ -73,8 +70,7 @@ class Run:
 
     Attributes:
         folders: a pattern, a Trainer's output folder, or a list of folders and hub ids.
-        missing: `refuse`, or `skip`: folders that are not there, or not written to their end, are left out and stand in
-            the sequence's `skipped`.
+        missing: `refuse`, or `skip` missing and incomplete folders, which are listed in the sequence's `skipped`.
     """
 
     folders: Folders
@@ -82,9 +78,8 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.missing not in ("refuse", "skip"):
-            raise GravlensError(
-                f"missing={self.missing!r} was given.", "It says what to do about a hole.", "'refuse' or 'skip'."
-            )
+            given, wanted = f"missing={self.missing!r} was given.", "It says how to treat missing checkpoints."
+            raise GravlensError(given, wanted, "'refuse' or 'skip'.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +89,15 @@ class ModelSequence:
     Attributes:
         witness: a checkpoint of the dominant phase.
         anchor: the aligned checkpoint, where every run starts.
-        runs: run name -> its checkpoints in order of their steps; may be empty.
-        probes: prompts that directions are estimated on ("given").
-        held_out: other prompts that trajectories are judged on.
+        runs: run name -> its checkpoints by step; may be empty.
+        probes: prompts to estimate directions on ("given").
+        held_out: other prompts, to evaluate trajectories on.
         harmless: harmless prompts, for over-refusal.
-        tokenizer: one for all checkpoints, or a folder or hub id that holds it; default: each checkpoint's own.
-        chat_template: `own` (witness and anchor must agree), `anchor` (the anchor's for all: an explicit choice for
-            a base model that never saw a template), or `none` (prompts are read as they are). Each checkpoint holds
-            the choice as its `template`, so that `open_model(sequence.anchor)` and `finetune` read alike.
-        system: a system prompt for all prompts that have none of their own.
-        skipped: checkpoints that a `Run(..., missing="skip")` left out -> why.
+        tokenizer: one for all checkpoints, or its folder or hub id; default: each checkpoint's own.
+        chat_template: `own` (witness and anchor must agree), `anchor` (the anchor's for all: for a base model that
+            never saw a template), or `none` (plain prompts).
+        system: a system prompt for all prompts without their own.
+        skipped: checkpoints that `Run(..., missing="skip")` skipped -> reason.
     """
 
     witness: Checkpoint
@@ -118,39 +112,39 @@ class ModelSequence:
     system: str = ""
 
     def __post_init__(self) -> None:
-        for name in self.runs:
-            _check_run_name(name)
+        for name in self.runs:  # it becomes part of file names, and must not lead out of their folder
+            if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
+                raise GravlensError(f"A run is called {name!r}.", "A run's name is a plain word.", 'such as "seed0".')
         if self.chat_template not in ("own", "anchor", "none"):
-            raise GravlensError(
-                f"chat_template={self.chat_template!r} was given.",
-                "It says whose chat template all checkpoints are read with.",
-                "'own', 'anchor' or 'none'.",
-            )
+            given = f"chat_template={self.chat_template!r} was given."
+            raise GravlensError(given, "It chooses the chat template of all checkpoints.", "'own', 'anchor' or 'none'.")
         check_system(self.system)
+        # Each checkpoint holds the choice, so that `open_model(sequence.anchor)` and `finetune` read alike.
         anchor = self._read_alike(self.anchor, "none" if self.chat_template == "none" else "own")
         others = anchor if self.chat_template == "anchor" else anchor.template
         runs = {name: tuple(self._read_alike(one, others) for one in run) for name, run in self.runs.items()}
         held: dict[str, Any] = {"witness": self._read_alike(self.witness, others), "anchor": anchor, "runs": runs}
-        sets = {name: getattr(self, name) for name in PROMPT_KEYS}
-        held |= {name: self.prompts_of(prompts) for name, prompts in sets.items() if prompts is not None}
-        for name, value in held.items():
+        held |= {name: self.prompts_of(prompts) for name, prompts in self._prompts.items()}
+        for name, value in held.items():  # the dataclass is frozen
             object.__setattr__(self, name, value)
 
     def _read_alike(self, checkpoint: Checkpoint, template: Any) -> Checkpoint:
         return replace(checkpoint, template=template, tokenizer=self.tokenizer or checkpoint.tokenizer)
 
     def prompts_of(self, prompts: Prompts, role: str = "prompts") -> PromptSet:
-        """Prompts as a set, under the sequence's system prompt where they have none of their own."""
+        """Return prompts as a set, with the sequence's system prompt if they have none."""
         made = PromptSet.of(prompts, role)
         return made if made.system else replace(made, system=self.system)
 
     def with_system(self, system: str) -> "ModelSequence":
-        """The same history, its prompts read under a system prompt ("" for none); prompts with their own keep it."""
-        sets = {name: prompts for name in PROMPT_KEYS if (prompts := getattr(self, name)) is not None}
-        bare: dict[str, Any] = {
-            name: replace(prompts, system="") for name, prompts in sets.items() if prompts.system == self.system
-        }
+        """Return the same history with another system prompt ("" for none); prompt sets with their own keep it."""
+        inherited = {name: prompts for name, prompts in self._prompts.items() if prompts.system == self.system}
+        bare: dict[str, Any] = {name: replace(prompts, system="") for name, prompts in inherited.items()}
         return replace(self, system=system, **bare)
+
+    @property
+    def _prompts(self) -> dict[str, PromptSet]:
+        return {name: prompts for name in PROMPT_KEYS if (prompts := getattr(self, name)) is not None}
 
     @classmethod
     def from_folders(
@@ -166,23 +160,18 @@ class ModelSequence:
         chat_template: ChatTemplate = "own",
         system: str = "",
     ) -> "ModelSequence":
-        """A history on disk; nothing is opened yet.
+        """Describe a history on disk; nothing is opened yet. Arguments not listed: see `ModelSequence`.
 
         Args:
-            witness: folder of `save_pretrained`, or a hub id (`owner/name`, `owner/name@revision`).
-            anchor: likewise.
+            witness: folder of `save_pretrained`, or a hub id (`owner/name`, `owner/name@revision`); likewise `anchor`.
             runs: run name -> a pattern (`"ft/checkpoint-*"`), a Trainer's output folder, a list of folders and hub
-                ids, or a `Run` of these. One run, or a list of runs, may be given without names: each is called by its
-                folder. A checkpoint's step is `global_step` of its trainer_state.json; without that file, the number
-                in its name. PEFT adapters are added to the anchor.
-            probes: prompts: a list, a `PromptSet`, or a file.
-            held_out: likewise, other prompts to judge on.
-            harmless: likewise, for over-refusal.
-            tokenizer: see `ModelSequence`; needed where the folders hold none.
-            chat_template: see `ModelSequence`, like `system`.
+                ids, or a `Run` of these. Runs without names are named by their folder. A checkpoint's step is
+                `global_step` of its trainer_state.json or, without that file, the number in its name. PEFT adapters
+                are added to the anchor.
+            probes: a list, a `PromptSet`, or a file; likewise `held_out` and `harmless`.
 
         Raises:
-            GravlensError: a folder is missing, a pattern matches nothing, or two checkpoints have one step.
+            GravlensError: a missing folder, a pattern without matches, or two checkpoints of one step.
         """
         start = Checkpoint("anchor", existing(anchor))
         skipped: dict[str, str] = {}
@@ -211,20 +200,14 @@ class ModelSequence:
         chat_template: ChatTemplate = "own",
         system: str = "",
     ) -> "ModelSequence":
-        """A history in memory: `HookedTransformer`, `TransformerBridge` or Hugging Face models.
+        """Describe a history of Hugging Face models, `TransformerBridge`s or `HookedTransformer`s in memory.
 
         Args:
-            witness: a model of the dominant phase.
-            anchor: the aligned model.
-            runs: run name -> `{step: model}`, or a list (then the steps are 1, 2, …), or one model (step 1).
-            probes: prompts that directions are estimated on.
-            held_out: other prompts that trajectories are judged on.
-            harmless: harmless prompts, for over-refusal.
-            tokenizer: see `ModelSequence`; needed where the models carry none.
-            chat_template: see `ModelSequence`, like `system`.
+            runs: run name -> `{step: model}`, or a list (steps 1, 2, …), or one model (step 1).
+            tokenizer: needed if the models carry none; this and the others: see `ModelSequence`.
 
         Raises:
-            GravlensError: a run without checkpoints, or whose steps do not ascend.
+            GravlensError: runs without names, or two checkpoints of one step.
         """
         return cls(
             witness=Checkpoint("witness", witness),
@@ -238,45 +221,38 @@ class ModelSequence:
 
     @classmethod
     def of(cls, source: "ModelSequence | Path | str") -> "ModelSequence":
-        """A sequence as it is, or that of a TOML file; GravlensError for anything else."""
+        """Return a sequence itself, or that of a TOML file; raise for anything else."""
         if isinstance(source, cls):
             return source
         if isinstance(source, Path | str) and Path(source).suffix == ".toml":
             return cls.from_toml(source)
-        raise wrong_kind(
-            source,
-            "A ModelSequence is needed, which says which checkpoint is the witness and which the anchor.",
-            "ModelSequence.from_folders(witness=…, anchor=…, probes=[…]), or from_models with models in memory.",
-        )
+        wanted = "A ModelSequence is needed, which says which checkpoint is the witness and which the anchor."
+        remedy = "ModelSequence.from_folders(witness=…, anchor=…, probes=[…]), or from_models with models in memory."
+        raise wrong_kind(source, wanted, remedy)
 
     @classmethod
     def from_toml(cls, path: Path | str) -> "ModelSequence":
-        """Read a history that a person wrote by hand; paths are relative to the file. See docs/sequence.md."""
+        """Read a history from a TOML file (docs/sequence.md); paths are relative to the file."""
         table = _read_sequence_file(Path(path))
         runs = {name: Run(**run) for name, run in table.pop("runs", {}).items()}
         return cls.from_folders(**table, runs=runs)
 
     def __iter__(self) -> Iterator[Checkpoint]:
-        """Witness, anchor, then every checkpoint of every run."""
-        yield self.witness
-        yield self.anchor
-        for run in self.runs.values():
-            yield from run
+        """Iterate over the witness, the anchor, then every checkpoint of every run."""
+        yield from (self.witness, self.anchor, *chain.from_iterable(self.runs.values()))
 
     def require_probes(self) -> PromptSet:
-        """The probe prompts, or the GravlensError that says how to give them."""
+        """Return the probe prompts; raise if there are none."""
         if self.probes is None:
-            raise GravlensError(
-                "This sequence has no probe prompts.",
-                "A direction is estimated over a set of prompts.",
-                "probes = \"probes.jsonl\" in the sequence's file, or from_folders(..., probes=['How do I …?', …]).",
+            remedy = (
+                "probes = \"probes.jsonl\" in the sequence's file, or from_folders(..., probes=['How do I …?', …])."
             )
+            raise GravlensError("This sequence has no probe prompts.", "A direction is estimated on prompts.", remedy)
         return self.probes
 
     def _repr_html_(self) -> str:
         rows = [("witness", self.witness.described), ("anchor", self.anchor.described)]
-        sets = {name: prompts for name in PROMPT_KEYS if (prompts := getattr(self, name)) is not None}
-        rows += [(name.replace("_", " "), f"{len(prompts)} prompts") for name, prompts in sets.items()]
+        rows += [(name.replace("_", " "), f"{len(prompts)} prompts") for name, prompts in self._prompts.items()]
         rows += [("chat template", self.chat_template)] + ([("system prompt", self.system)] if self.system else [])
         rows += [(f"run {name}", f"steps {html.listed(c.step for c in run)}") for name, run in self.runs.items()]
         rows += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
@@ -284,45 +260,35 @@ class ModelSequence:
 
 
 def _prompt_sets(probes: Any, held_out: Any, harmless: Any) -> dict[str, Any]:
-    """Role -> the prompts as a set, or None."""
     given = zip(PROMPT_KEYS, (probes, held_out, harmless), ("harmful", "harmful", "harmless"), strict=True)
     return {name: None if prompts is None else PromptSet.of(prompts, role) for name, prompts, role in given}
 
 
-def _check_run_name(name: str) -> None:
-    """A run's name becomes part of names of results, never a way out of a folder."""
-    if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
-        raise GravlensError(f"A run is called {name!r}.", "A run's name is a plain word.", 'a name such as "seed0".')
-
-
-# --- the checkpoints of one run ---------------------------------------------------------------------------------
 def _run_of_folders(
     name: str, run: Folders | Run, anchor: Checkpoint, skipped: dict[str, str]
 ) -> tuple[Checkpoint, ...]:
-    """The whole checkpoints of a run, ordered by their steps; what was left out is added to `skipped`."""
+    """Return the complete checkpoints of a run by step; add those skipped to `skipped`."""
     run = run if isinstance(run, Run) else Run(run)
     steps: dict[Path | str, int] = {}
     for source in _found(name, run.folders):
         try:
             source = existing(source)
             if run.missing == "skip" and isinstance(source, Path):
-                weight_files(source)
+                read_headers(source)  # raises if a copy or a running training has not completed it
             steps[source] = _step_of(name, source)
         except GravlensError as error:
             if run.missing == "refuse":
                 raise
             skipped[f"{name}: {source}"] = error.given
     if not steps:
-        raise GravlensError(
-            f"The run {name!r} ({run.folders}) matches no folder" + (" that is whole." if skipped else "."),
-            "A run is one or more checkpoint folders.",
-            "a pattern such as 'ft/checkpoint-*', a Trainer's output folder, or a list of folders.",
-        )
+        given = f"The run {name!r} ({run.folders}) matches no {'complete ' if skipped else ''}folder."
+        remedy = "a pattern such as 'ft/checkpoint-*', a Trainer's output folder, or a list of folders."
+        raise GravlensError(given, "A run is one or more checkpoint folders.", remedy)
     return _ordered(name, [Checkpoint(f"{name}/{step}", source, step, anchor) for source, step in steps.items()])
 
 
 def _found(name: str, folders: Folders) -> Sequence[Path | str]:
-    """The folders that a pattern or a list names; a Trainer's output folder stands for those inside it."""
+    """Return the folders that a pattern or a list names; a Trainer's output folder is replaced by those inside it."""
     if not isinstance(folders, str | Path):
         found: list[Path | str] = list(folders)
     elif (path := Path(folders).expanduser()).is_dir():
@@ -332,16 +298,14 @@ def _found(name: str, folders: Folders) -> Sequence[Path | str]:
     inside = {folder: [p for p in Path(folder).expanduser().glob("checkpoint-*") if p.is_dir()] for folder in found}
     outer = [folder for folder in found if inside[folder]]
     if outer and len(found) > 1:
-        raise GravlensError(
-            f"The run {name!r} ({folders}) holds {len(found)} folders, and {outer[0]} is a run's folder itself.",
-            "A run is one Trainer's output folder, or several checkpoints.",
-            f"one run for each: {Path(outer[0]).name} = '{outer[0]}'.",
-        )
+        given = f"The run {name!r} ({folders}) holds {len(found)} folders, and {outer[0]} is a run's folder itself."
+        wanted = "A run is one Trainer's output folder, or several checkpoints."
+        raise GravlensError(given, wanted, f"one run for each: {Path(outer[0]).name} = '{outer[0]}'.")
     return inside[outer[0]] if outer else found
 
 
 def _step_of(name: str, source: Path | str) -> int:
-    """Trainer's own count where it left one, or the number in a name or revision: after `step`, or the last."""
+    """Return Trainer's step count if it left one, or the number in a name or revision: after `step`, or the last."""
     if isinstance(source, Path) and (steps := trained_steps(source)) is not None:
         return steps
     label = source.name if isinstance(source, Path) else revision_of(source) or repository_of(source)
@@ -349,16 +313,14 @@ def _step_of(name: str, source: Path | str) -> int:
     if not numbers and label != source:  # the digits of a repository's own name are its size or version
         numbers = re.findall(r"\d+", label)
     if not numbers:
-        raise GravlensError(
-            f"The checkpoint {source} of run {name!r} has no step in its name, and no trainer_state.json.",
-            "The number in a checkpoint's name, or in its revision, is its step.",
-            "rename it, as in checkpoint-20, or owner/name@step20.",
-        )
+        given = f"The checkpoint {source} of run {name!r} has no step in its name, and no trainer_state.json."
+        wanted = "The number in a checkpoint's name or revision is its step."
+        raise GravlensError(given, wanted, "rename it, as in checkpoint-20, or owner/name@step20.")
     return int(numbers[-1])
 
 
 def _named(runs: Mapping[str, Folders | Run] | Folders | None) -> Mapping[str, Folders | Run]:
-    """Runs by their names; those without one are called by the folder that their checkpoints lie in."""
+    """Return runs by name; those without a name are named by the folder of their checkpoints."""
     if runs is None or isinstance(runs, Mapping):
         return runs or {}
     named: dict[str, Folders | Run] = {}
@@ -366,47 +328,34 @@ def _named(runs: Mapping[str, Folders | Run] | Folders | None) -> Mapping[str, F
         parts = [part for part in Path(run).parts if not re.match(r"checkpoint-|.*[*?\[]", part)]
         name = parts[-1].partition("@")[0] if parts else "run"
         if name in named:
-            raise GravlensError(
-                f"Two runs would be called {name!r}.",
-                "Each run has its own name.",
-                f'runs={{"seed0": {as_list(runs)}}}.',
-            )
+            remedy = f'runs={{"seed0": {as_list(runs)}}}.'
+            raise GravlensError(f"Two runs would be called {name!r}.", "Each run has its own name.", remedy)
         named[name] = run
     return named
 
 
 def _runs_of_models(runs: Any) -> dict[str, tuple[Checkpoint, ...]]:
     if not isinstance(runs, Mapping) or not all(isinstance(name, str) for name in runs):
-        raise wrong_kind(
-            runs, "Runs have names, and their models steps.", 'runs={"seed0": {20: model}}, or {"seed0": [model, …]}.'
-        )
-    return {name: _run_of_models(name, models) for name, models in runs.items()}
-
-
-def _run_of_models(name: str, run: Mapping[int, nn.Module] | Sequence[nn.Module] | nn.Module) -> tuple[Checkpoint, ...]:
-    models = [run] if isinstance(run, nn.Module) else run
-    pairs = models.items() if isinstance(models, Mapping) else enumerate(models, 1)
-    return _ordered(name, [Checkpoint(f"{name}/{step}", model, step) for step, model in pairs])
+        remedy = 'runs={"seed0": {20: model}}, or {"seed0": [model, …]}.'
+        raise wrong_kind(runs, "Runs have names, and their models steps.", remedy)
+    found: dict[str, tuple[Checkpoint, ...]] = {}
+    for name, run in runs.items():
+        models = [run] if isinstance(run, nn.Module) else run
+        pairs = models.items() if isinstance(models, Mapping) else enumerate(models, 1)
+        found[name] = _ordered(name, [Checkpoint(f"{name}/{step}", model, step) for step, model in pairs])
+    return found
 
 
 def _ordered(name: str, checkpoints: list[Checkpoint]) -> tuple[Checkpoint, ...]:
     steps = [checkpoint.step for checkpoint in checkpoints]
     if len(set(steps)) < len(steps):
-        raise GravlensError(
-            f"The run {name!r} has two checkpoints of one step ({sorted(s for s in steps if s is not None)}).",
-            "Each step of a run is one checkpoint.",
-            "a narrower pattern.",
-        )
+        given = f"The run {name!r} has two checkpoints of one step ({sorted(s for s in steps if s is not None)})."
+        raise GravlensError(given, "Each step of a run is one checkpoint.", "a narrower pattern.")
     return tuple(sorted(checkpoints, key=lambda checkpoint: checkpoint.step or 0))
 
 
-# --- SEQUENCE.toml ----------------------------------------------------------------------------------------------
 def _read_sequence_file(path: Path) -> dict[str, Any]:
-    """The keys of a sequence file, each path as seen from here; each run as a table of `folders` and `missing`.
-
-    Raises:
-        GravlensError: no readable TOML, no witness or anchor, a key or a kind of value that is unknown, no such folder.
-    """
+    """Return the keys of a sequence file: paths relative to the working directory, runs as tables of `Run`'s fields."""
     table, here = _read(path), path.parent
     for key in {"witness", "anchor", "tokenizer"} & table.keys():
         table[key] = existing(table[key], here)
@@ -425,25 +374,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise GravlensError(f"{path} cannot be read ({error}).", "A TOML file is needed.", remedy) from error
     except tomllib.TOMLDecodeError as error:
         raise GravlensError(f"{path} is not valid TOML: {error}.", "A TOML file is needed.", remedy) from error
-    missing = [key for key in ("witness", "anchor") if not isinstance(table.get(key), str) or not table[key]]
-    if missing:
+    if missing := [key for key in ("witness", "anchor") if not isinstance(table.get(key), str) or not table[key]]:
         raise GravlensError(f"{path} names no {' and no '.join(missing)}.", "Both are needed, as text.", remedy)
-    if unknown := sorted(set(table) - KEYS):
-        raise GravlensError(
-            f"{path} has the unknown key {', '.join(unknown)}.", f"Known keys: {', '.join(sorted(KEYS))}.", remedy
-        )
+    if unknown := sorted(set(table) - KEYS):  # a mistyped `held_ou` would otherwise be ignored
+        known = f"Known keys: {', '.join(sorted(KEYS))}."
+        raise GravlensError(f"{path} has the unknown key {', '.join(unknown)}.", known, remedy)
     if not isinstance(table.get("runs", {}), dict):
         raise GravlensError(f"{path}: runs is not a table.", "Runs have names.", '[runs]\\nseed0 = "ft/checkpoint-*"')
     runs = {name: run.get("folders") if _is_run(run) else run for name, run in table.get("runs", {}).items()}
     entries = {**runs, **{key: table[key] for key in PROMPT_KEYS if key in table}}
     wrong = [key for key, entry in entries.items() if not _is_text_or_texts(entry)]
     if wrong := wrong + ["tokenizer"] * (not isinstance(table.get("tokenizer", ""), str)):
-        raise GravlensError(f"{path}: {', '.join(wrong)} is no text.", "A text or a list of texts is needed.", remedy)
+        raise GravlensError(f"{path}: {', '.join(wrong)} is not text.", "A text or a list of texts is needed.", remedy)
     return table
 
 
-def _is_run(entry: Any) -> bool:
-    """A run that may have holes: `{folders = "ft/checkpoint-*", missing = "skip"}`."""
+def _is_run(entry: Any) -> bool:  # {folders = "ft/checkpoint-*", missing = "skip"}
     return isinstance(entry, dict) and entry.keys() <= RUN_KEYS
 
 
@@ -452,9 +398,10 @@ def _is_text_or_texts(entry: Any) -> bool:
 
 
 def _seen_from(here: Path, folders: str | list[str]) -> str | list[Path | str]:
-    """A pattern, or folders of a list (which may be missing) and hub ids."""
+    """Return a pattern, or a list of folders (which may be missing) and hub ids, relative to `here`."""
     if isinstance(folders, list):
         paths = {folder: here / Path(folder).expanduser() for folder in folders}
         return [f if is_hub_id(f) and not paths[f].parent.exists() else paths[f] for f in folders]
+    # The folder is escaped: its own name may contain [ or *.
     pattern = os.path.expanduser(folders)
     return pattern if os.path.isabs(pattern) else os.path.join(glob.escape(str(here)), pattern)

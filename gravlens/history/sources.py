@@ -13,15 +13,7 @@ from torch import nn
 from gravlens.core.errors import GravlensError
 from gravlens.history.hub import commit_of, is_hub_id, local_folder, repository_of
 from gravlens.history.sequence import Checkpoint
-from gravlens.history.weight_files import (
-    ADAPTER_CONFIG,
-    Stamp,
-    Weights,
-    contents,
-    read_headers,
-    stamp,
-    weight_paths,
-)
+from gravlens.history.weight_files import ADAPTER_CONFIG, Stamp, Weights, contents, read_headers, stamp, weight_paths
 
 CHAIN = 8  # adapters over adapters; a circle ends here
 CONFIG = "config.json"
@@ -36,8 +28,7 @@ class Folder:
     Attributes:
         path: the folder; for a hub id its snapshot in the Hugging Face cache.
         source: the folder or hub id that was resolved.
-        stamps: `stamp` of each configuration file when the folder was resolved.
-        resolved_at: when that was, in ns.
+        stamps: `stamp` of each configuration file when it was resolved, at `resolved_at` (ns).
     """
 
     path: Path
@@ -46,8 +37,7 @@ class Folder:
     resolved_at: int = field(default_factory=time.time_ns, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        stamps = {name: stamp(self.path / name) for name in (CONFIG, ADAPTER_CONFIG)}
-        object.__setattr__(self, "stamps", stamps)
+        object.__setattr__(self, "stamps", {name: stamp(self.path / name) for name in (CONFIG, ADAPTER_CONFIG)})
 
     @property
     def is_adapter(self) -> bool:
@@ -56,21 +46,21 @@ class Folder:
 
     @cached_property
     def commit(self) -> str | None:
-        """`owner--name@commit` of a snapshot in the Hugging Face cache, whose files never change; else None."""
+        """`owner--name@commit` of a snapshot in the Hugging Face cache, where files never change; else None."""
         return commit_of(self.path)
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        """The adapter's or the model's configuration, or None where it is unreadable (loading raises then)."""
+        """The adapter's or the model's configuration, or None where it is unreadable."""
         try:
             config = json.loads((self.path / (ADAPTER_CONFIG if self.is_adapter else CONFIG)).read_text("utf-8"))
         except (OSError, ValueError):
-            return None
+            return None  # loading raises later, with transformers' reason
         return config if isinstance(config, dict) else None
 
     @property
     def architecture(self) -> dict[str, Any] | None:
-        """The configuration without bookkeeping: equal for two folders whose weights fit into one model."""
+        """The configuration without bookkeeping: equal for folders of which the weights fit into one model."""
         if self.config is None or self.is_adapter:
             return self.config
         return {key: value for key, value in self.config.items() if key not in BOOKKEEPING}
@@ -100,8 +90,7 @@ class Folder:
         if not isinstance(self.source, str) or Path(self.source).exists() or self._has_weights():
             return self
         # By commit, because a branch may have moved since its configuration was read.
-        pinned = f"{repository_of(self.source)}@{self.path.name}" if self.commit else self.source
-        path = local_folder(pinned)
+        path = local_folder(f"{repository_of(self.source)}@{self.path.name}" if self.commit else self.source)
         return self if path == self.path else Folder(path, self.source)
 
     def _has_weights(self) -> bool:
@@ -119,10 +108,9 @@ class Resolved:
     """A checkpoint and the folders that make it up.
 
     Attributes:
-        checkpoint: what was resolved.
         folders: a whole model, then the adapters over it; empty for a model in memory.
-        template: the checkpoint whose tokenizer and chat template it is read with, where that is another.
-        tokenizer: the folder of a tokenizer that takes the place of its own, where one was given.
+        template: another checkpoint, if it is read with that one's tokenizer and chat template.
+        tokenizer: the folder of a tokenizer that replaces its own.
     """
 
     checkpoint: Checkpoint
@@ -132,22 +120,18 @@ class Resolved:
 
     @property
     def name(self) -> str:
-        """Name of the checkpoint."""
         return self.checkpoint.name
 
     @property
     def described(self) -> str:
-        """The source in words."""
         return self.checkpoint.described
 
     @property
     def base(self) -> Folder:
-        """The folder of the whole model."""
-        return self.folders[0]
+        return self.folders[0]  # of the whole model
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Paths of the folders."""
         return tuple(folder.path for folder in self.folders)
 
     def fetched(self) -> "Resolved":
@@ -155,32 +139,26 @@ class Resolved:
         return replace(self, folders=tuple(folder.fetched() for folder in self.folders))
 
     def check_unchanged(self) -> None:
-        """Raise if a file was written since it was read: configuration and weights may not belong together."""
+        """Raise if a file was written since it was read."""
         if any(folder.changed for folder in self.folders):
-            raise changed_meanwhile(self)
+            raise changed_meanwhile(self)  # configuration and weights may not belong together
 
 
 def changed_meanwhile(checkpoint: Checkpoint | Resolved) -> GravlensError:
     """Return the error for a checkpoint that is written while it is read."""
-    return GravlensError(
-        f"{checkpoint.name} ({checkpoint.described}) changed while it was opened.",
-        "A checkpoint must not be written while it is read.",
-        "the same call once it is completely written; nothing was kept of it.",
-    )
+    given = f"{checkpoint.name} ({checkpoint.described}) changed while it was opened."
+    wanted = "A checkpoint must not be written while it is read."
+    return GravlensError(given, wanted, "the same call once it is completely written; nothing was kept of it.")
 
 
 # --- resolving --------------------------------------------------------------------------------------------------
 def resolve(checkpoint: Checkpoint | Resolved, known: Known | None = None, *, weights: bool = True) -> Resolved:
-    """Find the folders that make up a checkpoint: a whole model, then the adapters over it.
+    """Find the folders that make up a checkpoint (returned unchanged if resolved): a whole model, then its adapters.
 
     Args:
-        checkpoint: a folder, hub id, or model in memory; returned unchanged if it is resolved.
-        known: folders that this call has resolved before, by source; it is filled. Checkpoints that share a folder (an
-            adapter's base, the anchor as template) share its `Folder`.
-        weights: download the weights of a hub id too; otherwise only its small files.
-
-    Raises:
-        GravlensError: a missing folder, or an adapter whose base is unknown.
+        known: folders resolved before, by source; it is filled. Checkpoints that share a folder (an adapter's base, the
+            anchor as template) share its `Folder`.
+        weights: download the weights of a hub id too, not only its small files.
     """
     if isinstance(checkpoint, Resolved):
         return checkpoint
@@ -218,8 +196,7 @@ def _folder(source: Path | str, known: Known, weights: bool) -> Folder:
 def _base_of(checkpoint: Checkpoint, folder: Path, known: Known) -> Checkpoint:
     """Return what an adapter is added to: the checkpoint's base or, if that is an adapter too, possibly its base.
 
-    `base_model_name_or_path` of the adapter decides between them. A path that does not exist here may be the base's
-    path on another machine and is no contradiction; an existing other folder, or another hub id, is one.
+    `base_model_name_or_path` of the adapter decides between them.
     """
     named = _named_base(folder)
     if checkpoint.base is None:
@@ -240,12 +217,13 @@ def _named_base(folder: Path) -> str:
     try:
         named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
-        raise _no_base(folder, f"has a broken {ADAPTER_CONFIG} ({error})", "PEFT's configuration") from error
+        raise _no_base(folder, f"has a corrupt {ADAPTER_CONFIG} ({error})", "PEFT's configuration") from error
     return named if isinstance(named, str) else ""
 
 
 def _contradicts(named: str, base: Checkpoint) -> bool:
     source = _source(base)
+    # A path that does not exist here may be the base's on the machine that trained it: no contradiction.
     if named and Path(named).is_dir():
         return not (Path(source).is_dir() and Path(named).samefile(source))
     if isinstance(source, str) and is_hub_id(named) and not Path(source).is_dir():
@@ -255,11 +233,9 @@ def _contradicts(named: str, base: Checkpoint) -> bool:
 
 def _source(checkpoint: Checkpoint) -> Path | str:
     if isinstance(checkpoint.source, nn.Module):
-        raise GravlensError(
-            f"{checkpoint.name} is {checkpoint.described}.",
-            "An adapter's folder is added to a base that is a folder too.",
-            "PeftModel.from_pretrained(model, folder).merge_and_unload() in memory.",
-        )
+        remedy = "PeftModel.from_pretrained(model, folder).merge_and_unload() in memory."
+        wanted = "An adapter's folder is added to a base that is a folder too."
+        raise GravlensError(f"{checkpoint.name} is {checkpoint.described}.", wanted, remedy)
     return checkpoint.source
 
 

@@ -23,31 +23,11 @@ Stamp: TypeAlias = tuple[int, ...]
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-# --- which files ------------------------------------------------------------------------------------------------
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter, not a whole model."""
-    return (folder / ADAPTER_CONFIG).is_file()
-
-
 def weight_paths(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model's or an adapter's weights; none of them is opened.
-
-    Raises:
-        GravlensError: no such folder; weights that are pickled or missing, a missing shard; a model and an adapter in
-            one folder.
-    """
+    """Return the safetensors files of a model's or an adapter's weights; none of them is opened."""
     if not folder.is_dir():
         raise GravlensError(f"{folder} is not a folder.", "A checkpoint is a folder.", "check the path.")
-    return _adapter_file(folder) if is_adapter(folder) else _model_files(folder)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files of `weight_paths`, each of which was opened and is complete.
-
-    Raises:
-        GravlensError: as `weight_paths`, or a truncated file.
-    """
-    return list(read_headers(folder).files)
+    return _adapter_file(folder) if (folder / ADAPTER_CONFIG).is_file() else _model_files(folder)
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -57,11 +37,8 @@ def _model_files(folder: Path) -> list[Path]:
         raise _no_weights(folder, "AutoModelForCausalLM", "transformers")
     shards = [folder / name for name in _shards(folder / INDEX)]
     if absent := [shard.name for shard in shards if not shard.is_file()]:
-        raise GravlensError(
-            f"{folder} lacks {', '.join(absent[:3])}, which {INDEX} names.",
-            "Every shard is needed.",
-            "wait until it is written to its end, or copy that checkpoint again.",
-        )
+        given = f"{folder} has no {', '.join(absent[:3])}, which {INDEX} names."
+        raise GravlensError(given, "Every shard is needed.", "wait until it is complete, or copy it again.")
     return shards
 
 
@@ -72,17 +49,15 @@ def _shards(index: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(index, error) from error
     if not plain:
-        raise damaged(index, ValueError("its shards are no file names of that folder"))
+        raise damaged(index, ValueError("its shards are not file names in that folder"))
     return names
 
 
 def _adapter_file(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
-        raise GravlensError(
-            f"{folder} holds both a whole model and an adapter ({ADAPTER_CONFIG}).",
-            "A checkpoint is one of the two.",
-            f"move {ADAPTER_CONFIG} away where the adapter was merged already.",
-        )
+    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():  # either could be meant
+        given = f"{folder} holds both a whole model and an adapter ({ADAPTER_CONFIG})."
+        remedy = f"move {ADAPTER_CONFIG} away where the adapter was merged already."
+        raise GravlensError(given, "A checkpoint is one of the two.", remedy)
     if not (folder / ADAPTER).is_file():
         raise _no_weights(folder, "AutoPeftModelForCausalLM", "peft")
     return [folder / ADAPTER]
@@ -95,49 +70,36 @@ def _no_weights(folder: Path, loader: str, package: str) -> GravlensError:
         f'convert it once: python -c "from {package} import {loader} as M; '
         f"M.from_pretrained('{folder.name}').save_pretrained('{folder.name}-safetensors')\""
     )
-    if pickles:
-        given, remedy = f"only pickled weights ({', '.join(pickles[:3])})", f"if you trust it, {convert}"
-    else:
-        given = "no weights as safetensors"
-        remedy = (
-            f"wait until it is written, or copy it again; if it was published as a pickle that you trust, {convert}"
-        )
-    return GravlensError(
-        f"{folder} holds {given}.", "Reading a pickle can run code, so safetensors are needed.", remedy
-    )
+    given = f"only pickled weights ({', '.join(pickles[:3])})" if pickles else "no weights as safetensors"
+    remedy = "" if pickles else "wait until it is written, or copy it again; if it was published as a pickle: "
+    wanted = "Reading a pickle can run code, so safetensors are needed."
+    return GravlensError(f"{folder} holds {given}.", wanted, f"{remedy}if you trust it, {convert}")
 
 
-# --- what is in them --------------------------------------------------------------------------------------------
 class Entry(NamedTuple):
-    """One tensor in a safetensors header; a dtype that is not floating point goes by its name."""
+    """One tensor in a safetensors header."""
 
     file: Path
-    dtype: torch.dtype | str
+    dtype: torch.dtype | str  # the file's own name for a dtype that is not floating point
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The headers of a folder's weight files.
-
-    Attributes:
-        files: the safetensors files.
-        stamps: `stamp` of each file, taken before it was opened.
-        tensors: tensor name -> its header entry, sorted by name however the folder is sharded.
-    """
+    """The headers of a folder's weight files."""
 
     files: tuple[Path, ...]
-    stamps: tuple[Stamp, ...]
-    tensors: Mapping[str, Entry]
+    stamps: tuple[Stamp, ...]  # of each file, before it was opened
+    tensors: Mapping[str, Entry]  # sorted by name, however the folder is sharded
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape."""
+        """Shapes by tensor name."""
         return {name: entry.shape for name, entry in self.tensors.items()}
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The floating-point dtype of most numbers, or None."""
+        """The floating-point dtype of most numbers, or None."""  # a bf16 model may keep its norms in fp32
         counts: dict[torch.dtype, int] = {}
         for entry in self.tensors.values():
             if isinstance(entry.dtype, torch.dtype):
@@ -160,17 +122,13 @@ class Weights:
 
 
 def read_headers(folder: Path) -> Weights:
-    """Open each weight file of a folder once and read its header.
-
-    Raises:
-        GravlensError: as `weight_paths`, or a truncated file.
-    """
+    """Open each weight file of a folder once and read its header; raise as `weight_paths`, or if one is truncated."""
     files, found = weight_paths(folder), dict[str, Entry]()
-    stamps = tuple(stamp(path) for path in files)
+    stamps = tuple(stamp(path) for path in files)  # before opening: a file written in between is noticed
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118 (not a dict)
                     part = file.get_slice(name)
                     kind: str = part.get_dtype()  # pyright: ignore[reportAssignmentType]
                     found[name] = Entry(path, STORED_AS.get(kind, kind), tuple(part.get_shape()))
@@ -179,33 +137,19 @@ def read_headers(folder: Path) -> Weights:
     return Weights(tuple(files), stamps, dict(sorted(found.items())))
 
 
-def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Load each tensor of a folder in turn, sorted by name."""
-    yield from read_headers(folder).load()
-
-
 def stamp(path: Path) -> Stamp:
-    """Return what changes when a file is written: device, inode, size, mtime and ctime.
-
-    No program can set the ctime back (`cp -p` and `os.utime` restore only the mtime). A missing file has no stamp.
-    """
+    """Return what changes when a file is written: device, inode, size, mtime and ctime; () for a missing file."""
     try:
         stat = path.stat()
     except OSError:
         return ()
+    # No program can set the ctime back; `cp -p` and `os.utime` restore the mtime.
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Summary of weights.
-
-    Attributes:
-        tensors: number of tensors.
-        parameters: number of parameters.
-        dtype: stored dtypes, joined by commas.
-        digest: SHA-256 of names, dtypes, shapes and bytes, in the order of the names.
-    """
+    """Summary of weights: their stored dtypes, and SHA-256 of names, dtypes, shapes and bytes in the order of names."""
 
     tensors: int
     parameters: int
@@ -219,6 +163,7 @@ def contents(named: Iterable[tuple[str, Tensor]]) -> Contents:
     for name, tensor in named:
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(json.dumps([name, dtype, list(tensor.shape)]).encode())
+        # Viewed as bytes, because numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         tensors, parameters, dtypes = tensors + 1, parameters + tensor.numel(), dtypes | {dtype}
     return Contents(tensors, parameters, ",".join(sorted(dtypes)), digest.hexdigest())
@@ -232,8 +177,6 @@ def trained_steps(folder: Path) -> int | None:
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GravlensError(
-            f"{path} says no global_step ({type(error).__name__}: {error}).",
-            "Trainer writes there how many steps a checkpoint has.",
-            "wait until it is written to its end, or remove that file: then the folder's name says its step.",
-        ) from error
+        given = f"{path} has no global_step ({type(error).__name__}: {error})."
+        remedy = "wait until it is complete, or remove that file: then the folder's name gives the step."
+        raise GravlensError(given, "Trainer writes there how many steps a checkpoint has.", remedy) from error

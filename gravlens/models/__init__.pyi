@@ -1,4 +1,3 @@
-from . import adapters as adapters
 from . import families as families
 from . import forward as forward
 from . import lens as lens

@@ -1,7 +1,7 @@
-"""One class per library of models: what gravlens asks of a model, and how Hugging Face answers.
+"""The interface to a library's models (`Family`), its implementation for Hugging Face, and `OpenModel`.
 
-A new library is a subclass of `Family`, named in `CLASSES` and `library`. A new Hugging Face architecture needs no
-code: blocks and writes are found by their shape.
+To add a library, subclass `Family` and name it in `CLASSES` and `library`. A new Hugging Face architecture needs no
+code: blocks and writes are found by shape.
 """
 
 import inspect
@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
 from gravlens.core.errors import GravlensError, check_layer
-from gravlens.history.sequence import Checkpoint
 from gravlens.models.precision import precision_name, quantisation
 
 Inputs: TypeAlias = Mapping[str, Tensor]  # the fields of a `Batch`, on the model's device
@@ -30,11 +29,11 @@ FP32_LEAVES, ROUNDING_LEAVES = 1e-4, 4  # the second in units of the eps of a co
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """A module that adds its output to the residual stream, with its tensors and their axis of length d_model."""
+    """A module that adds its output to the residual stream."""
 
     name: str
     module: nn.Module
-    tensors: tuple[tuple[Tensor, int], ...]
+    tensors: tuple[tuple[Tensor, int], ...]  # each with its axis of length d_model
 
 
 class Family(ABC):
@@ -42,7 +41,7 @@ class Family(ABC):
 
     Attributes:
         module: the library's own model.
-        blocks: per layer, the module whose output (or its first part) is `blocks.{layer}.hook_resid_post`.
+        blocks: per layer, the module with `blocks.{layer}.hook_resid_post` as its output, or as its first part.
         d_model: width of the residual stream.
         name: of the family, as results store it.
         unprocessed: the call that loads such a model without processing its weights.
@@ -63,21 +62,18 @@ class Family(ABC):
     @classmethod
     def boot(cls, source: str, module: Any, tokenizer: Any | None) -> Any:
         """Make this library's model of a Hugging Face model that was loaded from `source`."""
-        raise GravlensError(
-            f"through={cls.name!r} was given for {source}.",
-            "Folders and hub ids are opened through 'huggingface' or 'bridge'.",
-            f"hand the model over in memory: {cls.unprocessed}",
-        )
+        wanted = "Folders and hub ids are opened through 'huggingface' or 'bridge'."
+        raise GravlensError(f"through={cls.name!r} was given for {source}.", wanted, f"pass {cls.unprocessed}")
 
     @property
     @abstractmethod
     def embedding(self) -> Tensor:
-        """The first weights that inputs meet: their device and dtype are those of the residual stream."""
+        """The weights of the embedding: their device and dtype are those of the residual stream."""
 
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """Number of token ids that the embedding has a row for."""
+        """Number of token ids with a row in the embedding."""
 
     @property
     @abstractmethod
@@ -96,29 +92,24 @@ class Family(ABC):
 
     @abstractmethod
     def trunk(self, inputs: Inputs, cache: Any | None = None) -> None:
-        """Run the blocks for the sake of hooks on them, without logits where the library allows it.
-
-        Args:
-            inputs: a padded batch.
-            cache: keys and values to continue from, and to add to; only where `kv_cache`.
-        """
+        """Run the blocks for their hooks, if possible without logits; continue and extend a KV `cache`."""
 
     @abstractmethod
     def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
-        """Logits at the last `keep` positions."""
+        """Return the logits at the last `keep` positions."""
 
     @abstractmethod
     def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Int[Tensor, "prompt pos"]:
-        """Greedy continuations, the prompts included."""
+        """Generate greedily; the prompts are included."""
 
     @abstractmethod
     def writes(self) -> Iterator[Write]:
-        """What adds to the residual stream. Lazy: a caller that stops early has walked over little."""
+        """Yield the modules that add to the residual stream, one at a time: a caller may stop early."""
 
     @property
     def is_folded(self) -> bool:
-        """Whether the norms' weights were folded into the weights that read from them; transformers never does it."""
-        return False
+        """Whether the norms' weights were folded into the weights that read from them."""
+        return False  # transformers never does it
 
 
 class HuggingFace(Family):
@@ -133,37 +124,32 @@ class HuggingFace(Family):
 
     @classmethod
     def boot(cls, source: str, module: Any, tokenizer: Any | None) -> Any:
-        """The model itself."""
         return module
 
     @property
     def embedding(self) -> Tensor:
-        """The token embedding: quantisation and device maps leave it plain numbers on a device."""
+        # Quantisation and device maps leave these plain numbers on a device.
         return self.module.get_input_embeddings().weight
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the token embedding."""
         return self.embedding.shape[0]
 
     @property
     def head(self) -> nn.Module | None:
-        """The module that transformers names as output embeddings."""
         return self.module.get_output_embeddings()
 
     @property
     def unembedding(self) -> Float[Tensor, "vocab d_model"]:
-        """Its weight."""
         return self.module.get_output_embeddings().weight
 
     @property
     def _inner(self) -> Any:
-        """The model inside a PEFT wrapper, adapters in place: the wrapper's signature hides the model's inputs."""
+        # A PEFT wrapper's signature hides the model's inputs; the adapters are in place inside it too.
         return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
     def trunk(self, inputs: Inputs, cache: Any | None = None) -> None:
-        """Call the decoder directly: `Trainer` wraps the whole model's forward in autocast."""
-        trunk = self._inner.base_model
+        trunk = self._inner.base_model  # called directly: `Trainer` wraps the whole model's forward in autocast
         known = inspect.signature(trunk.forward).parameters
         # Only position_ids may be dropped: without its mask a padded batch would be read wrongly.
         given: dict[str, Any] = {key: part for key, part in inputs.items() if key != "position_ids" or key in known}
@@ -172,15 +158,14 @@ class HuggingFace(Family):
         trunk(**given, use_cache=cache is not None)
 
     def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
-        """Of the last positions alone, where the architecture can leave out the others."""
         known = inspect.signature(self._inner.forward).parameters
         given: dict[str, Any] = {key: part for key, part in inputs.items() if key in known}
-        if "logits_to_keep" in known:
+        if "logits_to_keep" in known:  # the logits of all positions may be the largest tensor of the pass
             given["logits_to_keep"] = keep
         return self.module(**given, use_cache=False).logits[:, -keep:]
 
     def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Int[Tensor, "prompt pos"]:
-        """By transformers' own `generate`, whatever sampling the checkpoint's configuration asks for."""
+        # A config of its own: the checkpoint's generation_config.json may ask for sampling.
         config = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0 if eos is None else eos
         )
@@ -188,7 +173,7 @@ class HuggingFace(Family):
         return self.module.generate(inputs["input_ids"], attention_mask=mask, generation_config=config)
 
     def writes(self) -> Iterator[Write]:
-        """Embeddings of the stream's width and, in each part of a block, the last projection to that width."""
+        # Embeddings of the stream's width and, in each part of a block, the last projection to that width.
         for name, child in self.module.named_modules():
             if isinstance(child, nn.Embedding) and child.embedding_dim == self.d_model:
                 yield Write(name, child, ((child.weight, 1),))
@@ -199,22 +184,22 @@ class HuggingFace(Family):
 
 
 def library(name: str) -> type[Family]:
-    """A family by its name. TransformerLens takes 3 s to import, so its file is loaded here, when it is asked for."""
+    """Return a family by name."""
     match name:
         case "huggingface":
             return HuggingFace
         case "bridge":
-            return models.lens.Bridge
+            return models.lens.Bridge  # loaded here, lazily: TransformerLens takes 3 s to import
         case "hooked_transformer":
             return models.lens.Hooked
         case _:
-            raise GravlensError(
-                f"through={name!r} was given.", "It is 'huggingface' or 'bridge'.", 'through="huggingface".'
-            )
+            given, remedy = f"through={name!r} was given.", 'through="huggingface".'
+            raise GravlensError(given, "It is 'huggingface' or 'bridge'.", remedy)
 
 
 def family_of(module: Any) -> Family:
-    """The family of a model in memory, told by the names of its classes, so that no library is imported for it."""
+    """Return the family of a model in memory."""
+    # By the names of its classes: isinstance would import TransformerLens.
     names = (cls.__name__ for cls in type(module).__mro__)
     return library(next((CLASSES[name] for name in names if name in CLASSES), "huggingface"))(module)  # pyright: ignore[reportCallIssue]
 
@@ -224,10 +209,10 @@ class OpenModel:
     """A model that can be read, hooked and generated with.
 
     Attributes:
-        family: its library's interface: blocks, logits, generation, weights by their role.
+        family: its library's interface: blocks, logits, generation, weights by role.
         tokenizer: its tokenizer, or None.
-        weights: the parameters and persistent buffers under their Hugging Face names, where a checkpoint's weights
-            can be swapped in; empty for models that were handed over.
+        weights: parameters and persistent buffers by Hugging Face name, to swap a checkpoint's weights into; empty for
+            a model that was passed in memory.
     """
 
     family: Family
@@ -249,57 +234,51 @@ class OpenModel:
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
-        """For each layer, the module whose output is `blocks.{layer}.hook_resid_post`."""
+        """The modules that output `blocks.{layer}.hook_resid_post`, by layer."""
         return self.family.blocks
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream."""
         return self.family.d_model
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks."""
         return len(self.blocks)
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go."""
+        """Device of the inputs."""
         return self.family.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the residual stream is computed in."""
+        """Dtype of the residual stream."""
         return self.family.embedding.dtype
 
     @property
     def precision(self) -> str:
-        """The dtype and, where weights are quantised, how: see `precision_name`."""
+        """Dtype and quantisation; see `precision_name`."""
         return precision_name(self.dtype, quantisation(self.module))
 
 
 def resid_post(model: OpenModel, layer: int) -> nn.Module:
-    """The module whose output (or its first part) is `blocks.{layer}.hook_resid_post` [prompt, pos, d_model]."""
+    """Return the module that outputs (alone or first) `blocks.{layer}.hook_resid_post` [prompt, pos, d_model]."""
     return model.blocks[check_layer(layer, model.n_layers)]
 
 
-# --- parts of a Hugging Face model, found by shape --------------------------------------------------------------
 def block_list(module: Any) -> nn.ModuleList:
-    """The blocks of a Hugging Face model: of the lists with one entry a layer, the one with the most parameters."""
+    """Return the blocks of a Hugging Face model."""
     if not hasattr(module, "config"):
-        raise GravlensError(
-            f"A {type(module).__name__} was given.",
-            "A Hugging Face model, a TransformerBridge or a HookedTransformer is needed.",
-            "AutoModelForCausalLM.from_pretrained(...) or TransformerBridge.boot_transformers(...).",
-        )
+        wanted = "A Hugging Face model, a TransformerBridge or a HookedTransformer is needed."
+        remedy = "AutoModelForCausalLM.from_pretrained(...) or TransformerBridge.boot_transformers(...)."
+        raise GravlensError(f"A {type(module).__name__} was given.", wanted, remedy)
     n_layers = module.config.get_text_config().num_hidden_layers
     found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not found:
-        raise GravlensError(
-            f"{type(module).__name__} has no list of its {n_layers} blocks.",
-            "The residual stream is read at the outputs of the blocks.",
-            "a decoder-only language model.",
-        )
+        given = f"{type(module).__name__} has no list of its {n_layers} blocks."
+        wanted = "The residual stream is read at the outputs of the blocks."
+        raise GravlensError(given, wanted, "a decoder-only language model.")
+    # Some architectures have other lists of one entry per layer, such as embeddings or norms: smaller than the blocks.
     return max(found, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
@@ -321,47 +300,22 @@ def _experts(name: str, part: nn.Module, width: int) -> Iterator[Write]:
             yield Write(f"{name}.{child}", part, ((weight, axis), *(() if bias is None else ((bias, 1),))))
 
 
-# --- processed weights ------------------------------------------------------------------------------------------
-def check_not_centred(checkpoint: Checkpoint, family: Family) -> None:
-    """Raise if everything that writes to the stream has mean 0: its `resid_post` is not the checkpoint's.
-
-    Cheap for a model that was not centred: the first rows of its embedding settle it.
-    """
-    if all_centred(pair for write in family.writes() for pair in write.tensors):
-        raise GravlensError(
-            f"{checkpoint.name} ({checkpoint.described}) has centred writing weights.",
-            "Weights as they were trained are needed: centring subtracts the mean over d_model from resid_post.",
-            family.unprocessed,
-        )
-
-
-def folded_apart(folded: Checkpoint, family: Family, other: Checkpoint) -> GravlensError:
-    """The error for a history in which one checkpoint has folded norms and another has not."""
-    return GravlensError(
-        f"{folded.name} ({folded.described}) has folded norms, {other.name} ({other.described}) has not.",
-        "All checkpoints of a history are processed alike, best of all not at all.",
-        family.unprocessed,
-    )
-
-
 def all_centred(tensors: Iterable[tuple[Tensor, int]]) -> bool:
-    """Whether every tensor has mean 0 over its axis. A tensor of zeros (a fresh bias) is no evidence either way."""
-    told = False
+    """Whether every tensor has mean 0 over its axis, and not all are zero."""
+    evidence = False
     for tensor, axis in tensors:
         rows = tensor.detach().movedim(axis, -1).flatten(0, -2)[:ROWS] if tensor.ndim > 1 else tensor.detach()[None]
         scale = rows.float().square().mean().sqrt()
-        if scale > 0:
-            told = True
+        if scale > 0:  # zeros, as in a new bias, are no evidence either way
+            evidence = True
             mean = rows.float().mean(-1).square().mean().sqrt() * rows.shape[-1] ** 0.5
-            if not mean <= _rounding(rows) * scale:
+            if not mean <= _rounding(rows) * scale:  # so written, NaN is not centred
                 return False
-    return told
+    return evidence
 
 
 def _rounding(rows: Tensor) -> float:
-    """What rounding leaves of a mean of 0, in the coarsest dtype that represents these numbers exactly.
-
-    A bf16 checkpoint that was opened in fp32 still carries the rounding of bf16.
-    """
+    """Bound what rounding leaves of a mean of 0, in the coarsest dtype that represents these numbers exactly."""
+    # A bf16 checkpoint that was opened in fp32 still carries the rounding of bf16.
     coarse = (d for d in (torch.bfloat16, torch.float16) if torch.equal(rows.to(d).to(rows.dtype), rows))
     return max([FP32_LEAVES, *(ROUNDING_LEAVES * torch.finfo(dtype).eps for dtype in coarse)])

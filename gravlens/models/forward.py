@@ -20,17 +20,11 @@ BATCH = 32
 Positions: TypeAlias = Literal["all", "last", "prompt", "answer"] | tuple[int, ...]
 
 
-# --- the batch of the current pass -------------------------------------------------------------------------------
 class Reading(NamedTuple):
-    """The batch of a forward pass and where its prompts end, for hooks that act at some positions only.
-
-    Attributes:
-        batch: padded; generation appends to it.
-        ends: index of each row's last prompt token; the tokens after it are its answer.
-    """
+    """The padded batch of a forward pass and where its prompts end, for hooks that act at some positions only."""
 
     batch: Batch
-    ends: Int[Tensor, " prompt"]
+    ends: Int[Tensor, " prompt"]  # index of each row's last prompt token; the tokens after it are its answer
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
@@ -39,21 +33,20 @@ class Reading(NamedTuple):
         return [tuple(ids[: end + 1][true[: end + 1]].tolist()) for ids, true, end in rows]
 
     def chosen(self, positions: Positions, width: int) -> Bool[Tensor, "prompt pos"]:
-        """Mask of these positions in a pass of `width` tokens, without padding.
-
-        A pass too narrow to contain every prompt's end is a decoding step from a KV cache: all of it is answer.
-
-        Raises:
-            GravlensError: an offset beyond the start of the shortest prompt.
-        """
+        """Mask these positions in a pass of `width` tokens, without padding; raise if an offset exceeds a prompt."""
         true = self.batch.attention_mask
         if not isinstance(positions, str):
-            _check_reach(positions, int(true.cumsum(1).gather(1, self.ends[:, None]).min()))
-        if width <= int(self.ends.max()):
+            shortest = int(true.cumsum(1).gather(1, self.ends[:, None]).min())
+            if -min(positions) > shortest:
+                given = f"positions={positions!r} was given; the shortest prompt has {shortest} tokens."
+                wanted = "Offsets count back from the last prompt token, -1, and every prompt must be long enough."
+                raise GravlensError(given, wanted, '"last", or longer prompts.')
+        if width <= int(self.ends.max()):  # a decoding step from a KV cache: all of it is answer
             return torch.full((len(self.ends), width), positions in ("all", "answer"))
         after = torch.arange(width) - self.ends[:, None]  # 0 at the last prompt token
         kinds = {"all": after == after, "last": after == 0, "prompt": after <= 0, "answer": after > 0}
         meant = kinds[positions] if isinstance(positions, str) else torch.isin(after - 1, torch.tensor(positions))
+        # Generation appends tokens to the batch, none of them padding.
         return meant & widen(true, (0, width - true.shape[1]), value=1).bool()
 
 
@@ -63,7 +56,7 @@ READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 @contextmanager
 def reading(batch: Batch, ends: Int[Tensor, " prompt"] | None = None) -> Generator[None]:
-    """Declare the batch of the forward passes inside; gravlens's own functions do, so this is for your own passes.
+    """Declare the batch of your own forward passes inside the block; gravlens's functions do it themselves.
 
     Args:
         batch: the padded prompts, at least two tokens wide if a KV cache is used.
@@ -78,14 +71,12 @@ def reading(batch: Batch, ends: Int[Tensor, " prompt"] | None = None) -> Generat
 
 
 def current_reading(hidden: Float[Tensor, "prompt pos d_model"]) -> Reading:
-    """The batch of the current forward pass, by its states; raise if it was not declared."""
+    """Return the batch of the current forward pass, given its states; raise if it was not declared."""
     now = READING.get()
     if now is None or hidden.ndim != 3 or len(hidden) != len(now.ends):
-        raise GravlensError(
-            f"The batch of a forward pass with states {tuple(hidden.shape)} was not declared.",
-            "Positions count from the last prompt token, which gravlens's own functions declare.",
-            'with gravlens.models.forward.reading(pad(ids)): around your own pass, or positions="all".',
-        )
+        given = f"The batch of a forward pass with states {tuple(hidden.shape)} was not declared."
+        remedy = 'with gravlens.models.forward.reading(pad(ids)): around your own pass, or positions="all".'
+        raise GravlensError(given, "Positions count from the last prompt token, which has to be declared.", remedy)
     return now
 
 
@@ -94,23 +85,10 @@ def check_positions(positions: Positions) -> None:
     given: Any = positions
     offsets = isinstance(given, tuple) and given and all(type(one) is int and one < 0 for one in given)
     if not offsets and given not in ("all", "last", "prompt", "answer"):
-        raise GravlensError(
-            f"positions={given!r} was given.",
-            'Positions are "all", "last", "prompt", "answer" or a tuple of offsets; -1 is the last prompt token.',
-            '"last", or (-1,).',
-        )
+        wanted = 'Positions are "all", "last", "prompt", "answer" or a tuple of offsets; -1 is the last prompt token.'
+        raise GravlensError(f"positions={given!r} was given.", wanted, '"last", or (-1,).')
 
 
-def _check_reach(offsets: tuple[int, ...], shortest: int) -> None:
-    if -min(offsets) > shortest:
-        raise GravlensError(
-            f"positions={offsets!r} was given; the shortest prompt has {shortest} tokens.",
-            "Offsets count back from the last prompt token, -1, and every prompt must be long enough.",
-            '"last", or longer prompts.',
-        )
-
-
-# --- forward passes ----------------------------------------------------------------------------------------------
 def run_trunk(model: OpenModel, batch: Batch) -> None:
     """Run the blocks for the hooks on them, without logits where the family allows it."""
     with reading(batch):
@@ -118,7 +96,7 @@ def run_trunk(model: OpenModel, batch: Batch) -> None:
 
 
 def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompt vocab"]:
-    """Next-token logits after each prompt, fp32."""
+    """Return the next-token logits after each prompt, fp32."""
     logits: list[Tensor] = [torch.empty(0)] * len(ids)
     with torch.inference_mode(), progress("logits", total=len(ids), unit="prompt") as bar:
         for rows, batch in batches(model, ids):
@@ -129,10 +107,7 @@ def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor
 
 
 def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuation of each prompt: the new tokens, up to the end-of-sequence token.
-
-    Hugging Face models use a KV cache; TransformerLens models run the whole sequence for every token.
-    """
+    """Continue each prompt greedily; return the new tokens up to the end-of-sequence token."""
     eos = None if model.tokenizer is None else model.tokenizer.eos_token_id
     answers: list[list[int]] = [[]] * len(ids)
     with torch.inference_mode(), progress("answers", total=len(ids), unit="prompt") as bar:
@@ -153,8 +128,8 @@ def _inputs(model: OpenModel, batch: Batch) -> dict[str, Tensor]:
 
 
 def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
-    """Left-padded batches of similar length; without `padding`, of equal length."""
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    """Yield left-padded batches of similar length; of equal length for a family without `padding`."""
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # so that little is padding
     while order:
         rows = order[:BATCH]
         if not model.family.padding:
@@ -166,7 +141,7 @@ def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[li
 def sequence_logprobs(
     model: OpenModel, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
 ) -> Float[Tensor, " prompt"]:
-    """Log-probability of each continuation after its prompt, teacher-forced, summed over its tokens in fp64; nats."""
+    """Return the teacher-forced log-probability of each continuation, summed over its tokens in fp64; nats."""
     totals = torch.zeros(len(prompts), dtype=torch.float64)
     ids = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
     with torch.inference_mode(), progress("likelihoods", total=len(ids), unit="prompt") as bar:
@@ -183,7 +158,7 @@ def sequence_logprobs(
 def end_logits(
     model: OpenModel, batch: Batch, answers: Int[Tensor, " prompt"] | None = None
 ) -> Float[Tensor, "prompt keep vocab"]:
-    """Logits from the last prompt token on; `answers`: the number of tokens after it, per row."""
+    """Return the logits from the last prompt token on; `answers`: number of tokens after it, per row."""
     answers = torch.zeros(len(batch.input_ids), dtype=torch.long) if answers is None else answers
     keep = 1 + int(answers.max())
     with reading(batch, last_positions(batch.attention_mask) - answers):

@@ -23,7 +23,7 @@ EXACT, ROUNDED = 1e-3, 0.25
 
 
 class _Lens(Family):
-    """What bridges and HookedTransformers share: names of weights, hook points, a `forward` that returns logits."""
+    """Names of weights, hook points and `forward`, common to bridges and HookedTransformers."""
 
     own_tensors = False
     # Wrong in TransformerLens 3.9 to 4.3: a bridge's cache stays empty where transformers calls it `cache`, and
@@ -32,70 +32,57 @@ class _Lens(Family):
 
     @property
     def embedding(self) -> Tensor:
-        """The first parameter."""
         return next(self.module.parameters())
 
     @property
     def vocabulary(self) -> int:
-        """By the configuration."""
         return self.module.cfg.d_vocab
 
     @property
     def head(self) -> nn.Module | None:
-        """`unembed`."""
         return getattr(self.module, "unembed", None)
 
     @property
     def unembedding(self) -> Float[Tensor, "vocab d_model"]:
-        """`W_U`, which TransformerLens stores as [d_model, vocab]."""
-        return self.module.W_U.T
+        return self.module.W_U.T  # stored as [d_model, vocab]
 
     @property
     def final_norm(self) -> nn.Module:
-        """`ln_final`."""
         if hasattr(self.module, "ln_final"):
             return self.module.ln_final
-        raise GravlensError(
-            f"In {type(self.module).__name__} no final norm was found (it has no ln_final).",
-            "A logit lens needs the norm before the unembedding.",
-            "the Hugging Face model, opened from its folder.",
-        )
+        given = f"This {type(self.module).__name__} has no final norm (no ln_final)."
+        wanted = "A logit lens needs the norm before the unembedding."
+        raise GravlensError(given, wanted, "the Hugging Face model, opened from its folder.")
 
     def trunk(self, inputs: Inputs, cache: Any | None = None) -> None:
-        """A HookedTransformer stops before its unembedding; a bridge does not."""
+        # With return_type=None a HookedTransformer stops before its unembedding; a bridge does not.
         self.module(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_type=None)
 
     def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
-        """Computed at every position, then cut."""
         return self.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -keep:]
 
     def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Int[Tensor, "prompt pos"]:
-        """Without a KV cache: see `kv_cache`."""
         return self.module.generate(
             inputs["input_ids"], max_new_tokens=max_new_tokens, do_sample=False, stop_at_eos=eos is not None,
             eos_token_id=eos, return_type="tokens", verbose=False, use_past_kv_cache=False,
         )  # fmt: skip
 
     def writes(self) -> Iterator[Write]:
-        """Embeddings, and the output weights and biases of attention and MLP."""
         yield from _named(self.module, -1, "embed.W_E", "pos_embed.W_pos")
         for block in self.module.blocks:
             yield from _named(block, -1, "attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out")
 
     @property
     def is_folded(self) -> bool:
-        """Folding a LayerNorm leaves centred reading weights.
-
-        A folded RMS norm shows only in a HookedTransformer, which then has none of its own (`RMSPre`); in a bridge its
-        weights are 1, as in any model at initialisation.
-        """
+        # Folding a LayerNorm leaves centred reading weights. A folded RMS norm shows only in a HookedTransformer, which
+        # then has none of its own (`RMSPre`); in a bridge its weights are 1, as in any model at initialisation.
         bare_rms = getattr(self.module.cfg, "normalization_type", None) == "RMSPre"
         reads = (write for block in self.module.blocks for write in _named(block, -2, "attn.W_Q", "mlp.W_in"))
         return bare_rms or all_centred(pair for read in reads for pair in read.tensors)
 
 
 class Bridge(_Lens):
-    """A `TransformerBridge`, compared with the Hugging Face model that it wraps before it is trusted."""
+    """A `TransformerBridge`; its logits are compared with those of the Hugging Face model that it wraps."""
 
     name = "bridge"
     unprocessed = (
@@ -108,11 +95,10 @@ class Bridge(_Lens):
 
     @classmethod
     def boot(cls, source: str, module: Any, tokenizer: Any | None) -> Any:
-        """The same weights as a bridge, in the module's own dtype; the module is changed in place.
+        """Make a bridge of the module, in place, in its own dtype.
 
         Raises:
-            GravlensError: TransformerLens does not know the architecture, fails at it, or computes other logits. In
-                bf16 only gross errors can be told from rounding.
+            GravlensError: TransformerLens does not know the architecture, fails, or computes other logits.
         """
         dtype, vocabulary = module.dtype, module.get_input_embeddings().weight.shape[0]
         ids = torch.linspace(1, vocabulary - 2, 2 * TRIAL, device=module.device).long().view(2, TRIAL)
@@ -131,7 +117,7 @@ class Bridge(_Lens):
 
 
 class Hooked(_Lens):
-    """A `HookedTransformer`, handed over in memory."""
+    """A `HookedTransformer`, passed in memory."""
 
     name = "hooked_transformer"
     unprocessed = "HookedTransformer.from_pretrained_no_processing(...)."
@@ -141,7 +127,7 @@ class Hooked(_Lens):
 
 
 def _named(part: Any, axis: int, *names: str) -> Iterator[Write]:
-    """Tensors under TransformerLens' names, those that a part has, with their axis of length d_model."""
+    """Yield the tensors that a part has under these names, with their axis of length d_model."""
     for name in names:
         found = part
         with suppress(NotImplementedError):  # quantised: a bridge's processing cannot read these either
@@ -152,17 +138,14 @@ def _named(part: Any, axis: int, *names: str) -> Iterator[Write]:
 
 
 def _trial_logits(module: Any, ids: Int[Tensor, "prompt pos"]) -> Float[Tensor, "pos vocab"]:
-    """At every token of two prompts, the second of them padded: masks are where architectures go wrong."""
     mask = torch.ones_like(ids)
-    mask[1, TRIAL // 2 :] = 0
+    mask[1, TRIAL // 2 :] = 0  # the second of two prompts is padded: masks are where architectures go wrong
     with torch.no_grad():
         out = module(ids, attention_mask=mask)
     return (out if isinstance(out, Tensor) else out.logits)[mask.bool()].float()
 
 
 def _refused(source: str, module: Any, what: str) -> GravlensError:
-    return GravlensError(
-        f"TransformerBridge over {source} ({type(module).__name__}, {module.dtype}) {what}.",
-        "A bridge must compute the logits of the Hugging Face model.",
-        'through="huggingface", which reads the same activations, or another version of transformer-lens.',
-    )
+    given = f"TransformerBridge over {source} ({type(module).__name__}, {module.dtype}) {what}."
+    remedy = 'through="huggingface", which reads the same activations, or another version of transformer-lens.'
+    return GravlensError(given, "A bridge must compute the logits of the Hugging Face model.", remedy)

@@ -1,10 +1,8 @@
-"""Open a checkpoint, a folder, a hub id or a model in memory as an `OpenModel`; load weights and tokenizers."""
+"""Open a folder, a hub id or a model in memory as an `OpenModel`: load weights, merge adapters, load tokenizers."""
 
 import copy
 import logging
-import os
-import shutil
-import tempfile
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +15,14 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError
-from gravlens.core.files import damaged
+from gravlens.core.files import damaged, once
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
-from gravlens.models.adapters import merge_adapter
-from gravlens.models.families import OpenModel, check_not_centred, family_of, library
+from gravlens.models.families import Family, OpenModel, all_centred, family_of, library
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
-from gravlens.models.precision import as_dtype
+from gravlens.models.precision import as_dtype, check_unquantised
 
+ADAPTER = "gravlens"  # PEFT's name of the adapter while it is merged
 Openable: TypeAlias = OpenModel | Checkpoint | Resolved | Path | str | nn.Module
 
 
@@ -37,24 +35,18 @@ def open_model(
     device_map: DeviceMap = None,
     through: Literal["huggingface", "bridge"] = "huggingface",
 ) -> OpenModel:
-    """Open a checkpoint.
+    """Open a checkpoint, a folder, a hub id or a model in memory; an `OpenModel` is returned unchanged.
 
     A folder or hub id is loaded as a Hugging Face model, or as a `TransformerBridge` (`through="bridge"`); weights are
-    never processed. A PEFT adapter is merged into its base. A model in memory is used as it is, also quantised, unless
-    its writing weights were centred. An `OpenModel` is returned unchanged.
+    never processed. A PEFT adapter is merged into its base. A model in memory is used as it is, also quantised.
 
     Args:
-        source: a checkpoint (resolved or not), a folder, a hub id, a model in memory, or an `OpenModel`.
         tokenizer: default: the checkpoint's, by its `template`.
-        device: as in `Placement`.
-        dtype: likewise.
-        device_map: likewise.
-        through: `huggingface` or `bridge`.
+        device: as in `Placement`, like `dtype` and `device_map`.
 
     Raises:
-        GravlensError: a folder that is missing, corrupt, has pickled weights only, or is not a causal language model;
-            an adapter that does not fit its base; centred writing weights, which change `resid_post`; an unavailable
-            device, an unknown dtype, weights that would be offloaded.
+        GravlensError: not a complete causal language model in safetensors; an adapter that does not fit its base;
+            centred writing weights, which change `resid_post`; an unavailable device, weights that would be offloaded.
     """
     if isinstance(source, OpenModel):
         return source
@@ -68,20 +60,13 @@ def open_model(
     for adapter in adapters:
         merge_adapter(module, adapter)
     weights = weights_of(module)
-    _own_memory(weights)
-    module = library(through).boot(str(base.path), module, tokenizer)  # a bridge may hold views of the weights
-    return _adopt(checkpoint, module, tokenizer, weights)
-
-
-def _own_memory(weights: Mapping[str, Tensor]) -> None:
-    """Copy weights on the CPU out of the memory-mapped file.
-
-    The mapping would keep the disk space of an evicted file. And the last bits of a matrix product depend on memory
-    alignment: a checkpoint would give other bits loaded than swapped in.
-    """
     for weight in weights.values():
         if weight.device.type == "cpu":
+            # Out of the memory-mapped file: it would keep the disk space of an evicted checkpoint. And the last bits of
+            # a matrix product depend on memory alignment: loaded and swapped in, a checkpoint would give other bits.
             weight.data = weight.data.clone()
+    module = library(through).boot(str(base.path), module, tokenizer)  # a bridge may hold views of the weights
+    return _adopt(checkpoint, module, tokenizer, weights)
 
 
 def load_huggingface(
@@ -103,7 +88,7 @@ def load_huggingface(
                 folder.path,
                 dtype=as_dtype(dtype) or stored or "auto",
                 device_map=device_map or (None if place.type == "cpu" else {"": place}),
-                trust_remote_code=False,
+                trust_remote_code=False,  # its own code may do anything
                 use_safetensors=True,  # a pickle can run code
                 output_loading_info=True,
             )
@@ -117,16 +102,62 @@ def load_huggingface(
     if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
         raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) do not fit on a device")
     if missing := sorted(report["missing_keys"]):
-        raise GravlensError(
-            f"Weights are missing from {source}: {', '.join(missing[:3])}.",
-            "All are needed; transformers would initialise the missing ones at random.",
-            "save the checkpoint again (model.save_pretrained of a causal language model).",
-        )
-    return model.eval()
+        wanted = "All are needed; transformers would initialise the missing ones at random."
+        remedy = "save the checkpoint again (model.save_pretrained of a causal language model)."
+        raise GravlensError(f"Weights are missing from {source}: {', '.join(missing[:3])}.", wanted, remedy)
+    return model.eval()  # no dropout
+
+
+def merge_adapter(module: Any, folder: Folder) -> None:
+    """Merge a PEFT adapter into the weights of a Hugging Face model, in place; no second model is made."""
+    check_unquantised(module, "Merging an adapter")
+    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    _ = folder.weights  # raises on a pickled or truncated adapter before PEFT changes the model
+    try:
+        with warnings.catch_warnings():  # PEFT asks transformers for names that it will drop
+            warnings.simplefilter("ignore", FutureWarning)
+            merged, lost = _merged(module, folder)
+    except GravlensError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise _does_not_fit(folder, reason) from error
+    if lost:
+        raise _does_not_fit(folder, f"{len(lost)} tensors have no counterpart, the first is {sorted(lost)[0]}")
+    for name, weight in merged.named_parameters():  # PEFT freezes the base
+        weight.requires_grad_(name in trained)
+
+
+def _merged(module: Any, folder: Folder) -> tuple[Any, set[str]]:
+    """Return the model with the adapter merged by PEFT, and the names of tensors without a counterpart."""
+    try:
+        from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+    except ImportError as error:
+        given = f"{folder.path} is an adapter and PEFT is not installed."
+        raise GravlensError(given, "Adapters are merged by PEFT.", "pip install peft, or gravlens[train].") from error
+    config = PeftConfig.from_pretrained(str(folder.path))
+    # The first makes PEFT import a module that the file names, the second adds blocks to the model.
+    for foreign in ("megatron_config", "layer_replication"):
+        if getattr(config, foreign, None):
+            raise _does_not_fit(folder, f"it uses {foreign}")
+    config.inference_mode = True
+    adapted = PeftModel(module, config, adapter_name=ADAPTER)
+    # PeftModel.from_pretrained would also load a pickled adapter; here it only gets tensors from safetensors.
+    report = set_peft_model_state_dict(adapted, dict(folder.weights.load()), adapter_name=ADAPTER)
+    # PEFT skips unused and missing tensors silently.
+    empty = {name for name in report.missing_keys if ADAPTER in name.split(".")}  # the base's are missing as a rule
+    lost = empty | set(report.unexpected_keys)
+    return adapted.unload() if lost else adapted.merge_and_unload(safe_merge=True), lost
+
+
+def _does_not_fit(folder: Folder, reason: str) -> GravlensError:
+    wanted = "Every tensor of an adapter must match the base; otherwise the base would be compared with itself."
+    remedy = "the model that it was trained over, or merge_and_unload() there and save_pretrained()."
+    return GravlensError(f"The adapter {folder.path} does not fit its base ({reason}).", wanted, remedy)
 
 
 def load_tokenizer(source: Folder | Path | str) -> Any | None:
-    """The tokenizer of a folder or hub id, or None if it has none."""
+    """Load the tokenizer of a folder or hub id, or return None if it has none."""
     folder = as_folder(source, weights=False)
     try:
         with quiet():
@@ -136,7 +167,7 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
-    """The tokenizer that a checkpoint is read with, after its `template`; or None."""
+    """Load the tokenizer that a checkpoint is read with, by its `template`; None if there is none."""
     resolved = resolve(checkpoint, weights=False)
     if resolved.template is not None:
         return checkpoint_tokenizer(resolved.template)
@@ -149,19 +180,12 @@ def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
 
 
 def own_tokenizer(resolved: Resolved) -> Any | None:
-    """A checkpoint's own tokenizer (handed over, an adapter's, or else its base's), or None.
-
-    Raises:
-        GravlensError: a folder or hub id was handed over that holds none.
-    """
+    """Load a checkpoint's own tokenizer: the one given, the adapter's, or else its base's; None if there is none."""
     checkpoint = resolved.checkpoint
     if resolved.tokenizer is not None:
         if (found := load_tokenizer(resolved.tokenizer)) is None:
-            raise GravlensError(
-                f"{checkpoint.tokenizer} holds no tokenizer.",
-                "tokenizer= is a tokenizer, or a folder or hub id of one.",
-                "a folder written by tokenizer.save_pretrained.",
-            )
+            given, wanted = f"{checkpoint.tokenizer} holds no tokenizer.", "tokenizer= is one, or a folder or hub id."
+            raise GravlensError(given, wanted, "a folder written by tokenizer.save_pretrained.")
         return found
     if checkpoint.tokenizer is not None:
         return checkpoint.tokenizer
@@ -172,13 +196,11 @@ def own_tokenizer(resolved: Resolved) -> Any | None:
 
 
 def not_opened(source: Path | str, error: Exception) -> GravlensError:
-    """The error for a folder that transformers cannot open."""
-    return GravlensError(
-        f"{source} could not be opened ({str(error).strip().splitlines()[0]}).",
-        "A folder written by save_pretrained or a reachable hub id is needed; a checkpoint's own code is not run.",
-        "check the path and that it has config.json and *.safetensors"
-        + (", and install the missing package." if isinstance(error, ImportError) else "."),
-    )
+    """Return the error for a folder that transformers cannot open."""
+    given = f"{source} could not be opened ({str(error).strip().splitlines()[0]})."
+    wanted = "A folder written by save_pretrained or a reachable hub id is needed; a checkpoint's own code is not run."
+    package = ", and install the missing package" if isinstance(error, ImportError) else ""
+    return GravlensError(given, wanted, f"check the path and that it has config.json and *.safetensors{package}.")
 
 
 def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
@@ -187,28 +209,31 @@ def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: 
     return OpenModel(family, tokenizer or getattr(module, "tokenizer", None), weights)
 
 
+def check_not_centred(checkpoint: Checkpoint, family: Family) -> None:
+    """Raise if everything that writes to the residual stream has mean 0: `resid_post` is not the checkpoint's."""
+    # Cheap for a model that was not centred: the first rows of its embedding settle it.
+    if all_centred(pair for write in family.writes() for pair in write.tensors):
+        given = f"{checkpoint.name} ({checkpoint.described}) has centred writing weights."
+        wanted = "Weights as trained are needed: centring subtracts the mean over d_model from resid_post."
+        raise GravlensError(given, wanted, family.unprocessed)
+
+
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones once, as `save_pretrained` writes them."""
+    """Return parameters and persistent buffers by name, tied ones once, as `save_pretrained` writes them."""
     state = module.state_dict()
     return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in state}}
 
 
 def save_folder(model: OpenModel, folder: Path) -> Path:
     """Save a model and its tokenizer as a Hugging Face folder, atomically; an existing folder is replaced."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+
+    def save(scratch: Path) -> None:
         with quiet():
             model.module.save_pretrained(scratch)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.chmod(scratch, 0o755)  # mkdtemp makes it private to the user
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    return folder
+
+    return once(folder, save, replace=True)
 
 
 @contextmanager

@@ -20,14 +20,10 @@ class Placement:
     Attributes:
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, …, or `"auto"`: a GPU if there is one.
         dtype: a torch dtype or its name (`"bf16"`), or `"stored"`: as each file stores its weights.
-        device_map: `"auto"`, or module name -> device, as accelerate takes it, for a model larger than one GPU;
-            excludes `device`. Offloading (to disk, or to CPU memory next to a GPU) is not supported.
-        keep: number of downloaded revisions that stay on disk, including the current one; the next is prefetched, so
-            there are at most `keep` + 1. None: no eviction. Only checkpoints of runs are evicted, never the witness,
-            the anchor, or files that were in the cache before.
-
-    Raises:
-        GravlensError: an unknown dtype, both a device and a map, a map that offloads, `keep` below 1.
+        device_map: `"auto"`, or module name -> device as for accelerate, for a model larger than one GPU; excludes
+            `device`. Offloading (to disk, or to CPU memory next to a GPU) is not supported.
+        keep: number of downloaded revisions to keep on disk, including the current one, besides the prefetched next
+            one. None: no eviction. Witness, anchor, and files that were in the cache before are never evicted.
     """
 
     device: str = "cpu"
@@ -39,29 +35,23 @@ class Placement:
         as_dtype(self.dtype)
         check_map(self.device, self.device_map)
         if self.keep is not None and (isinstance(self.keep, bool) or self.keep < 1):
-            raise GravlensError(
-                f"keep={self.keep!r} was given.",
-                "The revision that is being read stays on disk, so at least 1 is needed.",
-                "keep=1 (disk space for two), or None, which keeps all.",
-            )
+            wanted = "The revision that is being read stays on disk, so at least 1 is needed."
+            remedy = "keep=1 (disk space for two), or None, which keeps all."
+            raise GravlensError(f"keep={self.keep!r} was given.", wanted, remedy)
 
     @property
     def where(self) -> dict[str, Any]:
-        """Device, dtype and device map, as `open_model` takes them."""
+        """Device, dtype and device map as arguments of `open_model`."""
         return {"device": self.device, "dtype": self.dtype, "device_map": self.device_map}
 
 
 def as_device(name: str | torch.device) -> torch.device:
-    """An available device; `"auto"` is the first GPU, or else the CPU.
-
-    Raises:
-        GravlensError: an unknown device, or one that this machine does not have.
-    """
+    """Return an available device (`"auto"`: the first GPU, else the CPU); raise if it is unknown or not available."""
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        module = torch.get_device_module(device)
+        module = torch.get_device_module(device)  # torch.device accepts a "cuda:7" that is not there
         here = module.is_available() and (device.index or 0) < module.device_count()
     except (RuntimeError, AttributeError) as error:
         raise _no_device(name, "is not a device that models run on") from error
@@ -75,32 +65,24 @@ def check_map(device: str | torch.device | None, device_map: DeviceMap) -> None:
     if device_map is None:
         return
     if str(device or "cpu") != "cpu":
-        raise GravlensError(
-            f"device={str(device)!r} and a device_map were given.",
-            "A map assigns a device to each part.",
-            "only one of them; device_map='auto' spreads a model over all GPUs.",
-        )
+        given, wanted = f"device={str(device)!r} and a device_map were given.", "A map assigns a device to each part."
+        raise GravlensError(given, wanted, "only one of them; device_map='auto' spreads a model over all GPUs.")
     places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
     if offloaded := {str(place) for place in places} & set(OFFLOADED):
         raise no_offloading(f"device_map sends parts to {', '.join(sorted(offloaded))}")
 
 
 def no_offloading(found: str) -> GravlensError:
-    """The error for weights that would be copied to the device in each pass."""
-    return GravlensError(
-        f"{found}.",
-        "All weights must be on devices, so that the next checkpoint's can be copied into them.",
-        "a smaller dtype (dtype='bf16'), more GPUs, or device='cpu'.",
-    )
+    """Return the error for weights that would be copied to the device in each pass."""
+    wanted = "All weights must be on devices, so that the next checkpoint's can be copied into them."
+    return GravlensError(f"{found}.", wanted, "a smaller dtype (dtype='bf16'), more GPUs, or device='cpu'.")
 
 
 def no_room(source: object, error: Exception) -> GravlensError:
-    """The error for a model that is larger than its device."""
-    return GravlensError(
-        f"{source} does not fit on its device ({str(error).strip().splitlines()[0]}).",
-        "All weights of a model must fit at once.",
-        "dtype='bf16', device_map='auto' over several GPUs, or device='cpu'.",
-    )
+    """Return the error for a model that is larger than its device."""
+    given = f"{source} does not fit on its device ({str(error).strip().splitlines()[0]})."
+    remedy = "dtype='bf16', device_map='auto' over several GPUs, or device='cpu'."
+    return GravlensError(given, "All weights of a model must fit at once.", remedy)
 
 
 def _no_device(name: str | torch.device, what: str) -> GravlensError:

@@ -14,20 +14,13 @@ NAMES = ("float32", "float16", "bfloat16", "float64")
 
 
 def as_dtype(given: torch.dtype | str) -> torch.dtype | None:
-    """Return a dtype given itself or its name; None for `"stored"` (or `"auto"`), which depends on the checkpoint.
-
-    Raises:
-        GravlensError: not a floating-point dtype that models can be read in.
-    """
+    """Return a dtype given itself or its name; None for `"stored"` (or `"auto"`), which depends on the checkpoint."""
     name = SHORT.get(str(given), str(given).removeprefix("torch."))
     if name == STORED:
         return None
     if name not in NAMES:
-        raise GravlensError(
-            f"dtype={given!r} was given.",
-            "Models are read in float32, float16, bfloat16 or float64, or as they are stored.",
-            "dtype='float32', 'bf16', or 'stored'.",
-        )
+        wanted = "Models are read in float32, float16, bfloat16 or float64, or as they are stored."
+        raise GravlensError(f"dtype={given!r} was given.", wanted, "dtype='float32', 'bf16', or 'stored'.")
     return getattr(torch, name)
 
 
@@ -51,7 +44,7 @@ def quantisation(module: nn.Module) -> str | None:
 
 
 def quantisation_in(config: Mapping[str, Any] | None) -> str | None:
-    """Return how weights were saved quantised, by the content of a config.json; None if they were not."""
+    """Describe how weights were saved quantised, given the content of a config.json; None if they were not."""
     return _named((config or {}).get("quantization_config"))
 
 
@@ -63,6 +56,7 @@ def _named(config: Any) -> str | None:
     method = entries.get("quant_method", "an unknown method")
     method = str(getattr(method, "value", method))
     if method == "bitsandbytes":
+        # transformers' object keeps the flag under a private name.
         four = entries.get("load_in_4bit", entries.get("_load_in_4bit"))
         return f"4-bit (bitsandbytes {entries.get('bnb_4bit_quant_type', 'fp4')})" if four else "8-bit (bitsandbytes)"
     if bits := entries.get("bits"):
@@ -75,8 +69,6 @@ def _named(config: Any) -> str | None:
 def check_unquantised(module: nn.Module, what: str) -> None:
     """Raise if weights are quantised and `what` (a noun) would read or write them as plain numbers."""
     if found := quantisation(module):
-        raise GravlensError(
-            f"The weights of this {type(module).__name__} are {found}.",
-            f"{what} takes weights as plain numbers, which quantised ones are not.",
-            "the same checkpoint in full precision (states, steering and ablation work on quantised ones).",
-        )
+        given, wanted = f"The weights of this {type(module).__name__} are {found}.", f"{what} needs plain numbers."
+        remedy = "the same checkpoint in full precision (states, steering and ablation work on quantised ones)."
+        raise GravlensError(given, wanted, remedy)

@@ -13,12 +13,12 @@ from gravlens.core.errors import GravlensError
 from gravlens.history.prefetch import in_turn
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder
-from gravlens.models.adapters import merge_adapter
-from gravlens.models.families import check_not_centred, folded_apart
 from gravlens.models.opening import (
     OpenModel,
+    check_not_centred,
     checkpoint_tokenizer,
     load_huggingface,
+    merge_adapter,
     not_opened,
     open_model,
     quiet,
@@ -26,6 +26,8 @@ from gravlens.models.opening import (
 )
 from gravlens.models.placement import Placement
 from gravlens.models.precision import as_dtype, check_unquantised, precision_name, quantisation_in
+
+ONE_SHAPE = "Checkpoints of one history have one shape.", "checkpoints of one training history."
 
 
 def open_each(
@@ -37,16 +39,13 @@ def open_each(
 ) -> Iterator[tuple[Checkpoint, OpenModel]]:
     """Open checkpoints one after the other: one model stays open and the weights are swapped into it.
 
-    The model that is yielded is valid until the next one is asked for. Models in memory are yielded as they are. An
-    adapter is merged into its base in place, and the base's weights are restored for the next one. A quantised folder
-    is opened as a new model. While one is read the next one's files are fetched (`placement.keep`).
-
-    Raises:
-        GravlensError: a checkpoint that cannot be opened, or is written while it is opened.
+    A yielded model is valid until the next iteration. Models in memory are yielded as they are; adapters are merged
+    into their base in place, and its weights restored for the next; a quantised folder is opened as a new model. The
+    next checkpoint is prefetched meanwhile (`placement.keep`). One that is written while it is opened is an error.
     """
     opened: OpenModel | None = None
     config: Any = None
-    with closing(in_turn(checkpoints, keep=placement.keep)) as turns:
+    with closing(in_turn(checkpoints, keep=placement.keep)) as turns:  # evicts also when the caller stops early
         for resolved in turns:
             if not resolved.folders:
                 yield resolved.checkpoint, open_model(resolved, tokenizer=tokenizer)
@@ -70,9 +69,10 @@ def open_each(
 
 
 def _swappable(folder: Folder, placement: Placement) -> Any:
-    """Return a key that is equal for two folders whose weights fit into one model, or None if nothing else fits."""
+    """Return a key, equal for two folders if one's weights fit into the other's model; None if no other fits."""
     if quantisation_in(folder.config) or folder.architecture is None:
         return None
+    # With "stored", bf16 weights copied into an fp32 model would be read in fp32.
     return folder.architecture, as_dtype(placement.dtype) or folder.weights.dtype
 
 
@@ -85,38 +85,27 @@ def _with_adapters(model: OpenModel, adapters: Sequence[Folder]) -> tuple[OpenMo
 
 
 def swap_weights(model: OpenModel, source: Folder | Path | str) -> None:
-    """Copy a checkpoint's weights into a model that gravlens opened from a checkpoint of the same architecture.
-
-    Raises:
-        GravlensError: weights of other names or shapes, or quantised ones.
-    """
+    """Copy a checkpoint's weights into a model that gravlens opened from a checkpoint of the same architecture."""
     check_unquantised(model.module, "Swapping weights in")
     folder = as_folder(source)
     if quantisation_in(folder.config):
-        raise GravlensError(
-            f"{folder.source} was saved quantised.",
-            "Only unquantised weights can be swapped.",
-            "open_each or open_model, which open it.",
-        )
+        given, remedy = f"{folder.source} was saved quantised.", "open_each or open_model, which open it."
+        raise GravlensError(given, "Only unquantised weights can be swapped.", remedy)
     shapes, tensors = folder.weights.shapes, folder.weights.load()
     if shapes.keys() != model.weights.keys():  # tied or renamed: transformers maps the names while loading
         found = weights_of(load_huggingface(folder, folder.weights.load_dtype(model.dtype)))
         shapes, tensors = {name: tuple(tensor.shape) for name, tensor in found.items()}, iter(found.items())
     wanted = {name: tuple(weight.shape) for name, weight in model.weights.items()}
     if wrong := sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)):
-        raise _another_shape(folder.source, wrong)
+        given = f"The weights of {folder.source} have another shape or name than those before it"
+        raise GravlensError(f"{given} ({', '.join(wrong[:3])}).", *ONE_SHAPE)
     with torch.no_grad():
         for name, tensor in tensors:
             model.weights[name].copy_(tensor)
 
 
 def one_shape(checkpoints: Sequence[Resolved]) -> tuple[int, int]:
-    """Return the number of layers and the width of the residual stream, by the configurations; no model is opened.
-
-    Raises:
-        GravlensError: no checkpoint, one without a readable configuration, two of different shapes, or models in
-            memory of which one has folded norms and another has not.
-    """
+    """Return the number of layers and the width of the residual stream, by the configurations, if all agree."""
     if not checkpoints:
         raise GravlensError("No checkpoint was given.", "At least one is needed.", "checkpoints=None for all.")
     known: dict[Path, tuple[int, int]] = {}
@@ -124,21 +113,21 @@ def one_shape(checkpoints: Sequence[Resolved]) -> tuple[int, int]:
     first, wanted = checkpoints[0], shapes[0]
     for checkpoint, shape in zip(checkpoints, shapes, strict=True):
         if shape != wanted:
-            raise GravlensError(
-                f"{checkpoint.name} ({checkpoint.described}) has {shape[0]} layers of width {shape[1]}, "
-                f"{first.name} ({first.described}) has {wanted[0]} layers of width {wanted[1]}.",
-                "Checkpoints of one history have one shape.",
-                "checkpoints of one training history.",
-            )
+            given = f"{checkpoint.name} ({checkpoint.described}) has {shape[0]} layers of width {shape[1]}, "
+            given += f"{first.name} ({first.described}) has {wanted[0]} layers of width {wanted[1]}."
+            raise GravlensError(given, *ONE_SHAPE)
     _check_folded_alike([one.checkpoint for one in checkpoints if not one.folders])
     return wanted
 
 
-def _check_folded_alike(checkpoints: Sequence[Checkpoint]) -> None:
-    models = [(checkpoint, open_model(checkpoint)) for checkpoint in checkpoints]
+def _check_folded_alike(in_memory: Sequence[Checkpoint]) -> None:
+    models = [(checkpoint, open_model(checkpoint)) for checkpoint in in_memory]
     unlike = {model.family.is_folded: (checkpoint, model) for checkpoint, model in models}
     if len(unlike) > 1:
-        raise folded_apart(unlike[True][0], unlike[True][1].family, unlike[False][0])
+        (folded, model), (other, _) = unlike[True], unlike[False]
+        given = f"{folded.name} ({folded.described}) has folded norms, {other.name} ({other.described}) has not."
+        wanted = "All checkpoints of a history are processed alike, best of all not at all."
+        raise GravlensError(given, wanted, model.family.unprocessed)
 
 
 def _shape(checkpoint: Resolved, known: dict[Path, tuple[int, int]]) -> tuple[int, int]:
@@ -163,11 +152,3 @@ def precision_of(checkpoint: Resolved, placement: Placement) -> str:
         return open_model(checkpoint).precision
     dtype = as_dtype(placement.dtype) or checkpoint.base.fetched().weights.dtype or torch.float32
     return precision_name(dtype, quantisation_in(checkpoint.base.config))
-
-
-def _another_shape(source: Path | str, names: list[str]) -> GravlensError:
-    return GravlensError(
-        f"The weights of {source} have another shape or name than those before it ({', '.join(names[:3])}).",
-        "Checkpoints of one history have one shape.",
-        "checkpoints of one training history.",
-    )

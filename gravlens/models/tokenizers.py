@@ -18,31 +18,23 @@ _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_m
 def sequence_tokenizer(
     sequence: ModelSequence | Path | str, prompts: PromptSet | None = None, known: Known | None = None
 ) -> Any:
-    """Return the one tokenizer that all checkpoints are read with, the anchor's; templates never mix silently.
+    """Return the one tokenizer that all checkpoints are read with: the anchor's.
 
-    The vocabulary may have grown on the way: the tokenizers of the witness and of each run's first checkpoint must read
-    `prompts` as the same token ids as the anchor's.
-
-    Args:
-        sequence: the history.
-        prompts: default: all of the sequence's.
-        known: folders that were resolved before; see `resolve`.
+    The tokenizers of the witness and of each run's first checkpoint must encode `prompts` (default: all of the
+    sequence's) alike; the vocabulary may have grown. `known` as in `resolve`.
 
     Raises:
-        GravlensError: no tokenizer is found, another reads a prompt as other ids (or has another vocabulary, where
-            there are no prompts), the anchor and one of them have different chat templates and `chat_template` makes no
-            choice, or the template has no place for the prompts' system prompt.
+        GravlensError: no tokenizer; one that encodes a prompt otherwise (without prompts: has another vocabulary);
+            different chat templates, and `chat_template` makes no choice; a template without a system turn.
     """
     sequence = ModelSequence.of(sequence)
     known = {} if known is None else known
     anchor = resolve(sequence.anchor, known, weights=False)
     chosen = checkpoint_tokenizer(anchor)
     if chosen is None:
-        raise GravlensError(
-            f"The anchor ({sequence.anchor.described}) has no tokenizer" + _or_model(sequence.anchor) + ".",
-            "Prompts are texts and need one.",
-            "tokenizer.save_pretrained(folder), or tokenizer= where the sequence is made.",
-        )
+        given = f"The anchor ({sequence.anchor.described}) has no tokenizer{_or_model(sequence.anchor)}."
+        remedy = "tokenizer.save_pretrained(folder), or tokenizer= of the sequence."
+        raise GravlensError(given, "Prompts are texts and need one.", remedy)
     sets = [sequence.probes, sequence.held_out, sequence.harmless] if prompts is None else [prompts]
     for checkpoint in (sequence.witness, *(run[0] for run in sequence.runs.values() if run)):
         resolved = resolve(checkpoint, known, weights=False)
@@ -56,7 +48,7 @@ def sequence_tokenizer(
 
 
 def _or_model(checkpoint: Checkpoint) -> str:
-    """Mention a missing config.json: then the folder is not a checkpoint at all."""
+    # Without config.json the folder is not a checkpoint at all.
     folder = Path(checkpoint.source) if isinstance(checkpoint.source, Path) else None
     return " and no config.json" if folder and not any(folder.glob("*config.json")) else ""
 
@@ -65,7 +57,7 @@ def _check_reads_alike(checkpoint: Checkpoint, own: Any, chosen: Any, sets: Sequ
     sizes = f"vocabularies of {len(own)} and {len(chosen)} tokens"
     if not sets and own.get_vocab() != chosen.get_vocab():
         raise _other_tokenizer(checkpoint, f"has another vocabulary than the anchor ({sizes})")
-    own = copy.deepcopy(own)
+    own = copy.deepcopy(own)  # it may be the user's
     own.chat_template = getattr(chosen, "chat_template", None)
     for prompts in sets:
         wanted = encode(chosen, prompts)
@@ -82,31 +74,28 @@ def _check_reads_alike(checkpoint: Checkpoint, own: Any, chosen: Any, sets: Sequ
 
 
 def _other_tokenizer(checkpoint: Checkpoint, found: str) -> GravlensError:
-    return GravlensError(
-        f"The tokenizer of {checkpoint.name} ({checkpoint.described}) {found}.",
-        "All checkpoints of a history read the same token ids.",
-        "checkpoints of one history, or one tokenizer= for all.",
-    )
+    given = f"The tokenizer of {checkpoint.name} ({checkpoint.described}) {found}."
+    wanted = "All checkpoints of a history read the same token ids."
+    return GravlensError(given, wanted, "checkpoints of one history, or one tokenizer= for all.")
 
 
 def _check_template(checkpoint: Checkpoint, own: Any, anchor: Any) -> None:
     if own.chat_template != getattr(anchor, "chat_template", None):
-        raise GravlensError(
-            f"{checkpoint.name.capitalize()} and anchor have different chat templates"
-            + (f" (the {checkpoint.name} has none)." if not own.chat_template else "."),
-            "A difference of templates alone makes a large direction, so the choice is yours and is stored.",
-            'chat_template="anchor" (the anchor\'s for all) or "none" (prompts as they are).',
-        )
+        none = f" (the {checkpoint.name} has none)" if not own.chat_template else ""
+        given = f"{checkpoint.name.capitalize()} and anchor have different chat templates{none}."
+        wanted = "A difference of templates alone makes a large direction, so the choice is yours and is stored."
+        raise GravlensError(given, wanted, 'chat_template="anchor" (the anchor\'s for all) or "none" (plain prompts).')
 
 
 def _same_tokenizer(one: Resolved, other: Resolved) -> bool:
-    """Whether both were given one tokenizer, or hold identical files: comparing them is faster than opening them."""
+    """Whether both were given one tokenizer, or hold identical files."""
     given = one.checkpoint.tokenizer, other.checkpoint.tokenizer
     if given != (None, None):
         return given[0] is given[1]
     if not (one.folders and other.folders):
         return False
     a, b = one.paths[-1], other.paths[-1]
+    # Comparing files is faster than opening them.
     same, _, _ = filecmp.cmpfiles(a, b, _TOKENIZER_FILES, shallow=False)
     absent = [name for name in _TOKENIZER_FILES if not (a / name).exists() and not (b / name).exists()]
     return "tokenizer.json" in same and len(same) + len(absent) == len(_TOKENIZER_FILES)
@@ -116,9 +105,7 @@ def check_vocabulary(checkpoint: Checkpoint, model: OpenModel, ids: Sequence[Seq
     """Raise if a prompt has a token id beyond a checkpoint's embedding."""
     rows = model.family.vocabulary
     if (largest := max(map(max, ids))) >= rows:
-        raise GravlensError(
-            f"{checkpoint.name} ({checkpoint.described}) has embeddings of {rows} tokens, and a prompt holds token "
-            f"{largest}.",
-            "A vocabulary may grow, where no prompt uses the new tokens.",
-            'prompts without them; chat_template="none" where the template brings them.',
-        )
+        given = f"{checkpoint.name} ({checkpoint.described}) has embeddings of {rows} tokens"
+        wanted = "A vocabulary may grow, if no prompt uses the new tokens."
+        remedy = 'prompts without them; chat_template="none" if the template adds them.'
+        raise GravlensError(f"{given}, and a prompt holds token {largest}.", wanted, remedy)

@@ -79,7 +79,7 @@ def test_tensors_of_another_program_are_refused(tmp_path: Path) -> None:
 def test_a_truncated_file_is_named(tmp_path: Path, length: int) -> None:
     path = write_tensors(tmp_path / "t.safetensors", "residuals", ARRAYS, {})
     path.write_bytes(path.read_bytes()[:length])
-    with refused("t.safetensors", "damaged"):
+    with refused("t.safetensors", "corrupt"):
         read_tensors(path, "residuals")
 
 

@@ -48,7 +48,7 @@ SHOWN = {
         "file": "ModelSequence.*run full.*steps 20, 60",
         "template": "different chat templates.*Try: ",
         "template-anchor": "chat_template: anchor",
-        "layer": "Layer 5 was asked for.*0 to 4",
+        "layer": "Layer 5 is out of range.*0 to 4",
     },
     "layerwise_ablation": {
         "score": r"witness +-.*anchor +\d.*tuned",

@@ -171,7 +171,7 @@ def test_a_history_that_cannot_be_opened_is_one_message(history: Path, tmp_path:
     weights_of(tmp_path / "base").write_bytes(b"cut")
     (tmp_path / "x.toml").write_text('witness = "base"\nanchor = "base"\n')
     result = command(tmp_path / "x.toml")
-    assert result.exit_code == 2 and result.stdout == "" and "damaged" in result.stderr
+    assert result.exit_code == 2 and result.stdout == "" and "corrupt" in result.stderr
 
 
 def test_a_run_may_be_skipped_in_part_from_python_too(history: Path) -> None:
