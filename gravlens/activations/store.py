@@ -445,9 +445,9 @@ def check_store(folder: Path) -> Path:
     """Raise where a folder is not a store."""
     if not any((folder / name).is_dir() for name in ("states", "views")):
         raise GravlensError(
-            f"{folder} is not a store of states.",
-            "A store contains a folder states/ after its first use.",
-            'the folder that was given as cache_residuals(..., store="…").',
+            f"{folder} is not an activation cache.",
+            "A cache contains a folder states/ after its first use.",
+            "the folder that was given as --store, or as store= of cache_residuals.",
         )
     return folder
 

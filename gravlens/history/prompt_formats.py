@@ -223,7 +223,7 @@ def _rows_of_file(path: Path) -> list[Row]:
         raise GravlensError(
             f"{path} has a line that is not JSON ({error}).",
             "JSONL has one object a line, JSON one array of objects.",
-            "mend that line.",
+            "correct that line.",
         ) from error
 
 

@@ -90,7 +90,7 @@ def no_offloading(found: str) -> GravlensError:
     return GravlensError(
         f"{found}.",
         "All weights must be on devices, so that the next checkpoint's can be copied into them.",
-        "a smaller dtype (dtype='bf16'), more GPUs, or device='cpu'.",
+        "a smaller dtype (bf16), more GPUs, or the device cpu.",
     )
 
 
@@ -99,11 +99,13 @@ def no_room(source: object, error: Exception) -> GravlensError:
     return GravlensError(
         f"{source} does not fit on its device ({str(error).strip().splitlines()[0]}).",
         "All weights of a model must fit at once.",
-        "dtype='bf16', device_map='auto' over several GPUs, or device='cpu'.",
+        "the dtype bf16, the device cpu, or device_map='auto' over several GPUs.",
     )
 
 
 def _no_device(name: str | torch.device, what: str) -> GravlensError:
     kind = torch.accelerator.current_accelerator(check_available=True)
     here = f"cpu and {kind}" if kind else "cpu"
-    return GravlensError(f"The device {str(name)!r} {what}.", f"Available: {here}.", "device='auto'.")
+    return GravlensError(
+        f"The device {str(name)!r} {what}.", f"Available: {here}.", "auto, which takes a GPU if there is one."
+    )

@@ -24,9 +24,9 @@ def as_dtype(given: torch.dtype | str) -> torch.dtype | None:
         return None
     if name not in NAMES:
         raise GravlensError(
-            f"dtype={given!r} was given.",
+            f"The dtype {str(given)!r} is unknown.",
             "Models are read in float32, float16, bfloat16 or float64, or as they are stored.",
-            "dtype='float32', 'bf16', or 'stored'.",
+            "float32, bf16, or stored.",
         )
     return getattr(torch, name)
 
