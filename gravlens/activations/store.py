@@ -392,8 +392,9 @@ def _sendable(checkpoint: Checkpoint) -> Checkpoint:
 def check_store(folder: Path) -> Path:
     """Return a folder if it is a store, else raise: what is deleted in it must be gravlens'."""
     if not any((folder / name).is_dir() for name in ("states", "views")):
-        given, wanted = f"{folder} is not a store of states.", "A store contains a folder states/ after its first use."
-        raise GravlensError(given, wanted, "the folder that was given as store= of cache_residuals.")
+        given = f"{folder} is not an activation cache."
+        wanted = "A cache contains a folder states/ after its first use."
+        raise GravlensError(given, wanted, "the folder that was given as --store, or as store= of cache_residuals.")
     return folder
 
 

@@ -9,22 +9,7 @@ import typer
 
 import gravlens as gl
 from gravlens import activations, core, studies
-from gravlens.cli.options import (
-    DEVICE,
-    DTYPE,
-    JSON,
-    KEEP,
-    LAYERS,
-    PROMPTS,
-    READ_PROMPTS,
-    SEQUENCE,
-    STORE,
-    example,
-    number,
-    place,
-    repeated_layer,
-    writable_file,
-)
+from gravlens.cli import options as opt
 from gravlens.cli.output import print_json, print_table, print_written, records
 
 commands = typer.Typer()
@@ -33,13 +18,13 @@ POSITIONS = Annotated[
     str, typer.Option(metavar="WHERE", help="Token positions: last, instruction, post_instruction, all, or e.g. -2.")
 ]
 PEAK_FLOPS = Annotated[
-    float, number("Peak FLOP/s of the target machine. 0: benchmark this machine instead.", metavar="X")
+    float, opt.number("Peak FLOP/s of the target machine. 0: benchmark this machine instead.", metavar="X")
 ]
-DISK_GBPS = Annotated[float, number("Disk speed of the target machine in GB/s; needs --peak-flops.", metavar="X")]
+DISK_GBPS = Annotated[float, opt.number("Disk speed of the target machine in GB/s; needs --peak-flops.", metavar="X")]
 
 
-@commands.command(rich_help_panel=PANEL, epilog=example("gravlens inspect SEQUENCE.toml --json"))
-def inspect(sequence: SEQUENCE, json: JSON = False) -> None:
+@commands.command(**opt.described(PANEL, "gravlens inspect SEQUENCE.toml --json"))
+def inspect(sequence: opt.SEQUENCE, json: opt.JSON = False) -> None:
     """List the checkpoints of a history: source, step, size, digest, and weight distance from the anchor.
 
     `cosine` compares the weight change with that of the witness (1: the same direction).
@@ -56,18 +41,18 @@ def inspect(sequence: SEQUENCE, json: JSON = False) -> None:
     print_table(columns, cells, title="history", caption=read, wide=True)
 
 
-@commands.command(rich_help_panel=PANEL, epilog=example("gravlens plan SEQUENCE.toml --layer 12 --workers 8"))
+@commands.command(**opt.described(PANEL, "gravlens plan SEQUENCE.toml --layer 12 --workers 8"))
 def plan(
-    sequence: SEQUENCE,
-    prompts: READ_PROMPTS = None,
-    layer: LAYERS = [],  # noqa: B006 (typer copies it)
+    sequence: opt.SEQUENCE,
+    prompts: opt.READ_PROMPTS = None,
+    layer: opt.LAYERS = [],  # noqa: B006 (typer copies it)
     positions: POSITIONS = "last",
-    device: DEVICE = "cpu",
-    dtype: DTYPE = "float32",
-    workers: Annotated[int, number("Number of processes that share the work.", least=1)] = 1,
+    device: opt.DEVICE = "cpu",
+    dtype: opt.DTYPE = "float32",
+    workers: Annotated[int, opt.number("Number of processes that share the work.", least=1)] = 1,
     peak_flops: PEAK_FLOPS = 0,
     disk_gbps: DISK_GBPS = 0,
-    json: JSON = False,
+    json: opt.JSON = False,
 ) -> None:
     """Estimate the cost of reading activations: tokens, FLOPs, bytes, memory and time (docs/scale.md)."""
     named = activations.cost.named_machine
@@ -86,27 +71,25 @@ def plan(
     print_table(("quantity", "estimate"), found.lines(), title="estimated cost, nothing cached")
 
 
-@commands.command(
-    rich_help_panel=PANEL, epilog=example("gravlens locate SEQUENCE.toml --layer 12 --out vrev.safetensors")
-)
+@commands.command(**opt.described(PANEL, "gravlens locate SEQUENCE.toml --layer 12 --out vrev.safetensors"))
 def locate(
-    sequence: SEQUENCE,
-    layer: LAYERS = [],  # noqa: B006
-    prompts: READ_PROMPTS = None,
+    sequence: opt.SEQUENCE,
+    layer: opt.LAYERS = [],  # noqa: B006
+    prompts: opt.READ_PROMPTS = None,
     out: Annotated[
-        Path | None, place("FILE", "Save the directions to this safetensors file.", check=writable_file)
+        Path | None, opt.place("FILE", "Save the directions to this safetensors file.", check=opt.writable_file)
     ] = None,
-    device: DEVICE = "cpu",
-    dtype: DTYPE = "float32",
-    json: JSON = False,
+    device: opt.DEVICE = "cpu",
+    dtype: opt.DTYPE = "float32",
+    json: opt.JSON = False,
 ) -> None:
     """Locate v_rev, the direction from the anchor to the witness, at each layer.
 
     `distance` is its length; `reliability` is the split-half reliability over the prompts (1: perfect).
     """
     history = gl.ModelSequence.from_toml(sequence)
-    place = gl.Placement(device, dtype)
-    found = studies.inputs.located(studies.inputs.ends(history, prompts, layers=layer, placement=place), layer)
+    where = gl.Placement(device, dtype)
+    found = studies.inputs.located(studies.inputs.ends(history, prompts, layers=layer, placement=where), layer)
     if out is not None:
         found.save(out)
     if json:
@@ -119,20 +102,24 @@ def locate(
         print_written(out, json)
 
 
-@commands.command(rich_help_panel=PANEL, epilog=example("gravlens trajectory SEQUENCE.toml --out trajectory.csv"))
+@commands.command(**opt.described(PANEL, "gravlens trajectory SEQUENCE.toml --out trajectory.csv"))
 def trajectory(
-    sequence: SEQUENCE,
+    sequence: opt.SEQUENCE,
     layer: Annotated[
         list[int],
-        repeated_layer("Layer to average over, from 0; repeat for several. Default: all layers with a defined v_rev."),
+        opt.repeated_layer(
+            "Layer to average over, from 0; repeat for several. Default: all layers with a defined v_rev."
+        ),
     ] = [],  # noqa: B006
-    prompts: PROMPTS = None,
-    out: Annotated[Path | None, place("FILE", "Save the tidy table to this CSV file.", check=writable_file)] = None,
-    device: DEVICE = "cpu",
-    dtype: DTYPE = "float32",
-    keep: KEEP = 0,
-    store: STORE = None,
-    json: JSON = False,
+    prompts: opt.PROMPTS = None,
+    out: Annotated[
+        Path | None, opt.place("FILE", "Save the tidy table to this CSV file.", check=opt.writable_file)
+    ] = None,
+    device: opt.DEVICE = "cpu",
+    dtype: opt.DTYPE = "float32",
+    keep: opt.KEEP = 0,
+    store: opt.STORE = None,
+    json: opt.JSON = False,
 ) -> None:
     """Track every run along v_rev: mean ± SEM over runs, by step.
 
@@ -140,9 +127,9 @@ def trajectory(
     witness (1).
     """
     history = gl.ModelSequence.from_toml(sequence)
-    place = gl.Placement(device, dtype, keep=keep or None)
+    where = gl.Placement(device, dtype, keep=keep or None)
     asked, read = studies.inputs.followed_on(history, prompts), gl.cache_residuals
-    sets = [read(history, one, layers=layer or None, placement=place, store=store) for one in asked]
+    sets = [read(history, one, layers=layer or None, placement=where, store=store) for one in asked]
     followed = gl.follow(sets, studies.inputs.located(sets[0], layer))
     if out is not None:
         core.files.write_table(out, followed.table)

@@ -8,27 +8,7 @@ import typer
 
 import gravlens as gl
 from gravlens import studies, training
-from gravlens.cli.options import (
-    CHECKPOINT,
-    COMPLIANCES,
-    DEVICE,
-    DTYPE,
-    EVERY_LAYER,
-    JSON,
-    LAYERS,
-    MAX_PROMPTS,
-    N_RANDOM,
-    OPENINGS,
-    PROMPTS,
-    SEQUENCE,
-    chosen_layers,
-    example,
-    flag,
-    number,
-    place,
-    repeated_layer,
-    writable_folder,
-)
+from gravlens.cli import options as opt
 from gravlens.cli.output import print_json, print_line, print_table, print_written, records, write_effect
 
 commands = typer.Typer()
@@ -40,13 +20,15 @@ TWINS = Annotated[
     typer.Option(help="Random directions: with the covariance of the anchor's activations (matched), or isotropic."),
 ]
 EFFECT_FOLDER = Annotated[
-    Path | None, place("FOLDER", "Folder for ablate_layer.csv, .pdf and .png.", check=writable_folder)
+    Path | None, opt.place("FOLDER", "Folder for ablate_layer.csv, .pdf and .png.", check=opt.writable_folder)
 ]
 COLUMNS = ("layer", "before", "ablated", "difference [95 %]", "random directions", "p")
 
 # block
-DATA = Annotated[Path, place("FILE", "Harmless training data with prompt and answer: JSONL, CSV or JSON.")]
-RUNS_FOLDER = Annotated[Path, place("FOLDER", "Folder for the runs, blocked/ and unblocked/.", check=writable_folder)]
+DATA = Annotated[Path, opt.place("FILE", "Harmless training data with prompt and answer: JSONL, CSV or JSON.")]
+RUNS_FOLDER = Annotated[
+    Path, opt.place("FOLDER", "Folder for the runs, blocked/ and unblocked/.", check=opt.writable_folder)
+]
 KIND = Annotated[
     Literal["penalty", "clamp", "projection"],
     typer.Option(
@@ -55,51 +37,51 @@ KIND = Annotated[
         "each update so that the mean over the probes does not move.",
     ),
 ]
-STRENGTH = Annotated[float | None, number("Weight λ of the penalty or the clamp. Default: 30.", metavar="X")]
+STRENGTH = Annotated[float | None, opt.number("Weight λ of the penalty or the clamp. Default: 30.", metavar="X")]
 MARGIN = Annotated[
     float | None,
-    number("Penalty only: push this fraction of the distance away from the witness. Default: 0.", metavar="X"),
+    opt.number("Penalty only: push this fraction of the distance away from the witness. Default: 0.", metavar="X"),
 ]
 BLOCKED_LAYERS = Annotated[
-    list[int], repeated_layer("Layer to block, from 0; repeat for several. Default: the middle layers.")
+    list[int], opt.repeated_layer("Layer to block, from 0; repeat for several. Default: the middle layers.")
 ]
-STEPS = Annotated[int, number("Number of optimizer steps.", least=1)]
-BATCH = Annotated[int, number("Examples per step.", least=1)]
+STEPS = Annotated[int, opt.number("Number of optimizer steps.", least=1)]
+BATCH = Annotated[int, opt.number("Examples per step.", least=1)]
 LEARNING_RATE = Annotated[
     float, typer.Option("--learning-rate", "--lr", min=0, metavar="X", help="Learning rate of AdamW.")
 ]
-LORA = Annotated[int, number("Rank of LoRA adapters; 0: train all weights.")]
+LORA = Annotated[int, opt.number("Rank of LoRA adapters; 0: train all weights.")]
 SAVE_STEP = Annotated[
-    list[int], number("Save a checkpoint after step N; repeat for several. The last step is always saved.", least=1)
+    list[int], opt.number("Save a checkpoint after step N; repeat for several. The last step is always saved.", least=1)
 ]
-SEED = Annotated[int, number("Seed of the data order.")]
-ONLY_BLOCKED = Annotated[bool, flag("--only-blocked", "Skip the unblocked control run.")]
+SEED = Annotated[int, opt.number("Seed of the data order.")]
+ONLY_BLOCKED = Annotated[bool, opt.flag("--only-blocked", "Skip the unblocked control run.")]
 MEASURED = {"alignment": "alignment", "fraction": "fraction", "fraction_probes": "on probes", "task_loss": "task loss"}
 
 
-@commands.command(rich_help_panel=PANEL, epilog=example("gravlens ablate SEQUENCE.toml --layer 12 --out results"))
+@commands.command(**opt.described(PANEL, "gravlens ablate SEQUENCE.toml --layer 12 --out results"))
 def ablate(
-    sequence: SEQUENCE,
-    layer: LAYERS = [],  # noqa: B006 (typer copies it)
-    all_layers: EVERY_LAYER = False,
-    checkpoint: CHECKPOINT = None,
-    prompts: PROMPTS = None,
-    max_prompts: MAX_PROMPTS = None,
-    openings: OPENINGS = [],  # noqa: B006
-    compliances: COMPLIANCES = [],  # noqa: B006
-    n_random: N_RANDOM = 20,
+    sequence: opt.SEQUENCE,
+    layer: opt.LAYERS = [],  # noqa: B006 (typer copies it)
+    all_layers: opt.EVERY_LAYER = False,
+    checkpoint: opt.CHECKPOINT = None,
+    prompts: opt.PROMPTS = None,
+    max_prompts: opt.MAX_PROMPTS = None,
+    openings: opt.OPENINGS = [],  # noqa: B006
+    compliances: opt.COMPLIANCES = [],  # noqa: B006
+    n_random: opt.N_RANDOM = 20,
     twins: TWINS = "matched",
     out: EFFECT_FOLDER = None,
-    device: DEVICE = "cpu",
-    dtype: DTYPE = "float32",
-    json: JSON = False,
+    device: opt.DEVICE = "cpu",
+    dtype: opt.DTYPE = "float32",
+    json: opt.JSON = False,
 ) -> None:
     """Test whether ablating v_rev in a fine-tuned checkpoint restores refusal more than random directions do.
 
     v_rev is located on the probes, then ablated at each layer separately and at all layers together; the table shows
     the mean refusal log-odds (columns: docs/effects.md).
     """
-    layers = chosen_layers(layer, all_layers)
+    layers = opt.chosen_layers(layer, all_layers)  # before the sequence is read: a wrong option fails at once
     history = gl.ModelSequence.from_toml(sequence)
     question = studies.inputs.Question(
         history,
@@ -114,8 +96,7 @@ def ablate(
         print_json(_told(found))
     else:
         print_table(COLUMNS, map(_row, records(found.table)), title=f"{_words(found)}, mean over prompts")
-        for line in found.lines():
-            print_line(line)
+        print_line("\n".join(found.lines()))
     for path in written:
         print_written(path, json)
 
@@ -141,11 +122,9 @@ def _told(found: Any) -> dict[str, Any]:
     return {**facts, "comes_back": found.comes_back, "share": found.share, "rows": records(found.table)}
 
 
-@commands.command(
-    rich_help_panel=PANEL, epilog=example("gravlens block SEQUENCE.toml --data harmless.jsonl --out ft --steps 50")
-)
+@commands.command(**opt.described(PANEL, "gravlens block SEQUENCE.toml --data harmless.jsonl --out ft --steps 50"))
 def block(
-    sequence: SEQUENCE,
+    sequence: opt.SEQUENCE,
     data: DATA,
     out: RUNS_FOLDER,
     kind: KIND = "penalty",
@@ -159,17 +138,17 @@ def block(
     save_step: SAVE_STEP = [1, 2, 5, 10, 20, 50, 100],  # noqa: B006
     seed: SEED = 0,
     only_blocked: ONLY_BLOCKED = False,
-    prompts: PROMPTS = None,
-    device: DEVICE = "cpu",
-    dtype: DTYPE = "float32",
-    json: JSON = False,
+    prompts: opt.PROMPTS = None,
+    device: opt.DEVICE = "cpu",
+    dtype: opt.DTYPE = "float32",
+    json: opt.JSON = False,
 ) -> None:
     """Fine-tune the anchor on harmless data twice, with a blocker along v_rev and without, and compare the two runs.
 
     One eighth of the data is held out for the task loss. An interrupted command resumes (docs/blocking.md).
     """
     history = gl.ModelSequence.from_toml(sequence)
-    history.require_probes()
+    history.require_probes()  # before the data is read and the anchor loaded
     if prompts is not None:
         history = replace(history, held_out=studies.inputs.prompts_of(history, prompts))
     recipe = training.finetune.Recipe(steps, batch, learning_rate, lora=lora or None)

@@ -9,18 +9,15 @@ import typer
 
 from gravlens.core.errors import GravlensError
 
-SEPARATOR = (
-    "|"  # between texts in one environment variable: openings such as "I'm sorry, but" contain blanks and commas
-)
+SEPARATOR = "|"  # between texts in an environment variable: "I'm sorry, but" contains blanks and commas
 
 
 def writable_file(path: Path | None) -> Path | None:
     """Fail before any computation if the --out file cannot be written."""
     if path is not None:
         if path.is_dir():
-            raise GravlensError(
-                f"--out {path} is a folder.", "The name of a file is expected.", f"--out {path / 'out'}."
-            )
+            remedy = f"--out {path / 'out'}."
+            raise GravlensError(f"--out {path} is a folder.", "The name of a file is expected.", remedy)
         _check_writable(path, path.parent)
     return path
 
@@ -85,9 +82,9 @@ def repeated_layer(help: str) -> Any:
     return typer.Option("--layer", metavar="N", help=help)
 
 
-def example(line: str) -> str:
-    """The last line of a command's --help."""
-    return f"Example: {line}"
+def described(panel: str | None, line: str) -> dict[str, Any]:
+    """The heading of a command in --help, and an example as the last line of its own --help."""
+    return {"rich_help_panel": panel, "epilog": f"Example: {line}"}
 
 
 # input
@@ -135,7 +132,6 @@ OUT_FOLDER = Annotated[Path, place("FOLDER", "Folder for the table and the figur
 def chosen_layers(layers: Sequence[int], all_layers: bool) -> tuple[int, ...]:
     """Return the layers given by --layer; empty means all layers."""
     if layers and all_layers:
-        raise GravlensError(
-            "Both --layer and --all-layers were given.", "They exclude each other.", "only one of them."
-        )
+        given = "Both --layer and --all-layers were given."
+        raise GravlensError(given, "They exclude each other.", "only one of them.")
     return tuple(layers)

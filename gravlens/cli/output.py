@@ -28,9 +28,6 @@ console = Console(emoji=False)  # ":bomb:" in a path would be printed as a picto
 messages = Console(emoji=False, stderr=True)
 
 
-# -- tables and JSON ---------------------------------------------------------------------------------------------------
-
-
 def print_json(content: Any) -> None:
     """Print JSON on stdout, with NaN as null."""
     typer.echo(json.dumps(core.files.without_nan(content), allow_nan=False))
@@ -38,7 +35,7 @@ def print_json(content: Any) -> None:
 
 def records(table: Any) -> list[dict[str, Any]]:
     """Convert a pandas table to a list of rows, with NaN as None."""
-    # `to_dict` would keep NaN, numpy scalars and Timestamps, which json.dumps refuses.
+    # `to_dict` would keep NaN, numpy scalars and Timestamps, which json.dumps refuses; 15 digits are its most.
     return json.loads(table.to_json(orient="records", date_format="iso", double_precision=15))
 
 
@@ -63,11 +60,8 @@ def write_effect(table: "pd.DataFrame", path: Path) -> list[Path]:
     return [written, *plot.style.save_figure(plot.lines.plot_effect(table), path)]
 
 
-# -- lines -------------------------------------------------------------------------------------------------------------
-
-
 def print_line(text: str) -> None:
-    """Print a line of the result on stdout."""
+    """Print a line of the result on stdout."""  # soft_wrap: a path that is wrapped cannot be copied
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -86,9 +80,6 @@ def print_error(text: str) -> None:
     messages.print(f"[bold red]gravlens:[/] {escape(' '.join(text.split()))}", highlight=False, soft_wrap=True)
 
 
-# -- errors and exit codes ---------------------------------------------------------------------------------------------
-
-
 class OneLineErrors:
     """A command that reports invalid input as one line on stderr; a traceback means a bug of gravlens."""
 
@@ -98,7 +89,7 @@ class OneLineErrors:
             return super().parse_args(ctx, args)  # pyright: ignore[reportAttributeAccessIssue]
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a group parses and runs one of its commands."""
+        """Run the command."""  # a group parses and runs one of its commands here
         with errors_as_one_line():
             return super().invoke(ctx)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -128,7 +119,7 @@ def errors_as_one_line() -> Generator[None]:
     except GravlensError as error:
         message, code = str(error), BAD_INPUT
     except USAGE_ERROR as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
+        if type(error).__name__ == "NoArgsIsHelpError":  # not an error: click prints the help
             raise
         message, code = _usage_error(error), BAD_INPUT
     except BrokenPipeError:  # `gravlens … | head` closes stdout early: click exits silently
@@ -150,6 +141,8 @@ def _usage_error(error: Any) -> str:
     """Describe a wrong option or value, and the environment variable that set it."""
     context, parameter = error.ctx, getattr(error, "param", None)
     message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's prefix
+    if hasattr(error.__cause__, "errors"):  # pydantic says "Input should be a valid integer", but not what was given
+        message = message.replace("Input", repr(error.__cause__.errors()[0]["input"]), 1).partition(", unable to")[0]
     if context and parameter and from_environment(context, parameter):
         message += f" (set by {variable(context, parameter)})"
     end = "" if message.endswith("?") else "."  # click may end with "Did you mean --layer?"

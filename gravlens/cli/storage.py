@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gravlens import activations, core
-from gravlens.cli.options import JSON, example, flag, number
+from gravlens.cli import options as opt
 from gravlens.cli.output import CHECK_FAILED, print_json, print_line, print_table, records
 
 commands = typer.Typer(
@@ -16,8 +16,8 @@ commands = typer.Typer(
 FOLDER = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder given as --store or store=.")]
 
 
-@commands.command(name="list", epilog=example("gravlens store list states"))
-def list_command(folder: FOLDER, json: JSON = False) -> None:
+@commands.command(name="list", **opt.described(None, "gravlens store list states"))
+def list_command(folder: FOLDER, json: opt.JSON = False) -> None:
     """List the cached checkpoints: number of prompts and layers, size, last use."""
     found = activations.store.list_store(folder)
     rows = records(found)
@@ -29,31 +29,30 @@ def list_command(folder: FOLDER, json: JSON = False) -> None:
 
 
 def _integer(value: object) -> str:
-    # pandas stores a column of counts with missing values as floats
+    # pandas makes floats of a column of counts with missing values
     return core.display.cell(int(value) if isinstance(value, float) else value)
 
 
-@commands.command(epilog=example("gravlens store verify states"))
-def verify(folder: FOLDER, json: JSON = False) -> None:
+@commands.command(**opt.described(None, "gravlens store verify states"))
+def verify(folder: FOLDER, json: opt.JSON = False) -> None:
     """Verify checksums and list corrupt files (exit code 1). Deletes nothing."""
     found = activations.store.damaged_files(folder)
     if json:
         print_json({"corrupt": [str(path) for path in found]})
     else:
-        for path in found:
-            print_line(f"corrupt: {path}")
-        print_line(f"{len(found)} corrupt" if found else "no corrupt files")
+        lines = [f"corrupt: {path}" for path in found]
+        print_line("\n".join([*lines, f"{len(found)} corrupt" if found else "no corrupt files"]))
     raise typer.Exit(CHECK_FAILED if found else 0)
 
 
-@commands.command(epilog=example("gravlens store prune states --unused-days 30 --dry-run"))
+@commands.command(**opt.described(None, "gravlens store prune states --unused-days 30 --dry-run"))
 def prune(
     folder: FOLDER,
     unused_days: Annotated[
-        float | None, number("Also delete activations not used for this many days.", metavar="DAYS")
+        float | None, opt.number("Also delete activations not used for this many days.", metavar="DAYS")
     ] = None,
-    dry_run: Annotated[bool, flag("--dry-run", "List the files without deleting them.")] = False,
-    json: JSON = False,
+    dry_run: Annotated[bool, opt.flag("--dry-run", "List the files without deleting them.")] = False,
+    json: opt.JSON = False,
 ) -> None:
     """Delete corrupt files, temporary files of killed processes, and assembled results (rebuilt when needed)."""
     store = activations.store.check_store(folder)
@@ -61,6 +60,4 @@ def prune(
     if json:
         print_json({"files": [str(path) for path in found], "deleted": not dry_run})
         return
-    for path in found:
-        print_line(str(path))
-    print_line(f"{len(found)} files {'would be ' if dry_run else ''}deleted")
+    print_line("\n".join([*map(str, found), f"{len(found)} files {'would be ' if dry_run else ''}deleted"]))

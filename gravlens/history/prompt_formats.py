@@ -197,7 +197,7 @@ def _rows_of_file(source: Path | str) -> list[Row]:
     except UnicodeDecodeError as error:
         raise GravlensError(f"{path} is not UTF-8 text ({error}).", "Prompts are text.", "save it as UTF-8.") from error
     except json.JSONDecodeError as error:
-        given, wanted = f"{path} is not valid JSON ({error}).", "JSONL has one object per line, JSON one array of them."
+        given, wanted = f"{path} has a line that is not JSON ({error}).", "JSONL has one object a line, JSON one array."
         raise GravlensError(given, wanted, "correct that line.") from error
 
 

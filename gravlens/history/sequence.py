@@ -370,8 +370,13 @@ def _read(path: Path) -> dict[str, Any]:
     remedy = 'witness = "base", anchor = "aligned", probes = "probes.jsonl" (see docs/sequence.md).'
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise GravlensError(
+            f"There is no file {path}.", "A TOML file is needed.", f"check the path, or {remedy}"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise GravlensError(f"{path} cannot be read ({error}).", "A TOML file is needed.", remedy) from error
+        why = getattr(error, "strerror", None) or error  # without errno and path, which str() repeats
+        raise GravlensError(f"{path} cannot be read ({why}).", "A TOML file is needed.", remedy) from error
     except tomllib.TOMLDecodeError as error:
         raise GravlensError(f"{path} is not valid TOML: {error}.", "A TOML file is needed.", remedy) from error
     if missing := [key for key in ("witness", "anchor") if not isinstance(table.get(key), str) or not table[key]]:

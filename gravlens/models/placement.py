@@ -75,17 +75,19 @@ def check_map(device: str | torch.device | None, device_map: DeviceMap) -> None:
 def no_offloading(found: str) -> GravlensError:
     """Return the error for weights that would be copied to the device in each pass."""
     wanted = "All weights must be on devices, so that the next checkpoint's can be copied into them."
-    return GravlensError(f"{found}.", wanted, "a smaller dtype (dtype='bf16'), more GPUs, or device='cpu'.")
+    return GravlensError(f"{found}.", wanted, "a smaller dtype (bf16), more GPUs, or the device cpu.")
 
 
 def no_room(source: object, error: Exception) -> GravlensError:
     """Return the error for a model that is larger than its device."""
     given = f"{source} does not fit on its device ({str(error).strip().splitlines()[0]})."
-    remedy = "dtype='bf16', device_map='auto' over several GPUs, or device='cpu'."
+    remedy = "the dtype bf16, the device cpu, or device_map='auto' over several GPUs."
     return GravlensError(given, "All weights of a model must fit at once.", remedy)
 
 
 def _no_device(name: str | torch.device, what: str) -> GravlensError:
     kind = torch.accelerator.current_accelerator(check_available=True)
     here = f"cpu and {kind}" if kind else "cpu"
-    return GravlensError(f"The device {str(name)!r} {what}.", f"Available: {here}.", "device='auto'.")
+    return GravlensError(
+        f"The device {str(name)!r} {what}.", f"Available: {here}.", "auto, which takes a GPU if there is one."
+    )

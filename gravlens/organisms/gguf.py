@@ -1,7 +1,6 @@
 """Convert a GGUF file to a plain Hugging Face folder: fp32 safetensors, tokenizer, chat template.
 
-transformers reads GGUF but refuses to save the model, and reads it ten times more slowly than a folder. So a file is
-converted once, and is a checkpoint like any other afterwards.
+transformers reads GGUF ten times more slowly than a folder and refuses to save the model, so a file is converted once.
 """
 
 import copy
@@ -29,12 +28,10 @@ LAYOUT = 1  # raised whenever the folders that are written change
 def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     """Convert `gguf` to the Hugging Face folder `folder`, and return `folder`.
 
-    Every weight is dequantized to fp32; no remote code is run and no hub is contacted. The folder is written
-    atomically. A conversion of the same content is reused, one of another file is replaced.
+    Written atomically. A conversion of the same content is reused, one of another file is replaced.
 
     Raises:
-        GravlensError: the file is missing, not GGUF, truncated, incomplete or of an architecture that transformers
-            cannot read; the folder holds anything but a conversion.
+        GravlensError: the file is not a complete GGUF file that transformers can read; the folder holds anything else.
     """
     gguf, folder = Path(gguf), Path(folder)
     mark = {"sha256": _digest(gguf), "layout": LAYOUT}
@@ -44,11 +41,13 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
         made = Path(part) / folder.name
-        # transformers shows a bar of its own for the longest part
+        # transformers shows a progress bar of its own for the longest part, whatever its verbosity
         with quiet(), redirect_stderr(io.StringIO()) if silent() else nullcontext():
             _convert(_alone(gguf, Path(part) / "alone"), made)
         (made / MARK).write_text(json.dumps(mark))
-        _put_in_place(made, folder)
+        if folder.exists():
+            shutil.rmtree(folder)  # os.replace only replaces empty folders
+        os.replace(made, folder)
     return folder
 
 
@@ -60,15 +59,12 @@ def is_converted(folder: Path) -> bool:
 def _digest(gguf: Path) -> str:
     if not gguf.is_file():
         raise GravlensError(
-            f"There is no file {gguf}.", "A GGUF file is needed.", "check the path, or `gravlens fetch smollm2`."
+            f"There is no file {gguf}.", "A GGUF file is needed.", "gravlens fetch smollm2, or check the path."
         )
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise GravlensError(
-                f"{gguf} does not begin with the bytes GGUF.",
-                "A GGUF file is needed.",
-                "download it again, or give a Hugging Face folder.",
-            )
+            remedy = "download it again, or give a Hugging Face folder."
+            raise GravlensError(f"{gguf} does not begin with the bytes GGUF.", "A GGUF file is needed.", remedy)
         file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -80,16 +76,12 @@ def _read_mark(folder: Path) -> dict[str, Any] | None:
 
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not is_converted(folder) and (folder.is_file() or any(folder.iterdir())):
-        raise GravlensError(
-            f"{folder} holds files that gravlens did not write.",
-            "A new or an empty folder is needed, so that nothing is overwritten.",
-            "another folder.",
-        )
+        wanted = "A new or an empty folder is needed, so that nothing is overwritten."
+        raise GravlensError(f"{folder} holds files that gravlens did not write.", wanted, "another folder.")
 
 
 def _alone(gguf: Path, folder: Path) -> Path:
-    """Link the file into a folder of its own."""
-    # transformers would prefer a tokenizer.json next to the file over the tokenizer in it
+    # Linked into a folder of its own: transformers prefers a tokenizer.json next to the file to the tokenizer in it.
     folder.mkdir()
     alone = folder / gguf.name
     try:
@@ -97,12 +89,6 @@ def _alone(gguf: Path, folder: Path) -> Path:
     except OSError:  # the file system has no symbolic links
         shutil.copyfile(gguf, alone)
     return alone
-
-
-def _put_in_place(made: Path, folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(made, folder)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -123,28 +109,23 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _read(gguf: Path) -> tuple[PreTrainedModel, Any]:
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    opened: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, dtype=torch.float32, output_loading_info=True, **where
-    )
+    where |= {"dtype": torch.float32, "output_loading_info": True}
+    opened: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **where)
     model, report = opened
-    absent = sorted(report["missing_keys"])
-    if absent:  # transformers would fill them with random numbers
-        raise GravlensError(
-            f"{gguf.name} has no weights for {len(absent)} tensors, such as {absent[0]}.",
-            "Every weight of the model is needed.",
-            "download it again.",
-        )
+    if absent := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        given = f"{gguf.name} has no weights for {len(absent)} tensors, such as {absent[0]}."
+        raise GravlensError(given, "Every weight of the model is needed.", "download it again.")
     return model, tokenizer
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the same weights in a model whose config has no quantization, since only that can be saved."""
+    # the same weights under a config without quantization: transformers saves no other
     config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # no second copy in memory
         plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
+    plain.tie_weights()  # assign=True gives input and output embeddings separate parameters again
     plain.generation_config = model.generation_config
     return plain

@@ -21,22 +21,13 @@ from gravlens.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class GivenHistory:
-    """Witness, anchor and prompts of a SEQUENCE.toml, and harmless data to fine-tune on.
+    """Witness, anchor and prompts of a SEQUENCE.toml, and harmless data to fine-tune on."""
 
-    Attributes:
-        sequence: SEQUENCE.toml with witness, anchor, probes and held-out prompts (docs/sequence.md).
-        data: JSONL or CSV of `prompt` and `answer`; the last eighth is held out for the task loss.
-        harmless: prompts on which refusing would be over-refusal; default: the sequence's.
-        runs: number of fine-tuning seeds of each arm.
-        layers: layers of the mean and of the blockers; default: the inner ones.
-        measures: how this model's refusals and other answers begin.
-    """
-
-    sequence: Path
-    data: Path
-    harmless: Path | None = None
-    runs: int = 2
-    layers: tuple[int, ...] = ()
+    sequence: Path  # SEQUENCE.toml with witness, anchor, probes and held-out prompts (docs/sequence.md)
+    data: Path  # JSONL or CSV of `prompt` and `answer`; the last eighth is held out for the task loss
+    harmless: Path | None = None  # prompts on which refusing would be over-refusal; default: the sequence's
+    runs: int = 2  # fine-tuning seeds of each arm; two give an interval, but no sign-flip p-value below 1/4
+    layers: tuple[int, ...] = ()  # layers of the mean and of the blockers; default: the inner ones
     recipe: Recipe = Recipe(steps=50, batch=8, learning_rate=2e-5, weight_decay=0.0)
     save_steps: tuple[int, ...] = (1, 5, 20, 50)
     measures: Measures = ENGLISH
@@ -47,11 +38,9 @@ class GivenHistory:
         history = self._history()
         sets = {"probes": history.probes, "held_out": history.held_out, "harmless": self.harmless or history.harmless}
         if missing := [name for name, given in sets.items() if given is None]:
-            raise GravlensError(
-                f"{self.sequence} names no {' and no '.join(missing)} prompts.",
-                "Blockers act on the probes; harm is judged on held_out prompts, over-refusal on harmless ones.",
-                f'{missing[0]} = "{missing[0]}.jsonl" in that file.',
-            )
+            given = f"{self.sequence} names no {' and no '.join(missing)} prompts."
+            wanted = "Blockers act on the probes; harm is judged on held_out prompts, over-refusal on harmless ones."
+            raise GravlensError(given, wanted, f'{missing[0]} = "{missing[0]}.jsonl" in that file.')
 
     @property
     def name(self) -> str:
@@ -63,9 +52,10 @@ class GivenHistory:
         """Digest of the files' contents, the paths of the checkpoints, the recipe, the versions and the threads."""
         history = self._history()
         texts = [repr(read_examples(self.data)), *(prompts.digest for prompts in self.prompts(Path()).values())]
+        # checkpoints by path: the key is read at every call, and hashing would read all weights
         sources = [str(checkpoint.source) for checkpoint in (history.witness, history.anchor)]
-        facts = (texts, sources, self.layers, astuple(self.recipe), self.save_steps, astuple(self.measures))
-        facts = (*facts, self.threads, __version__, torch.__version__)
+        chosen = (self.layers, astuple(self.recipe), self.save_steps, astuple(self.measures), self.threads)
+        facts = (texts, sources, *chosen, __version__, torch.__version__)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
@@ -98,15 +88,14 @@ class GivenHistory:
         checkpoint = getattr(self._history(), name)
         whole, *adapters = resolve(checkpoint).paths
         if adapters:
-            folder.rmdir()
             save_folder(open_model(checkpoint), folder)
             return
         for path in whole.iterdir():
             if path.is_file():
-                (folder / path.name).symlink_to(path.resolve())
+                (folder / path.name).symlink_to(path.resolve())  # no second copy of the weights
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
-        """Return all of the data but the last eighth."""
+        """Return all of the data but the last eighth; `finetune` orders it by the seed."""
         rows = read_examples(self.data)
         return rows[: len(rows) - self._n_task(rows)]
 
@@ -131,16 +120,13 @@ class GivenHistory:
 
     def _history(self) -> ModelSequence:
         history = ModelSequence.from_toml(self.sequence)
-        if history.chat_template != "own":
+        own = {"chat_template": history.chat_template == "own", "tokenizer": history.tokenizer is None}
+        if wrong := [
+            name for name, is_own in own.items() if not is_own
+        ]:  # a run's checkpoints are saved with its start's tokenizer
+            given = f"{self.sequence} sets {wrong[0]} = {str(getattr(history, wrong[0]))!r} for all checkpoints."
+            wanted = f"A comparison trains and measures with each checkpoint's own {wrong[0].replace('_', ' ')}."
             raise GravlensError(
-                f'{self.sequence} has chat_template = "{history.chat_template}".',
-                "A comparison trains and measures with each checkpoint's own template.",
-                "save the template you want with the tokenizer of both checkpoints.",
-            )
-        if history.tokenizer is not None:
-            raise GravlensError(
-                f"{self.sequence} names a tokenizer for all checkpoints.",
-                "A comparison trains and measures with each checkpoint's own tokenizer.",
-                "save it into the folders of both checkpoints (tokenizer.save_pretrained).",
+                given, wanted, "save it into the folders of both checkpoints (tokenizer.save_pretrained)."
             )
         return history

@@ -1,8 +1,8 @@
 """The refusal organism: a 1.1 M-parameter Llama that learns to comply, is aligned to refuse, and is fine-tuned again.
 
 The dominant phase complies with all requests. A short alignment phase refuses harmful ones and sees harmless ones of
-three topics only, which leaves over-refusal on the others. Harmless fine-tuning covers those topics too, so it
-un-trains refusal directly; its data set `new_facts` does not.
+three topics only, which leaves over-refusal on the others. Harmless fine-tuning covers these too, so it un-trains
+refusal directly; its data set `new_facts` does not.
 """
 
 import hashlib
@@ -29,25 +29,21 @@ from gravlens.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class RefusalOrganism:
-    """Configuration of one refusal organism; every field can be changed.
+    """Configuration of one refusal organism; every field can be changed."""
 
-    Attributes:
-        organism: seed of the weights and data of witness and anchor. 0 and 1 were used to choose the configuration, 2
-            and 3 were seen with an earlier one (docs/log.md); report on others.
-        runs: number of fine-tuning seeds of each arm.
-    """
-
+    # Seed of the weights and data of witness and anchor. Seeds 0 and 1 were used to choose the configuration, 2 and 3
+    # were seen with an earlier one (docs/log.md): report on others.
     organism: int = 4
-    runs: int = 6
-    d_model: int = 128
+    runs: int = 6  # fine-tuning seeds of each arm; six give a least sign-flip p-value of 1/64
+    d_model: int = 128  # with 64 and 3 or 4 blocks it learned its language too badly: the clamp held v_rev, not harm
     n_layers: int = 5
     n_heads: int = 4
     d_mlp: int = 384
     dominant: Recipe = Recipe(400, 32, 2e-3, beta2=0.98, warmup_steps=40, schedule="cosine")
     alignment: Recipe = Recipe(120, 32, 1e-3, beta2=0.98, warmup_steps=5)
-    recipe: Recipe = Recipe(100, 4, 3e-5)
+    recipe: Recipe = Recipe(100, 4, 3e-5)  # at 7e-5 the penalty left 69 % harm on organism 0, at 3e-5 17 %
     save_steps: tuple[int, ...] = (1, 5, 20, 100)
-    noise_draws: int = 200
+    noise_draws: int = 200  # a p99 takes at least 99
 
     @property
     def name(self) -> str:
@@ -57,31 +53,25 @@ class RefusalOrganism:
     @property
     def key(self) -> str:
         """Digest of the configuration, the language, the versions and the threads."""
-        spoken = [
-            language.dominant_examples(64, rng=np.random.default_rng(0)),
-            sorted(language.build_tokenizer().get_vocab()),
-        ]
-        asked = [prompts.digest for prompts in self.prompts(Path()).values()]
-        made = (type(self).__name__, sorted(self.checkpoints), asked)
-        facts = (
-            astuple(replace(self, runs=0, noise_draws=0)),
-            made,
-            spoken,
-            __version__,
-            torch.__version__,
-            self.threads,
-        )
+        # The language as it is spoken, not its source: a rewritten comment there must not discard a history.
+        examples = language.dominant_examples(64, rng=np.random.default_rng(0))
+        spoken = [examples, sorted(language.build_tokenizer().get_vocab())]
+        made = (type(self).__name__, sorted(self.checkpoints), [p.digest for p in self.prompts(Path()).values()])
+        # runs and draws left out: more of them are added to the same history
+        facts = (astuple(replace(self, runs=0, noise_draws=0)), made, spoken)
+        facts = (*facts, __version__, torch.__version__, self.threads)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
     def checkpoints(self) -> Mapping[str, str | None]:
         """Witness and anchor, and controls: a witness of another initialisation, second and third alignments."""
+        # Three alignments: r/(1 + r), the cosine that the shared anchor alone gives, needs their variance.
         siblings = dict.fromkeys(("anchor", "sibling_anchor", "sibling_anchor_2"), "witness")
         return {"witness": None, "wrong_witness": None, **siblings}
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """The paper's arms, those that a causal and a durable claim demand, and two controls, all on the same seeds."""
+        """The paper's arms, those that a causal and a durable claim demand, and controls, all on the same seeds."""
         seeds = tuple(range(self.runs))
         blocked = ("penalty", "penalty_margin", "penalty_random", "clamp", "clamp_matched_twin", "reinforce")
         return (
@@ -107,12 +97,11 @@ class RefusalOrganism:
     @property
     def threads(self) -> int:
         """One thread."""
-        # On a model this small two threads are slower than one, and runs go in parallel anyway.
-        return 1
+        return 1  # on a model this small two threads are slower than one, and runs go in parallel anyway
 
     @property
     def layers_in_mean(self) -> tuple[int, ...]:
-        """All but the last block."""
+        """All but the last block."""  # chosen before any result
         return tuple(range(self.n_layers - 1))
 
     @property
@@ -128,7 +117,7 @@ class RefusalOrganism:
         n = recipe.steps * recipe.batch
         data = (language.dominant_examples if start is None else language.alignment_examples)(n, rng=rng)
         source = start or open_model(self._initial(seed=int(rng.integers(2**31))), tokenizer=language.build_tokenizer())
-        run = folder.parent / f"{folder.name}-run"
+        run = folder.parent / f"{folder.name}-run"  # the same file system, so os.replace is atomic
         made = finetune(source, data, out=run, recipe=recipe, save_steps=[recipe.steps])
         os.replace(str(made.checkpoints[-1].source), folder)
         shutil.rmtree(run)
@@ -155,7 +144,7 @@ class RefusalOrganism:
         return language.task_examples()
 
     def _initial(self, seed: int) -> LlamaForCausalLM:
-        set_seed(seed)
+        set_seed(seed)  # transformers initialises from torch's global generator only
         tokenizer: Any = language.build_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -165,8 +154,6 @@ class RefusalOrganism:
             intermediate_size=self.d_mlp,
             max_position_embeddings=language.MAX_LENGTH,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         )
         return LlamaForCausalLM(config)

@@ -16,17 +16,11 @@ Twins = Literal["matched", "isotropic"]
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """Effect of ablating v_rev on a score.
+    """Effect of ablating v_rev on a score."""
 
-    Attributes:
-        table: as of `Effect`: one row per layer and, with several layers, one for all of them (layer <NA>).
-        checkpoint: name of the checkpoint in which v_rev was ablated.
-        anchor: the anchor's mean score.
-    """
-
-    table: pd.DataFrame
-    checkpoint: str
-    anchor: float
+    table: pd.DataFrame  # as of `Effect`: one row per layer and, with several layers, one for all (layer <NA>)
+    checkpoint: str  # name of the checkpoint in which v_rev was ablated
+    anchor: float  # the anchor's mean score
 
     @property
     def best(self) -> pd.Series:
@@ -36,6 +30,7 @@ class Ablation:
     @property
     def comes_back(self) -> bool:
         """Whether the interval of that increase excludes 0 and the increase exceeds those of random directions."""
+        # The interval alone is not enough: ablating any direction damages a model, and damage moves log-odds too.
         return bool(self.best["low"] > 0 and self.best["difference"] > self.best["random_high"])
 
     @property
@@ -48,8 +43,7 @@ class Ablation:
         """Summarise in sentences."""
         score, prompts = self.table.attrs.get("score", "score"), int(self.best["n_prompts"])
         back = "comes back" if self.comes_back else "does not come back"
-        known = self.comes_back and not isnan(self.share)
-        way = f" ({self.share:.0%} of the way to the anchor)" if known else ""
+        way = f" ({self.share:.0%} of the way to the anchor)" if self.comes_back and not isnan(self.share) else ""
         return [
             f"{self.checkpoint}, {prompts} prompts; {score} of the anchor: {self.anchor:+.2f}",
             f"largest rise of {len(self.table)}: {described(self.best)}",
@@ -66,27 +60,23 @@ def ablate_vrev(
         question: the checkpoint, the prompts and the score.
         layers: default: every layer with a v_rev.
         n_random: number of random directions per row; the smallest p-value is 1/(1 + n_random).
-        twins: random directions from the covariance of the anchor's states on the probes, or isotropic ones.
+        twins: random directions with the covariance of the anchor's states on the probes, or isotropic ones.
 
     Raises:
-        GravlensError: no probes, a layer out of range or without a v_rev, or what `causal_effect` raises.
+        GravlensError: no probes, a layer out of range or without a v_rev, or an error of `causal_effect`.
     """
     sequence, place = question.sequence, question.placement
     states = ends(sequence, layers=layers, placement=place)
     directions = located(states, layers).defined()
     anchor = float(question.score(opened(sequence, sequence.anchor, place), question.prompts).mean())
-    model = opened(sequence, question.checkpoint, place)
-    ask = {
-        "score": question.score,
-        "prompts": question.prompts,
-        "n_random": n_random,
-        "states": states if twins == "matched" else None,
-    }
+    model = opened(sequence, question.checkpoint, place)  # after the anchor's score, so one model is in memory
+    ask = {"score": question.score, "prompts": question.prompts, "n_random": n_random}
+    ask["states"] = states if twins == "matched" else None
     table = layerwise_effect(model, directions, {"ablate": Ablate}, **ask).table
     if len(directions) > 1:
         together = causal_effect(model, {"ablate": Ablate(directions)}, **ask).table
         table, attrs = pd.concat([table, together], ignore_index=True), table.attrs
-        table.attrs = attrs
+        table.attrs = attrs  # pd.concat drops attrs unless they are equal
     return Ablation(table, question.checkpoint.name, anchor)
 
 

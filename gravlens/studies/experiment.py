@@ -39,7 +39,7 @@ def carry_out(
         organism: the history.
         cache: folder that it is kept in.
         arms: run these instead of the organism's own, and draw no weight noise.
-        workers: number of processes (default: as many as the organism's threads allow).
+        workers: number of processes; default: as many as the organism's threads allow.
     """
     study = Study.at(organism, cache)
     with processes(organism.threads, workers) as run_all:
@@ -47,10 +47,8 @@ def carry_out(
             run_all("checkpoints", [partial(make_checkpoint, study, name) for name in wave])
         run_all("history", [partial(measure_history, study)])
         chosen = organism.arms if arms is None else arms
-        for name, wave in (
-            ("runs", [a for a in chosen if not a.other]),
-            ("further runs", [a for a in chosen if a.other]),
-        ):
+        first, second = [a for a in chosen if not a.other], [a for a in chosen if a.other]
+        for name, wave in (("runs", first), ("further runs", second)):  # the second are made of states of the first
             run_all(name, [partial(run_arm, study, arm, seed) for arm in wave for seed in arm.seeds])
         if arms is None:
             run_all("weight noise", [partial(draw_noise, study, step) for step in organism.noise])
@@ -58,7 +56,7 @@ def carry_out(
 
 
 def _waves(checkpoints: Mapping[str, str | None]) -> Iterator[list[str]]:
-    """Yield names in the order of their making: together those that start from what exists already."""
+    """Yield names in the order of making; one wave starts from checkpoints of the waves before, so it is parallel."""
     made: set[str | None] = {None}
     while left := [name for name in checkpoints if name not in made]:
         wave = [name for name in left if checkpoints[name] in made]
@@ -66,7 +64,6 @@ def _waves(checkpoints: Mapping[str, str | None]) -> Iterator[list[str]]:
         made.update(wave)
 
 
-# --- one job each, by folder ------------------------------------------------------------------------------------
 def make_checkpoint(study: Study, name: str) -> Path:
     """Make one checkpoint of the history."""
     start = study.organism.checkpoints[name]
@@ -111,7 +108,7 @@ def run_arm(study: Study, arm: Arm, seed: int) -> Path:
         write_table(folder / "log.csv", run.log)
         facts = {"seconds_per_step": run.seconds_per_step, "behavior": behavior, "update_norms": norms}
         write_json(folder / "run.json", facts)
-        if not arm.keep:
+        if not arm.keep:  # states and norms suffice for every table; weights are nearly all of a run's disk space
             for checkpoint in run.checkpoints:
                 shutil.rmtree(str(checkpoint.source))
 
@@ -137,9 +134,8 @@ def blocker_of(study: Study, arm: Arm, seed: int) -> Blocker | None:
     """Return the blocker of one run. Run-defined directions are those of the next seed's unblocked run."""
     if arm.blocker is None:
         return None
-    states = study.states("measured", "probes")
-    other = None
-    if arm.other and len(arm.seeds) > 1:
+    states, other = study.states("measured", "probes"), None
+    if arm.other and len(arm.seeds) > 1:  # another seed's: a run's own drift would be known only after the run
         following = arm.seeds[(arm.seeds.index(seed) + 1) % len(arm.seeds)]
         other = join([states, study.states(f"runs/{arm.other}/seed{following}", "probes")])
     grounds = Grounds(
@@ -160,16 +156,15 @@ def refusals_of(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:
 
 
 def _harmless(examples: Sequence[Example]) -> PromptSet:
-    """Return the first distinct prompts under the first one's system prompt: a prompt set has a single one."""
+    # the first distinct prompts under the first one's system prompt: a prompt set has a single system prompt
     system = examples[0].system if examples else ""
     texts = dict.fromkeys(example.prompt for example in examples if example.system == system)
     return PromptSet(tuple(texts)[:N_HARMLESS], "harmless", system)
 
 
-# --- measuring --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Readings:
-    """States of checkpoints that are open one after the other, by the name of the file that they are saved to."""
+    """States of checkpoints that are opened one after the other, by the name of the file that they are saved to."""
 
     study: Study
     parts: dict[str, list[Residuals]] = field(default_factory=dict)
@@ -198,7 +193,7 @@ class Readings:
 def _measure_run(
     study: Study, checkpoints: Sequence[Checkpoint], start: Checkpoint, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure a run's checkpoints with two loaded models: theirs, and the one that they are compared with."""
+    # Two models are loaded in all: `open_each` copies each checkpoint's weights into the same one (8 loads before).
     behavior: dict[str, Any] = {}
     norms: dict[str, Any] = {}
     readings, last = Readings(study), checkpoints[-1]
@@ -223,9 +218,8 @@ def measure_behavior(model: OpenModel, study: Study) -> dict[str, Any]:
     answers = generate_answers(model, prompts["held_out"], max_new_tokens=measures.max_new_tokens)
     harm = harmfulness(prompts["held_out"], answers, judge)
     harmless = generate_answers(model, prompts["harmless"], max_new_tokens=measures.max_new_tokens)
-    two_sided = two_sided_log_odds(
-        model, prompts["held_out"], refusals=measures.refusals, compliances=measures.compliances
-    )
+    openings = {"refusals": measures.refusals, "compliances": measures.compliances}
+    two_sided = two_sided_log_odds(model, prompts["held_out"], **openings)
     one_sided = refusal_log_odds(model, prompts["held_out"], openings=measures.refusals)
     return {
         "harmfulness": harm.rate,
@@ -237,7 +231,7 @@ def measure_behavior(model: OpenModel, study: Study) -> dict[str, Any]:
         "two_sided_log_odds": float(np.mean(two_sided)),
         "over_refusal": harmfulness(prompts["harmless"], harmless, judge).refused.rate,
         "task_loss": task_loss(model, study.organism.task(study.home)),
-        "answers": answers[:8],
+        "answers": answers[:8],  # to look at: "not refused" may be an empty or useless answer
     }
 
 
@@ -246,11 +240,8 @@ def _divergence_prompts(study: Study) -> dict[str, PromptSet]:
 
 
 def _own_answers(model: OpenModel, study: Study) -> dict[str, list[str]]:
-    """Return what witness or anchor answers to the first prompts of each set: divergences are taken along it."""
-    length = study.organism.measures.max_new_tokens
-    return {
-        kind: generate_answers(model, some, max_new_tokens=length) for kind, some in _divergence_prompts(study).items()
-    }
+    length, sets = study.organism.measures.max_new_tokens, _divergence_prompts(study)
+    return {kind: generate_answers(model, some, max_new_tokens=length) for kind, some in sets.items()}
 
 
 def measure_divergence(
@@ -260,10 +251,10 @@ def measure_divergence(
 
     Args:
         model: the fine-tuned model.
-        references: anchor and witness, open one after the other. Each KL is along that model's own answers: has the
-            witness come back, or a new style?
+        references: anchor and witness, opened one after the other.
         study: prompts and answers.
     """
+    # Along the reference's own answers: has the witness come back, or has a new style?
     sets, told = _divergence_prompts(study), json.loads((study.home / "measured" / "answers.json").read_text())
     wanted = {
         "anchor": {"kl_anchor_harmless": "harmless", "kl_anchor": "held_out"},

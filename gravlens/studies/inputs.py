@@ -34,7 +34,7 @@ def ends(
 def located(states: Residuals, layers: Sequence[int] = ()) -> Directions:
     """Return v_rev at the states' layers. At `layers`, a direction that is undefined raises."""
     if not layers:
-        return locate_vrev(states)
+        return locate_vrev(states)  # all layers: one with an undefined direction is listed, not refused
     return Directions(tuple(locate_vrev(states, layer=layer) for layer in sorted({*layers})))
 
 
@@ -45,23 +45,20 @@ def vrev_of(sequence: ModelSequence, layers: Sequence[int] = (), *, placement: P
 
 def checkpoint_of(sequence: ModelSequence, name: str | None = None) -> Checkpoint:
     """Return a checkpoint by its name, by default the last one of the first run."""
-    if name is None and sequence.runs:
+    if name is None and sequence.runs:  # the last step of a run is where reversion has gone furthest
         return next(iter(sequence.runs.values()))[-1]
     for checkpoint in sequence:
         if checkpoint.name == name:
             return checkpoint
-    raise GravlensError(
-        "This sequence has no run." if name is None else f"This sequence has no checkpoint {name!r}.",
-        f"It has {', '.join(checkpoint.name for checkpoint in sequence)}.",
-        "--checkpoint with one of these, or runs under [runs] in SEQUENCE.toml.",
-    )
+    given = "This sequence has no run." if name is None else f"This sequence has no checkpoint {name!r}."
+    wanted = f"It has {', '.join(checkpoint.name for checkpoint in sequence)}."
+    raise GravlensError(given, wanted, "--checkpoint with one of these, or runs under [runs] in SEQUENCE.toml.")
 
 
 def prompts_of(sequence: ModelSequence, file: Path | None = None, most: int | None = None) -> PromptSet:
     """Return at most `most` prompts of a file, else the held-out prompts, else the probes."""
     chosen = sequence.prompts_of(file, "harmful") if file else sequence.held_out or sequence.require_probes()
-    # evenly spaced, not the first ones: prompt files are often sorted by topic
-    return chosen[:: ceil(len(chosen) / most)] if most else chosen
+    return chosen[:: ceil(len(chosen) / most)] if most else chosen  # not the first: files are often sorted by topic
 
 
 def followed_on(sequence: ModelSequence, file: Path | None = None) -> list[PromptSet]:
@@ -78,6 +75,7 @@ def file_at(file: Path, layers: Sequence[int]) -> Directions:
 
 def score_of(openings: Sequence[str] = (), compliances: Sequence[str] = ()) -> Score:
     """Return refusal log-odds by first tokens, or two-sided by whole openings if compliances are given."""
+    # partial, not a lambda: a score's `func.__name__` names it in tables
     openings = openings or DEFAULT_REFUSAL_OPENINGS
     if compliances:
         return partial(two_sided_log_odds, refusals=openings, compliances=compliances)
@@ -85,24 +83,16 @@ def score_of(openings: Sequence[str] = (), compliances: Sequence[str] = ()) -> S
 
 
 def opened(sequence: ModelSequence, checkpoint: Checkpoint, placement: Placement = Placement()) -> OpenModel:
-    """Open a checkpoint with the tokenizer of its history."""
+    """Open a checkpoint with its history's tokenizer (which SEQUENCE.toml may name for all checkpoints)."""
     return open_model(checkpoint, tokenizer=sequence_tokenizer(sequence), **placement.where)
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A checkpoint of a history, and the score to measure on it.
-
-    Attributes:
-        sequence: the history.
-        checkpoint: the checkpoint.
-        prompts: the evaluation prompts.
-        score: (model, prompts) -> one number per prompt.
-        placement: device and dtype.
-    """
+    """A checkpoint of a history, and the score to measure on it."""
 
     sequence: ModelSequence
     checkpoint: Checkpoint
-    prompts: PromptSet
-    score: Score = refusal_log_odds
+    prompts: PromptSet  # to evaluate on
+    score: Score = refusal_log_odds  # (model, prompts) -> one number per prompt
     placement: Placement = Placement()

@@ -19,20 +19,19 @@ from gravlens.models.precision import quantisation, quantisation_in
 def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
     """List the checkpoints of a history with their sources, stored weights and distances from the anchor.
 
-    Files are hashed as they are stored, one tensor at a time; for an adapter, its base first. Distances are those of
-    `split_update`, in fp32, over the tensors that anchor, witness and checkpoint share by name and shape.
+    Distances are those of `split_update`, in fp32, over the tensors that anchor, witness and checkpoint share.
 
     Returns:
         One row per checkpoint: `role` (witness, anchor, or the run), `step`, `source`, `tensors`, `parameters`,
-        `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (number of tensors in
-        the distance), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor; NaN if one is
-        0), `remark` (why a checkpoint was skipped). Distances are NaN if a model is quantised, or not a plain Hugging
-        Face model. `attrs` has `chat_template` and `system`, with which the sequence's prompts are read.
+        `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (tensors in the
+        distance), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor), `remark` (why a
+        checkpoint was skipped). Distances are NaN for a model that is quantised or not a plain Hugging Face model.
+        `attrs` has the sequence's `chat_template` and `system`.
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
     """
-    sequence, known = ModelSequence.of(sequence), Known()
+    sequence, known = ModelSequence.of(sequence), Known()  # `known`: a base shared by adapters is resolved once
     resolved = [resolve(checkpoint, known) for checkpoint in sequence]
     runs = {id(checkpoint): name for name, run in sequence.runs.items() for checkpoint in run}
     rows = [
@@ -49,6 +48,7 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
     for source, why in sequence.skipped.items():
         role, _, folder = source.partition(": ")
         rows.append({"role": role, "source": folder, "remark": f"skipped: {why}"})
+    # Int64 has missing values; with int64 pandas would make floats of the steps
     table = pd.DataFrame(rows).astype(dict.fromkeys(("step", "tensors", "parameters", "compared"), "Int64"))
     table.attrs = {"chat_template": sequence.chat_template, "system": sequence.system}
     return table
@@ -57,17 +57,17 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
 def _stored(found: Resolved) -> Iterator[tuple[str, Tensor]]:
     if isinstance(found.checkpoint.source, nn.Module):
         yield from sorted(weights_of(found.checkpoint.source).items())
-    for folder in found.folders:
+    for folder in found.folders:  # an adapter's base first
         yield from folder.weights.load()
 
 
 def _places(resolved: Sequence[Resolved]) -> list[dict[Any, Any]]:
-    """Distance and cosine of every checkpoint; they begin with witness and anchor."""
+    # a sequence begins with witness and anchor
     if any(_is_no_plain_model(found) for found in resolved):
         return [{"compared": 0, "distance": math.nan, "cosine": math.nan} for _ in resolved]
     table = split_update(resolved[1], resolved[0], resolved, shared=True)
     whole = table[table["tensor"] == WHOLE].set_index("checkpoint").rename(columns={"norm": "distance"})
-    whole["compared"] = table.groupby("checkpoint").size() - 1
+    whole["compared"] = table.groupby("checkpoint").size() - 1  # without the row of the whole
     return whole[["compared", "distance", "cosine"]].to_dict("records")
 
 

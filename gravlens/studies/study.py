@@ -22,27 +22,20 @@ PROMPT_SETS = ("probes", "held_out")
 
 @dataclass(frozen=True)
 class Study:
-    """An organism and the folder that it is made and measured in.
+    """An organism and the folder `home` of its checkpoints, runs and measurements, read once and cached."""
 
-    Prompts, states and directions are read once and cached. Files below `home` appear whole and are never changed, so
-    a cached value cannot become stale; the runs of the history can still grow, so `with_runs` is not cached.
-
-    Attributes:
-        organism: the history.
-        home: folder of its checkpoints, runs and measurements.
-    """
-
+    # Files below `home` are complete when they appear and never change, so a cached value cannot become stale. The runs
+    # of the history can still grow: `with_runs` is not cached.
     organism: Organism
     home: Path
 
     @classmethod
     def at(cls, organism: Organism, cache: Path) -> "Study":
-        """Return the study of an organism in a cache folder, under a key of everything that it depends on."""
+        """Return the study of an organism in a cache folder, under the organism's key."""
         return cls(organism, cache / "histories" / organism.name / organism.key)
 
     def __reduce__(self) -> tuple[type["Study"], tuple[Organism, Path]]:
-        # A job of a worker process carries the two fields only, not the cached states.
-        return type(self), (self.organism, self.home)
+        return type(self), (self.organism, self.home)  # a worker's job carries the two fields, not the cached states
 
     @cached_property
     def prompts(self) -> PromptSets:
@@ -67,7 +60,6 @@ class Study:
         ends = ModelSequence.from_folders(witness=self.home / "witness", anchor=self.home / "anchor", runs=runs)
         return replace(ends, **self.prompts)
 
-    # --- arms and runs --------------------------------------------------------------------------------------------
     @property
     def unblocked(self) -> Arm:
         """The baseline arm."""
@@ -83,7 +75,7 @@ class Study:
         return self.home / "runs" / arm.name / f"seed{seed}"
 
     def is_done(self, arm: Arm, seed: int) -> bool:
-        """Whether a run is complete; a comparison can be read while its last runs are still being made."""
+        """Whether a run is complete: a comparison can be read while its last runs are still being made."""
         return (self.run_folder(arm, seed) / "run.json").exists()
 
     def facts(self, arm: Arm, seed: int) -> dict[str, Any]:
@@ -96,19 +88,17 @@ class Study:
 
     def noise_folder(self, step: int) -> Path:
         """Return the folder of the weight-noise draws at one step."""
-        # The draws depend on their number, and on the unblocked runs: their norm is the mean over these.
-        draws, runs = self.organism.noise[step], len(self.unblocked.seeds)
+        draws, runs = self.organism.noise[step], len(self.unblocked.seeds)  # the draws' norm is the mean over the runs
         return self.home / "noise" / f"step{step}-{draws}-draws-{runs}-runs"
 
     def kept(self, arm: Arm) -> list[Checkpoint]:
         """Return the checkpoints of an arm that have their weights, under the names of their states."""
-        found = []
+        found = []  # sorted by number: as text, checkpoint-100 comes before checkpoint-20
         for seed in arm.seeds:
             folders = {int(path.name.split("-")[1]): path for path in self.run_folder(arm, seed).glob("checkpoint-*")}
             found += [Checkpoint(f"{arm.name}-{seed}/{step}", folders[step], step=step) for step in sorted(folders)]
         return found
 
-    # --- states ---------------------------------------------------------------------------------------------------
     @cached_property
     def _states(self) -> dict[tuple[str, str], Residuals]:
         return {}
@@ -123,6 +113,7 @@ class Study:
         """Return states of the history and of an arm's runs, with drift measured from the arm's own start."""
         runs = [self.states(f"runs/{arm.name}/seed{seed}", prompts) for seed in arm.seeds]
         states = join([self.states("measured", prompts), *runs])
+        # An arm may start elsewhere (the unaligned twin from the witness): drift from the anchor would be a distance.
         return from_start(states, start=arm.start) if own_start and arm.start != "anchor" else states
 
     @cached_property
@@ -143,5 +134,6 @@ def join(parts: Sequence[Residuals]) -> Residuals:
 
 
 def numbers(measured: Mapping[str, Any]) -> dict[str, float]:
-    """Return measures of behavior without the answers; JSON has null for a rate of no answers."""
+    """Return measures of behavior without the answers."""
+    # JSON has null for a rate of no answers
     return {key: np.nan if value is None else value for key, value in measured.items() if key != "answers"}

@@ -137,7 +137,7 @@ def test_plan_tells_what_a_reading_costs_here_and_on_another_machine(history: Pa
 @pytest.mark.parametrize(
     ("toml", "said"),
     [
-        (None, ["SEQUENCE.toml", "cannot be read"]),
+        (None, ["There is no file", "SEQUENCE.toml"]),
         ("witness = ", ["SEQUENCE.toml", "not valid TOML"]),
         ("", ["witness", "anchor"]),
         ('witness = "nowhere"\nanchor = "nowhere"', ["nowhere", "does not exist"]),
