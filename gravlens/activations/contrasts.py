@@ -137,8 +137,7 @@ def _check_paired(contrast: Contrast, request: Request) -> None:
     for pair, ((text, other), harmful, harmless) in enumerate(pairs):
         if harmful != harmless:
             texts, positions = f"({text[:40]!r}, {other[:40]!r})", request.meta["positions"]
-            raise GravlensError(
-                f"positions={positions!r} reads pair {pair} at {harmful} and {harmless} positions {texts}.",
-                "A difference within a pair needs as many positions of one prompt as of the other.",
-                'positions="last", "instruction" (the mean over its tokens) or "post_instruction".',
-            )
+            given = f"positions={positions!r} reads pair {pair} at {harmful} and {harmless} positions {texts}."
+            wanted = "A difference within a pair needs as many positions of one prompt as of the other."
+            remedy = 'positions="last", "instruction" (the mean over its tokens) or "post_instruction".'
+            raise GravlensError(given, wanted, remedy)

@@ -187,11 +187,10 @@ def disk_errors(folder: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise GravlensError(
-            f"The store {folder} cannot be written ({error.strerror or error}).",
-            "States are written as they are computed; all complete files are kept.",
-            "free space on that disk (gravlens store prune), or another store; the same call then resumes.",
-        ) from error
+        given = f"The store {folder} cannot be written ({error.strerror or error})."
+        wanted = "States are written as they are computed; all complete files are kept."
+        remedy = "free space on that disk (gravlens store prune), or another store; the same call then resumes."
+        raise GravlensError(given, wanted, remedy) from error
 
 
 # --- reading through a store ----------------------------------------------------------------------------------------
@@ -347,11 +346,9 @@ def run_each(calls: Sequence[Callable[[], T]], executor: Executor | None, what: 
     except GravlensError:
         raise
     except Exception as error:  # every executor has its own exceptions for a worker that died
-        raise GravlensError(
-            f"A worker of {type(executor).__name__} ended ({(str(error) or type(error).__name__).splitlines()[0]}).",
-            "All workers must live until their tasks are done; complete files stay in the store.",
-            "the same call with a new executor: it resumes.",
-        ) from error
+        given = f"A worker of {type(executor).__name__} ended ({(str(error) or type(error).__name__).splitlines()[0]})."
+        wanted = "All workers must live until their tasks are done; complete files stay in the store."
+        raise GravlensError(given, wanted, "the same call with a new executor: it resumes.") from error
     finally:
         for job in jobs:
             with suppress(Exception):  # a Slurm job that has just ended cannot be cancelled

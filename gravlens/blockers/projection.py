@@ -154,11 +154,9 @@ class TaskVectorProjection:
         theirs = dict(witness.named_parameters())
         ours = {name: weight for name, weight in model.module.named_parameters() if weight.requires_grad}
         if missing := [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]:
-            raise GravlensError(
-                f"The witness has no weight {missing[0]} of the trained shape.",
-                "A task vector needs equal names and shapes; adapters have other names.",
-                "a witness of the same architecture, and full fine-tuning.",
-            )
+            given = f"The witness has no weight {missing[0]} of the trained shape."
+            wanted = "A task vector needs equal names and shapes; adapters have other names."
+            raise GravlensError(given, wanted, "a witness of the same architecture, and full fine-tuning.")
         anchor = {name: weight.detach().clone() for name, weight in ours.items()}
         vectors = {name: theirs[name].detach().to(anchor[name]) - anchor[name] for name in ours}
 

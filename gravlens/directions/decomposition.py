@@ -218,11 +218,9 @@ def _layers(residuals: Residuals, parts: Mapping[str, Spans]) -> tuple[int, ...]
 
 
 def _nowhere(name: str, layers: Sequence[int]) -> GravlensError:
-    return GravlensError(
-        f"{name} is undefined at layer {', '.join(map(str, layers))}.",
-        "Every part and ancestor needs a direction at every layer.",
-        "layers=[…] where it has one, or leave it out.",
-    )
+    given = f"{name} is undefined at layer {', '.join(map(str, layers))}."
+    wanted = "Every part and ancestor needs a direction at every layer."
+    return GravlensError(given, wanted, "layers=[…] where it has one, or leave it out.")
 
 
 def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> pd.DataFrame:

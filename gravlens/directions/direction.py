@@ -157,11 +157,8 @@ class Directions(_OfLayers["Direction"]):
 
 def no_direction(given: object) -> GravlensError:
     """Error for an argument that is no direction: a bare vector does not say which layer it belongs to."""
-    return wrong_kind(
-        given,
-        "A direction is a vector together with its layer.",
-        "direction_from(vector, layer=…), locate_vrev(sequence, layer=…), or Directions.load(path).",
-    )
+    remedy = "direction_from(vector, layer=…), locate_vrev(sequence, layer=…), or Directions.load(path)."
+    return wrong_kind(given, "A direction is a vector together with its layer.", remedy)
 
 
 def one_direction(given: Direction) -> Direction:
@@ -182,21 +179,18 @@ def _row(one: "Direction | Subspace") -> tuple[Any, ...]:
 
 def undefined_error(direction: Direction) -> GravlensError:
     """Error for a layer without a direction."""
-    return GravlensError(
-        f"v_rev is undefined at layer {direction.layer}: {direction.undefined}.",
-        "Witness and anchor have to differ there.",
-        "another layer or witness; locate_vrev(sequence) shows which layers are defined.",
-    )
+    given = f"v_rev is undefined at layer {direction.layer}: {direction.undefined}."
+    remedy = "another layer or witness; locate_vrev(sequence) shows which layers are defined."
+    return GravlensError(given, "Witness and anchor have to differ there.", remedy)
 
 
 def check_columns(samples: Samples, layers: Sequence[int], note: str = "") -> None:
     """GravlensError where samples do not have one column per layer."""
     if samples.shape[1] != len(layers):
-        raise GravlensError(
-            f"Samples of {samples.shape[1]} layers were given for the {len(layers)}{note}: {list(layers)}.",
-            "Samples [sample, layer, d_model] have one column per direction, in the same order.",
-            'residuals.of("anchor")[:, [residuals.layers.index(layer) for layer in directions.layers]].',
-        )
+        given = f"Samples of {samples.shape[1]} layers were given for the {len(layers)}{note}: {list(layers)}."
+        wanted = "Samples [sample, layer, d_model] have one column per direction, in the same order."
+        remedy = 'residuals.of("anchor")[:, [residuals.layers.index(layer) for layer in directions.layers]].'
+        raise GravlensError(given, wanted, remedy)
 
 
 def defined_columns(directions: Directions, samples: Samples) -> tuple[Directions, Samples]:

@@ -72,11 +72,9 @@ def lda(witness: States, anchor: States) -> Vector:
     # pooled about each mean: centring both together would count the difference itself as spread
     within = np.concatenate([states - states.mean(0, dtype=np.float64) for states in (witness, anchor)])
     if not within.any():
-        raise GravlensError(
-            f"The states of {len(witness)} prompts do not vary within witness or anchor.",
-            "lda needs a covariance, in each half of the prompts for the reliability.",
-            "four prompts or more, or estimator=difference_of_means.",
-        )
+        given = f"The states of {len(witness)} prompts do not vary within witness or anchor."
+        wanted = "lda needs a covariance, in each half of the prompts for the reliability."
+        raise GravlensError(given, wanted, "four prompts or more, or estimator=difference_of_means.")
     root = whitening(within)  # Σ^(−1/2), symmetric
     return _along(root @ (root @ difference_of_means(witness, anchor)), witness, anchor)
 

@@ -71,11 +71,8 @@ def locate_vrev(
         pair = (sequence.witness, sequence.anchor)
         source = cache_residuals(sequence, prompts, layers=layer, checkpoints=pair, placement=placement)
     elif prompts is not None:
-        raise GravlensError(
-            "Residuals and prompts were given.",
-            "Residuals hold their own prompts' states.",
-            "locate_vrev(sequence, prompts=...) or locate_vrev(residuals).",
-        )
+        remedy = "locate_vrev(sequence, prompts=...) or locate_vrev(residuals)."
+        raise GravlensError("Residuals and prompts were given.", "Residuals hold their own prompts' states.", remedy)
     witness, anchor = source.of("witness"), source.of("anchor")
     if layer is None:
         each = ((number, witness[:, i], anchor[:, i]) for i, number in enumerate(source.layers))

@@ -56,11 +56,9 @@ def to_gguf(
     chosen = _checked(directions, strength)
     if 0 in chosen.layers and not layer_0:  # the user would learn it from llama.cpp only, at load time
         rest = sorted(set(chosen.layers) - {0})
-        raise GravlensError(
-            f"Directions of layers {sorted(chosen.layers)} were given.",
-            "llama.cpp has no control vector at layer 0 and rejects a file that contains one.",
-            f"{f'directions.at({rest})' if rest else 'a direction of another layer'}; for repeng layer_0=True.",
-        )
+        wanted = "llama.cpp has no control vector at layer 0 and rejects a file that contains one."
+        remedy = f"{f'directions.at({rest})' if rest else 'a direction of another layer'}; for repeng layer_0=True."
+        raise GravlensError(f"Directions of layers {sorted(chosen.layers)} were given.", wanted, remedy)
     with tempfile.TemporaryDirectory() as scratch:  # GGUFWriter writes to a path only, and not atomically
         written = Path(scratch) / "vector.gguf"
         writer = GGUFWriter(written, ARCHITECTURE)
@@ -92,11 +90,9 @@ def from_gguf(path: Path | str) -> Directions:
         facts = "" if field is None else bytes(field.parts[field.data[0]]).decode()
     for name, kind, _ in tensors:
         if not TENSOR.fullmatch(name) or kind != GGMLQuantizationType.F32:
-            raise GravlensError(
-                f"{path} contains the tensor {name!r} as {kind.name}.",
-                "A control vector has tensors direction.1, direction.2, … of type F32.",
-                "a file of to_gguf, of repeng or of llama-cvector-generator.",
-            )
+            given = f"{path} contains the tensor {name!r} as {kind.name}."
+            wanted = "A control vector has tensors direction.1, direction.2, … of type F32."
+            raise GravlensError(given, wanted, "a file of to_gguf, of repeng or of llama-cvector-generator.")
     vectors = [(int(name.removeprefix("direction.")), vector) for name, _, vector in tensors]
     return _directions(path, vectors, _parsed(path, facts), name="control_vector")
 
@@ -181,11 +177,8 @@ def _layer_of(path: Path, hookpoint: Any, entry: Any) -> int:
         found = f"under {hookpoint!r} the action {entry.get('action')!r}, with a bias, or of one head"
     if named and not found:
         return int(named[1])
-    raise GravlensError(
-        f"{path} contains {found}.",
-        "A direction is one vector per layer that is added to the block's output (`layers.3`, action 'add').",
-        "a file of to_steered, or the entries that add to blocks.",
-    )
+    wanted = "A direction is one vector per layer that is added to the block's output (`layers.3`, action 'add')."
+    raise GravlensError(f"{path} contains {found}.", wanted, "a file of to_steered, or the entries that add to blocks.")
 
 
 def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
@@ -227,11 +220,9 @@ def _checked(directions: Direction | Directions, strength: float) -> Directions:
     layers, lengths = [one.layer for one in chosen], [strength * one.distance for one in chosen]
     # A vector of length 0 would steer nothing there, and has no direction when it is read again.
     if len(set(layers)) < len(layers) or not all(lengths):
-        raise GravlensError(
-            f"Vectors of layers {layers} and lengths {lengths} were given.",
-            "A file needs one vector per layer, none of length 0.",
-            "one direction per layer, each with a distance, and a strength other than 0.",
-        )
+        wanted = "A file needs one vector per layer, none of length 0."
+        remedy = "one direction per layer, each with a distance, and a strength other than 0."
+        raise GravlensError(f"Vectors of layers {layers} and lengths {lengths} were given.", wanted, remedy)
     return Directions(chosen)
 
 
@@ -266,11 +257,9 @@ def _directions(
     """Make directions of vectors, layers ascending, with the provenance of each."""
     layers, shapes = [layer for layer, _ in vectors], {vector.shape for _, vector in vectors}
     if len(shapes) != 1 or len(min(shapes)) != 1 or len(set(layers)) < len(layers):
-        raise GravlensError(
-            f"{path} contains vectors of layers {layers} and shapes {sorted(shapes)}.",
-            "It must contain one vector per layer, all of one width.",
-            "a file that was made for one model.",
-        )
+        given = f"{path} contains vectors of layers {layers} and shapes {sorted(shapes)}."
+        wanted = "It must contain one vector per layer, all of one width."
+        raise GravlensError(given, wanted, "a file that was made for one model.")
     ordered = sorted(vectors, key=lambda pair: pair[0])  # a writer may order names as text: 10 before 2
     plain = [direction_from(vector, layer=i, name=f"layer {i} of {path.name}") for i, vector in ordered]
     return Directions(tuple(replace(one, **{"estimator": name, **facts.get(one.layer, {})}) for one in plain))

@@ -39,11 +39,8 @@ def check_intervention(given: Any) -> Intervention:
     """Return an intervention; raise for a direction, a class or anything else that edits no states."""
     if hasattr(given, "edit") and not isinstance(given, type):  # Ablate instead of Ablate(v) has `edit` too
         return given
-    raise wrong_kind(
-        given,
-        "An intervention is needed: what to do along a direction.",
-        "Ablate(direction) or Steer(direction, strength); for several conditions {'ablated': Ablate(direction)}.",
-    )
+    remedy = "Ablate(direction) or Steer(direction, strength); for several conditions {'ablated': Ablate(direction)}."
+    raise wrong_kind(given, "An intervention is needed: what to do along a direction.", remedy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,11 +247,9 @@ def _check_spans(spans: Span | Spans) -> None:
             raise undefined_error(one)
         length = float(np.linalg.norm(one.vector.astype(np.float64)))
         if not abs(length - 1) <= UNIT_WITHIN:  # not `>`: NaN must be refused too
-            raise GravlensError(
-                f"The direction of layer {one.layer} ({one.estimator}) has length {length:.4g}.",
-                "Unit length is needed: else ablation leaves a component and strength is not in units of distance.",
-                "direction_from(vector, layer=…), which normalises it.",
-            )
+            given = f"The direction of layer {one.layer} ({one.estimator}) has length {length:.4g}."
+            wanted = "Unit length is needed: else ablation leaves a component and strength is not in units of distance."
+            raise GravlensError(given, wanted, "direction_from(vector, layer=…), which normalises it.")
 
 
 def _check_strength(edit: Steer | Clamp) -> None:
@@ -273,8 +268,7 @@ def _check_source(spans: Span | Spans, residuals: Residuals, checkpoint: str) ->
     width = check_states(residuals).of(checkpoint).shape[-1]
     for span in each(spans):
         if span.layer not in residuals.layers or span.basis.shape[1] != width:
-            raise GravlensError(
-                f"A direction of layer {span.layer} and width {span.basis.shape[1]} was given.",
-                f"The residuals contain layers {list(residuals.layers)} of width {width}.",
-                "cache_residuals(sequence, prompts) of the same history, at these layers.",
-            )
+            given = f"A direction of layer {span.layer} and width {span.basis.shape[1]} was given."
+            wanted = f"The residuals contain layers {list(residuals.layers)} of width {width}."
+            remedy = "cache_residuals(sequence, prompts) of the same history, at these layers."
+            raise GravlensError(given, wanted, remedy)

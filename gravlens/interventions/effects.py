@@ -258,11 +258,9 @@ def _random_twin(interventions: Sequence[Intervention], seed: int, states: Resid
 def _replacement(span: Span, rng: np.random.Generator, cloud: Float[np.ndarray, "n 1 d_model"] | None) -> Span:
     twin = random_like(span, rng=rng, states=cloud)
     if twin.basis.shape != span.basis.shape:
-        raise GravlensError(
-            f"States that span {len(twin.basis)} dimensions were given for a subspace of rank {len(span.basis)}.",
-            "A random subspace of the same rank needs the states of more prompts than its rank.",
-            "states on more prompts, or states=None for isotropic controls.",
-        )
+        given = f"States that span {len(twin.basis)} dimensions were given for a subspace of rank {len(span.basis)}."
+        wanted = "A random subspace of the same rank needs the states of more prompts than its rank."
+        raise GravlensError(given, wanted, "states on more prompts, or states=None for isotropic controls.")
     return twin
 
 

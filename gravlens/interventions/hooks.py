@@ -71,11 +71,10 @@ def _hook(edit: Intervention, direction: Span, firings: Firings, number: int) ->
         # Exactly a tuple: a subclass could not be rebuilt from its elements.
         hidden = output[0] if type(output) is tuple and output else output
         if not isinstance(hidden, Tensor):
-            raise GravlensError(
-                f"The block of layer {direction.layer} returns a {type(output).__name__}.",
-                "Its states [prompt, pos, d_model] are expected, alone or first in a tuple.",
-                "a decoder-only Hugging Face model, a TransformerBridge or a HookedTransformer.",
-            )
+            given = f"The block of layer {direction.layer} returns a {type(output).__name__}."
+            wanted = "Its states [prompt, pos, d_model] are expected, alone or first in a tuple."
+            remedy = "a decoder-only Hugging Face model, a TransformerBridge or a HookedTransformer."
+            raise GravlensError(given, wanted, remedy)
         edited = edit.edit(hidden, direction)
         firings.counts[number] += edited is not hidden
         # What follows the states in a tuple (KV cache, attention weights) is passed on.

@@ -76,11 +76,8 @@ def _own_copy(source: Openable) -> OpenModel:
     model = open_model(source)
     check_unquantised(model.module, "Orthogonalising")
     if not model.family.own_tensors or hasattr(model.module, "peft_config"):
-        raise wrong_kind(
-            model.module,
-            "A plain Hugging Face model is needed.",
-            "the checkpoint's folder, or an adapter's merged model (merge_and_unload()).",
-        )
+        remedy = "the checkpoint's folder, or an adapter's merged model (merge_and_unload())."
+        raise wrong_kind(model.module, "A plain Hugging Face model is needed.", remedy)
     if model.dtype not in (torch.float32, torch.float64):
         given = f"The model is in {model.dtype}."
         raise GravlensError(
@@ -156,8 +153,6 @@ def _random_ids(model: OpenModel, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _not_linear(model: OpenModel, found: str) -> GravlensError:
-    return GravlensError(
-        f"{type(model.module).__name__} cannot be orthogonalized: {found}.",
-        "A norm between a weight and the residual stream (Gemma 2 and 3, OLMo 2) would restore v.",
-        "Ablate(everywhere(v, model)), which ablates v from the states at inference.",
-    )
+    given = f"{type(model.module).__name__} cannot be orthogonalized: {found}."
+    wanted = "A norm between a weight and the residual stream (Gemma 2 and 3, OLMo 2) would restore v."
+    return GravlensError(given, wanted, "Ablate(everywhere(v, model)), which ablates v from the states at inference.")

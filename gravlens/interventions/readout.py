@@ -155,8 +155,6 @@ def _outside_the_blocks(model: OpenModel) -> list[tuple[nn.Module, Tensor, Tenso
 
 
 def _not_found(model: OpenModel, what: str) -> GravlensError:
-    return GravlensError(
-        f"In {type(model.module).__name__} no final norm was found ({what}).",
-        "A logit lens needs the one norm between the last block and the unembedding.",
-        "a decoder-only language model, or its TransformerBridge if the Hugging Face model is unusual.",
-    )
+    given = f"In {type(model.module).__name__} no final norm was found ({what})."
+    remedy = "a decoder-only language model, or its TransformerBridge if the Hugging Face model is unusual."
+    return GravlensError(given, "A logit lens needs the one norm between the last block and the unembedding.", remedy)

@@ -97,11 +97,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     except GravlensError:
         raise
     except Exception as error:  # the parser raises exceptions of any type on a broken file
-        raise GravlensError(
-            f"{gguf.name} cannot be read ({str(error).strip() or type(error).__name__}).",
-            "A complete GGUF file of an architecture that transformers knows is needed.",
-            "download it again, install the package `gguf`, or give a Hugging Face folder.",
-        ) from error
+        given = f"{gguf.name} cannot be read ({str(error).strip() or type(error).__name__})."
+        wanted = "A complete GGUF file of an architecture that transformers knows is needed."
+        remedy = "download it again, install the package `gguf`, or give a Hugging Face folder."
+        raise GravlensError(given, wanted, remedy) from error
     _plain(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -145,11 +145,9 @@ def anchor_ratio(
     check_states(residuals)
     names = tuple(dict.fromkeys(["anchor", *siblings]))
     if len(names) < MIN_SIBLINGS:
-        raise GravlensError(
-            f"{len(names)} siblings were given ({', '.join(names)}).",
-            f"A variance over alignment seeds needs at least {MIN_SIBLINGS}, the anchor counted.",
-            "align the witness with further seeds: Checkpoint(name, folder) of each when states are cached.",
-        )
+        wanted = f"A variance over alignment seeds needs at least {MIN_SIBLINGS}, the anchor counted."
+        remedy = "align the witness with further seeds: Checkpoint(name, folder) of each when states are cached."
+        raise GravlensError(f"{len(names)} siblings were given ({', '.join(names)}).", wanted, remedy)
     states = np.stack([mean_state(residuals, name, layers) for name in names])  # [sibling, layer, d]
     squares = ((mean_state(residuals, "witness", layers) - states) ** 2).sum(-1)
     pairs = np.array(list(combinations(range(len(names)), 2)))

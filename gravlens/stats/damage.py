@@ -226,11 +226,9 @@ def _moved(damage: str, drift: Float[np.ndarray, "layer d_model"], directions: D
 # --- weights ------------------------------------------------------------------------------------------------------
 def _parameters(model: OpenModel) -> dict[str, Tensor]:
     if not model.family.own_tensors:
-        raise GravlensError(
-            f"A {type(model.module).__name__} was given.",
-            "Damage goes to a Hugging Face model's own tensors, which no other kind holds as they were trained.",
-            "the checkpoint's folder, or open_model(folder).",
-        )
+        given = f"A {type(model.module).__name__} was given."
+        wanted = "Damage goes to a Hugging Face model's own tensors, which no other kind holds as they were trained."
+        raise GravlensError(given, wanted, "the checkpoint's folder, or open_model(folder).")
     check_unquantised(model.module, "Damage")
     return dict(model.module.named_parameters())
 
@@ -265,21 +263,16 @@ def _without_smallest(weight: Tensor, share: float) -> Tensor:
 def _factor(norm: float, found: float) -> float:
     if found > 0 and norm > 0:
         return norm / found
-    raise GravlensError(
-        f"A change of norm {found:.3g} was to be scaled to {norm:.3g}.",
-        "Both are above 0.",
-        "norm=None, or a damage that changes this model's weights.",
-    )
+    given = f"A change of norm {found:.3g} was to be scaled to {norm:.3g}."
+    raise GravlensError(given, "Both are above 0.", "norm=None, or a damage that changes this model's weights.")
 
 
 def _check_same(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     wrong = [name for name, weight in other.items() if name not in own or own[name].shape != weight.shape]
     if wrong := wrong or [name for name in own if name not in other]:
-        raise GravlensError(
-            f"Another shape or name was given for {', '.join(wrong[:3])}.",
-            "Damage and update have the anchor's tensors, by name and shape.",
-            "a checkpoint of the same history, its adapter merged (merge_and_unload()).",
-        )
+        given = f"Another shape or name was given for {', '.join(wrong[:3])}."
+        wanted = "Damage and update have the anchor's tensors, by name and shape."
+        raise GravlensError(given, wanted, "a checkpoint of the same history, its adapter merged (merge_and_unload()).")
 
 
 def weight_noise(
@@ -352,11 +345,9 @@ def _named(model: OpenModel, norms: Mapping[int, Mapping[str, float]]) -> dict[s
     wanted = {name for step in norms.values() for name in step}
     found = {name: weight for name, weight in model.module.named_parameters() if name in wanted}
     if missing := sorted(wanted - found.keys()):
-        raise GravlensError(
-            f"This {type(model.module).__name__} has no tensor {', '.join(missing[:3])}.",
-            "Noise goes to the anchor's own tensors, by their Hugging Face names.",
-            "norms of update_norms(anchor, checkpoint), both opened through='huggingface'.",
-        )
+        given = f"This {type(model.module).__name__} has no tensor {', '.join(missing[:3])}."
+        remedy = "norms of update_norms(anchor, checkpoint), both opened through='huggingface'."
+        raise GravlensError(given, "Noise goes to the anchor's own tensors, by their Hugging Face names.", remedy)
     return found
 
 

@@ -196,11 +196,9 @@ def other_prompts(
     defined, size = directions.defined(), held_out.values.shape[1]
     steps = tuple(step for step in held_out.runs.get(run, ()) if step in others.runs.get(run, ()))
     if not steps:
-        raise GravlensError(
-            f"{run} has steps {held_out.runs.get(run)} on one prompt set, {others.runs.get(run)} on the other.",
-            "Both need a common step.",
-            f"residuals of the same checkpoints; here are the runs {list(held_out.runs)} and {list(others.runs)}.",
-        )
+        given = f"{run} has steps {held_out.runs.get(run)} on one prompt set, {others.runs.get(run)} on the other."
+        remedy = f"residuals of the same checkpoints; here are the runs {list(held_out.runs)} and {list(others.runs)}."
+        raise GravlensError(given, "Both need a common step.", remedy)
     n_all = size + others.values.shape[1]
     # the same subsets at every step: the steps of a draw belong together
     chosen = rng.permuted(np.tile(np.arange(n_all) < size, (draws, 1)), axis=1) / size

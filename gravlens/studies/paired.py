@@ -55,11 +55,8 @@ class Block:
         taken = {"penalty": ("strength", "margin"), "clamp": ("strength",), "projection": ()}[self.kind]
         unread = [n for n in ("strength", "margin") if getattr(self, n) is not None and n not in taken]
         if unread:
-            raise GravlensError(
-                f"{unread[0]} was given for a {self.kind}.",
-                f"It takes {' and '.join(taken) or 'neither strength nor margin'}.",
-                f"--kind {self.kind} without --{unread[0]}.",
-            )
+            given, remedy = f"{unread[0]} was given for a {self.kind}.", f"--kind {self.kind} without --{unread[0]}."
+            raise GravlensError(given, f"It takes {' and '.join(taken) or 'neither strength nor margin'}.", remedy)
 
     def along(self, directions: Directions, probes: PromptSet) -> Blocker:
         """Return the blocker."""
@@ -171,11 +168,8 @@ def block_beside(
 
 def _n_task(examples: Sequence[Example]) -> int:
     if len(examples) < 2:
-        raise GravlensError(
-            f"The data has {len(examples)} example(s).",
-            "At least two are needed, one to train and one to judge.",
-            "more data.",
-        )
+        given = f"The data has {len(examples)} example(s)."
+        raise GravlensError(given, "At least two are needed, one to train and one to judge.", "more data.")
     return max(1, len(examples) // HELD_OUT)
 
 
@@ -193,11 +187,8 @@ def _trained(
     if mark.exists():
         if json.loads(mark.read_text())["description"] == key:
             return tuple(saved)
-        raise GravlensError(
-            f"{folder} holds another run.",
-            "Results are never overwritten.",
-            "another --out, or remove that folder.",
-        )
+        given = f"{folder} holds another run."
+        raise GravlensError(given, "Results are never overwritten.", "another --out, or remove that folder.")
     run = finetune(
         sequence.anchor,
         examples,

@@ -74,11 +74,9 @@ class Monitor(TrainerCallback):
         if every < 1:
             raise GravlensError(f"Monitor(every={every}) was given.", "It counts optimizer steps.", "every=1.")
         if stop_above is not None and stop_above.layers not in (None, self._defined.layers):
-            raise GravlensError(
-                f"The threshold is of layers {stop_above.layers}, the directions of {self._defined.layers}.",
-                "A threshold is valid for the mean over the layers that it was calibrated on.",
-                "directions.at(layers) for one of them.",
-            )
+            given = f"The threshold is of layers {stop_above.layers}, the directions of {self._defined.layers}."
+            wanted = "A threshold is valid for the mean over the layers that it was calibrated on."
+            raise GravlensError(given, wanted, "directions.at(layers) for one of them.")
 
     def attach(self, trainer: Trainer) -> "Monitor":
         """Add the monitor to a trainer's callbacks, and log through it to all integrations of `report_to`.
@@ -176,42 +174,31 @@ class Monitor(TrainerCallback):
             return self._states(open_model(anchor, tokenizer=self.tokenizer, device=model.device, dtype=model.dtype))
         read = anchor.meta.get("positions", "last")
         if anchor.prompts != self.probes.digest or read != self._positions or anchor.index is not None:
-            raise GravlensError(
-                f"The anchor's residuals are of prompts {anchor.prompts[:8]} at {read!r}.",
-                f"The monitor reads {self.probes.digest[:8]} at {self._positions!r}.",
-                "cache_residuals(sequence, probes), or the anchor's checkpoint.",
-            )
+            given = f"The anchor's residuals are of prompts {anchor.prompts[:8]} at {read!r}."
+            wanted = f"The monitor reads {self.probes.digest[:8]} at {self._positions!r}."
+            raise GravlensError(given, wanted, "cache_residuals(sequence, probes), or the anchor's checkpoint.")
         return mean_state(anchor, "anchor", self._defined.layers)
 
     def _check_run(self, args: Any, state: Any) -> None:
         if self._trainer is None and args.report_to:
-            raise GravlensError(
-                f"The monitor stands among the callbacks, and the trainer reports to {', '.join(args.report_to)}.",
-                "Those integrations are callbacks too and run before it, so it cannot log to them.",
-                "monitor.attach(trainer).",
-            )
+            given = f"The monitor stands among the callbacks, and the trainer reports to {', '.join(args.report_to)}."
+            wanted = "Those integrations are callbacks too and run before it, so it cannot log to them."
+            raise GravlensError(given, wanted, "monitor.attach(trainer).")
         if state.global_step == 0 and self._measures:
             raise self._used()
         if state.global_step > 0 and self.anchor is None and self._start is None:
-            raise GravlensError(
-                f"The run goes on at step {state.global_step}, and its anchor was not given.",
-                "Drift is measured from the anchor, not from the weights that a run resumes with.",
-                "Monitor(…, anchor=the checkpoint that the run started from).",
-            )
+            given = f"The run goes on at step {state.global_step}, and its anchor was not given."
+            wanted = "Drift is measured from the anchor, not from the weights that a run resumes with."
+            raise GravlensError(given, wanted, "Monitor(…, anchor=the checkpoint that the run started from).")
         last = None if self.stop_above is None else self.stop_above.last_step
         if last is not None and state.max_steps > last:
-            raise GravlensError(
-                f"The run has {state.max_steps} steps, and the threshold comes from null runs of {last}.",
-                "Null runs drift with every step too, so a threshold is valid up to their last step.",
-                f"null runs of {state.max_steps} steps, or max_steps={last}.",
-            )
+            given = f"The run has {state.max_steps} steps, and the threshold comes from null runs of {last}."
+            wanted = "Null runs drift with every step too, so a threshold is valid up to their last step."
+            raise GravlensError(given, wanted, f"null runs of {state.max_steps} steps, or max_steps={last}.")
 
     def _used(self) -> GravlensError:
-        return GravlensError(
-            f"This monitor has watched a run already, to step {max(self._measures)}.",
-            "A monitor measures one run, from its anchor.",
-            "a new Monitor(…).",
-        )
+        given = f"This monitor has watched a run already, to step {max(self._measures)}."
+        return GravlensError(given, "A monitor measures one run, from its anchor.", "a new Monitor(…).")
 
 
 def _judged(measures: dict[str, Float[np.ndarray, " layer"]]) -> Bool[np.ndarray, " layer"]:
@@ -265,11 +252,9 @@ def check_whole(module: nn.Module) -> None:
         if weight.is_meta or hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")
     ]
     if wrapped or parts:
-        raise GravlensError(
-            f"The model in training is not whole in this process ({', '.join([*wrapped, *parts][:2])}, …).",
-            "The monitor needs all weights in one process: one device, several in one process, or DDP.",
-            "DDP or DeepSpeed ZeRO-1 or -2; or save checkpoints, and follow() them.",
-        )
+        given = f"The model in training is not whole in this process ({', '.join([*wrapped, *parts][:2])}, …)."
+        wanted = "The monitor needs all weights in one process: one device, several in one process, or DDP."
+        raise GravlensError(given, wanted, "DDP or DeepSpeed ZeRO-1 or -2; or save checkpoints, and follow() them.")
 
 
 def _positions_of(directions: Directions) -> Offset:
@@ -279,11 +264,9 @@ def _positions_of(directions: Directions) -> Offset:
     positions = {one.get("positions", "last") for one in facts}
     first: Any = next(iter(positions))
     if geometries != {"raw"} or len(positions) > 1 or not (first == "last" or isinstance(first, int)):
-        raise GravlensError(
-            f"The directions were located at {', '.join(map(str, positions))} in {', '.join(geometries)} geometry.",
-            'The monitor reads raw states at one token of each prompt, "last" or an offset from its end.',
-            "directions of such states: locate_vrev(sequence).",
-        )
+        given = f"The directions were located at {', '.join(map(str, positions))} in {', '.join(geometries)} geometry."
+        wanted = 'The monitor reads raw states at one token of each prompt, "last" or an offset from its end.'
+        raise GravlensError(given, wanted, "directions of such states: locate_vrev(sequence).")
     return "last" if first == "last" else int(first)
 
 
@@ -303,8 +286,6 @@ def _check_template(tokenizer: Any, directions: Directions) -> None:
 
 def _check_width(model: OpenModel, directions: Directions) -> None:
     if model.d_model != directions.vectors.shape[1]:
-        raise GravlensError(
-            f"This {type(model.module).__name__} has states of width {model.d_model}.",
-            f"The directions have {directions.vectors.shape[1]} dimensions.",
-            "directions and an anchor of the history that is trained.",
-        )
+        given = f"This {type(model.module).__name__} has states of width {model.d_model}."
+        wanted = f"The directions have {directions.vectors.shape[1]} dimensions."
+        raise GravlensError(given, wanted, "directions and an anchor of the history that is trained.")

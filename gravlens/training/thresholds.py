@@ -58,11 +58,9 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if self.statistic not in get_args(Statistic) or self.patience < 1 or not math.isfinite(self.value):
-            raise GravlensError(
-                f"Threshold({self.statistic!r}, {self.value}, patience={self.patience}) was given.",
-                f"The statistic is {' or '.join(get_args(Statistic))}, the value finite, patience at least 1.",
-                "calibrate(null runs), or Threshold('fraction', 0.3).",
-            )
+            given = f"Threshold({self.statistic!r}, {self.value}, patience={self.patience}) was given."
+            wanted = f"The statistic is {' or '.join(get_args(Statistic))}, the value finite, patience at least 1."
+            raise GravlensError(given, wanted, "calibrate(null runs), or Threshold('fraction', 0.3).")
 
     def _repr_html_(self) -> str:
         rows = [(name.replace("_", " "), value) for name, value in vars(self).items() if value is not None]
@@ -111,11 +109,9 @@ def calibrate(
     largest = np.sort(windows.min(-1).max(1))
     value = float(largest[math.ceil((len(values) + 1) * quantile - 1e-9) - 1])  # 1e-9: (n + 1) · .99 is rounded
     if not math.isfinite(value):
-        raise GravlensError(
-            f"The {quantile} quantile of these null runs' {statistic} is {value}.",
-            "A cosine is defined only for runs that moved, and a value only for runs that did not diverge.",
-            "statistic='fraction', or null runs that train as the run does.",
-        )
+        given = f"The {quantile} quantile of these null runs' {statistic} is {value}."
+        wanted = "A cosine is defined only for runs that moved, and a value only for runs that did not diverge."
+        raise GravlensError(given, wanted, "statistic='fraction', or null runs that train as the run does.")
     return Threshold(statistic, value, patience, quantile, len(values), steps[-1], layers, source)
 
 
@@ -156,25 +152,18 @@ def _of_trajectories(trajectories: Sequence[Trajectory], statistic: Statistic) -
 
 
 def _mixed(given: str) -> GravlensError:
-    return GravlensError(
-        given,
-        "Null runs must share one set of prompts, the layers and the steps.",
-        "calibrate one kind of null run at a time.",
-    )
+    wanted = "Null runs must share one set of prompts, the layers and the steps."
+    return GravlensError(given, wanted, "calibrate one kind of null run at a time.")
 
 
 def _check_enough(runs: int, quantile: float, patience: int, steps: int) -> None:
     if not 0 < quantile < 1 or patience < 1 or (runs and patience > steps):
-        raise GravlensError(
-            f"calibrate(quantile={quantile}, patience={patience}) was given, of runs with {steps} evaluations.",
-            "quantile must lie between 0 and 1, patience between 1 and the number of evaluations.",
-            "calibrate(null runs), with the defaults .99 and 1.",
-        )
+        given = f"calibrate(quantile={quantile}, patience={patience}) was given, of runs with {steps} evaluations."
+        wanted = "quantile must lie between 0 and 1, patience between 1 and the number of evaluations."
+        raise GravlensError(given, wanted, "calibrate(null runs), with the defaults .99 and 1.")
     least = math.ceil(quantile / (1 - quantile) - 1e-9)  # rounded above a whole number, one run too many
     if runs < least:
         highest = f"quantile={math.floor(1000 * runs / (runs + 1)) / 1000:g} at most" if runs else "null runs"
-        raise GravlensError(
-            f"{runs} null runs were given for the {quantile} quantile.",
-            f"It takes {least}: a further run exceeds the maximum of n with probability 1 / (n + 1).",
-            f"{least - runs} more null runs, or {highest}.",
-        )
+        given = f"{runs} null runs were given for the {quantile} quantile."
+        wanted = f"It takes {least}: a further run exceeds the maximum of n with probability 1 / (n + 1)."
+        raise GravlensError(given, wanted, f"{least - runs} more null runs, or {highest}.")
