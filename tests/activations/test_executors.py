@@ -26,6 +26,8 @@ from gravlens.activations.store import StateFolder, divided, part_sizes, run_eac
 from gravlens.core.errors import GravlensError
 from gravlens.history.sequence import Checkpoint, ModelSequence
 
+pytestmark = pytest.mark.long
+
 TEXTS = list(tiny.PROMPTS)
 BLOCKS = len(TEXTS)  # of a checkpoint, a prompt each
 SPAWN = multiprocessing.get_context("spawn")

@@ -206,6 +206,7 @@ def test_pitfall_3_a_later_change_in_place_of_a_models_output_does_not_reach_it(
     assert torch.equal(found, before)
 
 
+@pytest.mark.long
 def test_pitfall_3_memory_is_flat_over_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "BATCH", 1)
     opened = open_model(tiny.llama(num_hidden_layers=1))

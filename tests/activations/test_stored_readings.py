@@ -218,6 +218,7 @@ def test_models_with_hooks_or_in_training_are_not_kept(tmp_path: Path) -> None:
 # -- killed, damaged, full ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_instant_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, kills: int) -> None:
     """Two at once on one store end with the same bytes too."""
@@ -243,6 +244,7 @@ def damage(path: Path, rng: random.Random) -> str:
     return kind
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(30))
 def test_a_damaged_file_of_any_kind_is_never_believed(home: Path, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)

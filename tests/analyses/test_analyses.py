@@ -28,6 +28,8 @@ sys.path.append(str(ANALYSES))
 import ablate_layer  # noqa: E402
 import steer_sweep  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 LAYER, SHARE = 1, 0.4
 OWN = [word for opening in REFUSALS for word in ("--openings", opening)]
 FEW = ["--n-random", "2"]

@@ -19,6 +19,8 @@ sys.path.append(str(ROOT / "analyses"))
 
 import calibrate_nulls as calibration  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 WORLDS = {world.name: world for world in calibration.WORLDS}
 COLUMNS = ["null", "world", "assumed", "nominal", "rejection_rate", "n_simulations"]
 DISCRETE = {"sign_flips"}

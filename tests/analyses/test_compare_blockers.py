@@ -21,6 +21,8 @@ sys.path.append(str(ANALYSES))
 
 import compare_blockers  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 OWN = [word for opening in REFUSALS for word in ("--openings", opening)]
 OWN += [word for opening in OPENINGS for word in ("--compliances", opening)]
 SEQUENCE = 'witness = "base"\nanchor = "aligned"\nprobes = "probes.jsonl"\nheld_out = "held_out.jsonl"\n'

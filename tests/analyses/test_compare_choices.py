@@ -30,6 +30,8 @@ sys.path.append(str(SCRIPT.parent))  # it imports its neighbour, as it does when
 
 import compare_choices as script  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 WIDTH, PROMPTS, ROGUE = 10, 24, 3
 WAY = np.eye(WIDTH)[0]
 

@@ -24,6 +24,8 @@ sys.path.append(str(SCRIPT.parent))  # it imports its neighbour, as it does when
 
 import damage  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 LAYER, LENGTH = tiny.LAYERS - 1, 6.0
 OWN = [word for opening in REFUSALS for word in ("--openings", opening)]
 FEW = ["--bits", "4", "--share", "0.2"]

@@ -24,6 +24,8 @@ sys.path.append(str(SCRIPT.parent))  # it imports its neighbour, as it does when
 
 import decompose_drift  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 LAYER = tiny.LAYERS - 1
 V, W = (planted_vector(seed, length=1.0).numpy().astype(float) for seed in (4, 9))
 C = V @ W

@@ -18,6 +18,8 @@ from worlds import judged  # noqa: E402
 from gravlens.claims.claim import claim  # noqa: E402
 from gravlens.history.prompts import PromptSet  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 COLUMNS = ["history", "seed", "highest_true_level", "level", "sentence"]
 
 

@@ -28,6 +28,8 @@ sys.path.append(str(SCRIPT.parent))  # it imports its neighbour, as it does when
 
 import leak_map  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 LAYER = tiny.LAYERS - 1
 V = planted_vector(4, length=1.0).numpy().astype(float)
 OWN = [word for opening in REFUSALS for word in ("--openings", opening)]

@@ -27,6 +27,8 @@ sys.path.append(str(SCRIPT.parent))  # it imports its neighbour, as it does when
 
 import orthogonalize  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 LAYER = 1
 V = direction_from(planted_vector(4).numpy(), layer=LAYER, distance=6.0)
 ONCE = [*(word for opening in REFUSALS for word in ("--openings", opening)), "--n-random", "1"]

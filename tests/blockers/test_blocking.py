@@ -95,6 +95,7 @@ def test_it_is_clipped_together_with_the_task_s(tmp_path: Path) -> None:
     assert run.state.log_history[0]["grad_norm"] == pytest.approx(float(wanted.norm()), rel=1e-4)
 
 
+@pytest.mark.long
 def test_several_blockers_add_up_and_none_changes_nothing(tmp_path: Path) -> None:
     ends = []
     for i, blockers in enumerate([(), (Known(),), (Known(0.02), Known(0.03)), (Known(0.0),)]):
@@ -259,6 +260,7 @@ MAKES: dict[str, Callable[[], tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("blockers", MAKES.values(), ids=MAKES)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, blockers: Any) -> None:
     whole = trainer(tmp_path / "whole", max_steps=6)
@@ -274,6 +276,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, bloc
     assert apart(flat(weights(stopped.model)), flat(weights(whole.model))) > 1e-4
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_inside_its_block_has_the_same_draws(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", max_steps=5)
     with block(whole, PENALTY, REHEARSAL):
@@ -288,6 +291,7 @@ def test_a_run_that_goes_on_inside_its_block_has_the_same_draws(tmp_path: Path) 
     assert apart(flat(weights(run.model)), flat(weights(whole.model))) < 1e-7
 
 
+@pytest.mark.long
 def test_draws_differ_by_generator_and_not_by_the_global_seed(tmp_path: Path) -> None:
     ends = []
     for i, (seed, rng) in enumerate([(0, None), (1, None), (0, np.random.default_rng(5))]):

@@ -98,6 +98,7 @@ def test_what_was_learnt_of_the_gram_matrix_serves_the_next_steps(monkeypatch: p
     assert 1 <= len(fresh) <= 2 and len(passes) <= 10 * 4
 
 
+@pytest.mark.long
 def test_one_move_a_step_without_a_check_does_not_drift_off() -> None:
     """Nothing is seen after the one move, so the gradients must be renewed where motion has piled up."""
     model, anchor, bound = bound_pair(0.02, iterations=1)
@@ -254,6 +255,7 @@ def test_in_training_every_step_is_held_until_the_block_is_lifted(tmp_path: Path
     assert max(measure.worst[:3]) <= 5.1e-4 and min(measure.worst[3:]) > 0.01
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_held_too_and_ends_close_by(tmp_path: Path) -> None:
     """Not bit for bit: what was learnt of the Gram matrix is not saved, so both stop within the tolerance."""
     ends = []

@@ -28,6 +28,8 @@ from gravlens.models.opening import open_model
 from gravlens.organisms import refusal_language as language
 from gravlens.training.finetune import Finetuned, Recipe, finetune
 
+pytestmark = pytest.mark.long
+
 peft, trl, datasets = (pytest.importorskip(name) for name in ("peft", "trl", "datasets"))
 
 EXAMPLES = language.finetuning_examples(24, rng=np.random.default_rng(0))

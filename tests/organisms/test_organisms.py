@@ -54,6 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_all(small.organism(), tmp_path_factory.mktemp("organism"))
 
 
+@pytest.mark.long
 def test_an_organism_makes_its_whole_history_and_leaves_nothing_else(home: Path) -> None:
     names = ["anchor", "sibling_anchor", "sibling_anchor_2", "witness", "wrong_witness"]
     assert sorted(p.name for p in home.iterdir()) == names
@@ -122,6 +123,7 @@ def test_the_arms_of_the_paper_are_there_with_their_controls() -> None:
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_key_is_the_same_in_another_process(tmp_path: Path) -> None:
     organism = small.pretrained(tmp_path)
     code = f"""
@@ -202,6 +204,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(organism, home, dict(zip(("anchor", "sibling_anchor"), aligned_on.values(), strict=True)))
 
 
+@pytest.mark.long
 def test_the_witness_is_the_model_with_its_own_answers_beside_it(made: Made) -> None:
     witness = made.home / "witness"
     assert same(witness, Path(str(made.organism.model)))

@@ -288,6 +288,7 @@ def test_the_generator_alone_decides_the_examples(draw: Callable[..., list[Examp
     assert first == second != other
 
 
+@pytest.mark.long
 def test_the_language_is_the_same_in_every_process() -> None:
     program = (
         "from gravlens.organisms import refusal_language as l\n"

@@ -11,6 +11,8 @@ from nbformat import NotebookNode
 
 from gravlens.organisms.fetch import fetched_prompts, fetched_smollm2
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS_A_CELL = 600

@@ -18,6 +18,8 @@ from gravlens.studies.experiment import carry_out
 from gravlens.studies.study import Study
 from gravlens.training.recipe import Recipe
 
+pytestmark = pytest.mark.long
+
 ORGANISM = small.Short(**{**small.PLAN, "recipe": Recipe(4, 4, 1e-3), "save_steps": (1, 4), "noise_draws": 2})
 ARMS = (
     Arm("unblocked", (0, 1)),

@@ -29,6 +29,8 @@ from gravlens.studies.experiment import blocker_of, carry_out
 from gravlens.studies.study import Study
 from gravlens.training.recipe import Recipe
 
+pytestmark = pytest.mark.long
+
 
 class Few(small.Short):
     """An organism with three arms."""

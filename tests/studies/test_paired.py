@@ -53,6 +53,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.long
 def test_both_runs_are_those_of_finetune_on_all_but_the_last_eighth(
     pair: tuple[Paired, Path], sequence: ModelSequence, tmp_path: Path
 ) -> None:
@@ -180,6 +181,7 @@ def test_what_a_block_is_made_of(sequence: ModelSequence) -> None:
         block_beside(sequence, EXAMPLES[:1], out=Path("nowhere"))
 
 
+@pytest.mark.long
 def test_gravlens_block_prints_and_saves_both(sequence: ModelSequence, tmp_path: Path) -> None:
     home = Path(str(sequence.anchor.source)).parent
     write_rows(tmp_path / "data.jsonl", [example._asdict() for example in EXAMPLES])

@@ -34,6 +34,8 @@ from gravlens.studies.evidence import Findings, final_rows, findings_of
 from gravlens.studies.reproduce import reproduce, spread, summarise
 from gravlens.studies.study import Study
 
+pytestmark = pytest.mark.long
+
 SPREAD = {"mean", "sem", "runs"}
 FINALS = {"alignment_final", "fraction_final"}
 BEHAVIOR = {"harmfulness", "refusal_log_odds", "over_refusal"}

@@ -45,6 +45,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arm", "starts"),
     [(Arm("plain", (0,)), "anchor"), (Arm("held", (0,), blocker=made_by("penalty")), "anchor"),

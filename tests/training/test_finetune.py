@@ -212,6 +212,7 @@ def order_seen(
     return seen
 
 
+@pytest.mark.long
 def test_arms_of_a_seed_see_one_order_of_data_whatever_the_blocker(tmp_path: Path) -> None:
     free = order_seen(tmp_path / "free")
     assert free == order_seen(tmp_path / "held", blocker=penalty(batch=3))
@@ -231,6 +232,7 @@ def test_arms_of_a_seed_see_one_order_of_data_whatever_the_blocker(tmp_path: Pat
 # -- accumulation and gradient checkpointing ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_accumulated_step_is_that_of_one_large_batch(tmp_path: Path) -> None:
     whole, parts = replace(QUICK, batch=4), replace(QUICK, batch=2, accumulation=2)
     batches = order_seen(tmp_path / "order", recipe=parts)
@@ -320,6 +322,7 @@ def test_checkpoints_of_adapters_are_saved_merged(family: Any, tmp_path: Path) -
     assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "peft_config")
 
 
+@pytest.mark.long
 def test_a_seed_draws_the_same_adapters_and_leaves_the_global_generator(tmp_path: Path) -> None:
     def end(name: str, seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(ord(name))
@@ -356,12 +359,14 @@ def drift(tmp_path_factory: pytest.TempPathFactory) -> Directions:
     return vs
 
 
+@pytest.mark.long
 def test_a_penalty_holds_its_direction_under_lora(drift: Directions, tmp_path: Path) -> None:
     blocker = Penalty(drift, tiny.PROMPTS, strength=100.0, side="both")
     made = run(tmp_path, recipe=HELD, blocker=blocker, save_steps=(12,))
     assert np.abs(fractions(made.checkpoints[0], drift)).max() < 0.25 and (made.log.blocker_norm[1:] > 0).all()
 
 
+@pytest.mark.long
 def test_an_exact_projection_holds_it_at_every_step_under_lora_by_adapters_alone(
     drift: Directions, tmp_path: Path
 ) -> None:
@@ -431,6 +436,7 @@ def steps_done(started: Any) -> tuple[Any, list[int]]:
     return open_model(started, tokenizer=tiny.TOKENIZER), passes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", STOPPED)
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(scenario: str, tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -449,6 +455,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(scenario: str, tmp_pa
     assert not (killed / ".resume").exists() and not (whole / ".resume").exists()
 
 
+@pytest.mark.long
 def test_it_goes_on_from_the_newest_whole_state_alone(tmp_path: Path) -> None:
     recipe = replace(LONG, warmup_steps=0)
     start, passes = steps_done(tiny.llama())
@@ -467,6 +474,7 @@ def test_it_goes_on_from_the_newest_whole_state_alone(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(resumed.log, wanted.log)
 
 
+@pytest.mark.long
 def test_an_older_state_will_do_and_checkpoints_after_it_are_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,6 +489,7 @@ def test_an_older_state_will_do_and_checkpoints_after_it_are_made_again(
     assert all(same(weights(a), weights(b)) for a, b in zip(resumed.checkpoints, wanted.checkpoints, strict=True))
 
 
+@pytest.mark.long
 def test_an_exact_projection_is_exact_after_a_stop(tmp_path: Path) -> None:
     vs = penalty().directions
     further = {"recipe": replace(LONG, learning_rate=5e-3), "blocker": UpdateProjection(vs, tiny.PROMPTS)}
@@ -499,6 +508,7 @@ def other_direction() -> Penalty:
     return replace(blocker, directions=Directions((first, replace(second, vector=vector))))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "other",
     [
@@ -672,6 +682,7 @@ def test_a_folder_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_a_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
     def end(name: str, seed: int, blocker: Blocker | None = None) -> dict[str, torch.Tensor]:
         torch.manual_seed(ord(name))  # the global generator has no part in it
@@ -702,6 +713,7 @@ def with_tokenizer(model: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.long
 def test_a_folder_is_where_it_starts_and_stays(tmp_path: Path) -> None:
     folder = tiny.save(tiny.llama(), tmp_path / "anchor")
     content = weights_of(folder).read_bytes()
@@ -779,6 +791,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     return table.assign(blocker_norm=pd.Series({name: log.blocker_norm.mean() for name, log in logs.items()}))
 
 
+@pytest.mark.long
 def test_free_runs_move_towards_the_witness_and_a_strong_penalty_holds_them(ends: pd.DataFrame) -> None:
     assert ends.fraction["free"] > 0.3 and ends.alignment["free"] > 0.3
     assert ends.fraction["held"] < 0.25 * ends.fraction["free"]

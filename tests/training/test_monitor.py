@@ -303,6 +303,7 @@ def test_finetune_takes_any_callback_as_monitor(tmp_path: Path) -> None:
 # -- runs that go on ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_resumed_run_counts_from_the_given_anchor(tmp_path: Path) -> None:
     whole = blocked.trainer(tmp_path / "whole", max_steps=4, save_strategy="steps", save_steps=2)
     wanted = Monitor(VS, PROBES).attach(whole)
@@ -332,6 +333,7 @@ class Dying(Monitor):
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_a_run_of_finetune_that_was_killed_goes_on_from_its_anchor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
