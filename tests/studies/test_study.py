@@ -36,8 +36,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = opening.load_huggingface
 
-    def listen(source: Path | str, *given: Any, **further: Any) -> Any:
-        names.append(Path(source).name)
+    def listen(source: Any, *given: Any, **further: Any) -> Any:
+        names.append(Path(getattr(source, "path", source)).name)
         return real(source, *given, **further)
 
     monkeypatch.setattr(opening, "load_huggingface", listen)
