@@ -24,7 +24,7 @@ def as_dtype(given: torch.dtype | str) -> torch.dtype | None:
         return None
     if name not in NAMES:
         raise GravlensError(
-            f"The dtype {str(given)!r} is unknown.",
+            f"The dtype {str(given)!r} cannot be used.",
             "Models are read in float32, float16, bfloat16 or float64, or as they are stored.",
             "float32, bf16, or stored.",
         )
