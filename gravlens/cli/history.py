@@ -37,6 +37,7 @@ def inspect(sequence: opt.SEQUENCE, json: opt.JSON = False) -> None:
     columns = ("role", "step", "source", "parameters", "dtype", "digest", "distance", "cosine", "remark")
     read = f"chat template: {listed.attrs['chat_template']}; system prompt: {listed.attrs['system'] or 'none'}"
     shown = [{**row, "digest": (row["digest"] or "")[:12]} for row in rows]
+    # `wide`: a digest or a path that a narrow terminal cuts is of no use
     cells = ([row[column] for column in columns] for row in shown)
     print_table(columns, cells, title="history", caption=read, wide=True)
 
@@ -128,6 +129,7 @@ def trajectory(
     """
     history = gl.ModelSequence.from_toml(sequence)
     where = gl.Placement(device, dtype, keep=keep or None)
+    # Directions are estimated on the probes only; held-out prompts show whether the drift is the probes' own.
     asked, read = studies.inputs.followed_on(history, prompts), gl.cache_residuals
     sets = [read(history, one, layers=layer or None, placement=where, store=store) for one in asked]
     followed = gl.follow(sets, studies.inputs.located(sets[0], layer))

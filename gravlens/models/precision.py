@@ -20,7 +20,7 @@ def as_dtype(given: torch.dtype | str) -> torch.dtype | None:
         return None
     if name not in NAMES:
         wanted = "Models are read in float32, float16, bfloat16 or float64, or as they are stored."
-        raise GravlensError(f"The dtype {str(given)!r} is unknown.", wanted, "float32, bf16, or stored.")
+        raise GravlensError(f"The dtype {str(given)!r} cannot be used.", wanted, "float32, bf16, or stored.")
     return getattr(torch, name)
 
 

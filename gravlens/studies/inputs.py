@@ -75,7 +75,7 @@ def file_at(file: Path, layers: Sequence[int]) -> Directions:
 
 def score_of(openings: Sequence[str] = (), compliances: Sequence[str] = ()) -> Score:
     """Return refusal log-odds by first tokens, or two-sided by whole openings if compliances are given."""
-    # partial, not a lambda: a score's `func.__name__` names it in tables
+    # partial, not a lambda: tables name a score by its function
     openings = openings or DEFAULT_REFUSAL_OPENINGS
     if compliances:
         return partial(two_sided_log_odds, refusals=openings, compliances=compliances)

@@ -87,7 +87,7 @@ def test_states_that_were_not_asked_for_in_a_while_are_pruned(store: Path) -> No
 def test_a_folder_that_is_no_store_is_refused_and_nothing_in_it_touched(tmp_path: Path) -> None:
     (tmp_path / "notes.safetensors").write_bytes(b"mine")
     for work in (list_store, damaged_files):
-        with refused("not a store"):
+        with refused("not an activation cache"):
             work(tmp_path)
     assert run("prune", tmp_path)[0] == 2 and (tmp_path / "notes.safetensors").exists()
 

@@ -281,10 +281,15 @@ def asked_of(command: str, folder: Path, *more: Any) -> Result:
     return gravlens(command, folder / "SEQUENCE.toml", *needed, *more)
 
 
+@pytest.mark.parametrize(("option", "given"), [("--layer", "two"), ("--keep", "-3")])
+def test_a_wrong_number_is_shown(option: str, given: str, tmp_path: Path) -> None:
+    failed(asked_of("trajectory", tmp_path, option, given), option, f"{given!r} should be")
+
+
 @pytest.mark.parametrize("command", OF_A_SEQUENCE)
 def test_a_sequence_that_is_none_is_one_line(command: str, tmp_path: Path) -> None:
     write_rows(tmp_path / "data.jsonl", EXAMPLES)
-    failed(asked_of(command, tmp_path), "SEQUENCE.toml", "No such file")
+    failed(asked_of(command, tmp_path), "SEQUENCE.toml", "There is no file")
     (tmp_path / "SEQUENCE.toml").mkdir()
     failed(asked_of(command, tmp_path), "SEQUENCE.toml", "Is a directory")
     (tmp_path / "SEQUENCE.toml").rmdir()

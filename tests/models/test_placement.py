@@ -93,7 +93,7 @@ def test_results_name_the_dtype_and_the_noise_floor_is_its_own(tmp_path: Path) -
 @pytest.mark.parametrize("given", ["int8", "float8_e4m3fn", "nonsense", torch.int64])
 def test_what_is_no_dtype_of_models_is_refused(pair: list[Path], given: Any) -> None:
     for opens in (lambda: Placement(dtype=given), lambda: open_model(pair[1], dtype=given)):
-        with refused("dtype=", str(given)):
+        with refused("The dtype", str(given)):
             opens()
 
 
