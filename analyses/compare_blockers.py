@@ -29,7 +29,15 @@ from gravlens.studies.experiment import carry_out
 from gravlens.training.recipe import Recipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-SHOWN = ["harmfulness", "fraction_heldout", "alignment_heldout", "over_refusal", "task_loss", "kl", "step_cost_ratio"]
+SHOWN = [
+    "compliance_rate",
+    "fraction_heldout",
+    "alignment_heldout",
+    "over_refusal",
+    "task_loss",
+    "kl",
+    "step_cost_ratio",
+]
 
 
 @app.command(cls=Script)

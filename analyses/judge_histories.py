@@ -131,7 +131,7 @@ def histories(seed: int, cache: Path, ring: Sequence[int]) -> Iterator[tuple[str
 
 @dataclass(frozen=True, eq=False)
 class Behavior:
-    """The arms at their last step, the anchor's harmfulness, and the name of the baseline arm."""
+    """The arms at their last step, the anchor's compliance_rate, and the name of the baseline arm."""
 
     arms: pd.DataFrame
     anchor_harm: float
@@ -308,15 +308,15 @@ def arms_of(organism: Material) -> pd.DataFrame:
     for arm in ("unblocked", "clamp", "clamp_matched_twin", "reinforce", "released", "rehearsal"):
         facts = [organism.study.facts(Arm(arm, SEEDS), run)["behavior"] for run in SEEDS]
         last = str(organism.study.organism.save_steps[-1])
-        measured = {name: [one[last][name] for one in facts] for name in ("harmfulness", "task_loss")}
+        measured = {name: [one[last][name] for one in facts] for name in ("compliance_rate", "task_loss")}
         fraction = final_rows(follow(organism.runs(arm), vs)).fraction.to_numpy()
         frames.append(pd.DataFrame({"arm": arm, "seed": SEEDS, "fraction_final": fraction, **measured}))
     return pd.concat(frames, ignore_index=True)
 
 
 def anchor_harm(organism: Material) -> float:
-    """Return the anchor's harmfulness."""
-    return json.loads((organism.study.home / "measured" / "behavior.json").read_text())["anchor"]["harmfulness"]
+    """Return the anchor's compliance_rate."""
+    return json.loads((organism.study.home / "measured" / "behavior.json").read_text())["anchor"]["compliance_rate"]
 
 
 def walked(organism: Material, shares: Sequence[float]) -> Evidence:

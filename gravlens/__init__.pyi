@@ -19,8 +19,8 @@ from .activations.residuals import cache_residuals as cache_residuals
 from .behavior import divergence as divergence
 from .behavior import judges as judges
 from .behavior import scores as scores
+from .behavior.answers import compliance_rate as compliance_rate
 from .behavior.answers import generate_answers as generate_answers
-from .behavior.answers import harmfulness as harmfulness
 from .behavior.scores import refusal_log_odds as refusal_log_odds
 from .blockers.blocking import block as block
 from .claims.claim import claim as claim

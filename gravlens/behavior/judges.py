@@ -280,7 +280,7 @@ def rubric_rater(rater: Openable, *, rubric: str, system: str = "", max_new_toke
 
 
 def agreement(judges: Mapping[str, Judge], prompts: Prompts, answers: Sequence[str]) -> pd.DataFrame:
-    """Inter-judge agreement on the same answers; empty and degenerate ones are excluded, as in `harmfulness`.
+    """Inter-judge agreement on the same answers; empty and degenerate ones are excluded, as in `compliance_rate`.
 
     Args:
         judges: name -> judge, at least two.

@@ -21,7 +21,7 @@ ARMS = {
     "frontier": ("lower_rate", "lower_rate_0.25"),
     "released": ("released_at_20",),
 }
-ARM_COLUMNS = ("arm", "seed", "harmfulness", "fraction_final", "task_loss")
+ARM_COLUMNS = ("arm", "seed", "compliance_rate", "fraction_final", "task_loss")
 MIN_DRAWS = 99  # below them no p-value reaches .01
 MAX_COST = 1.1  # task loss of the clamp against the unblocked runs', where no frontier says what it is worth
 
@@ -49,8 +49,8 @@ class Evidence:
         controls: `control, run, alignment` (layer mean, last step): `sibling_anchor`, `wrong_witness_removed`.
         closures: `closure(…).layer_mean`: `run, step, closure`.
         damage: `measure_damage(…).layer_mean`: `damage, alignment, judged`.
-        arms: one row per run at its last step: `arm, seed, harmfulness, fraction_final, task_loss`.
-        anchor_harm: the anchor's harmfulness.
+        arms: one row per run at its last step: `arm, seed, compliance_rate, fraction_final, task_loss`.
+        anchor_harm: the anchor's compliance_rate.
         names: role -> names of its arms, where they differ from `ARMS`.
     """
 
@@ -148,8 +148,8 @@ def _durable(evidence: Evidence, alpha: float) -> Iterator[Demand]:
     if base is None or released is None:
         yield Demand(5, name, None)
         return
-    figures = f"harm {released.harmfulness.mean():.1%} against {base.harmfulness.mean():.1%}"
-    yield _tested(5, name, base.harmfulness / 2 - released.harmfulness, alpha, figures)
+    figures = f"harm {released.compliance_rate.mean():.1%} against {base.compliance_rate.mean():.1%}"
+    yield _tested(5, name, base.compliance_rate / 2 - released.compliance_rate, alpha, figures)
 
 
 def _p(values: pd.Series) -> float:
@@ -252,16 +252,16 @@ def _harm_returns(evidence: Evidence, base: pd.DataFrame | None, alpha: float) -
     name = "harm returns in the unblocked runs"
     if base is None or evidence.anchor_harm is None:
         return Demand(4, name, None)
-    figures = f"{evidence.anchor_harm:.1%} → {base.harmfulness.mean():.1%}"
-    return _tested(4, name, base.harmfulness - evidence.anchor_harm, alpha, figures)
+    figures = f"{evidence.anchor_harm:.1%} → {base.compliance_rate.mean():.1%}"
+    return _tested(4, name, base.compliance_rate - evidence.anchor_harm, alpha, figures)
 
 
 def _less_harm(lower: pd.DataFrame | None, upper: pd.DataFrame | None, name: str, alpha: float) -> Demand:
     if lower is None or upper is None:
         return Demand(4, name, None)
-    figures = f"{lower.harmfulness.mean():.1%} against {upper.harmfulness.mean():.1%}"
+    figures = f"{lower.compliance_rate.mean():.1%} against {upper.compliance_rate.mean():.1%}"
     # by seed: pandas aligns the two indices
-    return _tested(4, name, upper.harmfulness - lower.harmfulness, alpha, figures)
+    return _tested(4, name, upper.compliance_rate - lower.compliance_rate, alpha, figures)
 
 
 def _held(base: pd.DataFrame | None, clamp: pd.DataFrame | None, alpha: float) -> Demand:
@@ -282,7 +282,7 @@ def _push(base: pd.DataFrame | None, push: pd.DataFrame | None, alpha: float) ->
         return Demand(4, name, None)
     further = push.fraction_final - base.fraction_final
     p = _p(further)
-    harm, usual = float(push.harmfulness.mean()), float(base.harmfulness.mean())
+    harm, usual = float(push.compliance_rate.mean()), float(base.compliance_rate.mean())
     figures = f"fraction {further.mean():+.3f}, p = {p:.3f}; harm {harm:.1%} against {usual:.1%}"
     return Demand(4, name, p <= alpha and harm >= usual, figures)
 

@@ -11,7 +11,7 @@ from gravlens.core.errors import GravlensError
 def at_equal_task_loss(
     table: pd.DataFrame,
     *,
-    measure: str = "harmfulness",
+    measure: str = "compliance_rate",
     reference: str | Sequence[str] = "unblocked",
     by: Sequence[str] = ("run",),
 ) -> pd.DataFrame:

@@ -127,7 +127,7 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
 def plot_arms(
     table: pd.DataFrame,
     *,
-    measure: str = "harmfulness",
+    measure: str = "compliance_rate",
     reference: Mapping[str, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -322,7 +322,7 @@ def plot_frontier(
     table: pd.DataFrame,
     *,
     cost: str = "task_loss",
-    measure: str = "harmfulness",
+    measure: str = "compliance_rate",
     twins: Sequence[str] = (),
     baseline: str = "unblocked",
     ax: Axes | None = None,

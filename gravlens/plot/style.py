@@ -51,14 +51,14 @@ LABELS = {
     "drift_norm": "norm of the drift (residual units)",
     "alignment_final": r"alignment with $v_\mathrm{rev}$, last step (cosine)",
     "fraction_final": "fraction of the way back, last step",
-    "harmfulness": "harmful prompts answered (%)",
+    "compliance_rate": "harmful prompts answered (%)",
     "over_refusal": "harmless prompts refused (%)",
     "refusal_log_odds": "refusal log-odds (nats)",
     "task_loss": "held-out task loss (nats per token)",
     "seconds_per_step": "seconds per step",
 }
 UNITS = {"refusal_log_odds": "nats", "two_sided_log_odds": "nats", "task_loss": "nats per token"}
-SHARES = ("harmfulness", "over_refusal")
+SHARES = ("compliance_rate", "over_refusal")
 
 
 class PictureAxes(Axes):

@@ -47,7 +47,7 @@ CAPTIONS = {
         "Effect at inference",
         "Effect of an intervention on the score, with its 95 % interval and the random directions.",
     ),
-    "harmfulness": ("Harm by arm", "Every run as a small point, mean ± SEM on top, witness and anchor dashed."),
+    "compliance_rate": ("Harm by arm", "Every run as a small point, mean ± SEM on top, witness and anchor dashed."),
     "arm_fraction": ("Fraction by arm", "Fraction of the way back at each arm's last step."),
     "task_loss": (
         "Task loss by arm",
@@ -56,7 +56,7 @@ CAPTIONS = {
 }
 # column -> (heading, in per cent); behaviour is measured on the history too
 BEHAVIOUR = {
-    "harmfulness": ("harmfulness", True),
+    "compliance_rate": ("compliance_rate", True),
     "refusal_log_odds": ("refusal log-odds", False),
     "over_refusal": ("over-refusal", True),
 }

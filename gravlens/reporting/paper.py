@@ -65,9 +65,14 @@ def _paper_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str
     yield "closure of the gap to the unaligned twin", NOT_REPORTED, mean_text(closure, results), ""
     for arm, name, paper in _paper_arms(results, PAPER_ALIGNMENT):
         yield _cosine(results, f"alignment: {name}", paper, "arms", arm, suffix="_final")
-    yield "harmfulness: anchor", NOT_REPORTED, spread_text(at(results, "history", "anchor", "harmfulness"), True), ""
+    yield (
+        "harmfulness: anchor",
+        NOT_REPORTED,
+        spread_text(at(results, "history", "anchor", "compliance_rate"), True),
+        "",
+    )
     for arm, name, paper in _paper_arms(results, PAPER_HARM):
-        yield f"harmfulness: {name}", paper, mean_text(at(results, "arms", arm, "harmfulness"), results, True), ""
+        yield f"harmfulness: {name}", paper, mean_text(at(results, "arms", arm, "compliance_rate"), results, True), ""
     for arm, name, paper in _paper_arms(results, PAPER_LOSS):
         yield f"task loss: {name}", paper, mean_text(at(results, "arms", arm, "task_loss"), results), ""
 

@@ -13,9 +13,17 @@ from gravlens.organisms.base import UNBLOCKED, Arm
 from gravlens.studies.study import Study, numbers
 
 CLIP = 1.0  # of the gradient's norm, in gravlens.finetune
-BEHAVIOR = ("harmfulness", "refusal_log_odds", "two_sided_log_odds", "over_refusal", "task_loss", "empty", "degenerate")
+BEHAVIOR = (
+    "compliance_rate",
+    "refusal_log_odds",
+    "two_sided_log_odds",
+    "over_refusal",
+    "task_loss",
+    "empty",
+    "degenerate",
+)
 COLUMNS = (
-    "blocker", "organism", "run", "fraction_given", "fraction_heldout", "alignment_heldout", "harmfulness",
+    "blocker", "organism", "run", "fraction_given", "fraction_heldout", "alignment_heldout", "compliance_rate",
     "over_refusal", "task_loss", "kl", "step_cost_ratio",
 )  # fmt: skip
 
@@ -111,7 +119,7 @@ def orderings(table: pd.DataFrame) -> list[str]:
     for blocker, rows in table[table.blocker != UNBLOCKED].groupby("blocker", sort=False):
         paired = rows.set_index(keys)
         pairs = plain.loc[paired.index]
-        harm = paired.harmfulness - pairs.harmfulness
+        harm = paired.compliance_rate - pairs.compliance_rate
         back = paired.fraction_heldout.abs() - pairs.fraction_heldout.abs()
         cost = (paired.task_loss / pairs.task_loss - 1).mean()
         lines.append(

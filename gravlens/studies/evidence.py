@@ -234,7 +234,7 @@ def findings_of(study: Study, *, organism: str) -> Findings:
             closures=closures,
             damage=damage.layer_mean,
             arms=arms,
-            anchor_harm=float(anchor.harmfulness.iloc[0]),
+            anchor_harm=float(anchor.compliance_rate.iloc[0]),
         )
     )
     states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gravlens.activations.residuals import Residuals, cache_residuals
-from gravlens.behavior.answers import generate_answers, harmfulness, substring_judge
+from gravlens.behavior.answers import compliance_rate, generate_answers, substring_judge
 from gravlens.behavior.divergence import kl_from
 from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_odds
 from gravlens.blockers.blocking import Blocker
@@ -216,20 +216,20 @@ def measure_behavior(model: OpenModel, study: Study) -> dict[str, Any]:
     prompts, measures = study.prompts, study.organism.measures
     judge = substring_judge(measures.markers)
     answers = generate_answers(model, prompts["held_out"], max_new_tokens=measures.max_new_tokens)
-    harm = harmfulness(prompts["held_out"], answers, judge)
+    harm = compliance_rate(prompts["held_out"], answers, judge)
     harmless = generate_answers(model, prompts["harmless"], max_new_tokens=measures.max_new_tokens)
     openings = {"refusals": measures.refusals, "compliances": measures.compliances}
     two_sided = two_sided_log_odds(model, prompts["held_out"], **openings)
     one_sided = refusal_log_odds(model, prompts["held_out"], openings=measures.refusals)
     return {
-        "harmfulness": harm.rate,
-        "harmfulness_low": harm.low,
-        "harmfulness_high": harm.high,
+        "compliance_rate": harm.rate,
+        "compliance_rate_low": harm.low,
+        "compliance_rate_high": harm.high,
         "empty": harm.empty,
         "degenerate": harm.degenerate,
         "refusal_log_odds": float(np.mean(one_sided)),
         "two_sided_log_odds": float(np.mean(two_sided)),
-        "over_refusal": harmfulness(prompts["harmless"], harmless, judge).refused.rate,
+        "over_refusal": compliance_rate(prompts["harmless"], harmless, judge).refused.rate,
         "task_loss": task_loss(model, study.organism.task(study.home)),
         "answers": answers[:8],  # to look at: "not refused" may be an empty or useless answer
     }

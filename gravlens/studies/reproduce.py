@@ -26,7 +26,7 @@ from gravlens.studies.study import Study
 
 SCHEMA_VERSION = 2
 FINALS = ("alignment_final", "fraction_final")
-BEHAVIOR = ("harmfulness", "refusal_log_odds", "over_refusal", "task_loss", "seconds_per_step")
+BEHAVIOR = ("compliance_rate", "refusal_log_odds", "over_refusal", "task_loss", "seconds_per_step")
 DAMAGE = ("organism", "damage", "alignment", "fraction", "drift_norm", "judged", "weight_norm", "score")
 DRAWN = ("isotropic", "weight_noise", "covariance_of_states", "independent_endpoints")  # in the figure
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scipy")
@@ -210,14 +210,14 @@ def draw_figures(findings: Findings, folder: Path) -> None:
         for table in (findings.trajectory, findings.trajectory_layer_mean)
     )
     nulls = findings.nulls_layer_mean[findings.nulls_layer_mean.null.isin(DRAWN)]
-    history = findings.behavior[findings.behavior.arm == "history"].groupby("run").harmfulness.mean()
+    history = findings.behavior[findings.behavior.arm == "history"].groupby("run").compliance_rate.mean()
     reference = {str(name): float(value) for name, value in history.items()}
     arms = findings.arms[~findings.arms.arm.isin(list(CONTROLS))]
     figures: dict[str, Callable[[], Any]] = {
         "alignment": lambda: plots.plot_alignment(means, nulls=nulls),
         "fraction": lambda: plots.plot_alignment(means, value="fraction"),
         "layers": lambda: plots.plot_layers(layers),
-        "harmfulness": lambda: plots.plot_arms(arms, measure="harmfulness", reference=reference),
+        "compliance_rate": lambda: plots.plot_arms(arms, measure="compliance_rate", reference=reference),
         "arm_fraction": lambda: plots.plot_arms(arms, measure="fraction_final"),
         "task_loss": lambda: plots.plot_arms(arms, measure="task_loss"),
     }

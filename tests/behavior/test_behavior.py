@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from gravlens.behavior.answers import Harm, Rate, generate_answers, harmfulness, substring_judge
+from gravlens.behavior.answers import Harm, Rate, compliance_rate, generate_answers, substring_judge
 from gravlens.behavior.scores import perplexity, refusal_log_odds, task_loss, two_sided_log_odds
 from gravlens.history.prompts import Example, PromptSet, encode_example
 from gravlens.models.opening import OpenModel
@@ -134,7 +134,7 @@ def test_answers_are_the_greedy_ones_of_each_prompt_alone(model: OpenModel) -> N
         ("well, I CANNOT do that", False),
         ("Sure, here is how:", True),
         ("I am happy to help", True),
-        ("", True),  # why harmfulness counts empty answers apart
+        ("", True),  # why compliance_rate counts empty answers apart
     ],
 )
 def test_substring_judge(answer: str, complies: bool) -> None:
@@ -170,7 +170,7 @@ def test_a_rate_of_nothing_is_not_a_number() -> None:
 def test_harmfulness_counts_empty_and_degenerate_answers_apart() -> None:
     answers = ["sure , do this", "sorry , no", "", "   ", "the the the the the", "sure : a b a b a b a b", "of course"]
     prompts = [f"prompt {i}" for i in range(len(answers))]
-    harm = harmfulness(prompts, answers, substring_judge(["sorry"]))
+    harm = compliance_rate(prompts, answers, substring_judge(["sorry"]))
     assert harm == Harm(count=2, total=3, empty=2, degenerate=2)
     assert harm.rate == 2 / 3 and harm.refused == Rate(1, 3)
 
@@ -180,28 +180,28 @@ def test_harmfulness_counts_empty_and_degenerate_answers_apart() -> None:
     ["no no no no", "!!!!!!!!", "first it says something and then then then then then then then then then", "a b a b"],
 )
 def test_loops_are_degenerate(answer: str) -> None:
-    assert harmfulness(["?"], [answer], substring_judge()).degenerate == 1
+    assert compliance_rate(["?"], [answer], substring_judge()).degenerate == 1
 
 
 @pytest.mark.parametrize(
     "answer", ["no", "no no no", "bake it and bake it well", "get the ruler , heat it and dry it", "a b c a b c a b c"]
 )
 def test_ordinary_repetition_is_not_degenerate(answer: str) -> None:
-    assert harmfulness(["?"], [answer], substring_judge()).degenerate == 0
+    assert compliance_rate(["?"], [answer], substring_judge()).degenerate == 0
 
 
 def test_any_callable_is_a_judge_and_sees_the_prompts() -> None:
     def judge(prompts: Any, answers: Any) -> np.ndarray:
         return np.array([prompt == answer for prompt, answer in zip(prompts, answers, strict=True)])
 
-    assert harmfulness(PromptSet.of(["yes", "no"]), ["yes", "yes"], judge) == Harm(1, 2)
+    assert compliance_rate(PromptSet.of(["yes", "no"]), ["yes", "yes"], judge) == Harm(1, 2)
 
 
 def test_answers_and_verdicts_that_do_not_fit_the_prompts_are_refused() -> None:
     with refused("2 prompts, 1 answers"):
-        harmfulness(["a", "b"], ["yes"], substring_judge())
+        compliance_rate(["a", "b"], ["yes"], substring_judge())
     with refused("verdicts of shape (1,)"):
-        harmfulness(["a", "b"], ["yes", "no"], lambda _prompts, _answers: np.array([True]))
+        compliance_rate(["a", "b"], ["yes", "no"], lambda _prompts, _answers: np.array([True]))
 
 
 # --- the task ---------------------------------------------------------------------------------------------------

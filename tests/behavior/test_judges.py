@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gravlens.behavior.answers import Harm, harmfulness, substring_judge
+from gravlens.behavior.answers import Harm, compliance_rate, substring_judge
 from gravlens.behavior.judges import (
     agreement,
     classifier_judge,
@@ -126,7 +126,7 @@ def test_a_planted_classifier_is_read_from_its_folder_and_is_a_judge(tmp_path: P
     judge = classifier_judge(folder, harmful_labels=["harmful"], template="{prompt} | {answer}")
     verdicts = judge(PROMPTS, ANSWERS)
     assert verdicts.dtype == bool and verdicts.tolist() == LAST_IS_BAD
-    assert harmfulness(PROMPTS, ANSWERS, judge) == Harm(2, 5)
+    assert compliance_rate(PROMPTS, ANSWERS, judge) == Harm(2, 5)
     turned = classifier_judge(folder, harmful_labels="harmless", template="{prompt} | {answer}")
     assert turned(PROMPTS, ANSWERS).tolist() == [not bad for bad in LAST_IS_BAD]
 
@@ -226,7 +226,7 @@ def test_a_planted_guard_is_read_from_its_folder_and_is_a_judge(tmp_path: Path) 
     judge = guard_judge(folder, template="{prompt} | {answer}")
     verdicts = judge(PROMPTS, ANSWERS)
     assert verdicts.dtype == bool and verdicts.tolist() == LAST_IS_BAD
-    assert harmfulness(PROMPTS, ANSWERS, judge) == Harm(2, 5)
+    assert compliance_rate(PROMPTS, ANSWERS, judge) == Harm(2, 5)
 
 
 class Biased(nn.Module):

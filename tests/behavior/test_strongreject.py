@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from histories import refused
 
-from gravlens.behavior.answers import Harm, harmfulness
+from gravlens.behavior.answers import Harm, compliance_rate
 from gravlens.behavior.judges import read_ratings, strongreject_judge, strongreject_score
 
 NAN = float("nan")
@@ -76,7 +76,7 @@ def test_the_judge_says_harm_from_its_threshold_on() -> None:
     prompts, answers = ["a", "b", "c", "d"], ["one", "two", "three", "four"]
     assert strongreject_judge(rate)(prompts, answers).tolist() == [True, True, False, False]
     assert strongreject_judge(rate, threshold=0.6)(prompts, answers).tolist() == [True, False, False, False]
-    assert harmfulness(prompts, answers, strongreject_judge(rate)) == Harm(2, 4)
+    assert compliance_rate(prompts, answers, strongreject_judge(rate)) == Harm(2, 4)
 
 
 def test_answers_without_a_rating_and_ratings_of_another_shape_are_refused() -> None:

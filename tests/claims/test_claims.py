@@ -72,7 +72,7 @@ def arms(runs: int = RUNS, **changed: tuple[float, float, float] | None) -> pd.D
     for arm, values in (ARMS | changed).items():
         if values is not None:
             harm, fraction, loss = values
-            rows += [{"arm": arm, "seed": seed, "harmfulness": harm - 0.01 * seed, "fraction_final": fraction,
+            rows += [{"arm": arm, "seed": seed, "compliance_rate": harm - 0.01 * seed, "fraction_final": fraction,
                       "task_loss": loss} for seed in range(runs)]  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -112,7 +112,7 @@ def test_with_everything_in_its_favour_the_claim_is_the_last_level() -> None:
 def broken() -> pd.DataFrame:
     """One run of the clamp says nothing but nonsense, so that its harm is not measured."""
     table = arms()
-    return table.assign(harmfulness=table.harmfulness.mask((table.arm == "clamp") & (table.seed == 2)))
+    return table.assign(compliance_rate=table.compliance_rate.mask((table.arm == "clamp") & (table.seed == 2)))
 
 
 def given() -> Trajectory:
@@ -210,7 +210,7 @@ def test_a_dearer_clamp_is_held_against_the_frontier() -> None:
     dear = (0.1, 0.0, 1.2)
     better, worse = (arms(clamp=dear, lower_rate=(harm, 0.2, 1.3)) for harm in (0.01, 0.8))
     assert judge(arms=worse).level == 5
-    found = judge(arms=better.assign(harmfulness=better.harmfulness.where(better.arm != "unblocked", 0.12)))
+    found = judge(arms=better.assign(compliance_rate=better.compliance_rate.where(better.arm != "unblocked", 0.12)))
     assert (
         found.demands.set_index("name").holds.to_dict()[
             "at most 10 % of task loss, or below the frontier of lower rates"

@@ -8,7 +8,7 @@ from gravlens.claims.tradeoff import at_equal_task_loss
 
 
 def table(rows: list[tuple[str, int, float, float]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["arm", "run", "task_loss", "harmfulness"])
+    return pd.DataFrame(rows, columns=["arm", "run", "task_loss", "compliance_rate"])
 
 
 # Early stops of two runs: the loss falls, the harm rises; not in the order of the loss.
@@ -55,7 +55,7 @@ def test_points_of_one_loss_count_at_their_mean() -> None:
 
 def test_several_references_make_one_frontier_and_runs_go_by_further_columns() -> None:
     rows = [("unblocked", 0, 0.2, 0.8), ("lower_rate", 0, 0.4, 0.4), ("penalty", 0, 0.3, 0.1)]
-    both = pd.concat([table(rows).assign(organism=4), table(rows).assign(organism=5, harmfulness=1.0)])
+    both = pd.concat([table(rows).assign(organism=4), table(rows).assign(organism=5, compliance_rate=1.0)])
     references = ("unblocked", "lower_rate")
     found = at_equal_task_loss(both, reference=references, by=("organism", "run"))
     np.testing.assert_allclose(found["at_reference"], [0.6, 1.0])
@@ -63,7 +63,7 @@ def test_several_references_make_one_frontier_and_runs_go_by_further_columns() -
 
 
 def test_another_measure_and_the_given_table_is_left_alone() -> None:
-    given = table([*STOPS, ("penalty", 0, 0.25, 0.1)]).rename(columns={"harmfulness": "over_refusal"})
+    given = table([*STOPS, ("penalty", 0, 0.25, 0.1)]).rename(columns={"compliance_rate": "over_refusal"})
     before = given.copy()
     found = at_equal_task_loss(given, measure="over_refusal")
     assert list(found) == ["arm", "run", "task_loss", "over_refusal", "at_reference", "difference", "reason"]

@@ -69,7 +69,9 @@ def effect() -> pd.DataFrame:
 @pytest.fixture
 def arms() -> pd.DataFrame:
     rows = [("unblocked", "a", 0.6, 0.25), ("unblocked", "b", 0.8, 0.35), ("penalty", "a", 0.1, 0.3)]
-    return pd.DataFrame([*rows, ("odd_one", "a", np.nan, np.nan)], columns=["arm", "run", "harmfulness", "task_loss"])
+    return pd.DataFrame(
+        [*rows, ("odd_one", "a", np.nan, np.nan)], columns=["arm", "run", "compliance_rate", "task_loss"]
+    )
 
 
 def bars(ax: Axes) -> dict[str, ErrorbarContainer]:
@@ -322,7 +324,7 @@ def test_pyplot_stays_unloaded() -> None:
     code = """
 import sys, pandas
 from gravlens.plot.lines import plot_arms
-plot_arms(pandas.DataFrame({"arm": ["one"], "run": ["a"], "harmfulness": [0.5]}))._repr_png_()
+plot_arms(pandas.DataFrame({"arm": ["one"], "run": ["a"], "compliance_rate": [0.5]}))._repr_png_()
 print("matplotlib.pyplot" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

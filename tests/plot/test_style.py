@@ -49,7 +49,7 @@ def effect() -> pd.DataFrame:
 
 def arms() -> pd.DataFrame:
     rows = [(name, run, 0.1 * i + 0.05 * run, 1 + i) for i, name in enumerate("abcdefgh") for run in (0, 1)]
-    return pd.DataFrame(rows, columns=["arm", "run", "harmfulness", "task_loss"]).assign(blocker=lambda t: t["arm"])
+    return pd.DataFrame(rows, columns=["arm", "run", "compliance_rate", "task_loss"]).assign(blocker=lambda t: t["arm"])
 
 
 def grid() -> pd.DataFrame:

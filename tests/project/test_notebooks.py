@@ -78,7 +78,7 @@ SHOWN = {
         "twins": "random twin.*twin without v_rev",
         "watch": PICTURE,
         "layers": "blocked.*free.*random twin|free.*blocked.*random twin",
-        "judge": "harmfulness.*task loss.*witness.*anchor.*free.*blocked.*twin without v_rev",
+        "judge": "compliance_rate.*task loss.*witness.*anchor.*free.*blocked.*twin without v_rev",
         "log": "blocker_norm",
     },
     "a_real_model": {

@@ -45,9 +45,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "results.json").write_text(json.dumps(results))
     rows = pd.DataFrame({"run": ["unblocked-0", "penalty-1"] * 600, "step": range(1200), "layer": None, "x": -1.5e-7})
     rows.assign(**{f"a_wide_column_{i}": i / 3 for i in range(12)}).to_csv(folder / "trajectory.csv", index=False)
-    arms = pd.DataFrame({"arm": ["unblocked", "penalty"], "run": [0, 0], "harmfulness": [0.5, 0.25]})
+    arms = pd.DataFrame({"arm": ["unblocked", "penalty"], "run": [0, 0], "compliance_rate": [0.5, 0.25]})
     arms.assign(**{f"one_more_measure_{i}": 1 / 3 for i in range(7)}).to_csv(folder / "arms.csv", index=False)
-    save_figure(plot_arms(arms), folder / "figures" / "harmfulness", formats=("svg",))
+    save_figure(plot_arms(arms), folder / "figures" / "compliance_rate", formats=("svg",))
     save_figure(plot_arms(arms), folder / "figures" / "other", formats=("png",))
     return write_report(folder)
 

@@ -31,7 +31,7 @@ def arm(level: float, harm: float) -> dict[str, Any]:
     return {
         "alignment_final": spread(level),
         "fraction_final": spread(level / 4),
-        "harmfulness": spread(harm),
+        "compliance_rate": spread(harm),
         "refusal_log_odds": spread(-level),
         "over_refusal": spread(0.5),
         "task_loss": spread(1 + level),
@@ -103,8 +103,8 @@ def made_up() -> dict[str, Any]:
             "penalty_random": arm(0.5, 0.6125),
         },
         "history": {
-            "witness": {"harmfulness": 1.0, "refusal_log_odds": -8.0, "over_refusal": 0.0},
-            "anchor": {"harmfulness": 0.05, "refusal_log_odds": 6.0, "over_refusal": 0.25},
+            "witness": {"compliance_rate": 1.0, "refusal_log_odds": -8.0, "over_refusal": 0.0},
+            "anchor": {"compliance_rate": 0.05, "refusal_log_odds": 6.0, "over_refusal": 0.25},
         },
         "environment": {"versions": {"torch": "9.9.9"}, "threads": 1, "seconds": {"witness": 12.5}, "of": [1, 2]},
     }
@@ -113,7 +113,7 @@ def made_up() -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "results.json").write_text(json.dumps(made_up()))
-    pd.DataFrame({"arm": ["unblocked"], "run": [HOSTILE], "harmfulness": [0.123456]}).to_csv(tmp_path / "arms.csv")
+    pd.DataFrame({"arm": ["unblocked"], "run": [HOSTILE], "compliance_rate": [0.123456]}).to_csv(tmp_path / "arms.csv")
     (tmp_path / "figures").mkdir()
     for name in ("alignment.png", "alignment.svg", "layers.png"):
         (tmp_path / "figures" / name).write_bytes(PNG if name.endswith("png") else b"<svg xmlns='http://www.w3.org/'/>")

@@ -83,7 +83,7 @@ def test_runs_that_are_not_there_yet_are_left_out(study: Study) -> None:
 
 def planted(harm: dict[str, list[float]]) -> pd.DataFrame:
     rows = [
-        {"blocker": b, "organism": "o", "run": run, "harmfulness": h, "fraction_heldout": h / 2, "task_loss": 1 + h}
+        {"blocker": b, "organism": "o", "run": run, "compliance_rate": h, "fraction_heldout": h / 2, "task_loss": 1 + h}
         for b, values in harm.items()
         for run, h in enumerate(values)
     ]
@@ -115,5 +115,5 @@ def test_the_frontier_has_a_point_for_each_blocker_where_its_means_are(tmp_path:
     line = points["2  held"][0]
     assert (line.get_xdata()[0], line.get_ydata()[0]) == pytest.approx((1.2, 0.2))
     ax.figure.savefig(tmp_path / "frontier.png")
-    with refused("no column harmfulness"):
-        plot_frontier(table.drop(columns="harmfulness"))
+    with refused("no column compliance_rate"):
+        plot_frontier(table.drop(columns="compliance_rate"))

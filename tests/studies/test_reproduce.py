@@ -38,7 +38,7 @@ pytestmark = pytest.mark.long
 
 SPREAD = {"mean", "sem", "runs"}
 FINALS = {"alignment_final", "fraction_final"}
-BEHAVIOR = {"harmfulness", "refusal_log_odds", "over_refusal"}
+BEHAVIOR = {"compliance_rate", "refusal_log_odds", "over_refusal"}
 COST = {"task_loss", "seconds_per_step"}
 CONTROLS = {"wrong_witness", "wrong_witness_removed", "sibling_anchor", "unaligned_twin", "continued_alignment"}
 ARMS = {"unblocked", "unblocked_new_facts", "penalty", "penalty_margin", "penalty_random"}
@@ -180,7 +180,7 @@ def test_every_number_is_finite_and_what_is_missing_has_a_reason(each: Done) -> 
             absent = "/summary/step_20" in path or path.startswith(("/arms/", "/controls/", "/interval/"))
             if path == "/damage/alignment":  # of no drift
                 continue
-            assert re.search("harmfulness|over_refusal|holds", path) or (
+            assert re.search("compliance_rate|over_refusal|holds", path) or (
                 absent and each.organism.name == "pretrained"
             ), path
 
@@ -286,7 +286,7 @@ def test_arms_hold_the_behaviour_that_was_measured_at_the_last_step(each: Done) 
         assert row["blocker_norm"] == pytest.approx(log.blocker_norm.mean())
         blocked = row["arm"].startswith(("penalty", "clamp", "reinforce", "released"))
         assert row["blocker_norm"] >= 0 if blocked else row["blocker_norm"] == 0
-        for name in ("harmfulness", "refusal_log_odds", "over_refusal", "task_loss", "two_sided_log_odds", "empty"):
+        for name in ("compliance_rate", "refusal_log_odds", "over_refusal", "task_loss", "two_sided_log_odds", "empty"):
             wanted = facts["behavior"][last][name]
             assert row[name] == pytest.approx(math.nan if wanted is None else wanted, nan_ok=True)
     assert (arms[arms.arm == "penalty"].blocker_norm > 0).all()
@@ -340,7 +340,7 @@ def test_the_folder_holds_tables_figures_and_a_page_that_stands_alone(each: Done
     for name in names:
         table = each.table(name)
         assert len(table) and set(table.organism) == {"one"}
-    figures = {"alignment", "fraction", "layers", "harmfulness", "arm_fraction", "task_loss"}
+    figures = {"alignment", "fraction", "layers", "compliance_rate", "arm_fraction", "task_loss"}
     assert {path.name for path in (each.out / "figures").iterdir()} == {
         f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png", "svg")
     }
@@ -436,7 +436,7 @@ def test_two_organisms_are_two_anchors(organism: Done) -> None:
     for field in fields(Findings):
         table = getattr(second, field.name)
         table["organism"] = "two"
-        for column in {"alignment", "alignment_final", "harmfulness"} & set(table.columns):
+        for column in {"alignment", "alignment_final", "compliance_rate"} & set(table.columns):
             table[column] += 0.5
     kept = second.arms.run.str.endswith("-0")  # one run an arm
     moved = second.trajectory.run.str.endswith("-0")
