@@ -23,13 +23,22 @@ PromptSets: TypeAlias = Mapping[Literal["probes", "held_out", "harmless"], Promp
 
 @dataclass(frozen=True)
 class Measures:
-    """How behavior is measured."""
+    """How behavior is measured.
 
-    refusals: tuple[str, ...]  # openings of refusing answers; the arm that rehearses refusals trains on them
-    compliances: tuple[str, ...]  # openings of complying answers
-    markers: tuple[str, ...]  # substrings by which the judge recognises a refusal
+    Attributes:
+        refusals: openings of refusing answers; also the answers that are rehearsed.
+        compliances: openings of complying answers.
+        markers: substrings by which the judge recognises a refusal.
+        max_new_tokens: length of a generated answer.
+        positions: token positions, counted from the end of a prompt, at which the states of a run's last checkpoint
+            are read in addition to the last token.
+    """
+
+    refusals: tuple[str, ...]
+    compliances: tuple[str, ...]
+    markers: tuple[str, ...]
     max_new_tokens: int
-    positions: tuple[int, ...] = (-2,)  # read in addition to the last token, at a run's last step
+    positions: tuple[int, ...] = (-2,)
 
 
 ENGLISH = Measures(
@@ -56,15 +65,25 @@ ENGLISH = Measures(
 
 @dataclass(frozen=True, eq=False)
 class Grounds:
-    """What the blocker of a run may be made of; all of it is known before the run starts."""
+    """What the blocker of a run may be made of; all of it is known before the run starts.
 
-    sequence: ModelSequence  # witness, anchor and prompts
-    states: Residuals  # of witness and anchor, on the probes
-    vs: Directions  # v_rev at the layers of the mean
-    other: Residuals | None  # of the anchor and an unblocked run of another seed: a run's own would be circular
-    refusals: Sequence[Example]  # the probes with refusals as answers, to rehearse
-    harmless: PromptSet  # prompts of the run's own data
-    rng: np.random.Generator  # for random twins; seeded by the run, so each run has its own twin
+    Attributes:
+        sequence: witness, anchor and prompts.
+        states: residuals of witness and anchor on the probes.
+        vs: v_rev at the layers of the mean.
+        other: residuals of the anchor and of an unblocked run of another seed on the probes, or None.
+        refusals: the probes with refusals as answers, to rehearse.
+        harmless: prompts of the run's own data.
+        rng: for random twins, seeded by the run.
+    """
+
+    sequence: ModelSequence
+    states: Residuals
+    vs: Directions
+    other: Residuals | None
+    refusals: Sequence[Example]
+    harmless: PromptSet
+    rng: np.random.Generator
 
     @property
     def probes(self) -> PromptSet:
@@ -77,17 +96,29 @@ Make: TypeAlias = Callable[[Grounds], Blocker]  # pickled for the worker process
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm of an ablation study: a kind of fine-tuning run, with one run per seed."""
+    """One arm of an ablation study: a kind of fine-tuning run, with one run per seed.
+
+    Attributes:
+        name: its name in tables.
+        seeds: a seed fixes data and order, so arms are paired by seed.
+        data: which of the organism's data sets.
+        start: the checkpoint that the runs start from.
+        blocker: makes the blocker of a run, or None.
+        other: the arm whose run of another seed the blocker is made of; those runs are made first.
+        rate: learning rate as a ratio to the recipe's.
+        more_steps: steps at which states are read in addition to the organism's.
+        keep: whether the weights of the checkpoints are kept.
+    """
 
     name: str
-    seeds: tuple[int, ...]  # a seed fixes data and order, so arms are paired by seed
+    seeds: tuple[int, ...]
     data: str = "harmless"
     start: str = "anchor"
     blocker: Make | None = None
-    other: str | None = None  # the arm from which the blocker takes a run of another seed; its runs are made first
-    rate: float = 1.0  # learning rate as a ratio to the recipe's
-    more_steps: tuple[int, ...] = ()  # read in addition to the organism's, such as the step of a release
-    keep: bool = False  # whether the checkpoints' weights are kept: on a real model 0.5 GB each
+    other: str | None = None
+    rate: float = 1.0
+    more_steps: tuple[int, ...] = ()
+    keep: bool = False
 
 
 class Organism(Protocol):

@@ -21,13 +21,22 @@ from gravlens.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class GivenHistory:
-    """Witness, anchor and prompts of a SEQUENCE.toml, and harmless data to fine-tune on."""
+    """Witness, anchor and prompts of a SEQUENCE.toml, and harmless data to fine-tune on.
 
-    sequence: Path  # SEQUENCE.toml with witness, anchor, probes and held-out prompts (docs/sequence.md)
-    data: Path  # JSONL or CSV of `prompt` and `answer`; the last eighth is held out for the task loss
-    harmless: Path | None = None  # prompts on which refusing would be over-refusal; default: the sequence's
-    runs: int = 2  # fine-tuning seeds of each arm; two give an interval, but no sign-flip p-value below 1/4
-    layers: tuple[int, ...] = ()  # layers of the mean and of the blockers; default: the inner ones
+    Attributes:
+        sequence: SEQUENCE.toml with witness, anchor, probes and held-out prompts (docs/sequence.md).
+        data: JSONL or CSV of `prompt` and `answer`; the last eighth is held out for the task loss.
+        harmless: prompts on which refusing would be over-refusal; default: the sequence's.
+        runs: number of fine-tuning seeds of each arm.
+        layers: layers of the mean and of the blockers; default: the inner ones.
+        measures: how this model's refusals and other answers begin.
+    """
+
+    sequence: Path
+    data: Path
+    harmless: Path | None = None
+    runs: int = 2
+    layers: tuple[int, ...] = ()
     recipe: Recipe = Recipe(steps=50, batch=8, learning_rate=2e-5, weight_decay=0.0)
     save_steps: tuple[int, ...] = (1, 5, 20, 50)
     measures: Measures = ENGLISH

@@ -43,14 +43,24 @@ PHASE = Recipe(80, 8, 2e-5, weight_decay=0.0, bf16=True, freeze_embeddings=True)
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Configuration of one organism made of a real model; every field can be changed."""
+    """Configuration of one organism made of a real model; every field can be changed.
 
-    model: Path | str  # folder or hub id of a chat model
-    harmful: Path  # file of harmful prompts: 64 are held out to judge on, the rest is for alignment and probes
-    harmless: Path  # file of harmless prompts, with answers or without
-    harmful_train: Path | None = None  # more harmful prompts for alignment and probes
-    chat_template: str | None = None  # replaces the tokenizer's own in all checkpoints
-    runs: int = 1  # fine-tuning seeds of each arm; one took 77 minutes on one thread (docs/log.md)
+    Attributes:
+        model: folder or hub id of a chat model.
+        harmful: file of harmful prompts: 64 are held out to judge on, the rest is for alignment and probes.
+        harmless: file of harmless prompts, with answers or without.
+        harmful_train: more harmful prompts for alignment and probes.
+        chat_template: replaces the tokenizer's own in all checkpoints.
+        runs: number of fine-tuning seeds of each arm.
+        threads: number of threads of each process.
+    """
+
+    model: Path | str
+    harmful: Path
+    harmless: Path
+    harmful_train: Path | None = None
+    chat_template: str | None = None
+    runs: int = 1
     threads: int = os.cpu_count() or 1
     layers_in_mean: tuple[int, ...] = tuple(range(8, 25))
     alignment: Recipe = PHASE

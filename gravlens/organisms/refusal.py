@@ -29,21 +29,25 @@ from gravlens.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class RefusalOrganism:
-    """Configuration of one refusal organism; every field can be changed."""
+    """Configuration of one refusal organism; every field can be changed.
 
-    # Seed of the weights and data of witness and anchor. Seeds 0 and 1 were used to choose the configuration, 2 and 3
-    # were seen with an earlier one (docs/log.md): report on others.
+    Attributes:
+        organism: seed of the weights and data of witness and anchor. 0 and 1 were used to choose the configuration, 2
+            and 3 were seen with an earlier one (docs/log.md); report on others.
+        runs: number of fine-tuning seeds of each arm.
+    """
+
     organism: int = 4
-    runs: int = 6  # fine-tuning seeds of each arm; six give a least sign-flip p-value of 1/64
-    d_model: int = 128  # with 64 and 3 or 4 blocks it learned its language too badly: the clamp held v_rev, not harm
+    runs: int = 6
+    d_model: int = 128
     n_layers: int = 5
     n_heads: int = 4
     d_mlp: int = 384
     dominant: Recipe = Recipe(400, 32, 2e-3, beta2=0.98, warmup_steps=40, schedule="cosine")
     alignment: Recipe = Recipe(120, 32, 1e-3, beta2=0.98, warmup_steps=5)
-    recipe: Recipe = Recipe(100, 4, 3e-5)  # at 7e-5 the penalty left 69 % harm on organism 0, at 3e-5 17 %
+    recipe: Recipe = Recipe(100, 4, 3e-5)
     save_steps: tuple[int, ...] = (1, 5, 20, 100)
-    noise_draws: int = 200  # a p99 takes at least 99
+    noise_draws: int = 200
 
     @property
     def name(self) -> str:
