@@ -350,10 +350,10 @@ def test_block_checks_before_it_trains(options: list[str], said: str, history: P
 def test_words_that_the_vocabulary_lacks_are_one_line(history: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "words.jsonl", [{"prompt": "zyzzyva", "answer": "done"}] * 4)
     for command in ("ablate", "trajectory", "locate"):
-        failed(asked_of(command, history, "--prompts", tmp_path / "words.jsonl"), "cannot write", "zyzzyva")
+        failed(asked_of(command, history, "--prompts", tmp_path / "words.jsonl"), "cannot encode", "zyzzyva")
     write_rows(tmp_path / "words.jsonl", [{"prompt": EXAMPLES[0]["prompt"], "answer": "zyzzyva"}] * 4)
     out = ["--out", tmp_path / "new", "--data", tmp_path / "words.jsonl"]
-    failed(asked_of("block", history, *out), "cannot write", "zyzzyva")
+    failed(asked_of("block", history, *out), "cannot encode", "zyzzyva")
     failed(asked_of("ablate", history, "--openings", "zyzzyva"), "cannot write 'zyzzyva'", "--openings")
 
 

@@ -414,7 +414,7 @@ def test_a_layer_out_of_range_is_named_with_the_range(layer: int) -> None:
 
 
 def test_residuals_without_a_witness_are_named() -> None:
-    with refused("no checkpoint 'witness'"):
+    with refused("'witness' is not in these residuals"):
         locate_vrev(synthetic({"anchor": np.ones((1, 1, 2))}))
 
 

@@ -92,7 +92,7 @@ def test_a_plane_needs_a_direction_of_these_states() -> None:
     with refused("whitened"):
         meant = Residuals(states.values, states.checkpoints, states.layers, "given", {"geometry": "whitened"})
         residual_plane(meant, locate_vrev(states, layer=7))
-    with refused("no checkpoint 'anchor'"):
+    with refused("'anchor' is not in these residuals"):
         residual_plane(Residuals(states.values[:1], ("witness",), (3, 7), "given"), locate_vrev(states, layer=7))
 
 

@@ -246,7 +246,7 @@ def test_what_is_no_write_or_not_the_whole_of_it_is_found_by_measurement(kind: A
 
 
 def test_directions_of_several_layers_are_refused_and_why() -> None:
-    with pytest.raises(GravlensError, match=r"A Directions was given.*layers \[0, 2\]"):
+    with pytest.raises(GravlensError, match=r"A Directions was given.*\[0, 2\]"):
         orthogonalized(build("Llama"), Directions((direction(0), direction(2))))  # type: ignore[arg-type]
 
 
