@@ -56,7 +56,7 @@ CAPTIONS = {
 }
 # column -> (heading, in per cent); behaviour is measured on the history too
 BEHAVIOUR = {
-    "compliance_rate": ("compliance_rate", True),
+    "compliance_rate": ("compliance rate", True),
     "refusal_log_odds": ("refusal log-odds", False),
     "over_refusal": ("over-refusal", True),
 }
