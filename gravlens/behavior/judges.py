@@ -198,7 +198,8 @@ def guard_judge(
     an assistant's turn.
 
     Args:
-        safe, unsafe: beginnings of the verdicts, with leading white space.
+        safe: beginnings of the verdicts, with leading white space.
+        unsafe: likewise.
         template: for a guard without a chat template: a text with `{prompt}` and `{answer}`.
 
     Raises:

@@ -40,7 +40,8 @@ def to_inspect_log(
         path: with suffix `.eval` (Inspect's format) or `.json`.
         answers: one per prompt, as from `generate_answers`; None if there are only scores.
         scores: name -> one number or verdict per prompt: values of a `Score`, verdicts of a `Judge`.
-        model, task: names in the log.
+        model: names in the log.
+        task: likewise.
         metadata: more facts (the intervention, its strength) for JSON.
 
     Raises:

@@ -116,5 +116,5 @@ def test_what_a_comparison_needs_is_asked_for(history: Path) -> None:
     with refused("names no harmless prompts"):
         given(history, sequence=history / "bare.toml")
     (history / "anchor.toml").write_text(SEQUENCE + 'harmless = "harmless.jsonl"\nchat_template = "anchor"\n')
-    with refused('chat_template = "anchor"'):
+    with refused("chat_template = 'anchor'"):
         given(history, sequence=history / "anchor.toml")
