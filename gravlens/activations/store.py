@@ -12,6 +12,7 @@ has a checksum of its own, because headers alone decide what is missing.
 import hashlib
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -44,6 +45,7 @@ from gravlens.models.swapping import open_each, precision_of
 from gravlens.models.tokenizers import check_vocabulary
 
 KIND = "states"
+DIGEST = re.compile(r"[0-9a-f]{16}\b|[0-9a-f]{32}")  # begins the name of everything that a store writes
 # Tokens of an executor's task, at least: below that, opening the checkpoint takes more than a tenth of the task. Both
 # times grow with the size of the model, so the number serves all of them (docs/scale.md).
 TASK_TOKENS = {"cpu": 1 << 16}
@@ -421,7 +423,15 @@ def _sizes(paths: Sequence[Path]) -> dict[str, Any]:
 
 def damaged_files(folder: Path) -> list[Path]:
     """Verify all checksums and return the corrupt files; nothing is deleted."""
-    return sorted(path for path in check_store(folder).rglob("*.safetensors") if is_corrupt(path))
+    return sorted(path for path in _written(check_store(folder), "*.safetensors") if is_corrupt(path))
+
+
+def _written(folder: Path, pattern: str) -> list[Path]:
+    """Files that gravlens wrote; a store may share its folder with checkpoints, a .git and an .env."""
+    states = folder / "states"
+    places = [states, folder / "views", *(one for one in states.glob("*") if DIGEST.fullmatch(one.name))]
+    found = [path for place in places for path in place.glob(pattern) if path.is_file()]
+    return [path for path in found if path.name.startswith(".") or DIGEST.match(path.name)]
 
 
 def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = False) -> list[Path]:
@@ -429,10 +439,11 @@ def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = F
 
     With `unused_days`, states too that were not written or used for this long; `dry` only returns the files.
     """
-    now, old = time.time(), [] if unused_days is None else (folder / "states").rglob("*.safetensors")
-    found = {*damaged_files(folder), *(folder / "views").glob("*.safetensors")}
+    now, files = time.time(), _written(folder, "*.safetensors")
+    old = [] if unused_days is None else files
+    found = {*damaged_files(folder), *(path for path in files if path.parent.name == "views")}
     # Younger scratch files may be another process's, which is still writing.
-    found |= {path for path in folder.rglob(".*") if path.is_file() and path.stat().st_mtime < now - 3600}
+    found |= {path for path in _written(folder, ".*") if path.stat().st_mtime < now - 3600}
     found |= {path for path in old if path.stat().st_mtime < now - 86400 * (unused_days or 0)}
     for path in () if dry else found:
         path.unlink(missing_ok=True)

@@ -73,6 +73,21 @@ def test_what_can_be_made_again_is_pruned(store: Path) -> None:
     assert np.array_equal(read(store).values, wanted)
 
 
+def test_what_a_store_did_not_write_is_left(store: Path) -> None:
+    """A store in the experiment's own folder (store=".") has checkpoints, .git and .env beside it."""
+    others = ["model.safetensors", "ft/model.safetensors", "states/mine.safetensors", "views/mine.safetensors"]
+    for name in (others := [*others, ".env", ".git/config", "ft/.notes"]):
+        path = store / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"not of this store")
+        os.utime(path, (0, 0))
+    broken = states(store)[0]
+    broken.write_bytes(broken.read_bytes()[:-1])
+    assert damaged_files(store) == [broken]
+    assert broken in prune_store(store, unused_days=0.5) and not broken.exists()
+    assert all((store / name).exists() for name in others)
+
+
 def test_states_that_were_not_asked_for_in_a_while_are_pruned(store: Path) -> None:
     old, used = states(store)
     os.utime(old, (0, 0))
