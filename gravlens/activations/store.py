@@ -151,7 +151,10 @@ def read_header(path: Path) -> BlockFile | None:
             return BlockFile(path, queries, rows, layers, meta["checkpoint"])
     except FileNotFoundError:
         return None  # another process has deleted it
-    except (OSError, IndexError):  # unreadable sectors; a name without digests
+    except OSError as error:  # too many open files, no permission, a stale handle: no sign of damage
+        warnings.warn(f"{path} could not be read ({error.strerror}); its states are computed again.", stacklevel=2)
+        return None
+    except IndexError:  # a name without digests
         pass
     return _delete_corrupt(path)
 

@@ -1,8 +1,10 @@
 """Looking after a store, in Python and from the command line: what it holds, what is damaged, what may go."""
 
+import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +73,21 @@ def test_what_can_be_made_again_is_pruned(store: Path) -> None:
     assert code == 0 and "2 files deleted" in text
     assert not scratch.exists() and fresh.exists() and len(states(store)) == 2
     assert np.array_equal(read(store).values, wanted)
+
+
+def test_a_file_that_cannot_be_opened_is_not_taken_for_damage(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, real = states(store), Path.open
+
+    def too_many(path: Path, *given: Any, **named: Any) -> Any:
+        if path in whole:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", too_many)
+    with pytest.warns(UserWarning, match="Too many open files"):
+        assert StateFolder(whole[0].parent).files() == []
+    monkeypatch.undo()
+    assert states(store) == whole and damaged_files(store) == []
 
 
 def test_what_a_store_did_not_write_is_left(store: Path) -> None:
