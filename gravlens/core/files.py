@@ -22,18 +22,31 @@ CONVENTION = "blocks.{layer}.hook_resid_post; layers count from 0; the last bloc
 
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file atomically: a killed process leaves the old file or none, never a partial one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    place = path.resolve()  # a link is followed: renaming over it would leave its target old
+    if place.is_char_device() or place.is_fifo():  # renaming over /dev/null would make it a regular file
+        place.write_bytes(content)
+        return path
+    place.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: os.replace is atomic only within one file system.
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, scratch = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(scratch, 0o644)  # mkstemp makes it 0600: no colleague could read a shared cache
-        os.replace(scratch, path)
+        os.chmod(scratch, _mode_of(place))
+        os.replace(scratch, place)
     except BaseException:  # Ctrl-C too
         Path(scratch).unlink(missing_ok=True)
         raise
     return path
+
+
+def _mode_of(place: Path) -> int:
+    """The permissions of an existing file, or those of a new one; mkstemp's 0600 would lock colleagues out."""
+    if place.exists():
+        return place.stat().st_mode & 0o777
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def write_json(path: Path, content: Any) -> Path:

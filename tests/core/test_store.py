@@ -43,6 +43,26 @@ def test_a_file_is_replaced_in_one_step_and_readable_by_all(tmp_path: Path) -> N
     assert len(list((tmp_path / "deep/er").iterdir())) == 1
 
 
+def test_links_are_followed_modes_are_kept_and_pipes_stay_pipes(tmp_path: Path) -> None:
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "real").chmod(0o600)
+    (tmp_path / "link").symlink_to("real")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600
+    mask = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "fresh", b"new")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "fresh").stat().st_mode & 0o777 == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / "pipe", b"read by another program")
+    assert os.read(reader, 100) == b"read by another program" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
 def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
     content = {"a": np.float64("nan"), "b": [float("inf"), np.int64(3), (1.5, None)], 4: {"c": np.bool_(True)}}
     text = write_json(tmp_path / "x.json", content).read_text()
