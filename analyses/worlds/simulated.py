@@ -68,7 +68,7 @@ class Simulated:
         return NullDraws("weight_noise", cosines, steps, directions.layers)
 
     def damage(self, directions: Directions, *, n: int, rng: np.random.Generator) -> pd.DataFrame:
-        """So many draws of noise of a run's size, as the layer means of `measure_damage`."""
+        """Draw noise of a run's size `n` times, in the form of `measure_damage(...).layer_mean`."""
         drift = rng.standard_normal((n, len(directions), len(self.scales))) * self.scales * self.world.noise
         found = measure_drift(drift, directions)["alignment"].mean(1)
         return pd.DataFrame({"damage": [f"noise {i}" for i in range(n)], "alignment": found, "judged": True})

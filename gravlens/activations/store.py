@@ -442,9 +442,9 @@ def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = F
 
     With `unused_days`, states too that were not written or used for this long; `dry` only returns the files.
     """
-    now, files = time.time(), _written(folder, "*.safetensors")
+    now, files = time.time(), _written(check_store(folder), "*.safetensors")
     old = [] if unused_days is None else files
-    found = {*damaged_files(folder), *(path for path in files if path.parent.name == "views")}
+    found = {path for path in files if path.parent.name == "views" or is_corrupt(path)}
     # Younger scratch files may be another process's, which is still writing.
     found |= {path for path in _written(folder, ".*") if path.stat().st_mtime < now - 3600}
     found |= {path for path in old if path.stat().st_mtime < now - 86400 * (unused_days or 0)}
