@@ -32,7 +32,8 @@ from gravlens.claims.criteria import Evidence
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import follow
 from gravlens.directions.vrev import locate_vrev
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.models.opening import OpenModel, open_model, quiet
 from gravlens.organisms.base import Arm
 from gravlens.organisms.fetch import cache_folder

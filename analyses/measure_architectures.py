@@ -27,7 +27,7 @@ from gravlens.activations.positions import queries_of_ids
 from gravlens.activations.reader import Reader, read_block
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import pad
+from gravlens.history.encoding import pad
 from gravlens.models.opening import OpenModel, open_model, quiet
 from gravlens.organisms.refusal_language import build_tokenizer
 

@@ -25,7 +25,7 @@ from gravlens.blockers.blocking import Blocker, _Blocking
 from gravlens.blockers.penalty import Movement, Penalty
 from gravlens.blockers.projection import UpdateProjection
 from gravlens.directions.vrev import locate_vrev
-from gravlens.history.prompts import encode_example
+from gravlens.history.encoding import encode_example
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import OpenModel, open_model, quiet
 from gravlens.organisms import arms

@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gravlens as gl
 from gravlens.directions.direction import Direction, Directions
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.interventions.orthogonalization import save_folder
 from gravlens.models.opening import OpenModel, quiet
 from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gravlens.directions.direction import Direction
 from gravlens.directions.vrev import direction_from
-from gravlens.history.prompts import encode
+from gravlens.history.encoding import encode
 from gravlens.interventions.edits import Ablate, Intervention, Steer, everywhere
 from gravlens.interventions.hooks import intervene
 from gravlens.models.forward import final_logits, generate

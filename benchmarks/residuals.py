@@ -32,7 +32,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gravlens as gl
-from gravlens.history.prompts import PromptSet, encode, pad
+from gravlens.history.encoding import encode, pad
+from gravlens.history.prompts import PromptSet
 from gravlens.models.opening import quiet
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import direction_from
-from gravlens.history.prompts import encode_example, pad
+from gravlens.history.encoding import encode_example, pad
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.organisms import refusal_language as language
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from gravlens.activations.residuals import Residuals
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import encode
+from gravlens.history.encoding import encode
 from gravlens.models.opening import OpenModel
 from gravlens.organisms.refusal_language import probe_prompts, task_examples
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import PromptSet, encode, rendered
+from gravlens.history.encoding import encode, rendered
+from gravlens.history.prompts import PromptSet
 
 AT_ONCE = 256  # prompts are tokenised at a time: their token ids are int objects of their own until they are shared
 _MARK = "\u2983gravlens\u2984"  # rendered in place of the instruction, to find where it is in the template

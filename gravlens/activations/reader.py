@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from gravlens.activations.positions import Query, offset_of
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
-from gravlens.history.prompts import Batch, last_positions, pad
+from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
 from gravlens.models.families import OpenModel, resid_post
 from gravlens.models.forward import run_trunk

@@ -10,7 +10,8 @@ from torch import Tensor
 from gravlens.behavior.answers import Prompts
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.models.forward import batches, end_logits, generate, sequence_logprobs
 from gravlens.models.opening import Openable, OpenModel, open_model
 

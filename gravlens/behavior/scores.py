@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gravlens.behavior.answers import Prompts, texts_of
 from gravlens.core.errors import GravlensError, as_list
-from gravlens.history.prompts import Example, PromptSet, encode, encode_example
+from gravlens.history.encoding import encode, encode_example
+from gravlens.history.prompts import Example, PromptSet
 from gravlens.models.forward import final_logits, sequence_logprobs
 from gravlens.models.opening import Openable, OpenModel, open_model
 

@@ -12,7 +12,8 @@ from torch.nn.functional import kl_div
 
 from gravlens.blockers.blocking import BoundBlocker, Draws, check_fields, without_dropout
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import Example, PromptSet, encode, encode_example, pad
+from gravlens.history.encoding import encode, encode_example, pad
+from gravlens.history.prompts import Example, PromptSet
 from gravlens.models.forward import generate
 from gravlens.models.opening import OpenModel
 

@@ -13,7 +13,8 @@ from gravlens.activations.residuals import read_residuals, residuals_of_batch
 from gravlens.blockers.blocking import BoundBlocker, Draws, check_fields, without_dropout
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions, Spans, each
-from gravlens.history.prompts import PromptSet, encode, pad
+from gravlens.history.encoding import encode, pad
+from gravlens.history.prompts import PromptSet
 from gravlens.models.opening import OpenModel
 
 Side = Literal["one", "both", "reinforce"]

@@ -1,3 +1,4 @@
+from . import encoding as encoding
 from . import hub as hub
 from . import prefetch as prefetch
 from . import prompt_formats as prompt_formats

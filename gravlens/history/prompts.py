@@ -1,16 +1,14 @@
-"""Prompt sets and supervised examples, and their encoding as token ids and padded batches."""
+"""Prompt sets and supervised examples, from texts, files and datasets."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
+from jaxtyping import Bool
 
 from gravlens.core.errors import GravlensError, wrong_kind
 from gravlens.history.prompt_formats import (
@@ -24,6 +22,7 @@ from gravlens.history.prompt_formats import (
     source_name,
 )
 
+Turn: TypeAlias = dict[str, str]  # "role" and "content", as chat templates take them
 Mask: TypeAlias = Sequence[bool] | Bool[np.ndarray, " prompt"]  # of the prompts to keep
 OPPOSED = ({"harmful", "harmless"}, {"harmful", "task"})
 
@@ -34,6 +33,11 @@ class Example(NamedTuple):
     prompt: str
     answer: str
     system: str = ""
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The conversation up to the answer."""
+        return _turns(self.prompt, self.system)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,11 @@ class PromptSet:
             remedy = "prompts[0], prompts[:3], or prompts[[len(text) < 80 for text in prompts]]."
             raise GravlensError(given, "A mask has one boolean per prompt.", remedy)
         return replace(self, texts=tuple(compress(self.texts, mask)))
+
+    @property
+    def turns(self) -> list[list[Turn]]:
+        """The conversation of each prompt, up to where the model answers."""
+        return [_turns(text, self.system) for text in self.texts]
 
     @property
     def digest(self) -> str:
@@ -168,115 +177,13 @@ def read_examples(
     return [Example(e.prompt, e.row[shape.answer], check_system(e.row.get("system") or "")) for e in entries]
 
 
+def _turns(prompt: str, system: str) -> list[Turn]:
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": prompt}]
+
+
 def check_system(system: Any) -> str:
     """Return a system prompt, or "" for none; raise for anything else."""
     if not isinstance(system, str) or (system and not system.strip()):
         raise GravlensError(f"The system prompt is {system!r}.", "It is a text that is not blank.", "'' for none.")
     return system
-
-
-def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]]:
-    """Encode each prompt up to its last token, after which the model answers; there is never more than one BOS.
-
-    A tokenizer with a chat template renders the system prompt (if any), a user turn and the generation prompt; one
-    without encodes the plain text.
-    """
-    if tokenizer is None:
-        remedy = "pass tokenizer= when it is opened."
-        raise GravlensError("This model has no tokenizer.", "Prompts are texts and need one.", remedy)
-    prompts = PromptSet.of(prompts)
-    if prompts.system:
-        _check_takes_system(tokenizer)
-    special = not getattr(tokenizer, "chat_template", None)  # a template writes the special tokens itself
-    return [_one_bos(tokenizer, _ids(tokenizer, text, special)) for text in rendered(tokenizer, prompts)]
-
-
-def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
-    """Encode prompt + answer; return the token ids, and labels that are -100 (no loss) on the prompt."""
-    if not isinstance(example, tuple) or len(example) not in (2, 3):  # a plain pair is accepted
-        remedy = "Example(prompt, answer), or read_examples(path)."
-        raise wrong_kind(example, "An example is a prompt and an answer.", remedy)
-    example = Example(*example)
-    prompt = encode(tokenizer, PromptSet((example.prompt,), system=example.system))[0]
-    # Apart from the prompt: encoded together, a token could span both, and the mask would have no border.
-    answer = _ids(tokenizer, example.answer, special=False)
-    if tokenizer.eos_token_id is not None:
-        answer = [*answer, tokenizer.eos_token_id]
-    return prompt + answer, [-100] * len(prompt) + answer
-
-
-def rendered(tokenizer: Any, prompts: PromptSet) -> list[str]:
-    """Render each prompt by the chat template; without a template, return it unchanged."""
-    if not getattr(tokenizer, "chat_template", None):
-        return list(prompts)
-    return [_rendered(tokenizer, text, prompts.system) for text in prompts]
-
-
-def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    try:
-        return tokenizer(text, add_special_tokens=special)["input_ids"]
-    except Exception as error:  # a word-level tokenizer without an unknown token raises a bare Exception
-        if "UNK" not in str(error).upper():
-            raise
-        given = f"The vocabulary cannot encode {text[:80]!r}."
-        wanted = "Every word needs a token, or the vocabulary a token for unknown words."
-        raise GravlensError(given, wanted, "prompts of words in this vocabulary, or another tokenizer.") from error
-
-
-def _rendered(tokenizer: Any, text: str, system: str) -> str:
-    turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": text})
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
-
-def _check_takes_system(tokenizer: Any) -> None:
-    """Raise if the chat template would refuse or drop a system prompt."""
-    found, marks = "has no chat template", ("gravlens-user", "gravlens-system")
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            # Rendered and searched: some templates skip the system turn without an error.
-            lost = [mark for mark in marks if mark not in _rendered(tokenizer, *marks)]
-        except Exception as error:  # jinja's, with the template's own message
-            found = f"has a chat template that refuses a system turn ({error})"
-        else:
-            if not lost:
-                return
-            found = f"has a chat template that leaves out the {lost[0].removeprefix('gravlens-')} turn"
-    given = f"A system prompt was given, and this tokenizer {found}."
-    wanted = "A system prompt is a turn of the chat template."
-    raise GravlensError(given, wanted, "no system prompt, or its text at the start of each prompt.")
-
-
-def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return ids
-    # A prompt pasted from a rendered one begins with a BOS of its own.
-    while len(ids) > 1 and ids[0] == bos and ids[1] == bos:
-        ids = ids[1:]
-    return ids
-
-
-class Batch(NamedTuple):
-    """Padded prompts: ids, attention mask, and position ids that do not count the padding."""
-
-    input_ids: Int[Tensor, "prompt pos"]
-    attention_mask: Int[Tensor, "prompt pos"]
-    position_ids: Int[Tensor, "prompt pos"]
-
-
-def pad(ids: Sequence[Sequence[int]], pad_id: int = 0, side: Literal["left", "right"] = "right") -> Batch:
-    """Pad prompts to the longest."""
-    width = max(map(len, ids))
-    padded = torch.full((len(ids), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(ids), width), dtype=torch.long)
-    for row, prompt in enumerate(ids):
-        where = slice(0, len(prompt)) if side == "right" else slice(width - len(prompt), width)
-        padded[row, where] = torch.tensor(prompt)
-        mask[row, where] = 1  # by length: where pad is the eos token, a mask by token id would hide a real eos
-    return Batch(padded, mask, (mask.cumsum(1) - 1).clamp(min=0))
-
-
-def last_positions(mask: Int[Tensor, "prompt pos"] | Bool[Tensor, "prompt pos"]) -> Int[Tensor, " prompt"]:
-    """Return the index of each prompt's last real token, for padding on either side."""
-    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError, wrong_kind
 from gravlens.directions.direction import Direction, one_direction
-from gravlens.history.prompts import pad
+from gravlens.history.encoding import pad
 from gravlens.interventions.edits import Ablate
 from gravlens.interventions.hooks import check_fit
 from gravlens.models.opening import Openable, OpenModel, open_model, save_folder

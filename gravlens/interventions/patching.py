@@ -9,7 +9,8 @@ from gravlens.activations.residuals import Residuals
 from gravlens.behavior.scores import Score
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Spans
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Patch
 from gravlens.interventions.effects import causal_effect
 from gravlens.models.opening import Openable, open_model

@@ -15,7 +15,8 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.vrev import difference_of_means, direction_from
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Ablate, Steer, everywhere
 from gravlens.interventions.hooks import intervene
 from gravlens.models.forward import final_logits

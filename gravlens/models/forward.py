@@ -12,7 +12,7 @@ from torch.nn.functional import pad as widen
 
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
-from gravlens.history.prompts import Batch, last_positions, pad
+from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.models.families import OpenModel
 
 BATCH = 32

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.opening import OpenModel, checkpoint_tokenizer, own_tokenizer

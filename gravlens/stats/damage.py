@@ -20,7 +20,8 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, measure_drift
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import Openable, OpenModel, open_model
 from gravlens.models.precision import check_unquantised

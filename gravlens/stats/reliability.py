@@ -13,7 +13,8 @@ from gravlens.activations.residuals import BATCH, Residuals, check_states, read_
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.trajectory import ByLayer, drift_per_prompt, runs_of
 from gravlens.directions.vrev import locate_vrev, spearman_brown
-from gravlens.history.prompts import PromptSet, encode, pad
+from gravlens.history.encoding import encode, pad
+from gravlens.history.prompts import PromptSet
 from gravlens.models.opening import Openable, OpenModel, open_model
 
 Halves = Float[np.ndarray, "half split prompt"]

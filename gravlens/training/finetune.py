@@ -18,7 +18,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from gravlens.blockers.blocking import Blocker, block
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
-from gravlens.history.prompts import Example, encode_example
+from gravlens.history.encoding import encode_example
+from gravlens.history.prompts import Example
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import OpenModel, open_model, quiet, save_folder
 from gravlens.training.recipe import Recipe

@@ -16,7 +16,8 @@ from gravlens.activations.residuals import Offset, Residuals, read_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, Trajectory, as_dataset, mean_state, measure_drift
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, Prompts
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.training.thresholds import Threshold

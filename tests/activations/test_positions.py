@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizer
 
 from gravlens.activations.positions import Answers, Positions, Query, described, queries_of, queries_of_ids
 from gravlens.activations.residuals import Residuals, cache_residuals
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 
 LAYERS = range(tiny.LAYERS - 1)  # the last hidden state of Hugging Face is read after the norm

@@ -28,7 +28,8 @@ from transformers import BloomConfig, BloomForCausalLM
 from gravlens.activations import reader as engine
 from gravlens.activations.residuals import Residuals, cache_residuals, read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import PromptSet, encode, pad
+from gravlens.history.encoding import encode, pad
+from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.models.families import resid_post
 from gravlens.models.forward import run_trunk

@@ -16,7 +16,7 @@ from histories import between, plant, planted_vector, sequence_on_disk
 from typer.testing import CliRunner, Result
 
 from gravlens.behavior.scores import refusal_log_odds, two_sided_log_odds
-from gravlens.history.prompts import encode
+from gravlens.history.encoding import encode
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.organisms.refusal_language import OPENINGS, REFUSALS

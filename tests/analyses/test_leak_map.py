@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 from gravlens.behavior.scores import refusal_log_odds
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import direction_from
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.models.opening import open_model
 from gravlens.organisms.refusal_language import REFUSALS
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gravlens.behavior.answers import Harm, Rate, compliance_rate, generate_answers, substring_judge
 from gravlens.behavior.scores import perplexity, refusal_log_odds, task_loss, two_sided_log_odds
-from gravlens.history.prompts import Example, PromptSet, encode_example
+from gravlens.history.encoding import encode_example
+from gravlens.history.prompts import Example, PromptSet
 from gravlens.models.opening import OpenModel
 from gravlens.organisms.refusal_language import OPENINGS, REFUSALS, task_examples
 

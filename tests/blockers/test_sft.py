@@ -23,7 +23,8 @@ from gravlens.blockers.projection import UpdateProjection
 from gravlens.blockers.steered_training import GradientAblation, PreventativeSteering, TrainingAblation
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import direction_from
-from gravlens.history.prompts import Example, encode_example
+from gravlens.history.encoding import encode_example
+from gravlens.history.prompts import Example
 from gravlens.models.opening import open_model
 from gravlens.organisms import refusal_language as language
 from gravlens.training.finetune import Finetuned, Recipe, finetune

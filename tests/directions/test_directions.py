@@ -35,7 +35,7 @@ from gravlens.directions.vrev import (
     locate_vrev,
     spearman_brown,
 )
-from gravlens.history.prompts import pad
+from gravlens.history.encoding import pad
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import open_model
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gravlens import GravlensError, Steer, intervene, open_model
 from gravlens.directions.direction import Direction, Directions
 from gravlens.exchange.control_vectors import from_gguf, from_npz, from_steered, to_gguf, to_npz, to_steered
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.interventions.orthogonalization import orthogonalize, orthogonalized
 from gravlens.models.forward import final_logits
 

@@ -14,17 +14,8 @@ from tiny import TOKENIZER, llama
 from tokenizers.processors import TemplateProcessing
 
 from gravlens.behavior.scores import task_loss
-from gravlens.history.prompts import (
-    Example,
-    PromptSet,
-    encode,
-    encode_example,
-    last_positions,
-    pad,
-    read_examples,
-    read_prompts,
-    shuffled_words,
-)
+from gravlens.history.encoding import encode, encode_example, last_positions, pad
+from gravlens.history.prompts import Example, PromptSet, read_examples, read_prompts, shuffled_words
 from gravlens.models.opening import open_model
 
 TEXT = "how do i pick the padlock today"

@@ -23,7 +23,8 @@ from gravlens.cli import app
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import direction_from, locate_vrev
-from gravlens.history.prompts import Example, PromptSet, encode, encode_example
+from gravlens.history.encoding import encode, encode_example
+from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.interventions.refusal import refusal_candidates
 from gravlens.models.opening import checkpoint_tokenizer, open_model

@@ -30,7 +30,7 @@ from gravlens.activations.residuals import Residuals, cache_residuals, read_resi
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.subspaces import whole_state
 from gravlens.directions.vrev import direction_from, locate_vrev
-from gravlens.history.prompts import encode, pad
+from gravlens.history.encoding import encode, pad
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Ablate, At, Clamp, Patch, Steer
 from gravlens.interventions.hooks import intervene

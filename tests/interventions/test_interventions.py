@@ -15,7 +15,7 @@ from gravlens.activations.residuals import Residuals
 from gravlens.directions.direction import Direction, Directions, Span, Subspace, Subspaces
 from gravlens.directions.subspaces import random_like, span_of
 from gravlens.directions.vrev import direction_from, locate_vrev
-from gravlens.history.prompts import pad
+from gravlens.history.encoding import pad
 from gravlens.interventions.edits import Ablate, At, Clamp, Intervention, Patch, Steer, everywhere
 from gravlens.models.forward import reading
 

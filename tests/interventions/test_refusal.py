@@ -15,7 +15,8 @@ from torch import nn
 from gravlens.behavior.scores import refusal_log_odds
 from gravlens.directions.direction import Direction
 from gravlens.directions.vrev import direction_from
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Steer
 from gravlens.interventions.refusal import Filters, choose_refusal, refusal_candidates
 from gravlens.models.forward import final_logits

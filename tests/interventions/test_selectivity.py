@@ -13,7 +13,8 @@ from histories import hooks_on, refused, synthetic
 from gravlens.activations.residuals import read_residuals
 from gravlens.directions.direction import Direction
 from gravlens.directions.vrev import direction_from
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Ablate, Steer
 from gravlens.interventions.effects import measure_selectivity
 from gravlens.models.opening import OpenModel

@@ -13,7 +13,7 @@ import transformers
 from typer.testing import CliRunner
 
 from gravlens.activations.residuals import residuals_of_batch
-from gravlens.history.prompts import Batch, pad
+from gravlens.history.encoding import Batch, pad
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import open_model
 

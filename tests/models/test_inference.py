@@ -11,7 +11,7 @@ from histories import PROMPT_IDS, RAGGED, hidden_states, hooked_twin, refused
 
 from gravlens.activations.residuals import read_residuals
 from gravlens.behavior.answers import generate_answers
-from gravlens.history.prompts import pad
+from gravlens.history.encoding import pad
 from gravlens.models.forward import READING, final_logits, generate, reading, sequence_logprobs
 from gravlens.models.opening import OpenModel, open_model
 

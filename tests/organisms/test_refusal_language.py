@@ -13,7 +13,8 @@ import pytest
 from scipy.stats import binomtest, chisquare
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gravlens.history.prompts import Example, PromptSet, encode, encode_example
+from gravlens.history.encoding import encode, encode_example
+from gravlens.history.prompts import Example, PromptSet
 from gravlens.organisms import refusal_language as language
 
 N = 20_000

@@ -26,7 +26,8 @@ from gravlens.behavior.scores import refusal_log_odds
 from gravlens.core import files as store
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import direction_from, locate_vrev
-from gravlens.history.prompts import PromptSet, encode, pad
+from gravlens.history.encoding import encode, pad
+from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Ablate, Steer
 from gravlens.interventions.hooks import intervene

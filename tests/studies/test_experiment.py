@@ -19,7 +19,7 @@ from gravlens.activations.residuals import cache_residuals, read_residuals
 from gravlens.behavior.divergence import kl_from
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.vrev import locate_vrev
-from gravlens.history.prompts import encode
+from gravlens.history.encoding import encode
 from gravlens.models.opening import open_model
 from gravlens.organisms.arms import blocker as of_kind
 from gravlens.organisms.arms import drift_of_another_run, made_by

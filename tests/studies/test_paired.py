@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from gravlens.blockers.penalty import Penalty
 from gravlens.blockers.projection import UpdateProjection
 from gravlens.cli import app
-from gravlens.history.prompts import Example, encode, encode_example
+from gravlens.history.encoding import encode, encode_example
+from gravlens.history.prompts import Example
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.placement import Placement
 from gravlens.studies.inputs import vrev_of

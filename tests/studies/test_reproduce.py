@@ -24,7 +24,7 @@ from gravlens.core.display import number
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.trajectory import Trajectory
 from gravlens.directions.vrev import locate_vrev
-from gravlens.history.prompts import encode
+from gravlens.history.encoding import encode
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import load_tokenizer
 from gravlens.organisms.base import Organism

@@ -34,7 +34,8 @@ from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import follow
 from gravlens.directions.vrev import direction_from, locate_vrev
-from gravlens.history.prompts import Example, encode, pad
+from gravlens.history.encoding import encode, pad
+from gravlens.history.prompts import Example
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.models.opening import open_model, save_folder
 from gravlens.organisms import refusal_language as language

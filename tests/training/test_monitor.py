@@ -24,7 +24,8 @@ from gravlens.activations.residuals import cache_residuals
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import MEASURES, Trajectory, follow
 from gravlens.directions.vrev import direction_from
-from gravlens.history.prompts import PromptSet, encode
+from gravlens.history.encoding import encode
+from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import open_model
 from gravlens.stats.nulls import NullDraws, compare
