@@ -26,6 +26,7 @@ from gravlens.history.sources import Resolved
 from gravlens.models.families import OpenModel, resid_post
 from gravlens.models.forward import run_trunk
 from gravlens.models.placement import Placement
+from gravlens.models.precision import check_one_precision
 from gravlens.models.swapping import open_each
 from gravlens.models.tokenizers import check_vocabulary
 
@@ -39,6 +40,7 @@ SHORTEST_PREFIX = 8
 LONGEST_TAIL = 8  # from the first position that is read to the last
 NO_MEMORY = ("out of memory", "enough memory", "allocate memory")  # the CPU allocators raise a plain RuntimeError
 EXACT, ROUNDED = 1e-4, 0.1  # allowed difference in fp32 and below, relative to a state's length
+THIS_MODEL = "this model"
 Through = Literal["huggingface", "bridge"]
 Offset = Literal["last"] | int  # from the end of each prompt
 _REUSES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # a trial per model, not per call
@@ -121,12 +123,19 @@ class Reader:
     Args:
         prefix: token ids that every prompt begins with, before any position that is read.
         reuse: continue from a KV cache; default: if a trial with and without one gives the same states.
+        of: the checkpoint's name in errors.
     """
 
     def __init__(
-        self, model: OpenModel, *, layers: Sequence[int], prefix: Sequence[int] = (), reuse: bool | None = None
+        self,
+        model: OpenModel,
+        *,
+        layers: Sequence[int],
+        prefix: Sequence[int] = (),
+        reuse: bool | None = None,
+        of: str = THIS_MODEL,
     ) -> None:
-        self.model, self.layers = model, tuple(layers)
+        self.model, self.layers, self.of = model, tuple(layers), of
         self._reuse = reuses_keys(model) if reuse is None else reuse
         self._prefix = tuple(prefix) if self._reuse else ()
         self._prefix_keys: _Keys | None = None
@@ -272,22 +281,77 @@ class Kept:
 def read_block(
     reader: Reader, queries: Sequence[Query]
 ) -> Iterator[tuple[list[int], Float[np.ndarray, "row layer d_model"]]]:
-    """Yield indices of prompts and their rows, fp32, batch by batch."""
+    """Yield indices of prompts and their rows, fp32, batch by batch; GravlensError where they are not finite."""
     for batch in batches_of(queries, prefix=reader.shared, tokens=tokens_for(reader.model)):
-        yield batch, reader.read([queries[i] for i in batch]).numpy()
+        states = reader.read([queries[i] for i in batch])
+        ids = [queries[i].ids for i in batch for _ in queries[i].reads]
+        check_finite(states, reader.model, ids=ids, layers=reader.layers, of=reader.of)
+        yield batch, states.numpy()
 
 
 def read_residuals(
-    model: OpenModel, ids: Sequence[Sequence[int]], *, layers: Sequence[int], positions: Offset = "last"
+    model: OpenModel,
+    ids: Sequence[Sequence[int]],
+    *,
+    layers: Sequence[int],
+    positions: Offset = "last",
+    finite: bool = True,
 ) -> Float[Tensor, "prompt layer d_model"]:
-    """Read states of one open model, fp32 on the CPU; prompts are batched by length."""
+    """Read states of one open model, fp32 on the CPU; prompts are batched by length.
+
+    GravlensError for states that are not finite; `finite=False` returns them.
+    """
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     out = torch.empty(len(ids), len(layers), model.d_model)
     with torch.no_grad():  # `Reader` runs in inference mode, whose tensors a model in training must not cache
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             out[rows] = residuals_of_batch(model, pad([ids[r] for r in rows]), layers=layers, positions=positions).cpu()
+    if finite:
+        check_finite(out, model, ids=ids, layers=layers)
     return out
+
+
+def all_finite(values: Float[np.ndarray, "part *state"]) -> bool:
+    """Whether all numbers of an array are finite, part by part, without a copy of it."""
+    # An fp64 sum of fp32 numbers is finite just where all of them are.
+    return all(np.isfinite(part.sum(dtype=np.float64)) for part in values)
+
+
+def check_finite(
+    states: Float[Tensor, "row layer d_model"],
+    model: OpenModel,
+    *,
+    ids: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    of: str = THIS_MODEL,
+) -> None:
+    """Raise where states that were read are not finite: checkpoint, first layer, prompt, dtype, and the cause.
+
+    Padding is never among them, which is not finite in some families.
+    """
+    wrong = ~states.isfinite().all(-1)
+    if not wrong.any():
+        return
+    column = int(wrong.any(0).nonzero()[0])
+    rows = wrong[:, column].nonzero().flatten().tolist()
+    first = list(ids[rows[0]])
+    shown = repr(model.tokenizer.decode(first)[-60:]) if model.tokenizer is not None else f"of token ids {first[-12:]}"
+    given = f"The states of {of} are not finite at layer {layers[column]} in {model.precision}: {len(rows)} of "
+    given += f"{len(states)} read, the first of the prompt {' '.join(shown.split())}."
+    raise GravlensError(given, "Hidden states are finite numbers; none of these is kept.", _cause(model))
+
+
+def _cause(model: OpenModel) -> str:
+    """Return the remedy for states that are not finite."""
+    weights = {name: weight for name, weight in model.module.named_parameters() if weight.is_floating_point()}
+    if lost := [name for name, weight in weights.items() if weight.isnan().any()]:
+        return f"another checkpoint: {len(lost)} tensors of weights hold NaN ({lost[0]}), so this run has diverged."
+    if model.dtype == torch.float16:
+        return "the dtype bf16 or float32 (Placement(dtype=…)): numbers above 65504 overflow in float16."
+    infinite = any(weight.isinf().any() for weight in weights.values())
+    found = "weights are infinite" if infinite else "weights are finite but so large that states overflow"
+    return f"another checkpoint: {found}, as of a run that has diverged."
 
 
 def residuals_of_batch(
@@ -313,11 +377,14 @@ class Found(NamedTuple):
 
 def read_each(plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement) -> Iterator[Found]:
     """Yield every checkpoint's states batch by batch; one model is open at a time, and no states are kept."""
-    ids = [query.ids for query in plan.queries]
+    ids, precisions = [query.ids for query in plan.queries], dict[str, str]()
     with progress("residuals", total=len(checkpoints) * len(ids), unit="prompt") as bar:
         for number, (checkpoint, model) in enumerate(open_each(checkpoints, through=through, placement=placement)):
+            precisions[checkpoint.name] = model.precision
+            check_one_precision(precisions)
             check_vocabulary(checkpoint, model, ids)
-            reader = Reader(model, layers=plan.layers, prefix=plan.prefix)
+            named = f"{checkpoint.name} ({checkpoint.described})"
+            reader = Reader(model, layers=plan.layers, prefix=plan.prefix, of=named)
             for block in plan.blocks:
                 for batch, states in read_block(reader, [plan.queries[i] for i in block]):
                     yield Found(number, [row for i in batch for row in plan.rows(block[i])], states, model.precision)

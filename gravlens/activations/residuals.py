@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from gravlens.activations.positions import Positions, described, queries_of
 from gravlens.activations.reader import BATCH as BATCH
 from gravlens.activations.reader import Offset as Offset
-from gravlens.activations.reader import Plan, Through, read_each, read_here
+from gravlens.activations.reader import Plan, Through, all_finite, read_each, read_here
 from gravlens.activations.reader import read_residuals as read_residuals
 from gravlens.activations.reader import residuals_of_batch as residuals_of_batch
 from gravlens.activations.store import Store, read_through_store
@@ -23,6 +23,7 @@ from gravlens.core.files import read_tensors, write_tensors
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.placement import Placement
+from gravlens.models.precision import check_one_precision
 from gravlens.models.swapping import one_shape
 from gravlens.models.tokenizers import sequence_tokenizer
 
@@ -38,7 +39,7 @@ class Residuals:
     """Hidden states `resid_post` over checkpoints × prompts × layers.
 
     Attributes:
-        values: fp32, in units of the residual stream; from a store they are memory-mapped and read-only.
+        values: fp32 and finite, in units of the residual stream; from a store they are memory-mapped and read-only.
         checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
         prompts: digest of the prompt set.
         meta: provenance: read position, dtype, chat template, system prompt, sources.
@@ -51,6 +52,19 @@ class Residuals:
     prompts: str
     meta: dict[str, Any] = field(default_factory=dict)
     index: Int[np.ndarray, "row 2"] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """GravlensError for states that are not finite, or of several precisions."""
+        if len(found := self.meta.get("dtype", ())) > 1:
+            check_one_precision({f"one checkpoint ({precision})": precision for precision in found})
+        if isinstance(self.values, np.memmap) or all_finite(self.values):  # a store has looked at its files
+            return
+        name = next(name for name, states in zip(self.checkpoints, self.values, strict=False) if not all_finite(states))
+        prompt, column = np.argwhere(~np.isfinite(self.of(name)).all(-1))[0]
+        given = f"The states of {name} are not finite at prompt {prompt}, layer {self.layers[column]}"
+        given += f" ({', '.join(self.meta.get('dtype', ['unknown dtype']))})."
+        remedy = "leave that checkpoint out (a diverged run has NaN weights); bf16 or float32 where float16 overflowed."
+        raise GravlensError(given, "Hidden states are finite numbers.", remedy)
 
     def of(self, checkpoint: str) -> Float[np.ndarray, "prompt layer d_model"]:
         """Return the states of one checkpoint; GravlensError for an unknown name."""

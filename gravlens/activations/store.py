@@ -34,13 +34,14 @@ from torch import nn
 
 from gravlens.activations.fingerprint import check_same_content, fingerprint
 from gravlens.activations.positions import Query
-from gravlens.activations.reader import Plan, Reader, Through, read_block
+from gravlens.activations.reader import Plan, Reader, Through, all_finite, read_block
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import TensorWriter, map_tensor, meta_of, tensor_bytes, write_atomically
 from gravlens.core.progress import progress
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved, changed_meanwhile, resolve
 from gravlens.models.placement import Placement
+from gravlens.models.precision import check_one_precision
 from gravlens.models.swapping import open_each, precision_of
 from gravlens.models.tokenizers import check_vocabulary
 
@@ -176,13 +177,16 @@ def map_verified(path: Path, name: str) -> np.ndarray | None:
 
 
 def is_corrupt(path: Path) -> bool:
-    """Compare a file's content with the checksum in its name."""
+    """Compare a file's content with the checksum in its name, and look for states that are not finite."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() != path.name.split(".")[-2]
+        if hashlib.file_digest(file, "sha256").hexdigest() != path.name.split(".")[-2]:
+            return True
+    # None are written, but earlier versions did not look.
+    return not all_finite(map_tensor(path, "values" if path.parent.name == "views" else KIND))
 
 
 def _delete_corrupt(path: Path) -> None:
-    warnings.warn(f"{path} is corrupt: it is deleted and its states are recomputed.", stacklevel=3)
+    warnings.warn(f"{path} is corrupt or not finite: it is deleted and its states are recomputed.", stacklevel=3)
     path.unlink(missing_ok=True)
 
 
@@ -237,6 +241,7 @@ def read_through_store(
         sources = [_sendable(checkpoint.checkpoint) for checkpoint in checkpoints]
         store = replace(store, folder=store.folder.absolute())
     precisions = [precision_of(checkpoint, store.placement) for checkpoint in checkpoints]
+    check_one_precision({one.name: precision for one, precision in zip(checkpoints, precisions, strict=True)})
     calls = [partial(store.of, *pair) for pair in zip(sources, precisions, strict=True)]
     folders = run_each(calls, executor, "digests")  # by workers: all weights are read for it
     keys = [query_key(query) for query in plan.queries]
@@ -329,7 +334,8 @@ def run_tasks(tasks: Sequence[Task], tick: Callable[[], Any] = lambda: None) -> 
         readers: dict[tuple[int, ...], Reader] = {}  # a reader keeps the prefix's keys and values
         for queries, layers in task.blocks:
             if layers not in readers:
-                readers[layers] = Reader(model, layers=layers, prefix=task.prefix)
+                of = f"{checkpoint.name} ({checkpoint.described})"
+                readers[layers] = Reader(model, layers=layers, prefix=task.prefix, of=of)
             plan = Plan(queries, layers, model.d_model, task.prefix, ())
             states = np.empty((plan.ends[-1], len(layers), model.d_model), np.float32)
             for batch, found in read_block(readers[layers], queries):
