@@ -24,7 +24,7 @@ from gravlens.directions.subspaces import (
     share_within,
     whole_state,
 )
-from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, drift_per_prompt, drifts, measure_drift, runs_of
+from gravlens.directions.trajectory import ByLayer, drift_per_prompt, drifts, judged_from, measure_drift, runs_of
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved
@@ -231,7 +231,7 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
 
     Returns:
         One row per run × step × layer × position × prompt set (`given`, `held_out`): `alignment`, `fraction` as in
-        `follow`; `drift_norm` in distances; `judged` (longer than 2 %); `share_along_vrev` of the per-prompt drifts'
+        `follow`; `drift_norm` in distances; `judged` (as in `follow`); `share_along_vrev` of the per-prompt drifts'
         summed squared length; `refit_angle`, degrees between v_rev and the direction from this checkpoint to the
         witness, on the row's own prompts.
     """
@@ -268,7 +268,7 @@ def _leaks(residuals: Residuals, run: str, step: int, vs: Directions) -> pd.Data
     length = mean["drift_norm"] / vs.distances
     return pd.DataFrame(
         {"run": run, "step": step, "layer": vs.layers, "alignment": mean["alignment"],
-         "fraction": mean["fraction"], "drift_norm": length, "judged": length > JUDGED_FROM,
+         "fraction": mean["fraction"], "drift_norm": length, "judged": mean["drift_norm"] > judged_from(vs, residuals),
          "share_along_vrev": share, "refit_angle": np.degrees(np.arccos(refit))}
     )  # fmt: skip
 

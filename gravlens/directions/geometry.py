@@ -17,7 +17,7 @@ from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import whitening
 from gravlens.directions.direction import Directions
-from gravlens.directions.vrev import Estimator, difference_of_means, locate_vrev, noise_floor
+from gravlens.directions.vrev import Estimator, difference_of_means, locate_vrev, state_length
 
 __all__ = ["Geometry", "centred", "locate_in", "raw", "standardised", "whitened", "without_top"]
 
@@ -57,7 +57,12 @@ class Geometry:
     def _facts(self, residuals: Residuals) -> dict[str, Any]:
         sources = residuals.meta.get("sources", {})
         named = {name: f"{sources.get(name, name)} ({self.name} geometry)" for name in residuals.checkpoints}
-        return {"geometry": self.name} | ({"sources": named} if self.name != "raw" else {})
+        facts: dict[str, Any] = {"geometry": self.name} | ({"sources": named} if self.name != "raw" else {})
+        if "anchor" in residuals.checkpoints:  # the map shortens or lengthens the rounding's noise like the states
+            gains = [_gain(self.maps[layer], residuals.values.shape[-1]) for layer in residuals.layers]
+            lengths = [state_length(residuals, layer) for layer in residuals.layers]
+            facts["state_lengths"] = [length * gain for length, gain in zip(lengths, gains, strict=True)]
+        return facts
 
 
 Fit = Callable[[Residuals], Geometry]
@@ -71,14 +76,10 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
     square length of mapped unit vectors; a layer undefined in the raw states stays undefined. `residuals` are raw, on
     the probes that the geometry was fitted on.
     """
-    width, plain = residuals.values.shape[-1], locate_vrev(residuals)  # difference of means: is there any difference?
+    plain = locate_vrev(residuals)  # difference of means: is there any difference?
     found = []
     for direction in locate_vrev(geometry.apply(residuals), estimator=estimator):
-        floor = noise_floor(residuals, direction.layer) * _gain(geometry.maps[direction.layer], width)
         undefined = plain[direction.layer].undefined or direction.undefined
-        if undefined is None and not direction.distance > floor:
-            undefined = f"witness and anchor differ by {direction.distance:.2g} in the {geometry.name} geometry, where "
-            undefined += f"the forward pass's own noise reaches {floor:.2g}"
         made_from = {**direction.made_from, "geometry": geometry.name}
         facts: dict[str, Any] = {"made_from": made_from, "undefined": undefined}
         if undefined is not None:

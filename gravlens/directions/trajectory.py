@@ -14,9 +14,10 @@ from gravlens.activations.residuals import Residuals, cache_residuals, check_sta
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, of_kind
 from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.vrev import noise_floor
 from gravlens.history.sequence import ModelSequence
 
-# A cosine of a drift shorter than this share of the distance is noise, and is marked as not judged.
+# A cosine of a drift shorter than this share of the distance, or than the dtype's noise, is marked as not judged.
 JUDGED_FROM = 0.02
 MEASURES = ("alignment", "projection", "fraction", "drift_norm")
 AXES = ("run", "prompts", "step", "layer")
@@ -89,9 +90,9 @@ class Trajectory:
 
     Attributes:
         data: [run, prompts, step, layer]: `alignment` (cosine), `projection` (residual units), `fraction` (projection /
-            distance: 0 the anchor, 1 all the way back), `drift_norm` (residual units), `judged` (drift longer than 2 %
-            of the distance). `prompts` is `given` (the directions' own) or `held_out`. NaN where a run has no such
-            step.
+            distance: 0 the anchor, 1 all the way back), `drift_norm` (residual units), `judged` (the drift is longer
+            than 2 % of the distance, and than the dtype's noise). `prompts` is `given` (the directions' own) or
+            `held_out`. NaN where a run has no such step.
         layers_in_mean: layers of the mean; undefined ones are excluded.
         undefined: layer -> why it has no direction.
     """
@@ -268,15 +269,27 @@ def _follow_set(residuals: Residuals, directions: Directions) -> xarray.Dataset:
     runs = []
     for run, steps in runs_of(residuals).items():
         measures = measure_drift(drifts(residuals, run, directions.layers), directions)
-        runs.append(as_dataset(run, prompts, steps, measures, directions))
+        runs.append(as_dataset(run, prompts, steps, measures, directions, judged_from(directions, residuals)))
     return _joined(runs, "run")
 
 
+def judged_from(directions: Directions, noise: Residuals | Float[np.ndarray, " layer"]) -> Float[np.ndarray, " layer"]:
+    """Length from which a mean drift's cosine is judged: 2 % of the distance and the dtype's noise, residual units."""
+    if isinstance(noise, Residuals):
+        noise = np.array([noise_floor(noise, layer) for layer in directions.layers])
+    return np.maximum(JUDGED_FROM * directions.distances, noise)
+
+
 def as_dataset(
-    run: str, prompts: str, steps: Sequence[int], measures: Mapping[str, np.ndarray], directions: Directions
+    run: str,
+    prompts: str,
+    steps: Sequence[int],
+    measures: Mapping[str, np.ndarray],
+    directions: Directions,
+    least: Float[np.ndarray, " layer"],
 ) -> xarray.Dataset:
-    """One run's measures [step, layer] and `judged` on one prompt set, as [run, prompts, step, layer]."""
-    judged = measures["drift_norm"] > JUDGED_FROM * directions.distances  # NaN compares false: not judged
+    """One run's measures [step, layer] and `judged` (drift above `least`) as [run, prompts, step, layer]."""
+    judged = measures["drift_norm"] > least  # NaN compares false: not judged
     variables = {name: (AXES, values[None, None]) for name, values in {**measures, "judged": judged}.items()}
     places = ([run], [prompts], list(steps), list(directions.layers))
     return xarray.Dataset(variables, dict(zip(AXES, places, strict=True)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from gravlens.models.placement import Placement
 Source: TypeAlias = ModelSequence | Residuals | Path | str
 States: TypeAlias = Float[np.ndarray, "prompt d_model"]
 Vector: TypeAlias = Float[np.ndarray, " d_model"]
+Lengths = TypeVar("Lengths", float, np.ndarray)
 Estimator = Callable[[States, States], np.ndarray]
 FACTS = ("positions", "chat_template", "system", "contrast", "geometry")  # of the residuals, in `made_from`
 # A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
@@ -112,7 +113,10 @@ def _estimate(residuals: Residuals, layer: int, witness: States, anchor: States,
     noise = noise_floor(residuals, layer)
     undefined = None
     if not distance > noise:  # not `<=`: a NaN distance is undefined too
-        undefined = f"witness and anchor differ by {distance:.2g}, the forward pass's own noise reaches {noise:.2g}"
+        geometry = residuals.meta.get("geometry", "raw")
+        where = "" if geometry == "raw" else f" in the {geometry} geometry"
+        undefined = f"witness and anchor differ by {distance:.2g}{where}, the forward pass's own noise reaches "
+        undefined += f"{noise:.2g}"
     return Direction(
         vector=difference / distance if undefined is None else np.full_like(difference, np.nan),
         layer=layer,
@@ -132,13 +136,25 @@ def _estimate(residuals: Residuals, layer: int, witness: States, anchor: States,
 
 def noise_floor(residuals: Residuals, layer: int) -> float:
     """Length by which the forward pass's rounding may move a mean state, residual units (docs/directions.md)."""
+    return rounding_noise(state_length(residuals, layer), *residuals.meta.get("dtype", ()))
+
+
+def state_length(residuals: Residuals, layer: int) -> float:
+    """Mean length of the anchor's states, residual units, as far as their rounding is concerned."""
     i = residuals.layers.index(layer)
     # Contrasts are shorter than the states that they are differences of, and whose rounding they have.
-    lengths = residuals.meta.get("state_lengths")
-    anchor = residuals.of("anchor")[:, i].astype(np.float64)
-    length = lengths[i] if lengths else float(np.linalg.norm(anchor, axis=1).mean())
+    if lengths := residuals.meta.get("state_lengths"):
+        return lengths[i]
+    return float(np.linalg.norm(residuals.of("anchor")[:, i].astype(np.float64), axis=1).mean())
+
+
+def rounding_noise(length: Lengths, *precisions: str) -> Lengths:
+    """Length by which rounding may move mean states of these lengths, residual units; no precision is fp32.
+
+    It covers the forward pass's rounding and that of an adapter merged into weights of the dtype.
+    """
     # quantised weights may compute in less than their dtype says: the coarsest is taken
-    epsilon = max((EPSILON.get(name, 2.0**-8) for name in residuals.meta.get("dtype", ["float32"])), default=2.0**-23)
+    epsilon = max((EPSILON.get(name, 2.0**-8) for name in precisions), default=EPSILON["float32"])
     return NOISE_ROUNDINGS * epsilon * length
 
 

@@ -19,7 +19,8 @@ from gravlens.behavior.scores import Score
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import JUDGED_FROM, ByLayer, measure_drift
+from gravlens.directions.trajectory import ByLayer, judged_from, measure_drift
+from gravlens.directions.vrev import rounding_noise
 from gravlens.history.encoding import encode
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint
@@ -207,18 +208,24 @@ def measure_damage(
             with damage(model) as damaged:
                 states = mean_states(damaged, ids, defined.layers)
                 start = states if start is None else start  # the first is the undamaged anchor
+                least = judged_from(defined, rounding_noise(np.linalg.norm(start, axis=-1), model.precision))
                 after = _parameters(damaged)
                 _check_same(before, after)
                 facts: dict[str, Any] = {"weight_norm": change_norm(before, after)}
                 if score is not None:
                     facts["score"] = float(np.mean(score(damaged, prompts)))
-            parts.append(ByLayer.of(_moved(name, states - start, defined), mean).assign(facts))
+            parts.append(ByLayer.of(_moved(name, states - start, defined, least), mean).assign(facts))
     return ByLayer.concat(parts)
 
 
-def _moved(damage: str, drift: Float[np.ndarray, "layer d_model"], directions: Directions) -> xarray.Dataset:
+def _moved(
+    damage: str,
+    drift: Float[np.ndarray, "layer d_model"],
+    directions: Directions,
+    least: Float[np.ndarray, " layer"],
+) -> xarray.Dataset:
     measures = measure_drift(drift, directions)
-    measures["judged"] = measures["drift_norm"] > JUDGED_FROM * directions.distances
+    measures["judged"] = measures["drift_norm"] > least
     axes = {"damage": [damage], "layer": list(directions.layers)}
     columns = ("alignment", "fraction", "drift_norm", "judged")
     return xarray.Dataset({name: (tuple(axes), measures[name][None]) for name in columns}, axes)

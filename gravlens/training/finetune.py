@@ -73,7 +73,7 @@ def finetune(
 
     Raises:
         GravlensError: no examples, no tokenizer, a start that cannot be opened, or `out` holds another run, of gravlens
-            or not, or another process trains into it.
+            or not, or another process trains into it. A run that diverges: what was saved before stays.
     """
     model = _trainable(start, recipe, seed)
     rows: Any = _in_order(model, examples, recipe, seed)  # a list: Trainer needs a length and items of its data set
@@ -171,6 +171,7 @@ def _arguments(recipe: Recipe, seed: int, resume: Path) -> TrainingArguments:
         seed=seed,
         train_sampling_strategy="sequential",  # `_in_order` has shuffled
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log a loss of 0 for one that is not finite
         save_strategy="no",  # `_Saver` asks for it
         save_total_limit=1,
         report_to=[],
@@ -194,6 +195,11 @@ class _Saver(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        gradients = [weight.grad for weight in self.model.module.parameters() if weight.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise self._diverged(state.global_step + 1, "gradient is")  # before the update: the weights are whole
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._began
         self.steps_timed += 1
@@ -207,8 +213,16 @@ class _Saver(TrainerCallback):
         if state.global_step < state.max_steps and state.global_step not in self.steps:  # stopped by a monitor
             self._save(state.global_step)
 
+    def _diverged(self, step: int, what: str) -> GravlensError:
+        kept = ", ".join(str(checkpoint.step) for checkpoint in self.saved) or "none"
+        given = f"The run diverged: at step {step} its {what} not finite (checkpoints of {self.out} so far: {kept})."
+        remedy = "a lower learning rate, more warm-up steps, or bf16=False, into another out=."
+        return GravlensError(given, "Training ends there, and nothing of it is saved.", remedy)
+
     def _save(self, step: int) -> None:
         model, tuned = self.model, self.model.module
+        if not all(weight.isfinite().all() for weight in tuned.parameters() if weight.requires_grad):
+            raise self._diverged(step, "weights are")
         if hasattr(tuned, "merge_and_unload"):
             # In a copy: training goes on with the adapters.
             model = open_model(copy.deepcopy(tuned).merge_and_unload(), tokenizer=model.tokenizer)

@@ -1,5 +1,6 @@
 """Trainer callback that measures a run's drift along directions, as `follow` does, and can stop it at a threshold."""
 
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import Trainer, TrainerCallback
 from gravlens.activations.residuals import Offset, Residuals, read_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, Trajectory, as_dataset, mean_state, measure_drift
+from gravlens.directions.trajectory import MEASURES, Trajectory, as_dataset, judged_from, mean_state, measure_drift
+from gravlens.directions.vrev import rounding_noise
 from gravlens.history.encoding import encode
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, Prompts
@@ -47,8 +49,12 @@ class Monitor(TrainerCallback):
         tokenizer: default: the trainer's `processing_class`.
         name: prefix of the names in the log, and the run's name in the table.
 
+    A run whose states are not finite has diverged: a warning and `monitor/diverged` in the log say so, and the run goes
+    on without measurements. With `stop_above` it is stopped.
+
     Attributes:
         stopped_at: step at which it stopped the run, or None.
+        diverged_at: first step at which the states were not finite, or None.
     """
 
     def __init__(
@@ -65,11 +71,13 @@ class Monitor(TrainerCallback):
         self.directions, self.probes = directions, PromptSet.of(probes)
         self.every, self.stop_above, self.anchor, self.tokenizer, self.name = every, stop_above, anchor, tokenizer, name
         self.stopped_at: int | None = None
+        self.diverged_at: int | None = None
         self._defined = Directions.of(directions).defined()
         self._positions: Offset = _positions_of(directions)
         self._trainer: Trainer | None = None
         self._ids: list[list[int]] | None = None
         self._start: Float[np.ndarray, "layer d_model"] | None = None
+        self._least: Float[np.ndarray, " layer"] | None = None  # drift of which a cosine is judged
         self._measures: dict[int, dict[str, Float[np.ndarray, " layer"]]] = {}
         self._above = 0  # evaluations in a row
         if every < 1:
@@ -106,7 +114,8 @@ class Monitor(TrainerCallback):
             for name in (*MEASURES, "relative_drift")
         }
         given = self.probes.digest == self._defined.directions[0].prompts
-        data = as_dataset(self.name, "given" if given else "held_out", steps, measures, self._defined)
+        least = self._defined.distances if self._least is None else self._least  # not yet trained: no row
+        data = as_dataset(self.name, "given" if given else "held_out", steps, measures, self._defined, least)
         undefined = {one.layer: one.undefined for one in self.directions if one.undefined is not None}
         return Trajectory(data, self._defined.layers, undefined)
 
@@ -121,9 +130,10 @@ class Monitor(TrainerCallback):
         self.tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
         self._model = open_model(model, tokenizer=self.tokenizer)
         if self._start is None or state.global_step == 0:  # a resumed run keeps the anchor that it began with
-            self._start = self._anchor_states(self._model)
+            self._start, noise = self._anchor_states(self._model)
+            self._least = judged_from(self._defined, noise)
         self._measures = {step: one for step, one in self._measures.items() if step <= state.global_step}
-        self.stopped_at, self._above = None, 0
+        self.stopped_at, self.diverged_at, self._above = None, None, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure, log, and stop the run above the threshold."""
@@ -136,16 +146,30 @@ class Monitor(TrainerCallback):
 
     def _evaluate(self, state: Any, control: Any) -> bool:
         """Measure and log; return whether to stop."""
-        measures = measure_drift(self._states(self._model) - self._start, self._defined)
+        states = self._states(self._model, finite=False)
+        if not np.isfinite(states).all():
+            return self._diverged(state, control)
+        measures = measure_drift(states.mean(0, dtype=np.float64) - self._start, self._defined)
         measures["relative_drift"] = measures["drift_norm"] / self._defined.distances
         self._measures[state.global_step] = measures
-        self._report(_named(self.name, measures, self._defined.layers), state, control)
+        enough = measures["drift_norm"] > self._least
+        self._report(_named(self.name, measures, enough, self._defined.layers), state, control)
         if self.stop_above is None:
             return False
-        judged = self.stop_above.statistic == "fraction" or bool(_judged(measures).all())
+        judged = self.stop_above.statistic == "fraction" or bool(enough.all())
         above = judged and float(measures[self.stop_above.statistic].mean()) > self.stop_above.value
         self._above = self._above + 1 if above else 0
         return self._above >= self.stop_above.patience
+
+    def _diverged(self, state: Any, control: Any) -> bool:
+        """Warn once of states that are not finite, and log them; stop only a run that has a threshold."""
+        if self.diverged_at is None:
+            self.diverged_at = state.global_step
+            end = "it is not measured any further" if self.stop_above is None else "it is stopped"
+            text = f"{self.name}: the states are not finite at step {state.global_step}, the run has diverged; {end}."
+            warnings.warn(text, stacklevel=2)
+        self._report({f"{self.name}/diverged": 1.0}, state, control)
+        return self.stop_above is not None
 
     def _report(self, logs: dict[str, float], state: Any, control: Any) -> None:
         if self.stop_above is not None:
@@ -158,27 +182,35 @@ class Monitor(TrainerCallback):
         Trainer.log(self._trainer, logs)
         control.should_log = wanted  # Trainer.log resets it, and the step's own row is still to come
 
-    def _states(self, model: OpenModel) -> Float[np.ndarray, "layer d_model"]:
+    def _states(self, model: OpenModel, *, finite: bool = True) -> Float[np.ndarray, "prompt layer d_model"]:
         if self._ids is None:
             _check_template(self.tokenizer, self.directions)
             self._ids = encode(self.tokenizer, self.probes)
         _check_width(model, self._defined)
+        reading: dict[str, Any] = {"layers": self._defined.layers, "positions": self._positions}
         with undisturbed(model.module):
-            states = read_residuals(model, self._ids, layers=self._defined.layers, positions=self._positions)
-        return states.numpy().mean(0, dtype=np.float64)
+            return read_residuals(model, self._ids, **reading, finite=finite).numpy()
 
-    def _anchor_states(self, model: OpenModel) -> Float[np.ndarray, "layer d_model"]:
+    def _anchor_states(
+        self, model: OpenModel
+    ) -> tuple[Float[np.ndarray, "layer d_model"], Residuals | Float[np.ndarray, " layer"]]:
+        """Return the anchor's mean states, and what their noise is known by."""
         anchor = self.anchor
-        if anchor is None:
-            return self._states(model)
         if not isinstance(anchor, Residuals):
-            return self._states(open_model(anchor, tokenizer=self.tokenizer, device=model.device, dtype=model.dtype))
+            given: dict[str, Any] = {"tokenizer": self.tokenizer, "device": model.device, "dtype": model.dtype}
+            opened = model if anchor is None else open_model(anchor, **given)
+            _check_precision(model, opened.precision)
+            states = self._states(opened)
+            noise = rounding_noise(np.linalg.norm(states, axis=-1).mean(0, dtype=np.float64), model.precision)
+            return states.mean(0, dtype=np.float64), noise
         read = anchor.meta.get("positions", "last")
         if anchor.prompts != self.probes.digest or read != self._positions or anchor.index is not None:
             given = f"The anchor's residuals are of prompts {anchor.prompts[:8]} at {read!r}."
             wanted = f"The monitor reads {self.probes.digest[:8]} at {self._positions!r}."
             raise GravlensError(given, wanted, "cache_residuals(sequence, probes), or the anchor's checkpoint.")
-        return mean_state(anchor, "anchor", self._defined.layers)
+        for precision in anchor.meta.get("dtype", ()):
+            _check_precision(model, precision)
+        return mean_state(anchor, "anchor", self._defined.layers), anchor
 
     def _check_run(self, args: Any, state: Any) -> None:
         if self._trainer is None and args.report_to:
@@ -202,13 +234,14 @@ class Monitor(TrainerCallback):
         return GravlensError(given, "A monitor measures one run, from its anchor.", "a new Monitor(…).")
 
 
-def _judged(measures: dict[str, Float[np.ndarray, " layer"]]) -> Bool[np.ndarray, " layer"]:
-    return measures["relative_drift"] > JUDGED_FROM
-
-
-def _named(name: str, measures: dict[str, Float[np.ndarray, " layer"]], layers: Sequence[int]) -> dict[str, float]:
+def _named(
+    name: str,
+    measures: dict[str, Float[np.ndarray, " layer"]],
+    judged: Bool[np.ndarray, " layer"],
+    layers: Sequence[int],
+) -> dict[str, float]:
     """Name the logged values, for the mean and each layer; a cosine of too short a drift is left out."""
-    judged, logs = _judged(measures), {}
+    logs = {}
     rows = {name: slice(None), **{f"{name}/layer_{layer}": slice(i, i + 1) for i, layer in enumerate(layers)}}
     for prefix, part in rows.items():
         if judged[part].all():
@@ -283,6 +316,15 @@ def _check_template(tokenizer: Any, directions: Directions) -> None:
             "Probes must be read as the prompts of the directions were.",
             "Monitor(…, tokenizer=) with " + ("chat_template = None." if templated else "the anchor's."),
         )
+
+
+def _check_precision(model: OpenModel, anchor: str) -> None:
+    """Raise where the anchor's states are of another precision than those of the run."""
+    if anchor != model.precision:
+        given = f"The model in training is read in {model.precision}, the anchor in {anchor}."
+        wanted = "A drift needs one precision: else the rounding between them would count as drift."
+        remedy = "anchor=the model loaded as for training (the same dtype and quantization_config)."
+        raise GravlensError(given, wanted, remedy)
 
 
 def _check_width(model: OpenModel, directions: Directions) -> None:
