@@ -27,6 +27,7 @@ IMPORTS, LINES = 4.6, 20_000
 MORE_PARAMETERS = {
     "gravlens/activations/residuals.py:cache_residuals": "what is read, where, how, and by whom",
     "gravlens/training/finetune.py:finetune": "from where, on what, how, and who takes part or watches",
+    "gravlens/training/monitor.py:__init__": "along what, on which prompts, when, from where, and when to stop",
     "gravlens/history/sequence.py:from_folders": "all that SEQUENCE.toml may say",
     "gravlens/history/sequence.py:from_models": "all that SEQUENCE.toml may say",
 }

@@ -23,7 +23,6 @@ from gravlens.core.files import read_tensors, write_tensors
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.placement import Placement
-from gravlens.models.precision import check_one_precision
 from gravlens.models.swapping import one_shape
 from gravlens.models.tokenizers import sequence_tokenizer
 
@@ -54,9 +53,7 @@ class Residuals:
     index: Int[np.ndarray, "row 2"] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """GravlensError for states that are not finite, or of several precisions."""
-        if len(found := self.meta.get("dtype", ())) > 1:
-            check_one_precision({f"one checkpoint ({precision})": precision for precision in found})
+        """GravlensError for states that are not finite."""
         if isinstance(self.values, np.memmap) or all_finite(self.values):  # a store has looked at its files
             return
         name = next(name for name, states in zip(self.checkpoints, self.values, strict=False) if not all_finite(states))

@@ -9,4 +9,5 @@ from . import trajectory as trajectory
 from . import vrev as vrev
 from .subspaces import random_like as random_like
 from .trajectory import ByLayer as ByLayer
+from .trajectory import follow_concepts as follow_concepts
 from .vrev import direction_from as direction_from

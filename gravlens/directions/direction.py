@@ -1,13 +1,14 @@
 """Directions and subspaces of one layer's residual stream: frozen, with layer, distance and provenance."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import xarray
 from jaxtyping import Float
+from scipy.special import ndtri
 
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
@@ -15,6 +16,9 @@ from gravlens.core.files import read_tensors, write_tensors
 
 Samples: TypeAlias = Float[np.ndarray, "sample layer d_model"]
 COLUMNS = ("layer", "distance", "reliability", "estimator", "made from")  # as a notebook shows them
+TOP = 3  # dimensions: models have one to four massive ones (Sun et al., "Massive activations", 2024)
+# Beyond chance: two vectors that have nothing else in common than these dimensions already have a cosine of .2.
+LARGE_SHARE = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +55,19 @@ class Direction:
         """The vector as a basis of one row: a direction is a subspace of rank 1."""
         return self.vector[None]
 
+    def top_dimensions(self, k: int = TOP) -> tuple[int, ...]:
+        """Return the k dimensions with the largest components, largest first; none where undefined."""
+        order = np.argsort(-np.abs(self.vector), kind="stable")
+        return () if self.undefined is not None else tuple(order[:k].tolist())
+
+    def top_share(self, k: int = TOP) -> float:
+        """Share of the squared vector in its k largest dimensions, 0 to 1; NaN where undefined.
+
+        An isotropic direction has `isotropic_share(d_model, k)`, about 2 ln(d) / d in its largest.
+        """
+        squares = self.vector[list(self.top_dimensions(k))].astype(np.float64) ** 2
+        return float(squares.sum()) if self.undefined is None else float("nan")
+
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file, with the metadata."""
         return Directions((self,)).save(path)
@@ -61,8 +78,13 @@ class Direction:
         (direction,) = Directions.load(path)
         return direction
 
+    def __repr__(self) -> str:
+        shown = {one.name: getattr(self, one.name) for one in fields(self) if one.repr}
+        given = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return "; ".join([f"Direction({given})", *_shares([self])])
+
     def _repr_html_(self) -> str:
-        return html.table(COLUMNS, [_row(self)], title="Direction")
+        return html.table(COLUMNS, [_row(self)], title="Direction", notes=_shares([self]))
 
 
 S = TypeVar("S", bound="Direction | Subspace")
@@ -151,8 +173,47 @@ class Directions(_OfLayers["Direction"]):
         vectors = {"vector": (("layer", "d_model"), self.vectors)}
         return xarray.Dataset({**vectors, **by_layer}, {"layer": list(self.layers)})
 
+    def __repr__(self) -> str:
+        rows = [f"  layer {v.layer}: distance {v.distance:.4g}, {v.undefined or _reliable(v)}" for v in self]
+        return "\n".join([f"Directions of {len(self)} layers", *rows, *_shares(self.directions)])
+
     def _repr_html_(self) -> str:
-        return html.table(COLUMNS, [_row(one) for one in self], title="Directions", rest="vs[layer]")
+        rows = [_row(one) for one in self]
+        return html.table(COLUMNS, rows, title="Directions", notes=_shares(self.directions), rest="vs[layer]")
+
+
+def isotropic_share(d_model: int, k: int = TOP) -> float:
+    """Share of the squared vector that an isotropic direction has in its k largest dimensions, on average.
+
+    For k = 1 about 2 ln(d) / d. The largest of d normal components are near the quantiles 1 − (j − ½) / 2d.
+    """
+    ranks = np.arange(1, min(k, d_model) + 1) - 0.5
+    return float(min((ndtri(1 - ranks / (2 * d_model)) ** 2).sum() / d_model, 1.0))
+
+
+def carried_by_few(direction: Direction) -> bool:
+    """Whether the top dimensions hold more than a fifth of the squared vector beyond chance."""
+    return direction.top_share() > isotropic_share(len(direction.vector)) + LARGE_SHARE  # NaN: not
+
+
+def _shares(directions: Sequence[Direction]) -> list[str]:
+    """Describe how much of the vectors is in their top dimensions, and warn where it is much."""
+    if not (defined := [one for one in directions if one.undefined is None]):
+        return []
+    top = max(defined, key=Direction.top_share)
+    where = f" at most, at layer {top.layer}" if len(defined) > 1 else ""
+    line = f"top dimension: {top.top_share(1):.1%} of the squared vector, top {TOP}: {top.top_share():.1%}{where}"
+    notes = [f"{line} (isotropic: {isotropic_share(len(top.vector)):.1%})"]
+    if few := [f"layer {one.layer} ({html.listed(one.top_dimensions())})" for one in defined if carried_by_few(one)]:
+        warning = (
+            f"a few massive dimensions hold much of the vector at {html.listed(few)}: a cosine with it may be theirs"
+        )
+        notes.append(f"{warning} alone; compare geometry.without_dimensions")
+    return notes
+
+
+def _reliable(direction: Direction) -> str:
+    return f"reliability {direction.reliability:.3f}, top {TOP} dimensions {direction.top_share():.1%}"
 
 
 def no_direction(given: object) -> GravlensError:

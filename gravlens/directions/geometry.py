@@ -16,10 +16,10 @@ from jaxtyping import Float
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import whitening
-from gravlens.directions.direction import Directions
+from gravlens.directions.direction import TOP, Directions
 from gravlens.directions.vrev import Estimator, difference_of_means, locate_vrev, state_length
 
-__all__ = ["Geometry", "centred", "locate_in", "raw", "standardised", "whitened", "without_top"]
+__all__ = ["Geometry", "centred", "locate_in", "raw", "standardised", "whitened", "without_dimensions", "without_top"]
 
 AXES = 512  # unit vectors mapped to estimate a map's gain; all d_model of a large model would take a [d, d] product
 LinearMap = Callable[[Float[np.ndarray, "*batch d_model"]], Float[np.ndarray, "*batch d_model"]]
@@ -137,6 +137,23 @@ def without_top(residuals: Residuals, *, k: int = 1) -> Geometry:
         return partial(_without, np.linalg.svd(states - states.mean(0), full_matrices=False)[2][:k])
 
     return Geometry(f"without_top_{k}", _fitted(residuals, fit))
+
+
+def without_dimensions(residuals: Residuals, *, k: int = TOP) -> Geometry:
+    """Set the k dimensions to 0 that hold most of v_rev: h_j ← 0 where |v_j| is among the k largest, layer by layer.
+
+    Is an alignment that of a few massive dimensions alone? `follow` in this geometry compares drift and v_rev in all
+    others. Fitted on `witness` and `anchor`; GravlensError where k is not between 1 and d_model − 1.
+    """
+    width = check_states(residuals).values.shape[-1]
+    if not 1 <= k < width:
+        given = f"The {k} largest dimensions were to be removed."
+        raise GravlensError(given, f"States have {width}.", f"k from 1 to {width - 1}.")
+    kept = np.ones((len(residuals.layers), width))
+    for row, direction in zip(kept, locate_vrev(residuals), strict=True):
+        row[list(direction.top_dimensions(k))] = 0
+    maps = {layer: partial(np.multiply, row) for layer, row in zip(residuals.layers, kept, strict=True)}
+    return Geometry(f"without_dimensions_{k}", maps)
 
 
 GEOMETRIES: tuple[Fit, ...] = (raw, centred, standardised, whitened, without_top, partial(without_top, k=3))

@@ -1,7 +1,8 @@
-"""Trajectories along v_rev: alignment, projection and fraction of each run's drift, by step and layer."""
+"""Trajectories along v_rev (alignment, projection, fraction of each run's drift), and of concepts located again."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,17 @@ import pandas as pd
 import xarray
 from einops import einsum
 from jaxtyping import Float
+from scipy.stats import mannwhitneyu
 
-from gravlens.activations.residuals import Residuals, cache_residuals, check_states
+from gravlens.activations.contrasts import Contrast, cache_concepts
+from gravlens.activations.positions import Positions
+from gravlens.activations.residuals import Residuals, cache_residuals, check_states, run_and_step
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, of_kind
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.vrev import noise_floor
 from gravlens.history.sequence import ModelSequence
+from gravlens.models.placement import Placement
 
 # A cosine of a drift shorter than this share of the distance, or than the dtype's noise, is marked as not judged.
 JUDGED_FROM = 0.02
@@ -123,17 +128,39 @@ class Trajectory:
     def summary(self, prompts: str | None = None) -> pd.DataFrame:
         """Mean ± SEM over runs of `alignment, fraction` of the layer mean by step: (measure, mean|sem|count).
 
-        `prompts` is `held_out` or `given`; default: `held_out`, else `given`.
+        `count` is the number of runs that the mean is over: fewer where a run has no such step, or did not move (it has
+        no alignment then). `prompts` is `held_out` or `given`; default: `held_out`, else `given`.
         """
-        default = "held_out" if "held_out" in self.data["prompts"] else "given"
-        rows = rows_on(self.layer_mean, default if prompts is None else prompts)
+        rows = self._rows(prompts)
         return rows.groupby("step")[["alignment", "fraction"]].agg(["mean", "sem", "count"])
 
-    def _repr_html_(self) -> str:
-        runs, layers = html.listed(self.data["run"].values), html.listed(self.layers_in_mean)
-        notes = [f"runs: {runs}", f"mean over the layers {layers}, ± over runs (SEM)"]
+    def _rows(self, prompts: str | None = None) -> pd.DataFrame:
+        default = "held_out" if "held_out" in self.data["prompts"] else "given"
+        return rows_on(self.layer_mean, default if prompts is None else prompts)
+
+    def _notes(self) -> list[str]:
+        """Say which layers and runs the summary's means are over."""
+        rows, layers = self._rows(), html.listed(self.layers_in_mean)
+        names = html.listed(rows["run"].unique())
+        notes = [f"runs: {names}", f"mean over the layers {layers}, ± over runs (SEM)"]
         notes += [f"layer {layer} is undefined: {why}" for layer, why in self.undefined.items()]
-        return html.of_frame(self.summary().reset_index(), title="Trajectory", notes=notes, rest=".summary()")
+        n, measured = rows["run"].nunique(), rows.groupby("step")
+        if lacking := _steps_below(measured["fraction"].count(), n):
+            notes.append(f"not every run has every step, so means are over different runs: {lacking} of {n} runs")
+        if "judged" in rows and (small := _steps_below(measured["judged"].sum(), measured["judged"].count())):
+            notes.append(f"the drift is long enough to judge the alignment of only some runs: {small}")
+        return notes
+
+    def __repr__(self) -> str:
+        return "\n".join(["Trajectory", *self._notes(), self.summary().round(3).to_string()])
+
+    def _repr_html_(self) -> str:
+        return html.of_frame(self.summary().reset_index(), title="Trajectory", notes=self._notes(), rest=".summary()")
+
+
+def _steps_below(counts: pd.Series, wanted: pd.Series | int) -> str:
+    """Name the steps where a count is below what is wanted: `step 1: 2, step 5: 0`."""
+    return html.listed(f"step {step}: {count}" for step, count in counts[counts < wanted].items())
 
 
 def _measured(data: xarray.Dataset) -> pd.DataFrame:
@@ -305,3 +332,102 @@ def _columns(residuals: Residuals, layers: Sequence[int]) -> list[int]:
         given = f"The residuals hold no layer {', '.join(map(str, missing))}."
         raise GravlensError(given, f"They hold {list(residuals.layers)}.", "cache those layers too.")
     return [residuals.layers.index(layer) for layer in layers]
+
+
+# --- concepts: a direction located again at each checkpoint ---------------------------------------------------------
+CONCEPT_MEASURES = ("cosine", "auroc_frozen", "auroc_refit")
+FEWEST_PAIRS = 4  # two to locate the direction on, two to separate
+
+
+def follow_concepts(
+    sequence: ModelSequence | Path | str,
+    concepts: Mapping[str, Contrast],
+    *,
+    layers: int | Sequence[int] | None = None,
+    positions: Positions = "last",
+    placement: Placement = Placement(),
+) -> ByLayer:
+    """Locate the direction of each concept again at every checkpoint, and compare it with the anchor's, kept frozen.
+
+    A concept is a contrast of two sets of prompts; its direction at a checkpoint is unit(mean(first) − mean(second)) of
+    that checkpoint's states on the even pairs. The odd pairs are held out: the AUROC is the probability that a prompt
+    of the first set lies further along the direction than one of the second.
+
+    Args:
+        sequence: the checkpoints: witness, anchor and all runs.
+        concepts: name -> contrast; take one that has nothing to do with safety for comparison (formal, informal).
+        layers: as in `cache_residuals`, like `positions` and `placement`.
+
+    Returns:
+        One row per concept × checkpoint × layer: `concept, run, step, layer`; `cosine` of the direction located again
+        to the anchor's; `auroc_frozen` of the anchor's and `auroc_refit` of the one located again, both on this
+        checkpoint's states. `run` is `witness` and `anchor` for these two, with step 0. NaN where a difference of
+        means is within the dtype's noise.
+
+    Raises:
+        GravlensError: a concept of fewer than four pairs; what `cache_residuals` raises.
+    """
+    for name, contrast in concepts.items():
+        check_pairs(name, contrast)
+    read = cache_concepts(sequence, concepts, layers=layers, positions=positions, placement=placement)
+    return ByLayer.concat(_follow_concept(name, states) for name, states in read.items())
+
+
+def check_pairs(name: str, contrast: Contrast) -> None:
+    """GravlensError for a concept of too few pairs."""
+    if len(contrast) < FEWEST_PAIRS:
+        given = f"The concept {name!r} has {len(contrast)} pairs of prompts."
+        wanted = "Its direction is located on the even pairs and judged on the odd ones."
+        raise GravlensError(given, wanted, f"{FEWEST_PAIRS} pairs at least, better 32.")
+
+
+def concept_direction(
+    states: Float[np.ndarray, "prompt layer d_model"], noise: Float[np.ndarray, " layer"]
+) -> Float[np.ndarray, "layer d_model"]:
+    """unit(mean(first half) − mean(second half)) over the even pairs in fp64; NaN where it is within the noise."""
+    first, second = (half[::2].mean(0, dtype=np.float64) for half in np.split(states, 2))
+    length = np.linalg.norm(first - second, axis=-1)
+    return (first - second) / np.where(length > noise, length, np.nan)[:, None]
+
+
+def measure_concept(
+    states: Float[np.ndarray, "prompt layer d_model"],
+    frozen: Float[np.ndarray, "layer d_model"],
+    noise: Float[np.ndarray, " layer"],
+) -> dict[str, Float[np.ndarray, " layer"]]:
+    """The `CONCEPT_MEASURES` of one checkpoint's states (first set, then second) against a frozen direction."""
+    refit = concept_direction(states, noise)
+
+    def separation(direction: Float[np.ndarray, "layer d_model"]) -> Float[np.ndarray, " layer"]:
+        along = einsum(states.astype(np.float64), direction, "prompt layer d, layer d -> prompt layer")
+        first, second = (half[1::2] for half in np.split(along, 2))
+        # U / (n m) is the AUROC, ties counted half
+        return mannwhitneyu(first, second, axis=0, method="asymptotic").statistic / (len(first) * len(second))
+
+    values = (np.sum(refit * frozen, axis=-1), separation(frozen), separation(refit))
+    return dict(zip(CONCEPT_MEASURES, values, strict=True))
+
+
+def _follow_concept(name: str, residuals: Residuals) -> ByLayer:
+    noise = np.array([noise_floor(residuals, layer) for layer in residuals.layers])
+    frozen = concept_direction(residuals.of("anchor"), noise)
+    measured = [measure_concept(residuals.of(one), frozen, noise) for one in residuals.checkpoints]
+    values = {key: np.stack([one[key] for one in measured]) for key in CONCEPT_MEASURES}
+    places = [run_and_step(one) or (one, 0) for one in residuals.checkpoints]
+    return concept_table(name, places, residuals.layers, values)
+
+
+def concept_table(
+    name: str,
+    places: Sequence[tuple[str, int]],
+    layers: Sequence[int],
+    values: Mapping[str, Float[np.ndarray, "checkpoint layer"]],
+) -> ByLayer:
+    """Tabulate a concept's measures at each (run, step); the mean is over the layers with a direction of the anchor."""
+    known = ~np.isnan(values["auroc_frozen"]).all(0)
+    runs, steps = [run for run, _ in places], [step for _, step in places]
+    mean = {key: one[:, known].mean(-1) if known.any() else np.full(len(one), np.nan) for key, one in values.items()}
+    mean_rows = pd.DataFrame({"concept": name, "run": runs, "step": steps, **mean})
+    each = {"concept": name, "run": np.repeat(runs, len(layers)), "step": np.repeat(steps, len(layers))}
+    rows = {"layer": np.tile(layers, len(places)), **{key: one.ravel() for key, one in values.items()}}
+    return ByLayer(pd.DataFrame(each | rows), mean_rows)

@@ -183,6 +183,8 @@ def _paper(results: Mapping[str, Any]) -> Table:
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
+    if results.get("vrev"):  # not in folders of earlier versions
+        yield _vrev(results["vrev"])
     yield _demands(results.get("claims") or [])
     yield _nulls(results)
     yield _controls(results)
@@ -203,6 +205,33 @@ def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> 
     spans = [f"{row['measure']} {decimal(row['low'])} to {decimal(row['high'])}" for row in own]
     more = f" 95 % intervals over runs and prompts: {', '.join(spans)}." if spans else ""
     return f"{claim['organism']}, level {claim['level']} of 5", claim["sentence"] + more
+
+
+def _vrev(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """Return v_rev by layer, and a warning where a few dimensions hold much of it."""
+    numbers = ("distance", "reliability", "top_1", "top_3", "isotropic_top_3", "alignment_final")
+    rows = [
+        [_cell(row.get("organism")), _cell(row.get("layer"))]
+        + [_decimal_cell(row.get(name)) for name in (*numbers, "alignment_without_top_3")]
+        for row in layers
+    ]
+    few = [f"{row['organism']} layer {row['layer']}" for row in layers if row.get("few_dimensions")]
+    note = "An isotropic direction has the share “by chance” in its top 3 dimensions."
+    if few:
+        note = f"Few dimensions hold much of v_rev ({', '.join(few)}): compare the alignment without them. {note}"
+    lead = "Is v_rev more than a few massive dimensions? Their shares of its square; the final alignment without them."
+    headings = (
+        "organism",
+        "layer",
+        "distance",
+        "reliability",
+        "top 1",
+        "top 3",
+        "by chance",
+        "alignment",
+        "without top 3",
+    )
+    return Table("v_rev by layer", headings, rows, note, lead)
 
 
 def _demands(claims: Sequence[Mapping[str, Any]]) -> Table:

@@ -16,7 +16,9 @@ from gravlens.behavior.scores import refusal_log_odds
 from gravlens.claims.claim import Claim, claim
 from gravlens.claims.criteria import Evidence
 from gravlens.core.files import once, write_table
-from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, rows_on
+from gravlens.directions.direction import TOP, carried_by_few, isotropic_share
+from gravlens.directions.geometry import locate_in, without_dimensions
+from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow, rows_on
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import shuffled_words
 from gravlens.history.sequence import Checkpoint
@@ -109,6 +111,41 @@ def other_states(study: Study, name: str) -> Residuals:
     return Residuals.load(made / "states.safetensors")
 
 
+# --- v_rev itself ---------------------------------------------------------------------------------------------------
+def vrev_of(study: Study, unblocked: Trajectory) -> pd.DataFrame:
+    """Return v_rev's distance, reliability and share in its top dimensions, and the final alignment without those.
+
+    Alignments are means over the unblocked runs at their last step, on held-out prompts.
+    """
+    probes, held_out = study.states("measured", "probes"), study.run_states(study.unblocked, "held_out")
+    geometry = without_dimensions(probes, k=TOP)
+    rest = locate_in(geometry, probes)
+    left = any(direction.undefined is None for direction in rest)
+    facts = [
+        {
+            "layer": v.layer,
+            "distance": v.distance,
+            "reliability": v.reliability,
+            "top_1": v.top_share(1),
+            "top_3": v.top_share(),
+            "isotropic_top_3": isotropic_share(len(v.vector)),
+            "few_dimensions": carried_by_few(v),
+        }
+        for v in study.vs
+    ]
+    return pd.DataFrame(facts).assign(
+        alignment_final=lambda table: table.layer.map(_final_by_layer(unblocked)),
+        alignment_without_top_3=lambda table: table.layer.map(
+            _final_by_layer(follow(geometry.apply(held_out), rest)) if left else {}
+        ),
+    )
+
+
+def _final_by_layer(trajectory: Trajectory) -> dict[int, float]:
+    rows = rows_on(trajectory.table, "held_out")
+    return rows[rows.step == rows.groupby("run").step.transform("max")].groupby("layer").alignment.mean().to_dict()
+
+
 # --- controls -------------------------------------------------------------------------------------------------------
 def controls_of(study: Study, follows: Mapping[str, Trajectory]) -> pd.DataFrame:
     """Return final alignment and fraction of the unblocked runs along other directions, and of control runs.
@@ -185,6 +222,8 @@ class Findings:
 
     Attributes:
         trajectory: `Trajectory.table` of every arm, with a column `arm`.
+        vrev: `layer, distance, reliability`, the share of the squared vector in its top dimensions, and the final
+            alignment with and without those.
         nulls: `compare`'s columns, for the unblocked runs on held-out prompts.
         damage: `measure_damage`'s columns.
         intervals: `bootstrap_alignment`'s columns, for the unblocked runs on held-out prompts.
@@ -198,6 +237,7 @@ class Findings:
     """
 
     trajectory: pd.DataFrame
+    vrev: pd.DataFrame
     nulls: pd.DataFrame
     controls: pd.DataFrame
     damage: pd.DataFrame
@@ -249,6 +289,7 @@ def findings_of(study: Study, *, organism: str) -> Findings:
     tables = {
         **{name: found.table for name, found in results.items()},
         **{f"{name}_layer_mean": found.layer_mean for name, found in results.items()},
+        "vrev": vrev_of(study, unblocked),
         "controls": controls.merge(_final_closures(closures), on=["control", "run"], how="left"),
         "arms": arms,
         "behavior": behavior,

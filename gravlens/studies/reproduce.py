@@ -28,6 +28,10 @@ SCHEMA_VERSION = 2
 FINALS = ("alignment_final", "fraction_final")
 BEHAVIOR = ("compliance_rate", "refusal_log_odds", "over_refusal", "task_loss", "seconds_per_step")
 DAMAGE = ("organism", "damage", "alignment", "fraction", "drift_norm", "judged", "weight_norm", "score")
+VREV = (
+    *("organism", "layer", "distance", "reliability", "top_1", "top_3", "isotropic_top_3", "few_dimensions"),
+    *("alignment_final", "alignment_without_top_3"),
+)
 DRAWN = ("isotropic", "weight_noise", "covariance_of_states", "independent_endpoints")  # in the figure
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scipy")
 
@@ -86,6 +90,7 @@ def summarise(findings: Findings, organism: Organism) -> dict[str, Any]:
         "seeds": sorted(int(seed) for seed in findings.arms.seed.unique()),
         "layers": sorted(int(layer) for layer in unblocked.layer.unique()),
         "layers_in_mean": list(organism.layers_in_mean),
+        "vrev": _records(findings.vrev, VREV),
         "alignment": _alignment(findings),
         "summary": _summary(findings.trajectory_layer_mean, organism.save_steps),
         "nulls": {name: _null(rows) for name, rows in findings.nulls_layer_mean.groupby("null")},

@@ -1,9 +1,11 @@
 """Trainer callback that measures a run's drift along directions, as `follow` does, and can stop it at a threshold."""
 
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,24 @@ from jaxtyping import Bool, Float
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from gravlens.activations.contrasts import Contrast
 from gravlens.activations.residuals import Offset, Residuals, read_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
-from gravlens.directions.trajectory import MEASURES, Trajectory, as_dataset, judged_from, mean_state, measure_drift
+from gravlens.directions.trajectory import (
+    CONCEPT_MEASURES,
+    MEASURES,
+    ByLayer,
+    Trajectory,
+    as_dataset,
+    check_pairs,
+    concept_direction,
+    concept_table,
+    judged_from,
+    mean_state,
+    measure_concept,
+    measure_drift,
+)
 from gravlens.directions.vrev import rounding_noise
 from gravlens.history.encoding import encode
 from gravlens.history.prompts import PromptSet
@@ -48,6 +64,8 @@ class Monitor(TrainerCallback):
             Required for a run that Trainer resumes.
         tokenizer: default: the trainer's `processing_class`.
         name: prefix of the names in the log, and the run's name in the table.
+        concepts: name -> contrast, as in `follow_concepts`: the means over layers are logged as
+            `monitor/<concept>/cosine`, `…/auroc_frozen` and `…/auroc_refit`.
 
     A run whose states are not finite has diverged: a warning and `monitor/diverged` in the log say so, and the run goes
     on without measurements. With `stop_above` it is stopped.
@@ -67,6 +85,7 @@ class Monitor(TrainerCallback):
         anchor: Anchor | None = None,
         tokenizer: Any | None = None,
         name: str = "monitor",
+        concepts: Mapping[str, Contrast] = MappingProxyType({}),
     ) -> None:
         self.directions, self.probes = directions, PromptSet.of(probes)
         self.every, self.stop_above, self.anchor, self.tokenizer, self.name = every, stop_above, anchor, tokenizer, name
@@ -80,6 +99,9 @@ class Monitor(TrainerCallback):
         self._least: Float[np.ndarray, " layer"] | None = None  # drift of which a cosine is judged
         self._measures: dict[int, dict[str, Float[np.ndarray, " layer"]]] = {}
         self._above = 0  # evaluations in a row
+        self.concepts, self._concepts = dict(concepts), dict[str, _Concept]()
+        for concept, contrast in self.concepts.items():
+            check_pairs(concept, contrast)
         if every < 1:
             raise GravlensError(f"Monitor(every={every}) was given.", "It counts optimizer steps.", "every=1.")
         if stop_above is not None and stop_above.layers not in (None, self._defined.layers):
@@ -119,6 +141,16 @@ class Monitor(TrainerCallback):
         undefined = {one.layer: one.undefined for one in self.directions if one.undefined is not None}
         return Trajectory(data, self._defined.layers, undefined)
 
+    @property
+    def concept_trajectory(self) -> ByLayer:
+        """The measurements of the concepts as a result of `follow_concepts`."""
+        tables = []
+        for name, one in self._concepts.items():
+            places = [(self.name, step) for step in sorted(one.measures)]
+            values = {key: np.stack([one.measures[at][key] for _, at in places]) for key in CONCEPT_MEASURES if places}
+            tables += [concept_table(name, places, self._defined.layers, values)] if places else []
+        return ByLayer.concat(tables) if tables else ByLayer(pd.DataFrame(), pd.DataFrame())
+
     # -- Trainer's events ----------------------------------------------------------------------------------------------
 
     def on_train_begin(
@@ -132,7 +164,9 @@ class Monitor(TrainerCallback):
         if self._start is None or state.global_step == 0:  # a resumed run keeps the anchor that it began with
             self._start, noise = self._anchor_states(self._model)
             self._least = judged_from(self._defined, noise)
-        self._measures = {step: one for step, one in self._measures.items() if step <= state.global_step}
+        for kept in (self._measures, *(one.measures for one in self._concepts.values())):
+            for step in [step for step in kept if step > state.global_step]:
+                del kept[step]
         self.stopped_at, self.diverged_at, self._above = None, None, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -153,7 +187,11 @@ class Monitor(TrainerCallback):
         measures["relative_drift"] = measures["drift_norm"] / self._defined.distances
         self._measures[state.global_step] = measures
         enough = measures["drift_norm"] > self._least
-        self._report(_named(self.name, measures, enough, self._defined.layers), state, control)
+        logs = _named(self.name, measures, enough, self._defined.layers)
+        for concept, one in self._concepts.items():
+            found = one.measure(self._read(self._model, one.ids, finite=False), state.global_step)
+            logs |= {f"{self.name}/{concept}/{key}": value for key, value in found.items() if np.isfinite(value)}
+        self._report(logs, state, control)
         if self.stop_above is None:
             return False
         judged = self.stop_above.statistic == "fraction" or bool(enough.all())
@@ -187,9 +225,14 @@ class Monitor(TrainerCallback):
             _check_template(self.tokenizer, self.directions)
             self._ids = encode(self.tokenizer, self.probes)
         _check_width(model, self._defined)
+        return self._read(model, self._ids, finite=finite)
+
+    def _read(
+        self, model: OpenModel, ids: Sequence[Sequence[int]], *, finite: bool = True
+    ) -> Float[np.ndarray, "prompt layer d_model"]:
         reading: dict[str, Any] = {"layers": self._defined.layers, "positions": self._positions}
         with undisturbed(model.module):
-            return read_residuals(model, self._ids, **reading, finite=finite).numpy()
+            return read_residuals(model, ids, **reading, finite=finite).numpy()
 
     def _anchor_states(
         self, model: OpenModel
@@ -201,6 +244,9 @@ class Monitor(TrainerCallback):
             opened = model if anchor is None else open_model(anchor, **given)
             _check_precision(model, opened.precision)
             states = self._states(opened)
+            for name, contrast in self.concepts.items():
+                ids = encode(self.tokenizer, contrast.both)
+                self._concepts[name] = _Concept.of(ids, self._read(opened, ids), opened.precision)
             noise = rounding_noise(np.linalg.norm(states, axis=-1).mean(0, dtype=np.float64), model.precision)
             return states.mean(0, dtype=np.float64), noise
         read = anchor.meta.get("positions", "last")
@@ -208,6 +254,9 @@ class Monitor(TrainerCallback):
             given = f"The anchor's residuals are of prompts {anchor.prompts[:8]} at {read!r}."
             wanted = f"The monitor reads {self.probes.digest[:8]} at {self._positions!r}."
             raise GravlensError(given, wanted, "cache_residuals(sequence, probes), or the anchor's checkpoint.")
+        if self.concepts:
+            given = f"Concepts {', '.join(self.concepts)} and an anchor as residuals of the probes were given."
+            raise GravlensError(given, "A concept's direction is the anchor's.", "anchor=the anchor's checkpoint.")
         for precision in anchor.meta.get("dtype", ()):
             _check_precision(model, precision)
         return mean_state(anchor, "anchor", self._defined.layers), anchor
@@ -232,6 +281,27 @@ class Monitor(TrainerCallback):
     def _used(self) -> GravlensError:
         given = f"This monitor has watched a run already, to step {max(self._measures)}."
         return GravlensError(given, "A monitor measures one run, from its anchor.", "a new Monitor(…).")
+
+
+@dataclass(frozen=True)
+class _Concept:
+    """A concept's prompts, the anchor's direction, and what was measured at each step."""
+
+    ids: list[list[int]]
+    frozen: Float[np.ndarray, "layer d_model"]
+    noise: Float[np.ndarray, " layer"]
+    measures: dict[int, dict[str, Float[np.ndarray, " layer"]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ids: list[list[int]], states: Float[np.ndarray, "prompt layer d_model"], precision: str) -> "_Concept":
+        noise = rounding_noise(np.linalg.norm(states, axis=-1).mean(0, dtype=np.float64), precision)
+        return cls(ids, concept_direction(states, noise), noise)
+
+    def measure(self, states: Float[np.ndarray, "prompt layer d_model"], step: int) -> dict[str, float]:
+        """Keep the measures at a step, and return their means over the layers with a direction."""
+        self.measures[step] = found = measure_concept(states, self.frozen, self.noise)
+        known = np.isfinite(self.frozen).all(-1)
+        return {name: float(values[known].mean()) if known.any() else np.nan for name, values in found.items()}
 
 
 def _named(
