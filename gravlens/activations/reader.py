@@ -345,9 +345,10 @@ def check_finite(
 
 def _cause(model: OpenModel) -> str:
     """Return the remedy for states that are not finite."""
-    weights = {name: weight for name, weight in model.module.named_parameters() if weight.is_floating_point()}
-    if lost := [name for name, weight in weights.items() if weight.isnan().any()]:
-        return f"another checkpoint: {len(lost)} tensors of weights hold NaN ({lost[0]}), so this run has diverged."
+    named = model.weights or dict(model.module.named_parameters())
+    weights = {name: weight for name, weight in named.items() if weight.is_floating_point()}
+    if lost := next((name for name, weight in weights.items() if weight.isnan().any()), None):
+        return f"another checkpoint: its weights hold NaN ({lost}), so this run has diverged."
     if model.dtype == torch.float16:
         return "the dtype bf16 or float32 (Placement(dtype=…)): numbers above 65504 overflow in float16."
     infinite = any(weight.isinf().any() for weight in weights.values())

@@ -1,5 +1,6 @@
 """Trajectories against closed forms: drift = a·v + b·w, w at right angles to v."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -142,6 +143,27 @@ def test_the_summary_is_mean_and_sem_over_runs() -> None:
         assert row["mean"] == pytest.approx(cosines.mean(), abs=1e-5) and row["sem"] == pytest.approx(
             sem(cosines), abs=1e-5
         )
+
+
+def test_a_mean_over_fewer_runs_says_so() -> None:
+    """In the count of the summary, and wherever a trajectory is shown: no silent mean over what is left."""
+    residuals = history({"a/1": (0.1, 0.1), "a/5": (0.2, 0.1), "b/5": (0.4, 0.1), "c/5": (0.3, 0.1)})
+    trajectory = follow(residuals, locate_vrev(residuals), layers_in_mean=[0, 2])
+    assert trajectory.summary()["fraction", "count"].tolist() == [1, 3]
+    for shown in (repr(trajectory), trajectory._repr_html_()):
+        assert "step 1: 1 of 3 runs" in shown and "mean over the layers 0, 2" in shown and "a, b, c" in shown
+        assert "step 5:" not in shown and "judge" not in shown
+    whole = history({"a/5": (0.2, 0.1), "b/5": (0.4, 0.1)})
+    assert "different runs" not in repr(follow(whole, locate_vrev(whole)))
+
+
+def test_a_mean_over_drifts_that_are_not_judged_says_so() -> None:
+    residuals = history({"a/1": (0.1, 0.1), "b/1": (0.01, 0.0)})
+    states = residuals.values.copy()
+    states[3] = residuals.of("anchor") + np.float32(0.01) * (residuals.of("witness") - residuals.of("anchor"))
+    residuals = dataclasses.replace(residuals, values=states)
+    shown = repr(follow(residuals, locate_vrev(residuals)))
+    assert "long enough to judge the alignment of only some runs: step 1: 1" in shown
 
 
 def test_given_and_held_out_prompts_are_told_apart_by_their_digest() -> None:
