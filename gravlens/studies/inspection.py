@@ -25,8 +25,8 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
         One row per checkpoint: `role` (witness, anchor, or the run), `step`, `source`, `tensors`, `parameters`,
         `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (tensors in the
         distance), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor), `remark` (why a
-        checkpoint was skipped). Distances are NaN for a model that is quantised or not a plain Hugging Face model.
-        `attrs` has the sequence's `chat_template` and `system`.
+        checkpoint was skipped, weights that are not finite). Distances are NaN for a model that is quantised or not a
+        plain Hugging Face model. `attrs` has the sequence's `chat_template` and `system`.
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
@@ -39,9 +39,9 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
             "role": runs.get(id(checkpoint), checkpoint.name),
             "step": checkpoint.step,
             "source": checkpoint.described,
-            **vars(contents(_stored(found))),
+            **vars(contents(_watched(_stored(found), lost := []))),
             **placed,
-            "remark": "",
+            "remark": f"the weights are not finite ({lost[0]}): a run that diverged" if lost else "",
         }
         for checkpoint, found, placed in zip(sequence, resolved, _places(resolved), strict=True)
     ]
@@ -59,6 +59,14 @@ def _stored(found: Resolved) -> Iterator[tuple[str, Tensor]]:
         yield from sorted(weights_of(found.checkpoint.source).items())
     for folder in found.folders:  # an adapter's base first
         yield from folder.weights.load()
+
+
+def _watched(tensors: Iterator[tuple[str, Tensor]], lost: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors, and add the names of those that are not finite to `lost`."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():  # of fp8 torch has none
+            lost.append(name)
+        yield name, tensor
 
 
 def _places(resolved: Sequence[Resolved]) -> list[dict[Any, Any]]:

@@ -62,6 +62,16 @@ def test_every_checkpoint_has_a_row(table: pd.DataFrame, history: Path) -> None:
     assert table.loc[4, ["digest", "distance", "parameters"]].isna().all()
 
 
+def test_weights_that_are_not_finite_are_remarked(history: Path, tmp_path: Path) -> None:
+    shutil.copytree(history, tmp_path / "copy")
+    model = tiny.llama(7)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    tiny.save(model, tmp_path / "copy/ft/checkpoint-5")
+    remarks = inspect_sequence(tmp_path / "copy/SEQUENCE.toml")["remark"]
+    assert "not finite (model.layers.1.mlp.up_proj.weight)" in remarks[3] and remarks[:3].eq("").all()
+
+
 def test_distance_and_cosine_are_those_of_all_weights(table: pd.DataFrame) -> None:
     way = flat(WITNESS) - flat(ANCHOR)
     for row, model in zip(table.itertuples(), (WITNESS, ANCHOR, *MODELS.values()), strict=False):
