@@ -1,6 +1,6 @@
 """Matched pairs of a harmful and a harmless prompt, and the difference of hidden states within each pair."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -8,15 +8,13 @@ from typing import Any, overload
 import numpy as np
 
 from gravlens.activations.positions import Positions
-from gravlens.activations.reader import Plan
 from gravlens.activations.residuals import Request, Residuals, prepare
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompt_formats import check_rows, read_entries, read_rows
 from gravlens.history.prompts import Mask, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
-from gravlens.models.placement import Placement
 
-__all__ = ["Contrast", "cache_concepts", "cache_contrasts", "read_contrast"]
+__all__ = ["Contrast", "cache_contrasts", "read_contrast"]
 
 
 @dataclass(frozen=True)
@@ -143,45 +141,3 @@ def _check_paired(contrast: Contrast, request: Request) -> None:
             wanted = "A difference within a pair needs as many positions of one prompt as of the other."
             remedy = 'positions="last", "instruction" (the mean over its tokens) or "post_instruction".'
             raise GravlensError(given, wanted, remedy)
-
-
-def cache_concepts(
-    sequence: ModelSequence | Path | str,
-    concepts: Mapping[str, Contrast],
-    *,
-    layers: int | Sequence[int] | None = None,
-    positions: Positions = "last",
-    placement: Placement = Placement(),
-) -> dict[str, Residuals]:
-    """Read the states of several contrasts for every checkpoint of a sequence, opening each checkpoint once.
-
-    Args:
-        concepts: name -> contrast: any two sets of prompts in pairs, such as formal and informal ones.
-        positions: as in `cache_residuals`, with one row per prompt.
-
-    Returns:
-        name -> states of the first half's prompts (`harmful`), then of the second's.
-
-    Raises:
-        GravlensError: no concept, positions with several rows per prompt; what `cache_residuals` raises.
-    """
-    if not concepts:
-        raise GravlensError("No concept was given.", "A concept is a contrast.", 'concepts={"refusal": Contrast.of(…)}')
-    known: dict[str, Any] = {"layers": layers, "positions": positions}
-    asked = {name: prepare(sequence, contrast.both, **known) for name, contrast in concepts.items()}
-    first = next(iter(asked.values()))
-    plan = Plan.of(
-        [q for request in asked.values() for q in request.plan.queries], first.plan.layers, first.plan.d_model
-    )
-    if plan.index is not None:
-        given = f"positions={first.meta['positions']!r} reads several tokens of a prompt."
-        raise GravlensError(
-            given, "A concept has one state per prompt.", 'positions="last", an offset or "instruction".'
-        )
-    states = replace(first, plan=plan).read(placement=placement)
-    ends = np.cumsum([len(request.plan.queries) for request in asked.values()])[:-1]
-    parts = zip(asked.items(), np.split(states.values, ends, axis=1), strict=True)
-    return {
-        name: replace(states, values=values, prompts=one.prompts, meta={**states.meta, "concept": name})
-        for (name, one), values in parts
-    }

@@ -26,8 +26,7 @@ from gravlens.history.sources import Resolved
 from gravlens.models.families import OpenModel, resid_post
 from gravlens.models.forward import run_trunk
 from gravlens.models.placement import Placement
-from gravlens.models.precision import check_one_precision
-from gravlens.models.swapping import open_each
+from gravlens.models.swapping import check_one_precision, open_each
 from gravlens.models.tokenizers import check_vocabulary
 
 # Of a batch: larger ones no longer fit into a processor's caches. On a CPU 512 to 2,048 cost the same within the noise

@@ -1,10 +1,10 @@
 """Hidden states (`resid_post`): of one open model, and cached over the checkpoints of a sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import xarray
@@ -25,6 +25,12 @@ from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import one_shape
 from gravlens.models.tokenizers import sequence_tokenizer
+
+# A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
+# (the same prompt in another batch or with other padding differs by less: tests/directions/test_directions.py).
+NOISE_ROUNDINGS = 16.0
+EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+Lengths = TypeVar("Lengths", float, np.ndarray)
 
 
 def run_and_step(name: str) -> tuple[str, int] | None:
@@ -305,3 +311,60 @@ def from_start(residuals: Residuals, *, start: str) -> Residuals:
     moved = replace(residuals, values=residuals.values.copy())  # values of a store are read-only
     moved.of("anchor")[:] = residuals.of(start)
     return moved
+
+
+def cache_sets(
+    sequence: ModelSequence | Path | str,
+    sets: Mapping[str, Prompts],
+    *,
+    layers: int | Sequence[int] | None = None,
+    positions: Positions = "last",
+    placement: Placement = Placement(),
+) -> dict[str, Residuals]:
+    """Read the states of several prompt sets, opening each checkpoint once; arguments as in `cache_residuals`.
+
+    GravlensError for positions with several rows per prompt, and what `cache_residuals` raises.
+    """
+    asked = {name: prepare(sequence, prompts, layers=layers, positions=positions) for name, prompts in sets.items()}
+    first = next(iter(asked.values()))
+    queries = [query for request in asked.values() for query in request.plan.queries]
+    plan = Plan.of(queries, first.plan.layers, first.plan.d_model)
+    if plan.index is not None:
+        given = f"positions={first.meta['positions']!r} reads several tokens of a prompt."
+        wanted, remedy = (
+            "One state per prompt is needed.",
+            'positions="last", an offset from the end, or "instruction".',
+        )
+        raise GravlensError(given, wanted, remedy)
+    states = replace(first, plan=plan).read(placement=placement)
+    ends = np.cumsum([len(request.plan.queries) for request in asked.values()])[:-1]
+    parts = zip(asked.items(), np.split(states.values, ends, axis=1), strict=True)
+    return {
+        name: replace(states, values=values, prompts=one.prompts, meta={**states.meta, **one.meta})
+        for (name, one), values in parts
+    }
+
+
+# --- rounding -------------------------------------------------------------------------------------------------------
+def noise_floor(residuals: Residuals, layer: int) -> float:
+    """Length by which the forward pass's rounding may move a mean state, residual units (docs/directions.md)."""
+    return rounding_noise(state_length(residuals, layer), *residuals.meta.get("dtype", ()))
+
+
+def state_length(residuals: Residuals, layer: int) -> float:
+    """Mean length of the anchor's states, residual units, as far as their rounding is concerned."""
+    i = residuals.layers.index(layer)
+    # Contrasts are shorter than the states that they are differences of, and whose rounding they have.
+    if lengths := residuals.meta.get("state_lengths"):
+        return lengths[i]
+    return float(np.linalg.norm(residuals.of("anchor")[:, i].astype(np.float64), axis=1).mean())
+
+
+def rounding_noise(length: Lengths, *precisions: str) -> Lengths:
+    """Length by which rounding may move mean states of these lengths, residual units; no precision is fp32.
+
+    It covers the forward pass's rounding and that of an adapter merged into weights of the dtype.
+    """
+    # quantised weights may compute in less than their dtype says: the coarsest is taken
+    epsilon = max((EPSILON.get(name, 2.0**-8) for name in precisions), default=EPSILON["float32"])
+    return NOISE_ROUNDINGS * epsilon * length

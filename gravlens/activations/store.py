@@ -41,8 +41,7 @@ from gravlens.core.progress import progress
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved, changed_meanwhile, resolve
 from gravlens.models.placement import Placement
-from gravlens.models.precision import check_one_precision
-from gravlens.models.swapping import open_each, precision_of
+from gravlens.models.swapping import check_one_precision, open_each, precision_of
 from gravlens.models.tokenizers import check_vocabulary
 
 KIND = "states"

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gravlens.activations.residuals import Residuals, check_states
+from gravlens.activations.residuals import Residuals, check_states, state_length
 from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import whitening
 from gravlens.directions.direction import TOP, Directions
-from gravlens.directions.vrev import Estimator, difference_of_means, locate_vrev, state_length
+from gravlens.directions.vrev import Estimator, difference_of_means, locate_vrev
 
 __all__ = ["Geometry", "centred", "locate_in", "raw", "standardised", "whitened", "without_dimensions", "without_top"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -12,13 +12,19 @@ from einops import einsum
 from jaxtyping import Float
 from scipy.stats import mannwhitneyu
 
-from gravlens.activations.contrasts import Contrast, cache_concepts
 from gravlens.activations.positions import Positions
-from gravlens.activations.residuals import Residuals, cache_residuals, check_states, run_and_step
+from gravlens.activations.residuals import (
+    Residuals,
+    cache_residuals,
+    cache_sets,
+    check_states,
+    noise_floor,
+    run_and_step,
+)
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, of_kind
 from gravlens.directions.direction import Direction, Directions
-from gravlens.directions.vrev import noise_floor
+from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.placement import Placement
 
@@ -339,9 +345,22 @@ CONCEPT_MEASURES = ("cosine", "auroc_frozen", "auroc_refit")
 FEWEST_PAIRS = 4  # two to locate the direction on, two to separate
 
 
+class Pairs(Protocol):
+    """Two sets of prompts in pairs, such as `gravlens.activations.contrasts.Contrast`."""
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        ...
+
+    @property
+    def both(self) -> PromptSet:
+        """The first set's prompts, then the second's."""
+        ...
+
+
 def follow_concepts(
     sequence: ModelSequence | Path | str,
-    concepts: Mapping[str, Contrast],
+    concepts: Mapping[str, Pairs],
     *,
     layers: int | Sequence[int] | None = None,
     positions: Positions = "last",
@@ -367,13 +386,16 @@ def follow_concepts(
     Raises:
         GravlensError: a concept of fewer than four pairs; what `cache_residuals` raises.
     """
+    if not concepts:
+        raise GravlensError("No concept was given.", "A concept is a contrast.", 'concepts={"refusal": Contrast.of(…)}')
     for name, contrast in concepts.items():
         check_pairs(name, contrast)
-    read = cache_concepts(sequence, concepts, layers=layers, positions=positions, placement=placement)
+    sets = {name: contrast.both for name, contrast in concepts.items()}
+    read = cache_sets(sequence, sets, layers=layers, positions=positions, placement=placement)
     return ByLayer.concat(_follow_concept(name, states) for name, states in read.items())
 
 
-def check_pairs(name: str, contrast: Contrast) -> None:
+def check_pairs(name: str, contrast: Pairs) -> None:
     """GravlensError for a concept of too few pairs."""
     if len(contrast) < FEWEST_PAIRS:
         given = f"The concept {name!r} has {len(contrast)} pairs of prompts."

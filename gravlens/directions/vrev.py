@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from gravlens.activations.residuals import Residuals, cache_residuals
+from gravlens.activations.residuals import EPSILON as EPSILON
+from gravlens.activations.residuals import NOISE_ROUNDINGS as NOISE_ROUNDINGS
+from gravlens.activations.residuals import Residuals, cache_residuals, noise_floor
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions, undefined_error
 from gravlens.history.sequence import ModelSequence, Prompts
@@ -17,13 +19,8 @@ from gravlens.models.placement import Placement
 Source: TypeAlias = ModelSequence | Residuals | Path | str
 States: TypeAlias = Float[np.ndarray, "prompt d_model"]
 Vector: TypeAlias = Float[np.ndarray, " d_model"]
-Lengths = TypeVar("Lengths", float, np.ndarray)
 Estimator = Callable[[States, States], np.ndarray]
 FACTS = ("positions", "chat_template", "system", "contrast", "geometry")  # of the residuals, in `made_from`
-# A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
-# (the same prompt in another batch or with other padding differs by less: tests/directions/test_directions.py).
-NOISE_ROUNDINGS = 16.0
-EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def difference_of_means(witness: States, anchor: States) -> Vector:
@@ -132,30 +129,6 @@ def _estimate(residuals: Residuals, layer: int, witness: States, anchor: States,
         },
         undefined=undefined,
     )
-
-
-def noise_floor(residuals: Residuals, layer: int) -> float:
-    """Length by which the forward pass's rounding may move a mean state, residual units (docs/directions.md)."""
-    return rounding_noise(state_length(residuals, layer), *residuals.meta.get("dtype", ()))
-
-
-def state_length(residuals: Residuals, layer: int) -> float:
-    """Mean length of the anchor's states, residual units, as far as their rounding is concerned."""
-    i = residuals.layers.index(layer)
-    # Contrasts are shorter than the states that they are differences of, and whose rounding they have.
-    if lengths := residuals.meta.get("state_lengths"):
-        return lengths[i]
-    return float(np.linalg.norm(residuals.of("anchor")[:, i].astype(np.float64), axis=1).mean())
-
-
-def rounding_noise(length: Lengths, *precisions: str) -> Lengths:
-    """Length by which rounding may move mean states of these lengths, residual units; no precision is fp32.
-
-    It covers the forward pass's rounding and that of an adapter merged into weights of the dtype.
-    """
-    # quantised weights may compute in less than their dtype says: the coarsest is taken
-    epsilon = max((EPSILON.get(name, 2.0**-8) for name in precisions), default=EPSILON["float32"])
-    return NOISE_ROUNDINGS * epsilon * length
 
 
 def _reliability(witness: np.ndarray, anchor: np.ndarray, estimator: Estimator) -> float:

@@ -66,17 +66,6 @@ def _named(config: Any) -> str | None:
     return f"quantised ({' '.join(filter(None, [method, named]))})"
 
 
-def check_one_precision(precisions: Mapping[str, str]) -> None:
-    """Raise where checkpoints (name -> precision) are not read in one: a difference would be the rounding's."""
-    first = next(iter(precisions), "")
-    for name, precision in precisions.items():
-        if precision != precisions[first]:
-            given = f"{first} is read in {precisions[first]}, {name} in {precision}."
-            wanted = "Checkpoints are compared in one precision: else the rounding would count as drift."
-            remedy = "one dtype for all (Placement(dtype=…)), and all quantised alike or none."
-            raise GravlensError(given, wanted, remedy)
-
-
 def check_unquantised(module: nn.Module, what: str) -> None:
     """Raise if weights are quantised and `what` (a noun) would read or write them as plain numbers."""
     if found := quantisation(module):

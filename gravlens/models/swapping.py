@@ -1,6 +1,6 @@
 """Open checkpoints one after the other: one model stays open, and weights are swapped into it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -152,3 +152,14 @@ def precision_of(checkpoint: Resolved, placement: Placement) -> str:
         return open_model(checkpoint).precision
     dtype = as_dtype(placement.dtype) or checkpoint.base.fetched().weights.dtype or torch.float32
     return precision_name(dtype, quantisation_in(checkpoint.base.config))
+
+
+def check_one_precision(precisions: Mapping[str, str]) -> None:
+    """Raise where checkpoints (name -> precision) are not read in one: a difference would be the rounding's."""
+    first = next(iter(precisions), "")
+    for name, precision in precisions.items():
+        if precision != precisions[first]:
+            given = f"{first} is read in {precisions[first]}, {name} in {precision}."
+            wanted = "Checkpoints are compared in one precision: else the rounding would count as drift."
+            remedy = "one dtype for all (Placement(dtype=…)), and all quantised alike or none."
+            raise GravlensError(given, wanted, remedy)

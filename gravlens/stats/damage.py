@@ -14,13 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gravlens.activations.residuals import read_residuals
+from gravlens.activations.residuals import read_residuals, rounding_noise
 from gravlens.behavior.scores import Score
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import ByLayer, judged_from, measure_drift
-from gravlens.directions.vrev import rounding_noise
 from gravlens.history.encoding import encode
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint

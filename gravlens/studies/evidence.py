@@ -141,7 +141,7 @@ def vrev_of(study: Study, unblocked: Trajectory) -> pd.DataFrame:
     )
 
 
-def _final_by_layer(trajectory: Trajectory) -> dict[int, float]:
+def _final_by_layer(trajectory: Trajectory) -> dict[Any, float]:
     rows = rows_on(trajectory.table, "held_out")
     return rows[rows.step == rows.groupby("run").step.transform("max")].groupby("layer").alignment.mean().to_dict()
 

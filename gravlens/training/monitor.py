@@ -15,14 +15,14 @@ from jaxtyping import Bool, Float
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from gravlens.activations.contrasts import Contrast
-from gravlens.activations.residuals import Offset, Residuals, read_residuals
+from gravlens.activations.residuals import Offset, Residuals, read_residuals, rounding_noise
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import (
     CONCEPT_MEASURES,
     MEASURES,
     ByLayer,
+    Pairs,
     Trajectory,
     as_dataset,
     check_pairs,
@@ -33,7 +33,6 @@ from gravlens.directions.trajectory import (
     measure_concept,
     measure_drift,
 )
-from gravlens.directions.vrev import rounding_noise
 from gravlens.history.encoding import encode
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, Prompts
@@ -85,7 +84,7 @@ class Monitor(TrainerCallback):
         anchor: Anchor | None = None,
         tokenizer: Any | None = None,
         name: str = "monitor",
-        concepts: Mapping[str, Contrast] = MappingProxyType({}),
+        concepts: Mapping[str, Pairs] = MappingProxyType({}),
     ) -> None:
         self.directions, self.probes = directions, PromptSet.of(probes)
         self.every, self.stop_above, self.anchor, self.tokenizer, self.name = every, stop_above, anchor, tokenizer, name
@@ -240,8 +239,8 @@ class Monitor(TrainerCallback):
         """Return the anchor's mean states, and what their noise is known by."""
         anchor = self.anchor
         if not isinstance(anchor, Residuals):
-            given: dict[str, Any] = {"tokenizer": self.tokenizer, "device": model.device, "dtype": model.dtype}
-            opened = model if anchor is None else open_model(anchor, **given)
+            where: dict[str, Any] = {"tokenizer": self.tokenizer, "device": model.device, "dtype": model.dtype}
+            opened = model if anchor is None else open_model(anchor, **where)
             _check_precision(model, opened.precision)
             states = self._states(opened)
             for name, contrast in self.concepts.items():

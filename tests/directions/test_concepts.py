@@ -10,7 +10,8 @@ import torch
 from histories import reference, refused, synthetic
 from scipy.stats import norm
 
-from gravlens.activations.contrasts import Contrast, cache_concepts
+from gravlens.activations.contrasts import Contrast
+from gravlens.activations.residuals import Request, cache_sets
 from gravlens.directions import trajectory
 from gravlens.directions.trajectory import CONCEPT_MEASURES, concept_direction, follow_concepts, measure_concept
 from gravlens.directions.vrev import EPSILON
@@ -102,11 +103,9 @@ def test_of_hugging_faces_own_states_by_hand() -> None:
 
 def test_several_concepts_are_read_in_one_pass_with_their_own_system_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
-    plain = trajectory.cache_concepts.__globals__["Request"].read
-    monkeypatch.setattr(
-        trajectory.cache_concepts.__globals__["Request"], "read", lambda *a, **k: opened.append(a) or plain(*a, **k)
-    )
-    read = cache_concepts(models(), {"refusal": ASKED, "style": STYLE}, layers=1)
+    plain = Request.read
+    monkeypatch.setattr(Request, "read", lambda *a, **k: opened.append(a) or plain(*a, **k))
+    read = cache_sets(models(), {"refusal": ASKED.both, "style": STYLE.both}, layers=1)
     assert len(opened) == 1 and list(read) == ["refusal", "style"]
     for name, contrast in (("refusal", ASKED), ("style", STYLE)):
         ids = encode(tiny.TOKENIZER, contrast.both)
@@ -145,6 +144,6 @@ def test_prompts_with_a_system_prompt_of_their_own_stand_next_to_plain_ones() ->
         witness=tiny.gpt2(0), anchor=tiny.gpt2(1), tokenizer=tokenizer, probes=tiny.PROMPTS, chat_template="anchor"
     )
     halves = [PromptSet.of(half, system="no") for half in (ASKED.harmful, ASKED.harmless)]
-    read = cache_concepts(sequence, {"plain": ASKED, "said": Contrast.of(*halves)}, layers=[0])
+    read = cache_sets(sequence, {"plain": ASKED.both, "said": Contrast.of(*halves).both}, layers=[0])
     assert not np.allclose(read["plain"].values, read["said"].values)
     assert torch.isfinite(torch.tensor(read["said"].values)).all()

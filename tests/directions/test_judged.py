@@ -9,12 +9,12 @@ import tiny
 import torch
 from histories import moved, synthetic
 
-from gravlens.activations.residuals import cache_residuals
+from gravlens.activations.residuals import EPSILON, NOISE_ROUNDINGS, cache_residuals, noise_floor, rounding_noise
 from gravlens.directions.decomposition import leak_map
 from gravlens.directions.direction import Directions
 from gravlens.directions.geometry import raw, standardised, whitened
 from gravlens.directions.trajectory import JUDGED_FROM, Trajectory, follow, judged_from
-from gravlens.directions.vrev import EPSILON, NOISE_ROUNDINGS, direction_from, locate_vrev, noise_floor, rounding_noise
+from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.history.sequence import ModelSequence
 
 SIZES = (5e-4, 2e-3, 8e-3, 3e-2, 1e-1)  # of an adapter's update, from nothing that bf16 can hold to a real one
