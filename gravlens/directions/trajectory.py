@@ -158,6 +158,8 @@ class Trajectory:
         return notes
 
     def __repr__(self) -> str:
+        if self.table.empty:  # of a monitor before the first step
+            return "Trajectory without a measurement"
         return "\n".join(["Trajectory", *self._notes(), self.summary().round(3).to_string()])
 
     def _repr_html_(self) -> str:

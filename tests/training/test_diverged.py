@@ -204,6 +204,7 @@ def test_concepts_are_in_the_log(tmp_path: Path) -> None:
             found = [row[f"monitor/{concept}/{key}"] for key in CONCEPT_MEASURES]
             assert found == pytest.approx(mean.loc[(concept, row["step"]), list(CONCEPT_MEASURES)].tolist())
     assert Monitor(VS, PROBES).concept_trajectory.table.empty
+    assert "without a measurement" in repr(Monitor(VS, PROBES).trajectory)
 
 
 def test_concepts_need_the_anchors_model_and_enough_pairs() -> None:
