@@ -12,7 +12,7 @@ from histories import moved, synthetic
 from gravlens.activations.residuals import EPSILON, NOISE_ROUNDINGS, cache_residuals, noise_floor, rounding_noise
 from gravlens.directions.decomposition import leak_map
 from gravlens.directions.direction import Directions
-from gravlens.directions.geometry import raw, standardised, whitened
+from gravlens.directions.geometry import centred, raw, standardised, whitened
 from gravlens.directions.trajectory import JUDGED_FROM, Trajectory, follow, judged_from
 from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.history.sequence import ModelSequence
@@ -107,6 +107,22 @@ def test_a_map_lengthens_or_shortens_the_noise_too(fit: Any) -> None:
     states |= {f"run/{step}": anchor + size * floor * direction for step, size in drift.items()}
     residuals = synthetic(states, meta={"dtype": ["bfloat16"]})
     mapped = fit(residuals).apply(residuals)
+    assert follow(mapped, locate_vrev(mapped)).table.judged.tolist() == [False, True]
+
+
+def test_a_map_that_removes_most_of_a_state_leaves_its_noise() -> None:
+    """States of a large constant, which centring removes: what is left of them is short, their rounding is not."""
+    rng = np.random.default_rng(3)
+    anchor = 100 + rng.standard_normal((20, 1, 64))
+    direction = rng.standard_normal((1, 64))
+    direction -= direction.mean()
+    direction /= np.linalg.norm(direction)
+    floor = 16 * EPSILON["bfloat16"] * np.linalg.norm(anchor, axis=-1).mean()
+    states = {"witness": anchor + 20 * floor * direction, "anchor": anchor}
+    states |= {f"run/{step}": anchor + size * floor * direction for step, size in {1: 0.5, 2: 2.0}.items()}
+    residuals = synthetic(states, meta={"dtype": ["bfloat16"]})
+    mapped = centred(residuals).apply(residuals)
+    assert np.linalg.norm(mapped.of("anchor"), axis=-1).max() < 0.02 * floor * 16
     assert follow(mapped, locate_vrev(mapped)).table.judged.tolist() == [False, True]
 
 

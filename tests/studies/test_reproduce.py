@@ -113,11 +113,33 @@ def spreads(table: Mapping[str, Any], names: set[str], runs: int) -> None:
         assert one["sem"] == (pytest.approx(stats.sem(values)) if len(values) > 1 else None)
 
 
+def test_v_rev_is_shown_with_and_without_its_largest_dimensions(organism: Done) -> None:
+    """By numpy on the states themselves, and on the page."""
+    study, rows = organism.study, organism.table("vrev")
+    given, held_out = study.states("measured", "probes"), study.run_states(study.unblocked, "held_out")
+    for row in rows.to_dict("records"):
+        at = given.layers.index(row["layer"])
+        difference = (given.of("witness") - given.of("anchor")).astype(np.float64)[:, at].mean(0)
+        order = np.argsort(-np.abs(difference))
+        squares = difference**2 / np.sum(difference**2)
+        assert row["top_1"] == pytest.approx(squares[order[0]], rel=1e-4)
+        assert row["top_3"] == pytest.approx(squares[order[:3]].sum(), rel=1e-4)
+        for column, left in (("alignment_final", order), ("alignment_without_top_3", order[3:])):
+            cosines = []
+            for run, steps in held_out.runs.items():
+                drift = (held_out.of(f"{run}/{steps[-1]}") - held_out.of("anchor")).astype(np.float64)[:, at].mean(0)
+                cosine = drift[left] @ difference[left]
+                cosines.append(cosine / np.linalg.norm(drift[left]) / np.linalg.norm(difference[left]))
+            assert row[column] == pytest.approx(np.mean(cosines), abs=1e-4)
+    assert len(organism.results["vrev"]) == len(rows) == 3
+    assert "v_rev by layer" in (organism.out / "report.html").read_text()
+
+
 def test_results_hold_what_is_documented(organism: Done) -> None:
     found, runs = organism.results, 2
     documented = {"schema_version", "setting", "n_anchors", "seeds", "layers", "layers_in_mean", "alignment", "summary"}
     documented |= {"nulls", "controls", "arms", "history", "environment"}
-    assert set(found) == documented | {"organisms", "claims", "interval", "damage"}
+    assert set(found) == documented | {"organisms", "claims", "interval", "damage", "vrev"}
     assert (found["schema_version"], found["setting"], found["n_anchors"]) == (2, "refusal", 1)
     assert (found["organisms"], found["seeds"]) == (["one"], [0, 1])
     assert (found["layers"], found["layers_in_mean"]) == ([0, 1, 2], [0, 1])
