@@ -213,7 +213,8 @@ def _draw_runs(ax: Axes, rows: pd.DataFrame, value: str) -> None:
 
 def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
     mean = _over_runs(rows, "step", value)
-    label = f"mean ± SEM, runs: {rows['run'].nunique()}"
+    fewest, most = min(mean["count"], default=0), max(mean["count"], default=0)  # a run may lack a step
+    label = f"mean ± SEM, runs: {fewest}" + (f"–{most}" if most > fewest else "")
     ax.errorbar(mean.index, mean["mean"], mean["sem"], color=BLUE, lw=2, marker="o", capsize=2, zorder=3, label=label)
 
 

@@ -100,6 +100,12 @@ def ticks(ax: Axes, axis: str) -> list[str]:
 # -- alignment ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_mean_over_fewer_runs_at_some_steps_says_so(mean: pd.DataFrame) -> None:
+    lacking = mean[(mean["run"] != "b") | (mean["step"] > 5)]
+    assert "mean ± SEM, runs: 2–3" in bars(plot_alignment(lacking))
+    plot_alignment(mean.assign(alignment=np.nan))
+
+
 def test_alignment_draws_each_run_and_their_mean_and_sem(mean: pd.DataFrame) -> None:
     ax = plot_alignment(mean)
     runs = np.array([[made_up(run, step, 7) for step in STEPS] for run in RUNS])
