@@ -9,5 +9,6 @@ from . import trajectory as trajectory
 from . import vrev as vrev
 from .subspaces import random_like as random_like
 from .trajectory import ByLayer as ByLayer
+from .trajectory import Pairs as Pairs
 from .trajectory import follow_concepts as follow_concepts
 from .vrev import direction_from as direction_from
