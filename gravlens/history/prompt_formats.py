@@ -82,6 +82,7 @@ FORMATS: dict[str, PromptFormat] = {
 }
 # Chat data by its columns, as TRL and others take it. Of a preference pair the chosen answer is the answer.
 CHAT_FORMATS: dict[str, PromptFormat] = {
+    "prompt-answer": replace(PLAIN, columns=("prompt", "answer")),
     "prompt-completion": PromptFormat(("prompt", "completion"), "prompt", "completion"),
     "DPO": PromptFormat(("prompt", "chosen", "rejected"), "prompt", "chosen"),
     "messages": PromptFormat(("messages",), "messages", "messages"),
@@ -151,7 +152,7 @@ def format_of(
     found = [one for one in formats.values() if set(one.columns) <= set(columns)]
     if "prompt" in columns:  # a user's own file: other columns may equal those of a published set by chance
         own = [one for one in found if one.prompt == "prompt" and (one.answer or "prompt") in columns]
-        whole = [one for one in found if answers and one.prompt == one.answer and "answer" not in columns]
+        whole = [one for one in found if answers and one.prompt == one.answer]
         return [*own, *whole, PLAIN][0]
     if found:
         return found[0]
@@ -204,7 +205,11 @@ def _entry(source: Any, row: Row, shape: PromptFormat, answers: bool) -> Entry:
     if answers and shape.prompt != shape.answer:
         turns = _answered(source, row, shape, turns)
     *before, (_, answer) = turns if turns[-1][0] == "assistant" else [*turns, ("assistant", "")]
-    system, earlier = str(row.get("system") or ""), before[:-1]
+    # A missing value is None in a Dataset and "" in a CSV file; beside plain prompts it may be anything.
+    system = (row.get("system") or "") if answers or not isinstance(row[shape.prompt], str) else ""
+    if not isinstance(system, str):
+        raise _wrong_row(source, row, f"has the system prompt {str(system)[:40]!r}", "It is a text.")
+    earlier = before[:-1]
     if earlier and earlier[0][0] == "system":
         (_, system), *earlier = earlier
     if not before or before[-1][0] != "user" or not before[-1][1].strip():
@@ -245,18 +250,21 @@ def _turns(source: Any, row: Row, key: str, role: str) -> list[Said]:
 
 def _turn(source: Any, row: Row, turn: Any) -> Said:
     cells = turn if isinstance(turn, Mapping) else {}
-    role, text = cells.get("role") or cells.get("from"), cells.get("content")
+    said, text = str(cells.get("role") or cells.get("from")), cells.get("content")
     text = cells.get("value") if text is None else text
     parts = text if isinstance(text, list) else [{"type": "text", "text": text}]
-    kinds = [part.get("type") if isinstance(part, Mapping) else part for part in parts]
-    others = [str(kind) for kind in kinds if kind != "text"] + [key for key in NOT_TEXT if cells.get(key)]
-    found = f"a turn with {others[0]}" if others else f"a turn of the role {role!r}"
-    if not others and role in ROLES and all(isinstance(part.get("text"), str) for part in parts):
-        return ROLES[role], "".join(part["text"] for part in parts)
-    if not others and role in ROLES:
+    kinds = [str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in parts]
+    others = [kind for kind in kinds if kind != "text"] + [key for key in NOT_TEXT if cells.get(key)]
+    if not cells:
+        found = f"{str(turn)[:40]!r} in place of a turn"
+    elif others or said not in ROLES:
+        found = f"a turn with {others[0]}" if others else f"a turn of the role {said!r}"
+    elif all(isinstance(part.get("text"), str) for part in parts):
+        return ROLES[said], "".join(part["text"] for part in parts)
+    else:
         found = "a turn without text"
-    wanted = f"A turn has text and a role among {', '.join(ROLES)}."
-    raise _wrong_row(source, row, f"has {found}", wanted, "text alone, or leave that row out.")
+    wanted = f"A turn has text, and a role among {', '.join(ROLES)}."
+    raise _wrong_row(source, row, f"has {found}", wanted)
 
 
 def _with_context(row: Row, shape: PromptFormat) -> str:
@@ -303,7 +311,7 @@ def read_rows(source: Any, *keys: str) -> list[Row]:
     """Read the rows of a file, a `Dataset` or a list; raise as `check_rows` for the given keys."""
     rows: list[Row] = []
     for number, (place, cells) in enumerate(_rows_of_table(source) if is_table(source) else _rows_of_file(source), 1):
-        where = f"Row {number} ({place})"
+        where, cells = f"Row {number} ({place})", {"messages": cells} if isinstance(cells, list) else cells
         if not isinstance(cells, Mapping):
             given, remedy = f"{where} of {source_name(source)} is {str(cells)[:40]!r}.", '{"prompt": "How do I …?"}.'
             raise GravlensError(given, "A row is an object with named columns.", remedy)
@@ -318,8 +326,7 @@ def _rows_of_table(table: Any) -> list[Placed]:
         splits = list(table.column_names)
         given = f"A {type(table).__name__} with the splits {_list(splits)} was given."
         raise GravlensError(given, "One split is read.", f"dataset[{splits[0]!r}].")
-    rows = table.to_dict("records") if isinstance(table, DataFrame) else table
-    return _indexed({"messages": row} if isinstance(row, list) else row for row in rows)
+    return _indexed(table.to_dict("records") if isinstance(table, DataFrame) else table)
 
 
 def _indexed(rows: Iterable[Any]) -> list[Placed]:
@@ -331,8 +338,8 @@ def _rows_of_file(source: Path | str) -> list[Placed]:
         remedy = "PromptSet.of([…]) or Contrast.of([…], […]) for texts."
         raise wrong_kind(source, "A file or a datasets.Dataset is read.", remedy)
     path = Path(os.path.expanduser(source))
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # Path.is_file raises for a text that is too long for a name
+        found = "is a folder" if os.path.isdir(path) else "does not exist"
         remedy = "check the path, or [prompt], a list, for the text of one prompt."
         raise GravlensError(f"The prompt file {path} {found}.", "A file is needed.", remedy)
     name = path.name.lower()
@@ -351,7 +358,7 @@ def _rows_of_file(source: Path | str) -> list[Placed]:
         raise GravlensError(f"{path} is not UTF-8 text ({error}).", "Prompts are text.", "save it as UTF-8.") from error
     if "\0" in text:  # UTF-16 without its mark decodes as UTF-8
         raise GravlensError(f"{path} contains NUL characters.", "Prompts are text.", "save it as UTF-8.")
-    return READERS.get(form, _recognised)(path, text)
+    return READERS.get(form, _recognised)(path, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _parquet(path: Path) -> list[Placed]:
@@ -403,6 +410,9 @@ def _table(path: Path, text: str, delimiter: str = ",") -> list[Placed]:
     (_, header), *rows = records
     if len(header) == 1 and delimiter == "," and (other := next((one for one in ";\t" if one in header[0]), "")):
         return _table(path, text, other)  # Excel writes semicolons where the comma is decimal
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        given = f"{path} has the column {', '.join(twice)} twice."
+        raise GravlensError(given, "Each column has its own name.", "rename one of them.")
     for line, cells in rows:
         if any(cells[len(header) :]):
             given = f"Line {line} of {path} has {len(cells)} cells, and the header {len(header)}."
@@ -412,7 +422,7 @@ def _table(path: Path, text: str, delimiter: str = ",") -> list[Placed]:
 
 def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the cells of each row, and the line on which it begins."""
-    reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1
+    reader, line = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True), 1
     try:
         for cells in reader:
             if cells:
@@ -449,7 +459,7 @@ def _objects(text: str) -> list[Placed]:
 
 def _filled_lines(text: str) -> Iterator[tuple[int, str]]:
     # splitlines would cut at a U+2028 within a prompt
-    return ((number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def _unknown_form(path: Path) -> GravlensError:
