@@ -232,14 +232,12 @@ def _answered(source: Any, row: Row, shape: PromptFormat, turns: list[Said]) -> 
 
 def _turns(source: Any, row: Row, key: str, role: str) -> list[Said]:
     """Return a list of turns; a text is one turn of this role."""
-    cell = row.get(key)
+    cell = _plain(row.get(key))
     if isinstance(cell, str):
         if LIST_AS_TEXT.match(cell):
             found, wanted = f"has a list of turns as text in {key!r}", "A table of text has no lists."
             raise _wrong_row(source, row, found, wanted, KEEPS_LISTS)
         return [(role, cell)]
-    if hasattr(cell, "tolist"):
-        cell = cell.tolist()  # pyright: ignore[reportOptionalMemberAccess] # an array of a DataFrame
     # `datasets` gives a sequence of turns as lists by key.
     if isinstance(cell, Mapping) and all(isinstance(values, list) for values in cell.values()):
         cell = [dict(zip(cell, turn, strict=True)) for turn in zip(*cell.values(), strict=True)]
@@ -251,7 +249,7 @@ def _turns(source: Any, row: Row, key: str, role: str) -> list[Said]:
 def _turn(source: Any, row: Row, turn: Any) -> Said:
     cells = turn if isinstance(turn, Mapping) else {}
     said, text = str(cells.get("role") or cells.get("from")), cells.get("content")
-    text = cells.get("value") if text is None else text
+    text = _plain(cells.get("value") if text is None else text)
     parts = text if isinstance(text, list) else [{"type": "text", "text": text}]
     kinds = [str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in parts]
     others = [kind for kind in kinds if kind != "text"] + [key for key in NOT_TEXT if cells.get(key)]
@@ -267,8 +265,12 @@ def _turn(source: Any, row: Row, turn: Any) -> Said:
     raise _wrong_row(source, row, f"has {found}", wanted)
 
 
+def _plain(cell: Any) -> Any:
+    return cell.tolist() if hasattr(cell, "tolist") else cell  # a list is an array in a DataFrame
+
+
 def _with_context(row: Row, shape: PromptFormat) -> str:
-    context = row.get(shape.context)
+    context = row.get(shape.context) if shape.context else ""  # pandas writes its index in a column named ""
     if not isinstance(context, str) or not context.strip():
         return row[shape.prompt]
     return shape.joined.format(prompt=row[shape.prompt], context=context)
