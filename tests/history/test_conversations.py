@@ -12,6 +12,7 @@ from rows import write
 from small import english_tokenizer
 
 from gravlens.activations.contrasts import Contrast, read_contrast
+from gravlens.activations.positions import queries_of
 from gravlens.history.encoding import encode, encode_example
 from gravlens.history.prompts import Example, PromptSet, read_examples, read_prompts, shuffled_words
 from gravlens.studies.experiment import refusals_of
@@ -197,6 +198,13 @@ def test_a_conversation_is_rendered_as_hugging_face_renders_it() -> None:
     assert encode(tokenizer, prompts) == wanted
     ids, labels = encode_example(tokenizer, Example(ASKED, ANSWER, SYSTEM["content"], EARLIER))
     assert ids[: len(wanted[0])] == wanted[0] and labels[: len(wanted[0])] == [-100] * len(wanted[0])
+
+
+def test_positions_are_those_of_the_last_turn_alone() -> None:
+    tokenizer, prompts = chat_tokenizer(), PromptSet.of([[SYSTEM, *BEFORE, USER], [USER]])
+    queries = queries_of(tokenizer, prompts, "instruction")
+    assert [tokenizer.decode([one.ids[i] for i in one.reads[0]]) for one in queries] == [ASKED, ASKED]
+    assert len(queries[0].ids) > len(queries[1].ids)
 
 
 def test_a_tokenizer_that_cannot_hold_several_turns_is_refused() -> None:
