@@ -18,7 +18,7 @@ from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system, read_prompts
 from gravlens.history.weight_files import read_headers, trained_steps
 
-PROMPT_KEYS = {"probes": "harmful", "held_out": "harmful", "harmless": "harmless"}  # -> role
+PROMPT_KEYS = ("probes", "held_out", "harmless")
 KEYS = {"witness", "anchor", "runs", "tokenizer", "chat_template", "system", *PROMPT_KEYS}  # of SEQUENCE.toml
 RUN_KEYS = {"folders", "missing"}
 FILE_KEYS = {"file", "column", "format", "role", "only"}  # the last a table, the others text
@@ -261,8 +261,12 @@ class ModelSequence:
 
 
 def _prompt_sets(probes: Any, held_out: Any, harmless: Any) -> dict[str, Any]:
-    given = zip(PROMPT_KEYS.items(), (probes, held_out, harmless), strict=True)
-    return {name: None if prompts is None else PromptSet.of(prompts, role) for (name, role), prompts in given}
+    given = zip(PROMPT_KEYS, (probes, held_out, harmless), strict=True)
+    return {name: None if prompts is None else PromptSet.of(prompts, _role_of(name)) for name, prompts in given}
+
+
+def _role_of(key: str) -> str:
+    return "harmless" if key == "harmless" else "harmful"
 
 
 def _run_of_folders(
@@ -360,11 +364,11 @@ def _read_sequence_file(path: Path) -> dict[str, Any]:
     table, here = _read(path), path.parent
     for key in {"witness", "anchor", "tokenizer"} & table.keys():
         table[key] = existing(table[key], here)
-    for key, role in PROMPT_KEYS.items():
+    for key in PROMPT_KEYS:
         if isinstance(table.get(key), str):
             table[key] = here / os.path.expanduser(table[key])
         elif isinstance(table.get(key), dict):
-            options = {"role": role, **table[key]}
+            options = {"role": _role_of(key), **table[key]}
             table[key] = read_prompts(here / os.path.expanduser(options.pop("file")), **options)
     runs = {name: run if isinstance(run, dict) else {"folders": run} for name, run in table.get("runs", {}).items()}
     return {**table, "runs": {name: {**run, "folders": _seen_from(here, run["folders"])} for name, run in runs.items()}}

@@ -214,10 +214,10 @@ def test_a_tokenizer_that_cannot_hold_several_turns_is_refused() -> None:
         ("{% if messages[1] %}{{ raise_exception('One turn.') }}{% endif %}", "One turn."),
     ):
         base.chat_template = template
-        with refused("user, assistant, user", says):
+        with refused(says):
             encode(base, MIXED)
     base.chat_template = None
-    with refused("user, assistant, user", "no chat template"):
+    with refused("no chat template"):
         encode(base, MIXED)
     assert len(encode(base, MIXED[1:])) == 2
     with refused("has no answer"):
