@@ -225,7 +225,8 @@ def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
     """
     chosen, buffer = _checked(directions, 1.0), BytesIO()
     layers, facts = np.array(chosen.layers), np.array(_facts(chosen, 1.0))
-    np.savez(buffer, vectors=chosen.vectors, layers=layers, distances=chosen.distances, facts=facts, **STATED)
+    stated: dict[str, Any] = {name: np.array(value) for name, value in STATED.items()}
+    np.savez(buffer, vectors=chosen.vectors, layers=layers, distances=chosen.distances, facts=facts, **stated)
     return write_atomically(Path(path), buffer.getvalue())
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,7 +241,7 @@ def _turns(source: Any, row: Row, key: str, role: str) -> list[Said]:
         return [(role, cell)]
     # `datasets` gives a sequence of turns as lists by key.
     if isinstance(cell, Mapping) and all(isinstance(values, list) for values in cell.values()):
-        cell = [dict(zip(cell, turn, strict=True)) for turn in zip(*cell.values(), strict=True)]
+        cell = [dict(zip(cell, turn, strict=True)) for turn in zip_longest(*cell.values())]
     if not isinstance(cell, list) or not cell:
         raise _no_text(source, row, key)
     return [_turn(source, row, turn) for turn in cell]

@@ -113,6 +113,8 @@ def test_a_sequence_feature_of_datasets_is_a_list_of_turns() -> None:
     """`datasets` stores a sequence of dicts as a dict of lists."""
     row = {"messages": {"role": ["user", "assistant"], "content": [ASKED, ANSWER]}}
     assert read_examples([row]) == [Example(ASKED, ANSWER)]
+    with refused("Row 1", "a turn of the role 'None'"):
+        read_prompts([{"messages": {"role": ["user"], "content": [ASKED, ANSWER]}}])
 
 
 def test_published_columns_stay_what_they_were(tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ MIXED = PromptSet((ASKED, FIRST, ASKED), "harmful", "", (EARLIER, (), ()))
 
 def test_slices_masks_and_controls_keep_the_earlier_turns() -> None:
     assert MIXED[:1] == MIXED[[True, False, False]] == PromptSet((ASKED,), "harmful", "", (EARLIER,))
-    assert MIXED[1:] == PromptSet((FIRST, ASKED), "harmful") and MIXED[1:].earlier == ()
+    assert MIXED[1:] == MIXED[[False, True, True]] == PromptSet((FIRST, ASKED), "harmful") and MIXED[1:].earlier == ()
     assert shuffled_words(MIXED, rng=np.random.default_rng(0)).earlier == MIXED.earlier
     assert [one.turns for one in refusals_of(MIXED, ["no"])] == MIXED.turns
     with refused("3 prompts", "earlier turns of 1"):
