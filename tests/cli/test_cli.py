@@ -35,8 +35,8 @@ COMMANDS = {
     "locate": ["--layer", "--prompts", "--column", "--out", "--device", "--dtype", "--json"],
     "trajectory": "--layer --prompts --column --out --device --dtype --keep --store --json".split(),
     "ablate": (
-        "--layer --all-layers --checkpoint --prompts --column --max-prompts --openings --compliances --n-random --twins "
-        "--out --device --dtype --json"
+        "--layer --all-layers --checkpoint --prompts --column --max-prompts --openings --compliances --n-random "
+        "--twins --out --device --dtype --json"
     ).split(),
     "block": (
         "--data --data-columns --out --kind --strength --margin --layer --steps --batch --learning-rate --lr --lora "
