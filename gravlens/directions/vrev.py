@@ -18,7 +18,8 @@ Source: TypeAlias = ModelSequence | Residuals | Path | str
 States: TypeAlias = Float[np.ndarray, "prompt d_model"]
 Vector: TypeAlias = Float[np.ndarray, " d_model"]
 Estimator = Callable[[States, States], np.ndarray]
-FACTS = ("positions", "chat_template", "system", "contrast", "geometry")  # of the residuals, in `made_from`
+# Of the residuals, in `made_from`.
+FACTS = ("positions", "chat_template", "chat_template_kwargs", "system", "contrast", "geometry")
 # A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
 # (the same prompt in another batch or with other padding differs by less: tests/directions/test_directions.py).
 NOISE_ROUNDINGS = 16.0

@@ -129,7 +129,11 @@ class GivenHistory:
 
     def _history(self) -> ModelSequence:
         history = ModelSequence.from_toml(self.sequence)
-        own = {"chat_template": history.chat_template == "own", "tokenizer": history.tokenizer is None}
+        own = {
+            "chat_template": history.chat_template == "own",
+            "tokenizer": history.tokenizer is None,
+            "chat_template_kwargs": not history.chat_template_kwargs,
+        }
         if wrong := [
             name for name, is_own in own.items() if not is_own
         ]:  # a run's checkpoints are saved with its start's tokenizer

@@ -16,10 +16,10 @@ from gravlens.activations.residuals import Offset, Residuals, read_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import JUDGED_FROM, MEASURES, Trajectory, as_dataset, mean_state, measure_drift
-from gravlens.history.encoding import encode
+from gravlens.history.encoding import KWARGS, encode, prompts_digest, template_kwargs
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, Prompts
-from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.opening import OpenModel, open_model, text_tokenizer
 from gravlens.training.thresholds import Threshold
 
 Anchor = Checkpoint | Path | str | nn.Module | OpenModel | Residuals
@@ -105,7 +105,7 @@ class Monitor(TrainerCallback):
             name: np.array([self._measures[step][name] for step in steps]).reshape(shape)
             for name in (*MEASURES, "relative_drift")
         }
-        given = self.probes.digest == self._defined.directions[0].prompts
+        given = self._ids is not None and prompts_digest(self._ids) == self._defined.directions[0].prompts
         data = as_dataset(self.name, "given" if given else "held_out", steps, measures, self._defined)
         undefined = {one.layer: one.undefined for one in self.directions if one.undefined is not None}
         return Trajectory(data, self._defined.layers, undefined)
@@ -118,7 +118,7 @@ class Monitor(TrainerCallback):
         """Read the anchor's states; for a resumed run, keep the measurements up to its step."""
         check_whole(model)
         self._check_run(args, state)
-        self.tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
+        self.tokenizer = text_tokenizer(self.tokenizer or processing_class)
         self._model = open_model(model, tokenizer=self.tokenizer)
         if self._start is None or state.global_step == 0:  # a resumed run keeps the anchor that it began with
             self._start = self._anchor_states(self._model)
@@ -159,13 +159,17 @@ class Monitor(TrainerCallback):
         control.should_log = wanted  # Trainer.log resets it, and the step's own row is still to come
 
     def _states(self, model: OpenModel) -> Float[np.ndarray, "layer d_model"]:
+        ids = self._probe_ids()
+        _check_width(model, self._defined)
+        with undisturbed(model.module):
+            states = read_residuals(model, ids, layers=self._defined.layers, positions=self._positions)
+        return states.numpy().mean(0, dtype=np.float64)
+
+    def _probe_ids(self) -> list[list[int]]:
         if self._ids is None:
             _check_template(self.tokenizer, self.directions)
             self._ids = encode(self.tokenizer, self.probes)
-        _check_width(model, self._defined)
-        with undisturbed(model.module):
-            states = read_residuals(model, self._ids, layers=self._defined.layers, positions=self._positions)
-        return states.numpy().mean(0, dtype=np.float64)
+        return self._ids
 
     def _anchor_states(self, model: OpenModel) -> Float[np.ndarray, "layer d_model"]:
         anchor = self.anchor
@@ -173,10 +177,10 @@ class Monitor(TrainerCallback):
             return self._states(model)
         if not isinstance(anchor, Residuals):
             return self._states(open_model(anchor, tokenizer=self.tokenizer, device=model.device, dtype=model.dtype))
-        read = anchor.meta.get("positions", "last")
-        if anchor.prompts != self.probes.digest or read != self._positions or anchor.index is not None:
-            given = f"The anchor's residuals are of prompts {anchor.prompts[:8]} at {read!r}."
-            wanted = f"The monitor reads {self.probes.digest[:8]} at {self._positions!r}."
+        read, probes = anchor.meta.get("positions", "last"), prompts_digest(self._probe_ids())
+        if anchor.prompts != probes or read != self._positions or anchor.index is not None:
+            given = f"The anchor's residuals are of prompts {anchor.prompts[:12]} at {read!r}."
+            wanted = f"The monitor reads {probes[:12]} at {self._positions!r}: the same texts by one chat template."
             raise GravlensError(given, wanted, "cache_residuals(sequence, probes), or the anchor's checkpoint.")
         return mean_state(anchor, "anchor", self._defined.layers)
 
@@ -283,6 +287,13 @@ def _check_template(tokenizer: Any, directions: Directions) -> None:
             "Probes must be read as the prompts of the directions were.",
             "Monitor(…, tokenizer=) with " + ("chat_template = None." if templated else "the anchor's."),
         )
+    told = [one.get(KWARGS, {}) for one in facts if "chat_template" in one]
+    if tokenizer is not None and templated and any(one != template_kwargs(tokenizer) for one in told):
+        given = (
+            f"The chat template has the arguments {template_kwargs(tokenizer)}, and the directions were located with "
+        )
+        remedy = "Monitor(…, tokenizer=sequence_tokenizer(sequence)), or with_template_kwargs(tokenizer, {…})."
+        raise GravlensError(f"{given}{told[0]}.", "Probes must be read as the prompts of the directions were.", remedy)
 
 
 def _check_width(model: OpenModel, directions: Directions) -> None:
