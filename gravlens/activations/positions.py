@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.encoding import MARK, encode, encode_answer, rendered
+from gravlens.history.encoding import MARK, encode, encode_answer, rendered_turns
 from gravlens.history.prompts import PromptSet, Turn
 
 AT_ONCE = 256  # prompts are tokenised at a time: their token ids are int objects of their own until they are shared
@@ -129,7 +129,8 @@ def _around(tokenizer: Any, prompt: PromptSet, ids: list[int], which: str) -> Qu
 def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int, int]]]:
     """Return start and end of the instruction in the rendered text, and each token's offsets there."""
     (turns,) = prompt.turns
-    whole, marked = (rendered(tokenizer, [one])[0] for one in (turns, [*turns[:-1], {**turns[-1], "content": MARK}]))
+    told = (turns, [*turns[:-1], {**turns[-1], "content": MARK}])
+    whole, marked = (rendered_turns(tokenizer, [one])[0] for one in told)
     before, _, after = marked.partition(MARK)
     special = not getattr(tokenizer, "chat_template", None)  # a template writes its special tokens itself
     try:

@@ -27,7 +27,7 @@ CLOCK, FROZEN = "strftime_now", "2024-07-26"
 # What opens and closes a thought before the answer: Qwen 3, DeepSeek-R1 and their kind; Magistral; Seed-OSS.
 THOUGHT_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 MARK = "\u2983gravlens\u2984"  # rendered in place of a text, to find where it is in the template
-_CLOCK_CALL = re.compile(rf"""\b{CLOCK}\s*\(\s*(["'])(.*?)\1\s*\)""")
+_CLOCK_CALL = re.compile(rf"""\b{CLOCK}\s*\(\s*(["'])([^"']*)\1\s*\)""")
 _MARKUP = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]<>\s]{1,40}\]")
 _WARNED: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
 
@@ -42,7 +42,7 @@ def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]
     Raises:
         GravlensError: no tokenizer; turns that the template refuses or leaves out, or no template for them.
     """
-    return [_encoded(tokenizer, text) for text in rendered(tokenizer, PromptSet.of(prompts).turns)]
+    return [_encoded(tokenizer, text) for text in rendered(tokenizer, PromptSet.of(prompts))]
 
 
 def prompts_digest(ids: Sequence[Sequence[int]]) -> str:
@@ -53,7 +53,12 @@ def prompts_digest(ids: Sequence[Sequence[int]]) -> str:
     return f"ids:{hashlib.sha256(json.dumps([list(one) for one in ids]).encode()).hexdigest()}"
 
 
-def rendered(tokenizer: Any, conversations: Sequence[list[Turn]]) -> list[str]:
+def rendered(tokenizer: Any, prompts: PromptSet) -> list[str]:
+    """Render each prompt by the chat template; without a template, return it unchanged."""
+    return rendered_turns(tokenizer, prompts.turns)
+
+
+def rendered_turns(tokenizer: Any, conversations: Sequence[list[Turn]]) -> list[str]:
     """Render conversations up to where the model answers; without a chat template, return the text of each."""
     if tokenizer is None:
         remedy = "pass tokenizer= when it is opened."
@@ -259,7 +264,7 @@ def encode_answer(tokenizer: Any, turns: list[Turn], answer: str, *, ended: bool
     Raises:
         GravlensError: a template that leaves out the answer; a vocabulary that cannot encode it after the prompt.
     """
-    (before,) = rendered(tokenizer, [turns])
+    (before,) = rendered_turns(tokenizer, [turns])
     if not getattr(tokenizer, "chat_template", None):
         # Apart from the prompt: encoded together, a token could span both.
         said = _ids(tokenizer, answer, special=False)
@@ -270,7 +275,8 @@ def encode_answer(tokenizer: Any, turns: list[Turn], answer: str, *, ended: bool
     if ended and (stops := [at for at, token in enumerate(said, 1) if token in ends]):
         return Turned(prompt, said[: stops[-1]], said[stops[-1] :])
     # A template that ignores `add_generation_prompt` writes it after an answer too.
-    text = "" if not ended or before.endswith(after) else after.rstrip()
+    opens_next = before.endswith(after) and _squeezed(body) == _squeezed(answer)
+    text = "" if not ended or opens_next else after.rstrip()
     prompt, said = _continued(tokenizer, before, body + text)
     return Turned(prompt, _with_eos(tokenizer, said, ended), [])
 
