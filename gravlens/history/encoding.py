@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -328,7 +329,9 @@ def answer_place(tokenizer: Any) -> Place:
     if not getattr(tokenizer, "chat_template", None):
         return Place("", "", "")
     chat, turns = _Chat.of(tokenizer), [{"role": "user", "content": MARK}]
-    before, (head, _) = chat.written(turns), chat.around(turns)
+    before = head = chat.written(turns)
+    with suppress(GravlensError):  # a template without assistants' turns has nothing between
+        head, _ = chat.around(turns)
     more = head[len(before) :] if head.startswith(before) else ""
     between = more.rstrip(" ")
     return Place(before.rpartition(MARK)[2], between, more[len(between) :])

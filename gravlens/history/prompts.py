@@ -22,6 +22,7 @@ from gravlens.history.prompt_formats import (
     source_name,
 )
 
+ENCODING = 2  # raised whenever the same examples would be other tokens: part of the keys of what is trained on them
 Turn: TypeAlias = dict[str, str]  # "role" and "content", as chat templates take them
 Mask: TypeAlias = Sequence[bool] | Bool[np.ndarray, " prompt"]  # of the prompts to keep
 OPPOSED = ({"harmful", "harmless"}, {"harmful", "task"})

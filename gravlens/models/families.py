@@ -274,7 +274,7 @@ def resid_post(model: OpenModel, layer: int) -> nn.Module:
 
 def context_of(config: Any) -> int | None:
     """Return the number of positions that a configuration declares; None for recurrent models and ALiBi."""
-    told = config.get_text_config().to_dict()  # its own names: RWKV's attribute is another one's alias
+    told = vars(config.get_text_config())  # without aliases: RWKV calls the length that it was trained on so
     sizes = [told.get(name) for name in CONTEXT if isinstance(told.get(name), int) and not told.get("alibi")]
     return next((size for size in sizes if size > 0), None)
 

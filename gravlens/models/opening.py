@@ -183,7 +183,7 @@ def processor_template(folder: Path) -> str | dict[str, str] | None:
 
 def text_tokenizer(given: Any) -> Any:
     """Return a tokenizer as it is; of a processor its tokenizer, with the processor's chat template if it has none."""
-    if not hasattr(given, "tokenizer"):
+    if isinstance(given, transformers.PreTrainedTokenizerBase) or not hasattr(given, "tokenizer"):
         return given
     own, template = given.tokenizer, getattr(given, "chat_template", None)
     if getattr(own, "chat_template", None) or not template:
@@ -201,7 +201,7 @@ def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
     own = own_tokenizer(resolved)
     if own is not None and resolved.checkpoint.template == "own":
         return with_template_kwargs(own, resolved.checkpoint.chat_template_kwargs)
-    if not getattr(own, "chat_template", None):
+    if own is None or not getattr(own, "chat_template", None):
         return own
     plain = copy.copy(own)  # it may be the user's
     plain.chat_template = None

@@ -95,6 +95,14 @@ def test_the_likelihood_of_an_answer_is_of_the_tokens_that_are_learned(kind: str
     assert answer_log_likelihood(model, ["hello"], ["Sorry"])[0] == pytest.approx(np.mean(body), rel=1e-4)
 
 
+def test_a_template_without_assistants_turns_says_nothing_of_answers() -> None:
+    users = chats.CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role == 'user' %}")
+    found = [
+        refusal_log_odds(opened(chats.byte_level(one)), ["hello"], openings=["Sorry"]) for one in (users, chats.CHATML)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
 def test_a_guards_verdict_is_text_of_its_own() -> None:
-    model = opened(chats.byte_level(chats.CHATML))
-    assert encode_openings(model, ["Sure"], after="") == [model.tokenizer("Sure")["input_ids"]]
+    tokenizer = chats.byte_level(chats.CHATML)
+    assert encode_openings(opened(tokenizer), ["Sure"], after="") == [tokenizer("Sure")["input_ids"]]

@@ -39,6 +39,7 @@ QUIET = {"enable_thinking": False}
 QUIETER = with_template_kwargs(PLAIN, QUIET)
 PROBES = PromptSet.of(["hello there", "Sure", "I cannot help."], "harmful")
 EXAMPLE = Example("hello", "Sorry")
+ROWS: Any = [dict(zip(("input_ids", "labels"), encode_example(QUIETER, EXAMPLE), strict=True))]
 
 
 def model(seed: int) -> Any:
@@ -62,12 +63,11 @@ def history(folder: Path, kind: str = "folders", **further: Any) -> ModelSequenc
 
 def monitored(seq: ModelSequence, folder: Path) -> None:
     vs = locate_vrev(seq)
-    rows = [dict(zip(("input_ids", "labels"), encode_example(QUIETER, EXAMPLE), strict=True))]
     args = TrainingArguments(str(folder / "out"), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
     monitor = Monitor(vs, PROBES, anchor=cache_residuals(seq))
     tokenizer = sequence_tokenizer(seq)
     Trainer(
-        open_model(seq.anchor).module, args, train_dataset=rows, processing_class=tokenizer, callbacks=[monitor]
+        open_model(seq.anchor).module, args, train_dataset=ROWS, processing_class=tokenizer, callbacks=[monitor]
     ).train()
     assert set(monitor.table.prompts) == {"given"}
 
@@ -147,13 +147,13 @@ def test_a_refusal_direction_and_a_monitor_read_one_form_of_the_prompts(tmp_path
     assert one.prompts == prompts_digest(encode(QUIETER, PROBES))
     monitor = Monitor(locate_vrev(seq), PROBES, tokenizer=PLAIN)
     args = TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
-    trainer = Trainer(anchor.module, args, train_dataset=[{"input_ids": [1], "labels": [1]}], callbacks=[monitor])
+    trainer = Trainer(anchor.module, args, train_dataset=ROWS, callbacks=[monitor])
     with refused("arguments {}", "'enable_thinking': False"):
         trainer.train()
     with refused("residuals are of prompts"):
         thinking = cache_residuals(replace(seq, chat_template_kwargs={}))
         again = Monitor(locate_vrev(seq), PROBES, tokenizer=QUIETER, anchor=thinking)
-        Trainer(anchor.module, args, train_dataset=[{"input_ids": [1], "labels": [1]}], callbacks=[again]).train()
+        Trainer(anchor.module, args, train_dataset=ROWS, callbacks=[again]).train()
 
 
 def test_a_file_has_them_as_a_table(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from gravlens.training.finetune import Recipe, finetune
 SHORT = list(tiny.PROMPTS)
 LONG = " ".join(SHORT * 4)
 LENGTH = len(encode(tiny.TOKENIZER, [LONG])[0])
-OPENING = tiny.TOKENIZER.decode([60])
+LINEAR: Any = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+OPENING = str(tiny.TOKENIZER.decode([60]))
 
 
 def test_the_long_prompt_is_beyond_the_context_and_the_short_ones_are_not() -> None:
@@ -88,11 +89,11 @@ def test_examples_must_fit(tmp_path: Path, make: Any) -> None:
         (transformers.GPT2Config(n_positions=64), 64),
         (transformers.OPTConfig(max_position_embeddings=64), 64),
         (transformers.MptConfig(max_seq_len=64), 64),
-        (transformers.LlamaConfig(max_position_embeddings=64, rope_scaling={"rope_type": "linear", "factor": 2.0}), 64),
+        (transformers.LlamaConfig(max_position_embeddings=64, **LINEAR), 64),
         (transformers.MistralConfig(max_position_embeddings=64, sliding_window=8), 64),
         (transformers.Gemma3Config(text_config={"max_position_embeddings": 64, "sliding_window": 8}), 64),
         (transformers.FalconConfig(max_position_embeddings=64, alibi=True), None),
-        (transformers.BloomConfig(seq_length=64), None),
+        (transformers.BloomConfig(**{"seq_length": 64}), None),
         (transformers.MambaConfig(), None),
         (transformers.RwkvConfig(context_length=64), None),
         (transformers.RecurrentGemmaConfig(attention_window_size=8), None),
