@@ -339,7 +339,7 @@ def answer_place(tokenizer: Any) -> Place:
 
 def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
     """Encode a text as it is written after another one, without that one's tokens."""
-    return _continued(tokenizer, before, text)[1]
+    return _continued(tokenizer, before, text)[1] if before else _ids(tokenizer, text, special=False)
 
 
 def _continued(tokenizer: Any, before: str, text: str) -> tuple[list[int], list[int]]:
