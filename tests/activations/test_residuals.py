@@ -29,7 +29,6 @@ from gravlens.activations import reader as engine
 from gravlens.activations.residuals import Residuals, cache_residuals, read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
 from gravlens.history.encoding import encode, pad, prompts_digest
-from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.models.families import resid_post
 from gravlens.models.forward import run_trunk
