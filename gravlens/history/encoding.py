@@ -25,9 +25,15 @@ from gravlens.history.prompts import Example, PromptSet, Turn
 KWARGS = "chat_template_kwargs"  # attribute of a tokenizer: the arguments that its chat template is rendered with
 # A template that reads the clock would give other states tomorrow. It reads this date: the default of Llama 3's own.
 CLOCK, FROZEN = "strftime_now", "2024-07-26"
-# What opens and closes a thought before the answer: Qwen 3, DeepSeek-R1 and their kind; Magistral; Seed-OSS.
-THOUGHT_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+# What opens and closes a thought before the answer: Qwen 3, DeepSeek-R1 and their kind; Magistral; Seed-OSS; EXAONE and
+# others; Command A; Kimi; Gemma 4.
+THOUGHT_TAGS = (
+    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"), ("<thought>", "</thought>"),
+    ("<thinking>", "</thinking>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("◁think▷", "◁/think▷"),
+    ("<|channel>thought", "<channel|>"),
+)  # fmt: skip
 MARK = "\u2983gravlens\u2984"  # rendered in place of a text, to find where it is in the template
+USER = ({"role": "user", "content": MARK},)
 _CLOCK_CALL = re.compile(rf"""\b{CLOCK}\s*\(\s*(["'])([^"']*)\1\s*\)""")
 _MARKUP = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]<>\s]{1,40}\]")
 _WARNED: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
@@ -65,40 +71,37 @@ def rendered_turns(tokenizer: Any, conversations: Sequence[list[Turn]]) -> list[
         remedy = "pass tokenizer= when it is opened."
         raise GravlensError("This model has no tokenizer.", "Prompts are texts and need one.", remedy)
     if not getattr(tokenizer, "chat_template", None):
-        for turns in conversations:
-            _check_one_turn(turns)
+        if several := next((turns for turns in conversations if len(turns) > 1), None):
+            raise _not_taken(several, "has no chat template")
         return [turns[0]["content"] for turns in conversations]
-    chat = _Chat.of(tokenizer, system=any(turns[0]["role"] == "system" for turns in conversations))
-    texts, seen = [chat.written(turns) for turns in conversations], dict[str, list[str]]()
+    chats = {_roles(turns): _Chat.of(tokenizer, turns) for turns in conversations}
+    texts, seen = [chats[_roles(turns)].written(turns) for turns in conversations], dict[str, list[str]]()
     for text, turns in zip(texts, conversations, strict=True):
         asked, read = [_squeezed(turn["content"]) for turn in turns if turn["role"] != "assistant"], _squeezed(text)
         # Equal renderings of other texts: a template may lose a part that stands in it anyway.
         if any(one not in read for one in asked) or seen.setdefault(text, asked) != asked:
-            raise _left_out(f"the text of a prompt ({turns[-1]['content'][:40]!r})", turns)
-    _warn_of_markup(chat, conversations)
+            raise _not_taken(turns, f"leaves out the text of a prompt ({turns[-1]['content'][:40]!r})")
+    if chats:
+        _warn_of_markup(next(iter(chats.values())), conversations)
     return texts
 
 
-def _check_one_turn(turns: Sequence[Turn]) -> None:
-    if len(turns) > 1:
-        system = turns[0]["role"] == "system"
-        what = "A system prompt was given" if system else f"A prompt of {len(turns)} turns was given"
-        raise GravlensError(
-            f"{what}, and this tokenizer has no chat template.",
-            "Turns are written by a chat template.",
-            "no system prompt, or its text at the start of each prompt." if system else "prompts of one turn.",
-        )
+def _roles(turns: Sequence[Turn]) -> tuple[str, ...]:
+    return tuple(turn["role"] for turn in turns)
 
 
-def _left_out(what: str, turns: Sequence[Turn], why: str = "leaves out") -> GravlensError:
-    """Return the error for a chat template that loses a turn or refuses it."""
-    given = f"This tokenizer has a chat template that {why} {what}."
-    if turns[0]["role"] == "system":
-        given = f"A system prompt was given, and this{given.removeprefix('This')}"
-        remedy = "no system prompt, or its text at the start of each prompt."
-    else:
+def _not_taken(turns: Sequence[Turn], found: str) -> GravlensError:
+    """Return the error for turns that a tokenizer's chat template refuses or loses."""
+    roles, given = _roles(turns), "This"
+    if len(roles) > 1:
+        what = "A system prompt was" if roles[:-1] == ("system",) else f"Conversations ({', '.join(roles)}) were"
+        given = f"{what} given, and this"
+    found = found if found.startswith("has") else f"has a chat template that {found}"
+    remedy = "no such turns, or their text at the start of each prompt."
+    if len(roles) == 1:
         remedy = 'tokenizer= with another chat_template, or chat_template="none".'
-    return GravlensError(given, "The model must read each turn: else all prompts are the same tokens.", remedy)
+    wanted = "The model must read each turn: else all prompts are the same tokens."
+    return GravlensError(f"{given} tokenizer {found}.", wanted, remedy)
 
 
 def _squeezed(text: str) -> str:
@@ -196,24 +199,24 @@ class _Chat:
     parts: bool  # it iterates over the parts of a turn, as those of image-text models do, and loses a plain text
 
     @classmethod
-    def of(cls, tokenizer: Any, *, system: bool = False) -> "_Chat":
-        """Raise unless the template writes a user's turn, and a system prompt if there is one."""
+    def of(cls, tokenizer: Any, turns: Sequence[Turn] = USER) -> "_Chat":
+        """Raise unless the template writes each turn of a conversation of these roles."""
         kwargs = template_kwargs(tokenizer)
         template = _frozen(_template_of(tokenizer), kwargs.pop(CLOCK, FROZEN))
         given = {key: value for key, value in kwargs.items() if key != "chat_template"}
-        turns = PromptSet(("gravlens-user",), system="gravlens-system" if system else "").turns[0]
+        marks = [{"role": role, "content": f"gravlens-{role}-{i}"} for i, role in enumerate(_roles(turns))]
         failed: list[GravlensError] = []
         for parts in (False, True):
             chat = cls(tokenizer, template, given, parts)
             try:
-                text = chat.written(turns)  # and searched: some skip a system turn without an error
+                text = chat.written(marks)  # and searched: some skip a system turn without an error
             except GravlensError as error:
                 failed.append(error)
                 continue
-            lost = [turn["role"] for turn in turns if turn["content"] not in text]
+            lost = [turn["role"] for turn in marks if turn["content"] not in text]
             if not lost:
                 return chat
-            failed.append(_left_out(f"the {lost[0]} turn", turns))
+            failed.append(_not_taken(turns, f"leaves out the {lost[0]} turn"))
         raise failed[0]
 
     def written(self, turns: Sequence[Turn], *, done: bool = False) -> str:
@@ -225,21 +228,20 @@ class _Chat:
         try:
             return self.tokenizer.apply_chat_template(given, tokenize=False, **rest)
         except Exception as error:  # jinja's with the template's own message, or of anything that it computes
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise _left_out(f"a conversation of {roles} ({error})", turns, "refuses") from error
+            raise _not_taken(turns, f"refuses the {turns[-1]['role']} turn or one before it ({error})") from error
 
     def around(self, turns: Sequence[Turn]) -> tuple[str, str]:
         """Return what the template writes before and after an answer."""
         whole = self.written([*turns, {"role": "assistant", "content": MARK}], done=True)
         before, found, after = whole.rpartition(MARK)
         if not found:
-            raise _left_out("the assistant's turn", turns)
+            raise _not_taken(turns, "leaves out the assistant turn")
         return before, after
 
     @cached_property
     def markup(self) -> set[str]:
         """Special tokens, and tags such as [INST] that the template writes around texts."""
-        own = _MARKUP.findall(self.written([{"role": "user", "content": MARK}]))
+        own = _MARKUP.findall(self.written(USER))
         return {tag for tag in (*own, *self.tokenizer.all_special_tokens) if _MARKUP.fullmatch(tag)}
 
 
@@ -289,6 +291,9 @@ def encode_parts(tokenizer: Any, example: Example) -> Turned:
         raise wrong_kind(example, "An example is a prompt and an answer.", remedy)
     example = Example(*example)
     PromptSet((example.prompt,))  # raises for a blank one
+    if not example.answer:  # it would teach to end at once
+        given = f"The example {example.prompt[:40]!r} has no answer."
+        raise GravlensError(given, "An example is a prompt and an answer.", "[e for e in examples if e.answer].")
     return encode_answer(tokenizer, example.turns, example.answer)
 
 
@@ -300,7 +305,7 @@ def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[in
 
 def _written_answer(tokenizer: Any, turns: list[Turn], answer: str, before: str) -> tuple[str, str, str]:
     """Return the text of the prompt, of the answer, and after it."""
-    chat = _Chat.of(tokenizer, system=turns[0]["role"] == "system")
+    chat = _Chat.of(tokenizer, turns)
     head, after = chat.around(turns)
     whole = chat.written([*turns, {"role": "assistant", "content": answer}], done=True)
     if whole.startswith(before) and _squeezed(answer) in _squeezed(whole[len(before) :]):
@@ -328,10 +333,10 @@ def answer_place(tokenizer: Any) -> Place:
     """Return where the chat template lets an answer begin; without a template, nowhere in particular."""
     if not getattr(tokenizer, "chat_template", None):
         return Place("", "", "")
-    chat, turns = _Chat.of(tokenizer), [{"role": "user", "content": MARK}]
-    before = head = chat.written(turns)
+    chat = _Chat.of(tokenizer)
+    before = head = chat.written(USER)
     with suppress(GravlensError):  # a template without assistants' turns has nothing between
-        head, _ = chat.around(turns)
+        head, _ = chat.around(USER)
     more = head[len(before) :] if head.startswith(before) else ""
     between = more.rstrip(" ")
     return Place(before.rpartition(MARK)[2], between, more[len(between) :])
@@ -370,7 +375,7 @@ def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
     if not getattr(tokenizer, "chat_template", None):
         return ()
     try:
-        after = _Chat.of(tokenizer).around([{"role": "user", "content": MARK}])[1].lstrip()
+        after = _Chat.of(tokenizer).around(USER)[1].lstrip()
     except GravlensError:  # answers are then ended by the tokenizer's and the model's own tokens
         return ()
     added = getattr(tokenizer, "added_tokens_decoder", {})

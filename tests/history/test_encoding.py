@@ -124,6 +124,15 @@ def test_earlier_turns_are_rendered_as_the_template_does() -> None:
     answered = [*turns, {"role": "assistant", "content": "Sorry"}]
     assert prompt + said + rest == tokenizer.apply_chat_template(answered)["input_ids"]
     assert "hm" not in tokenizer.decode(prompt)
+    with refused("user, assistant, user", "no chat template"):
+        encode_answer(chats.byte_level(None), turns, "Sorry")
+    users = chats.CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role == 'user' %}")
+    with refused("user, assistant, user", "leaves out the assistant turn"):
+        encode_answer(chats.byte_level(users), turns, "Sorry")
+    with refused("leaves out the assistant turn"):
+        encode_answer(chats.byte_level(users), turns[:1], "Sorry")
+    with refused("has no answer"):
+        encode_example(tokenizer, Example("hello", ""))
 
 
 @pytest.mark.parametrize("kind", ["ChatML", "Llama 2", "Gemma"])
@@ -169,7 +178,7 @@ def test_a_template_of_parts_gets_parts() -> None:
         ("{% for m in messages %}<|{{ m.role }}|>{% endfor %}<|assistant|>", ["hello"], "the user turn"),
         ("{{ messages[0].content[:16] }}", ["a long enough one", "another long one"], "'a long enough one'"),
         ("{% if messages|length > 5 %}{% endif %}{{ raise_exception('Roles!') }}", ["hello"], "Roles!"),
-        ("gravlens-user{{ 'a' if messages[0].content else '' }}", ["a", "e"], "'e'"),
+        ("gravlens-user-0{{ 'a' if messages[0].content else '' }}", ["a", "e"], "'e'"),
     ],
 )
 def test_prompts_that_a_template_loses_are_refused(template: str, prompts: list[str], told: str) -> None:
