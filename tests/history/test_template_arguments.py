@@ -106,7 +106,8 @@ def test_whatever_reads_a_sequence_renders_its_arguments(
     monkeypatch.setattr(passes, "reuses_keys", lambda _: False)
     with read_ids(monkeypatch) as seen:
         READERS[reader](seq, tmp_path)
-    assert {without_padding(row) for row in seen} == ids
+    found = {without_padding(row) for row in seen}  # a family's padding may be tried too, on tokens of its own
+    assert ids <= found and not found & {*map(tuple, encode(PLAIN, PROBES)), tuple(encode_example(PLAIN, EXAMPLE)[0])}
 
 
 def test_results_hold_them_and_know_their_prompts_by_their_tokens(tmp_path: Path) -> None:
