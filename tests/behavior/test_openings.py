@@ -100,7 +100,7 @@ def test_a_template_without_assistants_turns_says_nothing_of_answers() -> None:
     found = [
         refusal_log_odds(opened(chats.byte_level(one)), ["hello"], openings=["Sorry"]) for one in (users, chats.CHATML)
     ]
-    np.testing.assert_array_equal(*found)
+    assert found[0] == found[1]
 
 
 def test_a_guards_verdict_is_text_of_its_own() -> None:

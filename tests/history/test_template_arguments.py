@@ -115,7 +115,9 @@ def test_results_hold_them_and_know_their_prompts_by_their_tokens(tmp_path: Path
     found, thinking = cache_residuals(seq), cache_residuals(replace(seq, chat_template_kwargs={}))
     found.save(tmp_path / "states.safetensors")
     assert Residuals.load(tmp_path / "states.safetensors").meta["chat_template_kwargs"] == QUIET
-    assert "chat_template_kwargs" not in thinking.meta and "enable_thinking" in seq._repr_html_()
+    assert "chat_template_kwargs" not in thinking.meta
+    shown: Any = seq
+    assert "enable_thinking" in shown._repr_html_()
     vs = locate_vrev(found)
     assert vs[0].made_from["chat_template_kwargs"] == QUIET
     assert found.prompts == prompts_digest(encode(QUIETER, PROBES)) == vs[0].prompts

@@ -25,6 +25,7 @@ from gravlens.training.finetune import Recipe, finetune
 SHORT = list(tiny.PROMPTS)
 LONG = " ".join(SHORT * 4)
 LENGTH = len(encode(tiny.TOKENIZER, [LONG])[0])
+OLD: Any = {"seq_length": 64}  # BLOOM's, of its training
 LINEAR: Any = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
 OPENING = str(tiny.TOKENIZER.decode([60]))
 
@@ -93,7 +94,7 @@ def test_examples_must_fit(tmp_path: Path, make: Any) -> None:
         (transformers.MistralConfig(max_position_embeddings=64, sliding_window=8), 64),
         (transformers.Gemma3Config(text_config={"max_position_embeddings": 64, "sliding_window": 8}), 64),
         (transformers.FalconConfig(max_position_embeddings=64, alibi=True), None),
-        (transformers.BloomConfig(**{"seq_length": 64}), None),
+        (transformers.BloomConfig(**OLD), None),
         (transformers.MambaConfig(), None),
         (transformers.RwkvConfig(context_length=64), None),
         (transformers.RecurrentGemmaConfig(attention_window_size=8), None),
