@@ -43,8 +43,8 @@ _WARNED: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
 def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]]:
     """Encode each prompt up to its last token, after which the model answers; there is never more than one BOS.
 
-    A tokenizer with a chat template renders the conversation (the system prompt, if any, and the user's turn) and the
-    generation prompt; one without encodes the plain text. Chat markup inside a prompt is warned of.
+    A tokenizer with a chat template renders the conversation (system prompt and earlier turns, if any, and the prompt)
+    and the generation prompt; one without encodes the plain text. Chat markup inside a prompt is warned of.
 
     Raises:
         GravlensError: no tokenizer; turns that the template refuses or leaves out, or no template for them.
