@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.encoding import encode, rendered
-from gravlens.history.prompts import PromptSet
+from gravlens.history.encoding import MARK, encode, encode_answer, rendered_turns
+from gravlens.history.prompts import PromptSet, Turn
 
 AT_ONCE = 256  # prompts are tokenised at a time: their token ids are int objects of their own until they are shared
-_MARK = "\u2983gravlens\u2984"  # rendered in place of the instruction, to find where it is in the template
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,9 @@ def queries_of(tokenizer: Any, prompts: PromptSet, positions: Positions = "last"
 
 
 def _part_of(tokenizer: Any, prompts: PromptSet, positions: Positions, part: slice) -> list[Query]:
-    ids = encode(tokenizer, prompts)
     if isinstance(positions, Answers):
-        return [_after(tokenizer, *pair) for pair in zip(ids, positions.texts[part], strict=True)]
+        return [_after(tokenizer, *pair) for pair in zip(prompts.turns, positions.texts[part], strict=True)]
+    ids = encode(tokenizer, prompts)
     if positions in ("instruction", "post_instruction"):
         return [_around(tokenizer, prompts[i : i + 1], one, str(positions)) for i, one in enumerate(ids)]
     return queries_of_ids(ids, positions)
@@ -129,8 +128,10 @@ def _around(tokenizer: Any, prompt: PromptSet, ids: list[int], which: str) -> Qu
 
 def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int, int]]]:
     """Return start and end of the instruction in the rendered text, and each token's offsets there."""
-    before, _, after = rendered(tokenizer, replace(prompt, texts=(_MARK,)))[0].partition(_MARK)
-    whole = rendered(tokenizer, prompt)[0]
+    (turns,) = prompt.turns
+    told = (turns, [*turns[:-1], {**turns[-1], "content": MARK}])
+    whole, marked = (rendered_turns(tokenizer, [one])[0] for one in told)
+    before, _, after = marked.partition(MARK)
     special = not getattr(tokenizer, "chat_template", None)  # a template writes its special tokens itself
     try:
         offsets = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)["offset_mapping"]
@@ -141,9 +142,9 @@ def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int,
     return len(before), len(whole) - len(after), offsets
 
 
-def _after(tokenizer: Any, ids: list[int], answer: str) -> Query:
+def _after(tokenizer: Any, turns: list[Turn], answer: str) -> Query:
     """Read the mean over an answer's tokens after its prompt."""
-    more = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ids, more, _ = encode_answer(tokenizer, turns, answer, ended=False)
     if not more:
         raise GravlensError(f"The answer {answer!r} has no token.", "At least one is needed.", "a non-empty answer.")
     return Query((*ids, *more), (tuple(range(len(ids), len(ids) + len(more))),))

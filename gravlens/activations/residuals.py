@@ -10,7 +10,7 @@ import numpy as np
 import xarray
 from jaxtyping import Float, Int
 
-from gravlens.activations.positions import Positions, described, queries_of
+from gravlens.activations.positions import Answers, Positions, described, queries_of
 from gravlens.activations.reader import BATCH as BATCH
 from gravlens.activations.reader import Offset as Offset
 from gravlens.activations.reader import Plan, Through, all_finite, read_each, read_here
@@ -19,7 +19,8 @@ from gravlens.activations.reader import residuals_of_batch as residuals_of_batch
 from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, check_layer, of_kind
-from gravlens.core.files import read_tensors, write_tensors
+from gravlens.core.files import check_digest, read_tensors, write_tensors
+from gravlens.history.encoding import KWARGS, prompts_digest, template_kwargs
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.models.placement import Placement
@@ -46,8 +47,8 @@ class Residuals:
     Attributes:
         values: fp32 and finite, in units of the residual stream; from a store they are memory-mapped and read-only.
         checkpoints: names (`witness`, `anchor`, `{run}/{step}`).
-        prompts: digest of the prompt set.
-        meta: provenance: read position, dtype, chat template, system prompt, sources.
+        prompts: digest of the prompts' token ids (`prompts_digest`).
+        meta: provenance: read position, dtype, chat template and its arguments, system prompt, sources.
         index: (prompt, token) of each row where rows are tokens; None where each prompt is one row.
     """
 
@@ -106,7 +107,8 @@ class Residuals:
         """Read a file written by `save`."""
         arrays, meta = read_tensors(path, "residuals")
         names, layers = tuple(meta["checkpoints"]), tuple(meta["layers"])
-        return cls(arrays["values"], names, layers, meta["prompts"], dict(meta["meta"]), arrays.get("index"))
+        prompts = check_digest(meta["prompts"], path)
+        return cls(arrays["values"], names, layers, prompts, dict(meta["meta"]), arrays.get("index"))
 
     def to_xarray(self) -> xarray.DataArray:
         """Return the values with named axes."""
@@ -198,15 +200,18 @@ def prepare(
     known = Known()  # checkpoints that share a folder, such as an adapter's base, resolve it once
     tokenizer = sequence_tokenizer(sequence, prompts, known)
     queries = queries_of(tokenizer, prompts, positions)
+    asked = [one.ids[: one.start] if isinstance(positions, Answers) else one.ids for one in queries]
     wanted = [resolve(one, known, weights=False) for one in (sequence if checkpoints is None else checkpoints)]
     n_layers, d_model = one_shape(wanted)
     meta = {
         "positions": described(positions),
         "chat_template": sequence.chat_template if getattr(tokenizer, "chat_template", None) else "none",
         **({"system": prompts.system} if prompts.system else {}),
+        **({KWARGS: kwargs} if (kwargs := template_kwargs(tokenizer)) else {}),
         "sources": {checkpoint.name: checkpoint.described for checkpoint in wanted},
     }
-    return Request(Plan.of(queries, layers_of(layers, n_layers), d_model), tuple(wanted), prompts.digest, meta)
+    plan = Plan.of(queries, layers_of(layers, n_layers), d_model)
+    return Request(plan, tuple(wanted), prompts_digest(asked), meta)
 
 
 def check_states(given: Residuals) -> Residuals:

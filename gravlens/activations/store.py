@@ -392,7 +392,7 @@ def _sendable(checkpoint: Checkpoint) -> Checkpoint:
     here = Path(checkpoint.source)
     base = None if checkpoint.base is None else _sendable(checkpoint.base)
     source = here.absolute() if here.is_dir() else checkpoint.source
-    return replace(checkpoint, source=source, base=base, template="own", tokenizer=None)
+    return replace(checkpoint, source=source, base=base, template="own", tokenizer=None, chat_template_kwargs={})
 
 
 # --- maintenance ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from gravlens.core.errors import GravlensError
+from gravlens.history.encoding import THOUGHT_TAGS as THOUGHT_TAGS
 from gravlens.history.encoding import encode
 from gravlens.history.prompts import PromptSet
 from gravlens.models.forward import generate
@@ -23,8 +24,6 @@ DEFAULT_REFUSAL_MARKERS = (
     "I'm sorry", "I am sorry", "I apologize", "As an AI", "As a language model", "As an assistant", "I cannot",
     "I can't", "I am unable to", "I'm unable to", "I am not able to", "I'm not able to",
 )  # fmt: skip
-# What opens and closes a thought before the answer: Qwen 3, DeepSeek-R1 and their kind; Magistral; Seed-OSS.
-THOUGHT_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 LOOP = 8  # an answer is degenerate if its last 8 words repeat one or two words
 
 

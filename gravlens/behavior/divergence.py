@@ -10,7 +10,7 @@ from torch import Tensor
 from gravlens.behavior.answers import Prompts
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
-from gravlens.history.encoding import encode
+from gravlens.history.encoding import encode, encode_answer
 from gravlens.history.prompts import PromptSet
 from gravlens.models.forward import batches, end_logits, generate, sequence_logprobs
 from gravlens.models.opening import Openable, OpenModel, open_model
@@ -47,9 +47,11 @@ def kl_from(
     """
     reference, model = open_model(reference), open_model(model)
     _check_one_language(reference, model)
-    asked = encode(reference.tokenizer, PromptSet.of(prompts))
-    given = None if answers is None else _encode_answers(reference, asked, answers)
-    said = generate(reference, asked, max_new_tokens=max_new_tokens) if given is None else given
+    if answers is None:
+        asked = encode(reference.tokenizer, PromptSet.of(prompts))
+        said = generate(reference, asked, max_new_tokens=max_new_tokens)
+    else:
+        asked, said = _encode_answers(reference, prompts, answers)
     divergences = np.empty(len(asked))
     # Compared as they are yielded: kept, they would take prompts × positions × vocabulary in memory.
     with torch.inference_mode(), progress("divergence", total=len(asked), unit="prompt") as bar:
@@ -89,8 +91,7 @@ def answer_log_likelihood(model: Openable, prompts: Prompts, answers: Sequence[s
         GravlensError: no tokenizer, or different numbers of answers and prompts.
     """
     model = open_model(model)
-    asked = encode(model.tokenizer, PromptSet.of(prompts))
-    said = _encode_answers(model, asked, answers)
+    asked, said = _encode_answers(model, prompts, answers)
     rows = [row for row, tokens in enumerate(said) if tokens]
     means = np.full(len(asked), np.nan)
     if rows:
@@ -99,11 +100,18 @@ def answer_log_likelihood(model: Openable, prompts: Prompts, answers: Sequence[s
     return means
 
 
-def _encode_answers(model: OpenModel, asked: Ids, answers: Sequence[str]) -> list[list[int]]:
+def _encode_answers(model: OpenModel, prompts: Prompts, answers: Sequence[str]) -> tuple[Ids, Ids]:
+    """Encode prompts, and answers as the chat template writes them; an empty answer has no tokens."""
+    asked = PromptSet.of(prompts)
     if len(asked) != len(answers):
         given = f"There are {len(asked)} prompts and {len(answers)} answers."
         raise GravlensError(given, "One answer per prompt is needed.", "answers = generate_answers(model, prompts).")
-    return [model.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]  # pyright: ignore[reportOptionalCall]
+    ids = encode(model.tokenizer, asked)
+    written = [
+        encode_answer(model.tokenizer, turns, answer, ended=False)[:2] if answer else (prompt, [])
+        for prompt, turns, answer in zip(ids, asked.turns, answers, strict=True)
+    ]
+    return [prompt for prompt, _ in written], [answer for _, answer in written]
 
 
 def _check_one_language(reference: OpenModel, model: OpenModel) -> None:

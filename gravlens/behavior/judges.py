@@ -215,7 +215,7 @@ def guard_judge(
 
     def judge(prompts: Sequence[str], answers: Sequence[str]) -> Bool[np.ndarray, " prompt"]:
         ids = [_conversation(model, template, *pair) for pair in zip(prompts, answers, strict=True)]
-        logprobs = opening_logprobs(model, ids, (safe, unsafe))
+        logprobs = opening_logprobs(model, ids, encode_openings(model, (safe, unsafe), after=""))
         # A guard with other words for its verdicts would give a share of two tiny probabilities: noise.
         if ids and float(logprobs.exp().sum(1).mean()) < SAID:
             first: str = model.tokenizer.decode([int(final_logits(model, ids[:1])[0].argmax())])  # pyright: ignore
@@ -247,7 +247,7 @@ def _check_chat(model: OpenModel) -> None:
 
 
 def _check_verdicts(model: OpenModel, safe: str, unsafe: str) -> None:
-    (first,), (second,) = encode_openings(model, safe), encode_openings(model, unsafe)
+    (first,), (second,) = (encode_openings(model, one, after="") for one in (safe, unsafe))
     # The probability of the longer one would be part of the shorter one's.
     if first == second[: len(first)] or second == first[: len(second)]:
         given = f"One of the verdicts {safe!r} and {unsafe!r} begins the other, as this vocabulary writes them."

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from gravlens.behavior.answers import Prompts, texts_of
 from gravlens.core.errors import GravlensError, as_list
-from gravlens.history.encoding import encode, encode_example
+from gravlens.history.encoding import (
+    THOUGHT_TAGS,
+    Place,
+    answer_place,
+    encode,
+    encode_after,
+    encode_parts,
+    open_thought,
+    template_names,
+)
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.models.forward import final_logits, sequence_logprobs
 from gravlens.models.opening import Openable, OpenModel, open_model
@@ -32,14 +41,15 @@ def refusal_log_odds(
 ) -> Float[np.ndarray, " prompt"]:
     """log p(R) − log(1 − p(R)) after the last prompt token, nats; R: the first tokens of refusal openings.
 
-    The score of Arditi et al. (2024). Openings are tokenised without a leading space, as an answer begins after a chat
-    template; for a model without a template, which continues text, give `" I"`.
+    The score of Arditi et al. (2024). Openings are tokenised as an answer begins after the chat template; for a model
+    without a template, which continues text, give `" I"`.
 
     Raises:
-        GravlensError: the model has no tokenizer, or an opening has unknown words.
+        GravlensError: the model has no tokenizer, an opening has unknown words, or the chat template opens a thought
+            before the answer.
     """
     model = open_model(model)
-    ids = encode(model.tokenizer, PromptSet.of(prompts))
+    ids = _before_answers(model, prompts)
     first = sorted({opening[0] for opening in encode_openings(model, openings)})
     logits = final_logits(model, ids).double()
     refusing = torch.zeros(logits.shape[1], dtype=torch.bool)
@@ -56,26 +66,45 @@ def two_sided_log_odds(
     Longer openings are less likely, so compare checkpoints of one model, or openings of similar length.
 
     Raises:
-        GravlensError: the model has no tokenizer, or an opening has unknown words.
+        GravlensError: as for `refusal_log_odds`.
     """
     model = open_model(model)
-    ids = encode(model.tokenizer, PromptSet.of(prompts))
-    sides = [opening_logprobs(model, ids, openings).logsumexp(1) for openings in (refusals, compliances)]
+    ids = _before_answers(model, prompts)
+    encoded = [encode_openings(model, openings) for openings in (refusals, compliances)]
+    sides = [opening_logprobs(model, ids, openings).logsumexp(1) for openings in encoded]
     return (sides[0] - sides[1]).numpy()
 
 
+def _before_answers(model: OpenModel, prompts: Prompts) -> list[list[int]]:
+    """Encode prompts up to where an answer begins: a template without a generation prompt writes more before it."""
+    ids, place = encode(model.tokenizer, PromptSet.of(prompts)), answer_place(model.tokenizer)
+    if any(open_thought(place.after) or tag in place.between for tag, _ in THOUGHT_TAGS):
+        name = next((name for name in sorted(template_names(model.tokenizer)) if "think" in name), None)
+        remedy = f'chat_template_kwargs={{"{name}": False}}' if name else "another chat template (tokenizer=)"
+        given = f"The chat template writes {(place.after + place.between)[-40:]!r} where an answer begins."
+        wanted = "Refusal log-odds compare how answers begin, and a thought comes first."
+        raise GravlensError(given, wanted, f"{remedy}, or judge generated answers.")
+    more = encode_after(model.tokenizer, place.after, place.between) if place.between else []
+    return [[*prompt, *more] for prompt in ids]
+
+
 def opening_logprobs(
-    model: OpenModel, ids: Sequence[Sequence[int]], openings: Sequence[str]
+    model: OpenModel, ids: Sequence[Sequence[int]], openings: Sequence[Sequence[int]]
 ) -> Float[Tensor, "prompt opening"]:
-    """Return log p of each whole opening after each prompt's token ids, teacher-forced; nats."""
-    continuations = encode_openings(model, openings)
-    pairs = [(prompt, continuation) for prompt in ids for continuation in continuations]
-    return sequence_logprobs(model, *zip(*pairs, strict=True)).view(len(ids), len(continuations))
+    """Return log p of each whole opening after each prompt, given as token ids, teacher-forced; nats."""
+    pairs = [(prompt, opening) for prompt in ids for opening in openings]
+    return sequence_logprobs(model, *zip(*pairs, strict=True)).view(len(ids), len(openings))
 
 
-def encode_openings(model: OpenModel, openings: Sequence[str]) -> list[list[int]]:
-    """Return token ids of answer openings; raise if one has unknown words."""
-    encoded = {opening: _encode_opening(model.tokenizer, opening) for opening in texts_of(openings)}
+def encode_openings(model: OpenModel, openings: Sequence[str], *, after: str | None = None) -> list[list[int]]:
+    """Return token ids of answer openings; raise if one has unknown words.
+
+    Args:
+        after: the text that they follow; default: what the chat template writes before an answer.
+    """
+    place = answer_place(model.tokenizer) if after is None else Place(after, "", "")
+    before, texts = place.after + place.between, texts_of(openings)
+    encoded = {opening: _encode_opening(model.tokenizer, before, place.space + opening) for opening in texts}
     unknown = [opening for opening, ids in encoded.items() if not ids]
     if unknown or not encoded:
         given = f"The vocabulary cannot write {unknown[0]!r}." if unknown else "No opening was given."
@@ -84,19 +113,17 @@ def encode_openings(model: OpenModel, openings: Sequence[str]) -> list[list[int]
     return list(encoded.values())
 
 
-def _encode_opening(tokenizer: Any, opening: str) -> list[int]:
+def _encode_opening(tokenizer: Any, after: str, opening: str) -> list[int]:
     """Return token ids, or none for an unknown word."""
     try:
-        ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # a tokenizer without an unknown token raises a bare Exception
-        if "UNK" not in str(error).upper():
-            raise
+        ids = encode_after(tokenizer, after, opening)
+    except GravlensError:
         return []
     return [] if tokenizer.unk_token_id in ids else ids
 
 
 def task_loss(model: Openable, examples: Sequence[Example]) -> float:
-    """Cross-entropy of the answers, −Σ log p(token) / tokens, end of sequence included; nats per token.
+    """Cross-entropy of the answers, −Σ log p(token) / tokens, end of turn included; nats per token.
 
     Raises:
         GravlensError: no examples, or the model has no tokenizer.
@@ -105,11 +132,7 @@ def task_loss(model: Openable, examples: Sequence[Example]) -> float:
     if not examples:
         wanted = "A loss is a mean over answers, so at least one is needed."
         raise GravlensError("No examples were given.", wanted, "[Example(prompt, answer)].")
-    prompts, answers = [], []
-    for ids, labels in (encode_example(model.tokenizer, example) for example in examples):
-        start = labels.count(-100)  # tokens of the prompt, which the loss of transformers ignores
-        prompts.append(ids[:start])
-        answers.append(ids[start:])
+    prompts, answers, _ = zip(*(encode_parts(model.tokenizer, example) for example in examples), strict=True)
     return -float(sequence_logprobs(model, prompts, answers).sum()) / sum(map(len, answers))
 
 

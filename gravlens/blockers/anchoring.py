@@ -12,8 +12,9 @@ from torch.nn.functional import kl_div
 
 from gravlens.blockers.blocking import BoundBlocker, Draws, check_fields, without_dropout
 from gravlens.core.errors import GravlensError
-from gravlens.history.encoding import encode, encode_example, pad
+from gravlens.history.encoding import encode, encode_parts, pad
 from gravlens.history.prompts import Example, PromptSet
+from gravlens.models.families import check_context
 from gravlens.models.forward import generate
 from gravlens.models.opening import OpenModel
 
@@ -82,15 +83,17 @@ class Rehearsal:
         """Encode the examples; GravlensError if there are none."""
         if not self.examples:
             raise GravlensError("No examples were given.", "At least one is needed.", "[Example(prompt, refusal)].")
-        encoded = [encode_example(model.tokenizer, example) for example in self.examples]
+        encoded = [encode_parts(model.tokenizer, example) for example in self.examples]
+        check_context(model, [row.prompt + row.answer for row in encoded])
         draws = Draws(len(encoded), self.batch, rng)
 
         def loss(weight: float = 1.0) -> Float[Tensor, ""]:
-            ids, labels = zip(*(encoded[row] for row in draws()), strict=True)
-            answers = [torch.tensor([label for label in one if label != -100]) for one in labels]
+            rows = [encoded[row] for row in draws()]
+            answers = [torch.tensor(row.answer) for row in rows]
             with without_dropout(model.module):
                 # The distribution after a token predicts the next one, so the last token is not run.
-                now = _end_logprobs(model, [one[:-1] for one in ids], [len(answer) for answer in answers])
+                ids = [[*row.prompt, *row.answer[:-1]] for row in rows]
+                now = _end_logprobs(model, ids, [len(answer) for answer in answers])
             told = [one.gather(1, answer[:, None].to(one.device)) for one, answer in zip(now, answers, strict=True)]
             return -weight * self.strength * torch.cat(told).mean()
 

@@ -35,7 +35,8 @@ def inspect(sequence: opt.SEQUENCE, json: opt.JSON = False) -> None:
         print_json(rows)
         return
     columns = ("role", "step", "source", "parameters", "dtype", "digest", "distance", "cosine", "remark")
-    read = f"chat template: {listed.attrs['chat_template']}; system prompt: {listed.attrs['system'] or 'none'}"
+    kwargs = "".join(f", {name}={value!r}" for name, value in listed.attrs["chat_template_kwargs"].items())
+    read = f"chat template: {listed.attrs['chat_template']}{kwargs}; system prompt: {listed.attrs['system'] or 'none'}"
     shown = [{**row, "digest": (row["digest"] or "")[:12]} for row in rows]
     # `wide`: a digest or a path that a narrow terminal cuts is of no use
     cells = ([row[column] for column in columns] for row in shown)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -120,6 +121,15 @@ def _meta(path: Path | str, kind: str, header: Mapping[str, str]) -> dict[str, A
         wanted = f"A gravlens file of {kind} by the convention {CONVENTION!r} is needed."
         raise GravlensError(given, wanted, f"write it again with this version's .save() of {kind}.")
     return json.loads(header["meta"])
+
+
+def check_digest(prompts: str, path: Path | str) -> str:
+    """Return the prompts' digest that a file holds; raise for one of texts, which earlier versions wrote."""
+    if re.fullmatch("[0-9a-f]{64}", prompts):
+        given = f"{path} knows its prompts by a digest of their texts (written by an earlier version of gravlens)."
+        wanted = "Prompts are known by their token ids: one text under two chat templates is two prompts."
+        raise GravlensError(given, wanted, "compute it again: cache_residuals, locate_vrev or refusal_candidates.")
+    return prompts
 
 
 class TensorWriter:

@@ -12,7 +12,7 @@ from scipy.special import ndtri
 
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
-from gravlens.core.files import read_tensors, write_tensors
+from gravlens.core.files import check_digest, read_tensors, write_tensors
 
 Samples: TypeAlias = Float[np.ndarray, "sample layer d_model"]
 COLUMNS = ("layer", "distance", "reliability", "estimator", "made from")  # as a notebook shows them
@@ -31,7 +31,7 @@ class Direction:
         distance: length of the difference that the direction was made from, residual units; strength 1 is this length.
         reliability: split-half cosine over even and odd prompts, Spearman–Brown corrected; NaN for one prompt.
         estimator: name of the estimator.
-        prompts: digest of the prompts.
+        prompts: digest of the prompts' token ids.
         made_from: provenance (witness, anchor, position, chat template).
         undefined: why this layer has no direction, or None.
     """
@@ -162,6 +162,8 @@ class Directions(_OfLayers["Direction"]):
         """Read a file of `save`."""
         arrays, meta = read_tensors(path, "directions")
         rows = zip(arrays["vectors"], meta["directions"], strict=True)
+        for one in meta["directions"]:
+            check_digest(one["prompts"], path)
         numbers = ("distance", "reliability")  # JSON has no NaN
         return cls(tuple(Direction(v, **(m | {n: np.nan if m[n] is None else m[n] for n in numbers})) for v, m in rows))
 

@@ -15,10 +15,10 @@ from scipy.stats import mannwhitneyu
 from gravlens.activations.positions import Positions
 from gravlens.activations.residuals import (
     Residuals,
-    cache_residuals,
     cache_sets,
     check_states,
     noise_floor,
+    prepare,
     run_and_step,
 )
 from gravlens.core import display as html
@@ -229,18 +229,19 @@ def _sets_of(source: Residuals | Sequence[Residuals] | ModelSequence, directions
     """The given residuals, or those of a sequence's probes and held-out prompts."""
     if not isinstance(source, ModelSequence):
         return [check_states(one) for one in as_list(source)]
-    # v_rev's own prompts share its noise, so both are read
-    sets = [one for one in (source.probes, source.held_out) if one is not None] or [source.require_probes()]
     first = directions.directions[0]
-    if first.prompts not in {one.digest for one in sets}:  # else both would count as held out, and each run twice
-        sets = sets[-1:]
     reading: dict[str, Any] = {
         "layers": directions.layers,
         "positions": first.made_from.get("positions", "last"),
         # the witness has no drift to follow, and is often the largest download
         "checkpoints": [one for one in source if one is not source.witness],
     }
-    return [cache_residuals(source, prompts, **reading) for prompts in sets]
+    # v_rev's own prompts share its noise, so both are read
+    sets = [one for one in (source.probes, source.held_out) if one is not None] or [source.require_probes()]
+    requests = [prepare(source, prompts, **reading) for prompts in sets]
+    if first.prompts not in {one.prompts for one in requests}:  # else both would be held out, and each run count twice
+        requests = requests[-1:]
+    return [request.read() for request in requests]
 
 
 def check_trajectory(given: Trajectory) -> Trajectory:

@@ -20,7 +20,8 @@ Source: TypeAlias = ModelSequence | Residuals | Path | str
 States: TypeAlias = Float[np.ndarray, "prompt d_model"]
 Vector: TypeAlias = Float[np.ndarray, " d_model"]
 Estimator = Callable[[States, States], np.ndarray]
-FACTS = ("positions", "chat_template", "system", "contrast", "geometry")  # of the residuals, in `made_from`
+# Of the residuals, in `made_from`.
+FACTS = ("positions", "chat_template", "chat_template_kwargs", "system", "contrast", "geometry")
 
 
 def difference_of_means(witness: States, anchor: States) -> Vector:

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Re
 from torch import Tensor, nn
 
 from gravlens.core.errors import GravlensError
-from gravlens.core.files import without_nan, write_atomically
+from gravlens.core.files import check_digest, without_nan, write_atomically
 from gravlens.directions.direction import Direction, Directions, each
 from gravlens.directions.vrev import direction_from
 from gravlens.interventions.edits import Steer
@@ -282,7 +282,7 @@ def _parsed(path: Path, facts: str) -> dict[int, dict[str, Any]]:
         return {
             int(layer): {
                 "estimator": str(one["estimator"]),
-                "prompts": str(one["prompts"]),
+                "prompts": check_digest(str(one["prompts"]), path),
                 "reliability": float("nan" if one["reliability"] is None else one["reliability"]),  # JSON has no NaN
                 "made_from": dict(one["made_from"]),
             }

@@ -1,8 +1,20 @@
 """Encode prompts and examples as token ids through the chat template, and pad them to batches."""
 
-from collections.abc import Sequence
+import copy
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
+import jinja2
+import jinja2.meta
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -10,45 +22,373 @@ from torch import Tensor
 from gravlens.core.errors import GravlensError, wrong_kind
 from gravlens.history.prompts import Example, PromptSet, Turn
 
+KWARGS = "chat_template_kwargs"  # attribute of a tokenizer: the arguments that its chat template is rendered with
+# A template that reads the clock would give other states tomorrow. It reads this date: the default of Llama 3's own.
+CLOCK, FROZEN = "strftime_now", "2024-07-26"
+# What opens and closes a thought before the answer: Qwen 3, DeepSeek-R1 and their kind; Magistral; Seed-OSS; EXAONE and
+# others; Command A; Kimi; Gemma 4.
+THOUGHT_TAGS = (
+    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"), ("<thought>", "</thought>"),
+    ("<thinking>", "</thinking>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("◁think▷", "◁/think▷"),
+    ("<|channel>thought", "<channel|>"),
+)  # fmt: skip
+MARK = "\u2983gravlens\u2984"  # rendered in place of a text, to find where it is in the template
+USER = ({"role": "user", "content": MARK},)
+_CLOCK_CALL = re.compile(rf"""\b{CLOCK}\s*\(\s*(["'])([^"']*)\1\s*\)""")
+_MARKUP = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]<>\s]{1,40}\]")
+_WARNED: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
 
+
+# --- prompts --------------------------------------------------------------------------------------------------------
 def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]]:
     """Encode each prompt up to its last token, after which the model answers; there is never more than one BOS.
 
     A tokenizer with a chat template renders the conversation (system prompt and earlier turns, if any, and the prompt)
-    and the generation prompt; one without encodes the plain text.
+    and the generation prompt; one without encodes the plain text. Chat markup inside a prompt is warned of.
+
+    Raises:
+        GravlensError: no tokenizer; turns that the template refuses or leaves out, or no template for them.
     """
-    if tokenizer is None:
-        remedy = "pass tokenizer= when it is opened."
-        raise GravlensError("This model has no tokenizer.", "Prompts are texts and need one.", remedy)
-    prompts = PromptSet.of(prompts)
-    for roles in {tuple(turn["role"] for turn in turns) for turns in prompts.turns} - {("user",)}:
-        _check_takes(tokenizer, roles)
-    special = not getattr(tokenizer, "chat_template", None)  # a template writes the special tokens itself
-    return [_one_bos(tokenizer, _ids(tokenizer, text, special)) for text in rendered(tokenizer, prompts)]
+    return [_encoded(tokenizer, text) for text in rendered(tokenizer, PromptSet.of(prompts))]
 
 
-def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
-    """Encode prompt + answer; return the token ids, and labels that are -100 (no loss) on the prompt."""
-    if not isinstance(example, tuple) or len(example) not in (2, 3, 4):  # a plain pair is accepted
-        remedy = "Example(prompt, answer), or read_examples(path)."
-        raise wrong_kind(example, "An example is a prompt and an answer.", remedy)
-    example = Example(*example)
-    if not example.answer:  # it would teach to end at once
-        given = f"The example {example.prompt[:40]!r} has no answer."
-        raise GravlensError(given, "An example is a prompt and an answer.", "[e for e in examples if e.answer].")
-    prompt = encode(tokenizer, PromptSet((example.prompt,), system=example.system, earlier=(example.earlier,)))[0]
-    # Apart from the prompt: encoded together, a token could span both, and the mask would have no border.
-    answer = _ids(tokenizer, example.answer, special=False)
-    if tokenizer.eos_token_id is not None:
-        answer = [*answer, tokenizer.eos_token_id]
-    return prompt + answer, [-100] * len(prompt) + answer
+def prompts_digest(ids: Sequence[Sequence[int]]) -> str:
+    """Return the SHA-256 of prompts' token ids after `ids:`, by which results know their prompts.
+
+    The same texts under another chat template, other arguments of it or another system prompt are other prompts.
+    """
+    return f"ids:{hashlib.sha256(json.dumps([list(one) for one in ids]).encode()).hexdigest()}"
 
 
 def rendered(tokenizer: Any, prompts: PromptSet) -> list[str]:
     """Render each prompt by the chat template; without a template, return it unchanged."""
+    return rendered_turns(tokenizer, prompts.turns)
+
+
+def rendered_turns(tokenizer: Any, conversations: Sequence[list[Turn]]) -> list[str]:
+    """Render conversations up to where the model answers; without a chat template, return the text of each."""
+    if tokenizer is None:
+        remedy = "pass tokenizer= when it is opened."
+        raise GravlensError("This model has no tokenizer.", "Prompts are texts and need one.", remedy)
     if not getattr(tokenizer, "chat_template", None):
-        return list(prompts)
-    return [_rendered(tokenizer, turns) for turns in prompts.turns]
+        if several := next((turns for turns in conversations if len(turns) > 1), None):
+            raise _not_taken(several, "has no chat template")
+        return [turns[0]["content"] for turns in conversations]
+    chats = {_roles(turns): _Chat.of(tokenizer, turns) for turns in conversations}
+    texts, seen = [chats[_roles(turns)].written(turns) for turns in conversations], dict[str, list[str]]()
+    for text, turns in zip(texts, conversations, strict=True):
+        asked, read = [_squeezed(turn["content"]) for turn in turns if turn["role"] != "assistant"], _squeezed(text)
+        # Equal renderings of other texts: a template may lose a part that stands in it anyway.
+        if any(one not in read for one in asked) or seen.setdefault(text, asked) != asked:
+            raise _not_taken(turns, f"leaves out the text of a prompt ({turns[-1]['content'][:40]!r})")
+    if chats:
+        _warn_of_markup(next(iter(chats.values())), conversations)
+    return texts
+
+
+def _roles(turns: Sequence[Turn]) -> tuple[str, ...]:
+    return tuple(turn["role"] for turn in turns)
+
+
+def _not_taken(turns: Sequence[Turn], found: str) -> GravlensError:
+    """Return the error for turns that a tokenizer's chat template refuses or loses."""
+    roles, given = _roles(turns), "This"
+    if len(roles) > 1:
+        what = "A system prompt was" if roles[:-1] == ("system",) else f"Conversations ({', '.join(roles)}) were"
+        given = f"{what} given, and this"
+    found = found if found.startswith("has") else f"has a chat template that {found}"
+    remedy = "no such turns, or their text at the start of each prompt."
+    if len(roles) == 1:
+        remedy = 'tokenizer= with another chat_template, or chat_template="none".'
+    wanted = "The model must read each turn: else all prompts are the same tokens."
+    return GravlensError(f"{given} tokenizer {found}.", wanted, remedy)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())  # templates trim, and a few rewrite white space
+
+
+def _warn_of_markup(chat: "_Chat", conversations: Sequence[Sequence[Turn]]) -> None:
+    """Warn, once for each tokenizer and tag, of prompts that would end their own turn or begin another."""
+    texts = [turn["content"] for turns in conversations for turn in turns if turn["role"] != "assistant"]
+    found = {tag for text in texts for tag in _MARKUP.findall(text)} & chat.markup
+    told = _WARNED.setdefault(chat.tokenizer, set())
+    if new := sorted(found - told):
+        told.update(new)
+        given = f"Prompts contain chat markup ({', '.join(new)}), and the chat template writes turns around them."
+        warnings.warn(f"{given} Try: the plain texts, or chat_template='none' for rendered ones.", stacklevel=4)
+
+
+# --- the chat template ----------------------------------------------------------------------------------------------
+def with_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return a copy of a tokenizer of which the chat template gets these arguments wherever gravlens renders it.
+
+    Args:
+        kwargs: such as `{"enable_thinking": False}`; `strftime_now`: the date (YYYY-MM-DD) that a template reads as
+            today's; `chat_template`: the name of one of several templates.
+
+    Raises:
+        GravlensError: a name that the template does not read.
+    """
+    if not kwargs:
+        return tokenizer
+    bound = copy.copy(tokenizer)  # it may be the user's
+    setattr(bound, KWARGS, dict(kwargs))
+    given = getattr(tokenizer, "chat_template", None)
+    read = template_names(bound) if given else set()
+    known = read | {"chat_template"} if isinstance(given, dict) else read
+    if unknown := sorted({*kwargs} - known):
+        told = f"chat_template_kwargs has {', '.join(unknown)}, which the chat template does not read."
+        wanted = (
+            f"It reads {', '.join(sorted(read))}." if read else "It has no arguments." if given else "There is none."
+        )
+        raise GravlensError(told, wanted, "one of these." if read else "no chat_template_kwargs.")
+    return bound
+
+
+def template_kwargs(tokenizer: Any) -> dict[str, Any]:
+    """Return the arguments that the chat template is rendered with, and the date that it reads for today's."""
+    if not getattr(tokenizer, "chat_template", None):
+        return {}
+    clock = {CLOCK: FROZEN} if re.search(rf"\b{CLOCK}\s*\(", _template_of(tokenizer)) else {}
+    return {**clock, **getattr(tokenizer, KWARGS, {})}
+
+
+def template_names(tokenizer: Any) -> set[str]:
+    """Return the names of the arguments that the chat template reads."""
+    # Without the blocks that transformers adds to the language.
+    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", _template_of(tokenizer))
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    fixed = {"messages", "add_generation_prompt", "raise_exception", *tokenizer.special_tokens_map}
+    return jinja2.meta.find_undeclared_variables(tree) - fixed
+
+
+def _template_of(tokenizer: Any) -> str:
+    given, name = tokenizer.chat_template, getattr(tokenizer, KWARGS, {}).get("chat_template", "default")
+    if not isinstance(given, dict) or name in given:
+        return given[name] if isinstance(given, dict) else given
+    told = f"This tokenizer has the chat templates {', '.join(given)}, and none called {name!r}."
+    raise GravlensError(
+        told, "One must be chosen.", f'chat_template_kwargs={{"chat_template": "{next(iter(given))}"}}.'
+    )
+
+
+def _frozen(template: str, today: Any) -> str:
+    """Return a template that reads a date in place of the clock."""
+    try:
+        day = date.fromisoformat(today)
+    except (TypeError, ValueError) as error:
+        given = f"chat_template_kwargs has {CLOCK} = {today!r}."
+        raise GravlensError(given, "It is the date that the chat template reads.", f'"{FROZEN}".') from error
+    # In its text: transformers hands no function to a template.
+    text = _CLOCK_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), template)
+    if re.search(rf"\b{CLOCK}\s*\(", text):
+        given = f"The chat template reads the clock in a format that it computes ({CLOCK})."
+        remedy = "tokenizer= with a chat_template that has a date."
+        raise GravlensError(given, "States must not depend on the day.", remedy)
+    return text
+
+
+@dataclass(frozen=True, eq=False)
+class _Chat:
+    """A tokenizer's chat template with its arguments."""
+
+    tokenizer: Any
+    template: str
+    kwargs: Mapping[str, Any]
+    parts: bool  # it iterates over the parts of a turn, as those of image-text models do, and loses a plain text
+
+    @classmethod
+    def of(cls, tokenizer: Any, turns: Sequence[Turn] = USER) -> "_Chat":
+        """Raise unless the template writes each turn of a conversation of these roles."""
+        kwargs = template_kwargs(tokenizer)
+        template = _frozen(_template_of(tokenizer), kwargs.pop(CLOCK, FROZEN))
+        given = {key: value for key, value in kwargs.items() if key != "chat_template"}
+        marks = [{"role": role, "content": f"gravlens-{role}-{i}"} for i, role in enumerate(_roles(turns))]
+        failed: list[GravlensError] = []
+        for parts in (False, True):
+            chat = cls(tokenizer, template, given, parts)
+            try:
+                text = chat.written(marks)  # and searched: some skip a system turn without an error
+            except GravlensError as error:
+                failed.append(error)
+                continue
+            lost = [turn["role"] for turn in marks if turn["content"] not in text]
+            if not lost:
+                return chat
+            failed.append(_not_taken(turns, f"leaves out the {lost[0]} turn"))
+        raise failed[0]
+
+    def written(self, turns: Sequence[Turn], *, done: bool = False) -> str:
+        """Render turns, and the generation prompt unless the conversation is `done`."""
+        given: list[Any] = [*turns]
+        if self.parts:
+            given = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        rest: dict[str, Any] = {"chat_template": self.template, "add_generation_prompt": not done, **self.kwargs}
+        try:
+            return self.tokenizer.apply_chat_template(given, tokenize=False, **rest)
+        except Exception as error:  # jinja's with the template's own message, or of anything that it computes
+            raise _not_taken(turns, f"refuses the {turns[-1]['role']} turn or one before it ({error})") from error
+
+    def around(self, turns: Sequence[Turn]) -> tuple[str, str]:
+        """Return what the template writes before and after an answer."""
+        whole = self.written([*turns, {"role": "assistant", "content": MARK}], done=True)
+        before, found, after = whole.rpartition(MARK)
+        if not found:
+            raise _not_taken(turns, "leaves out the assistant turn")
+        return before, after
+
+    @cached_property
+    def markup(self) -> set[str]:
+        """Special tokens, and tags such as [INST] that the template writes around texts."""
+        own = _MARKUP.findall(self.written(USER))
+        return {tag for tag in (*own, *self.tokenizer.all_special_tokens) if _MARKUP.fullmatch(tag)}
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+class Turned(NamedTuple):
+    """Token ids of a prompt, of the answer that the model learns, and of what the template writes after it."""
+
+    prompt: list[int]
+    answer: list[int]
+    rest: list[int]
+
+
+def encode_answer(tokenizer: Any, turns: list[Turn], answer: str, *, ended: bool = True) -> Turned:
+    """Encode an answer as the chat template writes it after the conversation's own tokens, up to the end of its turn.
+
+    `rest` is what a template writes after the end of turn, such as a line feed: generation has ended there, so no model
+    writes it. Without an end of turn in the template, and without a template, the tokenizer's end of sequence ends the
+    answer. `ended=False` leaves both out.
+
+    A template may open a thought for generation and write none into a finished turn (DeepSeek-R1's). An answer that
+    closes the thought then follows it; any other stands where the template puts it.
+
+    Raises:
+        GravlensError: a template that leaves out the answer; a vocabulary that cannot encode it after the prompt.
+    """
+    (before,) = rendered_turns(tokenizer, [turns])
+    if not getattr(tokenizer, "chat_template", None):
+        # Apart from the prompt: encoded together, a token could span both.
+        said = _ids(tokenizer, answer, special=False)
+        return Turned(_encoded(tokenizer, before), _with_eos(tokenizer, said, ended), [])
+    before, body, after = _written_answer(tokenizer, turns, answer, before)
+    prompt, said = _continued(tokenizer, before, body + after)
+    ends = end_of_turn(tokenizer)
+    if ended and (stops := [at for at, token in enumerate(said, 1) if token in ends]):
+        return Turned(prompt, said[: stops[-1]], said[stops[-1] :])
+    # A template that ignores `add_generation_prompt` writes it after an answer too.
+    opens_next = before.endswith(after) and _squeezed(body) == _squeezed(answer)
+    text = "" if not ended or opens_next else after.rstrip()
+    prompt, said = _continued(tokenizer, before, body + text)
+    return Turned(prompt, _with_eos(tokenizer, said, ended), [])
+
+
+def encode_parts(tokenizer: Any, example: Example) -> Turned:
+    """Encode the prompt and the answer of an example by `encode_answer`."""
+    if not isinstance(example, tuple) or not 2 <= len(example) <= len(Example._fields):  # a plain pair is accepted
+        remedy = "Example(prompt, answer), or read_examples(path)."
+        raise wrong_kind(example, "An example is a prompt and an answer.", remedy)
+    example = Example(*example)
+    PromptSet((example.prompt,))  # raises for a blank one
+    if not example.answer:  # it would teach to end at once
+        given = f"The example {example.prompt[:40]!r} has no answer."
+        raise GravlensError(given, "An example is a prompt and an answer.", "[e for e in examples if e.answer].")
+    return encode_answer(tokenizer, example.turns, example.answer)
+
+
+def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
+    """Encode an example by `encode_answer`; return all token ids, and labels that are -100 except on the answer."""
+    prompt, answer, rest = encode_parts(tokenizer, example)
+    return prompt + answer + rest, [-100] * len(prompt) + answer + [-100] * len(rest)
+
+
+def _written_answer(tokenizer: Any, turns: list[Turn], answer: str, before: str) -> tuple[str, str, str]:
+    """Return the text of the prompt, of the answer, and after it."""
+    chat = _Chat.of(tokenizer, turns)
+    head, after = chat.around(turns)
+    whole = chat.written([*turns, {"role": "assistant", "content": answer}], done=True)
+    if whole.startswith(before) and _squeezed(answer) in _squeezed(whole[len(before) :]):
+        return before, whole[len(before) :].removesuffix(after), after
+    opened = open_thought(answer_place(tokenizer).after)
+    if opened and dict(THOUGHT_TAGS)[opened] not in answer:
+        before = head
+    return before, answer.strip().removeprefix(opened).lstrip("\n"), after
+
+
+def open_thought(text: str) -> str:
+    """Return the tag of a thought that a rendered prompt leaves open for the model, or ""."""
+    return next((tag for tag, end in THOUGHT_TAGS if text.rfind(tag) > text.rfind(end)), "")
+
+
+class Place(NamedTuple):
+    """Where an answer begins."""
+
+    after: str  # what the template writes after the user's text, up to where the model begins
+    between: str  # and then, where it has no generation prompt or begins an answer with a thought
+    space: str  # of the answer's first token: after Llama 2's "[/INST]" a model writes "▁Sorry"
+
+
+def answer_place(tokenizer: Any) -> Place:
+    """Return where the chat template lets an answer begin; without a template, nowhere in particular."""
+    if not getattr(tokenizer, "chat_template", None):
+        return Place("", "", "")
+    chat = _Chat.of(tokenizer)
+    before = head = chat.written(USER)
+    with suppress(GravlensError):  # a template without assistants' turns has nothing between
+        head, _ = chat.around(USER)
+    more = head[len(before) :] if head.startswith(before) else ""
+    between = more.rstrip(" ")
+    return Place(before.rpartition(MARK)[2], between, more[len(between) :])
+
+
+def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Encode a text as it is written after another one, without that one's tokens."""
+    return _continued(tokenizer, before, text)[1] if before else _ids(tokenizer, text, special=False)
+
+
+def _continued(tokenizer: Any, before: str, text: str) -> tuple[list[int], list[int]]:
+    """Encode two texts that follow each other, with the first one's own tokens."""
+    first, whole = _encoded(tokenizer, before), _encoded(tokenizer, before + text)
+    if whole[: len(first)] == first:
+        return first, whole[len(first) :]
+    # A token spans the border (two line feeds become one). Alone, the text might begin with a space of sentencepiece's.
+    for other in ("\n", "a", "."):
+        alone, both = (_ids(tokenizer, one, special=False) for one in (other, other + text))
+        if both[: len(alone)] == alone:
+            return first, both[len(alone) :]
+    given = f"The vocabulary merges {text[:20]!r} with whatever is before it ({before[-20:]!r})."
+    raise GravlensError(given, "An answer's tokens follow its prompt's.", "another chat template or tokenizer.")
+
+
+def _with_eos(tokenizer: Any, ids: list[int], ended: bool) -> list[int]:
+    eos = tokenizer.eos_token_id
+    return [*ids, eos] if ended and eos is not None and ids[-1:] != [eos] else ids
+
+
+def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
+    """Return the id of the special or added token that the chat template writes right after an answer, or nothing.
+
+    White space before it is skipped. Nothing without a template, where the template refuses an assistant's turn, or
+    where ordinary text or the end follows the answer.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    try:
+        after = _Chat.of(tokenizer).around(USER)[1].lstrip()
+    except GravlensError:  # answers are then ended by the tokenizer's and the model's own tokens
+        return ()
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    named = {token.content: number for number, token in added.items()}
+    named |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    found = [name for name in named if name.strip() and after.startswith(name)]
+    return (named[max(found, key=len)],) if found else ()
+
+
+# --- token ids ------------------------------------------------------------------------------------------------------
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    special = not getattr(tokenizer, "chat_template", None)  # a template writes the special tokens itself
+    return _one_bos(tokenizer, _ids(tokenizer, text, special))
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -60,30 +400,6 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
         given = f"The vocabulary cannot encode {text[:80]!r}."
         wanted = "Every word needs a token, or the vocabulary a token for unknown words."
         raise GravlensError(given, wanted, "prompts of words in this vocabulary, or another tokenizer.") from error
-
-
-def _rendered(tokenizer: Any, turns: list[Turn]) -> str:
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
-
-def _check_takes(tokenizer: Any, roles: Sequence[str]) -> None:
-    """Raise if the chat template would refuse or drop a turn of a conversation of these roles."""
-    found, marks = "has no chat template", [f"gravlens-{role}-{i}" for i, role in enumerate(roles)]
-    what = "A system prompt was" if roles[:-1] == ("system",) else f"Conversations ({', '.join(roles)}) were"
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            # Rendered and searched: some templates skip the system turn without an error.
-            turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-            text = _rendered(tokenizer, turns)
-            lost = [role for role, mark in zip(roles, marks, strict=True) if mark not in text]
-        except Exception as error:  # jinja's, with the template's own message
-            found = f"has a chat template that refuses {'a system turn' if 'system' in roles else 'them'} ({error})"
-        else:
-            if not lost:
-                return
-            found = f"has a chat template that leaves out the {lost[0]} turn"
-    wanted, remedy = "Each is a turn of the chat template.", "its text at the start of each prompt."
-    raise GravlensError(f"{what} given, and this tokenizer {found}.", wanted, f"no such turns, or {remedy}")
 
 
 def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:

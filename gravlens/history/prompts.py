@@ -14,6 +14,7 @@ from jaxtyping import Bool
 from gravlens.core.errors import GravlensError, wrong_kind
 from gravlens.history.prompt_formats import Entry, Only, PromptFormat, Said, is_table, read_entries, source_name
 
+ENCODING = 2  # raised whenever the same examples would be other tokens: part of the keys of what is trained on them
 Turn: TypeAlias = dict[str, str]  # "role" and "content", as chat templates take them
 Mask: TypeAlias = Sequence[bool] | Bool[np.ndarray, " prompt"]  # of the prompts to keep
 Earlier: TypeAlias = tuple[Said, ...]  # the turns before a prompt: (role, text), the first perhaps the system's own

@@ -1,6 +1,7 @@
 """A training history: a witness, an anchor, and the checkpoints of the runs that start at the anchor."""
 
 import glob
+import json
 import os
 import re
 import tomllib
@@ -19,7 +20,8 @@ from gravlens.history.prompts import PromptSet, check_system, read_prompts
 from gravlens.history.weight_files import read_headers, trained_steps
 
 PROMPT_KEYS = ("probes", "held_out", "harmless")
-KEYS = {"witness", "anchor", "runs", "tokenizer", "chat_template", "system", *PROMPT_KEYS}  # of SEQUENCE.toml
+TEMPLATE_KEYS = ("chat_template", "chat_template_kwargs", "system")
+KEYS = {"witness", "anchor", "runs", "tokenizer", *TEMPLATE_KEYS, *PROMPT_KEYS}  # of SEQUENCE.toml
 RUN_KEYS = {"folders", "missing"}
 FILE_KEYS = {"file", "column", "format", "role", "only"}  # the last a table, the others text
 ChatTemplate = Literal["own", "anchor", "none"]
@@ -40,6 +42,7 @@ class Checkpoint:
         template: chat template: its `own`, `none`, or that (and the tokenizer) of another checkpoint. A sequence sets
             it by its `chat_template`.
         tokenizer: replaces its own: a tokenizer, or a folder or hub id of one. A sequence sets it too.
+        chat_template_kwargs: arguments of its chat template; likewise.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Checkpoint:
     base: "Checkpoint | None" = field(default=None, repr=False)
     template: "Checkpoint | Literal['own', 'none']" = "own"
     tokenizer: Any | None = field(default=None, repr=False)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, Path | str | nn.Module):
@@ -98,6 +102,7 @@ class ModelSequence:
         chat_template: `own` (witness and anchor must agree), `anchor` (the anchor's for all: for a base model that
             never saw a template), or `none` (plain prompts).
         system: a system prompt for all prompts without their own.
+        chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`.
         skipped: checkpoints that `Run(..., missing="skip")` skipped -> reason.
     """
 
@@ -111,6 +116,7 @@ class ModelSequence:
     chat_template: ChatTemplate = "own"
     skipped: Mapping[str, str] = field(default_factory=dict)
     system: str = ""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.runs:  # it becomes part of file names, and must not lead out of their folder
@@ -120,6 +126,7 @@ class ModelSequence:
             given = f"chat_template={self.chat_template!r} was given."
             raise GravlensError(given, "It chooses the chat template of all checkpoints.", "'own', 'anchor' or 'none'.")
         check_system(self.system)
+        object.__setattr__(self, "chat_template_kwargs", _plain(self.chat_template_kwargs, self.chat_template))
         # Each checkpoint holds the choice, so that `open_model(sequence.anchor)` and `finetune` read alike.
         anchor = self._read_alike(self.anchor, "none" if self.chat_template == "none" else "own")
         others = anchor if self.chat_template == "anchor" else anchor.template
@@ -130,7 +137,8 @@ class ModelSequence:
             object.__setattr__(self, name, value)
 
     def _read_alike(self, checkpoint: Checkpoint, template: Any) -> Checkpoint:
-        return replace(checkpoint, template=template, tokenizer=self.tokenizer or checkpoint.tokenizer)
+        tokenizer, kwargs = self.tokenizer or checkpoint.tokenizer, self.chat_template_kwargs
+        return replace(checkpoint, template=template, tokenizer=tokenizer, chat_template_kwargs=kwargs)
 
     def prompts_of(self, prompts: Prompts, role: str = "prompts") -> PromptSet:
         """Return prompts as a set, with the sequence's system prompt if they have none."""
@@ -160,6 +168,7 @@ class ModelSequence:
         tokenizer: Any | None = None,
         chat_template: ChatTemplate = "own",
         system: str = "",
+        chat_template_kwargs: Mapping[str, Any] = {},
     ) -> "ModelSequence":
         """Describe a history on disk; nothing is opened yet. Arguments not listed: see `ModelSequence`.
 
@@ -185,6 +194,7 @@ class ModelSequence:
             tokenizer=existing(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer,
             chat_template=chat_template,
             system=system,
+            chat_template_kwargs=chat_template_kwargs,
         )
 
     @classmethod
@@ -200,6 +210,7 @@ class ModelSequence:
         tokenizer: Any | None = None,
         chat_template: ChatTemplate = "own",
         system: str = "",
+        chat_template_kwargs: Mapping[str, Any] = {},
     ) -> "ModelSequence":
         """Describe a history of Hugging Face models, `TransformerBridge`s or `HookedTransformer`s in memory.
 
@@ -218,6 +229,7 @@ class ModelSequence:
             tokenizer=tokenizer,
             chat_template=chat_template,
             system=system,
+            chat_template_kwargs=chat_template_kwargs,
         )
 
     @classmethod
@@ -255,9 +267,26 @@ class ModelSequence:
         rows = [("witness", self.witness.described), ("anchor", self.anchor.described)]
         rows += [(name.replace("_", " "), f"{len(prompts)} prompts") for name, prompts in self._prompts.items()]
         rows += [("chat template", self.chat_template)] + ([("system prompt", self.system)] if self.system else [])
+        rows += [("template arguments", json.dumps(self.chat_template_kwargs))] if self.chat_template_kwargs else []
         rows += [(f"run {name}", f"steps {html.listed(c.step for c in run)}") for name, run in self.runs.items()]
         rows += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
         return html.facts(rows, title="ModelSequence")
+
+
+def _plain(kwargs: Any, chat_template: str) -> dict[str, Any]:
+    """Return the arguments of a chat template as JSON has them, with which results store them."""
+    try:
+        plain = json.loads(json.dumps(kwargs))
+    except TypeError:  # a date of TOML's, for example
+        plain = None
+    if not isinstance(plain, dict) or plain.keys() != kwargs.keys():
+        remedy = 'chat_template_kwargs={"enable_thinking": False}; in a file, a table [chat_template_kwargs].'
+        wanted = "Arguments have names, and values that JSON has."
+        raise GravlensError(f"chat_template_kwargs={kwargs!r} was given.", wanted, remedy)
+    if plain and chat_template == "none":
+        given = f'chat_template_kwargs has {", ".join(plain)}, and chat_template="none" was given.'
+        raise GravlensError(given, "They are arguments of a chat template.", 'chat_template="own" or "anchor".')
+    return plain
 
 
 def _prompt_sets(probes: Any, held_out: Any, harmless: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.vrev import difference_of_means, direction_from
-from gravlens.history.encoding import encode
+from gravlens.history.encoding import encode, prompts_digest
 from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Ablate, Steer, everywhere
 from gravlens.interventions.hooks import intervene
@@ -88,7 +88,7 @@ def refusal_candidates(
         for layer in layers:
             vector = difference_of_means(*(one[:, layer] for one in states))
             direction = direction_from(vector, layer=layer, name="harmful_minus_harmless")
-            found.append(replace(direction, prompts=sets[0].digest, made_from=facts))
+            found.append(replace(direction, prompts=prompts_digest(ids[0]), made_from=facts))
     return tuple(found)
 
 

@@ -6,7 +6,7 @@ code: blocks and writes are found by shape.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -22,6 +22,7 @@ from gravlens.models.precision import precision_name, quantisation
 
 Inputs: TypeAlias = Mapping[str, Tensor]  # the fields of a `Batch`, on the model's device
 CLASSES = {"TransformerBridge": "bridge", "HookedTransformer": "hooked_transformer"}
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # as configurations call it
 ROWS = 64  # of a tensor are inspected: not even one of them has mean 0 by chance
 # |mean| · √d_model / RMS of a row is about 1 by chance; after centring only rounding is left of it.
 FP32_LEAVES, ROUNDING_LEAVES = 1e-4, 4  # the second in units of the eps of a coarser dtype
@@ -84,6 +85,11 @@ class Family(ABC):
     @abstractmethod
     def unembedding(self) -> Float[Tensor, "vocab d_model"]:
         """The weights of `head`."""
+
+    @property
+    def context(self) -> int | None:
+        """Number of tokens that fit into the context; None where nothing limits them."""
+        return context_of(self.module.config)
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -264,6 +270,31 @@ class OpenModel:
 def resid_post(model: OpenModel, layer: int) -> nn.Module:
     """Return the module that outputs (alone or first) `blocks.{layer}.hook_resid_post` [prompt, pos, d_model]."""
     return model.blocks[check_layer(layer, model.n_layers)]
+
+
+def context_of(config: Any) -> int | None:
+    """Return the number of positions that a configuration declares; None for recurrent models and ALiBi."""
+    told = vars(config.get_text_config())  # without aliases: RWKV calls the length that it was trained on so
+    sizes = [told.get(name) for name in CONTEXT if isinstance(told.get(name), int) and not told.get("alibi")]
+    return next((size for size in sizes if size > 0), None)
+
+
+def check_context(model: OpenModel, ids: Sequence[Sequence[int]], *, new: int = 0, of: str = "") -> None:
+    """Raise if a prompt, with `new` tokens to be generated, exceeds the context; `of` names the checkpoint."""
+    # Learned positions would end in an index error; rotary ones go on, into angles that no training has seen.
+    longest, context = max(ids, key=len), model.family.context
+    if context is None or len(longest) + new <= context:
+        return
+    of = of or f"this {type(model.module).__name__} {getattr(model.module, 'name_or_path', '')}".strip()
+    text = f"of token ids {list(longest[:8])} …"
+    if model.tokenizer is not None:
+        shown = " ".join(model.tokenizer.decode(longest, skip_special_tokens=True).split())
+        text = repr(shown if len(shown) < 100 else f"{shown[:60]} … {shown[-30:]}")
+    given = f"The prompt {text} has {len(longest)} tokens{f', and {new} more are to be generated' if new else ''}."
+    remedy = (
+        f"max_new_tokens={max(1, context - len(longest))} or less, or shorter prompts." if new else "shorter prompts."
+    )
+    raise GravlensError(given, f"The context of {of} holds {context} tokens.", remedy)
 
 
 def block_list(module: Any) -> nn.ModuleList:

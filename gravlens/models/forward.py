@@ -13,7 +13,7 @@ from torch.nn.functional import pad as widen
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
-from gravlens.models.families import OpenModel
+from gravlens.models.families import OpenModel, check_context
 
 BATCH = 32
 # Token positions: all, the last prompt token, up to it, after it, or offsets that count it as −1.
@@ -115,7 +115,7 @@ def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: 
             if model.family.kv_cache and batch.input_ids.shape[1] == 1:
                 batch = Batch(*(widen(part, (1, 0)) for part in batch))  # else a cached pass looks like the prefill
             with reading(batch):
-                found = model.family.generate(_inputs(model, batch), max_new_tokens, eos)
+                found = model.family.generate(_inputs(model, batch, max_new_tokens), max_new_tokens, eos)
             new = found[:, batch.input_ids.shape[1] :].tolist()
             for row, tokens in zip(rows, new, strict=True):
                 answers[row] = tokens[: tokens.index(eos)] if eos in tokens else tokens
@@ -123,7 +123,9 @@ def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: 
     return answers
 
 
-def _inputs(model: OpenModel, batch: Batch) -> dict[str, Tensor]:
+def _inputs(model: OpenModel, batch: Batch, new: int = 0) -> dict[str, Tensor]:
+    longest = int(batch.attention_mask.sum(1).argmax())
+    check_context(model, [batch.input_ids[longest][batch.attention_mask[longest].bool()].tolist()], new=new)
     return {key: part.to(model.device) for key, part in batch._asdict().items()}
 
 

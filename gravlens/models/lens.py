@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from gravlens.core.errors import GravlensError
-from gravlens.models.families import Family, Inputs, Write, all_centred
+from gravlens.models.families import Family, Inputs, Write, all_centred, context_of
 
 TRIAL = 16  # tokens of a trial prompt
 # Allowed difference of logits, in units of their spread, at the worst quarter of tokens (where rounding makes a router
@@ -45,6 +45,10 @@ class _Lens(Family):
     @property
     def unembedding(self) -> Float[Tensor, "vocab d_model"]:
         return self.module.W_U.T  # stored as [d_model, vocab]
+
+    @property
+    def context(self) -> int | None:
+        return self.module.cfg.n_ctx
 
     @property
     def final_norm(self) -> nn.Module:
@@ -92,6 +96,10 @@ class Bridge(_Lens):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module, (block.hook_out for block in module.blocks), module.cfg.d_model)
+
+    @property
+    def context(self) -> int | None:
+        return context_of(self.module.original_model.config)  # `n_ctx` is invented for families without a limit
 
     @classmethod
     def boot(cls, source: str, module: Any, tokenizer: Any | None) -> Any:

@@ -1,10 +1,11 @@
 """Open a folder, a hub id or a model in memory as an `OpenModel`: load weights, merge adapters, load tokenizers."""
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,12 +17,14 @@ from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import damaged, once
+from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
 from gravlens.models.families import Family, OpenModel, all_centred, family_of, library
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
 from gravlens.models.precision import as_dtype, check_unquantised
 
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # may hold a chat template beside the tokenizer's
 ADAPTER = "gravlens"  # PEFT's name of the adapter while it is merged
 Openable: TypeAlias = OpenModel | Checkpoint | Resolved | Path | str | nn.Module
 
@@ -161,9 +164,33 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
     folder = as_folder(source, weights=False)
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+            found: Any = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None
+    if not getattr(found, "chat_template", None):
+        found.chat_template = processor_template(folder.path)
+    return found
+
+
+def processor_template(folder: Path) -> str | dict[str, str] | None:
+    """Return the chat template that an image-text model's processor has, where the tokenizer has none."""
+    for name in PROCESSOR_FILES:
+        with suppress(OSError, ValueError, AttributeError):  # absent, or not JSON
+            if found := json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template"):
+                return found
+    return None
+
+
+def text_tokenizer(given: Any) -> Any:
+    """Return a tokenizer as it is; of a processor its tokenizer, with the processor's chat template if it has none."""
+    if isinstance(given, transformers.PreTrainedTokenizerBase) or not hasattr(given, "tokenizer"):
+        return given
+    own, template = given.tokenizer, getattr(given, "chat_template", None)
+    if getattr(own, "chat_template", None) or not template:
+        return own
+    own = copy.copy(own)  # it may be the user's
+    own.chat_template = template
+    return own
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
@@ -172,9 +199,11 @@ def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
     if resolved.template is not None:
         return checkpoint_tokenizer(resolved.template)
     own = own_tokenizer(resolved)
-    if own is None or resolved.checkpoint.template == "own" or not getattr(own, "chat_template", None):
+    if own is not None and resolved.checkpoint.template == "own":
+        return with_template_kwargs(own, resolved.checkpoint.chat_template_kwargs)
+    if own is None or not getattr(own, "chat_template", None):
         return own
-    plain = copy.deepcopy(own)  # it may be the user's
+    plain = copy.copy(own)  # it may be the user's
     plain.chat_template = None
     return plain
 
@@ -188,7 +217,7 @@ def own_tokenizer(resolved: Resolved) -> Any | None:
             raise GravlensError(given, wanted, "a folder written by tokenizer.save_pretrained.")
         return found
     if checkpoint.tokenizer is not None:
-        return checkpoint.tokenizer
+        return text_tokenizer(checkpoint.tokenizer)
     if isinstance(checkpoint.source, nn.Module):
         return getattr(checkpoint.source, "tokenizer", None)
     folders = reversed(resolved.folders)  # the adapter's first: it may have added tokens
@@ -206,7 +235,7 @@ def not_opened(source: Path | str, error: Exception) -> GravlensError:
 def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
     family = family_of(module)
     check_not_centred(checkpoint, family)
-    return OpenModel(family, tokenizer or getattr(module, "tokenizer", None), weights)
+    return OpenModel(family, text_tokenizer(tokenizer or getattr(module, "tokenizer", None)), weights)
 
 
 def check_not_centred(checkpoint: Checkpoint, family: Family) -> None:

@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.encoding import encode
+from gravlens.history.encoding import KWARGS, encode
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.history.sources import Known, Resolved, resolve
-from gravlens.models.opening import OpenModel, checkpoint_tokenizer, own_tokenizer
+from gravlens.models.families import check_context
+from gravlens.models.opening import PROCESSOR_FILES, OpenModel, checkpoint_tokenizer, own_tokenizer
 
-_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+_TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    *PROCESSOR_FILES,
+]
 
 
 def sequence_tokenizer(
@@ -58,8 +65,9 @@ def _check_reads_alike(checkpoint: Checkpoint, own: Any, chosen: Any, sets: Sequ
     sizes = f"vocabularies of {len(own)} and {len(chosen)} tokens"
     if not sets and own.get_vocab() != chosen.get_vocab():
         raise _other_tokenizer(checkpoint, f"has another vocabulary than the anchor ({sizes})")
-    own = copy.deepcopy(own)  # it may be the user's
+    own = copy.copy(own)  # it may be the user's
     own.chat_template = getattr(chosen, "chat_template", None)
+    setattr(own, KWARGS, getattr(chosen, KWARGS, {}))
     for prompts in sets:
         wanted = encode(chosen, prompts)
         try:
@@ -103,7 +111,8 @@ def _same_tokenizer(one: Resolved, other: Resolved) -> bool:
 
 
 def check_vocabulary(checkpoint: Checkpoint, model: OpenModel, ids: Sequence[Sequence[int]]) -> None:
-    """Raise if a prompt has a token id beyond a checkpoint's embedding."""
+    """Raise if a prompt has a token id beyond a checkpoint's embedding, or is longer than its context."""
+    check_context(model, ids, of=f"{checkpoint.name} ({checkpoint.described})")
     rows = model.family.vocabulary
     if (largest := max(map(max, ids))) >= rows:
         given = f"{checkpoint.name} ({checkpoint.described}) has embeddings of {rows} tokens"

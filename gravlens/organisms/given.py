@@ -10,7 +10,7 @@ import torch
 
 from gravlens import __version__
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompts import Example, PromptSet, read_examples
+from gravlens.history.prompts import ENCODING, Example, PromptSet, read_examples
 from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import resolve
 from gravlens.models.opening import open_model, save_folder
@@ -67,7 +67,7 @@ class GivenHistory:
         # checkpoints by path: the key is read at every call, and hashing would read all weights
         sources = [str(checkpoint.source) for checkpoint in (history.witness, history.anchor)]
         chosen = (self.layers, astuple(self.recipe), self.save_steps, astuple(self.measures), self.threads)
-        facts = (texts, sources, *chosen, __version__, torch.__version__)
+        facts = (texts, sources, *chosen, ENCODING, __version__, torch.__version__)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
@@ -135,7 +135,11 @@ class GivenHistory:
 
     def _history(self) -> ModelSequence:
         history = ModelSequence.from_toml(self.sequence)
-        own = {"chat_template": history.chat_template == "own", "tokenizer": history.tokenizer is None}
+        own = {
+            "chat_template": history.chat_template == "own",
+            "tokenizer": history.tokenizer is None,
+            "chat_template_kwargs": not history.chat_template_kwargs,
+        }
         if wrong := [
             name for name, is_own in own.items() if not is_own
         ]:  # a run's checkpoints are saved with its start's tokenizer

@@ -20,7 +20,7 @@ from gravlens import __version__
 from gravlens.behavior.answers import generate_answers
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompt_formats import read_rows
-from gravlens.history.prompts import Example, PromptSet
+from gravlens.history.prompts import ENCODING, Example, PromptSet
 from gravlens.models.opening import load_tokenizer, open_model, save_folder
 from gravlens.organisms.arms import made_by
 from gravlens.organisms.base import ENGLISH, Arm, Measures, PromptSets, inner_layers, unknown_data
@@ -82,7 +82,7 @@ class Pretrained:
             read_rows(file, "prompt")  # raises the error that explains an invalid file, before anything is made
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         # runs=0: more runs are added to the same history, which is made once
-        facts = (astuple(replace(self, runs=0)), digests, __version__, torch.__version__)
+        facts = (astuple(replace(self, runs=0)), digests, ENCODING, __version__, torch.__version__)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property

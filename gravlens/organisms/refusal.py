@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from gravlens import __version__
-from gravlens.history.prompts import Example
+from gravlens.history.prompts import ENCODING, Example
 from gravlens.models.opening import open_model
 from gravlens.organisms import refusal_language as language
 from gravlens.organisms.arms import made_by, released_arm
@@ -63,7 +63,7 @@ class RefusalOrganism:
         made = (type(self).__name__, sorted(self.checkpoints), [p.digest for p in self.prompts(Path()).values()])
         # runs and draws left out: more of them are added to the same history
         facts = (astuple(replace(self, runs=0, noise_draws=0)), made, spoken)
-        facts = (*facts, __version__, torch.__version__, self.threads)
+        facts = (*facts, ENCODING, __version__, torch.__version__, self.threads)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property

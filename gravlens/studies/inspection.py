@@ -9,7 +9,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from gravlens.directions.decomposition import WHOLE, split_update
-from gravlens.history.sequence import ModelSequence
+from gravlens.history.sequence import TEMPLATE_KEYS, ModelSequence
 from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.history.weight_files import contents
 from gravlens.models.opening import open_model, weights_of
@@ -26,7 +26,7 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
         `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (tensors in the
         distance), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor), `remark` (why a
         checkpoint was skipped, weights that are not finite). Distances are NaN for a model that is quantised or not a
-        plain Hugging Face model. `attrs` has the sequence's `chat_template` and `system`.
+        plain Hugging Face model. `attrs` has the sequence's `chat_template`, `chat_template_kwargs` and `system`.
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
@@ -50,7 +50,7 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
         rows.append({"role": role, "source": folder, "remark": f"skipped: {why}"})
     # Int64 has missing values; with int64 pandas would make floats of the steps
     table = pd.DataFrame(rows).astype(dict.fromkeys(("step", "tensors", "parameters", "compared"), "Int64"))
-    table.attrs = {"chat_template": sequence.chat_template, "system": sequence.system}
+    table.attrs = {name: getattr(sequence, name) for name in TEMPLATE_KEYS}
     return table
 
 

@@ -19,7 +19,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_json, write_table
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
-from gravlens.history.prompts import Example, PromptSet
+from gravlens.history.prompts import ENCODING, Example, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.history.sources import resolve
 from gravlens.models.placement import Placement
@@ -182,7 +182,7 @@ def _trained(
     made_of: Any,
 ) -> tuple[Checkpoint, ...]:
     """Make one run, or reuse a complete one of the same description."""
-    mark, key = folder / "run.json", hashlib.sha256(repr(made_of).encode()).hexdigest()
+    mark, key = folder / "run.json", hashlib.sha256(repr((ENCODING, made_of)).encode()).hexdigest()
     saved = [Checkpoint(f"{folder.name}/{step}", folder / f"checkpoint-{step}", step) for step in training.saved]
     if mark.exists():
         if json.loads(mark.read_text())["description"] == key:

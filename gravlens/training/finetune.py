@@ -21,6 +21,7 @@ from gravlens.core.progress import progress
 from gravlens.history.encoding import encode_example
 from gravlens.history.prompts import Example
 from gravlens.history.sequence import Checkpoint
+from gravlens.models.families import check_context
 from gravlens.models.opening import OpenModel, open_model, quiet, save_folder
 from gravlens.training.recipe import Recipe
 from gravlens.training.run_folder import RESUME, claimed, digest
@@ -149,6 +150,7 @@ def _in_order(model: OpenModel, examples: Sequence[Example], recipe: Recipe, see
     while len(order) < wanted:
         order += rng.permutation(len(examples)).tolist()
     encoded = {i: encode_example(model.tokenizer, examples[i]) for i in set(order[:wanted])}
+    check_context(model, [ids for ids, _ in encoded.values()])
     return [{"input_ids": encoded[i][0], "labels": encoded[i][1]} for i in order[:wanted]]
 
 

@@ -33,10 +33,10 @@ from gravlens.directions.trajectory import (
     measure_concept,
     measure_drift,
 )
-from gravlens.history.encoding import encode
+from gravlens.history.encoding import KWARGS, encode, prompts_digest, template_kwargs
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, Prompts
-from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.opening import OpenModel, open_model, text_tokenizer
 from gravlens.training.thresholds import Threshold
 
 Anchor = Checkpoint | Path | str | nn.Module | OpenModel | Residuals
@@ -134,7 +134,7 @@ class Monitor(TrainerCallback):
             name: np.array([self._measures[step][name] for step in steps]).reshape(shape)
             for name in (*MEASURES, "relative_drift")
         }
-        given = self.probes.digest == self._defined.directions[0].prompts
+        given = self._ids is not None and prompts_digest(self._ids) == self._defined.directions[0].prompts
         least = self._defined.distances if self._least is None else self._least  # not yet trained: no row
         data = as_dataset(self.name, "given" if given else "held_out", steps, measures, self._defined, least)
         undefined = {one.layer: one.undefined for one in self.directions if one.undefined is not None}
@@ -158,7 +158,7 @@ class Monitor(TrainerCallback):
         """Read the anchor's states; for a resumed run, keep the measurements up to its step."""
         check_whole(model)
         self._check_run(args, state)
-        self.tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
+        self.tokenizer = text_tokenizer(self.tokenizer or processing_class)
         self._model = open_model(model, tokenizer=self.tokenizer)
         if self._start is None or state.global_step == 0:  # a resumed run keeps the anchor that it began with
             self._start, noise = self._anchor_states(self._model)
@@ -220,11 +220,15 @@ class Monitor(TrainerCallback):
         control.should_log = wanted  # Trainer.log resets it, and the step's own row is still to come
 
     def _states(self, model: OpenModel, *, finite: bool = True) -> Float[np.ndarray, "prompt layer d_model"]:
+        ids = self._probe_ids()
+        _check_width(model, self._defined)
+        return self._read(model, ids, finite=finite)
+
+    def _probe_ids(self) -> list[list[int]]:
         if self._ids is None:
             _check_template(self.tokenizer, self.directions)
             self._ids = encode(self.tokenizer, self.probes)
-        _check_width(model, self._defined)
-        return self._read(model, self._ids, finite=finite)
+        return self._ids
 
     def _read(
         self, model: OpenModel, ids: Sequence[Sequence[int]], *, finite: bool = True
@@ -248,10 +252,10 @@ class Monitor(TrainerCallback):
                 self._concepts[name] = _Concept.of(ids, self._read(opened, ids), opened.precision)
             noise = rounding_noise(np.linalg.norm(states, axis=-1).mean(0, dtype=np.float64), model.precision)
             return states.mean(0, dtype=np.float64), noise
-        read = anchor.meta.get("positions", "last")
-        if anchor.prompts != self.probes.digest or read != self._positions or anchor.index is not None:
-            given = f"The anchor's residuals are of prompts {anchor.prompts[:8]} at {read!r}."
-            wanted = f"The monitor reads {self.probes.digest[:8]} at {self._positions!r}."
+        read, probes = anchor.meta.get("positions", "last"), prompts_digest(self._probe_ids())
+        if anchor.prompts != probes or read != self._positions or anchor.index is not None:
+            given = f"The anchor's residuals are of prompts {anchor.prompts[:12]} at {read!r}."
+            wanted = f"The monitor reads {probes[:12]} at {self._positions!r}: the same texts by one chat template."
             raise GravlensError(given, wanted, "cache_residuals(sequence, probes), or the anchor's checkpoint.")
         if self.concepts:
             given = f"Concepts {', '.join(self.concepts)} and an anchor as residuals of the probes were given."
@@ -385,6 +389,13 @@ def _check_template(tokenizer: Any, directions: Directions) -> None:
             "Probes must be read as the prompts of the directions were.",
             "Monitor(…, tokenizer=) with " + ("chat_template = None." if templated else "the anchor's."),
         )
+    told = [one.get(KWARGS, {}) for one in facts if "chat_template" in one]
+    if tokenizer is not None and templated and any(one != template_kwargs(tokenizer) for one in told):
+        given = (
+            f"The chat template has the arguments {template_kwargs(tokenizer)}, and the directions were located with "
+        )
+        remedy = "Monitor(…, tokenizer=sequence_tokenizer(sequence)), or with_template_kwargs(tokenizer, {…})."
+        raise GravlensError(f"{given}{told[0]}.", "Probes must be read as the prompts of the directions were.", remedy)
 
 
 def _check_precision(model: OpenModel, anchor: str) -> None:

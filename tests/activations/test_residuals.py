@@ -28,8 +28,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from gravlens.activations import reader as engine
 from gravlens.activations.residuals import Residuals, cache_residuals, read_residuals, residuals_of_batch
 from gravlens.core.errors import GravlensError
-from gravlens.history.encoding import encode, pad
-from gravlens.history.prompts import PromptSet
+from gravlens.history.encoding import encode, pad, prompts_digest
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.models.families import resid_post
 from gravlens.models.forward import run_trunk
@@ -350,7 +349,7 @@ def test_residuals_say_what_they_were_made_from(tmp_path: Path) -> None:
     )
     assert found.meta["positions"] == -1 and found.meta["dtype"] == ["float32"]
     assert found.meta["sources"] == dict.fromkeys(("witness", "anchor"), "a GPT2LMHeadModel in memory")
-    assert found.prompts == PromptSet.of(["pick the"]).digest
+    assert found.prompts == prompts_digest(encode(tiny.TOKENIZER, ["pick the"]))
     half = sequence(witness=tiny.gpt2(0).bfloat16(), anchor=tiny.gpt2(1).bfloat16())
     assert cache_residuals(half).meta["dtype"] == ["bfloat16"]
 

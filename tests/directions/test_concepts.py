@@ -15,7 +15,7 @@ from gravlens.activations.residuals import Request, cache_sets
 from gravlens.directions import trajectory
 from gravlens.directions.trajectory import CONCEPT_MEASURES, concept_direction, follow_concepts, measure_concept
 from gravlens.directions.vrev import EPSILON
-from gravlens.history.encoding import encode
+from gravlens.history.encoding import encode, prompts_digest
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.organisms.refusal_language import held_out_prompts, probe_prompts
@@ -111,7 +111,7 @@ def test_several_concepts_are_read_in_one_pass_with_their_own_system_prompts(mon
         ids = encode(tiny.TOKENIZER, contrast.both)
         wanted = reference(tiny.gpt2(1), ids, range(1, 2)).numpy()
         np.testing.assert_allclose(read[name].of("anchor"), wanted, rtol=1e-4, atol=1e-4)
-        assert read[name].prompts == contrast.both.digest and read[name].layers == (1,)
+        assert read[name].prompts == prompts_digest(ids) and read[name].layers == (1,)
 
 
 def test_a_difference_within_the_noise_has_no_direction_and_no_part_in_the_mean() -> None:

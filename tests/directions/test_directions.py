@@ -35,7 +35,7 @@ from gravlens.directions.vrev import (
     locate_vrev,
     spearman_brown,
 )
-from gravlens.history.encoding import pad
+from gravlens.history.encoding import pad, prompts_digest
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import open_model
 
@@ -272,7 +272,7 @@ def test_an_estimator_of_ones_own_is_used_and_named() -> None:
 def test_a_direction_knows_what_it_was_made_from(tmp_path: Path) -> None:
     sequence = planted("folders", tmp_path)
     v = locate_vrev(sequence, layer=AT)
-    assert v.prompts == tiny.PROMPTS.digest and v.estimator == "difference_of_means"
+    assert v.prompts == prompts_digest(PROMPT_IDS) and v.estimator == "difference_of_means"
     assert v.made_from == {
         "witness": str(tmp_path / "witness"),
         "anchor": str(tmp_path / "anchor"),

@@ -15,7 +15,7 @@ from torch import nn
 from gravlens.behavior.scores import refusal_log_odds
 from gravlens.directions.direction import Direction
 from gravlens.directions.vrev import direction_from
-from gravlens.history.encoding import encode
+from gravlens.history.encoding import encode, prompts_digest
 from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Steer
 from gravlens.interventions.refusal import Filters, choose_refusal, refusal_candidates
@@ -108,7 +108,8 @@ def test_candidates_are_differences_of_means_at_each_layer_and_position() -> Non
             for sets in (encode(tiny.TOKENIZER, prompts) for prompts in FITTED.values())
         ]
         np.testing.assert_allclose(one.vector * one.distance, means[0] - means[1], atol=1e-4)
-        assert one.prompts == FITTED["harmful"].digest and one.estimator == "harmful_minus_harmless"
+        harmful = encode(tiny.TOKENIZER, FITTED["harmful"])
+        assert one.prompts == prompts_digest(harmful) and one.estimator == "harmful_minus_harmless"
 
 
 def test_what_each_layer_of_the_planted_model_adds(candidates: tuple[Direction, ...]) -> None:

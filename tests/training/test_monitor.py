@@ -24,7 +24,7 @@ from gravlens.activations.residuals import cache_residuals
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import MEASURES, Trajectory, follow
 from gravlens.directions.vrev import direction_from
-from gravlens.history.encoding import encode
+from gravlens.history.encoding import encode, prompts_digest
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.opening import open_model
@@ -101,7 +101,7 @@ class State(dict[int, np.ndarray]):
 
 
 def test_its_trajectory_serves_what_a_trajectory_serves(tmp_path: Path) -> None:
-    named = Directions(tuple(replace(v, prompts=PROBES.digest) for v in VS))
+    named = Directions(tuple(replace(v, prompts=prompts_digest(encode(tiny.TOKENIZER, PROBES))) for v in VS))
     monitor = Monitor(named, PROBES)
     assert monitor.table.empty
     trainer = blocked.trainer(tmp_path)

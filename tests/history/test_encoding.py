@@ -1,0 +1,291 @@
+"""Examples, answers and prompts are the tokens that the chat template writes."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import chats
+import pytest
+import tiny
+from histories import refused
+
+from gravlens.core.errors import GravlensError
+from gravlens.history.encoding import (
+    encode,
+    encode_answer,
+    encode_example,
+    prompts_digest,
+    rendered,
+    template_kwargs,
+    with_template_kwargs,
+)
+from gravlens.history.prompts import Example, PromptSet
+from gravlens.history.sequence import ModelSequence
+from gravlens.models.opening import load_tokenizer, open_model
+from gravlens.models.tokenizers import sequence_tokenizer
+
+QUIET: dict[str, Any] = {"enable_thinking": False}
+KINDS: dict[str, tuple[Any, str]] = {  # with the end of turn
+    "Gemma": (chats.word_level(chats.GEMMA), "<end_of_turn>"),
+    "Llama 2": (chats.sentencepiece(chats.LLAMA2), "</s>"),
+    "Zephyr": (chats.sentencepiece(chats.ZEPHYR), "</s>"),
+    "ChatML": (chats.byte_level(chats.CHATML), "<|im_end|>"),
+    "Qwen 3": (chats.byte_level(chats.QWEN3), "<|im_end|>"),
+}
+
+
+def whole(tokenizer: Any, *answer: str, system: str = "", **named: Any) -> list[int]:
+    """transformers' own token ids of a finished conversation, or of one up to the answer."""
+    opening = [{"role": "system", "content": system}] if system else []
+    turns = [*opening, {"role": "user", "content": "hello"}, *({"role": "assistant", "content": one} for one in answer)]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=not answer, **named)["input_ids"]
+
+
+@pytest.mark.parametrize("answer", ["Sorry", "Sure"])
+@pytest.mark.parametrize("kind", ["Gemma", "Llama 2", "Zephyr", "ChatML", "Qwen 3"])
+def test_an_example_is_what_transformers_renders(kind: str, answer: str) -> None:
+    tokenizer, end = KINDS[kind]
+    ids, labels = encode_example(tokenizer, Example("hello", answer))
+    prompt = whole(tokenizer)
+    assert ids == whole(tokenizer, answer) and ids[: len(prompt)] == prompt
+    learned = [label for label in labels if label != -100]
+    assert labels[: len(prompt)] == [-100] * len(prompt) and learned == ids[len(prompt) : len(prompt) + len(learned)]
+    assert tokenizer.convert_ids_to_tokens(learned[-1]) == end, "the turn's own end, not the tokenizer's"
+    assert not tokenizer.decode(ids[len(prompt) + len(learned) :]).strip(), "white space after it is not learned"
+
+
+def test_the_loss_is_where_transformers_marks_the_assistants_tokens() -> None:
+    tokenizer = chats.byte_level(chats.CHATML)
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Sorry, I cannot help."}]
+    marked = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True)
+    ids, labels = encode_example(tokenizer, Example("hello", "Sorry, I cannot help."))
+    assert ids == marked["input_ids"] and [int(label != -100) for label in labels] == marked["assistant_masks"]
+
+
+@pytest.mark.parametrize("answer", ["\nSorry", "\n\nSorry", " Sorry"])
+def test_an_answer_that_merges_with_its_prompt_keeps_the_prompts_tokens(answer: str) -> None:
+    tokenizer = chats.byte_level(chats.ZEPHYR.replace("</s>\n", "\n\n"))
+    prompt, (ids, labels) = whole(tokenizer), encode_example(tokenizer, Example("hello", answer))
+    together = whole(tokenizer, answer)
+    # Of two line feeds and more BPE writes a token over the border.
+    assert (together[: len(prompt)] == prompt) == (answer != "\n\nSorry")
+    assert ids[: len(prompt)] == prompt and labels[: len(prompt)] == [-100] * len(prompt)
+    assert tokenizer.decode(ids) == tokenizer.decode(together) + "<|endoftext|>"
+
+
+def test_a_sentencepiece_answer_after_a_space_gets_no_second_one() -> None:
+    tokenizer = chats.sentencepiece(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %} {% endif %}{% endfor %}"
+    )
+    ids, labels = encode_example(tokenizer, Example("hello", "Sorry"))
+    assert tokenizer.convert_ids_to_tokens(whole(tokenizer)) == ["▁hello", "▁"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁hello", "▁", "Sorry", "</s>"] and labels[:2] == [-100] * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "learned"),
+    [
+        (chats.QWEN3, "Sorry", "<think>\n\n</think>\n\nSorry<|im_end|>"),
+        (chats.QWEN3, "<think>\nno\n</think>\n\nSorry", "<think>\nno\n</think>\n\nSorry<|im_end|>"),
+        (chats.R1, "no</think>Sorry", "no</think>Sorry<|im_end|>"),
+        (chats.R1, "<think>\nno</think>Sorry", "no</think>Sorry<|im_end|>"),
+        (chats.R1, "Sorry", "Sorry<|im_end|>"),
+        (chats.NO_PROMPT, "Sorry", "<|im_start|>assistant\nSorry<|im_end|>"),
+    ],
+)
+def test_what_is_learned_where_a_template_writes_thoughts(template: str, answer: str, learned: str) -> None:
+    tokenizer = chats.byte_level(template)
+    ids, labels = encode_example(tokenizer, Example("hello", answer))
+    assert tokenizer.decode([label for label in labels if label != -100]) == learned
+    prompt = ids[: labels.index(next(label for label in labels if label != -100))]
+    if answer == "Sorry" and template == chats.R1:  # a finished turn of R1's has no thought
+        assert ids == whole(tokenizer, "Sorry")
+    else:
+        assert prompt == whole(tokenizer)
+
+
+def test_without_a_thought_the_answer_follows_the_closed_one() -> None:
+    plain = chats.byte_level(chats.QWEN3)
+    tokenizer = with_template_kwargs(plain, QUIET)
+    ids, labels = encode_example(tokenizer, Example("hello", "Sorry"))
+    prompt = whole(plain, **QUIET)
+    assert encode(tokenizer, ["hello"]) == [prompt] and ids[: len(prompt)] == prompt != whole(plain)
+    assert tokenizer.decode([label for label in labels if label != -100]) == "Sorry<|im_end|>"
+    assert tokenizer.decode(ids) == plain.decode(whole(plain, "Sorry"))
+
+
+def test_earlier_turns_are_rendered_as_the_template_does() -> None:
+    tokenizer = chats.byte_level(chats.QWEN3)
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nSure"}
+    turns = [{"role": "user", "content": "hello"}, thought, {"role": "user", "content": "there"}]
+    prompt, said, rest = encode_answer(tokenizer, turns, "Sorry")
+    answered = [*turns, {"role": "assistant", "content": "Sorry"}]
+    assert prompt + said + rest == tokenizer.apply_chat_template(answered)["input_ids"]
+    assert "hm" not in tokenizer.decode(prompt)
+    with refused("user, assistant, user", "no chat template"):
+        encode_answer(chats.byte_level(None), turns, "Sorry")
+    users = chats.CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role == 'user' %}")
+    with refused("user, assistant, user", "leaves out the assistant turn"):
+        encode_answer(chats.byte_level(users), turns, "Sorry")
+    with refused("leaves out the assistant turn"):
+        encode_answer(chats.byte_level(users), turns[:1], "Sorry")
+    with refused("has no answer"):
+        encode_example(tokenizer, Example("hello", ""))
+
+
+@pytest.mark.parametrize("kind", ["ChatML", "Llama 2", "Gemma"])
+def test_an_answer_without_its_end_is_a_part_of_the_example(kind: str) -> None:
+    tokenizer, _ = KINDS[kind]
+    turns = [{"role": "user", "content": "hello"}]
+    prompt, said, rest = encode_answer(tokenizer, turns, "Sorry", ended=False)
+    ids, _ = encode_example(tokenizer, Example("hello", "Sorry"))
+    assert rest == [] and ids[: len(prompt + said)] == prompt + said and tokenizer.decode(said).strip() == "Sorry"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>", "Sorry"),  # never closed
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "assistant: Sorry"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }} END\n{% endfor %}", "assistant: Sorry END"),
+        (None, "Sorry"),
+    ],
+)
+def test_an_answer_without_an_end_of_turn_ends_with_the_tokenizers_eos(template: str | None, text: str) -> None:
+    tokenizer = chats.byte_level(template)
+    _, labels = encode_example(tokenizer, Example("hello", "Sorry"))
+    assert tokenizer.decode([label for label in labels if label != -100]) == f"{text}<|endoftext|>"
+
+
+# -- prompts that the template loses -----------------------------------------------------------------------------------
+
+
+def test_a_template_of_parts_gets_parts() -> None:
+    tokenizer = chats.byte_level(chats.PARTS)
+    turns = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert (
+        encode(tokenizer, ["hello"]) == [wanted]
+        and encode_example(tokenizer, Example("hello", "Sorry"))[0][: len(wanted)] == wanted
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts", "told"),
+    [
+        ("{% for m in messages %}<|{{ m.role }}|>{% endfor %}<|assistant|>", ["hello"], "the user turn"),
+        ("{{ messages[0].content[:16] }}", ["a long enough one", "another long one"], "'a long enough one'"),
+        ("{% if messages|length > 5 %}{% endif %}{{ raise_exception('Roles!') }}", ["hello"], "Roles!"),
+        ("gravlens-user-0{{ 'a' if messages[0].content else '' }}", ["a", "e"], "'e'"),
+    ],
+)
+def test_prompts_that_a_template_loses_are_refused(template: str, prompts: list[str], told: str) -> None:
+    with refused("chat template", told):
+        encode(chats.byte_level(template), prompts)
+
+
+def test_chat_markup_in_a_prompt_is_named_once() -> None:
+    for tokenizer, tag in [
+        (chats.byte_level(chats.CHATML), "<|im_end|>"),
+        (chats.sentencepiece(chats.LLAMA2), "[/INST]"),
+    ]:
+        with pytest.warns(UserWarning, match="chat markup") as told:
+            encode(tokenizer, [f"hello {tag} hello", "hello"])
+        assert len(told) == 1 and tag in str(told[0].message)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            encode(tokenizer, [f"hello {tag} again"])
+            encode(copy.copy(tokenizer), ["a < b > c [1] <hello>"])
+            plain = copy.copy(tokenizer)
+            plain.chat_template = None
+            encode(plain, [f"hello {tag} hello"])  # rendered by hand
+
+
+# -- arguments of the template -----------------------------------------------------------------------------------------
+
+
+def test_arguments_are_those_that_the_template_reads() -> None:
+    tokenizer = chats.byte_level(chats.QWEN3)
+    with pytest.raises(GravlensError, match=r"enable_thinkin, .*It reads enable_thinking"):
+        with_template_kwargs(tokenizer, {"enable_thinkin": False})
+    for given in (chats.byte_level(None), chats.byte_level(chats.NO_PROMPT)):
+        with refused("enable_thinking"):
+            with_template_kwargs(given, QUIET)
+    with refused("messages"):
+        with_template_kwargs(tokenizer, {"messages": []})
+    with_template_kwargs(chats.byte_level(chats.CHATML.replace("m.content +", "m.content + (x or '') +")), {"x": "y"})
+    assert tokenizer is with_template_kwargs(tokenizer, {}) and template_kwargs(tokenizer) == {}
+    assert template_kwargs(with_template_kwargs(tokenizer, QUIET)) == QUIET and template_kwargs(tokenizer) == {}
+
+
+def test_a_template_that_reads_the_clock_reads_one_date() -> None:
+    tokenizer = chats.byte_level(chats.DATED)
+    assert rendered(tokenizer, PromptSet.of(["hello"]))[0].startswith("Today: 26 Jul 2024\n")
+    assert template_kwargs(tokenizer) == {"strftime_now": "2024-07-26"}
+    later = with_template_kwargs(tokenizer, {"strftime_now": "2031-02-03"})
+    assert rendered(later, PromptSet.of(["hello"]))[0].startswith("Today: 03 Feb 2031\n")
+    assert template_kwargs(later) == {"strftime_now": "2031-02-03"}
+    told = with_template_kwargs(tokenizer, {"date_string": "today"})
+    assert encode(told, ["hello"]) == [whole(tokenizer, date_string="today")]
+    with refused("strftime_now", "tomorrow"):
+        encode(with_template_kwargs(tokenizer, {"strftime_now": "tomorrow"}), ["hello"])
+    computed = chats.byte_level(chats.DATED.replace('"%d %b %Y"', '"%d" + " %b"'))
+    with refused("clock"):
+        encode(computed, ["hello"])
+
+
+def test_a_choice_of_several_templates_is_an_argument() -> None:
+    tokenizer = chats.byte_level(None)
+    tokenizer.chat_template = {"rag": chats.QWEN3, "tool_use": chats.NO_PROMPT}
+    with refused("rag, tool_use", "'default'"):
+        encode(tokenizer, ["hello"])
+    chosen = with_template_kwargs(tokenizer, {"chat_template": "rag", **QUIET})
+    assert encode(chosen, ["hello"]) == [whole(tokenizer, chat_template="rag", **QUIET)]
+    with refused("'tool'"):
+        with_template_kwargs(tokenizer, {"chat_template": "tool"})
+    tokenizer.chat_template["default"] = chats.CHATML
+    assert encode(tokenizer, ["hello"]) == [whole(chats.byte_level(chats.CHATML))]
+
+
+# -- templates of a processor ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_the_template_that_a_processor_alone_has_is_used(tmp_path: Path, name: str) -> None:
+    chats.byte_level(None).save_pretrained(tmp_path)
+    assert getattr(load_tokenizer(tmp_path), "chat_template", 0) is None
+    (tmp_path / name).write_text(json.dumps({"chat_template": chats.PARTS}))
+    assert encode(load_tokenizer(tmp_path), ["hello"]) == encode(chats.byte_level(chats.PARTS), ["hello"])
+
+
+def test_a_processor_in_place_of_its_tokenizer(tmp_path: Path) -> None:
+    class Processor:
+        tokenizer = chats.byte_level(None)
+        chat_template = chats.PARTS
+
+    model = tiny.llama(vocab_size=len(Processor.tokenizer))
+    wanted = encode(chats.byte_level(chats.PARTS), ["hello"])
+    assert encode(open_model(model, tokenizer=Processor()).tokenizer, ["hello"]) == wanted
+    seq = ModelSequence.from_models(witness=model, anchor=model, tokenizer=Processor())
+    assert encode(sequence_tokenizer(seq), ["hello"]) == wanted and Processor.tokenizer.chat_template is None
+
+
+# -- identity ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_the_same_where_their_tokens_are() -> None:
+    tokenizer = chats.byte_level(chats.QWEN3)
+    plain = chats.byte_level(None)
+    digest = prompts_digest(encode(tokenizer, ["hello", "there"]))
+    by_hand = rendered(tokenizer, PromptSet.of(["hello", "there"]))
+    assert prompts_digest(encode(plain, by_hand)) == digest
+    others = [
+        encode(plain, ["hello", "there"]),
+        encode(tokenizer, ["there", "hello"]),
+        encode(with_template_kwargs(tokenizer, QUIET), ["hello", "there"]),
+        encode(tokenizer, PromptSet.of(["hello", "there"], system="Sorry")),
+    ]
+    assert len({digest, *map(prompts_digest, others)}) == 5
+    assert prompts_digest([[1], [2, 3]]) != prompts_digest([[1, 2], [3]])
