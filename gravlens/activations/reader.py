@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gravlens.activations.positions import Query, offset_of
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
@@ -149,7 +149,7 @@ class Reader:
             if not any(told in str(error).lower() for told in NO_MEMORY):
                 raise
             if len(queries) == 1:
-                found = f"one prompt of {queries[0].end} tokens ({str(error).strip().splitlines()[0]})"
+                found = f"one prompt of {queries[0].end} tokens ({said(error)})"
                 remedy = "a shorter prompt, bf16, or a larger device."
                 raise GravlensError(f"Out of memory on {found}.", "It must fit alone.", remedy) from error
         half = len(queries) // 2  # outside `except`: the traceback would keep the failed pass's tensors alive

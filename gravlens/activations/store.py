@@ -35,7 +35,7 @@ from torch import nn
 from gravlens.activations.fingerprint import check_same_content, fingerprint
 from gravlens.activations.positions import Query
 from gravlens.activations.reader import Plan, Reader, Through, read_block
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.core.files import TensorWriter, map_tensor, meta_of, tensor_bytes, write_atomically
 from gravlens.core.progress import progress
 from gravlens.history.sequence import Checkpoint
@@ -351,7 +351,7 @@ def run_each(calls: Sequence[Callable[[], T]], executor: Executor | None, what: 
     except GravlensError:
         raise
     except Exception as error:  # every executor has its own exceptions for a worker that died
-        given = f"A worker of {type(executor).__name__} ended ({(str(error) or type(error).__name__).splitlines()[0]})."
+        given = f"A worker of {type(executor).__name__} ended ({said(error)})."
         wanted = "All workers must live until their tasks are done; complete files stay in the store."
         raise GravlensError(given, wanted, "the same call with a new executor: it resumes.") from error
     finally:

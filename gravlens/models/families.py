@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
+from weakref import WeakSet
 
 import torch
 import transformers
@@ -17,14 +18,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
-from gravlens.core.errors import GravlensError, check_layer
+from gravlens.core.errors import GravlensError, check_layer, said
 from gravlens.models.precision import precision_name, quantisation
 
+ONE_DECODER = "a decoder-only language model, as in docs/architectures.md."
+_TRIED: "WeakSet[nn.Module]" = WeakSet()  # models of which a block was seen to output one residual stream
 Inputs: TypeAlias = Mapping[str, Tensor]  # the fields of a `Batch`, on the model's device
 CLASSES = {"TransformerBridge": "bridge", "HookedTransformer": "hooked_transformer"}
 ROWS = 64  # of a tensor are inspected: not even one of them has mean 0 by chance
 # |mean| · √d_model / RMS of a row is about 1 by chance; after centring only rounding is left of it.
 FP32_LEAVES, ROUNDING_LEAVES = 1e-4, 4  # the second in units of the eps of a coarser dtype
+
+
+class _Seen(Exception):  # noqa: N818 (no error)
+    """Ends a pass after its first block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +120,7 @@ class Family(ABC):
 
 
 class HuggingFace(Family):
-    """Any decoder-only model of transformers, inside a PEFT wrapper or not."""
+    """Any decoder-only model of transformers, or that of an image–text model, inside a PEFT wrapper or not."""
 
     name = "huggingface"
     unprocessed = "AutoModelForCausalLM.from_pretrained(...) of the checkpoint's own folder."
@@ -143,13 +150,8 @@ class HuggingFace(Family):
     def unembedding(self) -> Float[Tensor, "vocab d_model"]:
         return self.module.get_output_embeddings().weight
 
-    @property
-    def _inner(self) -> Any:
-        # A PEFT wrapper's signature hides the model's inputs; the adapters are in place inside it too.
-        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
-
     def trunk(self, inputs: Inputs, cache: Any | None = None) -> None:
-        trunk = self._inner.base_model  # called directly: `Trainer` wraps the whole model's forward in autocast
+        trunk = text_trunk(self.module)  # called directly: `Trainer` wraps the whole model's forward in autocast
         known = inspect.signature(trunk.forward).parameters
         # Only position_ids may be dropped: without its mask a padded batch would be read wrongly.
         given: dict[str, Any] = {key: part for key, part in inputs.items() if key != "position_ids" or key in known}
@@ -158,7 +160,7 @@ class HuggingFace(Family):
         trunk(**given, use_cache=cache is not None)
 
     def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
-        known = inspect.signature(self._inner.forward).parameters
+        known = inspect.signature(unwrapped(self.module).forward).parameters
         given: dict[str, Any] = {key: part for key, part in inputs.items() if key in known}
         if "logits_to_keep" in known:  # the logits of all positions may be the largest tensor of the pass
             given["logits_to_keep"] = keep
@@ -174,7 +176,7 @@ class HuggingFace(Family):
 
     def writes(self) -> Iterator[Write]:
         # Embeddings of the stream's width and, in each part of a block, the last projection to that width.
-        for name, child in self.module.named_modules():
+        for name, child in text_trunk(self.module).named_modules():
             if isinstance(child, nn.Embedding) and child.embedding_dim == self.d_model:
                 yield Write(name, child, ((child.weight, 1),))
         for layer, block in enumerate(self.blocks):
@@ -266,6 +268,18 @@ def resid_post(model: OpenModel, layer: int) -> nn.Module:
     return model.blocks[check_layer(layer, model.n_layers)]
 
 
+def unwrapped(module: Any) -> Any:
+    """Return the model inside a PEFT wrapper, whose signature hides the model's inputs; adapters are in place in it."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
+def text_trunk(module: Any) -> Any:
+    """Return the part of a Hugging Face model that turns token ids into states: without head or vision tower."""
+    inner = unwrapped(module)
+    wraps_text = inner.config.get_text_config() is not inner.config  # an image–text model
+    return inner.get_decoder() if wraps_text else inner.base_model
+
+
 def block_list(module: Any) -> nn.ModuleList:
     """Return the blocks of a Hugging Face model."""
     if not hasattr(module, "config"):
@@ -273,13 +287,62 @@ def block_list(module: Any) -> nn.ModuleList:
         remedy = "AutoModelForCausalLM.from_pretrained(...) or TransformerBridge.boot_transformers(...)."
         raise GravlensError(f"A {type(module).__name__} was given.", wanted, remedy)
     n_layers = module.config.get_text_config().num_hidden_layers
-    found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    trunk = text_trunk(module)  # a vision tower may have as many layers, and larger ones
+    found = [m for m in trunk.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not found:
         given = f"{type(module).__name__} has no list of its {n_layers} blocks."
         wanted = "The residual stream is read at the outputs of the blocks."
-        raise GravlensError(given, wanted, "a decoder-only language model.")
+        raise GravlensError(given, wanted, ONE_DECODER)
     # Some architectures have other lists of one entry per layer, such as embeddings or norms: smaller than the blocks.
     return max(found, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def check_one_stream(family: Family) -> None:
+    """Raise unless a block outputs [prompt, pos, d_model]: 2 prompts of 3 tokens are run up to it, once per model."""
+    if family.module in _TRIED or family.embedding.is_meta:
+        return
+    found = _first_output(family)
+    if found != (2, 3, family.d_model):
+        given = f"A block of {described(family.module)} outputs {found} for 2 prompts of 3 tokens."
+        wanted = f"One residual stream, (2, 3, {family.d_model}), is read and intervened on; this family keeps several."
+        raise GravlensError(given, wanted, "a family of docs/architectures.md.")
+    _TRIED.add(family.module)
+
+
+def _first_output(family: Family) -> tuple[int, ...] | str:
+    """Return the shape of the first block's output, or what it is; the pass ends there and leaves nothing behind."""
+    seen: list[tuple[int, ...] | str] = []
+
+    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen.append(tuple(hidden.shape) if isinstance(hidden, Tensor) else f"a {type(hidden).__name__}")
+        raise _Seen
+
+    training = [part for part in family.module.modules() if part.training]
+    inputs = {"input_ids": torch.arange(6).view(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    inputs["position_ids"] = torch.arange(3).expand(2, 3)
+    handle = family.blocks[0].register_forward_hook(stop, prepend=True)  # before a user's
+    try:
+        for part in training:  # not by eval(), which a library may override; dropout would draw random numbers
+            part.training = False
+        with torch.no_grad():
+            family.trunk({name: part.to(family.embedding.device) for name, part in inputs.items()})
+    except _Seen:
+        pass
+    except Exception as error:
+        given = f"{described(family.module)} does not run on token ids alone ({said(error)})."
+        raise GravlensError(given, "A text prompt is read by a decoder-only model.", ONE_DECODER) from error
+    finally:
+        handle.remove()
+        for part in training:
+            part.training = True
+    return seen[0] if seen else "nothing"
+
+
+def described(module: Any) -> str:
+    """Return a model's class and family, for messages."""
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    return f"{type(module).__name__} ({kind})" if kind else type(module).__name__
 
 
 def _projections(name: str, part: nn.Module, width: int) -> Iterator[Write]:
