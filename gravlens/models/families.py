@@ -30,7 +30,7 @@ ROWS = 64  # of a tensor are inspected: not even one of them has mean 0 by chanc
 FP32_LEAVES, ROUNDING_LEAVES = 1e-4, 4  # the second in units of the eps of a coarser dtype
 
 
-class _Seen(Exception):  # noqa: N818 (no error)
+class _Seen(Exception):  # noqa: N818 (a signal)
     """Ends a pass after its first block."""
 
 
@@ -151,7 +151,9 @@ class HuggingFace(Family):
         return self.module.get_output_embeddings().weight
 
     def trunk(self, inputs: Inputs, cache: Any | None = None) -> None:
-        trunk = text_trunk(self.module)  # called directly: `Trainer` wraps the whole model's forward in autocast
+        # Called directly: `Trainer` wraps the whole model's forward in autocast. Of an image–text model all but its head,
+        # because some of them mask text otherwise than their language model alone (PaliGemma).
+        trunk = unwrapped(self.module).base_model
         known = inspect.signature(trunk.forward).parameters
         # Only position_ids may be dropped: without its mask a padded batch would be read wrongly.
         given: dict[str, Any] = {key: part for key, part in inputs.items() if key != "position_ids" or key in known}
@@ -176,7 +178,7 @@ class HuggingFace(Family):
 
     def writes(self) -> Iterator[Write]:
         # Embeddings of the stream's width and, in each part of a block, the last projection to that width.
-        for name, child in text_trunk(self.module).named_modules():
+        for name, child in decoder(self.module).named_modules():
             if isinstance(child, nn.Embedding) and child.embedding_dim == self.d_model:
                 yield Write(name, child, ((child.weight, 1),))
         for layer, block in enumerate(self.blocks):
@@ -273,11 +275,11 @@ def unwrapped(module: Any) -> Any:
     return module.get_base_model() if hasattr(module, "get_base_model") else module
 
 
-def text_trunk(module: Any) -> Any:
-    """Return the part of a Hugging Face model that turns token ids into states: without head or vision tower."""
+def decoder(module: Any) -> Any:
+    """Return the language model in a Hugging Face model, without its head: all of it, or a part of an image–text one."""
     inner = unwrapped(module)
-    wraps_text = inner.config.get_text_config() is not inner.config  # an image–text model
-    return inner.get_decoder() if wraps_text else inner.base_model
+    is_wrapper = inner.config.get_text_config() is not inner.config
+    return inner.get_decoder() if is_wrapper else inner.base_model
 
 
 def block_list(module: Any) -> nn.ModuleList:
@@ -287,8 +289,8 @@ def block_list(module: Any) -> nn.ModuleList:
         remedy = "AutoModelForCausalLM.from_pretrained(...) or TransformerBridge.boot_transformers(...)."
         raise GravlensError(f"A {type(module).__name__} was given.", wanted, remedy)
     n_layers = module.config.get_text_config().num_hidden_layers
-    trunk = text_trunk(module)  # a vision tower may have as many layers, and larger ones
-    found = [m for m in trunk.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    # Not of the whole module: a vision tower may have as many layers, and larger ones.
+    found = [m for m in decoder(module).modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not found:
         given = f"{type(module).__name__} has no list of its {n_layers} blocks."
         wanted = "The residual stream is read at the outputs of the blocks."

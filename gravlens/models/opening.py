@@ -33,6 +33,7 @@ from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloa
 from gravlens.models.precision import as_dtype, quantisation
 
 ADAPTER = "gravlens"  # PEFT's name of the adapter while it is merged
+WHOLE = "modules_to_save|original_module|base_layer"  # PEFT's names for a whole matrix
 # Tensors that some files hold and no state depends on: masks and constants that are computed today, a value head, heads
 # for several tokens at once, scales of a quantised cache.
 UNUSED = [
@@ -194,6 +195,11 @@ def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
             raise _does_not_fit(folder, f"it uses {foreign}")
     config.inference_mode = True
     tensors = dict(folder.weights.load())
+    # Of an embedding that was resized and trained PEFT saves the same weights under two names, and reads one.
+    again = [
+        name for name in tensors if ".modules_to_save." in name and name.replace(".modules_to_save", "") in tensors
+    ]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in again}
     _resize_embeddings(module, tensors)
     adapted = PeftModel(module, config, adapter_name=ADAPTER)
     # PeftModel.from_pretrained would also load a pickled adapter; here it only gets tensors from safetensors.
@@ -207,11 +213,10 @@ def _resize_embeddings(module: Any, tensors: Mapping[str, Tensor]) -> None:
     """Resize a model's vocabulary to an adapter's, as its training did, if the adapter holds every row of it."""
     ends = [part for part in (module.get_input_embeddings(), module.get_output_embeddings()) if part is not None]
     paths = {part: re.escape(path) for path, part in module.named_modules()}
-    found = [
-        {len(tensor) for name, tensor in tensors.items() if re.search(rf"\.{paths[part]}(\.\w+)?\.weight$", name)}
-        for part in (ends[:1] if all(part.weight is ends[0].weight for part in ends) else ends)
-    ]
-    sizes = set.intersection(*found)
+    tied = all(part.weight is ends[0].weight for part in ends)
+    names = [re.compile(rf"\.{paths[part]}(\.({WHOLE}))?\.weight$") for part in (ends[:1] if tied else ends)]
+    held = [{len(tensor) for name, tensor in tensors.items() if pattern.search(name)} for pattern in names]
+    sizes = set.intersection(*held)
     if len(sizes) == 1 and (rows := sizes.pop()) != len(ends[0].weight):
         module.resize_token_embeddings(rows, mean_resizing=False)
 
