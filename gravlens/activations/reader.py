@@ -23,7 +23,7 @@ from gravlens.core.errors import GravlensError, said
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
-from gravlens.models.families import OpenModel, resid_post
+from gravlens.models.families import OpenModel, described, resid_post
 from gravlens.models.forward import run_trunk
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import open_each
@@ -235,7 +235,11 @@ class Kept:
         self._counts, self._rows = lengths, torch.arange(len(lengths)).repeat_interleave(lengths)
 
     def rows(self) -> Float[Tensor, "row layer d_model"]:
-        """Return the mean state over each row's positions."""
+        """Return the mean state over each row's positions; raise if the pass went around a block."""
+        if passed := [layer for layer in self._layers if layer not in self._states]:
+            given = f"{described(self._model.module)} does not run the blocks of the layers {passed} on text."
+            remedy = f"the layers {sorted(self._states)}, or another family."
+            raise GravlensError(given, "States are read at the outputs of blocks.", remedy)
         found, rows = torch.stack([self._states.pop(layer) for layer in self._layers], dim=1), self._rows
         self._rows = None
         if rows is None or len(rows) == len(self._counts):

@@ -151,8 +151,8 @@ class HuggingFace(Family):
         return self.module.get_output_embeddings().weight
 
     def trunk(self, inputs: Inputs, cache: Any | None = None) -> None:
-        # Called directly: `Trainer` wraps the whole model's forward in autocast. Of an image–text model all but its head,
-        # because some of them mask text otherwise than their language model alone (PaliGemma).
+        # Called directly: `Trainer` wraps the whole model's forward in autocast. Of an image–text model all but the head:
+        # some of them mask text otherwise than their language model alone (PaliGemma).
         trunk = unwrapped(self.module).base_model
         known = inspect.signature(trunk.forward).parameters
         # Only position_ids may be dropped: without its mask a padded batch would be read wrongly.
@@ -276,7 +276,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def decoder(module: Any) -> Any:
-    """Return the language model in a Hugging Face model, without its head: all of it, or a part of an image–text one."""
+    """Return the language model, without its head, in a Hugging Face model: a part of an image–text one, else all."""
     inner = unwrapped(module)
     is_wrapper = inner.config.get_text_config() is not inner.config
     return inner.get_decoder() if is_wrapper else inner.base_model
