@@ -27,7 +27,8 @@ class GravlensError(ValueError):
 
 def said(error: BaseException) -> str:
     """Return what matters of another program's message, on one line: what happened, and a hint such as "log in"."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not STATUS.match(line)] or lines or [type(error).__name__]
     # "Error(s) in loading state_dict for …:" is a heading.
     first = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)

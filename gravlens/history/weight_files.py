@@ -201,6 +201,13 @@ def contents(named: Iterable[tuple[str, Tensor]]) -> Contents:
     return Contents(tensors, parameters, ",".join(sorted(dtypes)), digest.hexdigest())
 
 
+def repeated(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return names whose digest an earlier name has -> that name."""
+    first: dict[str, str] = {}
+    seen = {name: first.setdefault(digest, name) for name, digest in digests.items()}
+    return {name: before for name, before in seen.items() if name != before}
+
+
 def trained_steps(folder: Path) -> int | None:
     """Return `global_step` of a Trainer checkpoint, or None if there is no trainer_state.json."""
     path = folder / STATE

@@ -151,8 +151,8 @@ class HuggingFace(Family):
         return self.module.get_output_embeddings().weight
 
     def trunk(self, inputs: Inputs, cache: Any | None = None) -> None:
-        # Called directly: `Trainer` wraps the whole model's forward in autocast. Of an image–text model all but the head:
-        # some of them mask text otherwise than their language model alone (PaliGemma).
+        # Called directly: `Trainer` wraps the whole model's forward in autocast. Of an image–text model all but the
+        # head: some of them mask text otherwise than their language model alone (PaliGemma).
         trunk = unwrapped(self.module).base_model
         known = inspect.signature(trunk.forward).parameters
         # Only position_ids may be dropped: without its mask a padded batch would be read wrongly.
