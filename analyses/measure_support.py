@@ -261,8 +261,11 @@ def block(model: Any, layer: int) -> nn.Module:
 
 def _states(family: str, model: Any, ids: Tensor) -> Float[Tensor, "layer d_model"]:
     seen: list[Tensor] = []
-    last = block(model, LAYERS - 1)
-    handle = last.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+
+    def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = block(model, LAYERS - 1).register_forward_hook(see)
     hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states[0 if family in AFTER else 1 :]
     handle.remove()
     return torch.stack([state[0, -1] for state in (*hidden[: LAYERS - 1], *seen)])
@@ -312,7 +315,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 
 def page_table(table: pd.DataFrame) -> str:
-    """Markdown: a row for each family that opens, and a list of those that do not."""
+    """Markdown: a row for each family that opens."""
     heads = ["family", "opened as", "states", "padded", "answers", "ablation", "keys reused"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in table[table.states.notna()].to_dict("records"):
@@ -321,8 +324,13 @@ def page_table(table: pd.DataFrame) -> str:
         }
         told = {**row, **numbers, "answers": _word(row["answers"]), "keys_reused": _word(row["keys_reused"])}
         lines.append(f"| {row['family']} | `{row['class']}` | {' | '.join(told[name] for name in COLUMNS[2:-1])} |")
-    refused = table[table.states.isna()]
-    return "\n".join([*lines, "", *(f"- **{row.family}**: {row.refused}" for row in refused.itertuples())])
+    return "\n".join(lines)
+
+
+def page_refused(table: pd.DataFrame) -> str:
+    """Markdown: the families that do not open, and why."""
+    rows = table[table.states.isna()].to_dict("records")
+    return "\n".join(f"- **{row['family']}**: {row['refused']}" for row in rows)
 
 
 def _word(flag: Any) -> str:
@@ -335,7 +343,8 @@ def main(out: Annotated[Path, typer.Option(help="Folder for families.csv.")] = P
     table = pd.DataFrame([measure(family) for family in tqdm(NAMES, "families")], columns=COLUMNS)
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "families.csv", index=False, float_format="%.2g")
-    typer.echo(page_table(table))
+    rounded = pd.read_csv(out / "families.csv")
+    typer.echo(f"{page_table(rounded)}\n\n{page_refused(rounded)}")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ def load_huggingface(
                 use_safetensors=True,  # a pickle can run code
                 output_loading_info=True,
             )
+    except GravlensError:
+        raise
     except SafetensorError as error:
         raise damaged(source, error) from error
     except torch.OutOfMemoryError as error:
@@ -140,7 +142,7 @@ def auto_class(config: Any) -> Any:
         GravlensError: an encoder–decoder.
     """
     if config.is_encoder_decoder:
-        given = f"The configuration is of an encoder–decoder ({config.model_type})."
+        given = f"{config.name_or_path or 'The configuration'} is an encoder–decoder ({config.model_type})."
         raise GravlensError(given, "One residual stream from prompt to answer is read.", ONE_DECODER)
     wrapper = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     alone = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING

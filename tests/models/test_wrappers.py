@@ -116,7 +116,7 @@ def test_an_encoder_decoder_is_refused(name: str, tmp_path: Path) -> None:
     sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "encoder_layers": 1, "decoder_layers": 1}
     config = getattr(transformers, f"{name}Config")(vocab_size=tiny.VOCABULARY, num_heads=2, **sizes)
     getattr(transformers, f"{name}ForConditionalGeneration")(config).save_pretrained(tmp_path)
-    with refused(name.lower()):
+    with refused(str(tmp_path), "encoder–decoder"):
         open_model(tmp_path)
 
 
