@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ from gravlens.core.errors import GravlensError, said
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
+from gravlens.history.weight_files import remark_on_same
 from gravlens.models.families import OpenModel, described, resid_post
 from gravlens.models.forward import run_trunk
 from gravlens.models.placement import Placement
@@ -337,6 +339,8 @@ def read_here(
     for number, rows, states, precision in read_each(plan, checkpoints, through, placement):
         values[number, rows] = states
         precisions.add(precision)
+    pairs = zip(checkpoints, values, strict=True)
+    remark_on_same({checkpoint.name: sha256(states).hexdigest() for checkpoint, states in pairs}, "states")
     return values, precisions
 
 

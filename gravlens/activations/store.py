@@ -15,7 +15,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ from gravlens.core.files import TensorWriter, map_tensor, meta_of, tensor_bytes,
 from gravlens.core.progress import progress
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved, changed_meanwhile, resolve
-from gravlens.history.weight_files import repeated
+from gravlens.history.weight_files import remark_on_same
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import open_each, precision_of
 from gravlens.models.tokenizers import check_vocabulary
@@ -245,9 +245,8 @@ def read_through_store(
     blocks = tuple((tuple(plan.queries[i] for i in block), plan.layers) for block in plan.blocks)
     found = (map_verified(path, "values") for path in sorted((store.folder / "views").glob(f"{request}.*.safetensors")))
     view = next((one for one in found if one is not None), None)
-    _remark_on_same(
-        {checkpoint.name: states.folder.name for checkpoint, states in zip(checkpoints, folders, strict=True)}
-    )
+    pairs = zip(checkpoints, folders, strict=True)
+    remark_on_same({checkpoint.name: states.folder.name for checkpoint, states in pairs}, "weights")
     unique = dict(zip(folders, sources, strict=True))  # one checkpoint under two names is read once
     for _ in range(ATTEMPTS if view is None else 0):
         tasks = [Task(one, states, states.missing_of(blocks), plan.prefix, store) for states, one in unique.items()]
@@ -258,12 +257,6 @@ def read_through_store(
         given = f"The store {store.folder} does not hold what was just written into it."
         raise GravlensError(given, "No other program may write into it.", "another folder, and check that disk.")
     return view, set(precisions)
-
-
-def _remark_on_same(digests: Mapping[str, str]) -> None:
-    for name, other in repeated(digests).items():
-        remark = f"{name} and {other} have the same weights: nothing moves between them."
-        warnings.warn(f"{remark} Try: gravlens inspect, which lists sources and digests.", stacklevel=2)
 
 
 def _assemble(

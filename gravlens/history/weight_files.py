@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,13 @@ def repeated(digests: Mapping[str, str]) -> dict[str, str]:
     first: dict[str, str] = {}
     seen = {name: first.setdefault(digest, name) for name, digest in digests.items()}
     return {name: before for name, before in seen.items() if name != before}
+
+
+def remark_on_same(digests: Mapping[str, str], what: str) -> None:
+    """Warn of checkpoints (name -> digest of `what`) that equal an earlier one."""
+    for name, other in repeated(digests).items():
+        remark = f"{name} and {other} have the same {what}: nothing moves between them."
+        warnings.warn(f"{remark} Try: gravlens inspect, which lists sources and digests.", stacklevel=3)
 
 
 def trained_steps(folder: Path) -> int | None:

@@ -202,6 +202,8 @@ def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
         name for name in tensors if ".modules_to_save." in name and name.replace(".modules_to_save", "") in tensors
     ]
     tensors = {name: tensor for name, tensor in tensors.items() if name not in again}
+    if not hasattr(module.base_model, "language_model") and any(".language_model." in name for name in tensors):
+        tensors = _of_text_alone(config, tensors)
     _resize_embeddings(module, tensors)
     adapted = PeftModel(module, config, adapter_name=ADAPTER)
     # PeftModel.from_pretrained would also load a pickled adapter; here it only gets tensors from safetensors.
@@ -209,6 +211,18 @@ def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
     # PEFT skips unused and missing tensors silently.
     empty = {name for name in report.missing_keys if ADAPTER in name.split(".")}  # the base's are missing as a rule
     return adapted, empty | set(report.unexpected_keys)
+
+
+def _of_text_alone(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the names of the text model, if it was trained in an image–text model."""
+    kept = {
+        name.replace(".language_model.", ".", 1): tensor
+        for name, tensor in tensors.items()
+        if not re.search("|".join(OTHER_SENSES), name)
+    }
+    # Names that end in these are adapted; a pattern could ask for `language_model`.
+    config.target_modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in kept}
+    return kept
 
 
 def _resize_embeddings(module: Any, tensors: Mapping[str, Tensor]) -> None:

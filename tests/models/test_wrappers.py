@@ -98,6 +98,19 @@ def test_an_adapter_over_a_wrapper_is_what_peft_makes_of_it(family: str, tmp_pat
     assert not torch.allclose(states(folder), states(base), atol=1e-3)
 
 
+@pytest.mark.parametrize("targets", [".*language_model.*(q_proj|down_proj)", ["q_proj", "down_proj", "qkv"]])
+def test_an_adapter_that_was_trained_in_the_wrapper_fits_the_text_model_alone(tmp_path: Path, targets: Any) -> None:
+    base, auto = save("Qwen3.5 (with images)", tmp_path / "base"), transformers.AutoModelForImageTextToText
+    folder = adapter(base, tmp_path / "adapter", auto=auto, target_modules=targets)
+    assert any(".language_model." in name for name in load_file(folder / "adapter_model.safetensors"))
+    wanted = PeftModel.from_pretrained(auto.from_pretrained(base), folder).merge_and_unload()
+    model = open_model(folder)
+    assert type(model.module).__name__ == "Qwen3_5ForCausalLM"
+    assert_same_states(states(model), states(wanted))
+    assert_same_states(final_logits(model, RAGGED), final_logits(open_model(wanted), RAGGED))
+    assert not torch.allclose(states(folder), states(base), atol=1e-3)
+
+
 @some
 def test_writes_are_the_language_models_and_can_be_orthogonalised(family: str, tmp_path: Path) -> None:
     opened = open_model(save(family, tmp_path))

@@ -190,5 +190,7 @@ def test_two_names_of_one_model_are_remarked_on_whichever_way_it_was_sharded(his
     )
     remarks = inspect_sequence(sequence)["remark"].tolist()
     assert remarks == ["", "", "the same weights as anchor", "the same weights as anchor"]
+    with pytest.warns(UserWarning, match="r/1 and anchor have the same states"):
+        cache_residuals(sequence)
     with pytest.warns(UserWarning, match="r/1 and anchor have the same weights"):
         cache_residuals(sequence, store=tmp_path / "store")
