@@ -340,7 +340,7 @@ def read_here(
         values[number, rows] = states
         precisions.add(precision)
     pairs = zip(checkpoints, values, strict=True)
-    remark_on_same({checkpoint.name: sha256(states).hexdigest() for checkpoint, states in pairs}, "states")
+    remark_on_same({checkpoint.name: sha256(states.data).hexdigest() for checkpoint, states in pairs}, "states")
     return values, precisions
 
 
