@@ -25,10 +25,10 @@ def snapshot(cache: Path, revision: str, commit: str, make: Callable[[Path], Any
     return folder
 
 
-def adapter(base: Path, folder: Path, seed: int = 0, **changes: Any) -> Path:
+def adapter(base: Path, folder: Path, seed: int = 0, auto: Any = AutoModelForCausalLM, **changes: Any) -> Path:
     """A LoRA adapter that does something, saved by PEFT over the model in `base`."""
     torch.manual_seed(seed)
     config = {"r": 2, "target_modules": QV, "task_type": "CAUSAL_LM", "init_lora_weights": False, **changes}
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**config)).save_pretrained(folder)
+    get_peft_model(auto.from_pretrained(base), LoraConfig(**config)).save_pretrained(folder)
     assert not list(folder.glob("model*.safetensors"))
     return folder

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gravlens.activations.positions import Query, offset_of
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
-from gravlens.models.families import OpenModel, resid_post
+from gravlens.history.weight_files import remark_on_same
+from gravlens.models.families import OpenModel, described, resid_post
 from gravlens.models.forward import run_trunk
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import check_one_precision, open_each
@@ -157,7 +159,7 @@ class Reader:
             if not any(told in str(error).lower() for told in NO_MEMORY):
                 raise
             if len(queries) == 1:
-                found = f"one prompt of {queries[0].end} tokens ({str(error).strip().splitlines()[0]})"
+                found = f"one prompt of {queries[0].end} tokens ({said(error)})"
                 remedy = "a shorter prompt, bf16, or a larger device."
                 raise GravlensError(f"Out of memory on {found}.", "It must fit alone.", remedy) from error
         half = len(queries) // 2  # outside `except`: the traceback would keep the failed pass's tensors alive
@@ -243,7 +245,11 @@ class Kept:
         self._counts, self._rows = lengths, torch.arange(len(lengths)).repeat_interleave(lengths)
 
     def rows(self) -> Float[Tensor, "row layer d_model"]:
-        """Return the mean state over each row's positions."""
+        """Return the mean state over each row's positions; raise if the pass went around a block."""
+        if passed := [layer for layer in self._layers if layer not in self._states]:
+            given = f"{described(self._model.module)} does not run the blocks of the layers {passed} on text."
+            remedy = f"the layers {sorted(self._states)}, or another family."
+            raise GravlensError(given, "States are read at the outputs of blocks.", remedy)
         found, rows = torch.stack([self._states.pop(layer) for layer in self._layers], dim=1), self._rows
         self._rows = None
         if rows is None or len(rows) == len(self._counts):
@@ -401,6 +407,8 @@ def read_here(
     for number, rows, states, precision in read_each(plan, checkpoints, through, placement):
         values[number, rows] = states
         precisions.add(precision)
+    pairs = zip(checkpoints, values, strict=True)
+    remark_on_same({checkpoint.name: sha256(states.data).hexdigest() for checkpoint, states in pairs}, "states")
     return values, precisions
 
 

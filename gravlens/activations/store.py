@@ -35,11 +35,12 @@ from torch import nn
 from gravlens.activations.fingerprint import check_same_content, fingerprint
 from gravlens.activations.positions import Query
 from gravlens.activations.reader import Plan, Reader, Through, all_finite, read_block
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.core.files import TensorWriter, map_tensor, meta_of, tensor_bytes, write_atomically
 from gravlens.core.progress import progress
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved, changed_meanwhile, resolve
+from gravlens.history.weight_files import remark_on_same
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import check_one_precision, open_each, precision_of
 from gravlens.models.tokenizers import check_vocabulary
@@ -248,6 +249,8 @@ def read_through_store(
     blocks = tuple((tuple(plan.queries[i] for i in block), plan.layers) for block in plan.blocks)
     found = (map_verified(path, "values") for path in sorted((store.folder / "views").glob(f"{request}.*.safetensors")))
     view = next((one for one in found if one is not None), None)
+    pairs = zip(checkpoints, folders, strict=True)
+    remark_on_same({checkpoint.name: states.folder.name for checkpoint, states in pairs}, "weights")
     unique = dict(zip(folders, sources, strict=True))  # one checkpoint under two names is read once
     for _ in range(ATTEMPTS if view is None else 0):
         tasks = [Task(one, states, states.missing_of(blocks), plan.prefix, store) for states, one in unique.items()]
@@ -356,7 +359,7 @@ def run_each(calls: Sequence[Callable[[], T]], executor: Executor | None, what: 
     except GravlensError:
         raise
     except Exception as error:  # every executor has its own exceptions for a worker that died
-        given = f"A worker of {type(executor).__name__} ended ({(str(error) or type(error).__name__).splitlines()[0]})."
+        given = f"A worker of {type(executor).__name__} ended ({said(error)})."
         wanted = "All workers must live until their tasks are done; complete files stay in the store."
         raise GravlensError(given, wanted, "the same call with a new executor: it resumes.") from error
     finally:

@@ -21,7 +21,7 @@ from torch import nn
 from gravlens.behavior.answers import Judge, Prompts, check_threshold, says_something, verdicts_of
 from gravlens.behavior.answers import substring_judge as substring_judge  # so that every judge is found here
 from gravlens.behavior.scores import encode_openings, opening_logprobs
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.models.forward import final_logits, generate
 from gravlens.models.opening import Openable, OpenModel, load_tokenizer, open_model, quiet
 
@@ -152,7 +152,7 @@ def _load_classifier(folder: Path | str) -> Any:
                 folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise _no_classifier(folder, str(error).strip().splitlines()[0]) from error
+        raise _no_classifier(folder, said(error)) from error
     module, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers would initialise them at random
         raise _no_classifier(folder, f"missing weights: {', '.join(missing[:3])}")

@@ -1,11 +1,16 @@
 """The one exception of gravlens, and checks of arguments that raise it."""
 
+import re
 from collections.abc import Iterable
 from numbers import Integral
 from pathlib import PurePath
 from typing import TypeVar
 
 T = TypeVar("T")
+STATUS = re.compile(r"\d{3} (Client|Server) Error")  # a hub's first line: a status and a request id
+# Lines further down that say what to do about it.
+HELPFUL = re.compile(r"log(ging)? in|authenticat|restricted|gated|licen[cs]e|pip install", re.IGNORECASE)
+LONGEST = 400  # characters of another program's message
 
 
 class GravlensError(ValueError):
@@ -18,6 +23,17 @@ class GravlensError(ValueError):
     def __reduce__(self) -> tuple[type["GravlensError"], tuple[str, str, str]]:
         """Pickle by the three arguments: by default an exception is unpickled from its one message."""
         return type(self), (self.given, self.wanted, self.remedy)
+
+
+def said(error: BaseException) -> str:
+    """Return what matters of another program's message, on one line: what happened, and a hint such as "log in"."""
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not STATUS.match(line)] or lines or [type(error).__name__]
+    # "Error(s) in loading state_dict for …:" is a heading.
+    first = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
+    kept = lines[: first + 1] + [line for line in lines[first + 1 :] if HELPFUL.search(line)]
+    return " ".join(kept)[:LONGEST].rstrip(".:")
 
 
 def wrong_kind(given: object, wanted: str, remedy: str) -> GravlensError:

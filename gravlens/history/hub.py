@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
-from huggingface_hub.errors import CacheNotFound
+from huggingface_hub.errors import CacheNotFound, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from gravlens.core.errors import GravlensError, wrong_kind
+from gravlens.core.errors import GravlensError, said, wrong_kind
 
 _PART = r"[A-Za-z0-9_-][\w.-]*"
 HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}(/{_PART})*))?", re.ASCII)
 # Weights as safetensors, configurations and tokenizers; never pickles or code, which could run on loading.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = "*.safetensors"
+LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 # Copies of the same weights in subfolders (`original/`), Mistral's own format, half precision next to full.
 UNWANTED = ("*/*", "consolidated*.safetensors", "*.fp16.safetensors")
 
@@ -67,9 +68,11 @@ def local_folder(source: Path | str, *, weights: bool = True) -> Path:
     except (OSError, ValueError) as error:
         if part := getattr(error, "snapshot_path", None):  # offline; `weight_paths` names what is missing
             return Path(part)
-        given = f"{source} could not be opened ({str(error).strip().splitlines()[0]})."
+        given = f"{source} could not be opened ({said(error)})."
         wanted = "A folder written by save_pretrained or a reachable hub id is needed."
         remedy = "check the path, or the id and revision; download it once where there is a network."
+        if isinstance(error, RepositoryNotFoundError):  # also a gated one: a hub does not tell them apart to everyone
+            remedy = f"check the id; for a gated or private one accept its terms on its page, then {LOG_IN}."
         raise GravlensError(given, wanted, remedy) from error
     return Path(found)
 

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system, read_prompts
-from gravlens.history.weight_files import read_headers, trained_steps
+from gravlens.history.weight_files import ADAPTER_CONFIG, STEP, read_headers, trained_steps
 
 PROMPT_KEYS = ("probes", "held_out", "harmless")
 TEMPLATE_KEYS = ("chat_template", "chat_template_kwargs", "system")
@@ -323,13 +323,8 @@ def _run_of_folders(
 
 def _found(name: str, folders: Folders) -> Sequence[Path | str]:
     """Return the folders that a pattern or a list names; a Trainer's output folder is replaced by those inside it."""
-    if not isinstance(folders, str | Path):
-        found: list[Path | str] = list(folders)
-    elif (path := Path(folders).expanduser()).is_dir():
-        found = [path]
-    else:
-        found = [Path(match) for match in sorted(glob.glob(str(path))) if Path(match).is_dir()]
-    inside = {folder: [p for p in Path(folder).expanduser().glob("checkpoint-*") if p.is_dir()] for folder in found}
+    found = _without_links(_matching(folders) if isinstance(folders, str | Path) else folders)
+    inside = {folder: _checkpoints_in(Path(folder).expanduser()) for folder in found}
     outer = [folder for folder in found if inside[folder]]
     if outer and len(found) > 1:
         given = f"The run {name!r} ({folders}) holds {len(found)} folders, and {outer[0]} is a run's folder itself."
@@ -338,10 +333,38 @@ def _found(name: str, folders: Folders) -> Sequence[Path | str]:
     return inside[outer[0]] if outer else found
 
 
+def _matching(pattern: Path | str) -> list[Path | str]:
+    """Return the folders that a pattern matches; what exists under that very name is no pattern (`my[run]`)."""
+    path = Path(pattern).expanduser()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    matches = glob.glob(os.path.join(glob.escape(str(there)), *path.relative_to(there).parts))
+    return [Path(match) for match in sorted(matches) if Path(match).is_dir()]
+
+
+def _checkpoints_in(folder: Path) -> list[Path | str]:
+    return _without_links([path for path in folder.glob("checkpoint-*") if path.is_dir()])
+
+
+def _without_links(sources: Sequence[Path | str]) -> list[Path | str]:
+    """Return checkpoints without links to another of them: `checkpoint-last` is no checkpoint of its own."""
+    places = {_place(Path(source)) for source in sources}
+    links = [s for s in sources if Path(s).is_symlink() and _place(Path(s).parent / Path(s).readlink()) in places]
+    return [source for source in sources if source not in links]
+
+
+def _place(path: Path) -> Path:
+    return path.parent.resolve() / path.name
+
+
 def _step_of(name: str, source: Path | str) -> int:
     """Return Trainer's step count if it left one, or the number in a name or revision: after `step`, or the last."""
-    if isinstance(source, Path) and (steps := trained_steps(source)) is not None:
-        return steps
+    if isinstance(source, Path):
+        if STEP.fullmatch(source.parent.name) and (source / ADAPTER_CONFIG).is_file():
+            source = source.parent  # checkpoint-5/policy
+        if (steps := trained_steps(source)) is not None:
+            return steps
+        if source.is_symlink() and not re.search(r"\d", source.name):
+            source = source.resolve()  # checkpoint-best
     label = source.name if isinstance(source, Path) else revision_of(source) or repository_of(source)
     numbers = re.findall(r"step[-_]?(\d+)", label)[-1:]
     if not numbers and label != source:  # the digits of a repository's own name are its size or version
@@ -359,13 +382,19 @@ def _named(runs: Mapping[str, Folders | Run] | Folders | None) -> Mapping[str, F
         return runs or {}
     named: dict[str, Folders | Run] = {}
     for run in as_list(runs):
-        parts = [part for part in Path(run).parts if not re.match(r"checkpoint-|.*[*?\[]", part)]
-        name = parts[-1].partition("@")[0] if parts else "run"
+        # Up to the first pattern or checkpoint: ft/seed0/checkpoint-*/policy is the run seed0.
+        folders = [*reversed(Path(run).parents), Path(run)]
+        parts = [*takewhile(lambda path: not re.match("checkpoint-", path.name) and not _is_pattern(path), folders)]
+        name = parts[-1].name.partition("@")[0] or "run"
         if name in named:
             remedy = f'runs={{"seed0": {as_list(runs)}}}.'
             raise GravlensError(f"Two runs would be called {name!r}.", "Each run has its own name.", remedy)
         named[name] = run
     return named
+
+
+def _is_pattern(path: Path) -> bool:
+    return glob.has_magic(path.name) and not path.expanduser().exists()
 
 
 def _runs_of_models(runs: Any) -> dict[str, tuple[Checkpoint, ...]]:
@@ -458,6 +487,4 @@ def _seen_from(here: Path, folders: str | list[str]) -> str | list[Path | str]:
     if isinstance(folders, list):
         paths = {folder: here / Path(folder).expanduser() for folder in folders}
         return [f if is_hub_id(f) and not paths[f].parent.exists() else paths[f] for f in folders]
-    # The folder is escaped: its own name may contain [ or *.
-    pattern = os.path.expanduser(folders)
-    return pattern if os.path.isabs(pattern) else os.path.join(glob.escape(str(here)), pattern)
+    return str(here / Path(folders).expanduser())

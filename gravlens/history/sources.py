@@ -1,6 +1,7 @@
 """Resolve a checkpoint once: its folders, and what their configurations and headers say."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,16 @@ from torch import nn
 from gravlens.core.errors import GravlensError
 from gravlens.history.hub import commit_of, is_hub_id, local_folder, repository_of
 from gravlens.history.sequence import Checkpoint
-from gravlens.history.weight_files import ADAPTER_CONFIG, Stamp, Weights, contents, read_headers, stamp, weight_paths
+from gravlens.history.weight_files import (
+    ADAPTER_CONFIG,
+    Stamp,
+    Weights,
+    adapter_folder,
+    contents,
+    read_headers,
+    stamp,
+    weight_paths,
+)
 
 CHAIN = 8  # adapters over adapters; a circle ends here
 CONFIG = "config.json"
@@ -26,7 +36,8 @@ class Folder:
     """A folder with a whole model or an adapter. Its files are read when first needed, each once.
 
     Attributes:
-        path: the folder; for a hub id its snapshot in the Hugging Face cache.
+        path: the folder; for a hub id its snapshot in the Hugging Face cache; for a checkpoint of a named adapter
+            (`checkpoint-5/policy/`) the adapter's.
         source: the folder or hub id that was resolved.
         stamps: `stamp` of each configuration file when it was resolved, at `resolved_at` (ns).
     """
@@ -43,6 +54,12 @@ class Folder:
     def is_adapter(self) -> bool:
         """Whether it holds a PEFT adapter."""
         return bool(self.stamps[ADAPTER_CONFIG])
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The folders that may hold its tokenizer: its own, and the checkpoint's around a named adapter."""
+        around = [] if isinstance(self.source, str) and not Path(self.source).is_dir() else [Path(self.source)]
+        return tuple(dict.fromkeys([self.path, *around]))
 
     @cached_property
     def commit(self) -> str | None:
@@ -179,7 +196,9 @@ def resolve(checkpoint: Checkpoint | Resolved, known: Known | None = None, *, we
 
 def as_folder(source: Folder | Path | str, *, weights: bool = True) -> Folder:
     """Return the one folder of a path or hub id."""
-    return source if isinstance(source, Folder) else Folder(local_folder(source, weights=weights), source)
+    return (
+        source if isinstance(source, Folder) else Folder(adapter_folder(local_folder(source, weights=weights)), source)
+    )
 
 
 def _folder(source: Path | str, known: Known, weights: bool) -> Folder:
@@ -227,8 +246,14 @@ def _contradicts(named: str, base: Checkpoint) -> bool:
     if named and Path(named).is_dir():
         return not (Path(source).is_dir() and Path(named).samefile(source))
     if isinstance(source, str) and is_hub_id(named) and not Path(source).is_dir():
-        return repository_of(named) != repository_of(source)
+        return not _same_model(repository_of(named), repository_of(source))
     return False
+
+
+def _same_model(named: str, base: str) -> bool:
+    """Whether two repositories are one, or the first is the second quantised (`unsloth/…-bnb-4bit`) by anyone."""
+    quantised = re.fullmatch(r"[^/]+/(.+?)(-unsloth)?-bnb-[48]bit", named.lower())
+    return named == base or (quantised is not None and quantised[1] == base.lower().partition("/")[2])
 
 
 def _source(checkpoint: Checkpoint) -> Path | str:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from gravlens.core.files import damaged
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE = "trainer_state.json"
+STEP = re.compile(r"checkpoint-\d+")  # a Trainer's name for a checkpoint
 TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # pickles of Trainer that hold no weights
 Stamp: TypeAlias = tuple[int, ...]
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -27,7 +30,21 @@ def weight_paths(folder: Path) -> list[Path]:
     """Return the safetensors files of a model's or an adapter's weights; none of them is opened."""
     if not folder.is_dir():
         raise GravlensError(f"{folder} is not a folder.", "A checkpoint is a folder.", "check the path.")
+    folder = adapter_folder(folder)
     return _adapter_file(folder) if (folder / ADAPTER_CONFIG).is_file() else _model_files(folder)
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Return the subfolder of a checkpoint's one named adapter (`checkpoint-5/policy/`), or the folder itself."""
+    # PEFT writes an adapter that is not called "default" into a subfolder of its name.
+    if any((folder / name).exists() for name in (ADAPTER_CONFIG, WEIGHTS, INDEX)):
+        return folder
+    named = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}") if not STEP.fullmatch(path.parent.name))
+    if len(named) > 1:
+        given = f"{folder} holds {len(named)} adapters: {', '.join(path.name for path in named)}."
+        remedy = f"the folder of one of them, {named[0]}; of a run: '{folder.parent / 'checkpoint-*' / named[0].name}'."
+        raise GravlensError(given, "A checkpoint has one adapter.", remedy)
+    return named[0] if named else folder
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -63,7 +80,23 @@ def _adapter_file(folder: Path) -> list[Path]:
     return [folder / ADAPTER]
 
 
+# What a sharded training leaves in place of weights: files, and the command that puts them together.
+SHARDED = {
+    "FSDP": (("pytorch_model_fsdp_[0-9]*", "*.distcp"), "accelerate merge-weights {shards} {folder}-whole"),
+    "DeepSpeed ZeRO": (
+        ("zero_to_fp32.py", "global_step[0-9]*"),
+        "python {folder}/zero_to_fp32.py {folder} {folder}-whole --safe_serialization",
+    ),
+}
+
+
 def _no_weights(folder: Path, loader: str, package: str) -> GravlensError:
+    for what, (patterns, command) in SHARDED.items():
+        if shards := [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
+            given = f"{folder} holds no weights as safetensors, but the shards of {what} ({shards[0].name})."
+            wanted = "They are put together once, in a folder that gets config.json and the tokenizer's files too."
+            shards = shards[0] if shards[0].is_dir() else folder
+            return GravlensError(given, wanted, command.format(folder=folder, shards=shards))
     found = {path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in folder.glob(suffix)}
     pickles = sorted(name for name in found if not name.startswith(TRAINING))
     convert = (
@@ -167,6 +200,20 @@ def contents(named: Iterable[tuple[str, Tensor]]) -> Contents:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         tensors, parameters, dtypes = tensors + 1, parameters + tensor.numel(), dtypes | {dtype}
     return Contents(tensors, parameters, ",".join(sorted(dtypes)), digest.hexdigest())
+
+
+def repeated(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return names whose digest an earlier name has -> that name."""
+    first: dict[str, str] = {}
+    seen = {name: first.setdefault(digest, name) for name, digest in digests.items()}
+    return {name: before for name, before in seen.items() if name != before}
+
+
+def remark_on_same(digests: Mapping[str, str], what: str) -> None:
+    """Warn of checkpoints (name -> digest of `what`) that equal an earlier one."""
+    for name, other in repeated(digests).items():
+        remark = f"{name} and {other} have the same {what}: nothing moves between them."
+        warnings.warn(f"{remark} Try: gravlens inspect, which lists sources and digests.", stacklevel=3)
 
 
 def trained_steps(folder: Path) -> int | None:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
+from weakref import WeakSet
 
 import torch
 import transformers
@@ -17,15 +18,21 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
-from gravlens.core.errors import GravlensError, check_layer
+from gravlens.core.errors import GravlensError, check_layer, said
 from gravlens.models.precision import precision_name, quantisation
 
+ONE_DECODER = "a decoder-only language model, as in docs/architectures.md."
+_TRIED: "WeakSet[nn.Module]" = WeakSet()  # models of which a block was seen to output one residual stream
 Inputs: TypeAlias = Mapping[str, Tensor]  # the fields of a `Batch`, on the model's device
 CLASSES = {"TransformerBridge": "bridge", "HookedTransformer": "hooked_transformer"}
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # as configurations call it
 ROWS = 64  # of a tensor are inspected: not even one of them has mean 0 by chance
 # |mean| · √d_model / RMS of a row is about 1 by chance; after centring only rounding is left of it.
 FP32_LEAVES, ROUNDING_LEAVES = 1e-4, 4  # the second in units of the eps of a coarser dtype
+
+
+class _Seen(Exception):  # noqa: N818 (a signal)
+    """Ends a pass after its first block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +126,7 @@ class Family(ABC):
 
 
 class HuggingFace(Family):
-    """Any decoder-only model of transformers, inside a PEFT wrapper or not."""
+    """Any decoder-only model of transformers, or that of an image–text model, inside a PEFT wrapper or not."""
 
     name = "huggingface"
     unprocessed = "AutoModelForCausalLM.from_pretrained(...) of the checkpoint's own folder."
@@ -149,13 +156,10 @@ class HuggingFace(Family):
     def unembedding(self) -> Float[Tensor, "vocab d_model"]:
         return self.module.get_output_embeddings().weight
 
-    @property
-    def _inner(self) -> Any:
-        # A PEFT wrapper's signature hides the model's inputs; the adapters are in place inside it too.
-        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
-
     def trunk(self, inputs: Inputs, cache: Any | None = None) -> None:
-        trunk = self._inner.base_model  # called directly: `Trainer` wraps the whole model's forward in autocast
+        # Called directly: `Trainer` wraps the whole model's forward in autocast. Of an image–text model all but the
+        # head: some of them mask text otherwise than their language model alone (PaliGemma).
+        trunk = unwrapped(self.module).base_model
         known = inspect.signature(trunk.forward).parameters
         # Only position_ids may be dropped: without its mask a padded batch would be read wrongly.
         given: dict[str, Any] = {key: part for key, part in inputs.items() if key != "position_ids" or key in known}
@@ -164,7 +168,7 @@ class HuggingFace(Family):
         trunk(**given, use_cache=cache is not None)
 
     def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
-        known = inspect.signature(self._inner.forward).parameters
+        known = inspect.signature(unwrapped(self.module).forward).parameters
         given: dict[str, Any] = {key: part for key, part in inputs.items() if key in known}
         if "logits_to_keep" in known:  # the logits of all positions may be the largest tensor of the pass
             given["logits_to_keep"] = keep
@@ -180,7 +184,7 @@ class HuggingFace(Family):
 
     def writes(self) -> Iterator[Write]:
         # Embeddings of the stream's width and, in each part of a block, the last projection to that width.
-        for name, child in self.module.named_modules():
+        for name, child in decoder(self.module).named_modules():
             if isinstance(child, nn.Embedding) and child.embedding_dim == self.d_model:
                 yield Write(name, child, ((child.weight, 1),))
         for layer, block in enumerate(self.blocks):
@@ -297,6 +301,18 @@ def check_context(model: OpenModel, ids: Sequence[Sequence[int]], *, new: int = 
     raise GravlensError(given, f"The context of {of} holds {context} tokens.", remedy)
 
 
+def unwrapped(module: Any) -> Any:
+    """Return the model inside a PEFT wrapper, whose signature hides the model's inputs; adapters are in place in it."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
+def decoder(module: Any) -> Any:
+    """Return the language model, without its head, in a Hugging Face model: a part of an image–text one, else all."""
+    inner = unwrapped(module)
+    is_wrapper = inner.config.get_text_config() is not inner.config
+    return inner.get_decoder() if is_wrapper else inner.base_model
+
+
 def block_list(module: Any) -> nn.ModuleList:
     """Return the blocks of a Hugging Face model."""
     if not hasattr(module, "config"):
@@ -304,13 +320,62 @@ def block_list(module: Any) -> nn.ModuleList:
         remedy = "AutoModelForCausalLM.from_pretrained(...) or TransformerBridge.boot_transformers(...)."
         raise GravlensError(f"A {type(module).__name__} was given.", wanted, remedy)
     n_layers = module.config.get_text_config().num_hidden_layers
-    found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    # Not of the whole module: a vision tower may have as many layers, and larger ones.
+    found = [m for m in decoder(module).modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not found:
         given = f"{type(module).__name__} has no list of its {n_layers} blocks."
         wanted = "The residual stream is read at the outputs of the blocks."
-        raise GravlensError(given, wanted, "a decoder-only language model.")
+        raise GravlensError(given, wanted, ONE_DECODER)
     # Some architectures have other lists of one entry per layer, such as embeddings or norms: smaller than the blocks.
     return max(found, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def check_one_stream(family: Family) -> None:
+    """Raise unless a block outputs [prompt, pos, d_model]: 2 prompts of 3 tokens are run up to it, once per model."""
+    if family.module in _TRIED or family.embedding.is_meta:
+        return
+    found = _first_output(family)
+    if found != (2, 3, family.d_model):
+        given = f"A block of {described(family.module)} outputs {found} for 2 prompts of 3 tokens."
+        wanted = f"One residual stream, (2, 3, {family.d_model}), is read and intervened on; this family keeps several."
+        raise GravlensError(given, wanted, "a family of docs/architectures.md.")
+    _TRIED.add(family.module)
+
+
+def _first_output(family: Family) -> tuple[int, ...] | str:
+    """Return the shape of the first block's output, or what it is; the pass ends there and leaves nothing behind."""
+    seen: list[tuple[int, ...] | str] = []
+
+    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen.append(tuple(hidden.shape) if isinstance(hidden, Tensor) else f"a {type(hidden).__name__}")
+        raise _Seen
+
+    training = [part for part in family.module.modules() if part.training]
+    inputs = {"input_ids": torch.arange(6).view(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    inputs["position_ids"] = torch.arange(3).expand(2, 3)
+    handle = family.blocks[0].register_forward_hook(stop, prepend=True)  # before a user's
+    try:
+        for part in training:  # not by eval(), which a library may override; dropout would draw random numbers
+            part.training = False
+        with torch.no_grad():
+            family.trunk({name: part.to(family.embedding.device) for name, part in inputs.items()})
+    except _Seen:
+        pass
+    except Exception as error:
+        given = f"{described(family.module)} does not run on token ids alone ({said(error)})."
+        raise GravlensError(given, "A text prompt is read by a decoder-only model.", ONE_DECODER) from error
+    finally:
+        handle.remove()
+        for part in training:
+            part.training = True
+    return seen[0] if seen else "nothing"
+
+
+def described(module: Any) -> str:
+    """Return a model's class and family, for messages."""
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    return f"{type(module).__name__} ({kind})" if kind else type(module).__name__
 
 
 def _projections(name: str, part: nn.Module, width: int) -> Iterator[Write]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.models.families import Family, Inputs, Write, all_centred, context_of
 
 TRIAL = 16  # tokens of a trial prompt
@@ -116,7 +116,7 @@ class Bridge(_Lens):
             bridge = TransformerBridge.boot_transformers(source, hf_model=module, tokenizer=tokenizer, dtype=dtype)
             found = _trial_logits(bridge, ids)
         except Exception as error:  # whatever goes wrong inside TransformerLens, the remedy is the same
-            raise _refused(source, module, f"fails ({(str(error).strip() or repr(error)).splitlines()[0]})") from error
+            raise _refused(source, module, f"fails ({said(error)})") from error
         spread = wanted.std(dim=-1).clamp(min=1e-30) * wanted.shape[-1] ** 0.5
         off = float(((found - wanted).norm(dim=-1) / spread).quantile(0.75))
         # Weights that diverged have no logits to compare; reading their states says so, with the cause.

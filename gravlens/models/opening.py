@@ -3,8 +3,9 @@
 import copy
 import json
 import logging
+import re
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,17 +16,34 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.core.files import damaged, once
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
-from gravlens.models.families import Family, OpenModel, all_centred, family_of, library
+from gravlens.models.families import (
+    ONE_DECODER,
+    Family,
+    OpenModel,
+    all_centred,
+    check_one_stream,
+    described,
+    family_of,
+    library,
+)
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
-from gravlens.models.precision import as_dtype, check_unquantised
+from gravlens.models.precision import as_dtype, quantisation
 
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # may hold a chat template beside the tokenizer's
 ADAPTER = "gravlens"  # PEFT's name of the adapter while it is merged
+WHOLE = "modules_to_save|original_module|base_layer"  # PEFT's names for a whole matrix
+# Tensors that some files hold and no state depends on: masks and constants that are computed today, a value head, heads
+# for several tokens at once, scales of a quantised cache.
+UNUSED = [
+    r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.(attn|attention)\.bias$", r"(^|\.)position_ids$", r"^v_head\.",
+    r"(^|\.)mtp(\.|_)", r"\.[kv]_scale$",
+]  # fmt: skip
+OTHER_SENSES = [r"vision|visual|image|audio|speech|video|multi_modal|projector|connector|aligner"]
 Openable: TypeAlias = OpenModel | Checkpoint | Resolved | Path | str | nn.Module
 
 
@@ -41,7 +59,8 @@ def open_model(
     """Open a checkpoint, a folder, a hub id or a model in memory; an `OpenModel` is returned unchanged.
 
     A folder or hub id is loaded as a Hugging Face model, or as a `TransformerBridge` (`through="bridge"`); weights are
-    never processed. A PEFT adapter is merged into its base. A model in memory is used as it is, also quantised.
+    never processed. A PEFT adapter is merged into its base, or attached to it where that is quantised. Of an image–text
+    model the language model is read. A model in memory is used as it is, also quantised.
 
     Args:
         tokenizer: default: the checkpoint's, by its `template`.
@@ -49,19 +68,20 @@ def open_model(
 
     Raises:
         GravlensError: not a complete causal language model in safetensors; an adapter that does not fit its base;
-            centred writing weights, which change `resid_post`; an unavailable device, weights that would be offloaded.
+            centred writing weights, which change `resid_post`; several residual streams; an unavailable device, weights
+            that would be offloaded.
     """
     if isinstance(source, OpenModel):
         return source
     resolved = resolve(source if isinstance(source, Checkpoint | Resolved) else Checkpoint("this checkpoint", source))
     checkpoint = resolved.checkpoint
     if isinstance(checkpoint.source, nn.Module):
-        return _adopt(checkpoint, checkpoint.source, tokenizer or checkpoint_tokenizer(resolved), {})
+        return adopt(checkpoint, checkpoint.source, tokenizer or checkpoint_tokenizer(resolved), {})
     base, *adapters = resolved.folders
     module = load_huggingface(base, dtype, device=device, device_map=device_map)
     tokenizer = tokenizer or checkpoint_tokenizer(resolved)
     for adapter in adapters:
-        merge_adapter(module, adapter)
+        module = add_adapter(module, adapter)
     weights = weights_of(module)
     for weight in weights.values():
         if weight.device.type == "cpu":
@@ -69,7 +89,7 @@ def open_model(
             # a matrix product depend on memory alignment: loaded and swapped in, a checkpoint would give other bits.
             weight.data = weight.data.clone()
     module = library(through).boot(str(base.path), module, tokenizer)  # a bridge may hold views of the weights
-    return _adopt(checkpoint, module, tokenizer, weights)
+    return adopt(checkpoint, module, tokenizer, weights)
 
 
 def load_huggingface(
@@ -79,7 +99,10 @@ def load_huggingface(
     device: str | torch.device = "cpu",
     device_map: DeviceMap = None,
 ) -> Any:
-    """Load a causal language model from a folder or hub id: safetensors only, without running the checkpoint's code."""
+    """Load a language model from a folder or hub id: safetensors only, without running the checkpoint's code.
+
+    An image–text model is loaded as such, or as its language model alone where transformers has a class for that.
+    """
     check_map(device, device_map)
     place, folder = as_device(device), as_folder(source)
     source, stored = folder.source, folder.weights.dtype
@@ -87,7 +110,8 @@ def load_huggingface(
         raise GravlensError(f"{source} is an adapter.", "A whole model is needed.", "open_model(…) merges adapters.")
     try:
         with quiet():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+            loaded: Any = auto_class(config).from_pretrained(
                 folder.path,
                 dtype=as_dtype(dtype) or stored or "auto",
                 device_map=device_map or (None if place.type == "cpu" else {"": place}),
@@ -95,6 +119,8 @@ def load_huggingface(
                 use_safetensors=True,  # a pickle can run code
                 output_loading_info=True,
             )
+    except GravlensError:
+        raise
     except SafetensorError as error:
         raise damaged(source, error) from error
     except torch.OutOfMemoryError as error:
@@ -108,31 +134,60 @@ def load_huggingface(
         wanted = "All are needed; transformers would initialise the missing ones at random."
         remedy = "save the checkpoint again (model.save_pretrained of a causal language model)."
         raise GravlensError(f"Weights are missing from {source}: {', '.join(missing[:3])}.", wanted, remedy)
+    check_all_used(source, model, report["unexpected_keys"], wrapper=config.get_text_config() is not config)
     return model.eval()  # no dropout
 
 
-def merge_adapter(module: Any, folder: Folder) -> None:
-    """Merge a PEFT adapter into the weights of a Hugging Face model, in place; no second model is made."""
-    check_unquantised(module, "Merging an adapter")
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that loads a configuration: a causal language model or, if need be, a wrapper.
+
+    Raises:
+        GravlensError: an encoder–decoder.
+    """
+    if config.is_encoder_decoder:
+        given = f"{config.name_or_path or 'The configuration'} is an encoder–decoder ({config.model_type})."
+        raise GravlensError(given, "One residual stream from prompt to answer is read.", ONE_DECODER)
+    wrapper = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    alone = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForImageTextToText if wrapper and not alone else transformers.AutoModelForCausalLM
+
+
+def check_all_used(source: Path | str, model: Any, unexpected: Iterable[str], *, wrapper: bool) -> None:
+    """Raise if tensors of a checkpoint have no place in its family, except a wrapper's for images and sound."""
+    harmless = UNUSED + OTHER_SENSES if wrapper else UNUSED
+    if lost := sorted(name for name in unexpected if not re.search("|".join(harmless), name)):
+        given = f"{source} holds {len(lost)} tensors that {described(model)} has no place for: "
+        wanted = "Without them another model would be read than was trained."
+        remedy = "a config.json of the family and depth that was trained; adapters in a folder of their own."
+        raise GravlensError(f"{given}{', '.join(lost[:3])}{', …' * (len(lost) > 3)}.", wanted, remedy)
+
+
+def add_adapter(module: Any, folder: Folder) -> Any:
+    """Merge a PEFT adapter into a Hugging Face model, in place, or attach it to a quantised one; return what to use."""
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     _ = folder.weights  # raises on a pickled or truncated adapter before PEFT changes the model
+    if hasattr(module, "peft_config"):
+        raise _does_not_fit(folder, "its base is an adapter over quantised weights, which cannot be merged first")
     try:
         with warnings.catch_warnings():  # PEFT asks transformers for names that it will drop
             warnings.simplefilter("ignore", FutureWarning)
-            merged, lost = _merged(module, folder)
+            adapted, lost = _adapted(module, folder)
+            # Merging would round the sum to the base's few bits.
+            whole = adapted if lost or quantisation(module) else adapted.merge_and_unload(safe_merge=True)
     except GravlensError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise _does_not_fit(folder, reason) from error
+        raise _does_not_fit(folder, said(error)) from error
     if lost:
+        adapted.unload()
         raise _does_not_fit(folder, f"{len(lost)} tensors have no counterpart, the first is {sorted(lost)[0]}")
-    for name, weight in merged.named_parameters():  # PEFT freezes the base
+    for name, weight in whole.named_parameters():  # PEFT freezes the base
         weight.requires_grad_(name in trained)
+    return whole.eval()
 
 
-def _merged(module: Any, folder: Folder) -> tuple[Any, set[str]]:
-    """Return the model with the adapter merged by PEFT, and the names of tensors without a counterpart."""
+def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
+    """Return PEFT's model with the adapter attached, and the names of tensors without a counterpart."""
     try:
         from peft import PeftConfig, PeftModel, set_peft_model_state_dict
     except ImportError as error:
@@ -144,13 +199,45 @@ def _merged(module: Any, folder: Folder) -> tuple[Any, set[str]]:
         if getattr(config, foreign, None):
             raise _does_not_fit(folder, f"it uses {foreign}")
     config.inference_mode = True
+    tensors = dict(folder.weights.load())
+    # Of an embedding that was resized and trained PEFT saves the same weights under two names, and reads one.
+    again = [
+        name for name in tensors if ".modules_to_save." in name and name.replace(".modules_to_save", "") in tensors
+    ]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in again}
+    if not hasattr(module.base_model, "language_model") and any(".language_model." in name for name in tensors):
+        tensors = _of_text_alone(config, tensors)
+    _resize_embeddings(module, tensors)
     adapted = PeftModel(module, config, adapter_name=ADAPTER)
     # PeftModel.from_pretrained would also load a pickled adapter; here it only gets tensors from safetensors.
-    report = set_peft_model_state_dict(adapted, dict(folder.weights.load()), adapter_name=ADAPTER)
+    report = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER)
     # PEFT skips unused and missing tensors silently.
     empty = {name for name in report.missing_keys if ADAPTER in name.split(".")}  # the base's are missing as a rule
-    lost = empty | set(report.unexpected_keys)
-    return adapted.unload() if lost else adapted.merge_and_unload(safe_merge=True), lost
+    return adapted, empty | set(report.unexpected_keys)
+
+
+def _of_text_alone(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the names of the text model, if it was trained in an image–text model."""
+    kept = {
+        name.replace(".language_model.", ".", 1): tensor
+        for name, tensor in tensors.items()
+        if not re.search("|".join(OTHER_SENSES), name)
+    }
+    # Names that end in these are adapted; a pattern could ask for `language_model`.
+    config.target_modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in kept}
+    return kept
+
+
+def _resize_embeddings(module: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Resize a model's vocabulary to an adapter's, as its training did, if the adapter holds every row of it."""
+    ends = [part for part in (module.get_input_embeddings(), module.get_output_embeddings()) if part is not None]
+    paths = {part: re.escape(path) for path, part in module.named_modules()}
+    tied = all(part.weight is ends[0].weight for part in ends)
+    names = [re.compile(rf"\.{paths[part]}(\.({WHOLE}))?\.weight$") for part in (ends[:1] if tied else ends)]
+    held = [{len(tensor) for name, tensor in tensors.items() if pattern.search(name)} for pattern in names]
+    sizes = set.intersection(*held)
+    if len(sizes) == 1 and (rows := sizes.pop()) != len(ends[0].weight):
+        module.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _does_not_fit(folder: Folder, reason: str) -> GravlensError:
@@ -162,14 +249,13 @@ def _does_not_fit(folder: Folder, reason: str) -> GravlensError:
 def load_tokenizer(source: Folder | Path | str) -> Any | None:
     """Load the tokenizer of a folder or hub id, or return None if it has none."""
     folder = as_folder(source, weights=False)
-    try:
-        with quiet():
-            found: Any = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        return None
-    if not getattr(found, "chat_template", None):
-        found.chat_template = processor_template(folder.path)
-    return found
+    for place in folder.places:
+        with quiet(), suppress(OSError, ValueError, KeyError):
+            found: Any = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            if not getattr(found, "chat_template", None):
+                found.chat_template = processor_template(place)
+            return found
+    return None
 
 
 def processor_template(folder: Path) -> str | dict[str, str] | None:
@@ -226,14 +312,16 @@ def own_tokenizer(resolved: Resolved) -> Any | None:
 
 def not_opened(source: Path | str, error: Exception) -> GravlensError:
     """Return the error for a folder that transformers cannot open."""
-    given = f"{source} could not be opened ({str(error).strip().splitlines()[0]})."
+    given = f"{source} could not be opened ({said(error)})."
     wanted = "A folder written by save_pretrained or a reachable hub id is needed; a checkpoint's own code is not run."
     package = ", and install the missing package" if isinstance(error, ImportError) else ""
     return GravlensError(given, wanted, f"check the path and that it has config.json and *.safetensors{package}.")
 
 
-def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
+def adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
+    """Return a model in memory as an `OpenModel`, after checking that its blocks output `resid_post`."""
     family = family_of(module)
+    check_one_stream(family)
     check_not_centred(checkpoint, family)
     return OpenModel(family, text_tokenizer(tokenizer or getattr(module, "tokenizer", None)), weights)
 

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.models.precision import as_dtype
 
 DeviceMap: TypeAlias = str | Mapping[str, Any] | None
@@ -80,7 +80,7 @@ def no_offloading(found: str) -> GravlensError:
 
 def no_room(source: object, error: Exception) -> GravlensError:
     """Return the error for a model that is larger than its device."""
-    given = f"{source} does not fit on its device ({str(error).strip().splitlines()[0]})."
+    given = f"{source} does not fit on its device ({said(error)})."
     remedy = "the dtype bf16, the device cpu, or device_map='auto' over several GPUs."
     return GravlensError(given, "All weights of a model must fit at once.", remedy)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from torch import Tensor
 
 from gravlens.core.errors import GravlensError
 from gravlens.history.prefetch import in_turn
@@ -15,10 +16,11 @@ from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder
 from gravlens.models.opening import (
     OpenModel,
+    add_adapter,
+    adopt,
     check_not_centred,
     checkpoint_tokenizer,
     load_huggingface,
-    merge_adapter,
     not_opened,
     open_model,
     quiet,
@@ -40,8 +42,9 @@ def open_each(
     """Open checkpoints one after the other: one model stays open and the weights are swapped into it.
 
     A yielded model is valid until the next iteration. Models in memory are yielded as they are; adapters are merged
-    into their base in place, and its weights restored for the next; a quantised folder is opened as a new model. The
-    next checkpoint is prefetched meanwhile (`placement.keep`). One that is written while it is opened is an error.
+    into their base in place, and its weights restored for the next; a quantised folder is opened as a new model, and
+    adapters attached to it. The next checkpoint is prefetched meanwhile (`placement.keep`). One that is written while
+    it is opened is an error.
     """
     opened: OpenModel | None = None
     config: Any = None
@@ -62,7 +65,7 @@ def open_each(
                 swap_weights(opened, base)
                 check_not_centred(resolved.checkpoint, opened.family)
             if adapters:
-                opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, adapters)
+                opened, same = (opened, False) if through == "bridge" else _with_adapters(opened, resolved)
                 config = wanted if same else None  # untied embeddings do not fit the next weights
             resolved.check_unchanged()
             yield resolved.checkpoint, opened
@@ -76,12 +79,17 @@ def _swappable(folder: Folder, placement: Placement) -> Any:
     return folder.architecture, as_dtype(placement.dtype) or folder.weights.dtype
 
 
-def _with_adapters(model: OpenModel, adapters: Sequence[Folder]) -> tuple[OpenModel, bool]:
-    """Merge adapters in place; also return whether the weights kept their names."""
-    for adapter in adapters:
-        merge_adapter(model.module, adapter)
-    weights = weights_of(model.module)
-    return replace(model, weights=weights), weights.keys() == model.weights.keys()
+def _with_adapters(model: OpenModel, resolved: Resolved) -> tuple[OpenModel, bool]:
+    """Merge or attach a checkpoint's adapters; also return whether the weights kept their names and shapes."""
+    module, before = model.module, _shapes(model.weights)
+    for adapter in resolved.folders[1:]:
+        module = add_adapter(module, adapter)
+    weights = weights_of(module)
+    return adopt(resolved.checkpoint, module, model.tokenizer, weights), _shapes(weights) == before
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def swap_weights(model: OpenModel, source: Folder | Path | str) -> None:
@@ -94,8 +102,8 @@ def swap_weights(model: OpenModel, source: Folder | Path | str) -> None:
     shapes, tensors = folder.weights.shapes, folder.weights.load()
     if shapes.keys() != model.weights.keys():  # tied or renamed: transformers maps the names while loading
         found = weights_of(load_huggingface(folder, folder.weights.load_dtype(model.dtype)))
-        shapes, tensors = {name: tuple(tensor.shape) for name, tensor in found.items()}, iter(found.items())
-    wanted = {name: tuple(weight.shape) for name, weight in model.weights.items()}
+        shapes, tensors = _shapes(found), iter(found.items())
+    wanted = _shapes(model.weights)
     if wrong := sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)):
         given = f"The weights of {folder.source} have another shape or name than those before it"
         raise GravlensError(f"{given} ({', '.join(wrong[:3])}).", *ONE_SHAPE)

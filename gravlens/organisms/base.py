@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from gravlens.activations.residuals import Residuals
 from gravlens.blockers.blocking import Blocker
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.directions.direction import Directions
 from gravlens.history.hub import local_folder
 from gravlens.history.prompts import Example, PromptSet
@@ -209,7 +209,7 @@ def inner_layers(model: Path | str) -> tuple[int, ...]:
     try:
         n_layers = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().num_hidden_layers
     except (OSError, ValueError) as error:
-        given = f"{model} could not be opened ({str(error).strip().splitlines()[0]})."
+        given = f"{model} could not be opened ({said(error)})."
         wanted = "A folder written by save_pretrained, a reachable hub id, or a GGUF file is expected."
         raise GravlensError(given, wanted, "check the path.") from error
     return inner_of(n_layers)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gravlens.directions.decomposition import WHOLE, split_update
 from gravlens.history.sequence import TEMPLATE_KEYS, ModelSequence
 from gravlens.history.sources import Known, Resolved, resolve
-from gravlens.history.weight_files import contents
+from gravlens.history.weight_files import contents, repeated
 from gravlens.models.opening import open_model, weights_of
 from gravlens.models.precision import quantisation, quantisation_in
 
@@ -25,8 +25,9 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
         One row per checkpoint: `role` (witness, anchor, or the run), `step`, `source`, `tensors`, `parameters`,
         `dtype` (as stored), `digest` (SHA-256 of names, dtypes, shapes and bytes), `compared` (tensors in the
         distance), `distance` (‖θ − θ_anchor‖), `cosine` (of θ − θ_anchor and θ_witness − θ_anchor), `remark` (why a
-        checkpoint was skipped, weights that are not finite). Distances are NaN for a model that is quantised or not a
-        plain Hugging Face model. `attrs` has the sequence's `chat_template`, `chat_template_kwargs` and `system`.
+        checkpoint was skipped, weights that are not finite, or which one has the same weights). Distances are NaN for a
+        model that is quantised or not a plain Hugging Face model. `attrs` has the sequence's `chat_template`,
+        `chat_template_kwargs` and `system`.
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
@@ -45,6 +46,10 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
         }
         for checkpoint, found, placed in zip(sequence, resolved, _places(resolved), strict=True)
     ]
+    same = repeated({checkpoint.name: row["digest"] for checkpoint, row in zip(sequence, rows, strict=True)})
+    for checkpoint, row in zip(sequence, rows, strict=True):
+        remarks = [row["remark"], f"the same weights as {same[checkpoint.name]}" if checkpoint.name in same else ""]
+        row["remark"] = "; ".join(filter(None, remarks))
     for source, why in sequence.skipped.items():
         role, _, folder = source.partition(": ")
         rows.append({"role": role, "source": folder, "remark": f"skipped: {why}"})

@@ -232,3 +232,39 @@ def test_toml_that_is_no_readable_file_is_named(here: Path) -> None:
     (here / "binary.toml").write_bytes(b"\xff\xfe")
     with refused("binary.toml"):
         ModelSequence.from_toml(here / "binary.toml")
+
+
+# -- links, and names that look like patterns --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_link_to_another_checkpoint_of_the_run_is_no_step_of_its_own(here: Path, absolute: bool) -> None:
+    for name in ("checkpoint-last", "checkpoint-best"):
+        (here / "ft" / name).symlink_to(here / "ft/checkpoint-20" if absolute else "checkpoint-20")
+    pair: dict[str, Any] = {"witness": here / "base", "anchor": here / "aligned"}
+    listed = [here / "ft/checkpoint-5", str(here / "ft/checkpoint-20"), here / "ft/checkpoint-last"]
+    for run, steps in ((here / "ft", [5, 20, 100]), (str(here / "ft/checkpoint-*"), [5, 20, 100]), (listed, [5, 20])):
+        assert steps_of(ModelSequence.from_folders(**pair, runs={"r": run}), "r") == steps
+    (only,) = ModelSequence.from_folders(**pair, runs={"r": here / "ft/checkpoint-best"}).runs["r"]
+    assert only.step == 20
+    (here / "ft/checkpoint-lost").symlink_to("checkpoint-7")
+    assert steps_of(ModelSequence.from_folders(**pair, runs={"r": here / "ft"}), "r") == [5, 20, 100]
+
+
+def test_brackets_in_a_folders_name_are_no_pattern(here: Path) -> None:
+    for name in ("my[run]/checkpoint-1", "my[run]/checkpoint-2", "myr/checkpoint-9", "a*b/seed[0]/checkpoint-3"):
+        (here / name).mkdir(parents=True)
+    pair: dict[str, Any] = {"witness": here / "base", "anchor": here / "aligned"}
+
+    def found(run: Any) -> dict[str, list[int | None]]:
+        sequence = ModelSequence.from_folders(**pair, runs=run)
+        return {name: steps_of(sequence, name) for name in sequence.runs}
+
+    assert found(str(here / "my[run]/checkpoint-*")) == found(str(here / "my[run]")) == {"my[run]": [1, 2]}
+    assert found(str(here / "my[run]/checkpoint-[2-9]")) == {"my[run]": [2]}
+    assert found(str(here / "my[rR]/checkpoint-*")) == {here.name: [9]}
+    assert found({"r": str(here / "a*b/seed[0]/checkpoint-*")}) == {"r": [3]}
+    (here / "my[run]/s.toml").write_text('witness = "../base"\nanchor = "../aligned"\n[runs]\nr = "checkpoint-*"\n')
+    assert steps_of(ModelSequence.from_toml(here / "my[run]/s.toml"), "r") == [1, 2]
+    with refused("matches no folder"):
+        found({"r": str(here / "no[run]/checkpoint-*")})

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -13,12 +14,14 @@ import torch
 from bomb import Bomb
 from folders import adapter, snapshot
 from histories import RAGGED, assert_same_states, moved, refused, weights_of
+from huggingface_hub.errors import GatedRepoError
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from gravlens.activations.residuals import cache_residuals, read_residuals
+from gravlens.core.errors import GravlensError
 from gravlens.history.sequence import Checkpoint, ModelSequence, Run
 from gravlens.history.sources import resolve
 from gravlens.history.weight_files import contents, read_headers
@@ -152,6 +155,17 @@ def test_a_revision_that_leads_out_of_the_cache_is_no_hub_id(hub: Path, revision
         open_model(f"owner/name@{revision}")
     with refused("owner/name@"):
         ModelSequence.from_folders(witness=f"owner/name@{revision}", anchor=hub)
+
+
+def test_a_gated_model_says_to_log_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: Any, **__: Any) -> Any:
+        text = "401 Client Error. (Request ID: 1)\n\nCannot access gated repo.\nIt is restricted. Please log in."
+        raise GatedRepoError(text, response=Mock())
+
+    monkeypatch.setattr("gravlens.history.hub.snapshot_download", gated)
+    with pytest.raises(GravlensError, match="Cannot access gated repo") as caught:
+        open_model("owner/gated")
+    assert "Please log in" in caught.value.given and "hf auth login" in caught.value.remedy
 
 
 # -- a Trainer's folder ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from folders import adapter
-from histories import RAGGED, refused
+from histories import RAGGED, assert_same_states, refused
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -129,12 +129,18 @@ def test_what_takes_weights_as_plain_numbers_refuses_quantised_ones(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_adapter_is_not_merged_into_quantised_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny.save(tiny.llama(0), tmp_path / "base")
-    monkeypatch.setattr("gravlens.models.opening.load_huggingface", lambda *_, **__: marked().module)
+def test_an_adapter_is_attached_to_quantised_weights_and_not_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.save(tiny.llama(0, **SIZES), tmp_path / "base")
     checkpoint = Checkpoint("run/1", adapter(base, tmp_path / "adapter"), 1, Checkpoint("anchor", base))
-    with pytest.raises(GravlensError, match=r"4-bit.*Merging an adapter"):
-        open_model(checkpoint)
+    wanted = read_residuals(open_model(checkpoint), RAGGED, layers=ALL)
+    monkeypatch.setattr("gravlens.models.opening.load_huggingface", lambda *_, **__: marked().module)
+    model = open_model(checkpoint)
+    assert_same_states(read_residuals(model, RAGGED, layers=ALL), wanted)
+    assert any("lora" in name for name, _ in model.module.named_modules()) and "4-bit" in model.precision
+    with pytest.raises(GravlensError, match="TransformerBridge"):
+        open_model(checkpoint, through="bridge")
 
 
 def test_a_packed_unembedding_is_not_read_out() -> None:

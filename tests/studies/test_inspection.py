@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from gravlens.activations.residuals import cache_residuals
 from gravlens.cli import app
 from gravlens.directions.decomposition import split_update
 from gravlens.history.sequence import ModelSequence, Run
@@ -189,3 +190,17 @@ def test_a_run_may_be_skipped_in_part_from_python_too(history: Path) -> None:
         witness=history / "base", anchor=history / "aligned", runs={"seed0": Run(history / "ft", missing="skip")}
     )
     assert [checkpoint.step for checkpoint in sequence.runs["seed0"]] == [1, 5]
+
+
+def test_two_names_of_one_model_are_remarked_on_whichever_way_it_was_sharded(history: Path, tmp_path: Path) -> None:
+    for step in (1, 2):
+        ANCHOR.save_pretrained(tmp_path / f"ft/checkpoint-{step}", max_shard_size="20KB")
+    sequence = ModelSequence.from_folders(
+        witness=history / "base", anchor=history / "aligned", runs={"r": tmp_path / "ft"}, probes=tiny.PROMPTS[:2]
+    )
+    remarks = inspect_sequence(sequence)["remark"].tolist()
+    assert remarks == ["", "", "the same weights as anchor", "the same weights as anchor"]
+    with pytest.warns(UserWarning, match="r/1 and anchor have the same states"):
+        cache_residuals(sequence)
+    with pytest.warns(UserWarning, match="r/1 and anchor have the same weights"):
+        cache_residuals(sequence, store=tmp_path / "store")
