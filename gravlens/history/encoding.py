@@ -92,6 +92,25 @@ def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids
 
 
+def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
+    """Return the id of the special or added token that the chat template writes right after an answer, or nothing.
+
+    White space before it is skipped. Nothing without a template, where the template refuses an assistant's turn, or
+    where ordinary text or the end follows the answer.
+    """
+    turns = [{"role": "user", "content": "gravlens-user"}, {"role": "assistant", "content": "gravlens-answer"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else ""
+    except Exception:  # jinja's: answers are then ended by the tokenizer's and the model's own tokens
+        text = ""
+    after = text.rpartition("gravlens-answer")[2].lstrip() if "gravlens-answer" in text else ""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    named = {token.content: number for number, token in added.items()}
+    named |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    found = [name for name in named if name.strip() and after.startswith(name)]
+    return (named[max(found, key=len)],) if found else ()
+
+
 class Batch(NamedTuple):
     """Padded prompts: ids, attention mask, and position ids that do not count the padding."""
 
