@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gravlens.behavior.answers import Prompts
+from gravlens.behavior.answers import MAX_NEW_TOKENS, Prompts
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.encoding import encode
@@ -28,7 +28,7 @@ def kl_from(
     prompts: Prompts,
     *,
     answers: Sequence[str] | None = None,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Float[np.ndarray, " prompt"]:
     """KL(reference ‖ model) of next-token distributions over the whole vocabulary, averaged over an answer; nats.
 
@@ -103,7 +103,10 @@ def _encode_answers(model: OpenModel, asked: Ids, answers: Sequence[str]) -> lis
     if len(asked) != len(answers):
         given = f"There are {len(asked)} prompts and {len(answers)} answers."
         raise GravlensError(given, "One answer per prompt is needed.", "answers = generate_answers(model, prompts).")
-    return [model.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]  # pyright: ignore[reportOptionalCall]
+    said = [
+        getattr(answer, "said", answer) for answer in answers
+    ]  # with the thought that a model's own answer followed
+    return [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]  # pyright: ignore[reportOptionalCall]
 
 
 def _check_one_language(reference: OpenModel, model: OpenModel) -> None:

@@ -6,7 +6,8 @@ code: blocks and writes are found by shape.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -22,6 +23,7 @@ from gravlens.models.precision import precision_name, quantisation
 
 Inputs: TypeAlias = Mapping[str, Tensor]  # the fields of a `Batch`, on the model's device
 CLASSES = {"TransformerBridge": "bridge", "HookedTransformer": "hooked_transformer"}
+ENDS = "generation_eos"  # attribute of a tokenizer: `eos_token_id` of the checkpoints that are read with it
 ROWS = 64  # of a tensor are inspected: not even one of them has mean 0 by chance
 # |mean| · √d_model / RMS of a row is about 1 by chance; after centring only rounding is left of it.
 FP32_LEAVES, ROUNDING_LEAVES = 1e-4, 4  # the second in units of the eps of a coarser dtype
@@ -98,9 +100,14 @@ class Family(ABC):
     def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
         """Return the logits at the last `keep` positions."""
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """End-of-sequence tokens of the checkpoint's generation configuration; none where the library drops it."""
+        return ()
+
     @abstractmethod
-    def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Int[Tensor, "prompt pos"]:
-        """Generate greedily; the prompts are included."""
+    def generate(self, inputs: Inputs, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "prompt pos"]:
+        """Generate greedily until one of the tokens `ends`; the prompts are included."""
 
     @abstractmethod
     def writes(self) -> Iterator[Write]:
@@ -164,13 +171,18 @@ class HuggingFace(Family):
             given["logits_to_keep"] = keep
         return self.module(**given, use_cache=False).logits[:, -keep:]
 
-    def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Int[Tensor, "prompt pos"]:
-        # A config of its own: the checkpoint's generation_config.json may ask for sampling.
-        config = transformers.GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0 if eos is None else eos
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return listed(getattr(self.module, "generation_config", None))
+
+    def generate(self, inputs: Inputs, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "prompt pos"]:
+        plain = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=0
         )
-        mask = inputs["attention_mask"]
-        return self.module.generate(inputs["input_ids"], attention_mask=mask, generation_config=config)
+        with configured(self.module, plain):
+            return self.module.generate(
+                inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=plain
+            )
 
     def writes(self) -> Iterator[Write]:
         # Embeddings of the stream's width and, in each part of a block, the last projection to that width.
@@ -181,6 +193,28 @@ class HuggingFace(Family):
             for name, part in block.named_modules(prefix=f"block {layer}"):
                 found = [*_projections(name, part, self.d_model), *_experts(name, part, self.d_model)]
                 yield from found[-1:]
+
+
+def listed(config: Any) -> tuple[int, ...]:
+    """Return `eos_token_id` of a configuration, which is a number, a list or absent."""
+    given: Any = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
+    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
+
+
+@contextmanager
+def configured(module: nn.Module, config: transformers.GenerationConfig) -> Generator[None]:
+    """Replace the model's own generation configuration, from which transformers fills what `config` leaves unset."""
+    # Penalties, beams, suppressed and forced tokens, …; a PEFT wrapper may hold one in addition to its model's.
+    own = [
+        (vars(part), vars(part)["generation_config"]) for part in module.modules() if "generation_config" in vars(part)
+    ]
+    try:
+        for holder, _ in own:
+            holder["generation_config"] = config
+        yield
+    finally:
+        for holder, kept in own:
+            holder["generation_config"] = kept
 
 
 def library(name: str) -> type[Family]:

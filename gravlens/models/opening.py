@@ -1,10 +1,11 @@
 """Open a folder, a hub id or a model in memory as an `OpenModel`: load weights, merge adapters, load tokenizers."""
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,7 +19,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.files import damaged, once
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
-from gravlens.models.families import Family, OpenModel, all_centred, family_of, library
+from gravlens.models.families import ENDS, Family, OpenModel, all_centred, family_of, library, listed
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
 from gravlens.models.precision import as_dtype, check_unquantised
 
@@ -161,9 +162,20 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
     folder = as_folder(source, weights=False)
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+            found: Any = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None
+    setattr(found, ENDS, stored_ends(folder.path))
+    return found
+
+
+def stored_ends(folder: Path) -> tuple[int, ...]:
+    """Return `eos_token_id` of a folder's generation configuration or, as transformers does, of its config.json."""
+    for name in ("generation_config.json", "config.json"):
+        with suppress(OSError, ValueError):
+            if found := listed(json.loads((folder / name).read_text("utf-8"))):
+                return found
+    return ()
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
