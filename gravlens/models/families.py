@@ -6,10 +6,12 @@ code: blocks and writes are found by shape.
 
 import inspect
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -19,12 +21,21 @@ from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
 from gravlens.core.errors import GravlensError, check_layer
+from gravlens.history.encoding import pad
 from gravlens.models.precision import precision_name, quantisation
 
 Inputs: TypeAlias = Mapping[str, Tensor]  # the fields of a `Batch`, on the model's device
 CLASSES = {"TransformerBridge": "bridge", "HookedTransformer": "hooked_transformer"}
 ENDS = "generation_eos"  # attribute of a tokenizer: `eos_token_id` of the checkpoints that are read with it
 ROWS = 64  # of a tensor are inspected: not even one of them has mean 0 by chance
+# Allowed difference of logits in a batch from those alone, in units of their length, in fp32 and below.
+EXACT, ROUNDED = 1e-4, 0.03
+_TRIED: "WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]]" = WeakKeyDictionary()
+_ACTIVE = {
+    "training": bool,
+    "_forward_hooks": OrderedDict,
+    "_forward_pre_hooks": OrderedDict,
+}  # of a module, and nothing
 # |mean| · √d_model / RMS of a row is about 1 by chance; after centring only rounding is left of it.
 FP32_LEAVES, ROUNDING_LEAVES = 1e-4, 4  # the second in units of the eps of a coarser dtype
 
@@ -49,14 +60,12 @@ class Family(ABC):
         unprocessed: the call that loads such a model without processing its weights.
         own_tensors: the parameters are the checkpoint's, under their Hugging Face names.
         kv_cache: generation uses a KV cache, and `trunk` continues from one.
-        padding: batches for logits and generation may hold prompts of different lengths.
     """
 
     name: ClassVar[str]
     unprocessed: ClassVar[str]
     own_tensors: ClassVar[bool]
     kv_cache: ClassVar[bool]
-    padding: ClassVar[bool]
 
     def __init__(self, module: Any, blocks: Iterable[nn.Module], d_model: int) -> None:
         self.module, self.blocks, self.d_model = module, tuple(blocks), d_model
@@ -101,6 +110,16 @@ class Family(ABC):
         """Return the logits at the last `keep` positions."""
 
     @property
+    def padding(self) -> bool:
+        """Whether batches for logits and generation may hold prompts of different lengths, padded on the left."""
+        return False
+
+    @property
+    def batching(self) -> bool:
+        """Whether they may hold several prompts at all."""
+        return True
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """End-of-sequence tokens of the checkpoint's generation configuration; none where the library drops it."""
         return ()
@@ -124,10 +143,29 @@ class HuggingFace(Family):
 
     name = "huggingface"
     unprocessed = "AutoModelForCausalLM.from_pretrained(...) of the checkpoint's own folder."
-    own_tensors = kv_cache = padding = True
+    own_tensors = kv_cache = True
 
     def __init__(self, module: Any) -> None:
         super().__init__(module, block_list(module), module.config.get_text_config().hidden_size)
+
+    # Recurrent and hybrid models differ: RecurrentGemma, Mamba with biases and RWKV let padding into their state,
+    # MiniMax into the one that generation continues from, and RWKV mixes up the prompts of a batch.
+    @property
+    def padding(self) -> bool:
+        return self._together([13, 4])
+
+    @property
+    def batching(self) -> bool:
+        return self.padding or self._together([4, 4])
+
+    def _together(self, lengths: list[int]) -> bool:
+        """Whether prompts of these lengths have the same logits together as alone: tried once per model."""
+        tried = _TRIED.setdefault(self.module, {})
+        if (key := tuple(lengths)) not in tried:
+            tokens = torch.linspace(1, self.vocabulary - 2, sum(lengths), device=self.embedding.device).long()
+            with _plain(self.module):
+                tried[key] = _same_answers(self.module, [part.tolist() for part in tokens.split(lengths)])
+        return tried[key]
 
     @classmethod
     def boot(cls, source: str, module: Any, tokenizer: Any | None) -> Any:
@@ -199,6 +237,46 @@ def listed(config: Any) -> tuple[int, ...]:
     """Return `eos_token_id` of a configuration, which is a number, a list or absent."""
     given: Any = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
     return () if given is None else (given,) if isinstance(given, int) else tuple(given)
+
+
+def _same_answers(module: Any, prompts: Sequence[list[int]]) -> bool:
+    """Whether the logits of a few steps of generation are those of each prompt alone, up to rounding."""
+    try:
+        together, alone = _step_logits(module, prompts), [_step_logits(module, [one]) for one in prompts]
+    except Exception:  # whatever an architecture raises that cannot do it: generation itself tells the user
+        return False
+    within = EXACT if module.dtype in (torch.float32, torch.float64) else ROUNDED
+    for found, wanted in zip(together, torch.cat(alone), strict=True):
+        for one, other in zip(found, wanted, strict=True):
+            if not (one - other).norm() <= within * other.norm():
+                return False
+            if one.argmax() != other.argmax():  # a tie: the next steps follow other tokens
+                break
+    return True
+
+
+def _step_logits(module: Any, prompts: Sequence[list[int]]) -> Float[Tensor, "prompt step vocab"]:
+    plain = transformers.GenerationConfig(
+        max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+    batch = pad(prompts, side="left")
+    ids, mask = (part.to(module.device) for part in batch[:2])
+    with configured(module, plain):
+        logits = module.generate(ids, attention_mask=mask, generation_config=plain).logits
+    return torch.stack(logits, dim=1).float().cpu()
+
+
+@contextmanager
+def _plain(module: nn.Module) -> Generator[None]:
+    """Switch hooks and dropout off inside the block."""
+    kept = [(vars(part), {name: vars(part)[name] for name in _ACTIVE}) for part in module.modules()]
+    try:
+        for held, _ in kept:
+            held.update({name: value() for name, value in _ACTIVE.items()})
+        yield
+    finally:
+        for held, before in kept:
+            held.update(before)
 
 
 @contextmanager

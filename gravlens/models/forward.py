@@ -135,7 +135,7 @@ def continued(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens:
     ends, answers = end_tokens(model), [Continuation([], ended=True)] * len(ids)
     with torch.inference_mode(), progress("answers", total=len(ids), unit="prompt") as bar:
         for rows, batch in batches(model, ids):
-            if model.family.kv_cache and batch.input_ids.shape[1] == 1:
+            if model.family.kv_cache and batch.input_ids.shape[1] == 1 and model.family.padding:
                 batch = Batch(*(widen(part, (1, 0)) for part in batch))  # else a cached pass looks like the prefill
             with reading(batch):
                 found = model.family.generate(_inputs(model, batch), max_new_tokens, ends)
@@ -152,12 +152,14 @@ def _inputs(model: OpenModel, batch: Batch) -> dict[str, Tensor]:
 
 
 def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
-    """Yield left-padded batches of similar length; of equal length for a family without `padding`."""
+    """Yield left-padded batches of similar length; of equal length, or single prompts, where padding is wrong."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # so that little is padding
     while order:
         rows = order[:BATCH]
-        if not model.family.padding:
+        if len(ids[rows[-1]]) > len(ids[rows[0]]) and not model.family.padding:
             rows = [row for row in rows if len(ids[row]) == len(ids[rows[0]])]
+        if len(rows) > 1 and not model.family.batching:
+            rows = rows[:1]
         order = order[len(rows) :]
         yield rows, pad([ids[row] for row in rows], side="left")
 

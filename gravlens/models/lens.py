@@ -27,9 +27,9 @@ class _Lens(Family):
     """Names of weights, hook points and `forward`, common to bridges and HookedTransformers."""
 
     own_tensors = False
-    # Wrong in TransformerLens 3.9 to 4.3: a bridge's cache stays empty where transformers calls it `cache`, and
-    # HookedTransformer counts learned positions twice without a tokenizer.
-    kv_cache = padding = False
+    # Wrong in TransformerLens 3.9 to 4.3, as is `padding`: a bridge's cache stays empty where transformers calls it
+    # `cache`, and HookedTransformer counts learned positions twice without a tokenizer.
+    kv_cache = False
 
     @property
     def embedding(self) -> Tensor:
