@@ -173,8 +173,7 @@ def stored_ends(folder: Path) -> tuple[int, ...]:
     """Return `eos_token_id` of a folder's generation configuration or, as transformers does, of its config.json."""
     for name in ("generation_config.json", "config.json"):
         with suppress(OSError, ValueError):
-            if found := listed(json.loads((folder / name).read_text("utf-8"))):
-                return found
+            return listed(json.loads((folder / name).read_text("utf-8")))
     return ()
 
 
@@ -218,7 +217,11 @@ def not_opened(source: Path | str, error: Exception) -> GravlensError:
 def _adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:
     family = family_of(module)
     check_not_centred(checkpoint, family)
-    return OpenModel(family, tokenizer or getattr(module, "tokenizer", None), weights)
+    tokenizer = tokenizer or getattr(module, "tokenizer", None)
+    if tokenizer is not None and not hasattr(tokenizer, ENDS):  # one that the user loaded, perhaps for another library
+        folder = Path(str(getattr(tokenizer, "name_or_path", "")))
+        setattr(tokenizer, ENDS, stored_ends(folder) if folder.name else ())
+    return OpenModel(family, tokenizer, weights)
 
 
 def check_not_centred(checkpoint: Checkpoint, family: Family) -> None:
