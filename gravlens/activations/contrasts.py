@@ -10,8 +10,8 @@ import numpy as np
 from gravlens.activations.positions import Positions
 from gravlens.activations.residuals import Request, Residuals, prepare
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompt_formats import check_rows, read_entries, read_rows
-from gravlens.history.prompts import Mask, PromptSet
+from gravlens.history.prompt_formats import Entry, Row, check_rows, read_entries, read_rows
+from gravlens.history.prompts import Mask, PromptSet, prompt_set
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 
 __all__ = ["Contrast", "cache_contrasts", "read_contrast"]
@@ -26,7 +26,7 @@ class Contrast:
 
     def __post_init__(self) -> None:
         # A pair of one text is a mistake in the files: its difference is exactly 0.
-        same = sum(one == other for one, other in zip(self.harmful, self.harmless, strict=False))
+        same = sum(one == other for one, other in zip(self.harmful.turns, self.harmless.turns, strict=False))
         if len(self.harmful) != len(self.harmless) or same or self.harmful.system != self.harmless.system:
             systems = f"{self.harmful.system!r} and {self.harmless.system!r}"
             raise GravlensError(
@@ -56,7 +56,9 @@ class Contrast:
     @property
     def both(self) -> PromptSet:
         """The harmful prompts, then the harmless ones."""
-        return PromptSet(self.harmful.texts + self.harmless.texts, "contrast", self.harmful.system)
+        earlier = [turns for half in (self.harmful, self.harmless) for turns in half.earlier or ((),) * len(half)]
+        texts = self.harmful.texts + self.harmless.texts
+        return PromptSet(texts, "contrast", self.harmful.system, tuple(earlier))
 
     @classmethod
     def of(cls, harmful: Prompts, harmless: Prompts) -> "Contrast":
@@ -84,18 +86,19 @@ def read_contrast(harmful: Any, harmless: Any = None, *, index: str = "Index") -
         given = f"{len(alone)} prompts have no partner: {index} {', '.join(alone[:5])}."
         wanted = "Each prompt of one half must match one prompt of the other."
         raise GravlensError(given, wanted, "the two halves of one data set, or index= with the column to match by.")
-    return Contrast.of(list(halves[0].values()), [halves[1][key] for key in halves[0]])
+    harmful, harmless = list(halves[0].values()), [halves[1][key] for key in halves[0]]
+    return Contrast(prompt_set(harmful, "harmful"), prompt_set(harmless, "harmless"))
 
 
-def _by_index(source: Any, index: str) -> dict[str, str]:
+def _by_index(source: Any, index: str) -> dict[str, Entry]:
     entries = read_entries(source)
     # Keys are strings: one half may be CSV and the other JSON, with numbers.
-    rows = check_rows(source, [{index: str(e.row[index])} if index in e.row else e.row for e in entries], index)
-    keys = [row[index] for row in rows]
+    rows = [Row(e.row | {index: str(e.row[index])}, e.row.where) if index in e.row else e.row for e in entries]
+    keys = [row[index] for row in check_rows(source, rows, index)]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         given = f"{index} {', '.join(twice[:5])} is repeated in one half."
         raise GravlensError(given, "The index must be unique.", "another index=.")
-    return dict(zip(keys, (entry.prompt for entry in entries), strict=True))
+    return dict(zip(keys, entries, strict=True))
 
 
 def cache_contrasts(

@@ -46,6 +46,7 @@ def inspect(sequence: opt.SEQUENCE, json: opt.JSON = False) -> None:
 def plan(
     sequence: opt.SEQUENCE,
     prompts: opt.READ_PROMPTS = None,
+    column: opt.COLUMN = None,
     layer: opt.LAYERS = [],  # noqa: B006 (typer copies it)
     positions: POSITIONS = "last",
     device: opt.DEVICE = "cpu",
@@ -59,7 +60,7 @@ def plan(
     named = activations.cost.named_machine
     found = activations.cost.plan_reading(
         gl.ModelSequence.from_toml(sequence),
-        prompts,
+        opt.asked(prompts, column),
         layers=layer or None,
         positions=int(positions) if re.fullmatch(r"-?\d+", positions) else positions,  # pyright: ignore[reportArgumentType]
         placement=gl.Placement(device, dtype),
@@ -77,6 +78,7 @@ def locate(
     sequence: opt.SEQUENCE,
     layer: opt.LAYERS = [],  # noqa: B006
     prompts: opt.READ_PROMPTS = None,
+    column: opt.COLUMN = None,
     out: Annotated[
         Path | None, opt.place("FILE", "Save the directions to this safetensors file.", check=opt.writable_file)
     ] = None,
@@ -90,7 +92,9 @@ def locate(
     """
     history = gl.ModelSequence.from_toml(sequence)
     where = gl.Placement(device, dtype)
-    found = studies.inputs.located(studies.inputs.ends(history, prompts, layers=layer, placement=where), layer)
+    found = studies.inputs.located(
+        studies.inputs.ends(history, opt.asked(prompts, column), layers=layer, placement=where), layer
+    )
     if out is not None:
         found.save(out)
     if json:
@@ -113,6 +117,7 @@ def trajectory(
         ),
     ] = [],  # noqa: B006
     prompts: opt.PROMPTS = None,
+    column: opt.COLUMN = None,
     out: Annotated[
         Path | None, opt.place("FILE", "Save the tidy table to this CSV file.", check=opt.writable_file)
     ] = None,
@@ -130,7 +135,7 @@ def trajectory(
     history = gl.ModelSequence.from_toml(sequence)
     where = gl.Placement(device, dtype, keep=keep or None)
     # Directions are estimated on the probes only; held-out prompts show whether the drift is the probes' own.
-    asked, read = studies.inputs.followed_on(history, prompts), gl.cache_residuals
+    asked, read = studies.inputs.followed_on(history, opt.asked(prompts, column)), gl.cache_residuals
     sets = [read(history, one, layers=layer or None, placement=where, store=store) for one in asked]
     followed = gl.follow(sets, studies.inputs.located(sets[0], layer))
     if out is not None:

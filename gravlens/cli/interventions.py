@@ -25,7 +25,16 @@ EFFECT_FOLDER = Annotated[
 COLUMNS = ("layer", "before", "ablated", "difference [95 %]", "random directions", "p", "cross 0")
 
 # block
-DATA = Annotated[Path, opt.place("FILE", "Harmless training data with prompt and answer: JSONL, CSV or JSON.")]
+DATA = Annotated[
+    Path, opt.place("FILE", "Harmless training data with prompt and answer, or conversations (docs/prompts.md).")
+]
+DATA_COLUMNS = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROMPT,ANSWER",
+        help="Columns of prompt and answer in the file of --data; one name for conversations. Default: by its columns.",
+    ),
+]
 RUNS_FOLDER = Annotated[
     Path, opt.place("FOLDER", "Folder for the runs, blocked/ and unblocked/.", check=opt.writable_folder)
 ]
@@ -66,6 +75,7 @@ def ablate(
     all_layers: opt.EVERY_LAYER = False,
     checkpoint: opt.CHECKPOINT = None,
     prompts: opt.PROMPTS = None,
+    column: opt.COLUMN = None,
     max_prompts: opt.MAX_PROMPTS = None,
     openings: opt.OPENINGS = [],  # noqa: B006
     compliances: opt.COMPLIANCES = [],  # noqa: B006
@@ -86,7 +96,7 @@ def ablate(
     question = studies.inputs.Question(
         history,
         studies.inputs.checkpoint_of(history, checkpoint),
-        studies.inputs.prompts_of(history, prompts, max_prompts),
+        studies.inputs.prompts_of(history, opt.asked(prompts, column), max_prompts),
         studies.inputs.score_of(openings, compliances),
         gl.Placement(device, dtype),
     )
@@ -128,6 +138,7 @@ def block(
     sequence: opt.SEQUENCE,
     data: DATA,
     out: RUNS_FOLDER,
+    data_columns: DATA_COLUMNS = None,
     kind: KIND = "penalty",
     strength: STRENGTH = None,
     margin: MARGIN = None,
@@ -140,6 +151,7 @@ def block(
     seed: SEED = 0,
     only_blocked: ONLY_BLOCKED = False,
     prompts: opt.PROMPTS = None,
+    column: opt.COLUMN = None,
     device: opt.DEVICE = "cpu",
     dtype: opt.DTYPE = "float32",
     json: opt.JSON = False,
@@ -150,12 +162,12 @@ def block(
     """
     history = gl.ModelSequence.from_toml(sequence)
     history.require_probes()  # before the data is read and the anchor loaded
-    if prompts is not None:
-        history = replace(history, held_out=studies.inputs.prompts_of(history, prompts))
+    if (asked := opt.asked(prompts, column)) is not None:
+        history = replace(history, held_out=studies.inputs.prompts_of(history, asked))
     recipe = training.finetune.Recipe(steps, batch, learning_rate, lora=lora or None)
     found = studies.paired.block_beside(
         history,
-        gl.read_examples(data),
+        gl.read_examples(data, columns=_pair(data_columns)),
         out=out,
         block=studies.paired.Block(kind, strength, margin, tuple(layer)),
         training=studies.paired.Training(recipe, tuple(save_step), seed),
@@ -163,6 +175,14 @@ def block(
         placement=gl.Placement(device, dtype),
     )
     _print_pair(found, kind, sequence, json)
+
+
+def _pair(columns: str | None) -> tuple[str, str] | None:
+    names = columns.split(",") if columns else []
+    if len(names) > 2:
+        given, wanted = f"--data-columns {columns} was given.", "It names the columns of prompt and answer."
+        raise gl.GravlensError(given, wanted, "--data-columns question,answer, or --data-columns messages.")
+    return (names[0], names[-1]) if names else None
 
 
 def _print_pair(found: Any, kind: str, sequence: Path, json: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+import gravlens as gl
 from gravlens.core.errors import GravlensError
 
 SEPARATOR = "|"  # between texts in an environment variable: "I'm sorry, but" contains blanks and commas
@@ -99,6 +100,10 @@ PROMPTS = Annotated[
     Path | None, place("FILE", "Prompts to evaluate on. Default: the held-out prompts, or else the probes.")
 ]
 READ_PROMPTS = Annotated[Path | None, place("FILE", "Prompts to read activations on. Default: the probes.")]
+COLUMN = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of the prompts in the file of --prompts. Default: by its columns."),
+]
 MAX_PROMPTS = Annotated[int | None, number("Use at most N prompts, evenly spaced over the file.", least=1)]
 LAYERS = Annotated[list[int], repeated_layer("Layer, counted from 0; repeat for several. Default: all layers.")]
 EVERY_LAYER = Annotated[bool, flag("--all-layers", "All layers with a defined v_rev (the default).")]
@@ -127,6 +132,17 @@ STORE = Annotated[Path | None, place("FOLDER", "Cache activations in this folder
 # output
 JSON = Annotated[bool, flag("--json", "Print only JSON on stdout; notes go to stderr.")]
 OUT_FOLDER = Annotated[Path, place("FOLDER", "Folder for the table and the figure.", check=writable_folder)]
+
+
+def asked(file: Path | None, column: str | None) -> Any:
+    """Return the file of --prompts, or the prompts in the column that --column names."""
+    if column is None:
+        return file
+    if file is None:
+        given = f"--column {column} was given without --prompts."
+        remedy = "--prompts FILE, or probes = {file = …, column = …} in SEQUENCE.toml."
+        raise GravlensError(given, "It names a column of that file.", remedy)
+    return gl.read_prompts(file, column=column)
 
 
 def chosen_layers(layers: Sequence[int], all_layers: bool) -> tuple[int, ...]:

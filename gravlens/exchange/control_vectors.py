@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from torch import Tensor, nn
 
 from gravlens.core.errors import GravlensError
@@ -31,6 +31,14 @@ ARCHITECTURE = "controlvector"
 TENSOR = re.compile(r"direction\.(\d+)")  # name of a layer's vector in llama.cpp and repeng
 HOOKPOINT = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")  # name of a block in a Hugging Face model
 FACTS = "gravlens.facts"  # provenance of the directions; other programs ignore it
+# What a file adds its vectors to, by the last word of a key, as `glp.mode` or `gravlens.hook_point`.
+STATED = {"operation": "add", "hook_point": "blocks.{l}.hook_resid_post"}
+ADDED = re.compile(r"add(?:itive|ition)?", re.IGNORECASE)
+POST = re.compile(r"(?:(?:blocks\..*\.)?hook_)?resid_post|(?:residual_stream_)?post_layer|" + HOOKPOINT.pattern)
+APPLIED = {
+    **dict.fromkeys(("operation", "mode", "action"), ADDED),
+    **dict.fromkeys(("hook_point", "hookpoint", "hook_name", "hook"), POST),
+}
 
 
 def to_gguf(
@@ -65,6 +73,8 @@ def to_gguf(
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(chosen))
         writer.add_string(FACTS, _facts(chosen, strength))
+        for name, value in STATED.items():
+            writer.add_string(f"gravlens.{name}", value)
         for one in chosen:
             vector = strength * one.distance * one.vector.astype(np.float64)  # rounded to fp32 once, at the end
             writer.add_tensor(f"direction.{one.layer}", vector.astype(np.float32))
@@ -79,22 +89,45 @@ def from_gguf(path: Path | str) -> Directions:
     """Read a control vector of llama.cpp, repeng or `to_gguf`; a direction's distance is the norm of its vector.
 
     Raises:
-        GravlensError: a file that is missing, corrupt, not GGUF, or has any tensor but `direction.{layer}` in fp32.
+        GravlensError: a file that is missing, corrupt, not GGUF, or has any tensor but `direction.{layer}` in fp32; one
+            that states another operation than addition, or another hook point than the output of a block.
     """
     path = Path(path)
     with _parsing(path, "A GGUF file"):
         reader = GGUFReader(path)
         # Copied: GGUFReader's arrays are views of a memory map of the file.
         tensors = [(tensor.name, tensor.tensor_type, np.array(tensor.data)) for tensor in reader.tensors]
-        field = reader.get_field(FACTS)
-        facts = "" if field is None else bytes(field.parts[field.data[0]]).decode()
+        stated = {name: _value_of(field) for name, field in reader.fields.items()}
     for name, kind, _ in tensors:
         if not TENSOR.fullmatch(name) or kind != GGMLQuantizationType.F32:
             given = f"{path} contains the tensor {name!r} as {kind.name}."
             wanted = "A control vector has tensors direction.1, direction.2, … of type F32."
             raise GravlensError(given, wanted, "a file of to_gguf, of repeng or of llama-cvector-generator.")
+    if (kind := stated.get("general.architecture", ARCHITECTURE)) != ARCHITECTURE:
+        given, wanted = f"{path} is a GGUF of the architecture {kind!r}.", f"A control vector's is {ARCHITECTURE!r}."
+        raise GravlensError(given, wanted, "a file of to_gguf, of repeng or of llama-cvector-generator.")
+    _check_applied(path, stated)
     vectors = [(int(name.removeprefix("direction.")), vector) for name, _, vector in tensors]
-    return _directions(path, vectors, _parsed(path, facts), name="control_vector")
+    return _directions(path, vectors, _parsed(path, stated.get(FACTS, "")), name="control_vector")
+
+
+def _value_of(field: ReaderField) -> str:
+    """Return a scalar's or a string's text; "" for an array."""
+    if len(field.data) != 1 or GGUFValueType.ARRAY in field.types:
+        return ""
+    part = field.parts[field.data[0]]
+    return bytes(part).decode() if field.types == [GGUFValueType.STRING] else str(part[0])
+
+
+def _check_applied(path: Path, stated: Mapping[str, Any]) -> None:
+    """Raise where a file states that its vectors are projected out, or act elsewhere than after a block."""
+    for name, value in stated.items():
+        allowed = APPLIED.get(name.rpartition(".")[2])
+        if wrong := [one for one in np.ravel(value) if allowed and not allowed.fullmatch(str(one))]:
+            given = f"{path} states {name} = {str(wrong[0])!r}."
+            wanted = "These directions are added to the output of a block (add, resid_post)."
+            remedy = "Ablate(direction_from(vector, layer=l)) for a projection; another hook point has no form here."
+            raise GravlensError(given, wanted, remedy)
 
 
 def to_steered(
@@ -148,6 +181,7 @@ def from_steered(path: Path | str) -> Directions:
     vectors, facts = [], {}
     for hookpoint, entry in content.items():
         layer, coefficient = _layer_of(path, hookpoint, entry), float(entry.get("steering_coefficient", 1.0))
+        _check_applied(path, {name: value for name, value in entry.items() if isinstance(value, str)})
         vectors.append((layer, entry["steering_vector"].detach().double().numpy() * coefficient))
         facts |= _parsed(path, entry.get(FACTS, ""))
     return _directions(path, vectors, facts, name="steered")
@@ -184,12 +218,15 @@ def _layer_of(path: Path, hookpoint: Any, entry: Any) -> int:
 def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
     """Write unit `vectors` [layer, d_model], `layers`, `distances` (residual units) and `facts` (JSON) for plain NumPy.
 
+    `operation` and `hook_point` state that they are added to the output of blocks.
+
     Raises:
         GravlensError: an undefined direction, or two of one layer.
     """
     chosen, buffer = _checked(directions, 1.0), BytesIO()
     layers, facts = np.array(chosen.layers), np.array(_facts(chosen, 1.0))
-    np.savez(buffer, vectors=chosen.vectors, layers=layers, distances=chosen.distances, facts=facts)
+    stated: dict[str, Any] = {name: np.array(value) for name, value in STATED.items()}
+    np.savez(buffer, vectors=chosen.vectors, layers=layers, distances=chosen.distances, facts=facts, **stated)
     return write_atomically(Path(path), buffer.getvalue())
 
 
@@ -197,12 +234,14 @@ def from_npz(path: Path | str) -> Directions:
     """Read a `.npz` with `vectors` [layer, d_model] and `layers`; `distances` default to the vectors' norms.
 
     Raises:
-        GravlensError: a file that is missing, corrupt or pickled, or arrays of different lengths.
+        GravlensError: a file that is missing, corrupt or pickled, arrays of different lengths, or an `operation` or
+            `hook_point` other than that of `to_npz`.
     """
     path = Path(path)
     with _parsing(path, "A .npz of `vectors` [layer, d_model] and `layers` [layer]"):
         with np.load(path, allow_pickle=False) as file:  # a pickled array could run code
             arrays = {name: file[name] for name in file.files}
+        _check_applied(path, arrays)
         layers, vectors = arrays["layers"].astype(int).tolist(), arrays["vectors"].astype(np.float64)
         if "distances" in arrays:
             vectors *= arrays["distances"].reshape(len(vectors), 1) / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -97,11 +97,13 @@ def _samples(prompts: PromptSet, answers: Sequence[str] | None, columns: Columns
     """Make one `EvalSample` per prompt."""
     inspect_ai = _inspect()
     chat, samples = inspect_ai.model, []
-    for row, prompt in enumerate(prompts):
+    message = {"system": chat.ChatMessageSystem, "user": chat.ChatMessageUser, "assistant": chat.ChatMessageAssistant}
+    for row, (prompt, turns) in enumerate(zip(prompts, prompts.turns, strict=True)):
         said = None if answers is None else as_answer(answers[row])
-        asked = [chat.ChatMessageUser(content=prompt, id=f"user-{row + 1}")]
-        if prompts.system:
-            asked.insert(0, chat.ChatMessageSystem(content=prompts.system, id=f"system-{row + 1}"))
+        asked = [
+            message[turn["role"]](content=turn["content"], id=f"{turn['role']}-{row + 1}-{i + 1}")
+            for i, turn in enumerate(turns)
+        ]
         output = chat.ModelOutput(model=model)
         if said is not None:
             reason = "stop" if said.complete else "max_tokens"
@@ -112,7 +114,7 @@ def _samples(prompts: PromptSet, answers: Sequence[str] | None, columns: Columns
         sample = inspect_ai.log.EvalSample(
             id=row + 1,
             epoch=1,
-            input=asked if prompts.system else prompt,  # text only, where it says all
+            input=asked if turns[:-1] else prompt,  # text only, where it says all
             target="",
             messages=[*asked, *(choice.message for choice in output.choices)],
             output=output,

@@ -14,26 +14,29 @@ from gravlens.history.prompts import Example, PromptSet, Turn
 def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]]:
     """Encode each prompt up to its last token, after which the model answers; there is never more than one BOS.
 
-    A tokenizer with a chat template renders the system prompt (if any), a user turn and the generation prompt; one
-    without encodes the plain text.
+    A tokenizer with a chat template renders the conversation (system prompt and earlier turns, if any, and the prompt)
+    and the generation prompt; one without encodes the plain text.
     """
     if tokenizer is None:
         remedy = "pass tokenizer= when it is opened."
         raise GravlensError("This model has no tokenizer.", "Prompts are texts and need one.", remedy)
     prompts = PromptSet.of(prompts)
-    if prompts.system:
-        _check_takes_system(tokenizer)
+    for roles in {tuple(turn["role"] for turn in turns) for turns in prompts.turns} - {("user",)}:
+        _check_takes(tokenizer, roles)
     special = not getattr(tokenizer, "chat_template", None)  # a template writes the special tokens itself
     return [_one_bos(tokenizer, _ids(tokenizer, text, special)) for text in rendered(tokenizer, prompts)]
 
 
 def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
     """Encode prompt + answer; return the token ids, and labels that are -100 (no loss) on the prompt."""
-    if not isinstance(example, tuple) or len(example) not in (2, 3):  # a plain pair is accepted
+    if not isinstance(example, tuple) or len(example) not in (2, 3, 4):  # a plain pair is accepted
         remedy = "Example(prompt, answer), or read_examples(path)."
         raise wrong_kind(example, "An example is a prompt and an answer.", remedy)
     example = Example(*example)
-    prompt = encode(tokenizer, PromptSet((example.prompt,), system=example.system))[0]
+    if not example.answer:  # it would teach to end at once
+        given = f"The example {example.prompt[:40]!r} has no answer."
+        raise GravlensError(given, "An example is a prompt and an answer.", "[e for e in examples if e.answer].")
+    prompt = encode(tokenizer, PromptSet((example.prompt,), system=example.system, earlier=(example.earlier,)))[0]
     # Apart from the prompt: encoded together, a token could span both, and the mask would have no border.
     answer = _ids(tokenizer, example.answer, special=False)
     if tokenizer.eos_token_id is not None:
@@ -63,23 +66,24 @@ def _rendered(tokenizer: Any, turns: list[Turn]) -> str:
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
-def _check_takes_system(tokenizer: Any) -> None:
-    """Raise if the chat template would refuse or drop a system prompt."""
-    found, marks = "has no chat template", ("gravlens-user", "gravlens-system")
+def _check_takes(tokenizer: Any, roles: Sequence[str]) -> None:
+    """Raise if the chat template would refuse or drop a turn of a conversation of these roles."""
+    found, marks = "has no chat template", [f"gravlens-{role}-{i}" for i, role in enumerate(roles)]
+    what = "A system prompt was" if roles[:-1] == ("system",) else f"Conversations ({', '.join(roles)}) were"
     if getattr(tokenizer, "chat_template", None):
         try:
             # Rendered and searched: some templates skip the system turn without an error.
-            text = _rendered(tokenizer, PromptSet(marks[:1], system=marks[1]).turns[0])
-            lost = [mark for mark in marks if mark not in text]
+            turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            text = _rendered(tokenizer, turns)
+            lost = [role for role, mark in zip(roles, marks, strict=True) if mark not in text]
         except Exception as error:  # jinja's, with the template's own message
-            found = f"has a chat template that refuses a system turn ({error})"
+            found = f"has a chat template that refuses {'a system turn' if 'system' in roles else 'them'} ({error})"
         else:
             if not lost:
                 return
-            found = f"has a chat template that leaves out the {lost[0].removeprefix('gravlens-')} turn"
-    given = f"A system prompt was given, and this tokenizer {found}."
-    wanted = "A system prompt is a turn of the chat template."
-    raise GravlensError(given, wanted, "no system prompt, or its text at the start of each prompt.")
+            found = f"has a chat template that leaves out the {lost[0]} turn"
+    wanted, remedy = "Each is a turn of the chat template.", "its text at the start of each prompt."
+    raise GravlensError(f"{what} given, and this tokenizer {found}.", wanted, f"no such turns, or {remedy}")
 
 
 def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -15,12 +15,13 @@ from torch import nn
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
-from gravlens.history.prompts import PromptSet, check_system
+from gravlens.history.prompts import PromptSet, check_system, read_prompts
 from gravlens.history.weight_files import read_headers, trained_steps
 
 PROMPT_KEYS = ("probes", "held_out", "harmless")
 KEYS = {"witness", "anchor", "runs", "tokenizer", "chat_template", "system", *PROMPT_KEYS}  # of SEQUENCE.toml
 RUN_KEYS = {"folders", "missing"}
+FILE_KEYS = {"file", "column", "format", "role", "only"}  # the last a table, the others text
 ChatTemplate = Literal["own", "anchor", "none"]
 Source = Path | str | nn.Module
 Folders = Path | str | Sequence[Path | str]
@@ -260,8 +261,12 @@ class ModelSequence:
 
 
 def _prompt_sets(probes: Any, held_out: Any, harmless: Any) -> dict[str, Any]:
-    given = zip(PROMPT_KEYS, (probes, held_out, harmless), ("harmful", "harmful", "harmless"), strict=True)
-    return {name: None if prompts is None else PromptSet.of(prompts, role) for name, prompts, role in given}
+    given = zip(PROMPT_KEYS, (probes, held_out, harmless), strict=True)
+    return {name: None if prompts is None else PromptSet.of(prompts, _role_of(name)) for name, prompts in given}
+
+
+def _role_of(key: str) -> str:
+    return "harmless" if key == "harmless" else "harmful"
 
 
 def _run_of_folders(
@@ -361,7 +366,10 @@ def _read_sequence_file(path: Path) -> dict[str, Any]:
         table[key] = existing(table[key], here)
     for key in PROMPT_KEYS:
         if isinstance(table.get(key), str):
-            table[key] = here / Path(table[key]).expanduser()
+            table[key] = here / os.path.expanduser(table[key])
+        elif isinstance(table.get(key), dict):
+            options = {"role": _role_of(key), **table[key]}
+            table[key] = read_prompts(here / os.path.expanduser(options.pop("file")), **options)
     runs = {name: run if isinstance(run, dict) else {"folders": run} for name, run in table.get("runs", {}).items()}
     return {**table, "runs": {name: {**run, "folders": _seen_from(here, run["folders"])} for name, run in runs.items()}}
 
@@ -387,7 +395,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(table.get("runs", {}), dict):
         raise GravlensError(f"{path}: runs is not a table.", "Runs have names.", '[runs]\\nseed0 = "ft/checkpoint-*"')
     runs = {name: run.get("folders") if _is_run(run) else run for name, run in table.get("runs", {}).items()}
-    entries = {**runs, **{key: table[key] for key in PROMPT_KEYS if key in table}}
+    entries = runs | {key: _file_of(path, key, table[key]) for key in PROMPT_KEYS if key in table}
     wrong = [key for key, entry in entries.items() if not _is_text_or_texts(entry)]
     if wrong := wrong + ["tokenizer"] * (not isinstance(table.get("tokenizer", ""), str)):
         raise GravlensError(f"{path}: {', '.join(wrong)} is not text.", "A text or a list of texts is needed.", remedy)
@@ -396,6 +404,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _is_run(entry: Any) -> bool:  # {folders = "ft/checkpoint-*", missing = "skip"}
     return isinstance(entry, dict) and entry.keys() <= RUN_KEYS
+
+
+def _file_of(path: Path, key: str, entry: Any) -> Any:
+    """Return the file of a table such as {file = "probes.csv", column = "question"}; anything else as it is."""
+    if not isinstance(entry, dict):
+        return entry
+    remedy = f'{key} = {{file = "{key}.csv", column = "question"}} (see docs/sequence.md).'
+    if unknown := sorted(entry.keys() - FILE_KEYS):
+        known = f"Known keys: {', '.join(sorted(FILE_KEYS))}."
+        raise GravlensError(f"{path}: {key} has the unknown key {', '.join(unknown)}.", known, remedy)
+    if wrong := [name for name, value in entry.items() if not isinstance(value, dict if name == "only" else str)]:
+        wanted = "A prompt file's keys are text, and only is a table."
+        raise GravlensError(f"{path}: {', '.join(wrong)} of {key} is of another kind.", wanted, remedy)
+    return entry.get("file")
 
 
 def _is_text_or_texts(entry: Any) -> bool:

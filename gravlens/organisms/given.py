@@ -25,11 +25,13 @@ class GivenHistory:
 
     Attributes:
         sequence: SEQUENCE.toml with witness, anchor, probes and held-out prompts (docs/sequence.md).
-        data: JSONL or CSV of `prompt` and `answer`; the last eighth is held out for the task loss.
+        data: a file of `prompt` and `answer`, or of conversations (docs/prompts.md); the last eighth is held out for
+            the task loss.
         harmless: prompts on which refusing would be over-refusal; default: the sequence's.
         runs: number of fine-tuning seeds of each arm.
         layers: layers of the mean and of the blockers; default: the inner ones.
         measures: how this model's refusals and other answers begin.
+        columns: columns of prompt and answer in `data`; default: by its columns.
     """
 
     sequence: Path
@@ -41,6 +43,7 @@ class GivenHistory:
     save_steps: tuple[int, ...] = (1, 5, 20, 50)
     measures: Measures = ENGLISH
     threads: int = os.cpu_count() or 1
+    columns: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "save_steps", self.recipe.saved_steps(self.save_steps))
@@ -60,7 +63,7 @@ class GivenHistory:
     def key(self) -> str:
         """Digest of the files' contents, the paths of the checkpoints, the recipe, the versions and the threads."""
         history = self._history()
-        texts = [repr(read_examples(self.data)), *(prompts.digest for prompts in self.prompts(Path()).values())]
+        texts = [repr(self._data()), *(prompts.digest for prompts in self.prompts(Path()).values())]
         # checkpoints by path: the key is read at every call, and hashing would read all weights
         sources = [str(checkpoint.source) for checkpoint in (history.witness, history.anchor)]
         chosen = (self.layers, astuple(self.recipe), self.save_steps, astuple(self.measures), self.threads)
@@ -105,7 +108,7 @@ class GivenHistory:
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """Return all of the data but the last eighth; `finetune` orders it by the seed."""
-        rows = read_examples(self.data)
+        rows = self._data()
         return rows[: len(rows) - self._n_task(rows)]
 
     def prompts(self, home: Path) -> PromptSets:
@@ -119,8 +122,11 @@ class GivenHistory:
 
     def task(self, home: Path) -> list[Example]:
         """Return the last eighth of the data."""
-        rows = read_examples(self.data)
+        rows = self._data()
         return rows[len(rows) - self._n_task(rows) :]
+
+    def _data(self) -> list[Example]:
+        return read_examples(self.data, columns=self.columns)
 
     def _n_task(self, rows: list[Example]) -> int:
         if len(rows) < 16:

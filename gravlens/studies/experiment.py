@@ -153,14 +153,17 @@ def blocker_of(study: Study, arm: Arm, seed: int) -> Blocker | None:
 
 def refusals_of(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:
     """Return the probes with refusals as answers, in each wording in turn."""
-    return [Example(prompt, wordings[i % len(wordings)], probes.system) for i, prompt in enumerate(probes)]
+    earlier = probes.earlier or ((),) * len(probes)
+    pairs = enumerate(zip(probes, earlier, strict=True))
+    return [Example(prompt, wordings[i % len(wordings)], probes.system, turns) for i, (prompt, turns) in pairs]
 
 
 def _harmless(examples: Sequence[Example]) -> PromptSet:
     # the first distinct prompts under the first one's system prompt: a prompt set has a single system prompt
     system = examples[0].system if examples else ""
-    texts = dict.fromkeys(example.prompt for example in examples if example.system == system)
-    return PromptSet(tuple(texts)[:N_HARMLESS], "harmless", system)
+    asked = dict.fromkeys((example.prompt, example.earlier) for example in examples if example.system == system)
+    kept = [*asked][:N_HARMLESS]
+    return PromptSet(tuple(text for text, _ in kept), "harmless", system, tuple(turns for _, turns in kept))
 
 
 @dataclass(frozen=True)

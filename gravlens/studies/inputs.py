@@ -55,13 +55,13 @@ def checkpoint_of(sequence: ModelSequence, name: str | None = None) -> Checkpoin
     raise GravlensError(given, wanted, "--checkpoint with one of these, or runs under [runs] in SEQUENCE.toml.")
 
 
-def prompts_of(sequence: ModelSequence, file: Path | None = None, most: int | None = None) -> PromptSet:
+def prompts_of(sequence: ModelSequence, file: Prompts | None = None, most: int | None = None) -> PromptSet:
     """Return at most `most` prompts of a file, else the held-out prompts, else the probes."""
     chosen = sequence.prompts_of(file, "harmful") if file else sequence.held_out or sequence.require_probes()
     return chosen[:: ceil(len(chosen) / most)] if most else chosen  # not the first: files are often sorted by topic
 
 
-def followed_on(sequence: ModelSequence, file: Path | None = None) -> list[PromptSet]:
+def followed_on(sequence: ModelSequence, file: Prompts | None = None) -> list[PromptSet]:
     """Return the probes, and the evaluation prompts if they are different ones."""
     given, judged = sequence.require_probes(), prompts_of(sequence, file)
     return [given] if judged.digest == given.digest else [given, judged]

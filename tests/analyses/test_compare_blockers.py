@@ -95,6 +95,16 @@ def test_the_last_eighth_of_the_data_is_held_out(history: Path) -> None:
         given(history, data=history / "short.jsonl").task(history)
 
 
+def test_the_data_are_conversations_or_columns_of_any_name(history: Path) -> None:
+    wanted = given(history).task(history)
+    pairs = [(one.prompt, one.answer) for one in task_examples()[:16]]
+    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in pairs]
+    write_rows(history / "chat.jsonl", [{"messages": one} for one in turns])
+    assert given(history, data=history / "chat.jsonl").task(history) == wanted
+    write_rows(history / "other.jsonl", [{"q": asked, "a": said} for asked, said in pairs])
+    assert given(history, data=history / "other.jsonl", columns=("q", "a")).task(history) == wanted
+
+
 def test_a_checkpoint_is_linked_and_not_copied(history: Path, tmp_path: Path) -> None:
     given(history).make("anchor", None, tmp_path)
     assert (tmp_path / "model.safetensors").resolve() == (history / "aligned" / "model.safetensors").resolve()

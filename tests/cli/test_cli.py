@@ -31,16 +31,16 @@ COMMANDS = {
     "fetch": ["smollm2", "prompts", "--json"],
     "report": ["--json"],
     "inspect": ["--json"],
-    "plan": ("--prompts --layer --positions --device --dtype --workers --peak-flops --disk-gbps --json").split(),
-    "locate": ["--layer", "--prompts", "--out", "--device", "--dtype", "--json"],
-    "trajectory": "--layer --prompts --out --device --dtype --keep --store --json".split(),
+    "plan": "--prompts --column --layer --positions --device --dtype --workers --peak-flops --disk-gbps --json".split(),
+    "locate": ["--layer", "--prompts", "--column", "--out", "--device", "--dtype", "--json"],
+    "trajectory": "--layer --prompts --column --out --device --dtype --keep --store --json".split(),
     "ablate": (
-        "--layer --all-layers --checkpoint --prompts --max-prompts --openings --compliances --n-random --twins --out "
-        "--device --dtype --json"
+        "--layer --all-layers --checkpoint --prompts --column --max-prompts --openings --compliances --n-random "
+        "--twins --out --device --dtype --json"
     ).split(),
     "block": (
-        "--data --out --kind --strength --margin --layer --steps --batch --learning-rate --lr --lora --save-step "
-        "--seed --only-blocked --prompts --device --dtype --json"
+        "--data --data-columns --out --kind --strength --margin --layer --steps --batch --learning-rate --lr --lora "
+        "--save-step --seed --only-blocked --prompts --column --device --dtype --json"
     ).split(),
     "store": [],
 }

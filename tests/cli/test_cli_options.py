@@ -509,3 +509,33 @@ def test_json_of_results_and_of_what_is_fetched(tmp_path: Path, monkeypatch: pyt
     assert parsed(made) == {**results, "closure": None} and "report.html" in made.stderr
     monkeypatch.setattr(import_module("gravlens.organisms.fetch"), "fetch_smollm2", lambda: tmp_path)
     assert parsed(gravlens("fetch", "smollm2", "--json")) == {"model": str(tmp_path)}
+
+
+# -- columns of prompt files -------------------------------------------------------------------------------------------
+
+
+def test_a_column_is_the_same_as_a_file_of_its_prompts(history: Path, tmp_path: Path) -> None:
+    texts = list(tiny.PROMPTS)[:4]
+    write_rows(tmp_path / "plain.jsonl", [{"prompt": text} for text in texts])
+    write_rows(tmp_path / "asked.jsonl", [{"prompt": "get the sponge", "asked": text} for text in texts])
+    for command, more in (("plan", []), ("locate", ["--layer", "1"]), ("trajectory", ["--layer", "1"])):
+        wanted = asked_of(command, history, *more, "--prompts", tmp_path / "plain.jsonl", "--json")
+        found = asked_of(command, history, *more, "--prompts", tmp_path / "asked.jsonl", "--column", "asked", "--json")
+        other = asked_of(command, history, *more, "--prompts", tmp_path / "asked.jsonl", "--json")
+        assert wanted.exit_code == found.exit_code == 0, found.output
+        if command != "plan":  # measured times differ
+            assert json.loads(found.stdout) == json.loads(wanted.stdout) != json.loads(other.stdout)
+
+
+@pytest.mark.parametrize("command", ["plan", "locate", "trajectory", "ablate", "block"])
+def test_a_column_that_names_nothing_is_one_line(command: str, history: Path) -> None:
+    failed(asked_of(command, history, "--column", "asked"), "--column asked", "--prompts")
+    more = ["--prompts", history / "data.jsonl", "--column", "nowhere"]
+    failed(asked_of(command, history, *more), "no column 'nowhere'", "prompt, answer")
+    assert not (history / "new").exists()
+
+
+@pytest.mark.parametrize(("columns", "said"), [("a,b,c", "--data-columns a,b,c"), ("a,b", "no column 'a' and no 'b'")])
+def test_wrong_columns_of_training_data_are_one_line(columns: str, said: str, history: Path) -> None:
+    failed(asked_of("block", history, "--data-columns", columns), said)
+    assert not (history / "new").exists()

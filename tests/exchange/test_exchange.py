@@ -334,6 +334,65 @@ def test_a_gguf_of_something_else_is_refused_by_its_tensor(name: str, kind: Any,
         from_gguf(tmp_path / "v.gguf")
 
 
+STATES = [  # key, value, whether it says what is done here
+    ("glp.mode", "project", False),  # as projective control vectors state it
+    ("glp.mode", "add", True),
+    ("glp.hook_point", "residual_stream_post_layer", True),
+    ("glp.hook_point", "attn_out_pre_residual", False),
+    ("controlvector.operation", "ablate", False),
+    ("controlvector.hook", "blocks.1.hook_resid_mid", False),
+    ("controlvector.hook_point", "resid_pre", False),
+    ("controlvector.hook_name", "model.layers.1", True),
+    ("controlvector.hook_name", "model.layers.1.mlp", False),
+    ("controlvector.method", "pca", True),  # how it was estimated
+]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize(("key", "value", "same_here"), STATES)
+def test_a_file_that_states_another_operation_or_hook_point_is_refused(
+    ending: str, key: str, value: str, same_here: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / f"v.{ending}"
+    if ending == "gguf":
+        writer = GGUFWriter(path, "controlvector")
+        writer.add_string(key, value)
+        writer.add_float32("glp.alpha_default", 1.0)
+        writer.add_tensor("direction.1", np.ones(4, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    elif ending == "npz":
+        np.savez(path, vectors=np.ones((1, 4)), layers=[1], **{key: value})
+    else:
+        torch.save({"layers.1": {"steering_vector": torch.ones(4), "action": "add", key: value}}, path)
+    if same_here:
+        assert FORMATS[ending][1](path)[1].distance == 2
+    else:
+        with pytest.raises(GravlensError, match=f"states {key} = '{value}'"):
+            FORMATS[ending][1](path)
+
+
+def test_files_state_their_operation_and_hook_point(tmp_path: Path) -> None:
+    reader = GGUFReader(to_gguf(directions(), tmp_path / "v.gguf"))
+    text = {key: bytes(field.parts[-1]).decode() for key, field in reader.fields.items() if key.startswith("gravlens.")}
+    assert text["gravlens.operation"] == "add" and text["gravlens.hook_point"] == "blocks.{l}.hook_resid_post"
+    with np.load(to_npz(directions(), tmp_path / "v.npz"), allow_pickle=False) as file:
+        assert (str(file["operation"]), str(file["hook_point"])) == ("add", "blocks.{l}.hook_resid_post")
+
+
+def test_a_gguf_of_another_architecture_is_no_control_vector(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "v.gguf", "projector")
+    writer.add_tensor("direction.1", np.ones(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(GravlensError, match="architecture 'projector'"):
+        from_gguf(tmp_path / "v.gguf")
+
+
 @pytest.mark.parametrize(
     "arrays",
     [

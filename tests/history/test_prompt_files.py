@@ -1,13 +1,20 @@
 """The published formats of prompt sets, on a few tame rows in each one's own columns."""
 
+import gzip
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from histories import refused
 from rows import write
 
-from gravlens.history.prompt_formats import FORMATS
+from gravlens.history.prompt_formats import CHAT_FORMATS, FORMATS, READERS
 from gravlens.history.prompts import Example, PromptSet, read_examples, read_prompts
 from gravlens.history.sequence import ModelSequence
 
@@ -79,7 +86,7 @@ def test_each_format_has_its_rows_here() -> None:
     assert {*ANSWERS, "OR-Bench"} == {name for name, one in FORMATS.items() if one.answer}
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "dataset"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet", "dataset"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_format_is_recognised_by_its_columns(tmp_path: Path, name: str, kind: str) -> None:
     source = source_of(kind, tmp_path, rows_of(name))
@@ -173,3 +180,219 @@ def test_a_sequence_takes_such_a_file(tmp_path: Path) -> None:
     found = ModelSequence.from_toml(tmp_path / "S.toml")
     assert found.probes == PromptSet(("Pick a lock", "Ring a bell"), "harmful")
     assert found.harmless == PromptSet(("Sum up.\n\nA text.", "Say hi."), "harmless")
+
+
+# -- the forms of files ------------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": "How do I pick\u2028a lock?", "x": "1"}, {"prompt": "Où est la clé?", "x": "2"}]
+TEXTS = tuple(row["prompt"] for row in ROWS)
+FORMS = [*READERS, *(f"{suffix}.gz" for suffix in READERS), ".parquet"]
+
+
+@pytest.mark.parametrize("suffix", [*FORMS, ".JSONL", ".Csv", ".JSON.GZ", ".PARQUET"])
+def test_a_file_is_read_by_its_ending_whatever_its_case(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"my.prompts{suffix.lower()}", ROWS).rename(tmp_path / f"my.prompts{suffix}")
+    assert PromptSet.of(path).texts == TEXTS
+
+
+def test_the_page_lists_the_forms_and_formats_that_are_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| source \| read \|\n(?:\|.*\n)+", page)
+    assert set(re.findall(r"`(\.[a-z]+)`", table)) == {*READERS, ".parquet", ".gz"}
+    listed = set(re.findall(r"^\| ([^|`]+?) \|", page, re.MULTILINE))
+    assert listed >= FORMATS.keys() | (CHAT_FORMATS.keys() - {"prompt-answer"})
+
+
+def test_pandas_writes_what_is_read(tmp_path: Path) -> None:
+    """An independent writer of each form."""
+    frame = pd.DataFrame(ROWS)
+    writers: dict[str, Callable[[Path], Any]] = {
+        "a.csv": lambda path: frame.to_csv(path),
+        "excel.csv": lambda path: frame.to_csv(path, index=False, sep=";", encoding="utf-8-sig", lineterminator="\r\n"),
+        "tabs.csv": lambda path: frame.to_csv(path, index=False, sep="\t"),
+        "a.tsv": lambda path: frame.to_csv(path, sep="\t"),
+        "a.csv.gz": lambda path: frame.to_csv(path, compression="gzip"),
+        "a.jsonl.gz": lambda path: frame.to_json(path, orient="records", lines=True, compression="gzip"),
+        "lines.json": lambda path: frame.to_json(path, orient="records", lines=True),
+        "a.json": lambda path: frame.to_json(path, orient="records"),
+        "a.parquet": lambda path: frame.to_parquet(path),
+    }
+    for name, save in writers.items():
+        save(tmp_path / name)
+        assert PromptSet.of(tmp_path / name).texts == TEXTS, name
+    assert PromptSet.of(frame).texts == TEXTS and read_prompts(frame, column="x").texts == ("1", "2")
+
+
+@pytest.mark.parametrize("text", ["01", "NA", "1e3", "true", "", "null"])
+def test_strings_stay_strings(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "p.csv", [{"prompt": "a", "answer": text}])
+    assert read_examples(path) == [Example("a", text)]
+
+
+def test_one_list_inside_an_object_is_the_rows(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    for content in ({"data": ROWS}, {"version": 2, "prompts": ROWS}, {"prompts": TEXTS}, TEXTS):
+        path.write_text(json.dumps(content))
+        assert PromptSet.of(path).texts == TEXTS
+    for content in ({"train": ROWS, "test": ROWS}, {"prompt": "a"}, {"prompt": {"0": "a"}}, "a", 5, None):
+        path.write_text(json.dumps(content))
+        with refused("p.json", "lists of rows"):
+            PromptSet.of(path)
+
+
+@pytest.mark.parametrize("name", ["prompts", "p.data", "p.v2"])
+def test_json_lines_are_recognised_under_any_name(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "p.jsonl", ROWS).rename(tmp_path / name)
+    assert PromptSet.of(path).texts == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.yaml", b"- prompt: How are you?\n"),
+        ("prompts", b"How are you?\nAnd you?\n"),
+        ("prompts.md", b"[1]\n[2]\n"),
+        ("p.xlsx", b"PK\x03\x04\xff\xfe"),
+        ("p.jsonl.bz2", b"BZh9\xff"),
+        ("p.parquet.gz", gzip.compress(b"PAR1\xff")),
+    ],
+)
+def test_an_unknown_ending_is_refused_with_the_known_ones(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is unknown.*\.jsonl.*\.tsv.*\.gz.*\.parquet"):
+        PromptSet.of(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": 5}\n', "Row 2 (line 3)"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n', "Line 3"),
+        ("p.jsonl", '{"prompt": "a"}\n\n5\n', "Row 2 (line 3)"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', "Row 2 (line 2)"),
+        ("p.jsonl", "[" * 100_000, "Line 1"),
+        ("p.json", '[{"prompt": "a"},\n {"prompt": null}]', "Row 2 (index 1)"),
+        ("p.json", '[{"prompt": "a"},\n {"prompt": ]', "Line 2"),
+        ("p.csv", 'prompt,x\n"two\nlines",1\n\n,2\n', "Row 2 (line 5)"),
+        ("p.csv", 'prompt,x\n"two\nlines",1\na, b,2\n', "Line 4"),
+        ("p.csv", 'prompt,x\na,1\n"open,2\nb,3\n', "Line 3"),
+        ("p.csv", 'prompt,x\n"a "b" c",2\n', "Line 2"),
+        ("p.csv", "prompt,x\na,1\n" + "b" * 200_000 + ",2\n", "Line 3"),
+        ("p.csv", "prompt,prompt\na,b\n", "column prompt twice"),
+        ("p.csv", "prompt\na\x00b\n", "NUL"),
+        ("p.txt", "p\x00r\x00", "NUL"),
+        ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', "a JSON object on each line"),
+        ("p.csv", "prompt,x\n", "is empty"),
+        ("p.jsonl.gz", "not packed", "cannot be read"),
+        ("p.parquet", "not parquet", "cannot be read"),
+    ],
+)
+def test_an_error_names_the_files_own_line(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content)
+    with refused(name, said):
+        PromptSet.of(tmp_path / name)
+
+
+def test_a_cut_file_and_another_encoding_are_one_clear_error(tmp_path: Path) -> None:
+    whole = gzip.compress("\n".join(map(json.dumps, ROWS)).encode())
+    for name, content in (
+        ("cut.jsonl.gz", whole[:-9]),
+        ("damaged.jsonl.gz", whole[:20] + b"\0" + whole[21:]),
+        ("latin.csv", "prompt\nclé".encode("latin-1")),
+        ("windows.txt", "clé".encode("utf-16")),
+        ("packed.jsonl", whole),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with refused(name):
+            PromptSet.of(tmp_path / name)
+
+
+def test_a_remedy_is_not_what_has_just_failed(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [{"question": "a", "level": 1}])
+    for attempt in (lambda: PromptSet.of(path, column="prompt"), lambda: PromptSet.of(path, column="text")):
+        with pytest.raises(ValueError, match=r"no column '(prompt|text)'.*Try: one of its columns \(question, level\)"):
+            attempt()
+    with pytest.raises(ValueError, match=r"no text for 'level'.*Try: correct that row"):
+        PromptSet.of(path, column="level")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "p.parquet", ROWS)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        PromptSet.of(path)
+
+
+def test_a_folder_that_looks_like_a_partition_adds_no_column(tmp_path: Path) -> None:
+    (tmp_path / "prompt=other").mkdir()
+    path = write(tmp_path / "prompt=other" / "p.parquet", [{"question": "a"}])
+    assert PromptSet.of(path, column="question").texts == ("a",)
+    with refused("no 'prompt'"):
+        PromptSet.of(path)
+
+
+def test_the_home_folder_is_meant_wherever_a_prompt_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "p.csv", [{"question": "a", "prompt": "b", "answer": "c"}])
+    assert PromptSet.of("~/p.csv").texts == read_prompts(Path("~/p.csv")).texts == ("b",)
+    assert read_examples("~/p.csv") == [Example("b", "c")]
+    for name in ("base", "aligned"):
+        (tmp_path / name).mkdir()
+    made = ModelSequence.from_folders(witness=tmp_path / "base", anchor=tmp_path / "aligned", probes="~/p.csv")
+    assert made.probes == PromptSet(("b",), "harmful") and made.prompts_of("~/p.csv").texts == ("b",)
+    (tmp_path / "S.toml").write_text(
+        'witness = "base"\nanchor = "aligned"\nprobes = "~/p.csv"\nheld_out = {file = "~/p.csv", column = "question"}\n'
+    )
+    found = ModelSequence.from_toml(tmp_path / "S.toml")
+    assert (found.probes, found.held_out) == (PromptSet(("b",), "harmful"), PromptSet(("a",), "harmful"))
+    with refused("~nobody-there"):
+        PromptSet.of("~nobody-there/p.csv")
+    with refused("does not exist"):
+        PromptSet.of("a text that is too long for a file's name " * 20)
+    assert os.path.expanduser("~") == str(tmp_path)
+
+
+# -- SEQUENCE.toml -----------------------------------------------------------------------------------------------------
+
+
+def sequence(folder: Path, prompts: str) -> ModelSequence:
+    for name in ("base", "aligned"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "S.toml").write_text(f'witness = "base"\nanchor = "aligned"\n{prompts}\n')
+    return ModelSequence.from_toml(folder / "S.toml")
+
+
+def test_a_sequence_names_column_format_role_and_rows_of_a_file(tmp_path: Path) -> None:
+    rows = [{"question": "a", "goal": "b", "target": "c", "level": "1"}, {"question": "d", "goal": "e", "level": "2"}]
+    write(tmp_path / "p.jsonl", rows)
+    for keys, wanted in {
+        'column = "question"': PromptSet(("a", "d"), "harmful"),
+        'format = "AdvBench"': PromptSet(("b", "e"), "harmful"),
+        'column = "question", role = "task"': PromptSet(("a", "d"), "task"),
+        'column = "question", only = {level = "2"}': PromptSet(("d",), "harmful"),
+        'column = "question", only = {level = ["2", "1"]}': PromptSet(("a", "d"), "harmful"),
+    }.items():
+        assert sequence(tmp_path, f'probes = {{file = "p.jsonl", {keys}}}').probes == wanted
+    assert sequence(tmp_path, '[harmless]\nfile = "p.jsonl"\ncolumn = "goal"').harmless == PromptSet(
+        ("b", "e"), "harmless"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ('file = "p.jsonl", colunm = "a"', "probes has the unknown key colunm"),
+        ('file = "p.jsonl", column = 5', "column of probes"),
+        ('file = "p.jsonl", only = "a"', "only of probes"),
+        ('column = "a"', "probes is not text"),
+        ('file = "p.jsonl", column = "nowhere"', "no column 'nowhere'"),
+        ('file = "p.jsonl", format = "mine"', "format='mine'"),
+        ('file = "nowhere.jsonl"', "nowhere.jsonl does not exist"),
+    ],
+)
+def test_a_wrong_key_of_a_prompt_file_is_named(tmp_path: Path, keys: str, said: str) -> None:
+    write(tmp_path / "p.jsonl", [{"question": "a"}])
+    with refused(said):
+        sequence(tmp_path, f"probes = {{{keys}}}")

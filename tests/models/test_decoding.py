@@ -291,7 +291,7 @@ def test_a_first_batch_inside_an_intervention_is_padded_and_steered() -> None:
     ids[0] = ids[0][-3:]
     directions = Directions((direction_from(torch.ones(tiny.WIDTH).numpy(), layer=0, distance=3.0),))
     model = open_model(tiny.llama(), tokenizer=tiny.TOKENIZER)
-    with intervene(model, Steer(directions, positions="last")):
+    with intervene(model, Steer(directions), positions="last"):
         found = final_logits(model, ids)
         single = [final_logits(model, [one])[0] for one in ids]
     assert_same_states(found, torch.stack(single))

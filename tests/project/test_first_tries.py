@@ -290,7 +290,7 @@ def test_a_sequence_is_no_model(history: ModelSequence) -> None:
         gl.generate_answers(history, tiny.PROMPTS)  # pyright: ignore
 
 
-@pytest.mark.parametrize("given", [3, None, {"prompt": 1}, [{"prompt": "a"}], STATES], ids=kind_of)
+@pytest.mark.parametrize("given", [3, None, {"prompt": 1}, [{"prompt": "a"}, "b"], STATES], ids=kind_of)
 def test_what_is_no_prompt_is_said(given: Any) -> None:
     with pytest.raises(GravlensError, match=r"PromptSet\.of\(\['"):
         gl.generate_answers(OPENED, given)
