@@ -21,7 +21,7 @@ from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import direction_from
 from gravlens.history.encoding import encode, end_of_turn
 from gravlens.history.sequence import ModelSequence
-from gravlens.interventions.edits import Steer
+from gravlens.interventions.edits import At, Steer
 from gravlens.interventions.hooks import intervene
 from gravlens.models.forward import continued, end_tokens, final_logits, generate
 from gravlens.models.opening import open_model
@@ -291,7 +291,7 @@ def test_a_first_batch_inside_an_intervention_is_padded_and_steered() -> None:
     ids[0] = ids[0][-3:]
     directions = Directions((direction_from(torch.ones(tiny.WIDTH).numpy(), layer=0, distance=3.0),))
     model = open_model(tiny.llama(), tokenizer=tiny.TOKENIZER)
-    with intervene(model, Steer(directions), positions="last"):
+    with intervene(model, At(Steer(directions), "last")):
         found = final_logits(model, ids)
         single = [final_logits(model, [one])[0] for one in ids]
     assert_same_states(found, torch.stack(single))
