@@ -34,6 +34,7 @@ sys.path.append(str(ROOT / "analyses"))
 import decoding_matrix as matrix  # noqa: E402
 
 KINDS = matrix.KINDS
+EOS: Any = tiny.TOKENIZER.eos_token_id
 LIBRARIES = ["bridge: Llama", "bridge: GPT-2", "HookedTransformer: GPT-2"]
 
 
@@ -112,12 +113,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int
     """A folder, and Hugging Face's own greedy tokens after each prompt alone."""
     folder = tiny.save(tiny.llama(), tmp_path_factory.mktemp("plain"))
     module: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    return folder, [matrix.reference(module, ids, [tiny.TOKENIZER.eos_token_id]) for ids in RAGGED]
+    return folder, [matrix.reference(module, ids, [EOS]) for ids in RAGGED]
 
 
 def without_end(answers: list[list[int]]) -> list[list[int]]:
-    eos = tiny.TOKENIZER.eos_token_id
-    return [one[: one.index(eos)] if eos in one else one for one in answers]
+    return [one[: one.index(EOS)] if EOS in one else one for one in answers]
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -129,7 +129,7 @@ def test_nothing_else_in_the_file_changes_an_answer(
     copied.mkdir()
     for path in folder.iterdir():
         (copied / path.name).write_bytes(path.read_bytes())
-    stored = {"eos_token_id": tiny.TOKENIZER.eos_token_id, **HOSTILE[hostile]}
+    stored = {"eos_token_id": EOS, **HOSTILE[hostile]}
     (copied / "generation_config.json").write_text(json.dumps(stored))
     model = open_model(copied)
     before = model.module.generation_config
@@ -177,29 +177,27 @@ def folder_with(folder: Path, ends: list[int], *, seed: int) -> Path:
 @pytest.mark.parametrize("order", [1, -1])
 def test_all_checkpoints_of_a_history_end_alike(order: int, tmp_path: Path) -> None:
     """The base lists one end token, the aligned model another, a run none."""
-    eos = tiny.TOKENIZER.eos_token_id
-    base, aligned = folder_with(tmp_path / "base", [eos, 5], seed=0), folder_with(tmp_path / "a", [9, eos], seed=1)
-    run = folder_with(tmp_path / "run" / "checkpoint-1", [eos], seed=2)
+    base, aligned = folder_with(tmp_path / "base", [EOS, 5], seed=0), folder_with(tmp_path / "a", [9, EOS], seed=1)
+    run = folder_with(tmp_path / "run" / "checkpoint-1", [EOS], seed=2)
     (run / "generation_config.json").unlink()
     sequence = ModelSequence.from_folders(witness=base, anchor=aligned, runs={"r": [run]}, probes=tiny.PROMPTS)
     tokenizer = sequence_tokenizer(sequence)
     checkpoints = list(sequence)[::order]
     for _, model in open_each(checkpoints, tokenizer=tokenizer, through="huggingface"):  # weights are swapped
-        assert end_tokens(model) == tuple(sorted((5, 9, eos)))
+        assert end_tokens(model) == tuple(sorted((5, 9, EOS)))
     for checkpoint in checkpoints:
-        assert end_tokens(open_model(checkpoint, tokenizer=tokenizer)) == tuple(sorted((5, 9, eos)))
+        assert end_tokens(open_model(checkpoint, tokenizer=tokenizer)) == tuple(sorted((5, 9, EOS)))
 
 
 def test_the_file_beside_a_tokenizer_counts_and_the_users_tokenizer_is_left_alone(tmp_path: Path) -> None:
-    eos = tiny.TOKENIZER.eos_token_id
-    folder = folder_with(tmp_path / "aligned", [9, eos], seed=0)
+    folder = folder_with(tmp_path / "aligned", [9, EOS], seed=0)
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
-    witness, anchor = tiny.llama(1, eos_token_id=eos), tiny.llama(2, eos_token_id=7)
-    assert end_tokens(open_model(witness, tokenizer=loaded)) == tuple(sorted((9, eos)))
+    witness, anchor = tiny.llama(1, eos_token_id=EOS), tiny.llama(2, eos_token_id=7)
+    assert end_tokens(open_model(witness, tokenizer=loaded)) == tuple(sorted((9, EOS)))
     given = copy.deepcopy(tiny.TOKENIZER)
     sequence = ModelSequence.from_models(witness=witness, anchor=anchor, probes=tiny.PROMPTS, tokenizer=given)
-    assert end_tokens(open_model(witness, tokenizer=sequence_tokenizer(sequence))) == tuple(sorted((7, eos)))
-    assert end_tokens(open_model(witness, tokenizer=given)) == (eos,)
+    assert end_tokens(open_model(witness, tokenizer=sequence_tokenizer(sequence))) == tuple(sorted((7, EOS)))
+    assert end_tokens(open_model(witness, tokenizer=given)) == (EOS,)
 
 
 # -- batches of recurrent and hybrid families --------------------------------------------------------------------------
