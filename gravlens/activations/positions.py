@@ -143,7 +143,8 @@ def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int,
 
 def _after(tokenizer: Any, ids: list[int], answer: str) -> Query:
     """Read the mean over an answer's tokens after its prompt."""
-    more = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    said = getattr(answer, "said", answer)  # with the thought that a generated answer followed
+    more = tokenizer(said, add_special_tokens=False)["input_ids"]
     if not more:
         raise GravlensError(f"The answer {answer!r} has no token.", "At least one is needed.", "a non-empty answer.")
     return Query((*ids, *more), (tuple(range(len(ids), len(ids) + len(more))),))
