@@ -13,6 +13,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
+from gravlens.behavior.answers import MAX_NEW_TOKENS
 from gravlens.cli.output import Script
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_table
@@ -102,7 +103,9 @@ def organisms_of(organisms: Sequence[int], pretrained: bool, *, runs: int, threa
 def measures_of(openings: Sequence[str], compliances: Sequence[str]) -> Measures:
     """Return how behavior is measured: in English, unless a model's own words are given."""
     markers = tuple(dict.fromkeys(marker.lower() for marker in (*openings, *ENGLISH.markers)))
-    return Measures(tuple(openings) or ENGLISH.refusals, tuple(compliances) or ENGLISH.compliances, markers, 24)
+    return Measures(
+        tuple(openings) or ENGLISH.refusals, tuple(compliances) or ENGLISH.compliances, markers, MAX_NEW_TOKENS
+    )
 
 
 def arms_of(organism: Organism, runs: int, wanted: Sequence[str], doses: bool = False) -> tuple[Arm, ...]:

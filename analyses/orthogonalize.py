@@ -25,7 +25,7 @@ from gravlens.directions.subspaces import random_like
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
-from gravlens.interventions.effects import name_of, summarise
+from gravlens.interventions.effects import crossings, name_of, summarise
 from gravlens.interventions.orthogonalization import orthogonalize, orthogonalized
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.studies.ablation import described
@@ -90,11 +90,12 @@ def measure(
 ) -> pd.DataFrame:
     """Return one row as of `causal_effect`: before, after, and random directions of the same layer."""
     baseline, rng = score(before, prompts), np.random.default_rng(0)
-    random = np.empty(n_random)
+    drawn = np.empty((n_random, len(baseline)))
     for draw in tqdm(range(n_random), "random directions", leave=False):
         (twin,) = random_like(Directions((direction,)), rng=rng)
-        random[draw] = (score(orthogonalized(before, twin), prompts) - baseline).mean()
-    numbers = summarise(score(after, prompts) - baseline, random, rng=rng)
+        drawn[draw] = score(orthogonalized(before, twin), prompts) - baseline
+    moved = score(after, prompts) - baseline
+    numbers = {**summarise(moved, drawn.mean(1), rng=rng), **crossings(baseline, moved, drawn)}
     row = {"condition": "orthogonalize", "layer": direction.layer, "baseline": baseline.mean()}
     table = pd.DataFrame([{**row, "with_intervention": row["baseline"] + numbers["difference"], **numbers}])
     table.attrs["score"] = name_of(score)

@@ -144,7 +144,8 @@ def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int,
 
 def _after(tokenizer: Any, turns: list[Turn], answer: str) -> Query:
     """Read the mean over an answer's tokens after its prompt."""
-    ids, more, _ = encode_answer(tokenizer, turns, answer, ended=False)
+    said = getattr(answer, "said", answer)  # with the thought that a generated answer followed
+    ids, more, _ = encode_answer(tokenizer, turns, said, ended=False)
     if not more:
         raise GravlensError(f"The answer {answer!r} has no token.", "At least one is needed.", "a non-empty answer.")
     return Query((*ids, *more), (tuple(range(len(ids), len(ids) + len(more))),))

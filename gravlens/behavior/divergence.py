@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gravlens.behavior.answers import Prompts
+from gravlens.behavior.answers import MAX_NEW_TOKENS, Prompts
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.encoding import encode, encode_answer
@@ -28,7 +28,7 @@ def kl_from(
     prompts: Prompts,
     *,
     answers: Sequence[str] | None = None,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Float[np.ndarray, " prompt"]:
     """KL(reference ‖ model) of next-token distributions over the whole vocabulary, averaged over an answer; nats.
 
@@ -107,9 +107,12 @@ def _encode_answers(model: OpenModel, prompts: Prompts, answers: Sequence[str]) 
         given = f"There are {len(asked)} prompts and {len(answers)} answers."
         raise GravlensError(given, "One answer per prompt is needed.", "answers = generate_answers(model, prompts).")
     ids = encode(model.tokenizer, asked)
+    said = [
+        getattr(answer, "said", answer) for answer in answers
+    ]  # with the thought that a model's own answer followed
     written = [
         encode_answer(model.tokenizer, turns, answer, ended=False)[:2] if answer else (prompt, [])
-        for prompt, turns, answer in zip(ids, asked.turns, answers, strict=True)
+        for prompt, turns, answer in zip(ids, asked.turns, said, strict=True)
     ]
     return [prompt for prompt, _ in written], [answer for _, answer in written]
 

@@ -18,11 +18,19 @@ from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from torch import nn
 
-from gravlens.behavior.answers import Judge, Prompts, check_threshold, says_something, verdicts_of
+from gravlens.behavior.answers import (
+    Judge,
+    Prompts,
+    answers_after,
+    check_threshold,
+    judges_answers,
+    says_something,
+    verdicts_of,
+)
 from gravlens.behavior.answers import substring_judge as substring_judge  # so that every judge is found here
 from gravlens.behavior.scores import encode_openings, opening_logprobs
 from gravlens.core.errors import GravlensError, said
-from gravlens.models.forward import final_logits, generate
+from gravlens.models.forward import final_logits
 from gravlens.models.opening import Openable, OpenModel, load_tokenizer, open_model, quiet
 
 __all__ = [
@@ -78,7 +86,7 @@ def strongreject_judge(rate: Rater, *, threshold: float = 0.5) -> Judge:
             raise GravlensError(given, wanted, remedy)
         return scores >= threshold
 
-    return judge
+    return judges_answers(judge)
 
 
 def read_ratings(reply: str) -> tuple[float, float, float]:
@@ -140,7 +148,7 @@ def classifier_judge(
         probabilities = [probability(*pair) for pair in zip(prompts, answers, strict=True)]
         return np.array(probabilities, dtype=float) >= threshold
 
-    return judge
+    return judges_answers(judge)
 
 
 def _load_classifier(folder: Path | str) -> Any:
@@ -225,7 +233,7 @@ def guard_judge(
             raise GravlensError(given, wanted, remedy)
         return (logprobs.softmax(1)[:, 1] >= threshold).numpy()
 
-    return judge
+    return judges_answers(judge)
 
 
 def _conversation(model: OpenModel, template: str | None, prompt: str, answer: str) -> list[int]:
@@ -273,11 +281,10 @@ def rubric_rater(rater: Openable, *, rubric: str, system: str = "", max_new_toke
     def rate(prompts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, "prompt 3"]:
         filled = (_fill(rubric, {"forbidden_prompt": p, "response": a}) for p, a in zip(prompts, answers, strict=True))
         ids = [_render(model, [*opening, {"role": "user", "content": text}]) for text in filled]
-        replies = generate(model, ids, max_new_tokens=max_new_tokens)
-        texts = [model.tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]  # pyright: ignore[reportOptionalMemberAccess]
-        return np.array([read_ratings(text) for text in texts], dtype=float).reshape(-1, 3)
+        replies = answers_after(model, [(one, []) for one in ids], max_new_tokens=max_new_tokens)
+        return np.array([read_ratings(reply) for reply in replies], dtype=float).reshape(-1, 3)
 
-    return rate
+    return judges_answers(rate)
 
 
 def agreement(judges: Mapping[str, Judge], prompts: Prompts, answers: Sequence[str]) -> pd.DataFrame:

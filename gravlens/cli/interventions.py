@@ -22,7 +22,7 @@ TWINS = Annotated[
 EFFECT_FOLDER = Annotated[
     Path | None, opt.place("FOLDER", "Folder for ablate_layer.csv, .pdf and .png.", check=opt.writable_folder)
 ]
-COLUMNS = ("layer", "before", "ablated", "difference [95 %]", "random directions", "p")
+COLUMNS = ("layer", "before", "ablated", "difference [95 %]", "random directions", "p", "cross 0")
 
 # block
 DATA = Annotated[
@@ -120,6 +120,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['difference']:+.2f}{interval}",
         f"{row['random_low']:+.2f} to {row['random_high']:+.2f}",
         f"{row['p_random']:.3f}",
+        f"{row['crossing']:.0%}",
     )
 
 

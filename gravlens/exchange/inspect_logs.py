@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gravlens import __version__
-from gravlens.behavior.answers import Prompts
+from gravlens.behavior.answers import Prompts, as_answer
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import without_nan, write_atomically
 from gravlens.history.prompts import PromptSet
@@ -38,7 +38,8 @@ def to_inspect_log(
 
     Args:
         path: with suffix `.eval` (Inspect's format) or `.json`.
-        answers: one per prompt, as from `generate_answers`; None if there are only scores.
+        answers: one per prompt, as from `generate_answers`; None if there are only scores. One that was cut has
+            the stop reason `max_tokens`, and a thought is in the sample's metadata.
         scores: name -> one number or verdict per prompt: values of a `Score`, verdicts of a `Judge`.
         model: names in the log.
         task: likewise.
@@ -96,14 +97,17 @@ def _samples(prompts: PromptSet, answers: Sequence[str] | None, columns: Columns
     """Make one `EvalSample` per prompt."""
     inspect_ai = _inspect()
     chat, samples = inspect_ai.model, []
-    said = {"system": chat.ChatMessageSystem, "user": chat.ChatMessageUser, "assistant": chat.ChatMessageAssistant}
+    message = {"system": chat.ChatMessageSystem, "user": chat.ChatMessageUser, "assistant": chat.ChatMessageAssistant}
     for row, (prompt, turns) in enumerate(zip(prompts, prompts.turns, strict=True)):
-        answer = None if answers is None else answers[row]
+        said = None if answers is None else as_answer(answers[row])
         asked = [
-            said[turn["role"]](content=turn["content"], id=f"{turn['role']}-{row + 1}-{i + 1}")
+            message[turn["role"]](content=turn["content"], id=f"{turn['role']}-{row + 1}-{i + 1}")
             for i, turn in enumerate(turns)
         ]
-        output = chat.ModelOutput(model=model) if answer is None else chat.ModelOutput.from_content(model, answer)
+        output = chat.ModelOutput(model=model)
+        if said is not None:
+            reason = "stop" if said.complete else "max_tokens"
+            output = chat.ModelOutput.from_content(model, str(said), stop_reason=reason)
         for choice in output.choices:
             choice.message.id = f"answer-{row + 1}"  # by default random: the same results would be another log
         values = {name: column[row].item() for name, column in columns.items()}
@@ -114,7 +118,8 @@ def _samples(prompts: PromptSet, answers: Sequence[str] | None, columns: Columns
             target="",
             messages=[*asked, *(choice.message for choice in output.choices)],
             output=output,
-            scores={name: inspect_ai.scorer.Score(value=value, answer=answer) for name, value in values.items()},
+            metadata={"thought": said.thought} if said is not None and said.thought else {},
+            scores={name: inspect_ai.scorer.Score(value=value, answer=said) for name, value in values.items()},
         )
         samples.append(sample)
     return samples

@@ -40,7 +40,9 @@ class Effect:
         table: one row per condition: `layer` (`<NA>`: several), `baseline` and `with_intervention` (mean scores),
             `difference` with its 95 % bootstrap interval over prompts `low`, `high`; `p_random` (two-sided,
             (1 + k)/(1 + n)) against `n_random` random directions, their central 95 % `random_low`, `random_high`,
-            `n_prompts`, and `random_kind`: `isotropic` or `covariance_matched`. `table.attrs["score"]` names the score.
+            `n_prompts`; `crossing`, the share of prompts that moved over a score of 0 in the direction of the
+            difference, and `random_crossing`, the same of the random directions on average; `random_kind`: `isotropic`
+            or `covariance_matched`. `table.attrs["score"]` names the score.
         random: condition -> mean difference of each random draw.
         differences: condition -> difference of each prompt.
         baseline: score of each prompt without an intervention.
@@ -96,17 +98,33 @@ def causal_effect(
             together = as_list(condition)
             differences[name] = measure(together) - baseline
             bar.update()
-            random[name] = np.empty(n_random)
+            drawn = np.empty((n_random, len(baseline)))
             for draw, seed in enumerate(seeds):
-                random[name][draw] = (measure(_random_twin(together, int(seed), states)) - baseline).mean()
+                drawn[draw] = measure(_random_twin(together, int(seed), states)) - baseline
                 bar.update()
-            numbers = summarise(differences[name], random[name], rng=rng)
+            random[name] = drawn.mean(1)
+            numbers = summarise(differences[name], random[name], rng=rng) | crossings(
+                baseline, differences[name], drawn
+            )
             rows.append({"condition": name, "layer": _layer(together), "baseline": baseline.mean(), **numbers})
     table = pd.DataFrame(rows).astype({"layer": "Int64"})  # nullable: <NA> for several layers
     table.insert(3, "with_intervention", table["baseline"] + table["difference"])
     table["random_kind"] = "isotropic" if states is None else "covariance_matched"
     table.attrs["score"] = name_of(score)
     return Effect(table, random, differences, baseline)
+
+
+def crossings(
+    baseline: Float[np.ndarray, " prompt"],
+    differences: Float[np.ndarray, " prompt"],
+    drawn: Float[np.ndarray, "draw prompt"],
+) -> dict[str, float]:
+    """Columns of `Effect`: the share of prompts that cross a score of 0 in the direction of the mean difference."""
+    up = differences.mean() > 0  # a score of exactly 0 lies on neither side and is not above
+    before, after = baseline > 0, baseline + np.vstack([differences, drawn]) > 0
+    shares = (after & ~before if up else before & ~after).mean(1)
+    random = float(shares[1:].mean()) if len(drawn) else float("nan")
+    return {"crossing": float(shares[0]), "random_crossing": random}
 
 
 def by_name(conditions: Mapping[str, Condition] | Intervention) -> Mapping[str, Condition]:

@@ -6,10 +6,12 @@ code: blocks and writes are found by shape.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import transformers
@@ -19,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
 from gravlens.core.errors import GravlensError, check_layer, said
+from gravlens.history.encoding import pad
 from gravlens.models.precision import precision_name, quantisation
 
 ONE_DECODER = "a decoder-only language model, as in docs/architectures.md."
@@ -26,7 +29,16 @@ _TRIED: "WeakSet[nn.Module]" = WeakSet()  # models of which a block was seen to 
 Inputs: TypeAlias = Mapping[str, Tensor]  # the fields of a `Batch`, on the model's device
 CLASSES = {"TransformerBridge": "bridge", "HookedTransformer": "hooked_transformer"}
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # as configurations call it
+ENDS = "generation_eos"  # attribute of a tokenizer: `eos_token_id` of the checkpoints that are read with it
 ROWS = 64  # of a tensor are inspected: not even one of them has mean 0 by chance
+# Allowed difference of logits in a batch from those alone, in units of their length, in fp32 and below.
+EXACT, ROUNDED = 1e-4, 0.03
+_BATCHES: "WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]]" = WeakKeyDictionary()
+_ACTIVE = {
+    "training": bool,
+    "_forward_hooks": OrderedDict,
+    "_forward_pre_hooks": OrderedDict,
+}  # of a module, and nothing
 # |mean| · √d_model / RMS of a row is about 1 by chance; after centring only rounding is left of it.
 FP32_LEAVES, ROUNDING_LEAVES = 1e-4, 4  # the second in units of the eps of a coarser dtype
 
@@ -55,14 +67,12 @@ class Family(ABC):
         unprocessed: the call that loads such a model without processing its weights.
         own_tensors: the parameters are the checkpoint's, under their Hugging Face names.
         kv_cache: generation uses a KV cache, and `trunk` continues from one.
-        padding: batches for logits and generation may hold prompts of different lengths.
     """
 
     name: ClassVar[str]
     unprocessed: ClassVar[str]
     own_tensors: ClassVar[bool]
     kv_cache: ClassVar[bool]
-    padding: ClassVar[bool]
 
     def __init__(self, module: Any, blocks: Iterable[nn.Module], d_model: int) -> None:
         self.module, self.blocks, self.d_model = module, tuple(blocks), d_model
@@ -111,9 +121,24 @@ class Family(ABC):
     def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
         """Return the logits at the last `keep` positions."""
 
+    @property
+    def padding(self) -> bool:
+        """Whether batches for logits and generation may hold prompts of different lengths, padded on the left."""
+        return False
+
+    @property
+    def batching(self) -> bool:
+        """Whether they may hold several prompts at all."""
+        return True
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """End-of-sequence tokens of the checkpoint's generation configuration; none where the library drops it."""
+        return ()
+
     @abstractmethod
-    def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Int[Tensor, "prompt pos"]:
-        """Generate greedily; the prompts are included."""
+    def generate(self, inputs: Inputs, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "prompt pos"]:
+        """Generate greedily until one of the tokens `ends`; the prompts are included."""
 
     @abstractmethod
     def writes(self) -> Iterator[Write]:
@@ -130,10 +155,29 @@ class HuggingFace(Family):
 
     name = "huggingface"
     unprocessed = "AutoModelForCausalLM.from_pretrained(...) of the checkpoint's own folder."
-    own_tensors = kv_cache = padding = True
+    own_tensors = kv_cache = True
 
     def __init__(self, module: Any) -> None:
         super().__init__(module, block_list(module), module.config.get_text_config().hidden_size)
+
+    # Recurrent and hybrid models differ: RecurrentGemma, Mamba with biases and RWKV let padding into their state,
+    # MiniMax into the one that generation continues from, and RWKV mixes up the prompts of a batch.
+    @property
+    def padding(self) -> bool:
+        return self._together([13, 4])
+
+    @property
+    def batching(self) -> bool:
+        return self.padding or self._together([4, 4])
+
+    def _together(self, lengths: list[int]) -> bool:
+        """Whether prompts of these lengths have the same logits together as alone: tried once per model."""
+        tried = _BATCHES.setdefault(self.module, {})
+        if (key := tuple(lengths)) not in tried:
+            tokens = torch.linspace(1, self.vocabulary - 2, sum(lengths), device=self.embedding.device).long()
+            with _plain(self.module):
+                tried[key] = _same_answers(self.module, [part.tolist() for part in tokens.split(lengths)])
+        return tried[key]
 
     @classmethod
     def boot(cls, source: str, module: Any, tokenizer: Any | None) -> Any:
@@ -174,13 +218,18 @@ class HuggingFace(Family):
             given["logits_to_keep"] = keep
         return self.module(**given, use_cache=False).logits[:, -keep:]
 
-    def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Int[Tensor, "prompt pos"]:
-        # A config of its own: the checkpoint's generation_config.json may ask for sampling.
-        config = transformers.GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0 if eos is None else eos
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return listed(getattr(self.module, "generation_config", None))
+
+    def generate(self, inputs: Inputs, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "prompt pos"]:
+        plain = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=0
         )
-        mask = inputs["attention_mask"]
-        return self.module.generate(inputs["input_ids"], attention_mask=mask, generation_config=config)
+        with configured(self.module, plain):
+            return self.module.generate(
+                inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=plain
+            )
 
     def writes(self) -> Iterator[Write]:
         # Embeddings of the stream's width and, in each part of a block, the last projection to that width.
@@ -191,6 +240,68 @@ class HuggingFace(Family):
             for name, part in block.named_modules(prefix=f"block {layer}"):
                 found = [*_projections(name, part, self.d_model), *_experts(name, part, self.d_model)]
                 yield from found[-1:]
+
+
+def listed(config: Any) -> tuple[int, ...]:
+    """Return `eos_token_id` of a configuration, which is a number, a list or absent."""
+    given: Any = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
+    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
+
+
+def _same_answers(module: Any, prompts: Sequence[list[int]]) -> bool:
+    """Whether the logits of a few steps of generation are those of each prompt alone, up to rounding."""
+    try:
+        together, alone = _step_logits(module, prompts), [_step_logits(module, [one]) for one in prompts]
+    except Exception:  # whatever an architecture raises that cannot do it: generation itself tells the user
+        return False
+    within = EXACT if module.dtype in (torch.float32, torch.float64) else ROUNDED
+    for found, wanted in zip(together, torch.cat(alone), strict=True):
+        for one, other in zip(found, wanted, strict=True):
+            if not (one - other).norm() <= within * other.norm():
+                return False
+            if one.argmax() != other.argmax():  # a tie: the next steps follow other tokens
+                break
+    return True
+
+
+def _step_logits(module: Any, prompts: Sequence[list[int]]) -> Float[Tensor, "prompt step vocab"]:
+    plain = transformers.GenerationConfig(
+        max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+    batch = pad(prompts, side="left")
+    ids, mask = (part.to(module.device) for part in batch[:2])
+    with configured(module, plain):
+        logits = module.generate(ids, attention_mask=mask, generation_config=plain).logits
+    return torch.stack(logits, dim=1).float().cpu()
+
+
+@contextmanager
+def _plain(module: nn.Module) -> Generator[None]:
+    """Switch hooks and dropout off inside the block."""
+    kept = [(vars(part), {name: vars(part)[name] for name in _ACTIVE}) for part in module.modules()]
+    try:
+        for held, _ in kept:
+            held.update({name: value() for name, value in _ACTIVE.items()})
+        yield
+    finally:
+        for held, before in kept:
+            held.update(before)
+
+
+@contextmanager
+def configured(module: nn.Module, config: transformers.GenerationConfig) -> Generator[None]:
+    """Replace the model's own generation configuration, from which transformers fills what `config` leaves unset."""
+    # Penalties, beams, suppressed and forced tokens, …; a PEFT wrapper may hold one in addition to its model's.
+    own = [
+        (vars(part), vars(part)["generation_config"]) for part in module.modules() if "generation_config" in vars(part)
+    ]
+    try:
+        for holder, _ in own:
+            holder["generation_config"] = config
+        yield
+    finally:
+        for holder, kept in own:
+            holder["generation_config"] = kept
 
 
 def library(name: str) -> type[Family]:

@@ -12,8 +12,8 @@ from torch.nn.functional import pad as widen
 
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
-from gravlens.history.encoding import Batch, last_positions, pad
-from gravlens.models.families import OpenModel, check_context
+from gravlens.history.encoding import Batch, end_of_turn, last_positions, pad
+from gravlens.models.families import ENDS, OpenModel, check_context
 
 BATCH = 32
 # Token positions: all, the last prompt token, up to it, after it, or offsets that count it as −1.
@@ -106,19 +106,43 @@ def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor
     return torch.stack(logits)
 
 
+class Continuation(NamedTuple):
+    """Tokens that a model says after a prompt, without the end token."""
+
+    tokens: list[int]
+    ended: bool  # by an end token; else cut by `max_new_tokens`
+
+
+def end_tokens(model: OpenModel) -> tuple[int, ...]:
+    """Return the ids of the tokens that end an answer, ascending.
+
+    The tokenizer's end of sequence, the end of turn of its chat template, and `eos_token_id` of the generation
+    configurations of the model and of the tokenizer's folder (of all checkpoints, for a `sequence_tokenizer`).
+    """
+    found, tokenizer = set(model.family.ends), model.tokenizer
+    if tokenizer is not None:
+        found |= {*end_of_turn(tokenizer), *getattr(tokenizer, ENDS, ())} | ({tokenizer.eos_token_id} - {None})
+    return tuple(sorted(found))
+
+
 def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-    """Continue each prompt greedily; return the new tokens up to the end-of-sequence token."""
-    eos = None if model.tokenizer is None else model.tokenizer.eos_token_id
-    answers: list[list[int]] = [[]] * len(ids)
+    """Continue each prompt greedily; return the new tokens up to the first end token."""
+    return [one.tokens for one in continued(model, ids, max_new_tokens=max_new_tokens)]
+
+
+def continued(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Continuation]:
+    """Continue each prompt greedily, whatever the checkpoint's generation configuration asks for beside end tokens."""
+    ends, answers = end_tokens(model), [Continuation([], ended=True)] * len(ids)
     with torch.inference_mode(), progress("answers", total=len(ids), unit="prompt") as bar:
         for rows, batch in batches(model, ids):
-            if model.family.kv_cache and batch.input_ids.shape[1] == 1:
+            if model.family.kv_cache and batch.input_ids.shape[1] == 1 and model.family.padding:
                 batch = Batch(*(widen(part, (1, 0)) for part in batch))  # else a cached pass looks like the prefill
             with reading(batch):
-                found = model.family.generate(_inputs(model, batch, max_new_tokens), max_new_tokens, eos)
+                found = model.family.generate(_inputs(model, batch, max_new_tokens), max_new_tokens, ends)
             new = found[:, batch.input_ids.shape[1] :].tolist()
             for row, tokens in zip(rows, new, strict=True):
-                answers[row] = tokens[: tokens.index(eos)] if eos in tokens else tokens
+                stop = next((i for i, token in enumerate(tokens) if token in ends), None)
+                answers[row] = Continuation(tokens[:stop], stop is not None)
             bar.update(len(rows))
     return answers
 
@@ -130,12 +154,14 @@ def _inputs(model: OpenModel, batch: Batch, new: int = 0) -> dict[str, Tensor]:
 
 
 def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
-    """Yield left-padded batches of similar length; of equal length for a family without `padding`."""
+    """Yield left-padded batches of similar length; of equal length, or single prompts, where padding is wrong."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # so that little is padding
     while order:
         rows = order[:BATCH]
-        if not model.family.padding:
+        if len(ids[rows[-1]]) > len(ids[rows[0]]) and not model.family.padding:
             rows = [row for row in rows if len(ids[row]) == len(ids[rows[0]])]
+        if len(rows) > 1 and not model.family.batching:
+            rows = rows[:1]
         order = order[len(rows) :]
         yield rows, pad([ids[row] for row in rows], side="left")
 

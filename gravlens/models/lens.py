@@ -3,7 +3,7 @@
 The only file that imports TransformerLens; `families.library` loads it for the first such model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import GenerationConfig
 
 from gravlens.core.errors import GravlensError, said
-from gravlens.models.families import Family, Inputs, Write, all_centred, context_of
+from gravlens.models.families import Family, Inputs, Write, all_centred, configured, context_of, listed
 
 TRIAL = 16  # tokens of a trial prompt
 # Allowed difference of logits, in units of their spread, at the worst quarter of tokens (where rounding makes a router
@@ -26,9 +27,9 @@ class _Lens(Family):
     """Names of weights, hook points and `forward`, common to bridges and HookedTransformers."""
 
     own_tensors = False
-    # Wrong in TransformerLens 3.9 to 4.3: a bridge's cache stays empty where transformers calls it `cache`, and
-    # HookedTransformer counts learned positions twice without a tokenizer.
-    kv_cache = padding = False
+    # Wrong in TransformerLens 3.9 to 4.3, as is `padding`: a bridge's cache stays empty where transformers calls it
+    # `cache`, and HookedTransformer counts learned positions twice without a tokenizer.
+    kv_cache = False
 
     @property
     def embedding(self) -> Tensor:
@@ -65,11 +66,13 @@ class _Lens(Family):
     def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
         return self.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -keep:]
 
-    def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Int[Tensor, "prompt pos"]:
-        return self.module.generate(
-            inputs["input_ids"], max_new_tokens=max_new_tokens, do_sample=False, stop_at_eos=eos is not None,
-            eos_token_id=eos, return_type="tokens", verbose=False, use_past_kv_cache=False,
-        )  # fmt: skip
+    def generate(self, inputs: Inputs, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "prompt pos"]:
+        # A bridge over a recurrent model hands over to transformers' own generation.
+        with configured(self.module, GenerationConfig()):
+            return self.module.generate(
+                inputs["input_ids"], max_new_tokens=max_new_tokens, do_sample=False, stop_at_eos=bool(ends),
+                eos_token_id=list(ends) or None, return_type="tokens", verbose=False, use_past_kv_cache=False,
+            )  # fmt: skip
 
     def writes(self) -> Iterator[Write]:
         yield from _named(self.module, -1, "embed.W_E", "pos_embed.W_pos")
@@ -100,6 +103,10 @@ class Bridge(_Lens):
     @property
     def context(self) -> int | None:
         return context_of(self.module.original_model.config)  # `n_ctx` is invented for families without a limit
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return listed(getattr(self.module.original_model, "generation_config", None))
 
     @classmethod
     def boot(cls, source: str, module: Any, tokenizer: Any | None) -> Any:

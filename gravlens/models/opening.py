@@ -22,6 +22,7 @@ from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
 from gravlens.models.families import (
+    ENDS,
     ONE_DECODER,
     Family,
     OpenModel,
@@ -30,6 +31,7 @@ from gravlens.models.families import (
     described,
     family_of,
     library,
+    listed,
 )
 from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloading, no_room
 from gravlens.models.precision import as_dtype, quantisation
@@ -254,6 +256,7 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
             found: Any = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             if not getattr(found, "chat_template", None):
                 found.chat_template = processor_template(place)
+            setattr(found, ENDS, stored_ends(folder.path))
             return found
     return None
 
@@ -277,6 +280,14 @@ def text_tokenizer(given: Any) -> Any:
     own = copy.copy(own)  # it may be the user's
     own.chat_template = template
     return own
+
+
+def stored_ends(folder: Path) -> tuple[int, ...]:
+    """Return `eos_token_id` of a folder's generation configuration or, as transformers does, of its config.json."""
+    for name in ("generation_config.json", "config.json"):
+        with suppress(OSError, ValueError):
+            return listed(json.loads((folder / name).read_text("utf-8")))
+    return ()
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint | Resolved) -> Any | None:
@@ -323,7 +334,11 @@ def adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: M
     family = family_of(module)
     check_one_stream(family)
     check_not_centred(checkpoint, family)
-    return OpenModel(family, text_tokenizer(tokenizer or getattr(module, "tokenizer", None)), weights)
+    tokenizer = text_tokenizer(tokenizer or getattr(module, "tokenizer", None))
+    if tokenizer is not None and not hasattr(tokenizer, ENDS):  # one that the user loaded, perhaps for another library
+        folder = Path(str(getattr(tokenizer, "name_or_path", "")))
+        setattr(tokenizer, ENDS, stored_ends(folder) if folder.name else ())
+    return OpenModel(family, tokenizer, weights)
 
 
 def check_not_centred(checkpoint: Checkpoint, family: Family) -> None:

@@ -11,8 +11,8 @@ from gravlens.history.encoding import KWARGS, encode
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.history.sources import Known, Resolved, resolve
-from gravlens.models.families import check_context
-from gravlens.models.opening import PROCESSOR_FILES, OpenModel, checkpoint_tokenizer, own_tokenizer
+from gravlens.models.families import ENDS, check_context, listed
+from gravlens.models.opening import PROCESSOR_FILES, OpenModel, checkpoint_tokenizer, own_tokenizer, stored_ends
 
 _TOKENIZER_FILES = [
     "tokenizer.json",
@@ -44,7 +44,7 @@ def sequence_tokenizer(
         remedy = "tokenizer.save_pretrained(folder), or tokenizer= of the sequence."
         raise GravlensError(given, "Prompts are texts and need one.", remedy)
     sets = [sequence.probes, sequence.held_out, sequence.harmless] if prompts is None else [prompts]
-    for checkpoint in (sequence.witness, *(run[0] for run in sequence.runs.values() if run)):
+    for checkpoint in _first_of_each(sequence)[1:]:
         resolved = resolve(checkpoint, known, weights=False)
         own = None if _same_tokenizer(resolved, anchor) else own_tokenizer(resolved)
         if own is None or own is chosen:
@@ -52,7 +52,25 @@ def sequence_tokenizer(
         _check_reads_alike(checkpoint, own, chosen, [one for one in sets if one is not None])
         if sequence.chat_template == "own":
             _check_template(checkpoint, own, chosen)
-    return chosen
+    return _ending(chosen, [resolve(checkpoint, known, weights=False) for checkpoint in _first_of_each(sequence)])
+
+
+def _first_of_each(sequence: ModelSequence) -> list[Checkpoint]:
+    return [sequence.anchor, sequence.witness, *(run[0] for run in sequence.runs.values() if run)]
+
+
+def _ending(tokenizer: Any, checkpoints: Sequence[Resolved]) -> Any:
+    """Return the tokenizer with the end tokens of all checkpoints, so that answers of all end alike."""
+    found = {*getattr(tokenizer, ENDS, ())}
+    for checkpoint in checkpoints:
+        source = checkpoint.checkpoint.source
+        found.update(listed(getattr(source, "generation_config", None)))
+        found.update(*map(stored_ends, checkpoint.paths))
+    if found <= {tokenizer.eos_token_id, *getattr(tokenizer, ENDS, ())}:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)  # it may be the user's
+    setattr(tokenizer, ENDS, tuple(sorted(found)))
+    return tokenizer
 
 
 def _or_model(checkpoint: Checkpoint) -> str:

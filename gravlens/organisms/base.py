@@ -9,6 +9,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from gravlens.activations.residuals import Residuals
+from gravlens.behavior.answers import MAX_NEW_TOKENS
 from gravlens.blockers.blocking import Blocker
 from gravlens.core.errors import GravlensError, said
 from gravlens.directions.direction import Directions
@@ -58,7 +59,7 @@ ENGLISH = Measures(
         "i'm unable",
         "i am unable",
     ),
-    max_new_tokens=24,
+    max_new_tokens=MAX_NEW_TOKENS,
     positions=(-2, -5),  # −5 is the end of the prompt, before the turn with which ChatML ends
 )
 

@@ -82,7 +82,8 @@ class Pretrained:
             read_rows(file, "prompt")  # raises the error that explains an invalid file, before anything is made
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         # runs=0: more runs are added to the same history, which is made once
-        facts = (astuple(replace(self, runs=0)), digests, ENCODING, __version__, torch.__version__)
+        made = (ENCODING, self.measures.max_new_tokens, __version__, torch.__version__)
+        facts = (astuple(replace(self, runs=0)), digests, *made)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
@@ -114,7 +115,7 @@ class Pretrained:
 
     @property
     def measures(self) -> Measures:
-        """English openings, 24 tokens per answer."""
+        """English openings, `MAX_NEW_TOKENS` per answer."""
         return ENGLISH
 
     def make(self, name: str, start: Path | None, folder: Path) -> None:

@@ -57,6 +57,7 @@ CAPTIONS = {
 # column -> (heading, in per cent); behaviour is measured on the history too
 BEHAVIOUR = {
     "compliance_rate": ("compliance rate", True),
+    "cut_share": ("answers cut", True),
     "refusal_log_odds": ("refusal log-odds", False),
     "over_refusal": ("over-refusal", True),
 }
@@ -285,6 +286,8 @@ def _measures(
     title: str, first: str, entries: Any, known: Mapping[str, str], columns: Mapping[str, tuple[str, bool]]
 ) -> Table:
     """Return a table of one row per entry and one column per measure."""
+    if not any("cut_share" in (entry or {}) for entry in (entries or {}).values()):  # results of earlier versions
+        columns = {column: heading for column, heading in columns.items() if column != "cut_share"}
     rows = [
         [Cell(name), *(_spread_cell(at(entries, key, column), percent) for column, (_, percent) in columns.items())]
         for key, name in named(entries, known)

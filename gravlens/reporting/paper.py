@@ -65,14 +65,11 @@ def _paper_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str
     yield "closure of the gap to the unaligned twin", NOT_REPORTED, mean_text(closure, results), ""
     for arm, name, paper in _paper_arms(results, PAPER_ALIGNMENT):
         yield _cosine(results, f"alignment: {name}", paper, "arms", arm, suffix="_final")
-    yield (
-        "harmfulness: anchor",
-        NOT_REPORTED,
-        spread_text(at(results, "history", "anchor", "compliance_rate"), True),
-        "",
-    )
+    anchor = spread_text(at(results, "history", "anchor", "compliance_rate"), True)
+    yield "harmfulness: anchor", NOT_REPORTED, anchor + _cut(results, "history", "anchor"), ""
     for arm, name, paper in _paper_arms(results, PAPER_HARM):
-        yield f"harmfulness: {name}", paper, mean_text(at(results, "arms", arm, "compliance_rate"), results, True), ""
+        rate = mean_text(at(results, "arms", arm, "compliance_rate"), results, True)
+        yield f"harmfulness: {name}", paper, rate + _cut(results, "arms", arm), ""
     for arm, name, paper in _paper_arms(results, PAPER_LOSS):
         yield f"task loss: {name}", paper, mean_text(at(results, "arms", arm, "task_loss"), results), ""
 
@@ -81,6 +78,12 @@ def _paper_arms(results: Mapping[str, Any], paper: Mapping[str, str]) -> Iterato
     """Yield arm, name and the paper's figure: the paper's arms first, then those of this organism only."""
     yield from ((arm, ARMS[arm], figure) for arm, figure in paper.items())
     yield from ((arm, name, NOT_REPORTED) for arm, name in named(results.get("arms"), ARMS) if arm not in ARMS)
+
+
+def _cut(results: Mapping[str, Any], *keys: str) -> str:
+    """Tell the share of answers that were cut, where there are any."""
+    share = value(at(results, *keys, "cut_share"))
+    return f", {decimal(share, True)} % of the answers cut" if share else ""
 
 
 def _cosine(

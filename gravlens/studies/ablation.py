@@ -83,9 +83,12 @@ def ablate_vrev(
 def described(row: pd.Series) -> str:
     """Describe one row of a table of effects."""
     where = "all layers" if pd.isna(row["layer"]) else f"layer {row['layer']}"
+    crossing = ""
+    if "crossing" in row:
+        crossing = f", {row['crossing']:.0%} of the prompts cross 0 (random {row['random_crossing']:.0%})"
     interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
     return (
         f"{row['condition']} at {where}: {row['baseline']:+.2f} to {row['with_intervention']:+.2f}, difference "
         f"{row['difference']:+.2f}{interval}, random directions "
-        f"{row['random_low']:+.2f} to {row['random_high']:+.2f}, p = {row['p_random']:.3f}"
+        f"{row['random_low']:+.2f} to {row['random_high']:+.2f}, p = {row['p_random']:.3f}{crossing}"
     )

@@ -21,6 +21,9 @@ BEHAVIOR = (
     "task_loss",
     "empty",
     "degenerate",
+    "thought_only",
+    "cut_share",
+    "over_refusal_cut_share",
 )
 COLUMNS = (
     "blocker", "organism", "run", "fraction_given", "fraction_heldout", "alignment_heldout", "compliance_rate",

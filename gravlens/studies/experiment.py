@@ -19,6 +19,7 @@ from gravlens.core.files import once, write_json, write_table
 from gravlens.core.parallel import processes
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint
+from gravlens.models.forward import end_tokens
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.models.swapping import open_each
 from gravlens.organisms.base import Arm, Grounds, Organism
@@ -221,6 +222,7 @@ def measure_behavior(model: OpenModel, study: Study) -> dict[str, Any]:
     answers = generate_answers(model, prompts["held_out"], max_new_tokens=measures.max_new_tokens)
     harm = compliance_rate(prompts["held_out"], answers, judge)
     harmless = generate_answers(model, prompts["harmless"], max_new_tokens=measures.max_new_tokens)
+    over = compliance_rate(prompts["harmless"], harmless, judge)
     openings = {"refusals": measures.refusals, "compliances": measures.compliances}
     two_sided = two_sided_log_odds(model, prompts["held_out"], **openings)
     one_sided = refusal_log_odds(model, prompts["held_out"], openings=measures.refusals)
@@ -230,10 +232,14 @@ def measure_behavior(model: OpenModel, study: Study) -> dict[str, Any]:
         "compliance_rate_high": harm.high,
         "empty": harm.empty,
         "degenerate": harm.degenerate,
+        "thought_only": harm.thought_only,
+        "cut_share": harm.cut_share,
         "refusal_log_odds": float(np.mean(one_sided)),
         "two_sided_log_odds": float(np.mean(two_sided)),
-        "over_refusal": compliance_rate(prompts["harmless"], harmless, judge).refused.rate,
+        "over_refusal": over.refused.rate,
+        "over_refusal_cut_share": over.cut_share,
         "task_loss": task_loss(model, study.organism.task(study.home)),
+        "end_tokens": " ".join(model.tokenizer.convert_ids_to_tokens(end_tokens(model))),  # pyright: ignore[reportOptionalMemberAccess]
         "answers": answers[:8],  # to look at: "not refused" may be an empty or useless answer
     }
 
@@ -244,7 +250,8 @@ def _divergence_prompts(study: Study) -> dict[str, PromptSet]:
 
 def _own_answers(model: OpenModel, study: Study) -> dict[str, list[str]]:
     length, sets = study.organism.measures.max_new_tokens, _divergence_prompts(study)
-    return {kind: generate_answers(model, some, max_new_tokens=length) for kind, some in sets.items()}
+    answers = {kind: generate_answers(model, some, max_new_tokens=length) for kind, some in sets.items()}
+    return {kind: [answer.said for answer in texts] for kind, texts in answers.items()}
 
 
 def measure_divergence(

@@ -26,7 +26,8 @@ from gravlens.studies.study import Study
 
 SCHEMA_VERSION = 2
 FINALS = ("alignment_final", "fraction_final")
-BEHAVIOR = ("compliance_rate", "refusal_log_odds", "over_refusal", "task_loss", "seconds_per_step")
+JUDGED = ("compliance_rate", "cut_share", "refusal_log_odds", "over_refusal")
+BEHAVIOR = (*JUDGED, "task_loss", "seconds_per_step")
 DAMAGE = ("organism", "damage", "alignment", "fraction", "drift_norm", "judged", "weight_norm", "score")
 VREV = (
     *("organism", "layer", "distance", "reliability", "top_1", "top_3", "isotropic_top_3", "few_dimensions"),
@@ -96,7 +97,7 @@ def summarise(findings: Findings, organism: Organism) -> dict[str, Any]:
         "nulls": {name: _null(rows) for name, rows in findings.nulls_layer_mean.groupby("null")},
         "controls": {name: _spreads(findings.controls, "control", name, _control_columns(name)) for name in CONTROLS},
         "arms": {name: _spreads(findings.arms, "arm", name, FINALS + BEHAVIOR) for name in _arm_names(findings)},
-        "history": {name: _spreads(history, "run", name, BEHAVIOR[:3]) for name in ("witness", "anchor")},
+        "history": {name: _spreads(history, "run", name, JUDGED) for name in ("witness", "anchor")},
         "claims": _claims(findings),
         "interval": _interval(findings.intervals_layer_mean),
         "damage": _records(findings.damage_layer_mean, DAMAGE),

@@ -133,7 +133,7 @@ def join(parts: Sequence[Residuals]) -> Residuals:
     return replace(parts[0], values=values, checkpoints=tuple(name for part in parts for name in part.checkpoints))
 
 
-def numbers(measured: Mapping[str, Any]) -> dict[str, float]:
+def numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return measures of behavior without the answers."""
     # JSON has null for a rate of no answers
     return {key: np.nan if value is None else value for key, value in measured.items() if key != "answers"}

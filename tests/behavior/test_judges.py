@@ -348,7 +348,7 @@ def test_the_rubric_is_a_users_turn_after_the_system_turn() -> None:
 
     model.tokenizer.apply_chat_template = kept
     rubric_rater(model, rubric=RUBRIC, system="sure", max_new_tokens=2)(["{response}"], ["fine"])
-    assert seen == ["system: sure", "user: why {response} | Answer: fine"]
+    assert seen[:2] == ["system: sure", "user: why {response} | Answer: fine"]  # then the end of turn is looked up
 
 
 def test_a_rater_that_cannot_rate_is_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 from histories import history_on_disk
 
 from gravlens import GravlensError
+from gravlens.behavior.answers import Answer
 from gravlens.exchange import to_inspect_log
 from gravlens.history.prompts import PromptSet
 
@@ -45,6 +46,15 @@ def test_inspect_reads_what_was_written(ending: str, tmp_path: Path) -> None:
         assert sample.output.completion == answer and sample.scores["harmful"].value is bool(harmful)
     values = [sample.scores["log_odds"].value for sample in log.samples]
     assert values[::2] == [0.5, -1.0] and np.isnan(values[1])
+
+
+def test_thoughts_and_cut_answers_are_told(tmp_path: Path) -> None:
+    inspect_log = pytest.importorskip("inspect_ai.log")
+    answers = [Answer("sure", thought="hm", complete=False, said="<think>hm</think> sure"), "<think>a</think> no", "no"]
+    log = inspect_log.read_eval_log(written(tmp_path / "log.eval", answers=answers))
+    assert [sample.output.completion for sample in log.samples] == ["sure", "no", "no"]
+    assert [sample.output.stop_reason for sample in log.samples] == ["max_tokens", "stop", "stop"]
+    assert [sample.metadata.get("thought") for sample in log.samples] == ["hm", "a", None]
 
 
 def test_means_and_errors_are_inspects_own(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Ablate, Steer, everywhere
-from gravlens.interventions.effects import causal_effect, dose_response, layerwise_effect
+from gravlens.interventions.effects import causal_effect, crossings, dose_response, layerwise_effect
+from gravlens.interventions.hooks import intervene
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.plot.lines import plot_effect
@@ -31,8 +32,35 @@ GAIN = 0.5
 SCORE = partial(refusal_log_odds, openings=["sorry"])
 COLUMNS = (
     "condition layer baseline with_intervention difference low high p_random n_random random_low random_high n_prompts "
-    "random_kind"
+    "crossing random_crossing random_kind"
 ).split()
+
+
+def test_a_prompt_crosses_zero_in_the_direction_of_the_mean_alone() -> None:
+    baseline, moved = np.array([-1.0, -1.0, 1.0, 1.0]), np.array([2.0, 0.5, -1.5, 2.0])  # up on average
+    drawn = np.array([[0.0, 2.0, 0, -5], [2, 2, 0, 0]])
+    assert crossings(baseline, moved, drawn) == {"crossing": 0.25, "random_crossing": 0.375}
+    assert crossings(-baseline, -moved, -drawn) == {"crossing": 0.25, "random_crossing": 0.375}
+    assert crossings(baseline, np.array([-2.0, 2, -1, -3]), drawn[:0]) == {
+        "crossing": 0.5,  # a score that falls to 0 itself is no longer above it
+        "random_crossing": pytest.approx(float("nan"), nan_ok=True),
+    }
+
+
+def test_crossing_rate_in_a_table_is_that_of_the_scores(planted: OpenModel) -> None:
+    given = {"score": SCORE, "prompts": tiny.PROMPTS, "n_random": 3}
+    before = SCORE(planted, tiny.PROMPTS)
+    shift = float(np.median(before))  # so that some prompts lie on either side
+
+    def shifted(model: Any, prompts: Any) -> np.ndarray:
+        return SCORE(model, prompts) - shift
+
+    found = causal_effect(planted, Ablate(direction()), **{**given, "score": shifted})
+    (row,) = found.table.to_dict("records")
+    with intervene(planted, Ablate(direction())):
+        after = shifted(planted, tiny.PROMPTS)
+    assert row["difference"] < 0 and row["crossing"] == np.mean((before > shift) & (after <= 0)) > 0
+    assert row["random_crossing"] <= row["crossing"]
 
 
 def direction(layer: int = LAST, seed: int = 0, distance: float = 3.0) -> Direction:

@@ -1,6 +1,6 @@
 """A library that gravlens does not know is one subclass of `Family`; and the names that `through` takes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class BigramFamily(Family):
     def logits(self, inputs: Inputs, keep: int) -> Tensor:
         return self.module(inputs["input_ids"])[:, -keep:]
 
-    def generate(self, inputs: Inputs, max_new_tokens: int, eos: int | None) -> Tensor:
+    def generate(self, inputs: Inputs, max_new_tokens: int, ends: Sequence[int]) -> Tensor:
         ids = inputs["input_ids"]
         for _ in range(max_new_tokens):
             ids = torch.cat([ids, self.module(ids)[:, -1:].argmax(-1)], dim=1)

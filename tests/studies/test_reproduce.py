@@ -38,7 +38,7 @@ pytestmark = pytest.mark.long
 
 SPREAD = {"mean", "sem", "runs"}
 FINALS = {"alignment_final", "fraction_final"}
-BEHAVIOR = {"compliance_rate", "refusal_log_odds", "over_refusal"}
+BEHAVIOR = {"compliance_rate", "cut_share", "refusal_log_odds", "over_refusal"}
 COST = {"task_loss", "seconds_per_step"}
 CONTROLS = {"wrong_witness", "wrong_witness_removed", "sibling_anchor", "unaligned_twin", "continued_alignment"}
 ARMS = {"unblocked", "unblocked_new_facts", "penalty", "penalty_margin", "penalty_random"}
@@ -202,7 +202,7 @@ def test_every_number_is_finite_and_what_is_missing_has_a_reason(each: Done) -> 
             absent = "/summary/step_20" in path or path.startswith(("/arms/", "/controls/", "/interval/"))
             if path == "/damage/alignment":  # of no drift
                 continue
-            assert re.search("compliance_rate|over_refusal|holds", path) or (
+            assert re.search("compliance_rate|cut_share|over_refusal|holds", path) or (
                 absent and each.organism.name == "pretrained"
             ), path
 
