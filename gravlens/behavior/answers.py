@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from itertools import groupby, takewhile
+from itertools import groupby
 from math import sqrt
 from statistics import NormalDist
 from typing import Any, TypeAlias, TypeVar
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.encoding import THOUGHT_TAGS, encode, rendered
+from gravlens.history.encoding import THOUGHT_TAGS, encode, encode_answer
 from gravlens.history.prompts import PromptSet
 from gravlens.models.forward import continued
 from gravlens.models.opening import Openable, OpenModel, open_model
@@ -105,8 +105,10 @@ def generate_answers(
         GravlensError: the model has no tokenizer.
     """
     model, prompts = open_model(model), PromptSet.of(prompts)
-    ids = encode(model.tokenizer, prompts)
-    begun = _begun(model.tokenizer, prompts, ids, prefill) if prefill else [(one, []) for one in ids]
+    if prefill:
+        begun = _begun(model.tokenizer, prompts, prefill)
+    else:
+        begun = [(ids, list[int]()) for ids in encode(model.tokenizer, prompts)]
     return answers_after(model, begun, max_new_tokens=max_new_tokens)
 
 
@@ -125,15 +127,9 @@ def answers_after(
     ]
 
 
-def _begun(
-    tokenizer: Any, prompts: PromptSet, ids: Sequence[list[int]], prefill: str
-) -> list[tuple[list[int], list[int]]]:
-    """Return token ids of each prompt and of the prefill, encoded in one text, as a tokenizer may join the two."""
-    special, begun = not getattr(tokenizer, "chat_template", None), []
-    for text, prompt in zip(rendered(tokenizer, prompts), ids, strict=True):
-        alone, joint = (tokenizer(one, add_special_tokens=special)["input_ids"] for one in (text, text + prefill))
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, joint, strict=False)))
-        begun.append((prompt[: len(prompt) - len(alone) + same], joint[same:]))
+def _begun(tokenizer: Any, prompts: PromptSet, prefill: str) -> list[tuple[list[int], list[int]]]:
+    """Return token ids of each prompt and of the prefill after it."""
+    begun = [encode_answer(tokenizer, turns, prefill, ended=False)[:2] for turns in prompts.turns]
     if tokenizer.unk_token_id is not None and any(tokenizer.unk_token_id in start for _, start in begun):
         given, wanted = f"The vocabulary cannot write {prefill!r}.", "A prefill is the beginning of an answer."
         raise GravlensError(given, wanted, "a prefill in words that the tokenizer knows.")
