@@ -1,8 +1,10 @@
 """Open checkpoints one after the other: one model stays open, and weights are swapped into it."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,11 +165,17 @@ def precision_of(checkpoint: Resolved, placement: Placement) -> str:
 
 
 def check_one_precision(precisions: Mapping[str, str]) -> None:
-    """Raise where checkpoints (name -> precision) are not read in one: a difference would be the rounding's."""
-    first = next(iter(precisions), "")
-    for name, precision in precisions.items():
-        if precision != precisions[first]:
-            given = f"{first} is read in {precisions[first]}, {name} in {precision}."
+    """Raise where checkpoints (name -> precision) are not read in one: a difference would be the rounding's.
+
+    Of a witness in plain weights beside a quantised anchor and its runs a warning tells: no drift is measured from it.
+    """
+    for other, name in pairwise(sorted(precisions, key=lambda name: name == "witness")):  # the witness is last
+        one, unlike = precisions[other], precisions[name]
+        given = f"{other} is read in {one}, {name} in {unlike}."
+        if name == "witness" and one.startswith(f"{unlike}, "):
+            remark = "v_rev includes the rounding of the anchor's weights. Try: a witness quantised alike."
+            warnings.warn(f"{given} {remark}", stacklevel=3)
+        elif one != unlike:
             wanted = "Checkpoints are compared in one precision: else the rounding would count as drift."
             remedy = "one dtype for all (Placement(dtype=…)), and all quantised alike or none."
             raise GravlensError(given, wanted, remedy)

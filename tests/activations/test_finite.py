@@ -154,7 +154,7 @@ def test_checkpoints_of_two_precisions_are_refused(tmp_path: Path, kept: bool) -
         tiny.save(model.bfloat16() if seed else model, tmp_path / name)
     history = ModelSequence.from_folders(witness=tmp_path / "witness", anchor=tmp_path / "anchor", probes=PROBES)
     folder = {"store": tmp_path / "states"} if kept else {}
-    with refused("witness is read in float32, anchor in bfloat16"):
+    with refused("anchor is read in bfloat16, witness in float32"):
         cache_residuals(history, placement=Placement(dtype="stored"), **folder)
     for dtype in ("float32", "bf16"):
         assert len(cache_residuals(history, placement=Placement(dtype=dtype), **folder).meta["dtype"]) == 1

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from folders import QV, adapter
-from histories import RAGGED, assert_same_states, refused
+from histories import RAGGED, assert_same_states, reference, refused
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from gravlens.activations.residuals import cache_residuals, read_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.vrev import direction_from
+from gravlens.history.encoding import encode
 from gravlens.history.sequence import Checkpoint, ModelSequence, Run
 from gravlens.history.sources import resolve
 from gravlens.interventions.orthogonalization import orthogonalize
@@ -155,7 +156,12 @@ def test_an_adapter_over_a_four_bit_base_is_attached_as_peft_attaches_it(four_bi
     assert all(torch.equal(one, other) for (one, _), other in zip(seen, wanted, strict=True))
     assert {told for _, told in seen[1:]} == {"float32, 4-bit (bitsandbytes nf4)"} and seen[0][1] == "float32"
     assert not torch.equal(first, anchor) and not torch.equal(first, second)
-    assert cache_residuals(found).runs == {"seed0": (1, 5)}
+    for store in ({}, {"store": four_bit / "states"}):
+        with pytest.warns(UserWarning, match="4-bit.*witness in float32"):
+            read = cache_residuals(found, layers=ALL, **store)
+        for one, module in zip(found.runs["seed0"], attached, strict=True):
+            wanted = reference(module, encode(tiny.TOKENIZER, found.probes), ALL[:-1])
+            assert_same_states(read.of(one.name)[:, :-1], wanted)
 
 
 def test_what_needs_plain_numbers_refuses_an_attached_adapter(four_bit: Path, tmp_path: Path) -> None:

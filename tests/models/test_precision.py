@@ -71,16 +71,24 @@ def test_plain_weights_are_their_dtype_alone_in_every_kind(tmp_path: Path) -> No
 
 
 def test_results_name_it() -> None:
-    plain, quantised = open_model(tiny.llama(1, **SIZES)), marked()
-    history = ModelSequence.from_models(
-        witness=plain.module, anchor=quantised.module, probes=["the"], tokenizer=tiny.TOKENIZER
-    )
-    with refused("witness is read in float32, anchor in float32, 4-bit (bitsandbytes nf4)"):
-        cache_residuals(history)
-    both = ModelSequence.from_models(
-        witness=marked().module, anchor=quantised.module, probes=["the"], tokenizer=tiny.TOKENIZER
-    )
-    assert cache_residuals(both).meta["dtype"] == ["float32, 4-bit (bitsandbytes nf4)"]
+    def precisions(witness: OpenModel, anchor: OpenModel, run: OpenModel) -> list[str]:
+        history = ModelSequence.from_models(
+            witness=witness.module,
+            anchor=anchor.module,
+            runs={"a": {1: run.module}},
+            probes=["the"],
+            tokenizer=tiny.TOKENIZER,
+        )
+        return cache_residuals(history).meta["dtype"]
+
+    four = "float32, 4-bit (bitsandbytes nf4)"
+    assert precisions(marked(1), marked(), marked(2)) == [four]
+    with pytest.warns(UserWarning, match=r"witness in float32\. v_rev includes the rounding of the anchor's weights"):
+        assert precisions(plain(), marked(), marked(2)) == ["float32", four]
+    with refused(f"anchor is read in float32, witness in {four}"):
+        precisions(marked(), plain(), plain())
+    with refused(f"anchor is read in float32, a/1 in {four}"):
+        precisions(plain(), plain(), marked())
 
 
 def plain() -> OpenModel:
