@@ -25,7 +25,7 @@ from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
 from gravlens.history.weight_files import remark_on_same
-from gravlens.models.families import OpenModel, described, resid_post
+from gravlens.models.families import OpenModel, described, plain, resid_post
 from gravlens.models.forward import run_trunk
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import check_one_precision, open_each
@@ -45,6 +45,7 @@ THIS_MODEL = "this model"
 Through = Literal["huggingface", "bridge"]
 Offset = Literal["last"] | int  # from the end of each prompt
 _REUSES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # a trial per model, not per call
+_PADS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # likewise
 
 
 def common_prefix(queries: Sequence[Query]) -> int:
@@ -55,11 +56,15 @@ def common_prefix(queries: Sequence[Query]) -> int:
     return length if len(queries) > 1 and length >= SHORTEST_PREFIX else 0
 
 
-def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int) -> list[list[int]]:
-    """Return indices of prompts, by length, in batches of at most `tokens` tokens with padding, or of one prompt."""
+def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int, padded: bool = True) -> list[list[int]]:
+    """Return indices of prompts, by length, in batches of at most `tokens` tokens with padding, or of one prompt.
+
+    Without `padded` a batch holds prompts of one length.
+    """
     batches: list[list[int]] = [[]]
     for i in sorted(range(len(queries)), key=lambda i: queries[i].end):
-        if batches[-1] and (len(batches[-1]) + 1) * (queries[i].end - prefix) > tokens:
+        other = not padded and batches[-1] and queries[i].end != queries[batches[-1][-1]].end
+        if other or (batches[-1] and (len(batches[-1]) + 1) * (queries[i].end - prefix) > tokens):
             batches.append([])
         batches[-1].append(i)
     return batches
@@ -287,7 +292,8 @@ def read_block(
     reader: Reader, queries: Sequence[Query]
 ) -> Iterator[tuple[list[int], Float[np.ndarray, "row layer d_model"]]]:
     """Yield indices of prompts and their rows, fp32, batch by batch; GravlensError where they are not finite."""
-    for batch in batches_of(queries, prefix=reader.shared, tokens=tokens_for(reader.model)):
+    padded = takes_padding(reader.model, [query.end for query in queries])
+    for batch in batches_of(queries, prefix=reader.shared, tokens=tokens_for(reader.model), padded=padded):
         states = reader.read([queries[i] for i in batch])
         ids = [queries[i].ids for i in batch for _ in queries[i].reads]
         check_finite(states, reader.model, ids=ids, layers=reader.layers, of=reader.of)
@@ -307,10 +313,12 @@ def read_residuals(
     GravlensError for states that are not finite; `finite=False` returns them.
     """
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    padded = takes_padding(model, [len(one) for one in ids])
     out = torch.empty(len(ids), len(layers), model.d_model)
     with torch.no_grad():  # `Reader` runs in inference mode, whose tensors a model in training must not cache
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
+        while order:
+            rows = [row for row in order[:BATCH] if padded or len(ids[row]) == len(ids[order[0]])]
+            order = order[len(rows) :]
             out[rows] = residuals_of_batch(model, pad([ids[r] for r in rows]), layers=layers, positions=positions).cpu()
     if finite:
         check_finite(out, model, ids=ids, layers=layers)
@@ -412,6 +420,25 @@ def read_here(
     return values, precisions
 
 
+def takes_padding(model: OpenModel, lengths: Sequence[int]) -> bool:
+    """Return whether prompts of these lengths have the same states in one batch, padded on the right, as alone.
+
+    Tried once, on fixed tokens: not where text attends to what follows it (PaliGemma).
+    """
+    if len(set(lengths)) <= 1 or _REUSES.get(model.module):  # that trial had padding
+        return True
+    if model.module not in _PADS:
+        tokens, layers = torch.linspace(1, model.family.vocabulary - 2, 8).long().tolist(), range(model.n_layers)
+        prompts = [tokens[:2], tokens[2:]]
+        with plain(model.module), torch.no_grad():
+            together = residuals_of_batch(model, pad(prompts), layers=layers)
+            alone = torch.cat([residuals_of_batch(model, pad([one]), layers=layers) for one in prompts])
+        if not alone.isfinite().all():  # an error where they are read; other weights may follow in this module
+            return True
+        _PADS[model.module] = _alike(model, together, alone)
+    return _PADS[model.module]
+
+
 def reuses_keys(model: OpenModel) -> bool:
     """Return whether a model gives the same states when it continues from a KV cache: tried once, on fixed tokens.
 
@@ -436,13 +463,17 @@ def _same_states(model: OpenModel) -> bool:
     prompts = [[*ids[:8], *ids[8 + 5 * i : 12 + 9 * i]] for i in range(3)]  # of different lengths: with padding
     queries = [Query(tuple(one), ((len(one) - 1,),)) for one in prompts]
     layers = range(model.n_layers)
-    plain = Reader(model, layers=layers, reuse=False).read(queries)
+    separate = Reader(model, layers=layers, reuse=False).read(queries)
     try:
         found = Reader(model, layers=layers, prefix=ids[:8], reuse=True).read(queries)
     except Exception:  # whatever an architecture without such a cache raises: it is read without one
         return False
+    return _alike(model, found, separate)
+
+
+def _alike(model: OpenModel, found: Tensor, wanted: Tensor) -> bool:
     within = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
-    return bool(((found - plain).norm(dim=-1) <= within * plain.norm(dim=-1)).all())
+    return bool(((found - wanted).norm(dim=-1) <= within * wanted.norm(dim=-1)).all())
 
 
 def window_of(config: Any) -> float:

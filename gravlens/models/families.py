@@ -175,7 +175,7 @@ class HuggingFace(Family):
         tried = _BATCHES.setdefault(self.module, {})
         if (key := tuple(lengths)) not in tried:
             tokens = torch.linspace(1, self.vocabulary - 2, sum(lengths), device=self.embedding.device).long()
-            with _plain(self.module):
+            with plain(self.module):
                 tried[key] = _same_answers(self.module, [part.tolist() for part in tokens.split(lengths)])
         return tried[key]
 
@@ -223,12 +223,12 @@ class HuggingFace(Family):
         return listed(getattr(self.module, "generation_config", None))
 
     def generate(self, inputs: Inputs, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "prompt pos"]:
-        plain = transformers.GenerationConfig(
+        greedy = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=0
         )
-        with configured(self.module, plain):
+        with configured(self.module, greedy):
             return self.module.generate(
-                inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=plain
+                inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=greedy
             )
 
     def writes(self) -> Iterator[Write]:
@@ -265,18 +265,18 @@ def _same_answers(module: Any, prompts: Sequence[list[int]]) -> bool:
 
 
 def _step_logits(module: Any, prompts: Sequence[list[int]]) -> Float[Tensor, "prompt step vocab"]:
-    plain = transformers.GenerationConfig(
+    greedy = transformers.GenerationConfig(
         max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
     batch = pad(prompts, side="left")
     ids, mask = (part.to(module.device) for part in batch[:2])
-    with configured(module, plain):
-        logits = module.generate(ids, attention_mask=mask, generation_config=plain).logits
+    with configured(module, greedy):
+        logits = module.generate(ids, attention_mask=mask, generation_config=greedy).logits
     return torch.stack(logits, dim=1).float().cpu()
 
 
 @contextmanager
-def _plain(module: nn.Module) -> Generator[None]:
+def plain(module: nn.Module) -> Generator[None]:
     """Switch hooks and dropout off inside the block."""
     kept = [(vars(part), {name: vars(part)[name] for name in _ACTIVE}) for part in module.modules()]
     try:

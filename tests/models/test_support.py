@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+
+from gravlens.activations.positions import Query
+from gravlens.activations.reader import Reader, read_block, read_residuals
+from gravlens.models.opening import open_model
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "analyses"))
@@ -38,6 +43,18 @@ def test_every_family_does_what_the_table_says(family: str, committed: pd.DataFr
     assert row["states"] <= support.EXACT and row["ablation"] <= support.EXACT
     assert (row["padded"] <= support.EXACT) == (family not in UNPADDED)
     assert str(row["answers"]) == stated["answers"]
+
+
+@pytest.mark.parametrize("family", ["PaliGemma", "RecurrentGemma", "RWKV"])
+def test_states_of_a_ragged_set_are_those_of_each_prompt_alone(family: str) -> None:
+    model = support.make(family)
+    layers, opened = range(support.LAYERS), open_model(model)
+    wanted = support.reference(family, model).states
+    queries = [Query(tuple(ids), ((len(ids) - 1,),)) for ids in support.PROMPTS]
+    reader = Reader(opened, layers=layers)
+    for rows, states in read_block(reader, queries):
+        assert support.off(torch.from_numpy(states), wanted[rows]) <= support.EXACT
+    assert support.off(read_residuals(opened, support.PROMPTS, layers=layers), wanted) <= support.EXACT
 
 
 def test_the_committed_table_is_complete_and_nothing_in_it_is_wrong(committed: pd.DataFrame) -> None:
