@@ -38,7 +38,7 @@ from gravlens.models.precision import as_dtype, quantisation
 
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # may hold a chat template beside the tokenizer's
 ADAPTER = "gravlens"  # PEFT's name of the adapter while it is merged
-WHOLE = "modules_to_save|original_module|base_layer"  # PEFT's names for a whole matrix
+WHOLE = r"modules_to_save|original_module|(token_adapter\.)?base_layer"  # PEFT's names for a whole matrix
 # Tensors that some files hold and no state depends on: masks and constants that are computed today, a value head, heads
 # for several tokens at once, scales of a quantised cache.
 UNUSED = [
@@ -178,7 +178,7 @@ def add_adapter(module: Any, folder: Folder) -> Any:
             whole = adapted if lost or quantisation(module) else adapted.merge_and_unload(safe_merge=True)
     except GravlensError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise _does_not_fit(folder, said(error)) from error
     if lost:
         adapted.unload()
@@ -191,7 +191,7 @@ def add_adapter(module: Any, folder: Folder) -> Any:
 def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
     """Return PEFT's model with the adapter attached, and the names of tensors without a counterpart."""
     try:
-        from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     except ImportError as error:
         given = f"{folder.path} is an adapter and PEFT is not installed."
         raise GravlensError(given, "Adapters are merged by PEFT.", "pip install peft, or gravlens[train].") from error
@@ -200,6 +200,8 @@ def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
     for foreign in ("megatron_config", "layer_replication"):
         if getattr(config, foreign, None):
             raise _does_not_fit(folder, f"it uses {foreign}")
+    if config.is_prompt_learning:
+        raise _does_not_fit(folder, f"{config.peft_type.value} adds positions to every prompt and changes no weights")
     config.inference_mode = True
     tensors = dict(folder.weights.load())
     # Of an embedding that was resized and trained PEFT saves the same weights under two names, and reads one.
@@ -213,8 +215,10 @@ def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
     adapted = PeftModel(module, config, adapter_name=ADAPTER)
     # PeftModel.from_pretrained would also load a pickled adapter; here it only gets tensors from safetensors.
     report = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER)
-    # PEFT skips unused and missing tensors silently.
+    # PEFT skips unused and missing tensors silently. What it would not save either is tied to another, or computed.
     empty = {name for name in report.missing_keys if ADAPTER in name.split(".")}  # the base's are missing as a rule
+    saved = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
+    empty = empty if saved.keys() - tensors.keys() else set[str]()
     return adapted, empty | set(report.unexpected_keys)
 
 

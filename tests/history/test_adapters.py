@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import tiny
 import torch
 from folders import QV, adapter
 from histories import RAGGED, assert_same_states, reference, refused
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -118,6 +119,48 @@ def test_new_rows_that_the_adapter_does_not_hold_are_not_made_up(tmp_path: Path,
     save_file({name: tensor for name, tensor in load_file(path).items() if lost not in name}, path)
     with refused("adapter", "size mismatch"):
         open_model(folder)
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "token indices": lambda: LoraConfig(r=2, target_modules=QV, trainable_token_indices=[3, 5], task_type="CAUSAL_LM"),
+    "AdaLoRA": lambda: AdaLoraConfig(init_r=2, target_modules=QV, total_step=10, task_type="CAUSAL_LM"),
+    "VeRA": lambda: VeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_that_peft_does_not_save_are_not_missed(kind: str, tied: bool, tmp_path: Path) -> None:
+    base = tiny.save(tiny.llama(tie_word_embeddings=tied), tmp_path / "base")
+    adapted: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), OTHERS[kind]())
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            weight += 0.1 * weight.requires_grad
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = behavior(adapted.merge_and_unload())
+    assert_same_states(behavior(tmp_path / "adapter"), wanted)
+    assert not torch.allclose(wanted, behavior(base), atol=1e-2)
+
+
+def test_new_tokens_that_were_trained_by_index_are_read(tmp_path: Path) -> None:
+    base, new = tiny.save(tiny.llama(), tmp_path / "base"), [tiny.VOCABULARY, tiny.VOCABULARY + 1]
+    config = LoraConfig(r=2, target_modules=QV, trainable_token_indices=new, task_type="CAUSAL_LM")
+    adapted = get_peft_model(resized(base, tiny.VOCABULARY + 2), config)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            weight += 0.1 * weight.requires_grad
+    adapted.save_pretrained(tmp_path / "adapter")
+    found, wanted = open_model(tmp_path / "adapter"), open_model(adapted.merge_and_unload())
+    assert found.family.vocabulary == tiny.VOCABULARY + 2
+    assert_same_states(read_residuals(found, [new], layers=ALL), read_residuals(wanted, [new], layers=ALL))
+
+
+def test_an_adapter_of_the_prompt_is_refused(tmp_path: Path) -> None:
+    base = tiny.save(tiny.llama(), tmp_path / "base")
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    with refused(str(tmp_path / "adapter"), "PROMPT_TUNING", "changes no weights"):
+        open_model(tmp_path / "adapter")
 
 
 # -- a quantised base --------------------------------------------------------------------------------------------------
