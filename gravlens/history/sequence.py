@@ -302,6 +302,9 @@ def _run_of_folders(
     name: str, run: Folders | Run, anchor: Checkpoint, skipped: dict[str, str]
 ) -> tuple[Checkpoint, ...]:
     """Return the complete checkpoints of a run by step; add those skipped to `skipped`."""
+    if isinstance(run, Mapping):
+        remedy = f"runs={{{name!r}: [folder, …]}} of folders such as checkpoint-20; models: from_models."
+        raise wrong_kind(run, "A run is a pattern or a list of folders, whose names hold the steps.", remedy)
     run = run if isinstance(run, Run) else Run(run)
     steps: dict[Path | str, int] = {}
     for source in _found(name, run.folders):

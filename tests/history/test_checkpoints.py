@@ -85,6 +85,7 @@ def test_a_missing_folder_is_named(here: Path, monkeypatch: pytest.MonkeyPatch, 
         (["ft/checkpoint-5", "ft/checkpoint-6"], "ft/checkpoint-6"),
         ("al*", "aligned"),  # no step in the name
         (["ft/checkpoint-5", "other/checkpoint-5"], "[5, 5]"),
+        ({5: "ft/checkpoint-5"}, "A dict was given"),
     ],
 )
 def test_a_bad_run_is_named(here: Path, monkeypatch: pytest.MonkeyPatch, run: Any, named: str) -> None:
