@@ -13,7 +13,7 @@ from torch.nn.functional import pad as widen
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, end_of_turn, last_positions, pad
-from gravlens.models.families import ENDS, OpenModel, check_context
+from gravlens.models.families import ENDS, OpenModel, check_context, described
 
 BATCH = 32
 # Token positions: all, the last prompt token, up to it, after it, or offsets that count it as −1.
@@ -137,7 +137,7 @@ def continued(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens:
         for rows, batch in batches(model, ids):
             if model.family.kv_cache and batch.input_ids.shape[1] == 1 and model.family.padding:
                 batch = Batch(*(widen(part, (1, 0)) for part in batch))  # else a cached pass looks like the prefill
-            with reading(batch):
+            with reading(batch), _numbers_watched(model):
                 found = model.family.generate(_inputs(model, batch, max_new_tokens), max_new_tokens, ends)
             new = found[:, batch.input_ids.shape[1] :].tolist()
             for row, tokens in zip(rows, new, strict=True):
@@ -190,4 +190,31 @@ def end_logits(
     answers = torch.zeros(len(batch.input_ids), dtype=torch.long) if answers is None else answers
     keep = 1 + int(answers.max())
     with reading(batch, last_positions(batch.attention_mask) - answers):
-        return model.family.logits(_inputs(model, batch), keep)
+        logits = model.family.logits(_inputs(model, batch), keep)
+    _check_numbers(model, logits[:, -1])
+    return logits
+
+
+@contextmanager
+def _numbers_watched(model: OpenModel) -> Generator[None]:
+    """Raise where the next token would be chosen among logits that are NaN: the choice would be token 0."""
+    head = model.family.head
+    if head is None:
+        yield
+        return
+
+    def hook(_module: Any, _inputs: Any, logits: Tensor) -> None:
+        _check_numbers(model, logits[:, -1])
+
+    handle = head.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_numbers(model: OpenModel, logits: Float[Tensor, "prompt vocab"]) -> None:
+    if logits.isnan().any():
+        of = f"{described(model.module)} {getattr(model.module, 'name_or_path', '')}".strip()
+        remedy = "another checkpoint, whose run has not diverged; instead of float16, bf16 or float32."
+        raise GravlensError(f"The logits of {of} are NaN in {model.precision}.", "Answers need numbers.", remedy)

@@ -72,6 +72,26 @@ def test_log_probabilities_of_continuations_are_those_of_each_alone(kind: str, t
     assert found.dtype == torch.float64 and torch.allclose(found, torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model: final_logits(model, RAGGED),
+        lambda model: generate(model, RAGGED, max_new_tokens=2),
+        lambda model: sequence_logprobs(model, RAGGED, [[5]] * len(RAGGED)),
+    ],
+)
+@every_kind
+def test_logits_that_are_no_numbers_are_refused(kind: str, run: Any, tmp_path: Path) -> None:
+    model = tiny.opened(kind, tmp_path)
+    head: Any = model.family.head
+    hooks = len(head._forward_hooks)
+    with torch.no_grad():
+        model.family.unembedding[:] = float("nan")
+    with refused(type(model.module).__name__, "NaN in float32"):
+        run(model)
+    assert len(head._forward_hooks) == hooks
+
+
 def test_hooked_twin_is_a_fair_reference() -> None:
     """The HookedTransformer of these tests has the same states as Hugging Face's model, by its own cache."""
     model = tiny.gpt2()
