@@ -179,7 +179,7 @@ class HuggingFace(Family):
         tried = _BATCHES.setdefault(self.module, {})
         if (key := tuple(lengths)) not in tried:
             tokens = torch.linspace(1, self.vocabulary - 2, sum(lengths), device=self.embedding.device).long()
-            with _plain(self.module):
+            with bare(self.module):
                 tried[key] = _same_answers(self.module, [part.tolist() for part in tokens.split(lengths)])
         return tried[key]
 
@@ -280,7 +280,7 @@ def _step_logits(module: Any, prompts: Sequence[list[int]]) -> Float[Tensor, "pr
 
 
 @contextmanager
-def _plain(module: nn.Module) -> Generator[None]:
+def bare(module: nn.Module) -> Generator[None]:
     """Switch hooks and dropout off inside the block."""
     kept = [(vars(part), {name: vars(part)[name] for name in _ACTIVE}) for part in module.modules()]
     try:

@@ -121,6 +121,7 @@ def test_whatever_reads_a_sequence_reads_the_sequences_ids(
     # Whole prompts, not what is left of them once their beginning was run.
     monkeypatch.setattr(passes, "reuses_keys", lambda _: False)
     # No trials on other tokens.
+    monkeypatch.setattr(passes, "pads", lambda _: True)
     monkeypatch.setattr("gravlens.models.families.HuggingFace.padding", True)
     monkeypatch.setattr("gravlens.models.opening.check_one_stream", lambda _: None)
     with read_ids(monkeypatch) as seen:
