@@ -284,6 +284,18 @@ def encode_answer(tokenizer: Any, turns: list[Turn], answer: str, *, ended: bool
     return Turned(prompt, _with_eos(tokenizer, said, ended), [])
 
 
+def encode_said(tokenizer: Any, turns: list[Turn], answer: str) -> tuple[list[int], list[int]]:
+    """Encode a prompt and an answer without an end: a recorded text as the template writes it, a model's own as it is.
+
+    Of a generated answer with thoughts or channels the whole text follows the prompt, also where it was cut: the
+    template would move or repeat them. An empty text has no tokens.
+    """
+    text = getattr(answer, "said", answer)
+    if text and text == answer:
+        return encode_answer(tokenizer, turns, text, ended=False)[:2]
+    return _continued(tokenizer, rendered_turns(tokenizer, [turns])[0], text)
+
+
 def encode_parts(tokenizer: Any, example: Example) -> Turned:
     """Encode the prompt and the answer of an example by `encode_answer`."""
     if not isinstance(example, tuple) or not 2 <= len(example) <= len(Example._fields):  # a plain pair is accepted
@@ -312,6 +324,8 @@ def _written_answer(tokenizer: Any, turns: list[Turn], answer: str, before: str)
         return before, whole[len(before) :].removesuffix(after), after
     opened = open_thought(answer_place(tokenizer).after)
     if opened and dict(THOUGHT_TAGS)[opened] not in answer:
+        if whole.startswith(head):
+            return head, whole[len(head) :].removesuffix(after), after
         before = head
     return before, answer.strip().removeprefix(opened).lstrip("\n"), after
 
