@@ -62,6 +62,8 @@ def test_an_answer_must_fit_too(kind: str, tmp_path: Path) -> None:
         generate_answers(model, SHORT, max_new_tokens=room + 1)
     with pytest.raises(Exception, match=f"max_new_tokens={room} or less"):
         generate_answers(model, SHORT, max_new_tokens=room + 1)
+    with pytest.raises(Exception, match="Try: shorter prompts"):  # no number of tokens would help
+        generate_answers(model, [LONG], max_new_tokens=1)
 
 
 @pytest.mark.parametrize("store", [False, True])
