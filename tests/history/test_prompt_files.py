@@ -394,7 +394,7 @@ def test_a_sequence_names_column_format_role_and_rows_of_a_file(tmp_path: Path) 
         ('file = "p.jsonl", colunm = "a"', "probes has the unknown key colunm"),
         ('file = "p.jsonl", column = 5', "column of probes"),
         ('file = "p.jsonl", only = "a"', "only of probes"),
-        ('column = "a"', "probes is not text"),
+        ('column = "a"', "probes is a table without a file"),
         ('file = "p.jsonl", column = "nowhere"', "no column 'nowhere'"),
         ('file = "p.jsonl", format = "mine"', "format='mine'"),
         ('file = "nowhere.jsonl"', "nowhere.jsonl does not exist"),
