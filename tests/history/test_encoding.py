@@ -235,6 +235,8 @@ def test_arguments_are_those_that_the_template_reads() -> None:
             with_template_kwargs(given, QUIET)
     with refused("messages"):
         with_template_kwargs(tokenizer, {"messages": []})
+    with refused("cannot be parsed"):
+        with_template_kwargs(chats.byte_level("{% if %}"), QUIET)
     with_template_kwargs(chats.byte_level(chats.CHATML.replace("m.content +", "m.content + (x or '') +")), {"x": "y"})
     assert tokenizer is with_template_kwargs(tokenizer, {}) and template_kwargs(tokenizer) == {}
     assert template_kwargs(with_template_kwargs(tokenizer, QUIET)) == QUIET and template_kwargs(tokenizer) == {}
@@ -251,9 +253,17 @@ def test_a_template_that_reads_the_clock_reads_one_date() -> None:
     assert encode(told, ["hello"]) == [whole(tokenizer, date_string="today")]
     with refused("strftime_now", "tomorrow"):
         encode(with_template_kwargs(tokenizer, {"strftime_now": "tomorrow"}), ["hello"])
-    computed = chats.byte_level(chats.DATED.replace('"%d %b %Y"', '"%d" + " %b"'))
+    same = chats.DATED.replace("if strftime_now is defined", "if strftime_now") + "{# strftime_now #}"
+    assert encode(chats.byte_level(same), ["hello"]) == encode(tokenizer, ["hello"])
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["{{ strftime_now('%d' + ' %b') }}", "{{ (strftime_now)('%Y') }}", "{% set now = strftime_now %}{{ now('%Y') }}"],
+)
+def test_a_clock_that_is_read_in_any_other_way_is_refused(start: str) -> None:
     with refused("clock"):
-        encode(computed, ["hello"])
+        encode(chats.byte_level(start + chats.CHATML), ["hello"])
 
 
 def test_a_choice_of_several_templates_is_an_argument() -> None:
