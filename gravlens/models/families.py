@@ -106,7 +106,7 @@ class Family(ABC):
     @property
     def context(self) -> int | None:
         """Number of tokens that fit into the context; None where nothing limits them."""
-        return context_of(self.module.config)
+        return None
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -159,6 +159,10 @@ class HuggingFace(Family):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module, block_list(module), module.config.get_text_config().hidden_size)
+
+    @property
+    def context(self) -> int | None:
+        return context_of(self.module.config)
 
     # Recurrent and hybrid models differ: RecurrentGemma, Mamba with biases and RWKV let padding into their state,
     # MiniMax into the one that generation continues from, and RWKV mixes up the prompts of a batch.
