@@ -410,9 +410,8 @@ def check_context(model: OpenModel, ids: Sequence[Sequence[int]], *, new: int = 
         shown = " ".join(model.tokenizer.decode(longest, skip_special_tokens=True).split())
         text = repr(shown if len(shown) < 100 else f"{shown[:60]} … {shown[-30:]}")
     given = f"The prompt {text} has {len(longest)} tokens{f', and {new} more are to be generated' if new else ''}."
-    remedy = (
-        f"max_new_tokens={max(1, context - len(longest))} or less, or shorter prompts." if new else "shorter prompts."
-    )
+    left = context - len(longest)
+    remedy = f"max_new_tokens={left} or less, or shorter prompts." if new and left > 0 else "shorter prompts."
     raise GravlensError(given, f"The context of {of} holds {context} tokens.", remedy)
 
 
