@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.encoding import MARK, encode, encode_answer, rendered_turns
+from gravlens.history.encoding import MARK, encode, encode_said, rendered_turns
 from gravlens.history.prompts import PromptSet, Turn
 
 AT_ONCE = 256  # prompts are tokenised at a time: their token ids are int objects of their own until they are shared
@@ -144,8 +144,7 @@ def _place(tokenizer: Any, prompt: PromptSet) -> tuple[int, int, list[tuple[int,
 
 def _after(tokenizer: Any, turns: list[Turn], answer: str) -> Query:
     """Read the mean over an answer's tokens after its prompt."""
-    said = getattr(answer, "said", answer)  # with the thought that a generated answer followed
-    ids, more, _ = encode_answer(tokenizer, turns, said, ended=False)
+    ids, more = encode_said(tokenizer, turns, answer)
     if not more:
         raise GravlensError(f"The answer {answer!r} has no token.", "At least one is needed.", "a non-empty answer.")
     return Query((*ids, *more), (tuple(range(len(ids), len(ids) + len(more))),))

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,7 +25,7 @@ from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
 from gravlens.history.weight_files import remark_on_same
-from gravlens.models.families import OpenModel, described, plain, resid_post
+from gravlens.models.families import OpenModel, bare, described, resid_post
 from gravlens.models.forward import run_trunk
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import check_one_precision, open_each
@@ -44,8 +44,9 @@ EXACT, ROUNDED = 1e-4, 0.1  # allowed difference in fp32 and below, relative to 
 THIS_MODEL = "this model"
 Through = Literal["huggingface", "bridge"]
 Offset = Literal["last"] | int  # from the end of each prompt
-_REUSES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # a trial per model, not per call
-_PADS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # likewise
+# Trials per model, not per call.
+_REUSES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+_PADS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 def common_prefix(queries: Sequence[Query]) -> int:
@@ -56,15 +57,15 @@ def common_prefix(queries: Sequence[Query]) -> int:
     return length if len(queries) > 1 and length >= SHORTEST_PREFIX else 0
 
 
-def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int, padded: bool = True) -> list[list[int]]:
+def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int, ragged: bool = True) -> list[list[int]]:
     """Return indices of prompts, by length, in batches of at most `tokens` tokens with padding, or of one prompt.
 
-    Without `padded` a batch holds prompts of one length.
+    Without `ragged` the prompts of a batch are of one length.
     """
     batches: list[list[int]] = [[]]
     for i in sorted(range(len(queries)), key=lambda i: queries[i].end):
-        other = not padded and batches[-1] and queries[i].end != queries[batches[-1][-1]].end
-        if other or (batches[-1] and (len(batches[-1]) + 1) * (queries[i].end - prefix) > tokens):
+        full = (len(batches[-1]) + 1) * (queries[i].end - prefix) > tokens
+        if batches[-1] and (full or (not ragged and queries[i].end != queries[batches[-1][0]].end)):
             batches.append([])
         batches[-1].append(i)
     return batches
@@ -292,8 +293,8 @@ def read_block(
     reader: Reader, queries: Sequence[Query]
 ) -> Iterator[tuple[list[int], Float[np.ndarray, "row layer d_model"]]]:
     """Yield indices of prompts and their rows, fp32, batch by batch; GravlensError where they are not finite."""
-    padded = takes_padding(reader.model, [query.end for query in queries])
-    for batch in batches_of(queries, prefix=reader.shared, tokens=tokens_for(reader.model), padded=padded):
+    ragged = len({query.end for query in queries}) == 1 or pads(reader.model)
+    for batch in batches_of(queries, prefix=reader.shared, tokens=tokens_for(reader.model), ragged=ragged):
         states = reader.read([queries[i] for i in batch])
         ids = [queries[i].ids for i in batch for _ in queries[i].reads]
         check_finite(states, reader.model, ids=ids, layers=reader.layers, of=reader.of)
@@ -313,16 +314,21 @@ def read_residuals(
     GravlensError for states that are not finite; `finite=False` returns them.
     """
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    padded = takes_padding(model, [len(one) for one in ids])
     out = torch.empty(len(ids), len(layers), model.d_model)
     with torch.no_grad():  # `Reader` runs in inference mode, whose tensors a model in training must not cache
-        while order:
-            rows = [row for row in order[:BATCH] if padded or len(ids[row]) == len(ids[order[0]])]
-            order = order[len(rows) :]
+        one_length = len({len(one) for one in ids}) > 1 and not pads(model)
+        for rows in batched(order, lambda row: len(ids[row]) if one_length else 0):
             out[rows] = residuals_of_batch(model, pad([ids[r] for r in rows]), layers=layers, positions=positions).cpu()
     if finite:
         check_finite(out, model, ids=ids, layers=layers)
     return out
+
+
+def batched(rows: Sequence[int], kind: Callable[[int], int]) -> Iterator[list[int]]:
+    """Yield rows in batches of one kind each, in their order."""
+    for _, same in groupby(rows, kind):
+        some = list(same)
+        yield from (some[start : start + BATCH] for start in range(0, len(some), BATCH))
 
 
 def all_finite(values: Float[np.ndarray, "part *state"]) -> bool:
@@ -420,25 +426,6 @@ def read_here(
     return values, precisions
 
 
-def takes_padding(model: OpenModel, lengths: Sequence[int]) -> bool:
-    """Return whether prompts of these lengths have the same states in one batch, padded on the right, as alone.
-
-    Tried once, on fixed tokens: not where text attends to what follows it (PaliGemma).
-    """
-    if len(set(lengths)) <= 1 or _REUSES.get(model.module):  # that trial had padding
-        return True
-    if model.module not in _PADS:
-        tokens, layers = torch.linspace(1, model.family.vocabulary - 2, 8).long().tolist(), range(model.n_layers)
-        prompts = [tokens[:2], tokens[2:]]
-        with plain(model.module), torch.no_grad():
-            together = residuals_of_batch(model, pad(prompts), layers=layers)
-            alone = torch.cat([residuals_of_batch(model, pad([one]), layers=layers) for one in prompts])
-        if not alone.isfinite().all():  # an error where they are read; other weights may follow in this module
-            return True
-        _PADS[model.module] = _alike(model, together, alone)
-    return _PADS[model.module]
-
-
 def reuses_keys(model: OpenModel) -> bool:
     """Return whether a model gives the same states when it continues from a KV cache: tried once, on fixed tokens.
 
@@ -449,6 +436,30 @@ def reuses_keys(model: OpenModel) -> bool:
     if model.module not in _REUSES:
         _REUSES[model.module] = _same_states(model)
     return _REUSES[model.module]
+
+
+def pads(model: OpenModel) -> bool:
+    """Return whether prompts of different lengths, padded on the right, have their states alone: tried once.
+
+    Not so where all tokens of a prompt attend to each other (PaliGemma). A bridge is tried when it is booted.
+    """
+    if model.kind != "huggingface":
+        return True
+    if model.module not in _PADS:
+        tokens = torch.linspace(1, model.family.vocabulary - 2, 17).long().tolist()
+        prompts, layers = [tokens[:13], tokens[13:]], range(model.n_layers)
+        with bare(model.module), torch.no_grad():
+            together, *alone = (
+                residuals_of_batch(model, pad(some), layers=layers) for some in (prompts, prompts[:1], prompts[1:])
+            )
+        _PADS[model.module] = _alike(model, together, torch.cat(alone))
+    return _PADS[model.module]
+
+
+def _alike(model: OpenModel, found: Float[Tensor, "*row d_model"], wanted: Float[Tensor, "*row d_model"]) -> bool:
+    """Whether two readings of the same states differ by rounding alone."""
+    within = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
+    return bool(((found - wanted).norm(dim=-1) <= within * wanted.norm(dim=-1)).all())
 
 
 def hooks_on(part: nn.Module) -> list[Any]:
@@ -463,17 +474,12 @@ def _same_states(model: OpenModel) -> bool:
     prompts = [[*ids[:8], *ids[8 + 5 * i : 12 + 9 * i]] for i in range(3)]  # of different lengths: with padding
     queries = [Query(tuple(one), ((len(one) - 1,),)) for one in prompts]
     layers = range(model.n_layers)
-    separate = Reader(model, layers=layers, reuse=False).read(queries)
+    plain = Reader(model, layers=layers, reuse=False).read(queries)
     try:
         found = Reader(model, layers=layers, prefix=ids[:8], reuse=True).read(queries)
     except Exception:  # whatever an architecture without such a cache raises: it is read without one
         return False
-    return _alike(model, found, separate)
-
-
-def _alike(model: OpenModel, found: Tensor, wanted: Tensor) -> bool:
-    within = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
-    return bool(((found - wanted).norm(dim=-1) <= within * wanted.norm(dim=-1)).all())
+    return _alike(model, found, plain)
 
 
 def window_of(config: Any) -> float:

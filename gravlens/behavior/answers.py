@@ -31,7 +31,9 @@ HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 _ANALYSIS = re.compile(
     r"<\|channel\|>analysis<\|message\|>(.*?)(?:<\|end\|>|\Z)|\Aanalysis(.*?)assistantfinal", re.DOTALL
 )
-_HEADER = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>\w+<\|message\|>|<\|start\|>assistant|<\|end\|>")
+_HEADER = re.compile(
+    r"(?:<\|start\|>assistant)?<\|channel\|>\w+<\|message\|>|<\|start\|>assistant|<\|(?:end|return)\|>"
+)
 OPENING, CLOSING = (tuple(tags) for tags in zip(*THOUGHT_TAGS, strict=True))
 _TAGS = re.compile(f"({'|'.join(map(re.escape, (*OPENING, *CLOSING)))})")
 MAX_NEW_TOKENS = 64  # enough for a refusal's wording and for what follows a "Sure"; 24 cut nearly all answers

@@ -10,7 +10,7 @@ from torch import Tensor
 from gravlens.behavior.answers import MAX_NEW_TOKENS, Prompts
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
-from gravlens.history.encoding import encode, encode_answer
+from gravlens.history.encoding import encode, encode_said
 from gravlens.history.prompts import PromptSet
 from gravlens.models.forward import batches, end_logits, generate, sequence_logprobs
 from gravlens.models.opening import Openable, OpenModel, open_model
@@ -106,14 +106,8 @@ def _encode_answers(model: OpenModel, prompts: Prompts, answers: Sequence[str]) 
     if len(asked) != len(answers):
         given = f"There are {len(asked)} prompts and {len(answers)} answers."
         raise GravlensError(given, "One answer per prompt is needed.", "answers = generate_answers(model, prompts).")
-    ids = encode(model.tokenizer, asked)
-    said = [
-        getattr(answer, "said", answer) for answer in answers
-    ]  # with the thought that a model's own answer followed
-    written = [
-        encode_answer(model.tokenizer, turns, answer, ended=False)[:2] if answer else (prompt, [])
-        for prompt, turns, answer in zip(ids, asked.turns, said, strict=True)
-    ]
+    pairs = zip(asked.turns, answers, strict=True)
+    written = [encode_said(model.tokenizer, turns, answer) for turns, answer in pairs]
     return [prompt for prompt, _ in written], [answer for _, answer in written]
 
 

@@ -35,6 +35,8 @@ THOUGHT_TAGS = (
 MARK = "\u2983gravlens\u2984"  # rendered in place of a text, to find where it is in the template
 USER = ({"role": "user", "content": MARK},)
 _CLOCK_CALL = re.compile(rf"""\b{CLOCK}\s*\(\s*(["'])([^"']*)\1\s*\)""")
+# By a computed call, or under another name; but not by `if strftime_now is defined`.
+_CLOCK_READ = re.compile(rf"\b{CLOCK}\s*\(|(?<!if )\b{CLOCK}\b(?!\s+is\b)")
 _MARKUP = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]<>\s]{1,40}\]")
 _WARNED: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
 
@@ -158,9 +160,12 @@ def template_names(tokenizer: Any) -> set[str]:
     """Return the names of the arguments that the chat template reads."""
     # Without the blocks that transformers adds to the language.
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", _template_of(tokenizer))
-    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     fixed = {"messages", "add_generation_prompt", "raise_exception", *tokenizer.special_tokens_map}
-    return jinja2.meta.find_undeclared_variables(tree) - fixed
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+        return jinja2.meta.find_undeclared_variables(tree) - fixed
+    except jinja2.TemplateError as error:
+        raise _not_taken(USER, f"cannot be parsed ({error})") from error
 
 
 def _template_of(tokenizer: Any) -> str:
@@ -182,8 +187,8 @@ def _frozen(template: str, today: Any) -> str:
         raise GravlensError(given, "It is the date that the chat template reads.", f'"{FROZEN}".') from error
     # In its text: transformers hands no function to a template.
     text = _CLOCK_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), template)
-    if re.search(rf"\b{CLOCK}\s*\(", text):
-        given = f"The chat template reads the clock in a format that it computes ({CLOCK})."
+    if _CLOCK_READ.search(re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)):
+        given = f"The chat template reads the clock in a way that cannot be replaced ({CLOCK})."
         remedy = "tokenizer= with a chat_template that has a date."
         raise GravlensError(given, "States must not depend on the day.", remedy)
     return text
@@ -284,6 +289,18 @@ def encode_answer(tokenizer: Any, turns: list[Turn], answer: str, *, ended: bool
     return Turned(prompt, _with_eos(tokenizer, said, ended), [])
 
 
+def encode_said(tokenizer: Any, turns: list[Turn], answer: str) -> tuple[list[int], list[int]]:
+    """Encode a prompt and an answer without an end: a recorded text as the template writes it, a model's own as it is.
+
+    Of a generated answer with thoughts or channels the whole text follows the prompt, also where it was cut: the
+    template would move or repeat them. An empty text has no tokens.
+    """
+    text = getattr(answer, "said", answer)
+    if text and text == answer:
+        return encode_answer(tokenizer, turns, text, ended=False)[:2]
+    return _continued(tokenizer, rendered_turns(tokenizer, [turns])[0], text)
+
+
 def encode_parts(tokenizer: Any, example: Example) -> Turned:
     """Encode the prompt and the answer of an example by `encode_answer`."""
     if not isinstance(example, tuple) or not 2 <= len(example) <= len(Example._fields):  # a plain pair is accepted
@@ -312,6 +329,8 @@ def _written_answer(tokenizer: Any, turns: list[Turn], answer: str, before: str)
         return before, whole[len(before) :].removesuffix(after), after
     opened = open_thought(answer_place(tokenizer).after)
     if opened and dict(THOUGHT_TAGS)[opened] not in answer:
+        if whole.startswith(head):
+            return head, whole[len(head) :].removesuffix(after), after
         before = head
     return before, answer.strip().removeprefix(opened).lstrip("\n"), after
 

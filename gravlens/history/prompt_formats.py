@@ -161,7 +161,9 @@ def format_of(
         given = f"{source_name(source)} is a list of turns (columns {_list(columns)})."
         raise GravlensError(given, "Prompts are a list of conversations.", "[turns], or one conversation a line.")
     given = f"{source_name(source)} has the columns {_list(columns)}: no 'prompt', and no known format."
-    remedy = f"column={(columns or ['question'])[0]!r} if it holds the prompts, or rename it to 'prompt'."
+    first, last = (columns or ["question"])[0], (columns or ["answer"])[-1]
+    named = f"columns=({first!r}, {last!r}) if they hold prompts and answers, or a column 'answer' beside 'prompt'."
+    remedy = named if answers else f"column={first!r} if it holds the prompts, or rename it to 'prompt'."
     wanted = f"{known}; any other file has a column 'prompt' (the first row of a table names the columns)."
     raise GravlensError(given, wanted, remedy)
 
@@ -406,13 +408,14 @@ def _json(path: Path, text: str) -> list[Placed]:
     return _indexed({"prompt": row} if isinstance(row, str) else row for row in lists[0])
 
 
-def _table(path: Path, text: str, delimiter: str = ",") -> list[Placed]:
+def _table(path: Path, text: str, delimiter: str = "") -> list[Placed]:
+    if not delimiter:  # Excel writes semicolons where the comma is decimal
+        names = re.sub('"[^"]*"', "", text.lstrip("\n").partition("\n")[0])
+        delimiter = next((one for one in ",;\t" if one in names), ",")
     records = list(_records(path, text, delimiter))
     if not records:
         return []
     (_, header), *rows = records
-    if len(header) == 1 and delimiter == "," and (other := next((one for one in ";\t" if one in header[0]), "")):
-        return _table(path, text, other)  # Excel writes semicolons where the comma is decimal
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         given = f"{path} has the column {', '.join(twice)} twice."
         raise GravlensError(given, "Each column has its own name.", "rename one of them.")

@@ -478,7 +478,9 @@ def _file_of(path: Path, key: str, entry: Any) -> Any:
     if wrong := [name for name, value in entry.items() if not isinstance(value, dict if name == "only" else str)]:
         wanted = "A prompt file's keys are text, and only is a table."
         raise GravlensError(f"{path}: {', '.join(wrong)} of {key} is of another kind.", wanted, remedy)
-    return entry.get("file")
+    if "file" not in entry:
+        raise GravlensError(f"{path}: {key} is a table without a file.", "Its key file names the prompt file.", remedy)
+    return entry["file"]
 
 
 def _is_text_or_texts(entry: Any) -> bool:

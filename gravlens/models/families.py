@@ -106,7 +106,7 @@ class Family(ABC):
     @property
     def context(self) -> int | None:
         """Number of tokens that fit into the context; None where nothing limits them."""
-        return context_of(self.module.config)
+        return None
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -160,6 +160,10 @@ class HuggingFace(Family):
     def __init__(self, module: Any) -> None:
         super().__init__(module, block_list(module), module.config.get_text_config().hidden_size)
 
+    @property
+    def context(self) -> int | None:
+        return context_of(self.module.config)
+
     # Recurrent and hybrid models differ: RecurrentGemma, Mamba with biases and RWKV let padding into their state,
     # MiniMax into the one that generation continues from, and RWKV mixes up the prompts of a batch.
     @property
@@ -175,7 +179,7 @@ class HuggingFace(Family):
         tried = _BATCHES.setdefault(self.module, {})
         if (key := tuple(lengths)) not in tried:
             tokens = torch.linspace(1, self.vocabulary - 2, sum(lengths), device=self.embedding.device).long()
-            with plain(self.module):
+            with bare(self.module):
                 tried[key] = _same_answers(self.module, [part.tolist() for part in tokens.split(lengths)])
         return tried[key]
 
@@ -223,12 +227,12 @@ class HuggingFace(Family):
         return listed(getattr(self.module, "generation_config", None))
 
     def generate(self, inputs: Inputs, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "prompt pos"]:
-        greedy = transformers.GenerationConfig(
+        plain = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=0
         )
-        with configured(self.module, greedy):
+        with configured(self.module, plain):
             return self.module.generate(
-                inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=greedy
+                inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=plain
             )
 
     def writes(self) -> Iterator[Write]:
@@ -265,18 +269,18 @@ def _same_answers(module: Any, prompts: Sequence[list[int]]) -> bool:
 
 
 def _step_logits(module: Any, prompts: Sequence[list[int]]) -> Float[Tensor, "prompt step vocab"]:
-    greedy = transformers.GenerationConfig(
+    plain = transformers.GenerationConfig(
         max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
     batch = pad(prompts, side="left")
     ids, mask = (part.to(module.device) for part in batch[:2])
-    with configured(module, greedy):
-        logits = module.generate(ids, attention_mask=mask, generation_config=greedy).logits
+    with configured(module, plain):
+        logits = module.generate(ids, attention_mask=mask, generation_config=plain).logits
     return torch.stack(logits, dim=1).float().cpu()
 
 
 @contextmanager
-def plain(module: nn.Module) -> Generator[None]:
+def bare(module: nn.Module) -> Generator[None]:
     """Switch hooks and dropout off inside the block."""
     kept = [(vars(part), {name: vars(part)[name] for name in _ACTIVE}) for part in module.modules()]
     try:
@@ -406,8 +410,8 @@ def check_context(model: OpenModel, ids: Sequence[Sequence[int]], *, new: int = 
         shown = " ".join(model.tokenizer.decode(longest, skip_special_tokens=True).split())
         text = repr(shown if len(shown) < 100 else f"{shown[:60]} … {shown[-30:]}")
     given = f"The prompt {text} has {len(longest)} tokens{f', and {new} more are to be generated' if new else ''}."
-    room = context - len(longest)
-    remedy = f"max_new_tokens={room} or less, or shorter prompts." if room > 0 else "shorter prompts."
+    left = context - len(longest)
+    remedy = f"max_new_tokens={left} or less, or shorter prompts." if new and left > 0 else "shorter prompts."
     raise GravlensError(given, f"The context of {of} holds {context} tokens.", remedy)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -132,6 +133,9 @@ def generate(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: 
 
 def continued(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Continuation]:
     """Continue each prompt greedily, whatever the checkpoint's generation configuration asks for beside end tokens."""
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        given = f"max_new_tokens={max_new_tokens!r} was given."
+        raise GravlensError(given, "An answer has at least one token.", "max_new_tokens=64.")
     ends, answers = end_tokens(model), [Continuation([], ended=True)] * len(ids)
     with torch.inference_mode(), progress("answers", total=len(ids), unit="prompt") as bar:
         for rows, batch in batches(model, ids):

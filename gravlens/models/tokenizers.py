@@ -2,7 +2,7 @@
 
 import copy
 import filecmp
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,19 @@ def sequence_tokenizer(
         _check_reads_alike(checkpoint, own, chosen, [one for one in sets if one is not None])
         if sequence.chat_template == "own":
             _check_template(checkpoint, own, chosen)
-    return _ending(chosen, [resolve(checkpoint, known, weights=False) for checkpoint in _first_of_each(sequence)])
+    first = [resolve(checkpoint, known, weights=False) for checkpoint in _first_of_each(sequence)]
+    # Of later checkpoints the files on disk alone: of a hub's, each would be downloaded.
+    later = {one.source for one in sequence if isinstance(one.source, Path)} - {one.checkpoint.source for one in first}
+    return _ending(chosen, first, later)
 
 
 def _first_of_each(sequence: ModelSequence) -> list[Checkpoint]:
     return [sequence.anchor, sequence.witness, *(run[0] for run in sequence.runs.values() if run)]
 
 
-def _ending(tokenizer: Any, checkpoints: Sequence[Resolved]) -> Any:
+def _ending(tokenizer: Any, checkpoints: Sequence[Resolved], folders: Iterable[Path]) -> Any:
     """Return the tokenizer with the end tokens of all checkpoints, so that answers of all end alike."""
-    found = {*getattr(tokenizer, ENDS, ())}
+    found = {*getattr(tokenizer, ENDS, ())}.union(*map(stored_ends, folders))
     for checkpoint in checkpoints:
         source = checkpoint.checkpoint.source
         found.update(listed(getattr(source, "generation_config", None)))

@@ -19,7 +19,7 @@ import torch
 from gravlens import __version__
 from gravlens.behavior.answers import generate_answers
 from gravlens.core.errors import GravlensError
-from gravlens.history.prompt_formats import read_rows
+from gravlens.history.prompt_formats import Row, read_rows
 from gravlens.history.prompts import ENCODING, Example, PromptSet
 from gravlens.models.opening import load_tokenizer, open_model, save_folder
 from gravlens.organisms.arms import made_by
@@ -153,7 +153,7 @@ class Pretrained:
         """Return held-out harmless prompts with their given answers, or else the witness's own."""
         rows = self._harmless()[N_HARMLESS : N_HARMLESS + N_TASK]
         own = {} if self._has_answers() else _own_answers(home / "witness")
-        return [Example(row["prompt"], own.get(row["prompt"], row.get("answer", ""))) for row in rows]
+        return [Example(row["prompt"], own.get(row["prompt"]) or row.get("answer", "")) for row in rows]
 
     def _copy_witness(self, folder: Path) -> None:
         model = open_model(self.model, tokenizer=load_tokenizer(self.model))
@@ -186,7 +186,7 @@ class Pretrained:
         half = N_PROBES // 2 if len(more) >= N_PROBES // 2 else 0  # AdvBench alone: .16 on HarmBench, against .72
         return held_out, _shuffled(rest + more), (more[:half] + rest)[:N_PROBES]
 
-    def _harmless(self) -> list[dict[str, str]]:
+    def _harmless(self) -> list[Row]:
         rows = _shuffled(list({row["prompt"]: row for row in read_rows(self.harmless, "prompt")}.values()))
         least = N_HARMLESS + N_TASK + N_ALIGNED + 64
         if len(rows) < least:

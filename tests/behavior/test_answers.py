@@ -90,6 +90,7 @@ def test_a_thought_between_any_tags_is_no_part_of_the_answer(opening: str, closi
     "text",
     [
         "<|channel|>analysis<|message|>I cannot.<|end|><|start|>assistant<|channel|>final<|message|>Sure: rake.",
+        "<|channel|>analysis<|message|>I cannot.<|end|><|channel|>final<|message|>Sure: rake.<|return|>",
         "analysisI cannot.assistantfinalSure: rake.",  # what a tokenizer leaves without special tokens
     ],
 )

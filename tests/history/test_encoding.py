@@ -11,11 +11,13 @@ import pytest
 import tiny
 from histories import refused
 
+from gravlens.behavior.answers import as_answer
 from gravlens.core.errors import GravlensError
 from gravlens.history.encoding import (
     encode,
     encode_answer,
     encode_example,
+    encode_said,
     prompts_digest,
     rendered,
     template_kwargs,
@@ -104,6 +106,24 @@ def test_what_is_learned_where_a_template_writes_thoughts(template: str, answer:
         assert ids == whole(tokenizer, "Sorry")
     else:
         assert prompt == whole(tokenizer)
+
+
+@pytest.mark.parametrize("template", [chats.QWEN3, chats.R1])
+@pytest.mark.parametrize("rest", ["hello</think>Sure", "hello</think>\n\nSure", "hello", ""])
+def test_a_models_own_answer_follows_its_prompt_as_it_was_said(template: str, rest: str) -> None:
+    tokenizer, opened = chats.byte_level(template), template == chats.R1
+    text = rest if opened else f"<think>{rest}"
+    answer = as_answer(text, thinking=opened, complete=False)
+    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encode_said(tokenizer, PromptSet.of(["hello"]).turns[0], answer) == (whole(tokenizer), wanted)
+
+
+@pytest.mark.parametrize("answer", ["Sorry", "  Sorry \n", "\n\nSorry"])
+def test_white_space_of_an_answer_is_the_templates_choice_also_where_it_opens_thoughts(answer: str) -> None:
+    tokenizer = chats.byte_level(chats.R1)
+    ids, labels = encode_example(tokenizer, Example("hello", answer))
+    assert ids == whole(tokenizer, answer)
+    assert tokenizer.decode([label for label in labels if label != -100]) == f"{answer}<|im_end|>"
 
 
 def test_without_a_thought_the_answer_follows_the_closed_one() -> None:
@@ -215,6 +235,8 @@ def test_arguments_are_those_that_the_template_reads() -> None:
             with_template_kwargs(given, QUIET)
     with refused("messages"):
         with_template_kwargs(tokenizer, {"messages": []})
+    with refused("cannot be parsed"):
+        with_template_kwargs(chats.byte_level("{% if %}"), QUIET)
     with_template_kwargs(chats.byte_level(chats.CHATML.replace("m.content +", "m.content + (x or '') +")), {"x": "y"})
     assert tokenizer is with_template_kwargs(tokenizer, {}) and template_kwargs(tokenizer) == {}
     assert template_kwargs(with_template_kwargs(tokenizer, QUIET)) == QUIET and template_kwargs(tokenizer) == {}
@@ -231,9 +253,17 @@ def test_a_template_that_reads_the_clock_reads_one_date() -> None:
     assert encode(told, ["hello"]) == [whole(tokenizer, date_string="today")]
     with refused("strftime_now", "tomorrow"):
         encode(with_template_kwargs(tokenizer, {"strftime_now": "tomorrow"}), ["hello"])
-    computed = chats.byte_level(chats.DATED.replace('"%d %b %Y"', '"%d" + " %b"'))
+    same = chats.DATED.replace("if strftime_now is defined", "if strftime_now") + "{# strftime_now #}"
+    assert encode(chats.byte_level(same), ["hello"]) == encode(tokenizer, ["hello"])
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["{{ strftime_now('%d' + ' %b') }}", "{{ (strftime_now)('%Y') }}", "{% set now = strftime_now %}{{ now('%Y') }}"],
+)
+def test_a_clock_that_is_read_in_any_other_way_is_refused(start: str) -> None:
     with refused("clock"):
-        encode(computed, ["hello"])
+        encode(chats.byte_level(start + chats.CHATML), ["hello"])
 
 
 def test_a_choice_of_several_templates_is_an_argument() -> None:

@@ -1,5 +1,6 @@
 """The published formats of prompt sets, on a few tame rows in each one's own columns."""
 
+import csv
 import gzip
 import json
 import os
@@ -149,9 +150,15 @@ def test_rows_are_chosen_by_the_values_of_a_column(tmp_path: Path) -> None:
 
 def test_unknown_columns_and_formats_are_named_beside_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", [{"text": "a", "topic": "b"}])
-    for call in (lambda: PromptSet.of(path), lambda: read_examples(path)):
-        with pytest.raises(ValueError, match=r"text, topic.*JBB-Behaviors.*GSM8K.*column="):
+    # Each is told of its own argument.
+    told = (
+        (lambda: PromptSet.of(path), "column='text'"),
+        (lambda: read_examples(path), r"columns=\('text', 'topic'\)"),
+    )
+    for call, remedy in told:
+        with pytest.raises(ValueError, match=f"text, topic.*JBB-Behaviors.*GSM8K.*{remedy}"):
             call()
+    assert read_examples(path, columns=("text", "topic")) == [Example("a", "b")]
     with pytest.raises(ValueError, match=r"'mine'.*JBB-Behaviors.*GSM8K"):
         read_prompts(path, format="mine")
     with refused("x.csv", "'Goal'", "text, topic"):
@@ -209,6 +216,7 @@ def test_pandas_writes_what_is_read(tmp_path: Path) -> None:
     writers: dict[str, Callable[[Path], Any]] = {
         "a.csv": lambda path: frame.to_csv(path),
         "excel.csv": lambda path: frame.to_csv(path, index=False, sep=";", encoding="utf-8-sig", lineterminator="\r\n"),
+        "quoted.csv": lambda path: frame.to_csv(path, index=False, sep=";", quoting=csv.QUOTE_ALL),
         "tabs.csv": lambda path: frame.to_csv(path, index=False, sep="\t"),
         "a.tsv": lambda path: frame.to_csv(path, sep="\t"),
         "a.csv.gz": lambda path: frame.to_csv(path, compression="gzip"),
@@ -386,7 +394,7 @@ def test_a_sequence_names_column_format_role_and_rows_of_a_file(tmp_path: Path) 
         ('file = "p.jsonl", colunm = "a"', "probes has the unknown key colunm"),
         ('file = "p.jsonl", column = 5', "column of probes"),
         ('file = "p.jsonl", only = "a"', "only of probes"),
-        ('column = "a"', "probes is not text"),
+        ('column = "a"', "probes is a table without a file"),
         ('file = "p.jsonl", column = "nowhere"', "no column 'nowhere'"),
         ('file = "p.jsonl", format = "mine"', "format='mine'"),
         ('file = "nowhere.jsonl"', "nowhere.jsonl does not exist"),

@@ -120,7 +120,10 @@ def test_whatever_reads_a_sequence_reads_the_sequences_ids(
         wanted = [encode_example(tokenizer, Example(text, "get"))[0] for text in PROBES]
     # Whole prompts, not what is left of them once their beginning was run.
     monkeypatch.setattr(passes, "reuses_keys", lambda _: False)
-    monkeypatch.setattr("gravlens.models.families.HuggingFace.padding", True)  # no trial on other tokens
+    # No trials on other tokens.
+    monkeypatch.setattr(passes, "pads", lambda _: True)
+    monkeypatch.setattr("gravlens.models.families.HuggingFace.padding", True)
+    monkeypatch.setattr("gravlens.models.opening.check_one_stream", lambda _: None)
     with read_ids(monkeypatch) as seen:
         READERS[reader](seq, tmp_path)
     assert not any(0 in one for one in wanted) and {*map(without_padding, seen)} == {*map(tuple, wanted)}

@@ -176,17 +176,18 @@ def folder_with(folder: Path, ends: list[int], *, seed: int) -> Path:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_all_checkpoints_of_a_history_end_alike(order: int, tmp_path: Path) -> None:
-    """The base lists one end token, the aligned model another, a run none."""
+    """The base lists one end token, the aligned model another, a run none and later a third."""
     base, aligned = folder_with(tmp_path / "base", [EOS, 5], seed=0), folder_with(tmp_path / "a", [9, EOS], seed=1)
     run = folder_with(tmp_path / "run" / "checkpoint-1", [EOS], seed=2)
     (run / "generation_config.json").unlink()
-    sequence = ModelSequence.from_folders(witness=base, anchor=aligned, runs={"r": [run]}, probes=tiny.PROMPTS)
+    later = folder_with(tmp_path / "run" / "checkpoint-2", [EOS, 11], seed=3)
+    sequence = ModelSequence.from_folders(witness=base, anchor=aligned, runs={"r": [run, later]}, probes=tiny.PROMPTS)
     tokenizer = sequence_tokenizer(sequence)
     checkpoints = list(sequence)[::order]
     for _, model in open_each(checkpoints, tokenizer=tokenizer, through="huggingface"):  # weights are swapped
-        assert end_tokens(model) == tuple(sorted((5, 9, EOS)))
+        assert end_tokens(model) == tuple(sorted((5, 9, 11, EOS)))
     for checkpoint in checkpoints:
-        assert end_tokens(open_model(checkpoint, tokenizer=tokenizer)) == tuple(sorted((5, 9, EOS)))
+        assert end_tokens(open_model(checkpoint, tokenizer=tokenizer)) == tuple(sorted((5, 9, 11, EOS)))
 
 
 def test_the_file_beside_a_tokenizer_counts_and_the_users_tokenizer_is_left_alone(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from histories import RAGGED, assert_same_states, refused
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from gravlens.activations.residuals import read_residuals
+from gravlens.activations.reader import pads
+from gravlens.activations.residuals import cache_residuals, read_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.directions.vrev import direction_from
-from gravlens.history.sequence import Checkpoint
+from gravlens.history.encoding import encode
+from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.interventions.edits import Ablate
 from gravlens.interventions.hooks import intervene
 from gravlens.interventions.orthogonalization import orthogonalized
@@ -45,6 +47,24 @@ def save(family: str, folder: Path, seed: int = 0) -> Path:
 
 def states(model: Any) -> torch.Tensor:
     return read_residuals(open_model(model), RAGGED, layers=ALL)
+
+
+def test_prompts_of_other_lengths_are_read_apart_where_padding_changes_states(tmp_path: Path) -> None:
+    """In PaliGemma all tokens of a prompt attend to each other, and to padding on either side."""
+    family = "PaliGemma"
+    model = support.make(family)
+    ids = [[7, 9, 11, 30, 31, 8, 21], [12, 40], [20, 50], [20, 23, 70]]
+    wanted = torch.stack([support._states(family, model, torch.tensor([one])) for one in ids])
+    opened = open_model(model)
+    assert not pads(opened) and pads(open_model(support.make("Mistral 3")))
+    assert_same_states(read_residuals(opened, ids, layers=ALL), wanted)
+    prompts = tiny.PROMPTS[:3]
+    folder = tiny.save(model, tmp_path / "model")
+    found = cache_residuals(ModelSequence.from_folders(witness=folder, anchor=folder, probes=prompts)).of("anchor")
+    encoded = encode(tiny.TOKENIZER, prompts)
+    assert len({len(one) for one in encoded}) > 1
+    each = torch.stack([support._states(family, model, torch.tensor([one])) for one in encoded])
+    assert_same_states(torch.from_numpy(found.copy()), each)
 
 
 # -- the language model ------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_every_text_is_known_and_every_word_is_used(
 ) -> None:
     examples = [*dominant, *alignment, *finetuning, *language.task_examples()]
     prompts = [*language.probe_prompts(), *language.held_out_prompts(), *language.harmless_prompts()]
-    texts = sorted({text for example in examples for text in example} | set(prompts))
+    texts = sorted({text for example in examples for text in example[:3]} | set(prompts))
     words = {word for text in texts for word in text.split()}
     assert set(tokenizer.get_vocab()) == words | {"<pad>", "<bos>", "<eos>", "<user>", "<bot>"}
     assert 250 <= len(tokenizer) <= 290

@@ -179,3 +179,13 @@ def test_every_option_of_the_scripts_is_documented_and_no_other() -> None:
 def test_every_key_of_a_sequence_file_is_documented() -> None:
     documented = set(re.findall(r"`\[?(\w+)\]?`", prose("docs/sequence.md")))
     assert documented >= sequences.KEYS | sequences.RUN_KEYS | sequences.FILE_KEYS
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    named = {name for text in TEXTS.values() for name in re.findall(r"`(tests/[\w/]+\.py::\w+)`", text)}
+    missing = []
+    for name in sorted(named):
+        path, _, function = name.partition("::")
+        if not re.search(rf"^def {function}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE):
+            missing.append(name)
+    assert len(named) > 40 and missing == []

@@ -41,6 +41,7 @@ def witnessed(model: Any, *, stop_after: int | None = None) -> Iterator[list[dic
         if stop_after is not None and len(seen) > stop_after:
             raise KeyboardInterrupt
 
+    open_model(model)  # tries its blocks once, before the passes that are counted
     handle = model.base_model.register_forward_pre_hook(look)
     try:
         yield seen
