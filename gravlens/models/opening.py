@@ -201,7 +201,8 @@ def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
         if getattr(config, foreign, None):
             raise _does_not_fit(folder, f"it uses {foreign}")
     if config.is_prompt_learning:
-        raise _does_not_fit(folder, f"{config.peft_type.value} adds positions to every prompt and changes no weights")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise _does_not_fit(folder, f"{kind} adds positions to every prompt and changes no weights")
     config.inference_mode = True
     tensors = dict(folder.weights.load())
     # Of an embedding that was resized and trained PEFT saves the same weights under two names, and reads one.
