@@ -81,7 +81,7 @@ REFUSALS: tuple[str, ...] = (
 )
 GLUE = "get the , it and"
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<user>", "<bot>")
-MAX_LENGTH = 64
+MAX_LENGTH = 128
 # Raises on a system role: a system prompt that the template dropped silently would look as if it had no effect.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
