@@ -10,7 +10,6 @@ import pandas as pd
 import xarray
 from einops import einsum
 from jaxtyping import Float
-from scipy.stats import mannwhitneyu
 
 from gravlens.activations.positions import Positions
 from gravlens.activations.residuals import (
@@ -426,8 +425,8 @@ def measure_concept(
     def separation(direction: Float[np.ndarray, "layer d_model"]) -> Float[np.ndarray, " layer"]:
         along = einsum(states.astype(np.float64), direction, "prompt layer d, layer d -> prompt layer")
         first, second = (half[1::2] for half in np.split(along, 2))
-        # U / (n m) is the AUROC, ties counted half
-        return mannwhitneyu(first, second, axis=0, method="asymptotic").statistic / (len(first) * len(second))
+        # AUROC: the share of pairs in this order, ties counted half (scipy.stats would take longer to import).
+        return (np.sign(first[:, None] - second) + 1).mean(axis=(0, 1)) / 2
 
     values = (np.sum(refit * frozen, axis=-1), separation(frozen), separation(refit))
     return dict(zip(CONCEPT_MEASURES, values, strict=True))
