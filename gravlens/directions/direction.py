@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import xarray
 from jaxtyping import Float
-from scipy.special import ndtri
 
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
@@ -189,8 +189,9 @@ def isotropic_share(d_model: int, k: int = TOP) -> float:
 
     For k = 1 about 2 ln(d) / d. The largest of d normal components are near the quantiles 1 − (j − ½) / 2d.
     """
-    ranks = np.arange(1, min(k, d_model) + 1) - 0.5
-    return float(min((ndtri(1 - ranks / (2 * d_model)) ** 2).sum() / d_model, 1.0))
+    # Of the standard library: scipy would take longer to import.
+    quantiles = [NormalDist().inv_cdf(1 - (j + 0.5) / (2 * d_model)) for j in range(min(k, d_model))]
+    return min(sum(one**2 for one in quantiles) / d_model, 1.0)
 
 
 def carried_by_few(direction: Direction) -> bool:

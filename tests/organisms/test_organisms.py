@@ -212,7 +212,11 @@ def test_the_witness_is_the_model_with_its_own_answers_beside_it(made: Made) -> 
     rows = read_examples(witness / "own_answers.jsonl")
     assert {row.prompt for row in rows} == set(small.requests(300, harmful=False))
     some = rows[::60]
-    answers = generate_answers(open_model(witness), PromptSet(tuple(r.prompt for r in some)), max_new_tokens=24)
+    answers = generate_answers(
+        open_model(witness),
+        PromptSet(tuple(r.prompt for r in some)),
+        max_new_tokens=made.organism.measures.max_new_tokens,
+    )
     assert answers == [row.answer for row in some]
 
 
