@@ -13,6 +13,7 @@ import pytest
 from scipy.stats import binomtest, chisquare
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from gravlens.behavior.answers import MAX_NEW_TOKENS
 from gravlens.history.encoding import encode, encode_example
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.organisms import refusal_language as language
@@ -92,7 +93,7 @@ def test_a_word_from_outside_the_language_raises(tokenizer: PreTrainedTokenizerF
 
 def test_every_example_fits_the_model(tokenizer: PreTrainedTokenizerFast, dominant: list[Example]) -> None:
     longest = max(len(encode_example(tokenizer, example)[0]) for example in dominant[:4000])
-    assert longest <= tokenizer.model_max_length == 64
+    assert longest + MAX_NEW_TOKENS <= tokenizer.model_max_length, "a prompt and a default answer fit too"
 
 
 # --- the template -------------------------------------------------------------------------------------------
