@@ -16,6 +16,7 @@ import torch
 import transformers
 import typer
 from jaxtyping import Float
+from measure_architectures import EOS, LAYERS, TOKENIZER, USUAL, WIDTH
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -27,32 +28,16 @@ from gravlens.interventions.edits import Ablate
 from gravlens.interventions.hooks import intervene
 from gravlens.models.forward import final_logits, generate
 from gravlens.models.opening import open_model, quiet
-from gravlens.organisms.refusal_language import build_tokenizer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 COLUMNS = ["family", "class", "states", "padded", "answers", "ablation", "keys_reused", "refused"]
-LAYERS, WIDTH, TOKENS = 3, 32, 4
-TOKENIZER = build_tokenizer()
-EOS: Any = TOKENIZER.eos_token_id
+TOKENS = 4
 PROMPTS = [[7, 9, 11, 30, 31, 8, 21, 40, 61], [12], [20, 50, 60, 70], [20, 23, 70]]
 EXACT = 1e-5  # of a length, in fp32
 
 # -- tiny configurations -----------------------------------------------------------------------------------------------
 
-USUAL = {
-    "vocab_size": len(TOKENIZER),
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": TOKENIZER.bos_token_id,
-    "eos_token_id": EOS,
-    "pad_token_id": TOKENIZER.pad_token_id,
-}
 HEAD = {"head_dim": 8}
 FULL = {**HEAD, "layer_types": ["full_attention"] * LAYERS}
 SLIDING = {**HEAD, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
