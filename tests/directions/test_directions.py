@@ -361,6 +361,16 @@ def test_random_twins_keep_layers_and_distances_and_are_drawn_anew() -> None:
     assert np.array_equal(one.vectors, again.vectors)
 
 
+def test_twins_of_neighbouring_layers_are_as_alike_as_the_states_there() -> None:
+    vs = Directions(tuple(Direction(np.eye(8)[0], layer, 1.0) for layer in range(3)))
+    states = np.repeat(np.random.default_rng(3).standard_normal((50, 1, 8)), 3, axis=1)  # the same at every layer
+    for twin in (
+        random_like(vs, rng=np.random.default_rng(0), states=states),
+        random_like(vs, rng=np.random.default_rng(0)),
+    ):
+        assert twin.vectors[0] @ twin.vectors[1] == pytest.approx(1) == twin.vectors[0] @ twin.vectors[2]
+
+
 def test_covariance_matched_twins_have_the_spectrum_of_the_states() -> None:
     rng = np.random.default_rng(0)
     scales = np.array([5.0, 1.0, 0.2, 0.0])
