@@ -21,7 +21,7 @@ def enumerated(ranks: list[int], sizes: list[int]) -> Fraction:
     return Fraction(sum(total(one) <= total(tuple(ranks)) for one in outcomes), len(outcomes))
 
 
-@pytest.mark.parametrize("sizes", [[5], [4, 4], [20, 20], [3, 5], [2, 3, 4], [6, 6, 6, 6], [2, 7, 5, 3], [1, 4]])
+@pytest.mark.parametrize("sizes", [[5], [4, 4], [20, 20], [3, 5], [2, 3, 4], [4, 4, 4, 4], [2, 5, 4, 3], [1, 4]])
 def test_it_equals_enumeration_at_every_outcome(sizes: list[int]) -> None:
     for ranks in product(*[range(1, size + 1) for size in sizes]):
         assert rank_test(list(ranks), sizes) == pytest.approx(float(enumerated(list(ranks), sizes)), rel=1e-12)
