@@ -11,6 +11,7 @@ from .permutation import detrended_correlation as detrended_correlation
 from .permutation import holm as holm
 from .permutation import least_p_value as least_p_value
 from .permutation import max_t as max_t
+from .permutation import rank_test as rank_test
 from .permutation import sign_flip_test as sign_flip_test
 from .reliability import cross_fit as cross_fit
 from .reliability import forward_noise as forward_noise
