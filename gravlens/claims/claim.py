@@ -80,9 +80,7 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
     return Claim(level, said, next_caps[0].name if next_caps else "", table, sizes, alone)
 
 
-def _sentence(
-    case: Case, level: int, caps: Sequence[Demand], sizes: pd.DataFrame, alone: Mapping[str, int]
-) -> str:
+def _sentence(case: Case, level: int, caps: Sequence[Demand], sizes: pd.DataFrame, alone: Mapping[str, int]) -> str:
     held = (
         "The drift is aligned with v_rev and specific to this history, and holding v_rev holds the harm, better than "
         "holding matched random directions does"

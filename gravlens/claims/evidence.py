@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -81,19 +82,19 @@ class Evidence:
         known = self.trajectory.data["prompts"].values
         return "held_out" if "held_out" in known or not len(known) else "given"
 
-    @property
+    @cached_property
     def rows(self) -> pd.DataFrame:
         """`Trajectory.layer_mean` on `prompts`."""
         table = self.trajectory.layer_mean
         return table[table.prompts == self.prompts]
 
-    @property
+    @cached_property
     def last(self) -> int:
         """The step that is judged: the preregistered one where the runs have it, else their last."""
         fixed = self.preregistration.step if self.preregistration is not None else None
         return fixed if fixed is not None and (self.rows.step == fixed).any() else int(self.rows.step.max())
 
-    @property
+    @cached_property
     def final(self) -> pd.DataFrame:
         """The layer mean at the judged step, one row per run."""
         return self.rows[self.rows.step == self.last]
@@ -137,7 +138,9 @@ class Evidence:
         if self.arms is None:
             return
         for name in {**ARMS, **self.names}[role]:
-            known = [arm for arm in self.arms.arm.unique() if arm == name or (name.endswith("_") and arm.startswith(name))]
+            known = [
+                arm for arm in self.arms.arm.unique() if arm == name or (name.endswith("_") and arm.startswith(name))
+            ]
             for arm in known:
                 yield str(arm), self.arms[self.arms.arm == arm].set_index("seed")
 
@@ -149,7 +152,7 @@ class Case:
     anchors: Sequence[Evidence]
     alpha: float
 
-    @property
+    @cached_property
     def fixed(self) -> bool:
         """Whether layers, step, α and prompts were fixed before the runs, at every anchor."""
         return not any(evidence.departures(self.alpha) for evidence in self.anchors)
