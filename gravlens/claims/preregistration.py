@@ -10,14 +10,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from gravlens.core.display import listed
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.core.files import write_atomically
-from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import resolve
-from gravlens.models.swapping import one_shape
-from gravlens.organisms.base import inner_of
+from gravlens.models.swapping import inner_of, one_shape
 
 REMEDY = "gravlens audit SEQUENCE.toml --plan --preregister preregistration.toml writes one."
 HEADER = "# The analysis of a training history, fixed beforehand. Prompts are known by their SHA-256.\n"
@@ -154,24 +151,13 @@ class Preregistration:
         lines = "".join(f"{name} = {text}\n" for name, text in self._texts().items())
         return write_atomically(path, (HEADER + lines).encode())
 
-    def departures(
-        self, *, layers: Iterable[int], step: int, alpha: float, probes: str | PromptSet, held_out: str | PromptSet
-    ) -> list[str]:
-        """Describe how an analysis differs ("step 50, preregistered 100"); empty if it is the one preregistered.
-
-        Prompts are given as sets or by their digests.
-        """
-        found = []
-        if (used := tuple(sorted(map(int, layers)))) != self.layers:
-            found.append(f"layers {listed(used)}, preregistered {listed(self.layers)}")
-        numbers = {"step": (step, self.step), "alpha": (alpha, self.alpha)}
-        found += [
-            f"{name} {ours:g}, preregistered {fixed:g}" for name, (ours, fixed) in numbers.items() if ours != fixed
-        ]
-        prompts = {"probes": (probes, self.probes), "held-out prompts": (held_out, self.held_out)}
-        digests = {name: (_digest(ours), fixed) for name, (ours, fixed) in prompts.items()}
-        return found + [
-            f"{name} {ours[:8]}, preregistered {fixed[:8]}" for name, (ours, fixed) in digests.items() if ours != fixed
+    def departures(self, *, layers: Iterable[int], step: int, alpha: float, probes: str, held_out: str) -> list[str]:
+        """Describe how an analysis differs ("step 50, preregistered 100"); empty if it is the one preregistered."""
+        used = {"layers": tuple(sorted(layers)), "step": step, "alpha": alpha, "probes": probes, "held_out": held_out}
+        return [
+            f"{name.replace('_', '-')} {_shown(value)}, preregistered {_shown(fixed)}"
+            for name, value in used.items()
+            if value != (fixed := getattr(self, name))
         ]
 
     def _texts(self) -> dict[str, str]:
@@ -180,15 +166,17 @@ class Preregistration:
         return {k: value.isoformat() if isinstance(value, date) else json.dumps(value) for k, value in values.items()}
 
 
-def _digest(prompts: str | PromptSet) -> str:
-    return prompts.digest if isinstance(prompts, PromptSet) else prompts
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return value[:8]  # of a digest
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _last_common_step(sequence: ModelSequence) -> int:
     steps = {name: {c.step for c in run if c.step is not None} for name, run in sequence.runs.items()}
     common = set.intersection(*steps.values()) if steps else set()
     if not common:
-        shown = "; ".join(f"{name}: {listed(sorted(own))}" for name, own in steps.items())
+        shown = "; ".join(f"{name}: {', '.join(map(str, sorted(own)))}" for name, own in steps.items())
         given = f"The runs share no step ({shown})." if steps else "This sequence names no runs."
         raise GravlensError(given, "The step that will be judged is fixed beforehand.", "step=100, or --step 100.")
     return max(common)

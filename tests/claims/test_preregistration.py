@@ -147,15 +147,15 @@ def test_what_a_history_lacks_is_named() -> None:
 
 def test_the_preregistered_analysis_departs_in_nothing() -> None:
     same: dict[str, Any] = {"layers": [3, 1, 2], "step": 100, "alpha": 0.05}
-    assert PLANNED.departures(**same, probes=PROBES, held_out=HELD_OUT.digest) == []
+    assert PLANNED.departures(**same, probes=PROBES.digest, held_out=HELD_OUT.digest) == []
 
 
 def test_departures_are_said_in_words() -> None:
-    told = PLANNED.departures(layers=(1, 2), step=50, alpha=0.1, probes=HELD_OUT, held_out=PROBES)
+    told = PLANNED.departures(layers=(1, 2), step=50, alpha=0.1, probes=HELD_OUT.digest, held_out=PROBES.digest)
     assert told == [
         "layers 1, 2, preregistered 1, 2, 3",
         "step 50, preregistered 100",
         "alpha 0.1, preregistered 0.05",
         f"probes {HELD_OUT.digest[:8]}, preregistered {PROBES.digest[:8]}",
-        f"held-out prompts {PROBES.digest[:8]}, preregistered {HELD_OUT.digest[:8]}",
+        f"held-out {PROBES.digest[:8]}, preregistered {HELD_OUT.digest[:8]}",
     ]
