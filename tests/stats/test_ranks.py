@@ -33,6 +33,10 @@ def test_the_least_p_is_the_chance_of_being_first_everywhere() -> None:
     assert rank_test([20], [20]) == 1.0
 
 
+def test_a_share_that_is_alpha_on_paper_does_not_exceed_it() -> None:
+    assert [rank_test([size // 20], [size]) for size in range(20, 2001, 20)] == [0.05] * 100
+
+
 def test_units_are_exchangeable_and_numpy_integers_are_whole_numbers() -> None:
     assert rank_test([2, 5, 1], [6, 9, 4]) == pytest.approx(rank_test([1, 2, 5], [4, 6, 9]))
     assert rank_test(np.array([2, 3]), np.array([6, 6])) == rank_test([2, 3], [6, 6])  # pyright: ignore
