@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ CLOSURE = "closure of the gap to the twin, beyond strangers' twins"
 NOISE, RANDOM = "above weight noise", "holds more than clamps along matched random directions"
 COST = "at most 10 % of task loss, or below the frontier of lower rates"
 CURVE = "harm falls as the clamped direction nears v_rev"
-FIXED = Preregistration((0, 1), 20, 0.05, "p", "h", "compliance_rate", "2026-11-01")
+FIXED = Preregistration((0, 1), 20, 0.05, "a" * 64, "b" * 64, "compliance_rate", date(2026, 11, 1))
 
 
 def trajectory(
