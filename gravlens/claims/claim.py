@@ -32,7 +32,7 @@ class Claim:
 
     `capped_by` is the demand of the next level that failed or was not run ("" at level 5); `demands` has the columns
     `level, name, holds` (`<NA>`: not run, or out of reach of these numbers), `figures`, of all levels; `effects` has
-    `effect, mean, low, high, n, unit`; `alone` is the level of each anchor judged by itself, where there are several.
+    `effect, mean, low, high, n, unit`; `alone` is the claim on each anchor by itself, where there are several.
     """
 
     level: int
@@ -40,7 +40,7 @@ class Claim:
     capped_by: str
     demands: pd.DataFrame
     effects: pd.DataFrame
-    alone: Mapping[str, int] = field(default_factory=dict)
+    alone: Mapping[str, "Claim"] = field(default_factory=dict, repr=False)
 
     def _repr_html_(self) -> str:
         shown = self.demands.assign(holds=self.demands.holds.map({True: "yes", False: "no"}).fillna("not run"))
@@ -75,12 +75,12 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
     # nullable: a plain column would turn None, not run, into False
     table = table.astype({"holds": "boolean"})
     sizes = effects(case)
-    alone = {one.name: claim(one, alpha=case.alpha).level for one in anchors} if len(anchors) > 1 else {}
+    alone = {one.name: claim(one, alpha=case.alpha) for one in anchors} if len(anchors) > 1 else {}
     said = _sentence(case, level, next_caps, sizes, alone)
     return Claim(level, said, next_caps[0].name if next_caps else "", table, sizes, alone)
 
 
-def _sentence(case: Case, level: int, caps: Sequence[Demand], sizes: pd.DataFrame, alone: Mapping[str, int]) -> str:
+def _sentence(case: Case, level: int, caps: Sequence[Demand], sizes: pd.DataFrame, alone: Mapping[str, Claim]) -> str:
     held = (
         "The drift is aligned with v_rev and specific to this history, and holding v_rev holds the harm, better than "
         "holding matched random directions does"
@@ -96,7 +96,7 @@ def _sentence(case: Case, level: int, caps: Sequence[Demand], sizes: pd.DataFram
     )[level]
     named = "; ".join(f"{demand.name} ({demand.figures})" for demand in caps)
     capped = [f"Level {level + 1} ({LEVELS[level + 1]}) is not reached: {named}."] if caps else []
-    counted = pd.Series(list(alone.values())).value_counts().sort_index().items()
+    counted = pd.Series([one.level for one in alone.values()], dtype=int).value_counts().sort_index().items()
     apart = [f"Each anchor alone: {', '.join(f'level {one} in {n}' for one, n in counted)}."] if alone else []
     return " ".join([f"{said}: {_seen(case, sizes)}.", _frame(case), *_told(case), *capped, *apart])
 
