@@ -17,6 +17,7 @@ from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_
 from gravlens.blockers.blocking import Blocker
 from gravlens.core.files import once, write_json, write_table
 from gravlens.core.parallel import processes
+from gravlens.directions.direction import Directions, Span, Spans, each
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.forward import end_tokens
@@ -95,20 +96,23 @@ def run_arm(study: Study, arm: Arm, seed: int) -> Path:
     organism, start = study.organism, Checkpoint(arm.start, study.home / arm.start)
 
     def make(folder: Path) -> None:
+        blocker: Any = blocker_of(study, arm, seed)
         run = finetune(
             start,
             organism.examples(arm.data, seed, study.home),
             out=folder,
             recipe=replace(organism.recipe, learning_rate=arm.rate * organism.recipe.learning_rate),
             save_steps=sorted({*organism.save_steps, *arm.more_steps}),
-            blocker=blocker_of(study, arm, seed),
+            blocker=blocker,
             seed=seed,
         )
         checkpoints = [replace(c, name=f"{arm.name}-{seed}/{c.step}") for c in run.checkpoints]
         behavior, norms = _measure_run(study, checkpoints, start, folder)
         write_table(folder / "log.csv", run.log)
+        # of the direction that stands for chance: harm is read against it
+        cosine = cosine_with(blocker.directions, study.vs) if "_random" in arm.name else None
         facts = {"seconds_per_step": run.seconds_per_step, "behavior": behavior, "update_norms": norms}
-        write_json(folder / "run.json", facts)
+        write_json(folder / "run.json", facts | {"cosine": cosine})
         if not arm.keep:  # states and norms suffice for every table; weights are nearly all of a run's disk space
             for checkpoint in run.checkpoints:
                 shutil.rmtree(str(checkpoint.source))
@@ -149,6 +153,11 @@ def blocker_of(study: Study, arm: Arm, seed: int) -> Blocker | None:
         rng=np.random.default_rng([seed, 2]),
     )
     return arm.blocker(grounds)
+
+
+def cosine_with(spans: Span | Spans, vs: Directions) -> float:
+    """Return the mean over the spans' layers of |cos| with v_rev; of a subspace, of v_rev's projection into it."""
+    return float(np.mean([np.linalg.norm(span.basis @ vs[span.layer].vector) for span in each(spans)]))
 
 
 def refusals_of(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:
