@@ -21,6 +21,7 @@ from gravlens.claims.claim import ALPHA
 from gravlens.claims.preregistration import Preregistration
 from gravlens.core.files import once, write_json, write_table
 from gravlens.core.parallel import processes
+from gravlens.directions.direction import Directions, Span, Spans, each
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.forward import end_tokens
@@ -124,7 +125,7 @@ def run_arm(study: Study, arm: Arm, seed: int) -> Path:
         facts = {"seconds_per_step": seconds, "behavior": behavior, "update_norms": norms}
         if run:
             write_table(folder / "log.csv", run.log)
-        write_json(folder / "run.json", facts)
+        write_json(folder / "run.json", facts | {"cosine": _cosine(study, arm, seed)})
         if run and not arm.keep:  # states and norms suffice for every table; weights are nearly all of the disk space
             for checkpoint in run.checkpoints:
                 shutil.rmtree(str(checkpoint.source))
@@ -178,6 +179,21 @@ def blocker_of(study: Study, arm: Arm, seed: int) -> Blocker | None:
         rng=np.random.default_rng([seed, 2]),
     )
     return arm.blocker(grounds)
+
+
+def cosine_with(spans: Span | Spans, vs: Directions) -> float:
+    """Return the mean over the spans' layers of |cos| with v_rev; of a subspace, of v_rev's projection into it."""
+    return float(np.mean([np.linalg.norm(span.basis @ vs[span.layer].vector) for span in each(spans)]))
+
+
+def _cosine(study: Study, arm: Arm, seed: int) -> float | None:
+    """Return `cosine_with` of a random direction, which stands for chance: harm is read against it."""
+    if "_random" not in arm.name:
+        return None
+    if arm.directions is not None:
+        return cosine_with(Directions.load(arm.directions), study.vs)
+    blocker: Any = blocker_of(study, arm, seed)
+    return cosine_with(blocker.directions, study.vs)
 
 
 def refusals_of(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:
