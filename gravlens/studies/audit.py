@@ -25,7 +25,7 @@ from gravlens.plot import lines as plots
 from gravlens.plot.style import save_figure
 from gravlens.reporting.page import write_report
 from gravlens.reporting.paper import ARMS, CONTROLS
-from gravlens.studies.evidence import TOGETHER, Findings, findings_of
+from gravlens.studies.evidence import Findings, findings_of
 from gravlens.studies.experiment import carry_out
 from gravlens.studies.study import Study
 
@@ -90,6 +90,7 @@ def audit(
 
 def _organisms(histories: Histories) -> Mapping[str, Organism]:
     """Name the histories: by their keys, else by the folders of their files."""
+    found: Mapping[str, Organism]
     if isinstance(histories, Mapping):
         found = histories
     else:
@@ -164,7 +165,7 @@ def _claims(findings: Findings) -> list[dict[str, Any]]:
         organism: _records(rows, ("level", "name", "holds", "figures"))
         for organism, rows in findings.demands.groupby("organism", sort=False)
     }
-    verdicts = _records(findings.verdicts, ("organism", "level", "sentence", "capped_by"))
+    verdicts = _records(findings.verdicts, ("organism", "level", "statement", "setting", "sentence", "capped_by"))
     return [{**verdict, "demands": demands[verdict["organism"]]} for verdict in verdicts]
 
 

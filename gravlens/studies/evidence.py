@@ -17,7 +17,7 @@ from gravlens.claims.claim import claim
 from gravlens.claims.evidence import Evidence
 from gravlens.claims.preregistration import Preregistration
 from gravlens.core.files import once, write_table
-from gravlens.directions.direction import TOP, carried_by_few, isotropic_share
+from gravlens.directions.direction import TOP, Directions, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
 from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow, rows_on
 from gravlens.directions.vrev import locate_vrev
@@ -190,7 +190,10 @@ def closures_of(study: Study, twins: Residuals, arm: Arm, vs: Directions) -> ByL
         vs: from this anchor to that witness.
     """
     runs = study.run_states(study.unblocked, "held_out")
-    pairs = [(study.unblocked.label(own), arm.label(other)) for own, other in zip(study.unblocked.seeds, arm.seeds)]
+    pairs = [
+        (study.unblocked.label(own), arm.label(other))
+        for own, other in zip(study.unblocked.seeds, arm.seeds, strict=False)
+    ]
     shared = [pair for pair in pairs if runs.runs.get(pair[0]) == twins.runs.get(pair[1])]
     return closure(runs, twins, vs, pairs=shared, layers=vs.layers) if shared else None
 
@@ -286,7 +289,7 @@ class Findings:
         trajectory_layer_mean, nulls_layer_mean, damage_layer_mean, intervals_layer_mean: the same for the mean over
             layers.
         demands: what each claim level demands: `level, name, holds` (<NA>: not run), `figures`.
-        verdicts: `level, sentence, capped_by`; with several anchors the first is of all `together`.
+        verdicts: `level, statement, setting, sentence, capped_by`; with several anchors the first is of all `together`.
         effects: sizes with intervals: `effect, mean, low, high, n, unit`.
         controls: `control, run, alignment_final, fraction_final, closure_final` on held-out prompts, layer mean.
         arms: `arm, run`, the final measures, `seconds_per_step, blocker_norm`.
@@ -320,7 +323,9 @@ def findings_of(studies: Mapping[str, Study], *, preregistration: Preregistratio
         preregistration: of runs that existed before; of others it is the one that `carry_out` wrote before them.
     """
     judged = {
-        name: _judge(study, name, {k: v for k, v in studies.items() if k != name}, study.preregistration or preregistration)
+        name: _judge(
+            study, name, {k: v for k, v in studies.items() if k != name}, study.preregistration or preregistration
+        )
         for name, study in studies.items()
     }
     whole = claim([found for found, _ in judged.values()])
@@ -330,7 +335,8 @@ def findings_of(studies: Mapping[str, Study], *, preregistration: Preregistratio
         for key, table in tables.items():
             parts.setdefault(key, []).append(table.assign(organism=name))
     for name, found in claims.items():
-        verdict = {"level": found.level, "sentence": found.sentence, "capped_by": found.capped_by}
+        said = ("level", "statement", "setting", "sentence", "capped_by")
+        verdict = {column: getattr(found, column) for column in said}
         for key, table in (
             ("verdicts", pd.DataFrame([verdict])),
             ("demands", found.demands),
@@ -369,9 +375,7 @@ def _judge(
     )
     states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)
     results = {
-        "trajectory": ByLayer.concat(
-            ByLayer(t.table, t.layer_mean).assign({"arm": arm}) for arm, t in follows.items()
-        ),
+        "trajectory": ByLayer.concat(ByLayer(t.table, t.layer_mean).assign({"arm": arm}) for arm, t in follows.items()),
         "nulls": ByLayer.concat(compare(unblocked, null) for null in nulls),
         "damage": damage,
         "intervals": bootstrap_alignment(states, study.vs, draws=DRAWS, rng=rng, layers_in_mean=layers),
@@ -393,7 +397,10 @@ def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     table = closed.layer_mean
     last = table[table.step == table.step.max()]
-    named = {study.unblocked.label(own): twin.label(other) for own, other in zip(study.unblocked.seeds, twin.seeds)}
+    named = {
+        study.unblocked.label(own): twin.label(other)
+        for own, other in zip(study.unblocked.seeds, twin.seeds, strict=False)
+    }
     facts = {"control": "unaligned_twin", "run": last.run.map(named), "closure_final": last.closure}
     return pd.DataFrame(facts, columns=columns)
 

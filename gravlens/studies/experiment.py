@@ -52,7 +52,9 @@ def carry_out(
     each = list(studies.values())
     with processes(max((study.organism.threads for study in each), default=1), workers) as run_all:
         for wave in zip_longest(*(_waves(study.organism.checkpoints) for study in each), fillvalue=[]):
-            jobs = [partial(make_checkpoint, study, name) for study, names in zip(each, wave) for name in names]
+            jobs = [
+                partial(make_checkpoint, study, name) for study, names in zip(each, wave, strict=True) for name in names
+            ]
             run_all("checkpoints", jobs)
         run_all("history", [partial(measure_history, study) for study in each])
         for study in each:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import small
+from gravlens.studies.reproduce import reproduce, spread, summarise
 from histories import reference, refused
 from scipy import stats
 from transformers import AutoModelForCausalLM
@@ -31,7 +32,6 @@ from gravlens.organisms.base import Organism
 from gravlens.stats.nulls import isotropic_quantile
 from gravlens.studies import experiment
 from gravlens.studies.evidence import Findings, final_rows, findings_of
-from gravlens.studies.reproduce import reproduce, spread, summarise
 from gravlens.studies.study import Study
 
 pytestmark = pytest.mark.long
