@@ -38,6 +38,7 @@ from gravlens.organisms.base import (
     Make,
     Measures,
     PromptSets,
+    check_directions,
     inner_layers,
     n_task,
     sibling_name,
@@ -68,7 +69,8 @@ class RecordedHistory:
         train: names of controls to train: of `ON_DATA` and `ON_ALIGNMENT_DATA`.
         layers: layers of the mean and of the blockers; default: the inner ones.
         measures: how this model's refusals and other answers begin.
-        recipe: of everything that is trained on `data`; for runs that exist it must be theirs.
+        recipe: of everything that is trained on `data`; its steps are those of the recorded runs, if there are any.
+        same_recipe: whether the recorded runs had this recipe, so that trained controls can be paired with them.
         alignment_recipe: of everything that is trained on `alignment_data`.
         runs: how many runs `train=("runs",)` makes.
         directions: how many random directions `train=("random",)` clamps along.
@@ -86,7 +88,8 @@ class RecordedHistory:
     train: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     measures: Measures = ENGLISH
-    recipe: Recipe | None = None
+    recipe: Recipe = replace(PHASE, steps=50)
+    same_recipe: bool = False
     alignment_recipe: Recipe = PHASE
     runs: int = 2
     directions: int = 4
@@ -101,16 +104,16 @@ class RecordedHistory:
         _check_given(self)
         _check_trained(self)
         shared = _shared_steps(self._recorded())
-        recipe = self.recipe or Recipe(steps=50, batch=8, learning_rate=2e-5, weight_decay=0.0)
-        recipe = replace(recipe, steps=shared[-1]) if shared else recipe
         ends = [self.sequence.anchor, self.sequence.witness, *self._linked().values()]
         firsts = [run[0] for run in self._recorded().values()]
         resolved = [resolve(one, weights=False) for one in [*ends, *firsts]]
-        one_shape(resolved)
+        shape = one_shape(resolved)
+        for random in self.sequence.controls.random.values():
+            check_directions(Path(random.directions), shape)
         anchor = resolve(self.sequence.anchor)
         is_small = sum(math.prod(shape) for shape in anchor.base.weights.shapes.values()) <= SMALL
         found = {
-            "recipe": recipe,
+            "recipe": replace(self.recipe, steps=shared[-1]) if shared else self.recipe,
             "layers": self.layers or inner_layers(anchor.base.path),
             "draws": self.draws or (DRAWS if is_small else FEW_DRAWS),
             "threads": self.threads or (1 if is_small else os.cpu_count() or 1),
@@ -169,7 +172,6 @@ class RecordedHistory:
     @property
     def save_steps(self) -> tuple[int, ...]:
         """The steps that all recorded runs share; without any, the first ones and the recipe's last."""
-        assert self.recipe is not None
         return _shared_steps(self._recorded()) or self.recipe.saved_steps((1, 5, 20))
 
     @property
@@ -332,6 +334,19 @@ def _shared_steps(runs: Mapping[str, Sequence[Checkpoint]]) -> tuple[int, ...]:
     return tuple(sorted(shared))
 
 
+def together(histories: Mapping[str, ModelSequence]) -> dict[str, ModelSequence]:
+    """Give each history the witnesses of the others as strangers, by the others' names."""
+    found = {}
+    for name, history in histories.items():
+        own, strangers = history.witness.source, dict(history.controls.strangers)
+        others = {n: one.witness for n, one in histories.items() if n != name and one.witness.source != own}
+        strangers |= {
+            n: replace(one, name=f"controls.strangers.{n}") for n, one in others.items() if n not in strangers
+        }
+        found[name] = replace(history, controls=replace(history.controls, strangers=strangers))
+    return found
+
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 def _check_given(history: RecordedHistory) -> None:
     sequence = history.sequence
@@ -372,10 +387,10 @@ def _check_trained(history: RecordedHistory) -> None:
             given = f"There is no data to train {', '.join(needed)} with."
             raise GravlensError(given, "They are trained on your data.", f"{option} FILE, with prompts and answers.")
     paired = [name for name in train if name in ON_DATA and name != "runs"]
-    if paired and history.sequence.runs and "runs" not in train and history.recipe is None:
+    if paired and history.sequence.runs and "runs" not in train and not history.same_recipe:
         given = f"{', '.join(paired)} would be trained with another recipe than the runs of {_names(history)}."
         wanted = "An arm is compared with runs of the same recipe."
-        remedy = f"--make runs {' '.join(f'--make {name}' for name in paired)}, or your runs' --learning-rate."
+        remedy = f"--make runs {' '.join(f'--make {name}' for name in paired)}, or --learning-rate of your runs."
         raise GravlensError(given, wanted, remedy)
 
 
@@ -427,8 +442,11 @@ def missing(history: RecordedHistory | ModelSequence | Path | str) -> pd.DataFra
         "runs": len(sequence.runs) + (given.runs if given and "runs" in given.train else 0) >= ENOUGH_RUNS,
     }
     trained = given.train if given else ()
+    known = given and (given.same_recipe or "runs" in trained)
+    # controls of runs that exist are trained with their recipe, which only their owner knows
+    more = " --learning-rate X (your runs')" if sequence.runs and not known else ""
     rows = [
-        {"control": name, "what": what, "level": level, "how": how}
+        {"control": name, "what": what, "level": level, "how": how + more * (name in ON_DATA[1:])}
         for name, (what, level, how) in CONTROLS.items()
         if not there[name] and (name == "runs" or name not in trained)
     ]

@@ -17,6 +17,7 @@ from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_
 from gravlens.blockers.blocking import Blocker
 from gravlens.core.files import once, write_json, write_table
 from gravlens.core.parallel import processes
+from gravlens.directions.direction import Directions, Span, Spans, each
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.forward import end_tokens
@@ -103,6 +104,8 @@ def run_arm(study: Study, arm: Arm, seed: int) -> Path:
         behavior, norms = _measure_run(study, arm.named(seed, found), start, folder)
         seconds = run.seconds_per_step if run else None
         facts = {"seconds_per_step": seconds, "behavior": behavior, "update_norms": norms}
+        if arm.directions is not None:
+            facts["cosine"] = cosine_with(Directions.load(arm.directions), study.vs)
         if run:
             write_table(folder / "log.csv", run.log)
         write_json(folder / "run.json", facts)
@@ -159,6 +162,11 @@ def blocker_of(study: Study, arm: Arm, seed: int) -> Blocker | None:
         rng=np.random.default_rng([seed, 2]),
     )
     return arm.blocker(grounds)
+
+
+def cosine_with(spans: Span | Spans, vs: Directions) -> float:
+    """Return the mean over the spans' layers of |cos| with v_rev; of a subspace, of v_rev's projection into it."""
+    return float(np.mean([np.linalg.norm(span.basis @ vs[span.layer].vector) for span in each(spans)]))
 
 
 def refusals_of(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:
