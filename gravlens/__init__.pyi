@@ -65,7 +65,7 @@ from .stats import nulls as nulls
 from .stats.nulls import NullDraws as NullDraws
 from .stats.nulls import compare as compare
 from .studies.inspection import inspect_sequence as inspect_sequence
-from .studies.reproduce import reproduce as reproduce
+from .studies.audit import audit as audit
 from .training.finetune import finetune as finetune
 from .training.monitor import Monitor as Monitor
 from .training.recipe import Recipe as Recipe

@@ -31,6 +31,7 @@ MORE_PARAMETERS = {
     "gravlens/training/monitor.py:__init__": "along what, on which prompts, when, from where, and when to stop",
     "gravlens/history/sequence.py:from_folders": "all that SEQUENCE.toml may say",
     "gravlens/history/sequence.py:from_models": "all that SEQUENCE.toml may say",
+    "gravlens/stats/power_analysis.py:power": "the numbers of a study, and what it is simulated from",
 }
 HEAVY = {"torch", "transformers", "transformer_lens", "matplotlib", "pandas", "scipy", "sklearn", "xarray"}
 

@@ -16,6 +16,7 @@ from gravlens.directions.direction import Directions
 from gravlens.history.hub import local_folder
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.models.swapping import inner_of
 from gravlens.training.recipe import Recipe
 
 UNBLOCKED = "unblocked"
@@ -252,9 +253,3 @@ def inner_layers(model: Path | str) -> tuple[int, ...]:
         wanted = "A folder written by save_pretrained, a reachable hub id, or a GGUF file is expected."
         raise GravlensError(given, wanted, "check the path.") from error
     return inner_of(n_layers)
-
-
-def inner_of(n_layers: int) -> tuple[int, ...]:
-    """Return the inner layers of a model with `n_layers` blocks."""
-    # The share of its blocks that layers 8 to 24 are of SmolLM2-135M's 30. Fixed before any result, never tuned.
-    return tuple(range(round(0.27 * n_layers), min(round(0.8 * n_layers), n_layers - 1) + 1))

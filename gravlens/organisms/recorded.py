@@ -10,12 +10,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -34,7 +32,6 @@ from gravlens.organisms.base import (
     STRANGER,
     UNBLOCKED,
     Arm,
-    Grounds,
     Make,
     Measures,
     PromptSets,
@@ -284,12 +281,9 @@ class RecordedHistory:
         if "random" in self.train:
             free = (number for number in range(1, 1000) if str(number) not in recorded)
             for _, number in zip(range(self.directions), free, strict=False):
-                yield self._paired(f"clamp_random_{number}", {}, "random", make=partial(_random_clamp, number=number))
-
-
-def _random_clamp(grounds: Grounds, *, number: int) -> Any:
-    """Clamp along a matched random direction that is the same in every run of the arm."""
-    return made_by("clamp_matched_twin")(replace(grounds, rng=np.random.default_rng([number])))
+                yield self._paired(
+                    f"clamp_random_{number}", {}, "random", make=blocker("clamp", "matched_twin", draw=(number,))
+                )
 
 
 # --- checkpoints that exist -------------------------------------------------------------------------------------------
@@ -332,19 +326,6 @@ def _shared_steps(runs: Mapping[str, Sequence[Checkpoint]]) -> tuple[int, ...]:
         wanted = "Runs and controls are compared at the steps that all of them have."
         raise GravlensError(f"The runs share no step ({found}).", wanted, "checkpoints of one step of every run.")
     return tuple(sorted(shared))
-
-
-def together(histories: Mapping[str, ModelSequence]) -> dict[str, ModelSequence]:
-    """Give each history the witnesses of the others as strangers, by the others' names."""
-    found = {}
-    for name, history in histories.items():
-        own, strangers = history.witness.source, dict(history.controls.strangers)
-        others = {n: one.witness for n, one in histories.items() if n != name and one.witness.source != own}
-        strangers |= {
-            n: replace(one, name=f"controls.strangers.{n}") for n, one in others.items() if n not in strangers
-        }
-        found[name] = replace(history, controls=replace(history.controls, strangers=strangers))
-    return found
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ from . import controls as controls
 from . import damage as damage
 from . import nulls as nulls
 from . import permutation as permutation
+from . import power_analysis as power_analysis
 from . import reliability as reliability
 from . import robustness as robustness
 from .bootstrap import bootstrap_alignment as bootstrap_alignment
@@ -11,7 +12,12 @@ from .permutation import detrended_correlation as detrended_correlation
 from .permutation import holm as holm
 from .permutation import least_p_value as least_p_value
 from .permutation import max_t as max_t
+from .permutation import rank_test as rank_test
 from .permutation import sign_flip_test as sign_flip_test
+from .power_analysis import Design as Design
+from .power_analysis import Effects as Effects
+from .power_analysis import needed as needed
+from .power_analysis import power as power
 from .reliability import cross_fit as cross_fit
 from .reliability import forward_noise as forward_noise
 from .reliability import split_half_reliability as split_half_reliability

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from gravlens.activations.residuals import Residuals, from_start
+from gravlens.claims.preregistration import Preregistration
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.directions.vrev import locate_vrev
@@ -73,6 +74,12 @@ class Study:
     def strangers(self) -> list[str]:
         """Names of the checkpoints that are witnesses of other histories."""
         return [name for name in self.organism.checkpoints if name.startswith(STRANGER)]
+
+    @cached_property
+    def preregistration(self) -> Preregistration | None:
+        """What was fixed before the runs, if it was."""
+        path = self.home / "preregistration.toml"
+        return Preregistration.from_toml(path) if path.exists() else None
 
     def run_folder(self, arm: Arm, seed: int) -> Path:
         """Return the folder of one run's measurements."""
