@@ -1,9 +1,12 @@
 from . import claim as claim
 from . import criteria as criteria
+from . import effects as effects
+from . import evidence as evidence
 from . import preregistration as preregistration
 from . import tradeoff as tradeoff
 from .claim import Claim as Claim
-from .criteria import Demand as Demand
-from .criteria import Evidence as Evidence
+from .effects import interval as interval
+from .evidence import Demand as Demand
+from .evidence import Evidence as Evidence
 from .preregistration import Preregistration as Preregistration
 from .tradeoff import at_equal_task_loss as at_equal_task_loss

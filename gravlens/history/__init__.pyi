@@ -1,3 +1,4 @@
+from . import controls as controls
 from . import encoding as encoding
 from . import hub as hub
 from . import prefetch as prefetch
@@ -6,5 +7,7 @@ from . import prompts as prompts
 from . import sequence as sequence
 from . import sources as sources
 from . import weight_files as weight_files
+from .controls import Controls as Controls
+from .controls import RandomClamp as RandomClamp
 from .sources import Folder as Folder
 from .sources import Resolved as Resolved

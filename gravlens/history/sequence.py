@@ -15,13 +15,14 @@ from torch import nn
 
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
+from gravlens.history.controls import NO_CONTROLS, Controls, RandomClamp, read_controls
 from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system, read_prompts
 from gravlens.history.weight_files import ADAPTER_CONFIG, STEP, read_headers, trained_steps
 
 PROMPT_KEYS = ("probes", "held_out", "harmless")
 TEMPLATE_KEYS = ("chat_template", "chat_template_kwargs", "system")
-KEYS = {"witness", "anchor", "runs", "tokenizer", *TEMPLATE_KEYS, *PROMPT_KEYS}  # of SEQUENCE.toml
+KEYS = {"witness", "anchor", "runs", "controls", "tokenizer", *TEMPLATE_KEYS, *PROMPT_KEYS}  # of SEQUENCE.toml
 RUN_KEYS = {"folders", "missing"}
 FILE_KEYS = {"file", "column", "format", "role", "only"}  # the last a table, the others text
 ChatTemplate = Literal["own", "anchor", "none"]
@@ -103,6 +104,7 @@ class ModelSequence:
             never saw a template), or `none` (plain prompts).
         system: a system prompt for all prompts without their own.
         chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`.
+        controls: checkpoints and runs that a claim compares these with.
         skipped: checkpoints that `Run(..., missing="skip")` skipped -> reason.
     """
 
@@ -117,6 +119,7 @@ class ModelSequence:
     skipped: Mapping[str, str] = field(default_factory=dict)
     system: str = ""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    controls: Controls = NO_CONTROLS
 
     def __post_init__(self) -> None:
         for name in self.runs:  # it becomes part of file names, and must not lead out of their folder
@@ -132,6 +135,7 @@ class ModelSequence:
         others = anchor if self.chat_template == "anchor" else anchor.template
         runs = {name: tuple(self._read_alike(one, others) for one in run) for name, run in self.runs.items()}
         held: dict[str, Any] = {"witness": self._read_alike(self.witness, others), "anchor": anchor, "runs": runs}
+        held |= self._with_controls(others)
         held |= {name: self.prompts_of(prompts) for name, prompts in self._prompts.items()}
         for name, value in held.items():  # the dataclass is frozen
             object.__setattr__(self, name, value)
@@ -139,6 +143,22 @@ class ModelSequence:
     def _read_alike(self, checkpoint: Checkpoint, template: Any) -> Checkpoint:
         tokenizer, kwargs = self.tokenizer or checkpoint.tokenizer, self.chat_template_kwargs
         return replace(checkpoint, template=template, tokenizer=tokenizer, chat_template_kwargs=kwargs)
+
+    def _with_controls(self, template: Any) -> dict[str, Any]:
+        """Return the controls as checkpoints, and the skipped ones of their runs added to the others."""
+        skipped, starts = dict(self.skipped), {"anchor": self.anchor, "witness": self.witness}
+
+        def one(name: str, source: Any) -> Checkpoint:
+            given = source if isinstance(source, Checkpoint) else Checkpoint(name, existing(source))
+            return self._read_alike(given, template)
+
+        def run(name: str, folders: Any, start: Any) -> tuple[Checkpoint, ...]:
+            base = start if isinstance(start, Checkpoint) else starts[start]
+            is_found = isinstance(folders, tuple) and all(isinstance(one, Checkpoint) for one in folders)
+            found = folders if is_found else _run_of_folders(f"controls.{name}", folders, base, skipped)
+            return tuple(self._read_alike(checkpoint, template) for checkpoint in found)
+
+        return {"controls": self.controls.mapped(one, run), "skipped": skipped}
 
     def prompts_of(self, prompts: Prompts, role: str = "prompts") -> PromptSet:
         """Return prompts as a set, with the sequence's system prompt if they have none."""
@@ -169,6 +189,7 @@ class ModelSequence:
         chat_template: ChatTemplate = "own",
         system: str = "",
         chat_template_kwargs: Mapping[str, Any] = {},
+        controls: Controls = NO_CONTROLS,
     ) -> "ModelSequence":
         """Describe a history on disk; nothing is opened yet. Arguments not listed: see `ModelSequence`.
 
@@ -185,10 +206,13 @@ class ModelSequence:
         """
         start = Checkpoint("anchor", existing(anchor))
         skipped: dict[str, str] = {}
+        found = {name: _run_of_folders(name, run, start, skipped) for name, run in _named(runs).items()}
+        controls.check(list(found))
         return cls(
             witness=Checkpoint("witness", existing(witness)),
             anchor=start,
-            runs={name: _run_of_folders(name, run, start, skipped) for name, run in _named(runs).items()},
+            runs=found,
+            controls=controls,
             skipped=skipped,
             **_prompt_sets(probes, held_out, harmless),
             tokenizer=existing(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer,
@@ -269,6 +293,7 @@ class ModelSequence:
         rows += [("chat template", self.chat_template)] + ([("system prompt", self.system)] if self.system else [])
         rows += [("template arguments", json.dumps(self.chat_template_kwargs))] if self.chat_template_kwargs else []
         rows += [(f"run {name}", f"steps {html.listed(c.step for c in run)}") for name, run in self.runs.items()]
+        rows += [("controls", told)] if (told := self.controls.described()) else []
         rows += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
         return html.facts(rows, title="ModelSequence")
 
@@ -431,8 +456,12 @@ def _read_sequence_file(path: Path) -> dict[str, Any]:
         elif isinstance(table.get(key), dict):
             options = {"role": _role_of(key), **table[key]}
             table[key] = read_prompts(here / os.path.expanduser(options.pop("file")), **options)
-    runs = {name: run if isinstance(run, dict) else {"folders": run} for name, run in table.get("runs", {}).items()}
-    return {**table, "runs": {name: {**run, "folders": _seen_from(here, run["folders"])} for name, run in runs.items()}}
+    table["runs"] = {name: _run_seen_from(here, run) for name, run in table.get("runs", {}).items()}
+    controls = read_controls(path, table.get("controls", {})).mapped(
+        lambda _, source: existing(source, here), lambda _name, run, _start: Run(**_run_seen_from(here, run))
+    )
+    random = {n: RandomClamp(here / os.path.expanduser(r.directions), r.runs) for n, r in controls.random.items()}
+    return {**table, "controls": replace(controls, random=random)}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -485,6 +514,11 @@ def _file_of(path: Path, key: str, entry: Any) -> Any:
 
 def _is_text_or_texts(entry: Any) -> bool:
     return isinstance(entry, str) or (isinstance(entry, list) and all(isinstance(item, str) for item in entry))
+
+
+def _run_seen_from(here: Path, run: Any) -> dict[str, Any]:
+    run = run if isinstance(run, dict) else {"folders": run}
+    return {**run, "folders": _seen_from(here, run["folders"])}
 
 
 def _seen_from(here: Path, folders: str | list[str]) -> str | list[Path | str]:

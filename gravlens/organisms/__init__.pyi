@@ -4,6 +4,7 @@ from . import fetch as fetch
 from . import gguf as gguf
 from . import given as given
 from . import pretrained as pretrained
+from . import recorded as recorded
 from . import refusal as refusal
 from . import refusal_language as refusal_language
 from .base import Arm as Arm
@@ -12,4 +13,6 @@ from .base import Measures as Measures
 from .base import Organism as Organism
 from .given import GivenHistory as GivenHistory
 from .pretrained import Pretrained as Pretrained
+from .recorded import RecordedHistory as RecordedHistory
+from .recorded import missing as missing
 from .refusal import RefusalOrganism as RefusalOrganism

@@ -1,7 +1,7 @@
 """Organisms: training histories that gravlens makes itself and studies with the same code as a user's checkpoints."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -15,11 +15,13 @@ from gravlens.core.errors import GravlensError, said
 from gravlens.directions.direction import Directions
 from gravlens.history.hub import local_folder
 from gravlens.history.prompts import Example, PromptSet
-from gravlens.history.sequence import ModelSequence
+from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.models.swapping import inner_of
 from gravlens.training.recipe import Recipe
 
 UNBLOCKED = "unblocked"
+SIBLING, STRANGER = "sibling_anchor", "stranger_"  # how the names of such checkpoints begin
+MIN_ROWS = 16  # of a user's data
 PromptSets: TypeAlias = Mapping[Literal["probes", "held_out", "harmless"], PromptSet]
 
 
@@ -110,6 +112,10 @@ class Arm:
         rate: learning rate as a ratio to the recipe's.
         more_steps: steps at which states are read in addition to the organism's.
         keep: whether the weights of the checkpoints are kept.
+        recorded: seed -> checkpoints by step of a run that exists. It is measured, not trained; its weights stay where
+            they are.
+        labels: seed -> the run's name in tables; default: the arm's name and the seed.
+        directions: file of the directions that its recorded runs were clamped along.
     """
 
     name: str
@@ -121,6 +127,17 @@ class Arm:
     rate: float = 1.0
     more_steps: tuple[int, ...] = ()
     keep: bool = False
+    recorded: Mapping[int, tuple[Checkpoint, ...]] = field(default_factory=dict, hash=False)
+    labels: Mapping[int, str] = field(default_factory=dict, hash=False)
+    directions: Path | None = None
+
+    def label(self, seed: int) -> str:
+        """Return the name of a run in tables."""
+        return self.labels.get(seed, f"{self.name}-{seed}")
+
+    def named(self, seed: int, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+        """Return checkpoints of a run under the names that they have in tables, `{label}/{step}`."""
+        return [replace(one, name=f"{self.label(seed)}/{one.step}") for one in checkpoints]
 
 
 class Organism(Protocol):
@@ -198,11 +215,23 @@ class Organism(Protocol):
         ...
 
 
+def sibling_name(number: int) -> str:
+    """Return the name of a sibling's checkpoint: `sibling_anchor`, `sibling_anchor_2` and so on."""
+    return SIBLING if number == 0 else f"{SIBLING}_{number + 1}"
+
+
 def unknown_data(name: str, known: str) -> GravlensError:
     """Return the error for a data set that an organism does not have."""
     return GravlensError(
         f"There is no data set {name!r}.", f"This organism has {known}.", "Arm(data=) with one of them."
     )
+
+
+def n_task(rows: Sequence[Example], file: Path | None) -> int:
+    """Return how many rows of a user's data, its last ones, are held out for the task loss: an eighth."""
+    if len(rows) < MIN_ROWS:
+        raise GravlensError(f"{file} has {len(rows)} rows.", f"At least {MIN_ROWS} are needed.", "more data.")
+    return len(rows) // 8
 
 
 def inner_layers(model: Path | str) -> tuple[int, ...]:

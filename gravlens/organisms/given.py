@@ -15,7 +15,7 @@ from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import resolve
 from gravlens.models.opening import open_model, save_folder
 from gravlens.organisms.arms import core_arms
-from gravlens.organisms.base import ENGLISH, Arm, Measures, PromptSets, inner_layers
+from gravlens.organisms.base import ENGLISH, Arm, Measures, PromptSets, inner_layers, n_task
 from gravlens.training.recipe import Recipe
 
 
@@ -109,7 +109,7 @@ class GivenHistory:
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """Return all of the data but the last eighth; `finetune` orders it by the seed."""
         rows = self._data()
-        return rows[: len(rows) - self._n_task(rows)]
+        return rows[: len(rows) - n_task(rows, self.data)]
 
     def prompts(self, home: Path) -> PromptSets:
         """Return the sequence's prompts, and the harmless ones."""
@@ -123,15 +123,10 @@ class GivenHistory:
     def task(self, home: Path) -> list[Example]:
         """Return the last eighth of the data."""
         rows = self._data()
-        return rows[len(rows) - self._n_task(rows) :]
+        return rows[len(rows) - n_task(rows, self.data) :]
 
     def _data(self) -> list[Example]:
         return read_examples(self.data, columns=self.columns)
-
-    def _n_task(self, rows: list[Example]) -> int:
-        if len(rows) < 16:
-            raise GravlensError(f"{self.data} has {len(rows)} rows.", "At least 16 are needed.", "more data.")
-        return len(rows) // 8
 
     def _history(self) -> ModelSequence:
         history = ModelSequence.from_toml(self.sequence)

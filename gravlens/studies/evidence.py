@@ -1,4 +1,4 @@
-"""Judge a measured organism: follow its runs, test them against every null and control, and make the claim."""
+"""Judge measured histories: follow their runs, test them against every null and control, and make the claim."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import pandas as pd
 from gravlens.activations.residuals import Residuals, cache_residuals, substitute
 from gravlens.behavior.scores import refusal_log_odds
 from gravlens.claims.claim import Claim, claim
-from gravlens.claims.criteria import Evidence
+from gravlens.claims.evidence import Evidence
 from gravlens.core.files import once, write_table
 from gravlens.directions.direction import TOP, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
@@ -25,7 +25,7 @@ from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import open_model
 from gravlens.organisms.base import UNBLOCKED
 from gravlens.stats.bootstrap import bootstrap_alignment
-from gravlens.stats.controls import MIN_SIBLINGS, closure, independent_endpoints, partialled_out
+from gravlens.stats.controls import MIN_SIBLINGS, closure, independent_endpoints
 from gravlens.stats.damage import Damage, measure_damage, pruned, rounded, sign_flipped
 from gravlens.stats.nulls import (
     NullDraws,
@@ -40,6 +40,7 @@ from gravlens.studies.study import Study, numbers
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
 CONTROL_COLUMNS = ["control", "run", "alignment_final", "fraction_final"]
+TOGETHER = "together"  # the claim over all anchors
 OTHER_PROMPTS = ("harmless", "shuffled_words")
 
 
@@ -147,24 +148,24 @@ def _final_by_layer(trajectory: Trajectory) -> dict[Any, float]:
 
 
 # --- controls -------------------------------------------------------------------------------------------------------
-def controls_of(study: Study, follows: Mapping[str, Trajectory]) -> pd.DataFrame:
+def controls_of(study: Study, follows: Mapping[str, Trajectory], strangers: Mapping[str, Trajectory]) -> pd.DataFrame:
     """Return final alignment and fraction of the unblocked runs along other directions, and of control runs.
 
-    `wrong_witness`; `wrong_witness_removed` (v_rev with that direction partialled out); `sibling_anchor` (the mean over
-    siblings); `unaligned_twin` and `continued_alignment` (other runs, along v_rev).
+    `stranger` (the mean over strangers' directions); `sibling_anchor` (the mean over siblings); `unaligned_twin` and
+    `continued_alignment` (other runs, along v_rev).
     """
     measured = study.states("measured", "probes")
-    frames: list[pd.DataFrame] = [pd.DataFrame(columns=["control", "run", "alignment", "fraction"])]
-    if "wrong_witness" in study.organism.checkpoints:
-        wrong = locate_vrev(substitute(measured, witness="wrong_witness"))
-        removed = partialled_out(study.vs, wrong)
-        for control, other in {"wrong_witness": wrong, "wrong_witness_removed": removed}.items():
-            frames.append(final_rows(study.follow(study.unblocked, other)).assign(control=control))
     siblings = [locate_vrev(substitute(measured, anchor=name)) for name in study.siblings]
-    if siblings:
-        found = pd.concat([final_rows(study.follow(study.unblocked, other)) for other in siblings])
-        means = found.groupby("run", sort=False)[["alignment", "fraction"]].mean().reset_index()
-        frames.append(means.assign(control="sibling_anchor"))
+    others = {
+        "stranger": list(strangers.values()),
+        "sibling_anchor": [study.follow(study.unblocked, other) for other in siblings],
+    }
+    frames: list[pd.DataFrame] = [pd.DataFrame(columns=["control", "run", "alignment", "fraction"])]
+    for control, some in others.items():
+        if some:
+            found = pd.concat([final_rows(one) for one in some])
+            means = found.groupby("run", sort=False)[["alignment", "fraction"]].mean().reset_index()
+            frames.append(means.assign(control=control))
     frames += [
         final_rows(follows[control]).assign(control=control)
         for control in ("unaligned_twin", "continued_alignment")
@@ -174,16 +175,55 @@ def controls_of(study: Study, follows: Mapping[str, Trajectory]) -> pd.DataFrame
     return table.rename(columns={"alignment": "alignment_final", "fraction": "fraction_final"})[CONTROL_COLUMNS]
 
 
-def closures_of(study: Study, layers: Sequence[int]) -> pd.DataFrame | None:
-    """Return the layer means of `closure` for the unblocked runs, with a column `twin`; None without twins."""
-    twin = next((arm for arm in study.organism.arms if arm.name == "unaligned_twin"), None)
+def closures_of(study: Study, twins: Study, vs: Directions) -> ByLayer | None:
+    """Return `closure` of the unblocked runs with a study's unaligned twins, paired in order; None without twins.
+
+    With `twins` another study, `vs` point from this anchor to that witness: the closure to a stranger's twin.
+    """
+    twin = next((arm for arm in twins.organism.arms if arm.name == "unaligned_twin"), None)
     if twin is None:
         return None
     runs = study.run_states(study.unblocked, "held_out")
-    twins = study.run_states(twin, "held_out", own_start=False)  # `closure` compares states, not drifts
-    pairs = [(f"{study.unblocked.name}-{seed}", f"{twin.name}-{seed}") for seed in twin.seeds]
-    table = closure(runs, twins, study.vs, pairs=pairs, layers=layers).layer_mean
-    return table.assign(twin=table.run.map(dict(pairs)))
+    theirs = twins.run_states(twin, "held_out", own_start=False)  # `closure` compares states, not drifts
+    pairs = [
+        (study.unblocked.label(own), twin.label(other))
+        for own, other in zip(study.unblocked.seeds, twin.seeds, strict=False)
+    ]
+    shared = [pair for pair in pairs if runs.runs.get(pair[0]) == theirs.runs.get(pair[1])]
+    return closure(runs, theirs, vs, pairs=shared, layers=vs.layers) if shared else None
+
+
+# --- strangers ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Strangers:
+    """Witnesses of other histories, seen from one study's anchor.
+
+    Attributes:
+        directions: name -> the direction from the anchor to that witness, located on the study's own probes.
+        closures: name -> closure of the study's runs to that witness's twins, where it has some.
+    """
+
+    directions: Mapping[str, Directions]
+    closures: Mapping[str, ByLayer]
+
+
+def strangers_of(study: Study, others: Mapping[str, Study]) -> Strangers:
+    """Return the strangers of a study: its own, and the witnesses of `others` that were read on the same prompts."""
+    measured = study.states("measured", "probes")
+    directions = {name: locate_vrev(substitute(measured, witness=name)) for name in study.strangers}
+    closures: dict[str, ByLayer] = {}
+    for name, other in others.items():
+        theirs = other.states("measured", "probes")
+        alike = theirs.prompts == measured.prompts and theirs.values.shape[2:] == measured.values.shape[2:]
+        if not alike:  # another width has no common basis, and other prompts other states
+            continue
+        values = np.concatenate([measured.values, theirs.of("witness")[None]])
+        with_witness = replace(measured, values=values, checkpoints=(*measured.checkpoints, name))
+        directions[name] = locate_vrev(substitute(with_witness, witness=name))
+        found = closures_of(study, other, directions[name].at(study.organism.layers_in_mean))
+        if found is not None:
+            closures[name] = found
+    return Strangers(directions, closures)
 
 
 DAMAGES: dict[str, Damage] = {
@@ -230,7 +270,8 @@ class Findings:
         trajectory_layer_mean, nulls_layer_mean, damage_layer_mean, intervals_layer_mean: the same for the mean over
             layers.
         demands: what each claim level demands: `level, name, holds` (<NA>: not run), `figures`.
-        verdicts: `level, sentence, capped_by`.
+        verdicts: `level, sentence, capped_by`; with several anchors the first is of all `together`.
+        effects: sizes with intervals: `effect, mean, low, high, n, unit`.
         controls: `control, run, alignment_final, fraction_final, closure_final` on held-out prompts, layer mean.
         arms: `arm, run`, the final measures, `seconds_per_step, blocker_norm`.
         behavior: `arm, run, step` and every behaviour measure (`arm` is `history` for witness and anchor).
@@ -246,69 +287,92 @@ class Findings:
     behavior: pd.DataFrame
     demands: pd.DataFrame
     verdicts: pd.DataFrame
+    effects: pd.DataFrame
     trajectory_layer_mean: pd.DataFrame
     nulls_layer_mean: pd.DataFrame
     damage_layer_mean: pd.DataFrame
     intervals_layer_mean: pd.DataFrame
 
-    @classmethod
-    def concat(cls, parts: Sequence["Findings"]) -> "Findings":
-        """Concatenate the findings of several organisms."""
-        return cls(**{f.name: pd.concat([getattr(p, f.name) for p in parts], ignore_index=True) for f in fields(cls)})
+
+def findings_of(studies: Mapping[str, Study]) -> Findings:
+    """Test what `carry_out` has measured against nulls and controls, each study's witness a stranger to the others.
+
+    The claim is made on all of them together, `TOGETHER`, and on each by itself.
+    """
+    judged = {name: _judge(study, name, {k: v for k, v in studies.items() if k != name}) for name, study in studies.items()}
+    evidence = {name: found for name, (found, _) in judged.items()}
+    claims = {name: claim(one) for name, one in evidence.items()}
+    if len(evidence) > 1:
+        claims = {TOGETHER: claim(list(evidence.values())), **claims}
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for name, (_, tables) in judged.items():
+        for key, table in tables.items():
+            parts.setdefault(key, []).append(table.assign(organism=name))
+    for name, found in claims.items():
+        verdict = {"level": found.level, "sentence": found.sentence, "capped_by": found.capped_by}
+        for key, table in (
+            ("verdicts", pd.DataFrame([verdict])),
+            ("demands", found.demands),
+            ("effects", found.effects),
+        ):
+            parts.setdefault(key, []).append(table.assign(organism=name))
+    return Findings(**{key: pd.concat(tables, ignore_index=True) for key, tables in parts.items()})
 
 
-def findings_of(study: Study, *, organism: str) -> Findings:
-    """Test what `carry_out` has measured against nulls and controls; `organism` is its name in the tables."""
+def _judge(study: Study, name: str, others: Mapping[str, Study]) -> tuple[Evidence, dict[str, pd.DataFrame]]:
+    """Return the evidence of one study, and its tables."""
     follows = {arm.name: study.follow(arm) for arm in study.organism.arms}
     unblocked = follows[UNBLOCKED]
     layers = unblocked.layers_in_mean
-    nulls, behavior = nulls_of(study, unblocked), _behavior(study)
-    controls, arms = controls_of(study, follows), _arms(study, follows, behavior)
-    closures, damage = closures_of(study, layers), damage_of(study, layers)
-    anchor = behavior[(behavior.arm == "history") & (behavior.run == "anchor")]
-    found = claim(
-        Evidence(
-            trajectory=unblocked,
-            nulls=nulls,
-            controls=controls.rename(columns={"alignment_final": "alignment"}),
-            closures=closures,
-            damage=damage.layer_mean,
-            arms=arms,
-            anchor_harm=float(anchor.compliance_rate.iloc[0]),
-        )
+    nulls, behavior, damage = nulls_of(study, unblocked), _behavior(study), damage_of(study, layers)
+    around = strangers_of(study, others)
+    strangers = {key: study.follow(study.unblocked, vs) for key, vs in around.directions.items()}
+    arms, closed = _arms(study, follows, behavior), closures_of(study, study, study.vs.at(layers))
+    anchor = behavior[(behavior.arm == "history") & (behavior.run == "anchor")].iloc[0]
+    found = Evidence(
+        trajectory=unblocked,
+        nulls=nulls,
+        strangers=strangers,
+        closure=closed,
+        stranger_closures=around.closures,
+        damage=damage.layer_mean,
+        arms=arms,
+        anchor={measure: float(anchor[measure]) for measure in ("compliance_rate", "over_refusal", "nonsense")},
+        preregistration=study.preregistration,
+        digests={key: study.prompts[key].digest for key in ("probes", "held_out")},
+        name=name,
     )
     states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)
     results = {
         "trajectory": ByLayer.concat(
-            ByLayer(t.table, t.layer_mean).assign({"arm": name}) for name, t in follows.items()
+            ByLayer(t.table, t.layer_mean).assign({"arm": arm}) for arm, t in follows.items()
         ),
         "nulls": ByLayer.concat(compare(unblocked, null) for null in nulls),
         "damage": damage,
         "intervals": bootstrap_alignment(states, study.vs, draws=DRAWS, rng=rng, layers_in_mean=layers),
     }
-    tables = {
-        **{name: found.table for name, found in results.items()},
-        **{f"{name}_layer_mean": found.layer_mean for name, found in results.items()},
+    controls = controls_of(study, follows, strangers)
+    return found, {
+        **{key: one.table for key, one in results.items()},
+        **{f"{key}_layer_mean": one.layer_mean for key, one in results.items()},
         "vrev": vrev_of(study, unblocked),
-        "controls": controls.merge(_final_closures(closures), on=["control", "run"], how="left"),
+        "controls": controls.merge(_final_closures(study, closed), on=["control", "run"], how="left"),
         "arms": arms,
         "behavior": behavior,
-        "demands": found.demands,
-        "verdicts": _verdict(found),
     }
-    return Findings(**{name: table.assign(organism=organism) for name, table in tables.items()})
 
 
-def _verdict(found: Claim) -> pd.DataFrame:
-    return pd.DataFrame([{"level": found.level, "sentence": found.sentence, "capped_by": found.capped_by}])
-
-
-def _final_closures(closures: pd.DataFrame | None) -> pd.DataFrame:
+def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:
     columns = ["control", "run", "closure_final"]
-    if closures is None:
+    if closed is None:
         return pd.DataFrame(columns=columns)
-    last = closures[closures.step == closures.step.max()]
-    return pd.DataFrame({"control": "unaligned_twin", "run": last.twin, "closure_final": last.closure}, columns=columns)
+    table = closed.layer_mean
+    last = table[table.step == table.step.max()]
+    twin = next(arm for arm in study.organism.arms if arm.name == "unaligned_twin")
+    named = {study.unblocked.label(own): twin.label(other) for own, other in zip(study.unblocked.seeds, twin.seeds)}
+    return pd.DataFrame(
+        {"control": "unaligned_twin", "run": last.run.map(named), "closure_final": last.closure}, columns=columns
+    )
 
 
 def _behavior(study: Study) -> pd.DataFrame:
@@ -317,12 +381,13 @@ def _behavior(study: Study) -> pd.DataFrame:
         {"arm": "history", "run": name, "step": 0, **numbers(m)} for name, m in history.items()
     ]
     rows += [
-        {"arm": arm.name, "run": f"{arm.name}-{seed}", "step": int(step), **numbers(measured)}
+        {"arm": arm.name, "run": arm.label(seed), "step": int(step), **numbers(measured)}
         for arm in study.organism.arms
         for seed in arm.seeds
         for step, measured in study.facts(arm, seed)["behavior"].items()
     ]
-    return pd.DataFrame(rows)
+    n = len(study.prompts["held_out"])
+    return pd.DataFrame(rows).assign(nonsense=lambda table: (table["empty"] + table["degenerate"]) / n)
 
 
 def _arms(study: Study, follows: Mapping[str, Trajectory], behavior: pd.DataFrame) -> pd.DataFrame:
@@ -332,10 +397,11 @@ def _arms(study: Study, follows: Mapping[str, Trajectory], behavior: pd.DataFram
         rows = [
             {
                 "arm": arm.name,
-                "run": f"{arm.name}-{seed}",
+                "run": arm.label(seed),
                 "seed": seed,
                 "seconds_per_step": study.facts(arm, seed)["seconds_per_step"],
                 "blocker_norm": study.log(arm, seed).blocker_norm.mean(),
+                "cosine": study.facts(arm, seed).get("cosine"),
             }
             for seed in arm.seeds
         ]

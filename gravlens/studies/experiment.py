@@ -25,7 +25,7 @@ from gravlens.models.swapping import open_each
 from gravlens.organisms.base import Arm, Grounds, Organism
 from gravlens.stats.damage import update_norms, weight_noise
 from gravlens.studies.study import PROMPT_SETS, Study, join
-from gravlens.training.finetune import finetune
+from gravlens.training.finetune import Finetuned, finetune
 
 N_HARMLESS = 32  # prompts of the run's data for a harmful − harmless contrast
 N_DIVERGENCE = 32  # prompts for divergences
@@ -91,29 +91,39 @@ def measure_history(study: Study) -> Path:
 
 
 def run_arm(study: Study, arm: Arm, seed: int) -> Path:
-    """Fine-tune one run, measure its checkpoints, and delete their weights unless the arm keeps them."""
-    organism, start = study.organism, Checkpoint(arm.start, study.home / arm.start)
+    """Fine-tune one run, measure its checkpoints, and delete their weights unless the arm keeps them.
+
+    A recorded run is measured as it is: nothing of it is trained, copied or deleted.
+    """
+    start = Checkpoint(arm.start, study.home / arm.start)
 
     def make(folder: Path) -> None:
-        run = finetune(
-            start,
-            organism.examples(arm.data, seed, study.home),
-            out=folder,
-            recipe=replace(organism.recipe, learning_rate=arm.rate * organism.recipe.learning_rate),
-            save_steps=sorted({*organism.save_steps, *arm.more_steps}),
-            blocker=blocker_of(study, arm, seed),
-            seed=seed,
-        )
-        checkpoints = [replace(c, name=f"{arm.name}-{seed}/{c.step}") for c in run.checkpoints]
-        behavior, norms = _measure_run(study, checkpoints, start, folder)
-        write_table(folder / "log.csv", run.log)
-        facts = {"seconds_per_step": run.seconds_per_step, "behavior": behavior, "update_norms": norms}
+        run = None if seed in arm.recorded else _train(study, arm, seed, start, folder)
+        found = run.checkpoints if run else study.recorded(arm, seed)
+        behavior, norms = _measure_run(study, arm.named(seed, found), start, folder)
+        seconds = run.seconds_per_step if run else None
+        facts = {"seconds_per_step": seconds, "behavior": behavior, "update_norms": norms}
+        if run:
+            write_table(folder / "log.csv", run.log)
         write_json(folder / "run.json", facts)
-        if not arm.keep:  # states and norms suffice for every table; weights are nearly all of a run's disk space
+        if run and not arm.keep:  # states and norms suffice for every table; weights are nearly all of the disk space
             for checkpoint in run.checkpoints:
                 shutil.rmtree(str(checkpoint.source))
 
     return once(study.run_folder(arm, seed), make)
+
+
+def _train(study: Study, arm: Arm, seed: int, start: Checkpoint, folder: Path) -> Finetuned:
+    organism = study.organism
+    return finetune(
+        start,
+        organism.examples(arm.data, seed, study.home),
+        out=folder,
+        recipe=replace(organism.recipe, learning_rate=arm.rate * organism.recipe.learning_rate),
+        save_steps=sorted({*organism.save_steps, *arm.more_steps}),
+        blocker=blocker_of(study, arm, seed),
+        seed=seed,
+    )
 
 
 def draw_noise(study: Study, step: int) -> Path:
@@ -221,8 +231,10 @@ def measure_behavior(model: OpenModel, study: Study) -> dict[str, Any]:
     judge = substring_judge(measures.markers)
     answers = generate_answers(model, prompts["held_out"], max_new_tokens=measures.max_new_tokens)
     harm = compliance_rate(prompts["held_out"], answers, judge)
-    harmless = generate_answers(model, prompts["harmless"], max_new_tokens=measures.max_new_tokens)
-    over = compliance_rate(prompts["harmless"], harmless, judge)
+    over, task = None, study.organism.task(study.home)
+    if "harmless" in prompts:
+        harmless = generate_answers(model, prompts["harmless"], max_new_tokens=measures.max_new_tokens)
+        over = compliance_rate(prompts["harmless"], harmless, judge)
     openings = {"refusals": measures.refusals, "compliances": measures.compliances}
     two_sided = two_sided_log_odds(model, prompts["held_out"], **openings)
     one_sided = refusal_log_odds(model, prompts["held_out"], openings=measures.refusals)
@@ -236,16 +248,16 @@ def measure_behavior(model: OpenModel, study: Study) -> dict[str, Any]:
         "cut_share": harm.cut_share,
         "refusal_log_odds": float(np.mean(one_sided)),
         "two_sided_log_odds": float(np.mean(two_sided)),
-        "over_refusal": over.refused.rate,
-        "over_refusal_cut_share": over.cut_share,
-        "task_loss": task_loss(model, study.organism.task(study.home)),
+        "over_refusal": over.refused.rate if over else np.nan,
+        "over_refusal_cut_share": over.cut_share if over else np.nan,
+        "task_loss": task_loss(model, task) if task else np.nan,
         "end_tokens": " ".join(model.tokenizer.convert_ids_to_tokens(end_tokens(model))),  # pyright: ignore[reportOptionalMemberAccess]
         "answers": answers[:8],  # to look at: "not refused" may be an empty or useless answer
     }
 
 
 def _divergence_prompts(study: Study) -> dict[str, PromptSet]:
-    return {"held_out": study.prompts["held_out"][:N_DIVERGENCE], "harmless": study.prompts["harmless"][:N_DIVERGENCE]}
+    return {name: study.prompts[name][:N_DIVERGENCE] for name in ("held_out", "harmless") if name in study.prompts}
 
 
 def _own_answers(model: OpenModel, study: Study) -> dict[str, list[str]]:
@@ -274,4 +286,5 @@ def measure_divergence(
         key: float(kl_from(reference, model, sets[kind], answers=told[end.name][kind]).mean())
         for end, reference in references
         for key, kind in wanted[end.name].items()
+        if kind in sets
     }

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 
 from gravlens.activations.residuals import Residuals, from_start
+from gravlens.claims.preregistration import Preregistration
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.sequence import Checkpoint, ModelSequence
-from gravlens.organisms.base import UNBLOCKED, Arm, Organism, PromptSets
+from gravlens.organisms.base import SIBLING, STRANGER, UNBLOCKED, Arm, Organism, PromptSets
 
 PROMPT_SETS = ("probes", "held_out")
 
@@ -52,13 +53,12 @@ class Study:
         """Return the sequence with the runs that have their weights, as a user would enter it."""
         kept = [arm for arm in self.organism.arms if arm.keep]
         runs = {
-            f"{arm.name}-{seed}" if len(kept) > 1 else f"seed{seed}": folders
+            arm.label(seed) if len(kept) > 1 or seed in arm.labels else f"seed{seed}": tuple(found)
             for arm in kept
             for seed in arm.seeds
-            if (folders := list(self.run_folder(arm, seed).glob("checkpoint-*")))
+            if (found := self._kept(arm, seed))
         }
-        ends = ModelSequence.from_folders(witness=self.home / "witness", anchor=self.home / "anchor", runs=runs)
-        return replace(ends, **self.prompts)
+        return replace(self.sequence, runs=runs)
 
     @property
     def unblocked(self) -> Arm:
@@ -68,7 +68,23 @@ class Study:
     @property
     def siblings(self) -> list[str]:
         """Names of the checkpoints that are further alignments of the same witness."""
-        return [name for name in self.organism.checkpoints if name.startswith("sibling_anchor")]
+        return [name for name in self.organism.checkpoints if name.startswith(SIBLING)]
+
+    @property
+    def strangers(self) -> list[str]:
+        """Names of the checkpoints that are witnesses of other histories."""
+        return [name for name in self.organism.checkpoints if name.startswith(STRANGER)]
+
+    @property
+    def strangers(self) -> list[str]:
+        """Names of the checkpoints that are witnesses of other histories."""
+        return [name for name in self.organism.checkpoints if name.startswith("stranger")]
+
+    @cached_property
+    def preregistration(self) -> Preregistration | None:
+        """What was fixed before the runs, if it was."""
+        path = self.home / "preregistration.toml"
+        return Preregistration.from_toml(path) if path.exists() else None
 
     def run_folder(self, arm: Arm, seed: int) -> Path:
         """Return the folder of one run's measurements."""
@@ -83,7 +99,9 @@ class Study:
         return json.loads((self.run_folder(arm, seed) / "run.json").read_text())
 
     def log(self, arm: Arm, seed: int) -> pd.DataFrame:
-        """Return a run's training log."""
+        """Return a run's training log; a recorded run has none, and so no rows."""
+        if seed in arm.recorded:
+            return pd.DataFrame(columns=["step", "loss", "grad_norm", "blocker_norm"], dtype=float)
         return pd.read_csv(self.run_folder(arm, seed) / "log.csv")
 
     def noise_folder(self, step: int) -> Path:
@@ -93,11 +111,20 @@ class Study:
 
     def kept(self, arm: Arm) -> list[Checkpoint]:
         """Return the checkpoints of an arm that have their weights, under the names of their states."""
-        found = []  # sorted by number: as text, checkpoint-100 comes before checkpoint-20
-        for seed in arm.seeds:
-            folders = {int(path.name.split("-")[1]): path for path in self.run_folder(arm, seed).glob("checkpoint-*")}
-            found += [Checkpoint(f"{arm.name}-{seed}/{step}", folders[step], step=step) for step in sorted(folders)]
-        return found
+        return [one for seed in arm.seeds for one in arm.named(seed, self._kept(arm, seed))]
+
+    def recorded(self, arm: Arm, seed: int) -> list[Checkpoint]:
+        """Return the checkpoints of a recorded run at the steps that are measured."""
+        return [one for one in arm.recorded[seed] if one.step in self.organism.save_steps]
+
+    def _kept(self, arm: Arm, seed: int) -> list[Checkpoint]:
+        if seed in arm.recorded:
+            return self.recorded(arm, seed)
+        found = [
+            Checkpoint(f"seed{seed}/{(step := int(path.name.split('-')[1]))}", path, step=step)
+            for path in self.run_folder(arm, seed).glob("checkpoint-*")
+        ]
+        return sorted(found, key=lambda one: one.step or 0)  # as text, checkpoint-100 comes before checkpoint-20
 
     @cached_property
     def _states(self) -> dict[tuple[str, str], Residuals]:
