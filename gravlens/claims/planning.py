@@ -11,7 +11,7 @@ from numpy.random import Generator
 from gravlens.activations.cost import plan_reading
 from gravlens.claims.claim import LEVELS
 from gravlens.core.display import duration, of_frame
-from gravlens.core.errors import GravlensError, as_list
+from gravlens.core.errors import GravlensError
 from gravlens.history.sequence import ModelSequence
 from gravlens.stats.power_analysis import LEVELS as LEVELS_TESTED
 from gravlens.stats.power_analysis import Design, Effects, needed, power
@@ -72,7 +72,7 @@ class Plan:
 def plan_audit(
     sequences: ModelSequence | Path | str | Iterable[ModelSequence | Path | str],
     *,
-    effects: Effects | Path | str = Effects(),
+    effects: Effects | Path | str | None = None,
     alpha: float = 0.05,
     target: float = 0.8,
     steps: int | None = None,
@@ -85,7 +85,7 @@ def plan_audit(
 
     Args:
         sequences: the histories, or their SEQUENCE.toml; the controls that they name count.
-        effects: what to plan for; or a pilot's results folder.
+        effects: what to plan for, or a pilot's results folder; default: what was measured on the refusal organisms.
         alpha: the largest p-value that is called significant.
         target: the power that is asked for.
         steps: of a run; default: the last one of the runs that are there, else 100.
@@ -95,11 +95,13 @@ def plan_audit(
     Raises:
         GravlensError: no history, or what `Effects.from_results` and `needed` raise.
     """
-    histories = [ModelSequence.of(one) for one in as_list(sequences)]
+    # not as_list: a ModelSequence is itself iterable, over its checkpoints
+    given = [sequences] if isinstance(sequences, ModelSequence | Path | str) else sequences
+    histories = [ModelSequence.of(one) for one in given]
     if not histories:
         raise GravlensError("No history was given.", "A plan is about one at least.", "plan_audit('SEQUENCE.toml').")
-    pilot = None if isinstance(effects, Effects) else Path(effects)
-    planned = effects if isinstance(effects, Effects) else Effects.from_results(effects)
+    pilot = Path(effects) if isinstance(effects, str | Path) else None
+    planned = Effects.from_results(effects) if isinstance(effects, str | Path) else effects or Effects()
     now = _counts(histories)
     lasts = [run[-1].step or 0 for one in histories for run in one.runs.values()]
     seconds, basis = _seconds_of_a_run(histories[0], steps or max(lasts, default=0) or STEPS, batch, pilot)
