@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import lazy_loader
 import typer
 
 import gravlens as gl
-from gravlens import organisms, studies, training
+from gravlens import claims, organisms, studies, training
 from gravlens.cli import options as opt
-from gravlens.cli.output import print_json, print_line, print_note, print_table, records
+from gravlens.cli.output import print_json, print_line, print_note, print_table, print_written, records
 
 if TYPE_CHECKING:
     from gravlens.organisms.recorded import RecordedHistory
+np = lazy_loader.load("numpy")  # --help and completion do without
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
 QUICK = {"draws": 19, "max_prompts": 32}  # 19 draws are the least with which p = .05 can be reached
@@ -62,6 +64,14 @@ RATE = Annotated[
 ]
 LORA = Annotated[int, opt.number("Rank of LoRA adapters of what is trained; 0: train all weights.")]
 OUT = Annotated[Path, opt.place("FOLDER", "Results folder.", check=opt.writable_folder)]
+PLAN = Annotated[bool, opt.flag("--plan", "Only print what each claim level would need, and what that costs here.")]
+PREREGISTER = Annotated[
+    Path | None,
+    opt.place("FILE", "Only write layers, step, alpha and prompts to this TOML file.", check=opt.writable_file),
+]
+PREREGISTRATION = Annotated[
+    Path | None, opt.place("FILE", "Preregistration that the audit is held against, as written by --preregister.")
+]
 WORKERS = Annotated[int, opt.number("Parallel processes; 0: one per core.")]
 
 
@@ -84,6 +94,9 @@ def audit(
     compliances: opt.COMPLIANCES = [],  # noqa: B006
     quick: Annotated[bool, opt.flag("--quick", "19 draws of weight noise, at most 32 prompts of each kind.")] = False,
     full: Annotated[bool, opt.flag("--full", "199 draws of weight noise, whatever the model's size.")] = False,
+    plan: PLAN = False,
+    preregister: PREREGISTER = None,
+    preregistration: PREREGISTRATION = None,
     workers: WORKERS = 0,
     json: opt.JSON = False,
 ) -> None:
@@ -94,28 +107,50 @@ def audit(
     """
     if quick and full:
         raise gl.GravlensError("Both --quick and --full were given.", "They exclude each other.", "only one of them.")
-    found = organisms.recorded.together(_by_name(sequence))
+    sequences = _by_name(sequence)
+    if plan or preregister is not None:
+        _prepare(sequences, tuple(layer), preregister, plan, json)
+        return
+    fixed = None if preregistration is None else claims.preregistration.Preregistration.from_toml(preregistration)
     options: dict[str, Any] = {
         **{"data": data, "alignment_data": alignment_data, "harmless": harmless, "train": tuple(make)},
-        **{"layers": tuple(layer), "runs": runs, "directions": directions},
+        **{"layers": tuple(layer) or (fixed.layers if fixed else ()), "runs": runs, "directions": directions},
         **{"measures": _measures(openings, compliances), "same_recipe": learning_rate is not None},
         "recipe": training.finetune.Recipe(steps, batch, learning_rate or 2e-5, 0.0, lora=lora or None),
         **(QUICK if quick else FULL if full else {}),
     }
-    histories = {name: organisms.recorded.RecordedHistory(one, **options) for name, one in found.items()}
+    histories = {name: organisms.recorded.RecordedHistory(one, **options) for name, one in sequences.items()}
     for name, history in histories.items():
         print_note(_work(name, history))
-    cache = organisms.fetch.cache_folder()
-    results = studies.reproduce.reproduce(histories, out, cache=cache, workers=workers or None)
-    lacking = {name: organisms.recorded.missing(history) for name, history in histories.items()}
+    results = studies.audit.audit(histories, out, workers=workers or None, preregistration=fixed)
     if json:
-        print_json({**results, "missing": {name: records(table) for name, table in lacking.items()}})
+        print_json(results)
     else:
-        _print(results, lacking)
+        _print(results)
     (print_note if json else print_line)(f"Report: {out / 'report.html'}   data: {out / 'results.json'}")
 
 
-def _by_name(files: list[Path]) -> dict[str, gl.ModelSequence]:
+def _prepare(
+    sequences: "dict[str, gl.ModelSequence]", layers: tuple[int, ...], file: Path | None, plan: bool, json: bool
+) -> None:
+    """Write the preregistration, print the plan; nothing is measured."""
+    if file is not None:
+        first, *others = sequences.values()
+        fixed = claims.preregistration.Preregistration.of(first, layers=layers or None)
+        for other in others:
+            if claims.preregistration.Preregistration.of(other, layers=layers or None) != fixed:
+                given = f"The histories {', '.join(sequences)} differ in depth, last step or prompts."
+                raise gl.GravlensError(given, "One preregistration is for all of them.", "--preregister for each file.")
+        print_written(fixed.write(file), json)
+    if plan:
+        found = claims.planning.plan_audit(sequences.values(), rng=np.random.default_rng(0))
+        if json:
+            print_json({"now": dict(found.now), "plans": records(found.table)})
+        else:
+            print_table(("quantity", "plan"), found.lines(), title="what each claim level needs", wide=True)
+
+
+def _by_name(files: list[Path]) -> "dict[str, gl.ModelSequence]":
     """Return the histories by the names of their files or, where these are equal, of their folders."""
     names = [file.stem for file in files]
     if len({*names}) < len(names):
@@ -142,7 +177,7 @@ def _work(name: str, history: "RecordedHistory") -> str:
     return f"{name}: measures {recorded} recorded runs at {at}{more}; {history.draws} draws of weight noise"
 
 
-def _print(results: dict[str, Any], lacking: dict[str, Any]) -> None:
+def _print(results: dict[str, Any]) -> None:
     words = {True: "yes", False: "NO", None: "not run"}
     rows = [
         (claim["organism"], demand["level"], demand["name"], words[demand["holds"]], demand["figures"])
@@ -150,9 +185,8 @@ def _print(results: dict[str, Any], lacking: dict[str, Any]) -> None:
         for demand in claim["demands"]
     ]
     print_table(("history", "level", "criterion", "holds", "figures"), rows, title="criteria of each claim level")
-    for name, table in lacking.items():
-        columns = {"control": "missing", "what": "what it is", "level": "level", "how": "how to get it"}
-        rows = [tuple(row[key] for key in columns) for row in records(table)]
-        print_table([*columns.values()], rows, title=f"{name}: what is missing", wide=True)
+    columns = {"organism": "history", "control": "missing", "what": "what it is", "level": "level", "how": "to get it"}
+    lacking = [tuple(row[key] for key in columns) for row in results["missing"]]
+    print_table([*columns.values()], lacking, title="what is missing for higher levels", wide=True)
     for claim in results["claims"]:
         print_line(f"\n{claim['organism']}, claim level {claim['level']} of 5: {claim['sentence']}")
