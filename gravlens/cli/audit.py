@@ -32,7 +32,7 @@ MAKE = Annotated[
         metavar="NAME",
         callback=opt.texts,
         help="Control to train on your data; repeat for several: runs, twins, stranger_twins, clamp, random, push, "
-        "penalty, released, lower_rate (with --data); siblings, continued (with --alignment-data).",
+        "penalty, released, released_random, lower_rate (with --data); siblings, continued (with --alignment-data).",
     ),
 ]
 DATA = Annotated[
@@ -49,7 +49,7 @@ LAYERS = Annotated[
     opt.repeated_layer("Layer to judge and to block, from 0; repeat for several. Default: the middle layers."),
 ]
 RUNS = Annotated[int, opt.number("Number of runs that --make runs trains.", least=1)]
-DIRECTIONS = Annotated[int, opt.number("Number of random directions of --make random.", least=1)]
+DIRECTIONS = Annotated[int, opt.number("Number of random directions of --make random and released_random.", least=1)]
 STEPS = Annotated[int, opt.number("Steps of --make runs, where you have none: else as many as yours.", least=1)]
 BATCH = Annotated[int, opt.number("Examples per step of what is trained.", least=1)]
 RATE = Annotated[

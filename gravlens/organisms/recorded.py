@@ -26,7 +26,7 @@ from gravlens.history.sources import Folder, resolve
 from gravlens.history.weight_files import ADAPTER_CONFIG, stamp, weight_paths
 from gravlens.models.opening import checkpoint_tokenizer, open_model, save_folder
 from gravlens.models.swapping import one_shape
-from gravlens.organisms.arms import blocker, made_by
+from gravlens.organisms.arms import blocker
 from gravlens.organisms.base import (
     ENGLISH,
     STRANGER,
@@ -45,7 +45,8 @@ from gravlens.training.finetune import Recipe, finetune
 
 # control -> the name of its arm; the blocked ones are trained with the blocker of the same name
 BLOCKED = {"clamp": "clamp", "push": "reinforce", "penalty": "penalty", "released": "released"}
-ON_DATA = ("runs", "twins", "stranger_twins", "random", "lower_rate", *BLOCKED)
+RANDOM = {"random": "clamp", "released_random": "released"}
+ON_DATA = ("runs", "twins", "stranger_twins", "lower_rate", *BLOCKED, *RANDOM)
 ON_ALIGNMENT_DATA = ("siblings", "continued")
 SMALL = 50_000_000  # parameters, up to which a pass is cheap: more draws, and one thread for each process
 DRAWS, FEW_DRAWS = 99, 20  # of weight noise; 19 is the least with which p = .05 can be reached
@@ -70,7 +71,7 @@ class RecordedHistory:
         same_recipe: whether the recorded runs had this recipe, so that trained controls can be paired with them.
         alignment_recipe: of everything that is trained on `alignment_data`.
         runs: how many runs `train=("runs",)` makes.
-        directions: how many random directions `train=("random",)` clamps along.
+        directions: how many random directions `train=("random", "released_random")` takes.
         siblings: how many siblings `train=("siblings",)` makes.
         draws: of weight noise; 0: 99, or 20 for models above 50 M parameters.
         max_prompts: use at most this many held-out and harmless prompts, evenly spaced.
@@ -105,8 +106,9 @@ class RecordedHistory:
         firsts = [run[0] for run in self._recorded().values()]
         resolved = [resolve(one, weights=False) for one in [*ends, *firsts]]
         shape = one_shape(resolved)
-        for random in self.sequence.controls.random.values():
-            check_directions(Path(random.directions), shape)
+        for control in RANDOM:
+            for random in getattr(self.sequence.controls, control).values():
+                check_directions(Path(random.directions), shape)
         anchor = resolve(self.sequence.anchor)
         is_small = sum(math.prod(shape) for shape in anchor.base.weights.shapes.values()) <= SMALL
         found = {
@@ -148,7 +150,6 @@ class RecordedHistory:
         """The recorded runs, and those to train."""
         controls = self.sequence.controls
         twins = {name: controls.stranger_twins.get(name, {}) for name in controls.strangers}
-        released = blocker("released", step=max(1, self.save_steps[-1] // 5))
         every = [
             self._unblocked(),
             self._paired("unaligned_twin", controls.twins, "twins", start="witness"),
@@ -158,7 +159,7 @@ class RecordedHistory:
             ),
             self._continued(),
             *(
-                self._paired(arm, getattr(controls, name), name, make=released if name == "released" else made_by(arm))
+                self._paired(arm, getattr(controls, name), name, make=blocker(arm, **self._options(arm)))
                 for name, arm in BLOCKED.items()
             ),
             replace(self._paired("lower_rate", controls.lower_rate, "lower_rate"), rate=0.5),
@@ -274,16 +275,20 @@ class RecordedHistory:
         return Arm(name, seeds, "alignment", recorded=recorded, labels=labels)
 
     def _random(self) -> Iterator[Arm]:
-        recorded = dict(self.sequence.controls.random)
-        for name, random in recorded.items():
-            arm = self._paired(f"clamp_random_{name}", random.runs, "")
-            yield replace(arm, directions=Path(random.directions))
-        if "random" in self.train:
-            free = (number for number in range(1, 1000) if str(number) not in recorded)
-            for _, number in zip(range(self.directions), free, strict=False):
-                yield self._paired(
-                    f"clamp_random_{number}", {}, "random", make=blocker("clamp", "matched_twin", draw=(number,))
+        for control, kind in RANDOM.items():
+            recorded = dict(getattr(self.sequence.controls, control))
+            for name, random in recorded.items():
+                yield replace(
+                    self._paired(f"{kind}_random_{name}", random.runs, ""), directions=Path(random.directions)
                 )
+            free = [n for n in range(1, self.directions + len(recorded) + 1) if str(n) not in recorded]
+            for number in free[: self.directions] if control in self.train else ():
+                make = blocker(kind, "matched_twin", draw=(number,), **self._options(kind))
+                yield self._paired(f"{kind}_random_{number}", {}, control, make=make)
+
+    def _options(self, kind: str) -> dict[str, int]:
+        """Return the options of a blocker: a release is after a fifth of the steps."""
+        return {"step": max(1, self.save_steps[-1] // 5)} if kind == "released" else {}
 
 
 # --- checkpoints that exist -------------------------------------------------------------------------------------------
@@ -402,6 +407,11 @@ CONTROLS: Mapping[str, tuple[str, int, str]] = {
     "push": ("the runs again, pushed towards the witness", 4, "--make push --data FILE"),
     "lower_rate": ("the runs again, at half the learning rate", 4, "--make lower_rate --data FILE"),
     "released": ("the runs again, clamped and then released", 5, "--make released --data FILE"),
+    "released_random": (
+        "the runs again, clamped along random directions and then released",
+        5,
+        "--make released_random --data FILE --directions 19",
+    ),
 }
 ENOUGH_RUNS = 5  # sign flips over n runs give p = 2^-n at least
 
