@@ -157,16 +157,24 @@ class Design:
         counts = {field.name: getattr(self, field.name) for field in fields(self)}
         return ", ".join(f"{n} {name if n != 1 else name.removesuffix('s')}" for name, n in counts.items())
 
-    def trained(self, level: int) -> int:
-        """Fine-tuning runs that a level takes, those of the lower ones included.
+    def arms(self, level: int) -> dict[str, int]:
+        """Fine-tuning runs that a level takes, those of the lower ones included; witnesses and anchors do not count.
 
-        Level 2: the runs. Level 3: also their twins, and a run of each stranger (with several anchors the others'
-        witnesses serve, with the twins that these have already). Level 4: also the clamp, the push, and a clamp along
-        each random direction. Level 5: also a released clamp. Witnesses and anchors are not counted.
+        With several anchors the other witnesses are strangers, and have their twins already.
         """
         own = self.anchors * self.runs
-        further = max(0, self.strangers - (self.anchors - 1)) * self.runs
-        return own + (own + further) * (level >= 3) + own * (2 + self.directions) * (level >= 4) + own * (level >= 5)
+        further = max(0, self.strangers - (self.anchors - 1)) * own
+        counts = {
+            2: {"runs": own},
+            3: {"twins": own, "stranger_twins": further},
+            4: {"clamp": own, "push": own, "random": own * self.directions},
+            5: {"released": own},
+        }
+        return {arm: n for least, arms in counts.items() if least <= level for arm, n in arms.items()}
+
+    def trained(self, level: int) -> int:
+        """Sum of `arms`."""
+        return sum(self.arms(level).values())
 
 
 # Two ways to grow, each from cheap to dear: more strangers and directions for one anchor, or more anchors, where the
