@@ -21,8 +21,8 @@ LEVELS = (
     "durable",
 )
 _HELD = (
-    "The drift is aligned with v_rev and specific to this history, and holding v_rev holds the harm, better than holding "
-    "matched random directions does"
+    "The drift is aligned with v_rev and specific to this history, and holding v_rev holds the harm, better than "
+    "holding matched random directions does"
 )
 STATEMENTS = (
     "No alignment with v_rev is shown",
@@ -40,11 +40,17 @@ DEMANDED = ("isotropic", "weight_noise", "independent_endpoints", "sign_flips")
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """The verdict (docs/claims.md): `level` 0 to 5, as in `LEVELS`, and the `sentence` that may be said.
+    """The verdict (docs/claims.md).
 
-    The sentence is the `statement`, the `setting` of the tests (α, layers, unit, numbers) and the `remarks`. `capped_by` is the demand of the next level that failed or was not run ("" at level 5); `demands` has the columns
-    `level, name, holds` (`<NA>`: not run, or out of reach of these numbers), `figures`, of all levels; `effects` has
-    `effect, mean, low, high, n, unit`; `alone` is the claim on each anchor by itself, where there are several.
+    Attributes:
+        level: 0 to 5, as in `LEVELS`.
+        statement: what may be said at that level, with alignment and fraction.
+        setting: of the tests: α, layers, unit, numbers, and whether they were fixed beforehand.
+        remarks: nulls that are not exceeded, what caps the level, and the levels of the anchors alone.
+        capped_by: the demand of the next level that failed or was not run ("" at level 5).
+        demands: `level, name, holds` (`<NA>`: not run, or out of reach of these numbers), `figures`, of all levels.
+        effects: `effect, mean, low, high, n, unit`.
+        alone: the claim on each anchor by itself, where there are several.
     """
 
     level: int
