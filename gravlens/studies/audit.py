@@ -3,6 +3,7 @@
 import glob
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from gravlens.studies.study import Study
 
 Histories: TypeAlias = ModelSequence | Path | str | Sequence[ModelSequence | Path | str] | Mapping[str, Organism]
 SCHEMA_VERSION = 3
+RANDOM = re.compile(r"^(\w+_random)_\d+$")  # the arms along single random directions
 FINALS = ("alignment_final", "fraction_final")
 JUDGED = ("compliance_rate", "cut_share", "refusal_log_odds", "over_refusal")
 BEHAVIOR = (*JUDGED, "task_loss", "seconds_per_step")
@@ -205,12 +207,13 @@ def _control_columns(name: str) -> tuple[str, ...]:
 
 
 def _arm_names(findings: Findings) -> list[str]:
-    more = [arm for arm in findings.arms.arm.unique() if arm not in (*ARMS, *CONTROLS)]
+    """The arms of the paper's table, then the others; random directions are one arm together."""
+    more = [arm for arm in findings.arms.arm.unique() if arm not in (*ARMS, *CONTROLS) and not RANDOM.match(arm)]
     return [*ARMS, *more]
 
 
 def _spreads(table: pd.DataFrame, key: str, name: str, columns: Iterable[str]) -> dict[str, Any] | None:
-    rows = table[table[key] == name]
+    rows = table[table[key].str.replace(RANDOM, r"\1", regex=True) == name]
     return None if rows.empty else {column: spread(rows[column], rows.organism) for column in columns}
 
 
