@@ -241,7 +241,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         claims = [{"organism": "organism4", "level": 3, "sentence": "A [sentence] of it.", "demands": demands}]
         return {"setting": "refusal", "n_anchors": len(settings), "claims": claims}
 
-    monkeypatch.setattr(import_module("gravlens.studies.reproduce"), "reproduce", listen)
+    monkeypatch.setattr(import_module("gravlens.studies.audit"), "audit", listen)
     return seen
 
 

@@ -504,7 +504,7 @@ def test_json_of_results_and_of_what_is_fetched(tmp_path: Path, monkeypatch: pyt
         "claims": [claim],
     }
     results = {"claims": [claim], "closure": float("nan")}
-    monkeypatch.setattr(import_module("gravlens.studies.reproduce"), "reproduce", lambda *_, **__: results)
+    monkeypatch.setattr(import_module("gravlens.studies.audit"), "audit", lambda *_, **__: results)
     made = gravlens("reproduce", "--json", "--out", tmp_path)
     assert parsed(made) == {**results, "closure": None} and "report.html" in made.stderr
     monkeypatch.setattr(import_module("gravlens.organisms.fetch"), "fetch_smollm2", lambda: tmp_path)
