@@ -130,9 +130,9 @@ class RecordedHistory:
         """Digest of the prompts and data, of the stamps of all weight files, of the recipe, versions and threads."""
         # by stamps, not by content: hashing would read all weights; what is trained later is added to the same history
         every = [*self._linked().values(), *(one for run in self._recorded().values() for one in run)]
-        texts = [repr(self._data()), *(prompts.digest for prompts in self.prompts(Path()).values())]
+        texts = [repr((self._data(), self._aligned())), *(prompts.digest for prompts in self.prompts(Path()).values())]
         chosen = (self.layers, astuple(self.recipe), astuple(self.alignment_recipe), astuple(self.measures))
-        settings = (self.sequence.chat_template, self.sequence.system, self.threads)
+        settings = (self.sequence.chat_template, self.sequence.system, self.threads, [*self.checkpoints])
         facts = (texts, [_stamps(one) for one in every], chosen, settings, ENCODING, __version__, torch.__version__)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -194,15 +194,14 @@ class RecordedHistory:
             return
         seed, recipe = [*self.checkpoints].index(name), self.alignment_recipe
         run = folder.parent / f"{folder.name}-run"  # the same file system, so os.replace is atomic
-        data = read_examples(self.alignment_data)
-        made = finetune(start, data, out=run, recipe=recipe, save_steps=[recipe.steps], seed=seed)
+        made = finetune(start, self._aligned(), out=run, recipe=recipe, save_steps=[recipe.steps], seed=seed)
         os.replace(str(made.checkpoints[-1].source), folder)
         shutil.rmtree(run)
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """Return all of the `data` but the last eighth, or the `alignment` data; `finetune` orders it by the seed."""
         if data == "alignment":
-            return read_examples(self.alignment_data)
+            return self._aligned()
         if data != "data":
             raise unknown_data(data, "data, alignment")
         rows = self._data()
@@ -230,6 +229,9 @@ class RecordedHistory:
 
     def _data(self) -> list[Example]:
         return read_examples(self.data, columns=self.columns) if self.data else []
+
+    def _aligned(self) -> list[Example]:
+        return read_examples(self.alignment_data) if self.alignment_data else []
 
     def _linked(self) -> dict[str, Checkpoint]:
         history, controls = self.sequence, self.sequence.controls

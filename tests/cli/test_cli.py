@@ -30,6 +30,10 @@ COMMANDS = {
     ).split(),
     "fetch": ["smollm2", "prompts", "--json"],
     "report": ["--json"],
+    "audit": (
+        "--out --make --data --alignment-data --harmless --layer --runs --directions --steps --batch --learning-rate "
+        "--lr --lora --openings --compliances --quick --full --plan --preregister --preregistration --workers --json"
+    ).split(),
     "inspect": ["--json"],
     "plan": "--prompts --column --layer --positions --device --dtype --workers --peak-flops --disk-gbps --json".split(),
     "locate": ["--layer", "--prompts", "--column", "--out", "--device", "--dtype", "--json"],
