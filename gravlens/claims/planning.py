@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from numpy.random import Generator
@@ -133,7 +134,7 @@ def _counts(histories: Sequence[ModelSequence]) -> dict[str, int]:
     }
 
 
-def _missing(wanted: Design, level: int, now: Mapping[str, int]) -> dict[str, object]:
+def _missing(wanted: Design, level: int, now: Mapping[str, int]) -> dict[str, Any]:
     arms, further = wanted.arms(level), max(0, wanted.anchors - now["anchors"])
     return {
         "now": ", ".join(f"{now[arm]} {arm.replace('_', ' ')}" for arm in arms),

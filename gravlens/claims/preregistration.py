@@ -16,7 +16,7 @@ from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import resolve
 from gravlens.models.swapping import inner_of, one_shape
 
-REMEDY = "gravlens audit SEQUENCE.toml --plan --preregister preregistration.toml writes one."
+REMEDY = "Preregistration.of('SEQUENCE.toml', step=100).write('preregistration.toml'), which writes one."
 HEADER = "# The analysis of a training history, fixed beforehand. Prompts are known by their SHA-256.\n"
 
 

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -177,11 +178,11 @@ class Design:
         return sum(self.arms(level).values())
 
 
-# Two ways to grow, each from cheap to dear: more strangers and directions for one anchor, or more anchors, where the
-# others' witnesses serve as strangers.
+# Two ways to grow: more strangers and directions for one anchor, or more anchors, where the others' witnesses serve as
+# strangers. More runs of several anchors hardly help: the anchor is the unit.
 PLANS: dict[str, tuple[Design, ...]] = {
     "one anchor": tuple(Design(1, runs, n, n) for n in (19, 39, 79) for runs in (2, 5, 8)),
-    "several anchors": tuple(Design(anchors, 2, anchors - 1, 4) for anchors in (2, 3, 4, 5, 6, 8, 10, 12)),
+    "several anchors": tuple(Design(n, 2, n - 1, k) for n in (2, 3, 4, 5, 6, 8, 10, 12) for k in (4, 9)),
 }
 
 
@@ -233,10 +234,10 @@ def needed(
     simulations: int = SIMULATIONS,
     rng: Generator,
 ) -> pd.DataFrame:
-    """Find the smallest study that reaches a level with a given power, along two lists of plans (`PLANS`).
+    """Find the smallest study that reaches a level with a given power: the fewest anchors, then runs, of two lists.
 
     Returns:
-        A row per list: `plan` (`one anchor`, `several anchors`), `anchors, runs, strangers, directions, draws`,
+        A row per list of `PLANS`: `plan` (the list), `anchors, runs, strangers, directions, draws`,
         `trained` (fine-tuning runs in all arms) and `power`; where no plan of the list has it, the one with the most
         power, with `enough` False.
 
@@ -248,10 +249,11 @@ def needed(
         raise GravlensError(given, "Levels 2 to 5 are tested; power is between 0 and 1.", "needed(3, .8, rng=…).")
     found = []
     for name, plans in PLANS.items():
-        best: dict[str, object] = {"power": -1.0}
+        best: dict[str, Any] = {"power": -1.0}
         # what only a higher level needs is left out
-        plans = [replace(p, strangers=p.strangers * (level > 2), directions=p.directions * (level > 3)) for p in plans]
-        for design in sorted(plans, key=lambda plan: plan.trained(level)):
+        plans = {replace(p, strangers=p.strangers * (level > 2), directions=p.directions * (level > 3)) for p in plans}
+        # an anchor needs a witness and an alignment of its own, which cost more than runs
+        for design in sorted(plans, key=lambda plan: (plan.anchors, plan.trained(level))):
             reached = _rows(design, _checked(alpha), effects, simulations, rng)[LEVELS.index(level)]["power"]
             if reached > best["power"]:
                 best = {"plan": name, **vars(design), "trained": design.trained(level), "power": reached}
@@ -267,7 +269,7 @@ def _checked(alpha: float) -> float:
     return alpha
 
 
-def _rows(design: Design, alpha: float, effects: Effects, simulations: int, rng: Generator) -> list[dict[str, object]]:
+def _rows(design: Design, alpha: float, effects: Effects, simulations: int, rng: Generator) -> list[dict[str, Any]]:
     if simulations < 1:
         raise GravlensError(f"simulations={simulations!r} was given.", "At least one is needed.", "simulations=2000.")
     reached = _simulated(design, alpha, effects, simulations, rng)

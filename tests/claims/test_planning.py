@@ -1,5 +1,6 @@
 """Plans: what a history has is counted, what is missing is the difference, and time is runs times seconds."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,9 @@ def test_missing_runs_are_those_of_the_plan_less_those_that_are_there(tmp_path: 
     assert design.runs == 2 and alone.missing == 0 + (2 - 1) + (2 * wanted.strangers - 1)
     assert alone.strangers == wanted.strangers - 2 and alone.histories == 0
     several = rows(plan).loc[(4, "several anchors")]
-    anchors = int(several.needed.split(" anchors")[0])
+    anchors, directions = (int(re.findall(rf"(\d+) {name}", several.needed)[0]) for name in ("anchors", "directions"))
     assert several.histories == anchors - 1 and several.strangers == 0  # the further histories' witnesses serve
-    assert several.missing == Design(anchors, 2, anchors - 1, 4).trained(4) - 2 - 1 - 1 - 1 - 1
+    assert several.missing == Design(anchors, 2, anchors - 1, directions).trained(4) - 2 - 1 - 1 - 1 - 1
 
 
 def test_power_now_is_simulated_and_needs_every_arm(tmp_path: Path) -> None:
