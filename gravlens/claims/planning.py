@@ -4,17 +4,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from numpy.random import Generator
 
 from gravlens.activations.cost import plan_reading
-from gravlens.claims.claim import LEVELS
 from gravlens.core.display import duration, of_frame
 from gravlens.core.errors import GravlensError
 from gravlens.history.sequence import ModelSequence
-from gravlens.stats.power_analysis import LEVELS as LEVELS_TESTED
-from gravlens.stats.power_analysis import Design, Effects, needed, power
+from gravlens.stats.power_analysis import LEVELS, Design, Effects, needed, power
 
 PAIRED = ("twins", "clamp", "push", "released")
 BACKWARD = 3  # a training step costs about three forward passes
@@ -46,12 +45,11 @@ class Plan:
 
     def lines(self) -> list[tuple[str, str]]:
         """Return quantities and their values as text: of each level the plan with the fewest runs to train."""
-        counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in self.now.items())
+        counts = ", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in self.now.items())
         rows = [("now", counts), ("effects planned for", self.effects.source)]
         for level, plans in self.table.groupby("level"):
             best = plans.sort_values(["enough", "missing"], ascending=[False, True]).iloc[0]
-            name = f"level {level}, {LEVELS[int(str(level))]}"
-            rows.append((name, f"power {best.power_now:.0%} now; {self._told(best)}"))
+            rows.append((f"level {level}", f"power {best.power_now:.0%} now; {self._told(best)}"))
         cost = "not known" if math.isnan(self.seconds) else duration(self.seconds)
         return [*rows, ("a run to train", f"{cost}: {self.basis}")]
 
@@ -59,7 +57,7 @@ class Plan:
         if row.power_now >= self.target:
             return "enough as it is"
         if not row.enough:
-            return f"no plan has {self.target:.0%}; the best, {row.power:.0%}, is {row.needed}"
+            return f"no plan of the lists has {self.target:.0%} with these effects ({row.power:.0%} at most)"
         supplied = {"further histories": row.histories, "strangers": row.strangers}
         supply = "".join(f", {n} {what} to supply" for what, n in supplied.items() if n)
         cost = "" if math.isnan(row.minutes) else f", about {duration(60 * row.minutes)}"
@@ -109,7 +107,8 @@ def plan_audit(
     design = Design(now["anchors"], max(1, now["runs"] // now["anchors"]), now["strangers"], now["directions"])
     simulated = power(**vars(design), alpha=alpha, effects=planned, rng=rng).set_index("level").power
     rows = []
-    for level in LEVELS_TESTED:
+    for level in LEVELS:
+        # the simulation knows numbers alone: directions without the clamp beside them reach nothing
         there = all(now[arm] >= n for arm, n in design.arms(level).items())
         for found in needed(level, target, effects=planned, alpha=alpha, rng=rng).to_dict("records"):
             wanted = Design(**{name: found[name] for name in vars(design)})
@@ -133,13 +132,14 @@ def _counts(histories: Sequence[ModelSequence]) -> dict[str, int]:
     }
 
 
-def _missing(wanted: Design, level: int, now: Mapping[str, int]) -> dict[str, object]:
+def _missing(wanted: Design, level: int, now: Mapping[str, int]) -> dict[str, Any]:
     arms, further = wanted.arms(level), max(0, wanted.anchors - now["anchors"])
     return {
-        "now": ", ".join(f"{now[arm]} {arm.replace('_', ' ')}" for arm in arms),
+        "now": ", ".join(f"{arm.replace('_', ' ')}: {now[arm]}" for arm in arms),
         "needed": str(wanted),
         "histories": further,
-        "strangers": max(0, wanted.strangers - now["strangers"] - further),
+        "strangers": max(0, wanted.strangers - now["strangers"] - further),  # a further history brings its witness
+        # arm by arm: a twin too many does not stand in for a clamp
         "missing": sum(max(0, n - now[arm]) for arm, n in arms.items()),
     }
 
@@ -154,6 +154,7 @@ def _seconds_of_a_run(history: ModelSequence, steps: int, batch: int, pilot: Pat
         forecast = plan_reading(history)
     except GravlensError as error:  # models in memory, blocks too large to time: the plan holds without a time
         return math.nan, error.given
+    # of one prompt through the whole model: the forecast's digests and openings are no part of training
     prompt = forecast.seconds["passes"] / (forecast.checkpoints * forecast.prompts)
     told = f"an estimate for {steps} steps of {batch} examples, without measuring the run"
     return steps * batch * BACKWARD * LENGTH * prompt, told
