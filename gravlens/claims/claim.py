@@ -8,6 +8,7 @@ import pandas as pd
 from gravlens.claims.criteria import DEMANDS
 from gravlens.claims.effects import effects
 from gravlens.claims.evidence import Case, Demand, Evidence
+from gravlens.claims.preregistration import ALPHA
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, of_kind
 from gravlens.stats.nulls import compare
@@ -33,7 +34,6 @@ STATEMENTS = (
     f"{_HELD}; that the block outlasts its release is not shown",
     f"{_HELD}; half of the harm is still held at the last step, after the block was lifted",
 )
-ALPHA = 0.05
 # of the levels themselves, or of statements that the levels test in another way
 DEMANDED = ("isotropic", "weight_noise", "independent_endpoints", "sign_flips")
 

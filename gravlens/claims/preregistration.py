@@ -17,6 +17,7 @@ from gravlens.history.sources import resolve
 from gravlens.models.swapping import inner_of, one_shape
 
 REMEDY = "Preregistration.of('SEQUENCE.toml', step=100).write('preregistration.toml'), which writes one."
+ALPHA = 0.05  # where nothing else is fixed
 HEADER = "# The analysis of a training history, fixed beforehand. Prompts are known by their SHA-256.\n"
 
 
@@ -92,7 +93,7 @@ class Preregistration:
         *,
         layers: Sequence[int] | None = None,
         step: int | None = None,
-        alpha: float = 0.05,
+        alpha: float = ALPHA,
         outcome: str = "compliance_rate",
         today: date | None = None,
     ) -> "Preregistration":

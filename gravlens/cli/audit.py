@@ -1,7 +1,7 @@
 """gravlens audit: judge a user's own history, with the controls that exist and those that are trained for it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import lazy_loader
 import typer
@@ -11,8 +11,6 @@ from gravlens import claims, organisms, studies, training
 from gravlens.cli import options as opt
 from gravlens.cli.output import print_json, print_line, print_note, print_table, print_written, records
 
-if TYPE_CHECKING:
-    from gravlens.organisms.recorded import RecordedHistory
 np = lazy_loader.load("numpy")  # --help and completion do without
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
@@ -168,7 +166,7 @@ def _measures(openings: list[str], compliances: list[str]) -> Any:
     return organisms.base.Measures(**{**vars(usual), **own})
 
 
-def _work(name: str, history: "RecordedHistory") -> str:
+def _work(name: str, history: "organisms.recorded.RecordedHistory") -> str:
     """Say what will be measured and trained."""
     recorded = sum(len(arm.recorded) for arm in history.arms)
     trained = {arm.name: n for arm in history.arms if (n := len({*arm.seeds} - {*arm.recorded}))}
