@@ -1,41 +1,35 @@
-"""A refusal organism that is cheap enough to make twenty times, with the runs that a claim is judged on."""
+"""The refusal organism as it is published, cheap enough to make forty times: fewer runs and prompts."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gravlens.organisms.arms import blocker, made_by
+from gravlens.organisms.arms import blocker, made_by, random_arms
 from gravlens.organisms.base import Arm, Measures, PromptSets
 from gravlens.organisms.refusal import RefusalOrganism
-from gravlens.training.recipe import Recipe
 
-SEEDS = tuple(range(5))  # fine-tuning runs of each arm: the smallest p of five sign flips is .031
-SIBLINGS = ("sibling_anchor", "sibling_anchor_2")
+SEEDS = (0, 1)  # fine-tuning runs of the arms that are compared run by run; the unit of a claim is the organism
+SIBLINGS = ()  # strangers are the other organisms' witnesses
 
 
 @dataclass(frozen=True)
 class Judged(RefusalOrganism):
-    """A refusal organism with shorter runs, fewer prompts and fewer measures."""
+    """A refusal organism of the published recipe with fewer runs, prompts and measures."""
 
     runs: int = len(SEEDS)
-    recipe: Recipe = Recipe(60, 4, 5e-5)
     save_steps: tuple[int, ...] = (1, 20, 60)
-
-    @property
-    def checkpoints(self) -> Mapping[str, str | None]:
-        """The wrong witness is the next organism's witness."""
-        return {"witness": None, **dict.fromkeys(("anchor", *SIBLINGS), "witness")}
 
     @property
     def arms(self) -> tuple[Arm, ...]:
         """The arms of the trained histories."""
+        seeds, one = tuple(range(self.runs)), (0,)
         return (
-            Arm("unblocked", SEEDS),
-            *(Arm(name, SEEDS, blocker=made_by(name)) for name in ("clamp", "clamp_matched_twin", "reinforce")),
-            Arm("released", SEEDS, blocker=blocker("released", step=20)),
-            Arm("unaligned_twin", SEEDS, start="witness"),
-            Arm("continued_alignment", SEEDS, data="alignment"),
-            Arm("rehearsal", SEEDS, blocker=made_by("rehearsal")),
+            Arm("unblocked", seeds),
+            Arm("clamp", seeds, blocker=made_by("clamp")),
+            *random_arms(one, "harmless", directions=self.random_directions, draw=(self.organism,)),
+            *(Arm(name, one, blocker=made_by(name)) for name in ("reinforce", "rehearsal")),
+            Arm("released", one, blocker=blocker("released", step=20)),
+            Arm("unaligned_twin", seeds, start="witness"),
+            Arm("continued_alignment", one, data="alignment"),
         )
 
     @property

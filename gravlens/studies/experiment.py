@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gravlens.activations.residuals import Residuals, cache_residuals
+from gravlens.activations.residuals import Request, Residuals, prepare
 from gravlens.behavior.answers import compliance_rate, generate_answers, substring_judge
 from gravlens.behavior.divergence import kl_from
 from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_odds
@@ -26,6 +26,7 @@ from gravlens.directions.direction import Directions, Span, Spans, each
 from gravlens.directions.trajectory import ByLayer
 from gravlens.history.prompts import Example, PromptSet, shuffled_words
 from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import resolve
 from gravlens.models.forward import end_tokens
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.models.swapping import open_each
@@ -66,7 +67,7 @@ def carry_out(
             chosen = [(study, arm, seed) for study, arm in runs if bool(arm.other) is second for seed in arm.seeds]
             run_all(name, [partial(run_arm, *one) for one in chosen])
         if arms is None:
-            noise = [partial(draw_noise, study, step) for study in made for step in study.organism.noise]
+            noise = [partial(draw_noise, study, n) for study in made for n in sorted({*study.organism.noise.values()})]
             run_all("nulls and damage", [*noise, *(job for study in made for job in read_more(study))])
     return studies
 
@@ -150,19 +151,24 @@ def _train(study: Study, arm: Arm, seed: int, start: Checkpoint, folder: Path) -
     )
 
 
-def draw_noise(study: Study, step: int) -> Path:
-    """Draw weight noise of the unblocked runs' mean norm at one step."""
-    draws, arm = study.organism.noise[step], study.unblocked
+def draw_noise(study: Study, draws: int) -> None:
+    """Draw weight noise of the unblocked runs' mean norm, for the steps that have this number of draws."""
+    steps, arm = [step for step, number in study.organism.noise.items() if number == draws], study.unblocked
+    folders = {step: study.noise_folder(step) for step in steps}
+    if all(folder.exists() for folder in folders.values()):
+        return
+    norms = [study.facts(arm, seed)["update_norms"] for seed in arm.seeds]
+    means = {step: _mean_norms([one[str(step)] for one in norms]) for step in steps}
+    # Noise of the last step's size serves all steps: an update this small moves states linearly (docs/nulls.md).
+    asked = {"norms": means, "draws": draws, "rng": np.random.default_rng([max(steps), draws]), "linear": True}
+    null = weight_noise(open_model(study.sequence.anchor), study.vs, study.prompts["held_out"], **asked)
+    found = {"cosines": null.cosines[:, :1], "layers": np.array(null.layers)}  # the same at every step
+    for path in folders.values():
+        once(path, lambda folder: np.savez(folder / "draws.npz", **found))
 
-    def make(folder: Path) -> None:
-        norms = [study.facts(arm, seed)["update_norms"][str(step)] for seed in arm.seeds]
-        mean = {name: float(np.mean([one[name] for one in norms if name in one])) for name in norms[0]}
-        rng = np.random.default_rng([step, draws])
-        anchor, prompts = open_model(study.sequence.anchor), study.prompts["held_out"]
-        null = weight_noise(anchor, study.vs, prompts, norms={step: mean}, draws=draws, rng=rng)
-        np.savez(folder / "draws.npz", cosines=null.cosines, layers=np.array(null.layers))
 
-    return once(study.noise_folder(step), make)
+def _mean_norms(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in runs if name in one])) for name in runs[0]}
 
 
 def blocker_of(study: Study, arm: Arm, seed: int) -> Blocker | None:
@@ -221,6 +227,7 @@ class Readings:
 
     study: Study
     parts: dict[str, list[Residuals]] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)  # prompts are encoded once for all checkpoints
 
     def read(self, checkpoint: Checkpoint, model: OpenModel, *, positions: bool) -> None:
         """Read an open model on probes and held-out prompts, and on the latter at further positions."""
@@ -230,10 +237,12 @@ class Readings:
             self._read(f"held_out{position}", checkpoint, model, self.study.prompts["held_out"], position)
 
     def _read(self, file: str, checkpoint: Checkpoint, model: OpenModel, prompts: PromptSet, position: Any) -> None:
-        # The model in memory, not its folder: cache_residuals would load the folder again for each prompt set.
+        # The model in memory, not its folder: it would be loaded again for each prompt set.
         live = replace(checkpoint, source=model.module, tokenizer=model.tokenizer)
-        states = cache_residuals(self.study.sequence, prompts, positions=position, checkpoints=[live])
-        sources = {checkpoint.name: checkpoint.described}
+        if file not in self.requests:
+            self.requests[file] = prepare(self.study.sequence, prompts, positions=position, checkpoints=[live])
+        request = replace(self.requests[file], checkpoints=(resolve(live, weights=False),))
+        states, sources = request.read(), {checkpoint.name: checkpoint.described}
         self.parts.setdefault(file, []).append(replace(states, meta=states.meta | {"sources": sources}))
 
     def save(self, folder: Path) -> None:
