@@ -31,11 +31,11 @@ from gravlens.directions.vrev import locate_vrev
 from gravlens.history.encoding import encode
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
-from gravlens.interventions.effects import Effect
+from gravlens.interventions.effects import Effect, causal_effect
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts, probe_prompts
-from gravlens.studies.ablation import Ablation, ablate_each
+from gravlens.studies.ablation import Ablation, each_and_all
 
 WIDTH, LAYERS, PLANTED_AT = 48, 3, 0
 OPENING = "sorry"
@@ -122,15 +122,8 @@ def judged(kind: str, trials: int, n_random: int) -> Iterator[dict[str, Any]]:
         one = history(trial) if kind == "v_rev" else one
         rng = np.random.default_rng([trial, len(kind)])
         directions = directions_of(kind, one, rng)
-        effect = ablate_each(
-            one.tuned,
-            directions,
-            score=opening_log_odds,
-            prompts=PROMPTS,
-            n_random=n_random,
-            states=one.states,
-            rng=rng,
-        )
+        ask: dict[str, Any] = {"score": opening_log_odds, "prompts": PROMPTS, "n_random": n_random, "rng": rng}
+        effect = causal_effect(one.tuned, each_and_all(directions), states=one.states, **ask)
         found = Ablation(effect.table, effect.largest(rng=rng), "tuned", one.anchor)
         p = float(found.best["p_largest"])
         yield {"in_place": kind, "comes_back": found.comes_back, "p_at_most_5": p <= 0.05, "own_row": own_row(effect)}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import gravlens as gl
-from gravlens import activations, core, plot, studies
+from gravlens import activations, core, studies
 from gravlens.cli import options as opt
 from gravlens.cli.output import print_json, print_table, print_written, records
 
@@ -141,18 +141,19 @@ def trajectory(
     """
     history = gl.ModelSequence.from_toml(sequence)
     if mean:
-        studies.inspection.check_same_steps(history)
+        steps = {run: [checkpoint.step for checkpoint in saved] for run, saved in history.runs.items()}
+        gl.directions.trajectory.check_same_steps(steps)
     where = gl.Placement(device, dtype, keep=keep or None)
     # Directions are estimated on the probes only; held-out prompts show whether the drift is the probes' own.
     asked, read = studies.inputs.followed_on(history, opt.asked(prompts, column)), gl.cache_residuals
     sets = [read(history, one, layers=layer or None, placement=where, store=store) for one in asked]
     vs = studies.inputs.located(sets[0], layer)
     followed = gl.follow(sets, vs)
-    rows = studies.inspection.beside_random_drifts(followed, vs)
+    rows = gl.nulls.beside_random_drifts(followed, vs)
     written = [] if out is None else [core.files.write_table(out, followed.table)]
     if figure is not None:
         shown = {"nulls": rows, "prompts": rows["prompts"].iloc[0], "mean": mean}
-        written += plot.style.save_figure(plot.lines.plot_alignment(followed, **shown), figure)
+        written += gl.plot.save_figure(gl.plot_alignment(followed, **shown), figure)
     _print_runs(rows, followed.summary() if mean else None, list(followed.layers_in_mean), json)
     for path in written:
         print_written(path, json)

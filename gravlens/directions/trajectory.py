@@ -24,7 +24,6 @@ from gravlens.activations.residuals import (
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, of_kind
 from gravlens.directions.direction import Direction, Directions
-from gravlens.history.encoding import KWARGS
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.models.placement import Placement
@@ -37,7 +36,7 @@ AXES = ("run", "prompts", "step", "layer")
 READ_ALIKE = {
     "positions": "cache_residuals(…, positions=…) with those of the directions.",
     "chat_template": "one sequence for both, or chat_template = … in SEQUENCE.toml.",
-    KWARGS: "the same chat_template_kwargs for both, in the tokenizer or SEQUENCE.toml.",
+    "chat_template_kwargs": "the same chat_template_kwargs for both, in the tokenizer or SEQUENCE.toml.",
 }
 
 
@@ -277,7 +276,7 @@ def _read_as(facts: Mapping[str, Any]) -> dict[str, str]:
     if known.get("positions") == "last":
         known["positions"] = -1
     if "chat_template" in known:
-        known.setdefault(KWARGS, {})  # left out where there are none
+        known.setdefault("chat_template_kwargs", {})  # left out where there are none
     return {fact: json.dumps(value, sort_keys=True, default=str) for fact, value in known.items()}
 
 
@@ -287,6 +286,16 @@ def runs_of(residuals: Residuals) -> dict[str, tuple[int, ...]]:
         given = f"These residuals hold no run ({', '.join(residuals.checkpoints)})."
         raise GravlensError(given, "A drift needs a run.", 'runs={"seed0": "ft/checkpoint-*"} in the sequence.')
     return residuals.runs
+
+
+def check_same_steps(runs: Mapping[str, Sequence[int | None]]) -> None:
+    """GravlensError where runs (run -> steps) have different steps, and so no mean over runs at each."""
+    if len({tuple(steps) for steps in runs.values()}) > 1:
+        given = (
+            f"The runs have different steps ({'; '.join(f'{run}: {html.listed(own)}' for run, own in runs.items())})."
+        )
+        wanted = "A mean over runs is over the same runs at every step."
+        raise GravlensError(given, wanted, "each run by itself (no --mean), or runs saved at the same steps.")
 
 
 def mean_state(residuals: Residuals, checkpoint: str, layers: Sequence[int]) -> Float[np.ndarray, "layer d_model"]:

@@ -1,7 +1,7 @@
 """Null distributions of the alignment: a null is a function that returns draws; `compare` gives p-values of runs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -253,6 +253,21 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
     over = draws.sel(layer=list(trajectory.layers_in_mean)).mean("layer", skipna=False)
     each = [draws.sel(step=step, layer=layer) for step, layer in zip(rows.step, rows.layer, strict=True)]
     return ByLayer(_compared(rows, each), _compared(means, [over.sel(step=step) for step in means.step]))
+
+
+def beside_random_drifts(trajectory: Trajectory, directions: Directions, *, draws: int = 20_000) -> pd.DataFrame:
+    """Compare every run at every step with `isotropic` drifts, mean over layers; draws are seeded with 0.
+
+    Held-out prompts if there are any. Returns the columns of `compare`, `fraction`, `judged` and `prompts`.
+    """
+    prompts = "held_out" if "held_out" in trajectory.data["prompts"] else "given"
+    steps = tuple(map(int, trajectory.data["step"].values))
+    null = isotropic(directions, steps=steps[:1], draws=draws, rng=np.random.default_rng(0))
+    # random drifts know no steps: the same draws serve all of them
+    cosines = np.broadcast_to(null.cosines, (draws, len(steps), len(null.layers)))
+    found = compare(trajectory, replace(null, cosines=cosines, steps=steps), prompts=prompts).layer_mean
+    columns = ["run", "step", "fraction", "judged", "prompts"]
+    return found.merge(rows_on(trajectory.layer_mean, prompts)[columns], on=["run", "step"])
 
 
 def _compared(rows: pd.DataFrame, draws: Sequence[xarray.DataArray]) -> pd.DataFrame:
