@@ -10,12 +10,12 @@ import gravlens as gl
 from gravlens import claims, organisms, studies, training
 from gravlens.cli import options as opt
 from gravlens.cli.output import print_json, print_line, print_note, print_table, print_written, records
+from gravlens.cli.verdict import print_verdict
 
 np = lazy_loader.load("numpy")  # --help and completion do without
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
 QUICK = {"draws": 19, "max_prompts": 32}  # 19 draws are the least with which p = .05 can be reached
-FULL = {"draws": 199}
 SEQUENCES = Annotated[
     list[Path],
     typer.Argument(
@@ -91,7 +91,7 @@ def audit(
     openings: opt.OPENINGS = [],  # noqa: B006
     compliances: opt.COMPLIANCES = [],  # noqa: B006
     quick: Annotated[bool, opt.flag("--quick", "19 draws of weight noise, at most 32 prompts of each kind.")] = False,
-    full: Annotated[bool, opt.flag("--full", "199 draws of weight noise, whatever the model's size.")] = False,
+    full: Annotated[bool, opt.flag("--full", "Print every table, not only the verdict.")] = False,
     plan: PLAN = False,
     preregister: PREREGISTER = None,
     preregistration: PREREGISTRATION = None,
@@ -103,8 +103,6 @@ def audit(
     Runs that exist are measured as they are; no weights are copied or changed. What --make names is trained on your
     data. Complete parts are cached (see GRAVLENS_CACHE) and reused, so an interrupted command resumes.
     """
-    if quick and full:
-        raise gl.GravlensError("Both --quick and --full were given.", "They exclude each other.", "only one of them.")
     sequences = _by_name(sequence)
     if plan or preregister is not None:
         _prepare(sequences, tuple(layer), preregister, plan, json)
@@ -115,7 +113,7 @@ def audit(
         **{"layers": tuple(layer) or (fixed.layers if fixed else ()), "runs": runs, "directions": directions},
         **{"measures": _measures(openings, compliances), "same_recipe": learning_rate is not None},
         "recipe": training.finetune.Recipe(steps, batch, learning_rate or 2e-5, 0.0, lora=lora or None),
-        **(QUICK if quick else FULL if full else {}),
+        **(QUICK if quick else {}),
     }
     histories = {name: organisms.recorded.RecordedHistory(one, **options) for name, one in sequences.items()}
     for name, history in histories.items():
@@ -124,7 +122,7 @@ def audit(
     if json:
         print_json(results)
     else:
-        _print(results)
+        print_verdict(results, full=full)
     (print_note if json else print_line)(f"Report: {out / 'report.html'}   data: {out / 'results.json'}")
 
 
@@ -173,18 +171,3 @@ def _work(name: str, history: "organisms.recorded.RecordedHistory") -> str:
     more = f", trains {sum(trained.values())} ({', '.join(trained)})" if trained else ""
     at = f"steps {', '.join(map(str, history.save_steps))}"
     return f"{name}: measures {recorded} recorded runs at {at}{more}; {history.draws} draws of weight noise"
-
-
-def _print(results: dict[str, Any]) -> None:
-    words = {True: "yes", False: "NO", None: "not run"}
-    rows = [
-        (claim["organism"], demand["level"], demand["name"], words[demand["holds"]], demand["figures"])
-        for claim in results["claims"]
-        for demand in claim["demands"]
-    ]
-    print_table(("history", "level", "criterion", "holds", "figures"), rows, title="criteria of each claim level")
-    columns = {"organism": "history", "control": "missing", "what": "what it is", "level": "level", "how": "to get it"}
-    lacking = [tuple(row[key] for key in columns) for row in results["missing"]]
-    print_table([*columns.values()], lacking, title="what is missing for higher levels", wide=True)
-    for claim in results["claims"]:
-        print_line(f"\n{claim['organism']}, claim level {claim['level']} of 5: {claim['sentence']}")

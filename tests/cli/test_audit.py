@@ -18,7 +18,9 @@ from gravlens.studies import audit as studied
 CLAIM = {
     "organism": "SEQUENCE",
     "level": 1,
-    "sentence": "Alignment is observed.",
+    "statement": "Alignment is observed.",
+    "setting": "α = 0.05.",
+    "sentence": "Alignment is observed. α = 0.05.",
     "demands": [{"level": 2, "name": "above weight noise", "holds": None, "figures": "not run"}],
 }
 
@@ -61,7 +63,7 @@ def test_the_recorded_runs_are_judged_and_what_is_missing_is_said(history: Path,
         "workers": None,
         "preregistration": None,
     }
-    assert "claim level 1 of 5: Alignment is observed." in result.stdout and "--make twins" in result.stdout
+    assert "Level 1 of 5. Alignment is observed." in result.stdout and "missing: twins (level 3)" in result.stdout
     assert "measures 1 recorded runs at steps 5, 20" in result.stderr
 
 
@@ -98,8 +100,8 @@ def test_histories_are_named_by_their_files_or_folders(history: Path, asked: dic
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
     for chosen, names in ((files[:2], ["one", "two"]), (files[1:], ["S", "other"])):
-        assert gravlens("audit", *chosen, "--out", tmp_path / "results", "--full").exit_code == 0
-        assert [*asked["histories"]] == names and asked["histories"][names[0]].draws == 199
+        assert gravlens("audit", *chosen, "--out", tmp_path / "results").exit_code == 0
+        assert [*asked["histories"]] == names
 
 
 def test_a_preregistration_is_written_and_held_against(history: Path, asked: dict[str, Any], tmp_path: Path) -> None:
@@ -122,7 +124,6 @@ def test_a_plan_measures_nothing(history: Path, asked: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--quick", "--full"], "exclude each other"),
         (["--make", "twins"], "--data FILE"),
         (["--make", "strangers"], "several SEQUENCE files"),
         (["--make", "everything"], "'everything' cannot be trained"),
