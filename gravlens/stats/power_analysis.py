@@ -116,7 +116,9 @@ def _measured(
     if controls is not None:
         others = controls[controls.control.str.startswith("stranger") | (controls.control == "wrong_witness")]
         means = others.groupby(["organism", "control"]).alignment_final.mean()
-        yield from (("strangers", means.mean()), ("strangers_sd", means.std()))
+        # "stranger" is a mean over several, which spreads less than they do
+        single = means[means.index.get_level_values("control") != "stranger"]
+        yield from (("strangers", means.mean()), ("strangers_sd", single.std()))
         yield from zip(("closure", "closure_sd"), _spreads(controls, "closure_final")[:2], strict=True)
     if nulls_layer_mean is not None:
         noise = nulls_layer_mean[nulls_layer_mean.null == "weight_noise"]

@@ -264,6 +264,14 @@ def test_a_pilot_replaces_what_it_measured(tmp_path: Path) -> None:
     assert Effects.from_results(tmp_path / "results.json") == found
 
 
+def test_a_mean_over_strangers_does_not_pass_for_one_stranger(tmp_path: Path) -> None:
+    controls = pd.read_csv(pilot(tmp_path) / "controls.csv")
+    controls.replace("wrong_witness", "stranger").to_csv(tmp_path / "controls.csv", index=False)
+    found = Effects.from_results(tmp_path)
+    assert found.strangers == pytest.approx(0.2) and found.strangers_sd == Effects().strangers_sd
+    assert "strangers_sd" not in found.source
+
+
 def test_a_pilot_of_one_anchor_has_no_spread_between_anchors(tmp_path: Path) -> None:
     pilot(tmp_path)
     arms = pd.read_csv(tmp_path / "arms.csv")
