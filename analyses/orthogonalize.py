@@ -2,9 +2,9 @@
 
 Does orthogonalizing the fine-tuned model's weights against v_rev bring refusal back? v_rev of one layer is located on
 the sequence's probes and removed from every matrix and bias that writes to the residual stream; the new checkpoint is
-saved as an ordinary Hugging Face folder. The refusal log-odds is measured on the held-out prompts before and after;
-random directions, removed in the same way, are the control. Writes model/, orthogonalize.csv and orthogonalize.png; an
-existing model/ is verified and reused.
+saved as an ordinary Hugging Face folder. The refusal log-odds is measured on the held-out prompts before and after.
+The control is random directions with the covariance of the anchor's states, removed in the same way. Writes model/,
+orthogonalize.csv and orthogonalize.png; an existing model/ is verified and reused.
 """
 
 from pathlib import Path
@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from gravlens.behavior.scores import Score
 from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, N_RANDOM, OPENINGS, PROMPTS, SEQUENCE
 from gravlens.cli.output import Script, write_effect
 from gravlens.core.errors import GravlensError
-from gravlens.directions.direction import Direction, Directions
+from gravlens.directions.direction import Direction
 from gravlens.directions.subspaces import random_like
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import PromptSet
@@ -29,7 +30,7 @@ from gravlens.interventions.effects import crossings, name_of, summarise
 from gravlens.interventions.orthogonalization import orthogonalize, orthogonalized
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.studies.ablation import described
-from gravlens.studies.inputs import checkpoint_of, opened, prompts_of, score_of
+from gravlens.studies.inputs import checkpoint_of, ends, opened, prompts_of, score_of
 
 SAME_WITHIN = 1e-4
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -52,12 +53,14 @@ def main(
     """Does orthogonalizing the fine-tuned model's weights against v_rev bring refusal back?"""
     history = ModelSequence.from_toml(sequence)
     tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-    score, direction = score_of(openings, compliances), locate_vrev(history, layer=layer)
+    score, states = score_of(openings, compliances), ends(history, layers=[layer])
+    direction = locate_vrev(states, layer=layer)
     anchor = float(score(opened(history, history.anchor), asked).mean())
     model = opened(history, tuned)
     folder = made(model, direction, out / "model")
     after = open_model(folder, tokenizer=model.tokenizer)
-    table = measure(model, after, direction, score=score, prompts=asked, n_random=n_random)
+    cloud = states.of("anchor")
+    table = measure(model, after, direction, score=score, prompts=asked, n_random=n_random, states=cloud)
     write_effect(table, out / "orthogonalize")
     typer.echo(f"{tuned.name}, {len(asked)} prompts; {table.attrs['score']} of the anchor: {anchor:+.2f}")
     typer.echo(f"{summary(table, anchor)}\nthe checkpoint without v_rev: {folder}")
@@ -86,13 +89,20 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def measure(
-    before: OpenModel, after: OpenModel, direction: Direction, *, score: Score, prompts: PromptSet, n_random: int
+    before: OpenModel,
+    after: OpenModel,
+    direction: Direction,
+    *,
+    score: Score,
+    prompts: PromptSet,
+    n_random: int,
+    states: Float[np.ndarray, "prompt 1 d_model"],
 ) -> pd.DataFrame:
     """Return one row as of `causal_effect`: before, after, and random directions of the same layer."""
     baseline, rng = score(before, prompts), np.random.default_rng(0)
     drawn = np.empty((n_random, len(baseline)))
     for draw in tqdm(range(n_random), "random directions", leave=False):
-        (twin,) = random_like(Directions((direction,)), rng=rng)
+        twin = random_like(direction, rng=rng, states=states)
         drawn[draw] = score(orthogonalized(before, twin), prompts) - baseline
     moved = score(after, prompts) - baseline
     numbers = {**summarise(moved, drawn.mean(1), rng=rng), **crossings(baseline, moved, drawn)}

@@ -2,7 +2,8 @@
 
 Does v_rev as a steering vector in the anchor remove refusal? v_rev is located on the sequence's probes and added at
 each layer alone, at several strengths (1 is the whole way from the anchor to the witness). The refusal log-odds is
-measured on the held-out prompts; random directions of the same length are the control. Writes steer_sweep.csv and
+measured on the held-out prompts; random directions of the same length, with the covariance of the anchor's states,
+are the control. The largest fall is tested as the largest of all layers and strengths. Writes steer_sweep.csv and
 steer_sweep.png.
 """
 
@@ -11,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 import typer
 
 from gravlens.cli.options import (
@@ -29,9 +29,9 @@ from gravlens.cli.options import (
 from gravlens.cli.output import Script, write_effect
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Steer
-from gravlens.interventions.effects import layerwise_effect
-from gravlens.studies.ablation import described
-from gravlens.studies.inputs import checkpoint_of, opened, prompts_of, score_of, vrev_of
+from gravlens.interventions.effects import Effect, layerwise_effect
+from gravlens.studies.ablation import LEVEL, described
+from gravlens.studies.inputs import checkpoint_of, ends, located, opened, prompts_of, score_of
 
 STRENGTHS = [0.25, 0.5, 1.0, 2.0]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -56,13 +56,15 @@ def main(
     """Does v_rev as a steering vector in the anchor remove refusal?"""
     history = ModelSequence.from_toml(sequence)
     steered, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-    score, directions = score_of(openings, compliances), vrev_of(history, chosen_layers(layer, all_layers))
+    score, layers = score_of(openings, compliances), chosen_layers(layer, all_layers)
+    states = ends(history, layers=layers)
     witness = float(score(opened(history, history.witness), asked).mean())
     model = opened(history, steered)
-    table = layerwise_effect(model, directions, steers(strength), score=score, prompts=asked, n_random=n_random).table
-    write_effect(table, out / "steer_sweep")
-    typer.echo(f"{steered.name}, {len(asked)} prompts; {table.attrs['score']} of the witness: {witness:+.2f}")
-    typer.echo(summary(table))
+    ask = {"score": score, "prompts": asked, "n_random": n_random, "states": states}
+    effect = layerwise_effect(model, located(states, layers).defined(), steers(strength), **ask)
+    write_effect(effect.table, out / "steer_sweep")
+    typer.echo(f"{steered.name}, {len(asked)} prompts; {effect.table.attrs['score']} of the witness: {witness:+.2f}")
+    typer.echo(summary(effect))
 
 
 def steers(strengths: Sequence[float]) -> dict[str, partial[Steer]]:
@@ -70,11 +72,14 @@ def steers(strengths: Sequence[float]) -> dict[str, partial[Steer]]:
     return {f"strength {strength:g}": partial(Steer, strength=strength) for strength in strengths}
 
 
-def summary(table: pd.DataFrame) -> str:
-    """Describe the row with the largest decrease."""
-    row = table.sort_values("difference").iloc[0]
-    gone = "falls" if row["high"] < 0 and row["difference"] < row["random_low"] else "does not fall"
-    return f"largest fall of {len(table)}: {described(row)}\nrefusal {gone} beyond random directions"
+def summary(effect: Effect) -> str:
+    """Describe the largest decrease, tested against the largest of each random draw."""
+    row, n = effect.largest(sign=-1), len(effect.table)
+    gone = "falls" if row["high"] < 0 and row["p_largest"] <= LEVEL else "does not fall"
+    return (
+        f"largest fall of {n}: {described(row)}\nrefusal {gone} beyond random directions: p = {row['p_largest']:.3f} "
+        f"for the largest fall of {n} against that of each of {row['n_random']} random directions"
+    )
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def ablate(
     """Test whether ablating v_rev in a fine-tuned checkpoint restores refusal more than random directions do.
 
     v_rev is located on the probes, then ablated at each layer separately and at all layers together; the table shows
-    the mean refusal log-odds (columns: docs/effects.md).
+    the mean refusal log-odds (columns: docs/effects.md). The verdict compares the largest rise with the largest rise of
+    each random draw over the same rows.
     """
     layers = opt.chosen_layers(layer, all_layers)  # before the sequence is read: a wrong option fails at once
     history = gl.ModelSequence.from_toml(sequence)
@@ -130,7 +131,8 @@ def _words(found: Any) -> str:
 
 def _told(found: Any) -> dict[str, Any]:
     facts = {"checkpoint": found.checkpoint, "score": found.table.attrs["score"], "anchor": found.anchor}
-    return {**facts, "comes_back": found.comes_back, "share": found.share, "rows": records(found.table)}
+    (best,) = records(found.best.to_frame().T)
+    return {**facts, "comes_back": found.comes_back, "share": found.share, "best": best, "rows": records(found.table)}
 
 
 @commands.command(**opt.described(PANEL, "gravlens block SEQUENCE.toml --data harmless.jsonl --out ft --steps 50"))

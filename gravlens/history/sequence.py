@@ -15,7 +15,7 @@ from torch import nn
 
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
-from gravlens.history.controls import NO_CONTROLS, Controls, RandomClamp, read_controls
+from gravlens.history.controls import NO_CONTROLS, Controls, read_controls
 from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system, read_prompts
 from gravlens.history.weight_files import ADAPTER_CONFIG, STEP, read_headers, trained_steps
@@ -457,11 +457,10 @@ def _read_sequence_file(path: Path) -> dict[str, Any]:
             options = {"role": _role_of(key), **table[key]}
             table[key] = read_prompts(here / os.path.expanduser(options.pop("file")), **options)
     table["runs"] = {name: _run_seen_from(here, run) for name, run in table.get("runs", {}).items()}
-    controls = read_controls(path, table.get("controls", {})).mapped(
+    table["controls"] = read_controls(path, table.get("controls", {})).mapped(
         lambda _, source: existing(source, here), lambda _name, run, _start: Run(**_run_seen_from(here, run))
     )
-    random = {n: RandomClamp(here / os.path.expanduser(r.directions), r.runs) for n, r in controls.random.items()}
-    return {**table, "controls": replace(controls, random=random)}
+    return table
 
 
 def _read(path: Path) -> dict[str, Any]:

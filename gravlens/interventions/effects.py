@@ -1,24 +1,25 @@
 """Causal effects of interventions on a score: paired over prompts, against random directions of the same length."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import sha256
-from typing import Any, TypeAlias
+from itertools import count
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
 import scipy
 from jaxtyping import Float
 
-from gravlens.activations.residuals import Residuals
+from gravlens.activations.residuals import Residuals, read_residuals
 from gravlens.behavior.scores import Score
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError, as_list, wrong_kind
+from gravlens.core.errors import GravlensError, as_list, check_layer, of_kind, wrong_kind
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspaces, each
 from gravlens.directions.subspaces import random_like
+from gravlens.history.encoding import encode, prompts_digest
 from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Ablate, Intervention, Steer, check_intervention
 from gravlens.interventions.hooks import intervene
@@ -29,6 +30,8 @@ __all__ = ["DoseResponse", "Effect", "dose_response", "layerwise_effect", "measu
 
 Condition: TypeAlias = Intervention | Sequence[Intervention]
 Make: TypeAlias = Callable[[Any], Intervention]
+Matching: TypeAlias = Residuals | Literal["isotropic"] | None  # what random directions are drawn from
+Clouds: TypeAlias = Mapping[int, Float[np.ndarray, "prompt d_model"]]  # layer -> centred states
 N_BOOTSTRAP = 2000
 
 
@@ -53,6 +56,37 @@ class Effect:
     differences: Mapping[str, Float[np.ndarray, " prompt"]]
     baseline: Float[np.ndarray, " prompt"]
 
+    def largest(self, *, sign: Literal[1, -1] = 1, rng: np.random.Generator | None = None) -> pd.Series:
+        """Return the condition with the largest increase (sign −1: decrease), corrected for the choice.
+
+        Returns:
+            Its row of `table`, with `low`, `high` from a 95 % band that holds for all conditions at once (bootstrap
+            over prompts, max-t: Romano and Wolf 2005; rng: default seeded with 0), and `p_largest`, one-sided,
+            (1 + k)/(1 + n): the largest increase among the conditions, k of n draws reaching it in theirs.
+        """
+        # Draw i is one set of directions for all conditions, so its own largest is what chance alone would have named.
+        moved = sign * np.stack([self.differences[name] for name in self.differences])
+        random = sign * np.stack([self.random[name] for name in self.random])
+        at = int(moved.mean(1).argmax())
+        row = self.table.iloc[at].copy()
+        row["low"], row["high"] = sorted(sign * bound for bound in _band(moved, rng or np.random.default_rng(0))[:, at])
+        reached = int((random.max(0) >= moved[at].mean()).sum())
+        row["p_largest"] = (1 + reached) / (1 + random.shape[1]) if random.shape[1] else float("nan")
+        return row
+
+    def contrast(self, one: str, other: str, *, rng: np.random.Generator | None = None) -> pd.Series:
+        """Return the effect of one condition minus another's, paired over prompts and random draws.
+
+        Fields as in `table`: `difference` with its 95 % bootstrap interval, `p_random` (two-sided) and the random range
+        of the same contrast. GravlensError for an unknown condition.
+        """
+        for name in (one, other):
+            if name not in self.differences:
+                given, known = f"There is no condition {name!r}.", ", ".join(self.differences)
+                raise GravlensError(given, f"Conditions: {known}.", "one of these.")
+        pairs = (self.differences[one] - self.differences[other], self.random[one] - self.random[other])
+        return pd.Series(summarise(*pairs, rng=rng or np.random.default_rng(0)), name=f"{one} − {other}")
+
     def _repr_html_(self) -> str:
         return html.of_frame(_shown(self.table), title="Effect", notes=[f"score: {self.table.attrs.get('score')}"])
 
@@ -65,26 +99,28 @@ def causal_effect(
     prompts: PromptSet | Sequence[str],
     n_random: int = 20,
     rng: np.random.Generator | None = None,
-    states: Residuals | None = None,
+    states: Matching = None,
 ) -> Effect:
     """Measure the effect of interventions on a score, with random directions as controls (docs/effects.md).
 
     A control is the same intervention along random unit vectors (or random subspaces of the same rank), at the same
-    layers, distances and strengths. Draw i replaces a vector by the same random one in every layer and condition.
+    layers, distances and strengths. Draw i is one random mixture of the states for all layers and conditions, so its
+    vectors in neighbouring blocks are as alike as the states are.
 
     Args:
-        model: scored 1 + conditions · (1 + n_random) times on all prompts.
+        model: scored 1 + conditions · (1 + n_random) times on all prompts, and read once without `states`.
         conditions: name -> an intervention, or several that act together; a single intervention is named by its class.
         score: (model, prompts) -> one number per prompt, such as `refusal_log_odds`.
         prompts: held out: not those that the directions were estimated on.
         n_random: random draws per condition; the smallest p is 1/(1 + n_random).
         rng: for the draws and the bootstrap; default: seeded with 0.
-        states: of `anchor`, at the conditions' layers: draws then have their covariance over prompts (summed over the
-            layers that share a vector). Default: isotropic draws.
+        states: residuals with `anchor` at the conditions' layers: random directions have the covariance of its states
+            over prompts. Default: of this model's own states on these prompts, at the last prompt token.
+            `"isotropic"`: uniformly random directions, a weak control.
 
     Raises:
-        GravlensError: no condition, a score that is not one finite number per prompt, states without one of the layers
-            or of too low a rank for a subspace, or what `intervene` raises.
+        GravlensError: no condition, a score that is not one finite number per prompt, states that do not vary, without
+            one of the layers or of too low a rank for a subspace, or what `intervene` raises.
     """
     conditions = by_name(conditions)
     opened, prompts = open_model(model), PromptSet.of(prompts)
@@ -92,6 +128,7 @@ def causal_effect(
     measure = partial(_scores, opened, score, prompts)
     seeds = rng.integers(2**63, size=n_random)  # shared by the conditions: their controls are paired
     baseline = measure(())
+    twin = _twins_of(conditions, _clouds(states, opened, prompts, conditions) if n_random else None)
     rows, random, differences = [], {}, {}
     with progress("effects", total=len(conditions) * (1 + n_random), unit="scoring") as bar:
         for name, condition in conditions.items():
@@ -100,7 +137,7 @@ def causal_effect(
             bar.update()
             drawn = np.empty((n_random, len(baseline)))
             for draw, seed in enumerate(seeds):
-                drawn[draw] = measure(_random_twin(together, int(seed), states)) - baseline
+                drawn[draw] = measure(twin(together, int(seed))) - baseline
                 bar.update()
             random[name] = drawn.mean(1)
             numbers = summarise(differences[name], random[name], rng=rng) | crossings(
@@ -109,7 +146,7 @@ def causal_effect(
             rows.append({"condition": name, "layer": _layer(together), "baseline": baseline.mean(), **numbers})
     table = pd.DataFrame(rows).astype({"layer": "Int64"})  # nullable: <NA> for several layers
     table.insert(3, "with_intervention", table["baseline"] + table["difference"])
-    table["random_kind"] = "isotropic" if states is None else "covariance_matched"
+    table["random_kind"] = "isotropic" if isinstance(states, str) else "covariance_matched"
     table.attrs["score"] = name_of(score)
     return Effect(table, random, differences, baseline)
 
@@ -147,7 +184,7 @@ def layerwise_effect(
     score: Score,
     prompts: PromptSet | Sequence[str],
     n_random: int = 20,
-    states: Residuals | None = None,
+    states: Matching = None,
 ) -> Effect:
     """Sweep an intervention over layers, one layer at a time; draws are seeded with 0 (docs/effects.md).
 
@@ -174,13 +211,18 @@ class DoseResponse:
 
     Attributes:
         effect: its table has one row per strength, ascending, in a column `strength`.
+        slope: least-squares slope of the mean difference by strength, through 0 at strength 0, with `low`, `high` (95 %
+            bootstrap over prompts), `p_random` and the random range as in `Effect`.
         spearman: rank correlation of strength and mean score, strength 0 included; NaN for a constant score.
+        spearman_interval: its 95 % bootstrap interval over prompts.
         spearman_prompts: the same per prompt.
         spearman_random: the same per random draw; a draw keeps its directions at all strengths.
     """
 
     effect: Effect
+    slope: pd.Series
     spearman: float
+    spearman_interval: tuple[float, float]
     spearman_prompts: Float[np.ndarray, " prompt"]
     spearman_random: Float[np.ndarray, " draw"]
 
@@ -189,7 +231,12 @@ class DoseResponse:
         return self.effect.table
 
     def _repr_html_(self) -> str:
-        notes = [f"score: {self.table.attrs.get('score')}; Spearman with strength: {self.spearman:.3f}"]
+        slope, (low, high) = self.slope, self.spearman_interval
+        notes = [
+            f"score: {self.table.attrs.get('score')}; slope {slope['difference']:+.3f} per unit of strength "
+            f"[{slope['low']:+.3f}, {slope['high']:+.3f}]",
+            f"Spearman with strength: {self.spearman:.3f} [{low:.3f}, {high:.3f}]",
+        ]
         return html.of_frame(_shown(self.table), title="DoseResponse", notes=notes)
 
 
@@ -201,7 +248,7 @@ def dose_response(
     score: Score,
     prompts: PromptSet | Sequence[str],
     n_random: int = 20,
-    states: Residuals | None = None,
+    states: Matching = None,
 ) -> DoseResponse:
     """Steer at several strengths and compare the dose–response with that of random directions (docs/effects.md).
 
@@ -220,20 +267,37 @@ def dose_response(
         )
     conditions = {f"strength {dose:g}": Steer(directions, dose) for dose in doses}
     effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, states=states)
-    along_prompts = np.stack([effect.differences[name] for name in conditions])
+    along_prompts, random = (
+        np.stack([part[name] for name in conditions]) for part in (effect.differences, effect.random)
+    )
+    least_squares, rng = np.array(doses) / np.square(doses).sum(), np.random.default_rng(0)
     return DoseResponse(
         replace(effect, table=effect.table.assign(strength=doses)),
+        pd.Series(summarise(least_squares @ along_prompts, least_squares @ random, rng=rng), name="slope"),
         float(_spearman(doses, along_prompts.mean(1, keepdims=True))[0]),
+        _spearman_interval(doses, along_prompts, rng),
         _spearman(doses, along_prompts),
-        _spearman(doses, np.stack([effect.random[name] for name in conditions])),
+        _spearman(doses, random),
     )
+
+
+def _spearman_interval(
+    doses: Sequence[float], differences: Float[np.ndarray, "dose prompt"], rng: np.random.Generator
+) -> tuple[float, float]:
+    n = differences.shape[1]
+    if n < 2:
+        return float("nan"), float("nan")
+    drawn = _spearman(doses, differences @ rng.multinomial(n, np.full(n, 1 / n), size=N_BOOTSTRAP).T / n)
+    low, high = np.quantile(drawn, (0.025, 0.975)) if np.isfinite(drawn).all() else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def _spearman(doses: Sequence[float], differences: Float[np.ndarray, "dose n"]) -> Float[np.ndarray, " n"]:
     """Rank correlation of each column with the dose, including the baseline (difference 0 at dose 0)."""
-    doses, curves = [0.0, *doses], np.vstack([np.zeros(differences.shape[1]), differences])
-    # scipy warns of a constant curve.
-    return np.array([scipy.stats.spearmanr(doses, curve)[0] if np.ptp(curve) else np.nan for curve in curves.T])
+    doses, curves = np.array([0.0, *doses])[:, None], np.vstack([np.zeros(differences.shape[1]), differences])
+    x, y = (scipy.stats.rankdata(one, axis=0) - (len(doses) + 1) / 2 for one in (doses, curves))
+    with np.errstate(invalid="ignore"):  # a constant curve has none
+        return (x * y).sum(0) / np.sqrt((x**2).sum(0) * (y**2).sum(0))
 
 
 def _scores(
@@ -251,48 +315,100 @@ def _scores(
     return values
 
 
-def _random_twin(interventions: Sequence[Intervention], seed: int, states: Residuals | None) -> list[Intervention]:
-    """The same interventions along random spans at the same layers and distances, one twin per distinct span."""
-    spans = [span for one in interventions for span in each(one.directions)]
-    fresh: dict[bytes, Span] = {}
+def _twins_of(
+    conditions: Mapping[str, Condition], clouds: Clouds | None
+) -> Callable[[Sequence[Intervention], int], list[Intervention]]:
+    """(interventions, seed of a draw) -> the same interventions along random spans, at the same layers and distances.
 
-    def twin(span: Span) -> Span:
-        key = span.basis.tobytes()
-        if key not in fresh:
-            layers = dict.fromkeys(other.layer for other in spans if other.basis.tobytes() == key)
-            # Seeded by the span too, so that it has one twin in all conditions of a draw and they differ by their
-            # interventions alone; sha256, because Python's hash of bytes changes from process to process.
-            rng = np.random.default_rng([seed, int.from_bytes(sha256(key).digest())])
-            fresh[key] = _replacement(span, rng, _cloud(states, tuple(layers)))
-        return replace(fresh[key], layer=span.layer, distance=span.distance)
+    All layers and conditions of a draw share one mixture of the states. Different spans in one layer need mixtures of
+    their own, or their replacements would coincide: each gets the first number that is free in all its layers.
+    """
+    layers: dict[bytes, set[int]] = {}
+    for span in _spans_of(conditions):
+        layers.setdefault(span.basis.tobytes(), set()).add(span.layer)
+    number: dict[bytes, int] = {}
+    for key, own in layers.items():
+        taken = {number[other] for other in number if own & layers[other]}
+        number[key] = next(i for i in count() if i not in taken)
 
-    def twins(given: Span | Spans) -> Spans:
-        made: Any = tuple(map(twin, each(given)))
-        return Directions(made) if isinstance(given, Direction | Directions) else Subspaces(made)
+    def twins(interventions: Sequence[Intervention], seed: int) -> list[Intervention]:
+        shared: dict[bytes, list[int]] = {}
+        for span in _spans_of({"": interventions}):
+            shared.setdefault(span.basis.tobytes(), []).append(span.layer)
 
-    return [one.with_directions(twins(one.directions)) for one in interventions]
+        def twin(span: Span) -> Span:
+            key = span.basis.tobytes()
+            # A vector that acts at several layers is replaced by one vector, a mixture of these layers' summed states.
+            own = dict.fromkeys(shared[key])
+            cloud = None if clouds is None else np.sum([clouds[layer] for layer in own], axis=0)
+            return _replacement(span, np.random.default_rng([seed, number[key]]), cloud)
+
+        return [one.with_directions(_like(one.directions, map(twin, each(one.directions)))) for one in interventions]
+
+    return twins
 
 
-def _replacement(span: Span, rng: np.random.Generator, cloud: Float[np.ndarray, "n 1 d_model"] | None) -> Span:
-    twin = random_like(span, rng=rng, states=cloud)
+def _spans_of(conditions: Mapping[str, Condition]) -> list[Span]:
+    together = (one for condition in conditions.values() for one in as_list(condition))
+    return [span for one in together for span in each(one.directions)]
+
+
+def _like(given: Span | Spans, spans: Iterable[Span]) -> Spans:
+    made: Any = tuple(spans)
+    return Directions(made) if isinstance(given, Direction | Directions) else Subspaces(made)
+
+
+def _replacement(span: Span, rng: np.random.Generator, cloud: Float[np.ndarray, "prompt d_model"] | None) -> Span:
+    twin = random_like(span, rng=rng, states=None if cloud is None else cloud[:, None])
     if twin.basis.shape != span.basis.shape:
         given = f"States that span {len(twin.basis)} dimensions were given for a subspace of rank {len(span.basis)}."
         wanted = "A random subspace of the same rank needs the states of more prompts than its rank."
-        raise GravlensError(given, wanted, "states on more prompts, or states=None for isotropic controls.")
-    return twin
+        raise GravlensError(given, wanted, 'states on more prompts, or states="isotropic".')
+    return replace(twin, layer=span.layer, distance=span.distance)
 
 
-def _cloud(states: Residuals | None, layers: Sequence[int]) -> Float[np.ndarray, "n 1 d_model"] | None:
-    """The anchor's states at these layers, centred per layer and pooled: random vectors are drawn from them."""
-    if states is None:
-        return None
+def _clouds(
+    states: Matching, model: OpenModel, prompts: PromptSet, conditions: Mapping[str, Condition]
+) -> Clouds | None:
+    """The states that random directions are mixtures of, centred per layer; None for isotropic ones."""
+    if isinstance(states, str):
+        if states == "isotropic":
+            return None
+        given, wanted = f"states={states!r} was given.", 'Residuals, or "isotropic" for uniformly random directions.'
+        raise GravlensError(given, wanted, "states=cache_residuals(sequence), or leave it out.")
+    layers = sorted({span.layer for span in _spans_of(conditions)})
+    states = own_states(model, [prompts], layers) if states is None else states
+    of_kind(states, Residuals, "States are Residuals.", "states=cache_residuals(sequence), or leave it out.")
     if missing := [layer for layer in layers if layer not in states.layers]:
         given = f"The states do not contain layer {missing[0]}, only {list(states.layers)}."
-        raise GravlensError(
-            given, "Controls are drawn from states at their layers.", "cache_residuals(sequence, prompts)."
-        )
-    at = states.of("anchor")[:, [states.layers.index(layer) for layer in layers]].astype(np.float64)
-    return (at - at.mean(0)).reshape(-1, 1, at.shape[-1])
+        remedy = "cache_residuals(sequence, prompts)."
+        raise GravlensError(given, "Random directions are drawn from states at their layers.", remedy)
+    anchor = states.of("anchor")
+    if len(anchor) < 2:
+        given, wanted = "The states of one prompt were given.", "Random directions are drawn from how states vary."
+        raise GravlensError(given, wanted, 'states=cache_residuals(sequence) of the probes, or states="isotropic".')
+    at = {layer: anchor[:, states.layers.index(layer)].astype(np.float64) for layer in layers}
+    return {layer: one - one.mean(0) for layer, one in at.items()}
+
+
+def own_states(model: OpenModel, sets: Sequence[PromptSet], layers: Sequence[int]) -> Residuals:
+    """States of one open model at the last prompt token, all prompts in a row, in the role of `anchor`."""
+    ids = [one for prompts in sets for one in encode(model.tokenizer, prompts)]
+    values = read_residuals(model, ids, layers=[check_layer(layer, model.n_layers) for layer in layers]).numpy()
+    return Residuals(values[None], ("anchor",), tuple(layers), prompts_digest(ids))
+
+
+def _band(moved: Float[np.ndarray, "condition prompt"], rng: np.random.Generator) -> Float[np.ndarray, "2 condition"]:
+    """95 % band of the conditions' means, all at once: ± the same multiple of each one's standard error."""
+    n = moved.shape[1]
+    if n < 2:
+        return np.full((2, len(moved)), np.nan)
+    mean = moved.mean(1)
+    means = rng.multinomial(n, np.full(n, 1 / n), size=N_BOOTSTRAP) @ moved.T / n
+    error = means.std(0)
+    # a condition that moves all prompts alike has no error, and so its bounds are its mean
+    multiple = np.quantile(np.max(np.abs(means - mean) / np.where(error > 0, error, np.inf), axis=1), 0.95)
+    return np.stack([mean - multiple * error, mean + multiple * error])
 
 
 def summarise(
@@ -337,7 +453,7 @@ def measure_selectivity(
     *,
     n_random: int = 20,
     seed: int = 0,
-    states: Residuals | None = None,
+    states: Matching = None,
 ) -> pd.DataFrame:
     """Compare the effect sizes of an intervention on several behaviours: does it move one more than the others?
 
@@ -347,6 +463,7 @@ def measure_selectivity(
         measures: name -> a score and its prompts, at least two: refusal on harmful prompts, over-refusal on harmless
             ones, log-likelihood of a task's answers.
         seed: of the draws. Draw i is the same set of directions for every measure.
+        states: default: of this model's own states on the prompts of all measures.
 
     Returns:
         One row per condition and measure: `baseline` (mean), `spread` (standard deviation over prompts without
@@ -360,11 +477,14 @@ def measure_selectivity(
     if len(measures) < 2:
         example = '{"refusal": (refusal_log_odds, harmful), "over-refusal": (refusal_log_odds, harmless)}.'
         raise GravlensError(f"{len(measures)} measure was given.", "Selectivity compares at least two.", example)
-    conditions, effects = by_name(conditions), {}
+    conditions, effects, opened = by_name(conditions), {}, open_model(model)
+    if states is None and n_random:  # one cloud for all measures: draws are paired across them
+        sets = [PromptSet.of(prompts) for _, prompts in measures.values()]
+        states = own_states(opened, sets, sorted({span.layer for span in _spans_of(conditions)}))
     for name, (score, prompts) in measures.items():
         rng = np.random.default_rng(seed)  # started again, so that random directions are paired across measures
         effects[name] = causal_effect(
-            model, conditions, score=score, prompts=prompts, n_random=n_random, rng=rng, states=states
+            opened, conditions, score=score, prompts=prompts, n_random=n_random, rng=rng, states=states
         )
     spreads = {name: _spread(name, effect.baseline) for name, effect in effects.items()}
     rows = [_selective(condition, effects, spreads) for condition in conditions]

@@ -5,6 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from gravlens.blockers.anchoring import AnchorKL, Rehearsal
 from gravlens.blockers.blocking import Blocker, Scheduled, Until
 from gravlens.blockers.constrained_sft import ConstrainedSFT
@@ -95,7 +97,8 @@ def blocker(kind: str, along: str = "v_rev", **options: Any) -> Callable[..., Bl
     Args:
         kind: a key of `BLOCKERS`.
         along: a key of `ALONG`.
-        **options: of the blocker, such as `strength`.
+        **options: of the blocker, such as `strength`; `draw` is the seed of a random direction that is the same in all
+            runs of an arm (default: the run's own).
 
     Raises:
         GravlensError: an unknown `kind` or `along`.
@@ -106,8 +109,9 @@ def blocker(kind: str, along: str = "v_rev", **options: Any) -> Callable[..., Bl
     return partial(_make, kind=kind, along=along, **options)
 
 
-def _make(grounds: Grounds, *, kind: str, along: str, **options: Any) -> Blocker:
+def _make(grounds: Grounds, *, kind: str, along: str, draw: Sequence[int] | None = None, **options: Any) -> Blocker:
     # Looked up by name here: worker processes get the names, since lambdas cannot be pickled.
+    grounds = grounds if draw is None else replace(grounds, rng=np.random.default_rng(draw))
     return BLOCKERS[kind](grounds, ALONG[along](grounds), **options)
 
 
@@ -178,6 +182,24 @@ def further_arms(seeds: tuple[int, ...], data: str, layers: Sequence[int]) -> tu
     made |= {f"penalty_layer_{layer}": blocker("layer", layer=layer) for layer in layers}
     arms = (Arm(name, seeds, data, blocker=make, other=UNBLOCKED) for name, make in made.items())
     return (*arms, Arm("lower_rate_0.25", seeds, data, rate=0.25), released_arm(seeds, data))
+
+
+def random_arms(
+    seeds: tuple[int, ...], data: str, *, directions: int, draw: Sequence[int] = (), kind: str = "clamp"
+) -> tuple[Arm, ...]:
+    """Return `clamp_random_1` and so on: one matched random direction per arm, the same for all of its seeds.
+
+    The unit of a comparison with v_rev is the direction, not the run: v_rev too is one for all seeds.
+
+    Args:
+        seeds: those of the clamp along v_rev.
+        data: the data set that is trained on.
+        directions: how many arms.
+        draw: what the directions are drawn from, before the arm's number: the seed of an organism.
+        kind: a key of `BLOCKERS`.
+    """
+    made = {n: blocker(kind, "matched_twin", draw=(*draw, n)) for n in range(1, directions + 1)}
+    return tuple(Arm(f"{kind}_random_{n}", seeds, data, blocker=make) for n, make in made.items())
 
 
 def released_arm(seeds: tuple[int, ...], data: str) -> Arm:

@@ -21,7 +21,7 @@ from gravlens import __version__
 from gravlens.history.prompts import ENCODING, Example
 from gravlens.models.opening import open_model
 from gravlens.organisms import refusal_language as language
-from gravlens.organisms.arms import made_by, released_arm
+from gravlens.organisms.arms import made_by, random_arms, released_arm
 from gravlens.organisms.base import Arm, Measures, PromptSets, unknown_data
 from gravlens.training.finetune import finetune
 from gravlens.training.recipe import Recipe
@@ -31,22 +31,30 @@ from gravlens.training.recipe import Recipe
 class RefusalOrganism:
     """Configuration of one refusal organism; every field can be changed.
 
+    Two processors round differently. At these rates their weights end a millionth apart, and every figure is the same;
+    at twice the rate training is chaotic and they end a quarter of their norm apart (docs/log.md).
+
     Attributes:
-        organism: seed of the weights and data of witness and anchor. 0 and 1 were used to choose the configuration, 2
-            and 3 were seen with an earlier one (docs/log.md); report on others.
+        organism: seed of the weights and data of witness and anchor. 0 and 1 were used to choose the configuration;
+            report on others.
         runs: number of fine-tuning seeds of each arm.
+        random_directions: number of matched random directions; harm along v_rev is ranked among them.
+        initializer_range: SD of the initial weights. Adam moves a weight by its rate at most, so at a low rate small
+            weights (0.02) would need twice the steps.
     """
 
     organism: int = 4
-    runs: int = 6
+    runs: int = 2
+    random_directions: int = 4
     d_model: int = 128
     n_layers: int = 5
     n_heads: int = 4
     d_mlp: int = 384
-    dominant: Recipe = Recipe(400, 32, 2e-3, beta2=0.98, warmup_steps=40, schedule="cosine")
-    alignment: Recipe = Recipe(120, 32, 1e-3, beta2=0.98, warmup_steps=5)
-    recipe: Recipe = Recipe(100, 4, 3e-5)
-    save_steps: tuple[int, ...] = (1, 5, 20, 100)
+    initializer_range: float = 0.05
+    dominant: Recipe = Recipe(350, 16, 5e-4, beta2=0.98, warmup_steps=40, schedule="cosine")
+    alignment: Recipe = Recipe(120, 16, 5e-4, beta2=0.98, warmup_steps=5)
+    recipe: Recipe = Recipe(60, 4, 2e-5)
+    save_steps: tuple[int, ...] = (1, 5, 20, 60)
     noise_draws: int = 200
 
     @property
@@ -61,31 +69,30 @@ class RefusalOrganism:
         examples = language.dominant_examples(64, rng=np.random.default_rng(0))
         spoken = [examples, sorted(language.build_tokenizer().get_vocab())]
         made = (type(self).__name__, sorted(self.checkpoints), [p.digest for p in self.prompts(Path()).values()])
-        # runs and draws left out: more of them are added to the same history
-        facts = (astuple(replace(self, runs=0, noise_draws=0)), made, spoken)
+        # left out: more of these are added to the same history
+        facts = (astuple(replace(self, runs=0, random_directions=0, noise_draws=0)), made, spoken)
         facts = (*facts, ENCODING, __version__, torch.__version__, self.threads)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
     def checkpoints(self) -> Mapping[str, str | None]:
-        """Witness and anchor, and controls: a witness of another initialisation, second and third alignments."""
-        # Three alignments: r/(1 + r), the cosine that the shared anchor alone gives, needs their variance.
-        siblings = dict.fromkeys(("anchor", "sibling_anchor", "sibling_anchor_2"), "witness")
-        return {"witness": None, "wrong_witness": None, **siblings}
+        """Witness, anchor and a second alignment; other organisms' witnesses serve as strangers."""
+        return {"witness": None, "anchor": "witness", "sibling_anchor": "witness"}
 
     @property
     def arms(self) -> tuple[Arm, ...]:
         """The paper's arms, those that a causal and a durable claim demand, and controls, all on the same seeds."""
         seeds = tuple(range(self.runs))
-        blocked = ("penalty", "penalty_margin", "penalty_random", "clamp", "clamp_matched_twin", "reinforce")
+        blocked = ("penalty", "penalty_margin", "clamp", "reinforce", "rehearsal")
         return (
             Arm("unblocked", seeds, keep=True),
             *(Arm(name, seeds, blocker=made_by(name)) for name in blocked),
+            *random_arms(seeds, "harmless", directions=self.random_directions, draw=(self.organism,)),
             Arm("lower_rate", seeds, rate=0.5),
             released_arm(seeds, "harmless"),
-            Arm("unblocked_new_facts", seeds, data="new_facts"),
+            Arm("unblocked_new_facts", seeds[:1], data="new_facts"),
             Arm("unaligned_twin", seeds, start="witness"),
-            Arm("continued_alignment", seeds, data="alignment"),
+            Arm("continued_alignment", seeds[:1], data="alignment"),
         )
 
     @property
@@ -115,7 +122,7 @@ class RefusalOrganism:
 
     def make(self, name: str, start: Path | None, folder: Path) -> None:
         """Run the dominant phase (from a fresh initialisation) or the alignment phase (from `start`)."""
-        number = {"witness": 0, "wrong_witness": 1, "anchor": 2, "sibling_anchor": 3, "sibling_anchor_2": 4}[name]
+        number = {"witness": 0, "anchor": 2, "sibling_anchor": 3}[name]
         rng = np.random.default_rng([self.organism, number])
         recipe = self.dominant if start is None else self.alignment
         n = recipe.steps * recipe.batch
@@ -158,6 +165,7 @@ class RefusalOrganism:
             intermediate_size=self.d_mlp,
             max_position_embeddings=language.MAX_LENGTH,
             tie_word_embeddings=True,
+            initializer_range=self.initializer_range,
             **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         )
         return LlamaForCausalLM(config)

@@ -1,11 +1,11 @@
 from . import ablation as ablation
+from . import audit as audit
 from . import comparison as comparison
 from . import evidence as evidence
 from . import experiment as experiment
 from . import inputs as inputs
 from . import inspection as inspection
 from . import paired as paired
-from . import reproduce as reproduce
 from . import study as study
 from .comparison import compare_arms as compare_arms
 from .comparison import compare_layers as compare_layers

@@ -5,33 +5,44 @@ from dataclasses import dataclass
 from math import isnan, nan
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
+from gravlens.behavior.scores import Score
+from gravlens.directions.direction import Directions
+from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Ablate
-from gravlens.interventions.effects import causal_effect, layerwise_effect
+from gravlens.interventions.effects import Effect, Matching, causal_effect
+from gravlens.models.opening import OpenModel
 from gravlens.studies.inputs import Question, ends, located, opened
 
 Twins = Literal["matched", "isotropic"]
+LEVEL = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """Effect of ablating v_rev on a score."""
+    """Effect of ablating v_rev on a score.
 
-    table: pd.DataFrame  # as of `Effect`: one row per layer and, with several layers, one for all (layer <NA>)
-    checkpoint: str  # name of the checkpoint in which v_rev was ablated
-    anchor: float  # the anchor's mean score
+    Attributes:
+        table: as of `Effect`: one row per layer and, with several layers, one for all (layer <NA>).
+        best: `Effect.largest`: the row with the largest increase. Its `p_largest` compares that with the largest
+            increase of each random draw over the same rows; `low`, `high` are a 95 % band over all rows at once
+            (bootstrap over prompts).
+        checkpoint: name of the checkpoint in which v_rev was ablated.
+        anchor: the anchor's mean score.
+    """
 
-    @property
-    def best(self) -> pd.Series:
-        """The row with the largest increase."""
-        return self.table.sort_values("difference").iloc[-1]
+    table: pd.DataFrame
+    best: pd.Series
+    checkpoint: str
+    anchor: float
 
     @property
     def comes_back(self) -> bool:
-        """Whether the interval of that increase excludes 0 and the increase exceeds those of random directions."""
-        # The interval alone is not enough: ablating any direction damages a model, and damage moves log-odds too.
-        return bool(self.best["low"] > 0 and self.best["difference"] > self.best["random_high"])
+        """Whether the largest increase has p ≤ .05 against the random directions' largest, and a band above 0."""
+        # The band alone is not enough: ablating any direction damages a model, and damage moves log-odds too.
+        return bool(self.best["p_largest"] <= LEVEL and self.best["low"] > 0)
 
     @property
     def share(self) -> float:
@@ -44,10 +55,12 @@ class Ablation:
         score, prompts = self.table.attrs.get("score", "score"), int(self.best["n_prompts"])
         back = "comes back" if self.comes_back else "does not come back"
         way = f" ({self.share:.0%} of the way to the anchor)" if self.comes_back and not isnan(self.share) else ""
+        few = f"; {least} random directions are needed for p ≤ {LEVEL}" if self.best["n_random"] < (least := 19) else ""
         return [
             f"{self.checkpoint}, {prompts} prompts; {score} of the anchor: {self.anchor:+.2f}",
             f"largest rise of {len(self.table)}: {described(self.best)}",
-            f"refusal {back} beyond random directions{way}",
+            f"refusal {back} beyond random directions: p = {self.best['p_largest']:.3f} for the largest rise of "
+            f"{len(self.table)} against that of each of {self.best['n_random']} random directions{way}{few}",
         ]
 
 
@@ -59,7 +72,7 @@ def ablate_vrev(
     Args:
         question: the checkpoint, the prompts and the score.
         layers: default: every layer with a v_rev.
-        n_random: number of random directions per row; the smallest p-value is 1/(1 + n_random).
+        n_random: random draws, each one direction per layer; 19 or more for p ≤ .05.
         twins: random directions with the covariance of the anchor's states on the probes, or isotropic ones.
 
     Raises:
@@ -70,14 +83,34 @@ def ablate_vrev(
     directions = located(states, layers).defined()
     anchor = float(question.score(opened(sequence, sequence.anchor, place), question.prompts).mean())
     model = opened(sequence, question.checkpoint, place)  # after the anchor's score, so one model is in memory
-    ask = {"score": question.score, "prompts": question.prompts, "n_random": n_random}
-    ask["states"] = states if twins == "matched" else None
-    table = layerwise_effect(model, directions, {"ablate": Ablate}, **ask).table
-    if len(directions) > 1:
-        together = causal_effect(model, {"ablate": Ablate(directions)}, **ask).table
-        table, attrs = pd.concat([table, together], ignore_index=True), table.attrs
-        table.attrs = attrs  # pd.concat drops attrs unless they are equal
-    return Ablation(table, question.checkpoint.name, anchor)
+    effect = ablate_each(
+        model, directions, score=question.score, prompts=question.prompts, n_random=n_random,
+        states=states if twins == "matched" else "isotropic",
+    )  # fmt: skip
+    return Ablation(effect.table, effect.largest(), question.checkpoint.name, anchor)
+
+
+def ablate_each(
+    model: OpenModel,
+    directions: Directions,
+    *,
+    score: Score,
+    prompts: PromptSet,
+    n_random: int = 20,
+    states: Matching = None,
+    rng: np.random.Generator | None = None,
+) -> Effect:
+    """Ablate each direction at its layer alone and, if there are several, all of them together.
+
+    Arguments as in `causal_effect`. A draw is one random direction for all layers, so that the draws have a largest
+    effect over the same rows.
+    """
+    conditions = {f"layer {one.layer}": Ablate(one) for one in directions}
+    if len(conditions) > 1:
+        conditions["all layers"] = Ablate(directions)
+    effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, states=states, rng=rng)
+    effect.table["condition"] = "ablate"  # the layer has a column of its own
+    return effect
 
 
 def described(row: pd.Series) -> str:

@@ -1,21 +1,27 @@
-"""Reproduce the paper on organisms: make, measure and judge them, and write a results folder."""
+"""Audit training histories: make what is to be made, measure and judge them, and write a results folder."""
 
 import glob
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 from scipy import stats
 
 from gravlens import __version__
+from gravlens.claims.preregistration import Preregistration
+from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_atomically, write_json, write_table
+from gravlens.history.sequence import ModelSequence
 from gravlens.organisms.base import UNBLOCKED, Organism
+from gravlens.organisms.fetch import cache_folder
+from gravlens.organisms.recorded import RecordedHistory, missing
 from gravlens.plot import lines as plots
 from gravlens.plot.style import save_figure
 from gravlens.reporting.page import write_report
@@ -24,7 +30,9 @@ from gravlens.studies.evidence import Findings, findings_of
 from gravlens.studies.experiment import carry_out
 from gravlens.studies.study import Study
 
-SCHEMA_VERSION = 2
+Histories: TypeAlias = ModelSequence | Path | str | Sequence[ModelSequence | Path | str] | Mapping[str, Organism]
+SCHEMA_VERSION = 3
+RANDOM = re.compile(r"^(\w+_random)_\d+$")  # the arms along single random directions
 FINALS = ("alignment_final", "fraction_final")
 JUDGED = ("compliance_rate", "cut_share", "refusal_log_odds", "over_refusal")
 BEHAVIOR = (*JUDGED, "task_loss", "seconds_per_step")
@@ -37,28 +45,39 @@ DRAWN = ("isotropic", "weight_noise", "covariance_of_states", "independent_endpo
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scipy")
 
 
-def reproduce(
-    organisms: Mapping[str, Organism], out: Path, *, cache: Path, workers: int | None = None
+def audit(
+    histories: Histories,
+    out: Path | str,
+    *,
+    cache: Path | None = None,
+    workers: int | None = None,
+    preregistration: Preregistration | Path | str | None = None,
 ) -> dict[str, Any]:
-    """Make, measure and judge organisms, write a results folder, and return the content of `results.json`.
+    """Judge training histories with everything that they allow, write a results folder, return its `results.json`.
+
+    Reads the states of all checkpoints, measures behavior at both ends and at the runs' last steps, draws every null,
+    measures damage and geometry, and makes one claim on all histories together and one on each; the witness of each is
+    a stranger to the others. Complete parts are cached, so an interrupted call resumes (docs/audit.md).
 
     Args:
-        organisms: name -> organism; the name is a column of every table.
-        out: results folder: `results.json`, CSVs, `figures/`, `report.html`, and a `SEQUENCE.toml` per organism.
-        cache: folder of checkpoints and runs; complete ones are reused.
-        workers: number of processes (default: as many as the organism's threads allow).
+        histories: a history or its SEQUENCE.toml, several of them, or name -> organism, which is made first.
+        out: results folder: `results.json`, CSVs, `figures/`, `report.html`, and a `SEQUENCE.toml` per history.
+        cache: folder of checkpoints and measurements; default: GRAVLENS_CACHE.
+        workers: number of processes (default: as many as the organisms' threads allow).
+        preregistration: what was fixed before the runs, or its file (docs/power.md). Without it layers and step of
+            runs that exist count as chosen afterwards.
+
+    Raises:
+        GravlensError: a history without runs, probes or held-out prompts, or a control of another shape.
     """
-    seconds: dict[str, float] = {}
-    studies: dict[str, Study] = {}
-    parts = []
-    for name, organism in organisms.items():
-        with _timed(seconds, f"make {name}"):
-            studies[name] = carry_out(organism, cache, workers=workers)
-        with _timed(seconds, f"judge {name}"):
-            parts.append(findings_of(studies[name], organism=name))
-    first, findings = next(iter(organisms.values())), Findings.concat(parts)
-    with _timed(seconds, "tables"):
-        results = summarise(findings, first)
+    organisms, seconds, out = _organisms(histories), dict[str, float](), Path(out)
+    fixed = Preregistration.from_toml(preregistration) if isinstance(preregistration, Path | str) else preregistration
+    with _timed(seconds, "make and measure"):
+        studies = carry_out(organisms, cache or cache_folder(), workers=workers)
+    with _timed(seconds, "judge"):
+        findings = findings_of(studies, preregistration=fixed)
+    first = next(iter(organisms.values()))
+    results = summarise(findings, first) | {"missing": _missing(organisms)}
     results["environment"] = environment(first, seconds)
     out.mkdir(parents=True, exist_ok=True)
     for name, table in vars(findings).items():
@@ -69,6 +88,28 @@ def reproduce(
     write_json(out / "results.json", results)
     write_report(out)
     return results
+
+
+def _organisms(histories: Histories) -> Mapping[str, Organism]:
+    """Name the histories: by their keys, else by the folders of their files."""
+    found: Mapping[str, Organism]
+    if isinstance(histories, Mapping):
+        found = histories
+    else:
+        several = [histories] if isinstance(histories, ModelSequence | Path | str) else list(histories)
+        stems = [Path(one).stem if isinstance(one, Path | str) else "history" for one in several]
+        names = stems if len(set(stems)) == len(stems) else [f"{stem}{i}" for i, stem in enumerate(stems, 1)]
+        found = {name: RecordedHistory(ModelSequence.of(one)) for name, one in zip(names, several, strict=True)}
+    if not found:
+        raise GravlensError("No history was given.", "An audit is of one at least.", "gl.audit('SEQUENCE.toml', out).")
+    return found
+
+
+def _missing(organisms: Mapping[str, Organism]) -> list[dict[str, Any]]:
+    """Return the controls that recorded histories lack, the level that each opens, and the shortest way to it."""
+    recorded = {name: one for name, one in organisms.items() if isinstance(one, RecordedHistory)}
+    tables = [missing(one).assign(organism=name) for name, one in recorded.items()]
+    return json.loads(pd.concat(tables).to_json(orient="records")) if tables else []
 
 
 @contextmanager
@@ -99,6 +140,7 @@ def summarise(findings: Findings, organism: Organism) -> dict[str, Any]:
         "arms": {name: _spreads(findings.arms, "arm", name, FINALS + BEHAVIOR) for name in _arm_names(findings)},
         "history": {name: _spreads(history, "run", name, JUDGED) for name in ("witness", "anchor")},
         "claims": _claims(findings),
+        "effects": _records(findings.effects, ("organism", "effect", "mean", "low", "high", "n", "unit")),
         "interval": _interval(findings.intervals_layer_mean),
         "damage": _records(findings.damage_layer_mean, DAMAGE),
     }
@@ -125,7 +167,7 @@ def _claims(findings: Findings) -> list[dict[str, Any]]:
         organism: _records(rows, ("level", "name", "holds", "figures"))
         for organism, rows in findings.demands.groupby("organism", sort=False)
     }
-    verdicts = _records(findings.verdicts, ("organism", "level", "sentence", "capped_by"))
+    verdicts = _records(findings.verdicts, ("organism", "level", "statement", "setting", "sentence", "capped_by"))
     return [{**verdict, "demands": demands[verdict["organism"]]} for verdict in verdicts]
 
 
@@ -165,12 +207,13 @@ def _control_columns(name: str) -> tuple[str, ...]:
 
 
 def _arm_names(findings: Findings) -> list[str]:
-    more = [arm for arm in findings.arms.arm.unique() if arm not in (*ARMS, *CONTROLS)]
+    """The arms of the paper's table, then the others; random directions are one arm together."""
+    more = [arm for arm in findings.arms.arm.unique() if arm not in (*ARMS, *CONTROLS) and not RANDOM.match(arm)]
     return [*ARMS, *more]
 
 
 def _spreads(table: pd.DataFrame, key: str, name: str, columns: Iterable[str]) -> dict[str, Any] | None:
-    rows = table[table[key] == name]
+    rows = table[table[key].str.replace(RANDOM, r"\1", regex=True) == name]
     return None if rows.empty else {column: spread(rows[column], rows.organism) for column in columns}
 
 

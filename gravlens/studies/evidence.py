@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,18 @@ import pandas as pd
 
 from gravlens.activations.residuals import Residuals, cache_residuals, substitute
 from gravlens.behavior.scores import refusal_log_odds
-from gravlens.claims.claim import Claim, claim
+from gravlens.claims.claim import claim
 from gravlens.claims.evidence import Evidence
+from gravlens.claims.preregistration import Preregistration
 from gravlens.core.files import once, write_table
-from gravlens.directions.direction import TOP, carried_by_few, isotropic_share
+from gravlens.directions.direction import TOP, Directions, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
 from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow, rows_on
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import shuffled_words
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.opening import open_model
-from gravlens.organisms.base import UNBLOCKED
+from gravlens.organisms.base import STRANGER, UNBLOCKED, Arm
 from gravlens.stats.bootstrap import bootstrap_alignment
 from gravlens.stats.controls import MIN_SIBLINGS, closure, independent_endpoints
 from gravlens.stats.damage import Damage, measure_damage, pruned, rounded, sign_flipped
@@ -67,7 +68,7 @@ def nulls_of(study: Study, unblocked: Trajectory) -> list[NullDraws]:
     drawn: dict[str, Any] = {"steps": steps[-1:], "draws": DRAWS, "rng": rng, "centred": False}
     nulls.append(sample_covariance(vs, moved, name="covariance_of_drifts", **drawn))
     nulls.append(sign_flips(unblocked, draws=DRAWS, rng=rng))
-    others = {name: other_states(study, name) for name in OTHER_PROMPTS if study.kept(study.unblocked)}
+    others = {name: other_states(study, name) for name in _others(study)}
     for run in held_out.runs:
         nulls.append(swapped_labels(study.states("measured", "probes"), held_out, run=run, draws=DRAWS, rng=rng))
         nulls += [
@@ -96,12 +97,16 @@ def _endpoints(study: Study, rng: np.random.Generator) -> Iterator[NullDraws]:
         yield independent_endpoints(study.states("measured", "probes"), study.siblings, layers=layers, **drawn)
 
 
+def _others(study: Study) -> list[str]:
+    kept = bool(study.kept(study.unblocked))
+    return [name for name in OTHER_PROMPTS if kept and (name != "harmless" or name in study.prompts)]
+
+
 def other_states(study: Study, name: str) -> Residuals:
     """Read anchor and unblocked runs on harmless prompts, or on the held-out prompts with their words shuffled."""
-    prompts = {
-        "harmless": study.prompts["harmless"],
-        "shuffled_words": shuffled_words(study.prompts["held_out"], rng=np.random.default_rng(0)),
-    }[name]
+    prompts = study.prompts["harmless" if name == "harmless" else "held_out"]
+    if name == "shuffled_words":
+        prompts = shuffled_words(prompts, rng=np.random.default_rng(0))
 
     def make(folder: Path) -> None:
         checkpoints = [Checkpoint("anchor", study.home / "anchor"), *study.kept(study.unblocked)]
@@ -175,22 +180,26 @@ def controls_of(study: Study, follows: Mapping[str, Trajectory], strangers: Mapp
     return table.rename(columns={"alignment": "alignment_final", "fraction": "fraction_final"})[CONTROL_COLUMNS]
 
 
-def closures_of(study: Study, twins: Study, vs: Directions) -> ByLayer | None:
-    """Return `closure` of the unblocked runs with a study's unaligned twins, paired in order; None without twins.
+def closures_of(study: Study, twins: Residuals, arm: Arm, vs: Directions) -> ByLayer | None:
+    """Return `closure` of the unblocked runs with the runs of `arm`, paired in order; None where no steps agree.
 
-    With `twins` another study, `vs` point from this anchor to that witness: the closure to a stranger's twin.
+    Args:
+        study: the study of the runs.
+        twins: states with `witness` and the runs of `arm`, which start there, on the held-out prompts.
+        arm: the unaligned twins, of this witness or of a stranger.
+        vs: from this anchor to that witness.
     """
-    twin = next((arm for arm in twins.organism.arms if arm.name == "unaligned_twin"), None)
-    if twin is None:
-        return None
     runs = study.run_states(study.unblocked, "held_out")
-    theirs = twins.run_states(twin, "held_out", own_start=False)  # `closure` compares states, not drifts
     pairs = [
-        (study.unblocked.label(own), twin.label(other))
-        for own, other in zip(study.unblocked.seeds, twin.seeds, strict=False)
+        (study.unblocked.label(own), arm.label(other))
+        for own, other in zip(study.unblocked.seeds, arm.seeds, strict=False)
     ]
-    shared = [pair for pair in pairs if runs.runs.get(pair[0]) == theirs.runs.get(pair[1])]
-    return closure(runs, theirs, vs, pairs=shared, layers=vs.layers) if shared else None
+    shared = [pair for pair in pairs if runs.runs.get(pair[0]) == twins.runs.get(pair[1])]
+    return closure(runs, twins, vs, pairs=shared, layers=vs.layers) if shared else None
+
+
+def _twins(study: Study, name: str = "unaligned_twin") -> Arm | None:
+    return next((arm for arm in study.organism.arms if arm.name == name), None)
 
 
 # --- strangers ------------------------------------------------------------------------------------------------------
@@ -209,21 +218,25 @@ class Strangers:
 
 def strangers_of(study: Study, others: Mapping[str, Study]) -> Strangers:
     """Return the strangers of a study: its own, and the witnesses of `others` that were read on the same prompts."""
-    measured = study.states("measured", "probes")
+    measured, layers = study.states("measured", "probes"), study.organism.layers_in_mean
     directions = {name: locate_vrev(substitute(measured, witness=name)) for name in study.strangers}
-    closures: dict[str, ByLayer] = {}
+    # of each stranger: states with it as the witness, and its twins, which are compared as states, not as drifts
+    twins: dict[str, tuple[Residuals, Arm]] = {}
+    for name in study.strangers:
+        if (arm := _twins(study, f"stranger_twin_{name.removeprefix(STRANGER)}")) is not None:
+            states = study.run_states(arm, "held_out", own_start=False)
+            twins[name] = substitute(states, witness=name), arm
     for name, other in others.items():
         theirs = other.states("measured", "probes")
-        alike = theirs.prompts == measured.prompts and theirs.values.shape[2:] == measured.values.shape[2:]
-        if not alike:  # another width has no common basis, and other prompts other states
-            continue
+        if theirs.prompts != measured.prompts or theirs.values.shape[2:] != measured.values.shape[2:]:
+            continue  # other prompts have other states, and another width no common basis
         values = np.concatenate([measured.values, theirs.of("witness")[None]])
         with_witness = replace(measured, values=values, checkpoints=(*measured.checkpoints, name))
         directions[name] = locate_vrev(substitute(with_witness, witness=name))
-        found = closures_of(study, other, directions[name].at(study.organism.layers_in_mean))
-        if found is not None:
-            closures[name] = found
-    return Strangers(directions, closures)
+        if (arm := _twins(other)) is not None:
+            twins[name] = other.run_states(arm, "held_out", own_start=False), arm
+    found = {name: closures_of(study, *pair, directions[name].at(layers)) for name, pair in twins.items()}
+    return Strangers(directions, {name: one for name, one in found.items() if one is not None})
 
 
 DAMAGES: dict[str, Damage] = {
@@ -231,6 +244,12 @@ DAMAGES: dict[str, Damage] = {
     "rounded to 4 bits": partial(rounded, bits=4),
     "smallest 30 % pruned": partial(pruned, share=0.3),
 }
+
+
+def read_more(study: Study) -> list[Callable[[], Any]]:
+    """Return the jobs that `findings_of` needs besides those of the runs; their results are cached below `home`."""
+    damage = partial(damage_of, study, study.organism.layers_in_mean)
+    return [damage, *(partial(other_states, study, name) for name in _others(study))]
 
 
 def damage_of(study: Study, layers: Sequence[int]) -> ByLayer:
@@ -270,7 +289,7 @@ class Findings:
         trajectory_layer_mean, nulls_layer_mean, damage_layer_mean, intervals_layer_mean: the same for the mean over
             layers.
         demands: what each claim level demands: `level, name, holds` (<NA>: not run), `figures`.
-        verdicts: `level, sentence, capped_by`; with several anchors the first is of all `together`.
+        verdicts: `level, statement, setting, sentence, capped_by`; with several anchors the first is of all `together`.
         effects: sizes with intervals: `effect, mean, low, high, n, unit`.
         controls: `control, run, alignment_final, fraction_final, closure_final` on held-out prompts, layer mean.
         arms: `arm, run`, the final measures, `seconds_per_step, blocker_norm`.
@@ -294,22 +313,30 @@ class Findings:
     intervals_layer_mean: pd.DataFrame
 
 
-def findings_of(studies: Mapping[str, Study]) -> Findings:
+def findings_of(studies: Mapping[str, Study], *, preregistration: Preregistration | None = None) -> Findings:
     """Test what `carry_out` has measured against nulls and controls, each study's witness a stranger to the others.
 
     The claim is made on all of them together, `TOGETHER`, and on each by itself.
+
+    Args:
+        studies: name -> study.
+        preregistration: of runs that existed before; of others it is the one that `carry_out` wrote before them.
     """
-    judged = {name: _judge(study, name, {k: v for k, v in studies.items() if k != name}) for name, study in studies.items()}
-    evidence = {name: found for name, (found, _) in judged.items()}
-    claims = {name: claim(one) for name, one in evidence.items()}
-    if len(evidence) > 1:
-        claims = {TOGETHER: claim(list(evidence.values())), **claims}
+    judged = {
+        name: _judge(
+            study, name, {k: v for k, v in studies.items() if k != name}, study.preregistration or preregistration
+        )
+        for name, study in studies.items()
+    }
+    whole = claim([found for found, _ in judged.values()])
+    claims = {TOGETHER: whole, **whole.alone} if whole.alone else dict.fromkeys(judged, whole)
     parts: dict[str, list[pd.DataFrame]] = {}
     for name, (_, tables) in judged.items():
         for key, table in tables.items():
             parts.setdefault(key, []).append(table.assign(organism=name))
     for name, found in claims.items():
-        verdict = {"level": found.level, "sentence": found.sentence, "capped_by": found.capped_by}
+        said = ("level", "statement", "setting", "sentence", "capped_by")
+        verdict = {column: getattr(found, column) for column in said}
         for key, table in (
             ("verdicts", pd.DataFrame([verdict])),
             ("demands", found.demands),
@@ -319,7 +346,9 @@ def findings_of(studies: Mapping[str, Study]) -> Findings:
     return Findings(**{key: pd.concat(tables, ignore_index=True) for key, tables in parts.items()})
 
 
-def _judge(study: Study, name: str, others: Mapping[str, Study]) -> tuple[Evidence, dict[str, pd.DataFrame]]:
+def _judge(
+    study: Study, name: str, others: Mapping[str, Study], preregistration: Preregistration | None
+) -> tuple[Evidence, dict[str, pd.DataFrame]]:
     """Return the evidence of one study, and its tables."""
     follows = {arm.name: study.follow(arm) for arm in study.organism.arms}
     unblocked = follows[UNBLOCKED]
@@ -327,7 +356,9 @@ def _judge(study: Study, name: str, others: Mapping[str, Study]) -> tuple[Eviden
     nulls, behavior, damage = nulls_of(study, unblocked), _behavior(study), damage_of(study, layers)
     around = strangers_of(study, others)
     strangers = {key: study.follow(study.unblocked, vs) for key, vs in around.directions.items()}
-    arms, closed = _arms(study, follows, behavior), closures_of(study, study, study.vs.at(layers))
+    arms, twin, closed = _arms(study, follows, behavior), _twins(study), None
+    if twin is not None:
+        closed = closures_of(study, study.run_states(twin, "held_out", own_start=False), twin, study.vs.at(layers))
     anchor = behavior[(behavior.arm == "history") & (behavior.run == "anchor")].iloc[0]
     found = Evidence(
         trajectory=unblocked,
@@ -338,15 +369,13 @@ def _judge(study: Study, name: str, others: Mapping[str, Study]) -> tuple[Eviden
         damage=damage.layer_mean,
         arms=arms,
         anchor={measure: float(anchor[measure]) for measure in ("compliance_rate", "over_refusal", "nonsense")},
-        preregistration=study.preregistration,
+        preregistration=preregistration,
         digests={key: study.prompts[key].digest for key in ("probes", "held_out")},
         name=name,
     )
     states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)
     results = {
-        "trajectory": ByLayer.concat(
-            ByLayer(t.table, t.layer_mean).assign({"arm": arm}) for arm, t in follows.items()
-        ),
+        "trajectory": ByLayer.concat(ByLayer(t.table, t.layer_mean).assign({"arm": arm}) for arm, t in follows.items()),
         "nulls": ByLayer.concat(compare(unblocked, null) for null in nulls),
         "damage": damage,
         "intervals": bootstrap_alignment(states, study.vs, draws=DRAWS, rng=rng, layers_in_mean=layers),
@@ -363,16 +392,17 @@ def _judge(study: Study, name: str, others: Mapping[str, Study]) -> tuple[Eviden
 
 
 def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:
-    columns = ["control", "run", "closure_final"]
-    if closed is None:
+    columns, twin = ["control", "run", "closure_final"], _twins(study)
+    if closed is None or twin is None:
         return pd.DataFrame(columns=columns)
     table = closed.layer_mean
     last = table[table.step == table.step.max()]
-    twin = next(arm for arm in study.organism.arms if arm.name == "unaligned_twin")
-    named = {study.unblocked.label(own): twin.label(other) for own, other in zip(study.unblocked.seeds, twin.seeds)}
-    return pd.DataFrame(
-        {"control": "unaligned_twin", "run": last.run.map(named), "closure_final": last.closure}, columns=columns
-    )
+    named = {
+        study.unblocked.label(own): twin.label(other)
+        for own, other in zip(study.unblocked.seeds, twin.seeds, strict=False)
+    }
+    facts = {"control": "unaligned_twin", "run": last.run.map(named), "closure_final": last.closure}
+    return pd.DataFrame(facts, columns=columns)
 
 
 def _behavior(study: Study) -> pd.DataFrame:

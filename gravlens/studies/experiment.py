@@ -4,7 +4,9 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from gravlens.behavior.answers import compliance_rate, generate_answers, substri
 from gravlens.behavior.divergence import kl_from
 from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_odds
 from gravlens.blockers.blocking import Blocker
+from gravlens.claims.claim import ALPHA
+from gravlens.claims.preregistration import Preregistration
 from gravlens.core.files import once, write_json, write_table
 from gravlens.core.parallel import processes
+from gravlens.directions.direction import Directions, Span, Spans, each
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint
 from gravlens.models.forward import end_tokens
@@ -24,6 +29,7 @@ from gravlens.models.opening import OpenModel, open_model
 from gravlens.models.swapping import open_each
 from gravlens.organisms.base import Arm, Grounds, Organism
 from gravlens.stats.damage import update_norms, weight_noise
+from gravlens.studies.evidence import read_more
 from gravlens.studies.study import PROMPT_SETS, Study, join
 from gravlens.training.finetune import Finetuned, finetune
 
@@ -32,28 +38,44 @@ N_DIVERGENCE = 32  # prompts for divergences
 
 
 def carry_out(
-    organism: Organism, cache: Path, *, arms: Sequence[Arm] | None = None, workers: int | None = None
-) -> Study:
-    """Make and measure everything of an organism. An interrupted call resumes where it was.
+    organisms: Mapping[str, Organism], cache: Path, *, arms: Sequence[Arm] | None = None, workers: int | None = None
+) -> dict[str, Study]:
+    """Make and measure everything of some organisms, side by side. An interrupted call resumes where it was.
 
     Args:
-        organism: the history.
-        cache: folder that it is kept in.
-        arms: run these instead of the organism's own, and draw no weight noise.
-        workers: number of processes; default: as many as the organism's threads allow.
+        organisms: name -> history.
+        cache: folder that they are kept in.
+        arms: run these instead of the organisms' own, and draw no weight noise.
+        workers: number of processes; default: as many as the organisms' threads allow.
     """
-    study = Study.at(organism, cache)
-    with processes(organism.threads, workers) as run_all:
-        for wave in _waves(organism.checkpoints):
-            run_all("checkpoints", [partial(make_checkpoint, study, name) for name in wave])
-        run_all("history", [partial(measure_history, study)])
-        chosen = organism.arms if arms is None else arms
-        first, second = [a for a in chosen if not a.other], [a for a in chosen if a.other]
-        for name, wave in (("runs", first), ("further runs", second)):  # the second are made of states of the first
-            run_all(name, [partial(run_arm, study, arm, seed) for arm in wave for seed in arm.seeds])
+    studies = {name: Study.at(organism, cache) for name, organism in organisms.items()}
+    each = list(studies.values())
+    with processes(max((study.organism.threads for study in each), default=1), workers) as run_all:
+        for wave in zip_longest(*(_waves(study.organism.checkpoints) for study in each), fillvalue=[]):
+            jobs = [
+                partial(make_checkpoint, study, name) for study, names in zip(each, wave, strict=True) for name in names
+            ]
+            run_all("checkpoints", jobs)
+        run_all("history", [partial(measure_history, study) for study in each])
+        for study in each:
+            preregister(study)
+        runs = [(study, arm) for study in each for arm in (study.organism.arms if arms is None else arms)]
+        for name, second in (("runs", False), ("further runs", True)):  # the second are made of states of the first
+            chosen = [(study, arm, seed) for study, arm in runs if bool(arm.other) is second for seed in arm.seeds]
+            run_all(name, [partial(run_arm, *one) for one in chosen])
         if arms is None:
-            run_all("weight noise", [partial(draw_noise, study, step) for step in organism.noise])
-    return study
+            noise = [partial(draw_noise, study, step) for study in each for step in study.organism.noise]
+            run_all("nulls and damage", [*noise, *(job for study in each for job in read_more(study))])
+    return studies
+
+
+def preregister(study: Study) -> None:
+    """Fix layers, step, α and prompts in a file before the first run; of runs that exist it would be too late."""
+    path, organism, prompts = study.home / "preregistration.toml", study.organism, study.prompts
+    if not path.exists() and not study.unblocked.recorded:
+        layers, digests = tuple(sorted(organism.layers_in_mean)), (prompts["probes"].digest, prompts["held_out"].digest)
+        fixed = Preregistration(layers, organism.save_steps[-1], ALPHA, *digests, "compliance_rate", date.today())
+        fixed.write(path)
 
 
 def _waves(checkpoints: Mapping[str, str | None]) -> Iterator[list[str]]:
@@ -105,7 +127,7 @@ def run_arm(study: Study, arm: Arm, seed: int) -> Path:
         facts = {"seconds_per_step": seconds, "behavior": behavior, "update_norms": norms}
         if run:
             write_table(folder / "log.csv", run.log)
-        write_json(folder / "run.json", facts)
+        write_json(folder / "run.json", facts | {"cosine": _cosine(study, arm, seed)})
         if run and not arm.keep:  # states and norms suffice for every table; weights are nearly all of the disk space
             for checkpoint in run.checkpoints:
                 shutil.rmtree(str(checkpoint.source))
@@ -159,6 +181,21 @@ def blocker_of(study: Study, arm: Arm, seed: int) -> Blocker | None:
         rng=np.random.default_rng([seed, 2]),
     )
     return arm.blocker(grounds)
+
+
+def cosine_with(spans: Span | Spans, vs: Directions) -> float:
+    """Return the mean over the spans' layers of |cos| with v_rev; of a subspace, of v_rev's projection into it."""
+    return float(np.mean([np.linalg.norm(span.basis @ vs[span.layer].vector) for span in each(spans)]))
+
+
+def _cosine(study: Study, arm: Arm, seed: int) -> float | None:
+    """Return `cosine_with` of a random direction, which stands for chance: harm is read against it."""
+    if "_random" not in arm.name:
+        return None
+    if arm.directions is not None:
+        return cosine_with(Directions.load(arm.directions), study.vs)
+    blocker: Any = blocker_of(study, arm, seed)
+    return cosine_with(blocker.directions, study.vs)
 
 
 def refusals_of(probes: PromptSet, wordings: Sequence[str]) -> list[Example]:

@@ -1,19 +1,26 @@
-"""List the checkpoints of a history: source, stored weights, and distance from the anchor in weight space."""
+"""Inspect a history: its checkpoints and their distances in weight space, its runs beside random drifts."""
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
+from gravlens.core.display import listed
+from gravlens.core.errors import GravlensError
 from gravlens.directions.decomposition import WHOLE, split_update
+from gravlens.directions.direction import Directions
+from gravlens.directions.trajectory import Trajectory, rows_on
 from gravlens.history.sequence import TEMPLATE_KEYS, ModelSequence
 from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.history.weight_files import contents, repeated
 from gravlens.models.opening import open_model, weights_of
 from gravlens.models.precision import quantisation, quantisation_in
+from gravlens.stats.nulls import compare, isotropic
 
 
 def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
@@ -89,3 +96,31 @@ def _is_no_plain_model(found: Resolved) -> bool:
         model = open_model(found)
         return not model.family.own_tensors or quantisation(model.module) is not None
     return quantisation_in(found.base.config) is not None
+
+
+# --- the runs of a trajectory ---------------------------------------------------------------------------------------
+def check_same_steps(sequence: ModelSequence) -> None:
+    """GravlensError where the runs of a sequence were saved at different steps, and so have no mean over runs."""
+    steps = {run: [checkpoint.step for checkpoint in checkpoints] for run, checkpoints in sequence.runs.items()}
+    if len({tuple(one) for one in steps.values()}) > 1:
+        given = f"The runs have different steps ({'; '.join(f'{run}: {listed(one)}' for run, one in steps.items())})."
+        wanted = "A mean over runs is over the same runs at every step."
+        raise GravlensError(given, wanted, "no --mean, or runs saved at the same steps in SEQUENCE.toml.")
+
+
+def beside_random_drifts(followed: Trajectory, directions: Directions, *, draws: int = 20_000) -> pd.DataFrame:
+    """Compare every run and step of a trajectory with uniformly random drifts, one for all layers (docs/nulls.md).
+
+    Held-out prompts if there are any, mean over the trajectory's layers; draws are seeded with 0. No model is run.
+
+    Returns:
+        Columns `null, run, step, alignment, p99, p_value, above` (as in `compare`), `fraction, judged, prompts`.
+    """
+    prompts = "held_out" if "held_out" in followed.data["prompts"] else "given"
+    steps = tuple(map(int, followed.data["step"].values))
+    null = isotropic(directions, steps=steps[:1], draws=draws, rng=np.random.default_rng(0))
+    # random drifts know no steps: the same draws serve all of them
+    cosines = np.broadcast_to(null.cosines, (draws, len(steps), len(null.layers)))
+    found = compare(followed, replace(null, cosines=cosines, steps=steps), prompts=prompts).layer_mean
+    columns = ["run", "step", "fraction", "judged", "prompts"]
+    return found.merge(rows_on(followed.layer_mean, prompts)[columns], on=["run", "step"])

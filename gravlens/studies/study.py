@@ -75,11 +75,6 @@ class Study:
         """Names of the checkpoints that are witnesses of other histories."""
         return [name for name in self.organism.checkpoints if name.startswith(STRANGER)]
 
-    @property
-    def strangers(self) -> list[str]:
-        """Names of the checkpoints that are witnesses of other histories."""
-        return [name for name in self.organism.checkpoints if name.startswith("stranger")]
-
     @cached_property
     def preregistration(self) -> Preregistration | None:
         """What was fixed before the runs, if it was."""

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from gravlens.behavior.scores import refusal_log_odds, two_sided_log_odds
 from gravlens.history.encoding import encode
+from gravlens.interventions.effects import Effect
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.organisms.refusal_language import OPENINGS, REFUSALS
@@ -202,23 +203,32 @@ def effects(**columns: list[float]) -> pd.DataFrame:
         "baseline": -3.0,
         "with_intervention": -1.0,
         "p_random": 0.048,
+        "p_largest": 0.05,
+        "n_random": 19,
         "n_prompts": 6,
     }
     return pd.DataFrame({**fixed, **given, **columns})
 
 
 def test_the_verdict_follows_the_numbers() -> None:
-    *_, best, verdict = Ablation(effects(), "seed0/20", anchor=1.0).lines()
-    assert "layer 4" in best
-    assert verdict == "refusal comes back beyond random directions (50% of the way to the anchor)"
-    assert Ablation(effects(), "seed0/20", anchor=-4.0).lines()[-1] == "refusal comes back beyond random directions"
-    for nothing in (effects(random_high=[1.0, 2.5]), effects(low=[0.5, -0.1])):
-        assert "does not come back" in Ablation(nothing, "seed0/20", anchor=1.0).lines()[-1]
-    fallen = effects(difference=[-1.0, -2.0], low=[-1.5, -2.5], high=[-0.5, -1.5])
-    line = steer_sweep.summary(fallen)
-    assert "layer 4" in line and "refusal falls beyond random directions" in line
-    assert "does not fall" in steer_sweep.summary(fallen.assign(random_low=-2.5))
-    assert "does not fall" in steer_sweep.summary(fallen.assign(high=0.1))
+    best = effects().iloc[1]
+    *_, largest, verdict = Ablation(effects(), best, "seed0/20", anchor=1.0).lines()
+    assert "layer 4" in largest and verdict == (
+        "refusal comes back beyond random directions: p = 0.050 for the largest rise of 2 against that of each of 19 "
+        "random directions (50% of the way to the anchor)"
+    )
+    assert Ablation(effects(), best, "seed0/20", anchor=-4.0).lines()[-1].endswith("19 random directions")
+    for nothing in (effects(p_largest=[0.05, 0.06]), effects(low=[0.5, -0.1])):
+        assert "does not come back" in Ablation(nothing, nothing.iloc[1], "seed0/20", anchor=1.0).lines()[-1]
+
+
+@pytest.mark.parametrize(("random", "verdict"), [(-1.5, "falls beyond"), (-2.5, "does not fall beyond")])
+def test_a_fall_is_compared_with_the_largest_fall_of_each_draw(random: float, verdict: str) -> None:
+    moved = {"a": np.full(6, -1.0), "b": np.full(6, -2.0)}
+    draws = {"a": np.r_[random, np.zeros(18)], "b": np.zeros(19)}  # in another row than the one that is named
+    table = effects(difference=[-1.0, -2.0]).drop(columns="p_largest")
+    line = steer_sweep.summary(Effect(table, draws, moved, np.zeros(6)))
+    assert "layer 4" in line and f"refusal {verdict} random directions" in line
 
 
 @pytest.mark.parametrize("script", ["ablate_layer.py", "steer_sweep.py"])

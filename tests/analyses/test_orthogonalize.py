@@ -15,8 +15,8 @@ import torch
 from histories import between, plant, planted_vector, sequence_on_disk, weights_of
 from typer.testing import CliRunner, Result
 
+from gravlens.activations.residuals import cache_residuals
 from gravlens.behavior.scores import refusal_log_odds
-from gravlens.directions.direction import Directions
 from gravlens.directions.subspaces import random_like
 from gravlens.directions.vrev import direction_from
 from gravlens.models.opening import OpenModel, open_model
@@ -87,7 +87,8 @@ def test_random_directions_are_taken_out_of_the_same_checkpoint(history: Path, t
     assert ran(history, tmp_path, "--layer", "1").exit_code == 0
     row = pd.read_csv(tmp_path / "orthogonalize.csv").iloc[0]
     tuned = history / "ft" / "checkpoint-20"
-    (twin,) = random_like(Directions((V,)), rng=np.random.default_rng(0))
+    states = cache_residuals(history / "SEQUENCE.toml", layers=[1]).of("anchor")
+    twin = random_like(V, rng=np.random.default_rng(0), states=states)
     wanted = score(by_hand(tuned, twin.vector)) - score(open_model(tuned))
     assert row["random_low"] == row["random_high"] == pytest.approx(wanted, abs=1e-4)
     assert row["n_random"] == 1 and row["p_random"] in (0.5, 1.0)

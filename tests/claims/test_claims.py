@@ -137,7 +137,7 @@ def test_with_everything_in_its_favour_the_claim_is_the_last_level() -> None:
 
 def test_the_sentence_says_what_the_tests_were_fixed_to() -> None:
     said = judge().sentence
-    for part in ("α = 0.05", "layers 0 and 1", "step 20", "unit: the run", "19 strangers", "19 random directions"):
+    for part in ("α = 0.05", "layers 0, 1", "step 20", "unit: the run", "19 strangers", "19 random directions"):
         assert part in said, part
     assert f"preregistered ({FIXED.digest[:8]})" in said
     assert "chosen afterwards" in judge(preregistration=None).sentence
@@ -165,7 +165,7 @@ def scattered() -> Trajectory:
 
 FALSE: list[tuple[int, str, dict[str, Any]]] = [
     (0, "the drift is long enough to judge", {"trajectory": trajectory(judged=False)}),
-    (0, "judged on other prompts than v_rev's", {"trajectory": given()}),
+    (0, "judged on other prompts than v_rev's", {"trajectory": given(), "strangers": {}}),
     (0, "above isotropic", {"trajectory": trajectory(0.05)}),
     (0, "above isotropic", {"trajectory": trajectory(-0.7)}),
     (0, "the runs agree", {"trajectory": scattered()}),
@@ -252,7 +252,7 @@ def test_later_levels_are_told_although_an_earlier_one_caps() -> None:
 
 def test_a_single_run_beyond_weight_noise_is_not_refused_for_being_single() -> None:
     few = evidence(trajectory=trajectory(runs=1))
-    assert claim(few).level == 3  # its arms have five
+    assert claim(few).level == 5  # its arms have five
     assert claim(replace(few, nulls=[null("isotropic"), null("weight_noise", 0.7)])).level == 0
 
 
@@ -299,7 +299,7 @@ def several(n: int = 6, **changes: Any) -> list[Evidence]:
 
 def test_anchors_together_reach_what_none_reaches_alone() -> None:
     found = claim(several())
-    assert found.level == 5 and set(found.alone.values()) == {2}
+    assert found.level == 5 and {one.level for one in found.alone.values()} == {2}
     assert "6 anchors, 12 runs in all" in found.sentence and "Each anchor alone: level 2 in 6" in found.sentence
     assert "unit: the anchor" in found.sentence and "5 strangers an anchor" in found.sentence
     one = claim(several(1))
@@ -384,7 +384,7 @@ def test_other_names_of_the_arms() -> None:
 
 def test_bad_evidence_is_one_clear_error() -> None:
     with refused("no run"):
-        Evidence(trajectory(runs=0))
+        Evidence(Trajectory.from_table(trajectory().table.iloc[:0]))
     with refused("No evidence"):
         claim([])
     with refused("damage has a row per layer"):
@@ -398,5 +398,5 @@ def test_bad_evidence_is_one_clear_error() -> None:
 
 
 def test_the_page_is_escaped_and_names_the_level() -> None:
-    found = replace(judge(), sentence="<b>x</b>")
+    found = replace(judge(), statement="<b>x</b>")
     assert "level 5 of 5" in found._repr_html_() and "<b>x" not in found._repr_html_()

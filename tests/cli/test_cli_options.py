@@ -178,7 +178,7 @@ def test_one_name_means_one_thing() -> None:
     for words, param in OPTIONS:
         kinds.setdefault(param.opts[0], set()).add(str(kind_of(COMMANDS[words], param.name)))
     assert {name: kind for name, kind in kinds.items() if len(kind) > 1} == {}
-    wanted = {"--json": len(COMMANDS), "--layer": 5, "--out": 5, "--device": 5, "--dtype": 5, "--prompts": 5}
+    wanted = {"--json": len(COMMANDS), "--layer": 6, "--out": 6, "--device": 5, "--dtype": 5, "--prompts": 5}
     found = {name: sum(param.opts[0] == name for _, param in OPTIONS) for name in wanted}
     assert found == wanted
 
@@ -504,7 +504,7 @@ def test_json_of_results_and_of_what_is_fetched(tmp_path: Path, monkeypatch: pyt
         "claims": [claim],
     }
     results = {"claims": [claim], "closure": float("nan")}
-    monkeypatch.setattr(import_module("gravlens.studies.reproduce"), "reproduce", lambda *_, **__: results)
+    monkeypatch.setattr(import_module("gravlens.studies.audit"), "audit", lambda *_, **__: results)
     made = gravlens("reproduce", "--json", "--out", tmp_path)
     assert parsed(made) == {**results, "closure": None} and "report.html" in made.stderr
     monkeypatch.setattr(import_module("gravlens.organisms.fetch"), "fetch_smollm2", lambda: tmp_path)

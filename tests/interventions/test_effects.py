@@ -21,7 +21,7 @@ from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Ablate, Steer, everywhere
-from gravlens.interventions.effects import causal_effect, crossings, dose_response, layerwise_effect
+from gravlens.interventions.effects import Effect, causal_effect, crossings, dose_response, layerwise_effect
 from gravlens.interventions.hooks import intervene
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import OpenModel, open_model
@@ -341,7 +341,7 @@ def test_draws_from_the_anchors_covariance_lie_where_its_states_vary(llama: Open
     ask = partial(causal_effect, llama, score=SCORE, prompts=tiny.PROMPTS, n_random=3)
     table = ask({"it": recorded}, states=cloud_of(4, 5, 6)).table
     assert table["random_kind"].tolist() == ["covariance_matched"]
-    assert ask({"it": recorded}).table["random_kind"].tolist() == ["isotropic"]
+    assert ask({"it": recorded}, states="isotropic").table["random_kind"].tolist() == ["isotropic"]
     for twin in recorded.seen[:3]:
         np.testing.assert_allclose(np.abs(twin.vectors), np.eye(tiny.WIDTH)[[4, 6]], atol=1e-4)
         assert np.array_equal(twin.distances, [3.0, 3.0])
@@ -373,14 +373,107 @@ def test_a_subspace_is_replaced_by_one_of_its_rank(planted: OpenModel) -> None:
     assert by_layer["layer"].tolist() == [LAST]
 
 
-def test_a_vector_has_one_replacement_in_all_conditions_of_a_draw(llama: OpenModel) -> None:
-    one, other = Recorded(direction(0, 1)), Recorded(Directions((direction(2, 2), direction(1, 1))))
-    causal_effect(llama, {"one": one, "other": other}, score=SCORE, prompts=tiny.PROMPTS, n_random=2)
+def test_a_draw_is_one_mixture_of_the_states_for_all_layers_and_conditions(llama: OpenModel) -> None:
+    """The same prompts' states, weighted alike, at each layer: where layers are alike, so are the random directions."""
+    states = cloud_of(4, 5, 6)
+    states.of("anchor")[:] = np.random.default_rng(1).standard_normal((200, 1, tiny.WIDTH))  # all layers alike
+    one, other = Recorded(direction(0, 1)), Recorded(Directions((direction(2, 2), direction(1, 3))))
+    ask = partial(causal_effect, llama, {"one": one, "other": other}, score=SCORE, prompts=tiny.PROMPTS, n_random=2)
+    ask(states=states)
+    ask(states="isotropic")
     pairs = list(zip(one.seen, other.seen, strict=True))
-    assert len(pairs) == 2 and not np.array_equal(pairs[0][0].vectors, pairs[1][0].vectors)
+    assert len(pairs) == 4 and not np.allclose(pairs[0][0].vectors, pairs[1][0].vectors)
     for alone, both in pairs:
-        assert np.array_equal(alone[0].vector, both[1].vector)
-        assert not np.array_equal(both[1].vector, both[2].vector)
+        assert np.array_equal(alone[0].vector, both[2].vector) and np.array_equal(both[2].vector, both[1].vector)
+
+
+def test_different_vectors_in_one_layer_have_different_replacements(llama: OpenModel) -> None:
+    first, second = Recorded(Directions((direction(0, 1), direction(1, 1)))), Recorded(direction(1, 2))
+    for states in (None, "isotropic"):
+        causal_effect(llama, {"it": [first, second]}, score=SCORE, prompts=tiny.PROMPTS, n_random=1, states=states)
+        alike = first.seen[-1][1].vector @ second.seen[-1][1].vector
+        assert abs(alike) < 0.95
+
+
+def test_without_states_random_directions_vary_as_the_models_own_states_do(llama: OpenModel) -> None:
+    own = read_residuals(llama, PROMPT_IDS, layers=range(tiny.LAYERS)).numpy()
+    given = synthetic({"anchor": own})
+    condition = {"it": Ablate(Directions((direction(0, 1), direction(1, 2), direction(2, 3))))}
+    ask = partial(causal_effect, llama, condition, score=SCORE, prompts=tiny.PROMPTS, n_random=4)
+    np.testing.assert_allclose(ask().random["it"], ask(states=given).random["it"], atol=1e-6)
+    assert not np.allclose(ask().random["it"], ask(states="isotropic").random["it"], atol=1e-3)
+    assert ask().table["random_kind"].tolist() == ["covariance_matched"]
+    with refused("one prompt"):
+        ask(prompts=tiny.PROMPTS[:1])
+    with refused("states='matched'"):
+        ask(states="matched")
+    with refused("ndarray"):
+        ask(states=own)
+
+
+# --- the largest of several conditions, and the contrast of two -----------------------------------------------------
+
+
+def effect_of(differences: dict[str, Any], random: dict[str, Any]) -> Effect:
+    moved = {name: np.asarray(values, dtype=float) for name, values in differences.items()}
+    table = pd.DataFrame({"condition": list(moved), "difference": [one.mean() for one in moved.values()]})
+    draws = {name: np.asarray(values, dtype=float) for name, values in random.items()}
+    return Effect(table.assign(low=np.nan, high=np.nan), draws, moved, np.zeros(len(next(iter(moved.values())))))
+
+
+def test_the_largest_is_compared_with_the_largest_of_each_draw() -> None:
+    random = {"a": [0.0, 3.0, 0.0, 1.0], "b": [2.5, 0.0, 0.0, 1.0]}  # maxima 3, 2.5, 1, 0; b's own: one of four
+    effect = effect_of({"a": [1.0, 1.0], "b": [2.0, 3.0]}, {"a": random["a"], "b": random["b"]})
+    found = effect.largest()
+    assert found["condition"] == "b" and found["difference"] == 2.5
+    assert found["p_largest"] == (1 + 2) / (1 + 4), "maxima 2.5, 3, 0, 1: a tie counts"
+    fallen = effect_of({"a": [-1.0, -1.0], "b": [-2.0, -3.0]}, {name: -np.array(one) for name, one in random.items()})
+    mirrored = fallen.largest(sign=-1)
+    assert mirrored["condition"] == "b" and mirrored["p_largest"] == found["p_largest"]
+    assert (mirrored["low"], mirrored["high"]) == pytest.approx((-found["high"], -found["low"]))
+    assert np.isnan(effect_of({"a": [1.0, 2.0]}, {"a": []}).largest()["p_largest"])
+    assert np.isnan(effect_of({"a": [1.0]}, {"a": [0.5]}).largest()["low"])
+
+
+def test_the_band_of_many_conditions_covers_all_of_them_at_once_as_often_as_it_says() -> None:
+    """30 conditions without an effect: the largest one's own interval excludes 0 in most worlds, the band in few."""
+    rng = np.random.default_rng(0)
+    above = {"own": 0, "band": 0}
+    for _ in range(200):
+        moved = rng.standard_normal((30, 64))
+        found = effect_of({str(i): one for i, one in enumerate(moved)}, {str(i): [] for i in range(30)}).largest()
+        best = moved[int(found["condition"])]
+        above["own"] += best.mean() > 1.96 * best.std() / 8
+        above["band"] += found["low"] > 0
+    assert above["own"] > 80 and above["band"] <= 16  # two-sided 5 %: 2.5 % above 0, 3.8 standard errors of 200
+
+
+def test_the_best_of_many_rows_is_found_by_chance_as_often_as_its_p_value_says() -> None:
+    """The same law for v_rev and the random directions: against its own row the best one stands out far too often."""
+    rng, rows, worlds = np.random.default_rng(0), [str(i) for i in range(10)], 400
+    found = {"own row": 0, "largest": 0}
+    for _ in range(worlds):
+        drawn = 3 * rng.standard_normal((20, 10)) + 3 * rng.standard_normal((20, 1))  # rows of a draw belong together
+        moved = {name: np.full(8, one) for name, one in zip(rows, drawn[0], strict=True)}
+        best = effect_of(moved, dict(zip(rows, drawn[1:].T, strict=True))).largest()
+        found["own row"] += best["difference"] > drawn[1:, int(best["condition"])].max()
+        found["largest"] += best["p_largest"] <= 0.05
+    assert found["own row"] > 0.1 * worlds
+    assert abs(found["largest"] - 0.05 * worlds) < 3 * np.sqrt(0.05 * 0.95 * worlds)
+
+
+def test_a_contrast_is_paired_over_prompts_and_draws() -> None:
+    rng = np.random.default_rng(0)
+    shared, random = 100 * rng.standard_normal(80), 100 * rng.standard_normal(19)
+    more = 1 + rng.standard_normal(80)
+    effect = effect_of({"a": shared + more, "b": shared}, {"a": random + 0.1, "b": random})
+    found = effect.contrast("a", "b")
+    half = 1.96 * more.std() / np.sqrt(80)
+    assert found["difference"] == pytest.approx(more.mean()) and found["p_random"] == 1 / 20
+    assert [found["low"], found["high"]] == pytest.approx([more.mean() - half, more.mean() + half], abs=0.1 * half)
+    assert found["random_high"] == pytest.approx(0.1)
+    with refused("'c'"):
+        effect.contrast("a", "c")
 
 
 def test_states_that_cannot_make_a_twin_are_refused(llama: OpenModel) -> None:
@@ -401,7 +494,9 @@ def test_the_dose_curve_of_the_planted_direction_is_a_line(planted: OpenModel) -
     assert curve.table["strength"].tolist() == [-0.5, 0.5, 1.0]
     assert curve.table["condition"].tolist() == ["strength -0.5", "strength 0.5", "strength 1"]
     np.testing.assert_allclose(curve.table["difference"], GAIN * 4.0 * curve.table["strength"], atol=1e-4)
-    assert curve.spearman == 1 and (curve.spearman_prompts == 1).all()
+    assert curve.spearman == 1 and (curve.spearman_prompts == 1).all() and curve.spearman_interval == (1, 1)
+    assert [curve.slope[name] for name in ("difference", "low", "high")] == pytest.approx([GAIN * 4.0] * 3, abs=1e-4)
+    assert curve.slope["p_random"] == 1 / 21
     # The score is linear here, so each random direction gives a line too, if a flatter one, up or down.
     assert curve.spearman_random.shape == (20,) and set(np.round(curve.spearman_random, 9)) == {-1.0, 1.0}
     assert (curve.table["random_high"] < curve.table["difference"].abs()).all()
@@ -417,9 +512,25 @@ def test_spearman_is_that_of_the_ranks_with_the_baseline_among_them(llama: OpenM
     np.testing.assert_allclose(curve.spearman, np.corrcoef([1, 2, 3, 4], [1, 3, 2, 4])[0, 1])  # means 0 5/3 4/3 2
 
 
+def test_the_slope_and_its_interval_are_those_of_a_line_through_no_effect_at_no_dose(llama: OpenModel) -> None:
+    rng, doses = np.random.default_rng(0), np.array([-1.0, 1.0, 2.0])
+    slopes = 2 + rng.standard_normal(60)
+    moved = doses[:, None] * slopes + 0.1 * rng.standard_normal((3, 60))
+    score = programmed([np.zeros(60), *moved], 60)
+    prompts = PromptSet(tuple(list(tiny.PROMPTS) * 10))
+    curve = dose_response(llama, direction(), doses, score=score, prompts=prompts, n_random=0)
+    fitted = [np.linalg.lstsq(doses[:, None], one, rcond=None)[0].item() for one in moved.T]
+    assert curve.slope["difference"] == pytest.approx(np.mean(fitted))
+    half = 1.96 * np.std(fitted) / np.sqrt(60)
+    bounds = [np.mean(fitted) - half, np.mean(fitted) + half]
+    assert [curve.slope["low"], curve.slope["high"]] == pytest.approx(bounds, abs=0.1 * half)
+    low, high = curve.spearman_interval
+    assert low <= curve.spearman <= high and low > 0
+
+
 def test_a_score_that_does_not_move_has_no_rank_correlation(llama: OpenModel) -> None:
     curve = dose_response(llama, direction(), [1, 2], score=programmed([2.0] * 3, 6), prompts=tiny.PROMPTS, n_random=0)
-    assert np.isnan(curve.spearman) and np.isnan(curve.spearman_prompts).all()
+    assert np.isnan([curve.spearman, *curve.spearman_prompts, *curve.spearman_interval]).all()
 
 
 @pytest.mark.parametrize("strengths", [[1.0], [0.0, 1.0], [1.0, 1.0]])

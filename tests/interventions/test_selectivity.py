@@ -78,7 +78,9 @@ def test_a_selective_direction_is_told_from_random_ones_and_an_unselective_is_no
     selective = measure_selectivity(llama, {"it": Steer(along(3))}, MEASURES)
     assert selective["p_margin"][0] == 1 / 21 and selective["p_margin"][1] > 0.5
     assert selective["p_random"][0] == 1 / 21 and selective["random_high"][0] < selective["effect"][0]
-    assert (selective["n_random"] == 20).all() and (selective["random_kind"] == "isotropic").all()
+    assert (selective["n_random"] == 20).all() and (selective["random_kind"] == "covariance_matched").all()
+    isotropic = measure_selectivity(llama, {"it": Steer(along(3))}, MEASURES, states="isotropic", n_random=1)
+    assert (isotropic["random_kind"] == "isotropic").all()
     # The same score twice, in other units: every draw moves both alike, if a draw is the same for both.
     alike = measure_selectivity(llama, {"it": Steer(both)}, measures)
     assert (alike["margin"] == 0).all() and (alike["p_margin"] == 1).all() and (alike["effect"] > 0).all()

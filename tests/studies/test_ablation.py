@@ -60,13 +60,19 @@ def test_each_row_is_an_effect_with_matched_twins(history: Path) -> None:
     alone = causal_effect(model, {"x": Ablate(vs[1])}, states=states, **ask)
     assert found.table["random_high"][0] == pytest.approx(alone.random["x"].max(), abs=1e-5)
     isotropic = ablate_vrev(asked, layers=[1], n_random=3, twins="isotropic").table
-    other = causal_effect(model, {"x": Ablate(vs[1])}, **ask)
+    other = causal_effect(model, {"x": Ablate(vs[1])}, states="isotropic", **ask)
     assert isotropic["random_high"].item() == pytest.approx(other.random["x"].max(), abs=1e-5)
     assert abs(isotropic["random_high"].item() - found.table["random_high"][0]) > 1e-4
     anchor = refusal_log_odds(open_model(history / "anchor"), tiny.PROMPTS, openings=REFUSALS).mean()
     assert found.anchor == pytest.approx(anchor, abs=1e-5)
     way = anchor - plain.mean()
     assert found.share == pytest.approx(found.table["difference"].max() / way) if way > 0 else np.isnan(found.share)
+    conditions = {"1": Ablate(vs[1]), "2": Ablate(vs[2]), "all": Ablate(vs)}
+    together = causal_effect(model, conditions, states=states, **ask)
+    largest = np.max([together.random[name] for name in conditions], axis=0)
+    reached = (largest >= found.table["difference"].max()).sum()
+    assert found.best["p_largest"] == pytest.approx((1 + reached) / 4) and not found.comes_back, "3 draws are too few"
+    assert "19 random directions are needed" in found.lines()[-1]
 
 
 def test_the_command_tells_the_table_and_the_verdict(history: Path, tmp_path: Path) -> None:
@@ -76,6 +82,8 @@ def test_the_command_tells_the_table_and_the_verdict(history: Path, tmp_path: Pa
     told, found = json.loads(result.stdout), ablate_vrev(question(history), n_random=2)
     assert told["checkpoint"] == "seed0/20" and told["comes_back"] == found.comes_back
     assert told["anchor"] == pytest.approx(found.anchor) and told["score"] == "refusal_log_odds"
+    assert told["best"]["p_largest"] == pytest.approx(found.best["p_largest"])
+    assert told["best"]["low"] == pytest.approx(found.best["low"])
     assert [row["layer"] for row in told["rows"]] == [1, 2, None]
     assert [row["difference"] for row in told["rows"]] == pytest.approx(found.table["difference"].tolist())
     written = sorted(path.name for path in (tmp_path / "new").iterdir())

@@ -60,7 +60,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache") / "of [mine]"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "processes", small.inline)
-        carry_out(few(), folder)
+        carry_out({"one": few()}, folder)
     return folder
 
 
@@ -240,7 +240,7 @@ def test_arms_that_are_made_of_other_runs_come_after_them(home: Path, monkeypatc
     order: list[str] = []
     monkeypatch.setattr(experiment, "run_arm", lambda _study, arm, seed: order.append(f"{arm.name}{seed}"))
     arms = [Arm("late", (0,), other="unblocked"), Arm("unblocked", (0, 1)), Arm("early", (0,))]
-    carry_out(few(), home.parents[2], arms=arms)
+    carry_out({"one": few()}, home.parents[2], arms=arms)
     assert order == ["unblocked0", "unblocked1", "early0", "late0"]
 
 
@@ -285,7 +285,7 @@ def test_what_is_complete_is_not_made_again(cache: Path, home: Path, monkeypatch
     for name in ("finetune", "weight_noise", "cache_residuals", "measure_behavior"):
         monkeypatch.setattr(experiment, name, lambda *given, **_: made.append(given))
     monkeypatch.setattr(Few, "make", lambda *given: made.append(given))
-    assert carry_out(few(), cache).home == home
+    assert carry_out({"one": few()}, cache)["one"].home == home
     assert made == [] and files(home) == before
 
 
@@ -303,7 +303,7 @@ def test_a_run_that_is_stopped_leaves_no_half_and_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "_measure_run", stop)
         with pytest.raises(KeyboardInterrupt):
-            carry_out(organism, tmp_path)
+            carry_out({"one": organism}, tmp_path)
     home = Study.at(organism, tmp_path).home
     before = files(home)
     assert (home / "runs/unblocked/seed0/run.json").exists() and (home / "measured/behavior.json").exists()
@@ -311,14 +311,14 @@ def test_a_run_that_is_stopped_leaves_no_half_and_goes_on_where_it_was(
     assert [name for name in folders(home) if "/." in f"/{name}"] == [], "no scratch is left"
     assert list((home / "runs/penalty").iterdir()) == []
 
-    carry_out(organism, tmp_path)
+    carry_out({"one": organism}, tmp_path)
     after = files(home)
     assert {name: after[name] for name in before} == before
     assert {name.split("/seed")[0] for name in after.keys() - before.keys()} >= {"runs/penalty", "runs/penalty_random"}
-    carry_out(organism, tmp_path)
+    carry_out({"one": organism}, tmp_path)
     assert files(home) == after
 
-    carry_out(replace(organism, runs=2), tmp_path)
+    carry_out({"one": replace(organism, runs=2)}, tmp_path)
     more = files(home)
     assert {name: more[name] for name in after} == after, "one more seed is added to what is there"
     added = more.keys() - after.keys()
@@ -334,7 +334,7 @@ def test_a_checkpoint_that_could_not_be_made_leaves_nothing(tmp_path: Path, monk
 
     monkeypatch.setattr(Few, "make", stop)
     with refused("It broke"):
-        carry_out(organism, tmp_path)
+        carry_out({"one": organism}, tmp_path)
     assert folders(Study.at(organism, tmp_path).home) == set()
 
 
