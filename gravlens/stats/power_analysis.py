@@ -86,9 +86,10 @@ class Effects:
             raise GravlensError(given, "A pilot is a results folder.", "gravlens reproduce --quick --out pilot.")
         tables = {
             name: pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").is_file() else None
-            for name in ("arms", "controls", "nulls_layer_mean", "behavior")
+            for name in ("controls", "nulls_layer_mean", "behavior")
         }
-        found = {name: float(value) for name, value in _measured(**tables) if name and np.isfinite(value)}
+        measured = _measured(pd.read_csv(folder / "arms.csv"), **tables)
+        found = {name: float(value) for name, value in measured if name and np.isfinite(value)}
         return cls(**found, source=f"{folder.name}: {', '.join(found) or 'nothing'}; all else: {SOURCE}")
 
 
@@ -115,11 +116,13 @@ def _measured(
     if controls is not None:
         others = controls[controls.control.str.startswith("stranger") | (controls.control == "wrong_witness")]
         means = others.groupby(["organism", "control"]).alignment_final.mean()
-        yield from (("strangers", means.mean()), ("strangers_sd", means.std()))
+        # "stranger" is a mean over several, which spreads less than they do
+        single = means[means.index.get_level_values("control") != "stranger"]
+        yield from (("strangers", means.mean()), ("strangers_sd", single.std()))
         yield from zip(("closure", "closure_sd"), _spreads(controls, "closure_final")[:2], strict=True)
     if nulls_layer_mean is not None:
         noise = nulls_layer_mean[nulls_layer_mean.null == "weight_noise"]
-        yield "noise", noise.p99.mean() / stats.norm.isf(0.01)
+        yield "noise", float(noise.p99.mean() / stats.norm.isf(0.01))
     if behavior is not None:
         yield "anchor_harm", behavior[(behavior.arm == "history") & (behavior.run == "anchor")][harm].mean()
 
