@@ -45,7 +45,9 @@ THREADS = Annotated[int, opt.number("Threads per process (pretrained); 0: all co
 def reproduce(
     setting: SETTING = "refusal",
     quick: Annotated[bool, opt.flag("--quick", "A first look: two organisms and fewer null draws.")] = False,
-    organisms: Annotated[int, opt.number("Number of organisms (refusal): anchors. Default: 6, with --quick 2.")] = 0,
+    organisms: Annotated[
+        int, opt.number("Number of organisms (refusal), each an anchor; 0: six, with --quick two.")
+    ] = 0,
     runs: RUNS = 0,
     out: Annotated[Path, opt.place("FOLDER", "Results folder.", check=opt.writable_folder)] = Path("results"),
     model: MODEL = "",

@@ -24,7 +24,6 @@ CONTROLS = {
 }
 ARMS = {
     "unblocked": "unblocked",
-    "unblocked_new_facts": "unblocked, new facts only",
     "penalty": "penalty",
     "penalty_margin": "penalty with a margin (a push)",
     "clamp": "clamp",

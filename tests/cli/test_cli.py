@@ -187,7 +187,7 @@ def test_a_real_model_wants_weights_and_prompts(tmp_path: Path, history: Path) -
 
 @pytest.mark.parametrize(
     "arguments",
-    [["reproduce", "--setting", "mystery"], ["fetch", "everything"], ["reproduce", "--organisms", "0"], ["x"]],
+    [["reproduce", "--setting", "mystery"], ["fetch", "everything"], ["reproduce", "--organisms", "-1"], ["x"]],
 )
 def test_what_no_command_knows_is_a_usage_error(arguments: list[str]) -> None:
     result = gravlens(*arguments)

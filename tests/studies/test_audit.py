@@ -41,7 +41,7 @@ FINALS = {"alignment_final", "fraction_final"}
 BEHAVIOR = {"compliance_rate", "cut_share", "refusal_log_odds", "over_refusal"}
 COST = {"task_loss", "seconds_per_step"}
 CONTROLS = {"stranger", "sibling_anchor", "unaligned_twin", "continued_alignment"}
-ARMS = {"unblocked", "unblocked_new_facts", "penalty", "penalty_margin", "clamp", "clamp_random", "reinforce"}
+ARMS = {"unblocked", "penalty", "penalty_margin", "clamp", "clamp_random", "reinforce"}
 ARMS |= {"rehearsal", "lower_rate", "released_at_20"}
 NULLS = {"isotropic", "weight_noise", "covariance_of_states", "covariance_of_drifts"}
 NULLS |= {"sign_flips", "swapped_labels", "harmless", "shuffled_words"}
@@ -170,10 +170,11 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
         if control is None:
             assert name == "stranger", "one organism has none"
             continue
-        n = 1 if name == "continued_alignment" else runs
+        n = runs if name == "sibling_anchor" else 1
         spreads(control, FINALS | ({"closure_final"} if name == "unaligned_twin" else set()), n)
     assert set(found["arms"]) == ARMS
-    single = {"unblocked_new_facts": 1, "clamp_random": 8}
+    once = ("penalty", "penalty_margin", "reinforce", "rehearsal", "lower_rate", "released_at_20")
+    single = {**dict.fromkeys(once, 1), "clamp_random": 8}
     for name, arm in found["arms"].items():
         spreads(arm, FINALS | BEHAVIOR | COST, single.get(name, runs))
     assert set(found["history"]) == {"witness", "anchor"}
@@ -351,7 +352,7 @@ def test_the_pretrained_organism_says_what_it_has_not(pretrained: Done) -> None:
     found = pretrained.results
     assert found["setting"] == "pretrained" and found["seeds"] == [0]
     assert found["controls"]["stranger"] is None and found["controls"]["continued_alignment"] is None
-    assert found["arms"]["penalty_margin"] is None and found["arms"]["unblocked_new_facts"] is None
+    assert found["arms"]["penalty_margin"] is None
     assert {"unblocked_own_answers", "penalty_own_answers"} <= set(found["arms"])
     assert found["summary"]["step_20"]["alignment"] == {"mean": None, "sem": None, "runs": []}
     assert found["summary"]["first_step"]["alignment"]["sem"] is None, "one run has no spread"
