@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gravlens.activations.residuals import Request, Residuals, prepare
+from gravlens.activations.residuals import Request, Residuals, cache_residuals, prepare
 from gravlens.behavior.answers import compliance_rate, generate_answers, substring_judge
 from gravlens.behavior.divergence import kl_from
 from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_odds
