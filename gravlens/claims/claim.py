@@ -7,7 +7,7 @@ import pandas as pd
 
 from gravlens.claims.criteria import DEMANDS
 from gravlens.claims.effects import effects
-from gravlens.claims.evidence import Case, Demand, Evidence
+from gravlens.claims.evidence import Case, Demand, Evidence, counted
 from gravlens.claims.preregistration import ALPHA
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, of_kind
@@ -109,8 +109,8 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
 def _remarks(case: Case, level: int, caps: Sequence[Demand], alone: Mapping[str, Claim]) -> tuple[str, ...]:
     named = "; ".join(f"{demand.name} ({demand.figures})" for demand in caps)
     capped = [f"Level {level + 1} ({LEVELS[level + 1]}) is not reached: {named}."] if caps else []
-    counted = pd.Series([one.level for one in alone.values()], dtype=int).value_counts().sort_index().items()
-    apart = [f"Each anchor alone: {', '.join(f'level {one} in {n}' for one, n in counted)}."] if alone else []
+    levels = pd.Series([one.level for one in alone.values()], dtype=int).value_counts().sort_index().items()
+    apart = [f"Each anchor alone: {', '.join(f'level {one} in {n}' for one, n in levels)}."] if alone else []
     return (*_told(case), *capped, *apart)
 
 
@@ -122,7 +122,7 @@ def _seen(case: Case, sizes: pd.DataFrame) -> str:
         parts.append(f"{effect} {mean:.2f}" + ("" if low != low else f" [{low:.2f}, {high:.2f}]"))
     n = sum(len(evidence.final) for evidence in case.anchors)
     among = f"{len(case.anchors)} anchors, " if len(case.anchors) > 1 else "one anchor, "
-    return f"{parts[0]}, {parts[1]} of the way back at step {_steps(case)} ({among}{n} run{'s' * (n != 1)} in all)"
+    return f"{parts[0]}, {parts[1]} of the way back at step {_steps(case)} ({among}{counted(n, 'run')} in all)"
 
 
 def _steps(case: Case) -> str:
@@ -142,10 +142,10 @@ def _setting(case: Case) -> str:
         over = "largest layer, for layers and step were chosen afterwards"
         how = "; ".join(departures)
     counts = {
-        "strangers": [len(evidence.strangers) for evidence in case.anchors],
-        "random directions": [len(dict(evidence.each("random"))) for evidence in case.anchors],
+        "stranger": [len(evidence.strangers) for evidence in case.anchors],
+        "random direction": [len(dict(evidence.each("random"))) for evidence in case.anchors],
     }
-    numbers = ", ".join(f"{max(n)} {name}{' an anchor' * (len(n) > 1)}" for name, n in counts.items() if any(n))
+    numbers = ", ".join(f"{counted(max(n), name)}{' an anchor' * (len(n) > 1)}" for name, n in counts.items() if any(n))
     beside = f"; {numbers}" if numbers else ""
     return f"α = {case.alpha:g}, {over}, unit: the {case.unit}{beside}; {how}."
 
