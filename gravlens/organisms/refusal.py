@@ -89,10 +89,7 @@ class RefusalOrganism:
             Arm("unblocked", seeds, keep=True),
             Arm("clamp", seeds, blocker=made_by("clamp")),
             *random_arms(seeds, "harmless", directions=self.random_directions, draw=(self.organism,)),
-            *(
-                Arm(name, one, blocker=made_by(name))
-                for name in ("penalty", "penalty_margin", "reinforce", "rehearsal")
-            ),
+            *(Arm(name, one, blocker=made_by(name)) for name in blocked),
             Arm("lower_rate", one, rate=0.5),
             released_arm(one, "harmless"),
             Arm("unaligned_twin", one, start="witness"),
