@@ -304,7 +304,7 @@ def weight_noise(
         linear: where states move linearly with weights, a cosine does not depend on the noise's size, and noise −ε has
             the opposite one. Then draw at the last step's norms alone, half as often, and let the cosines and their
             negatives stand for every step. Eight draws test it, at the first and last norms and mirrored: where cosines
-            differ by more than a quarter of their r.m.s., all are drawn as usual.
+            differ by more than a quarter of their r.m.s., and of 24 draws or fewer, all are drawn as usual.
 
     Returns:
         Cosines of the drift that the noise makes with v_rev, [draw, step, layer].
@@ -330,7 +330,7 @@ def weight_noise(
 
     try:
         with progress("weight noise", total=draws * len(norms), unit="draw") as bar:
-            if linear and _is_linear(drawn, norms, generator):
+            if linear and draws > 3 * LINEAR_DRAWS and _is_linear(drawn, norms, generator):
                 half = drawn(norms[max(norms)], (draws + 1) // 2)
                 columns = [np.concatenate([half, -half])[:draws]] * len(norms)
             else:
@@ -352,6 +352,7 @@ def _is_linear(
     for sizes in (last, norms[min(norms)], {name: -norm for name, norm in last.items()}):
         generator.set_state(state)  # the same noise, of another size
         found.append(drawn(sizes, LINEAR_DRAWS))
+    generator.set_state(state)
     one, smaller, mirrored = found
     differences = np.stack([smaller - one, mirrored + one])
     return bool(np.sqrt((differences**2).mean((1, 2))).max() <= LINEAR_WITHIN * np.sqrt((one**2).mean()))
