@@ -40,7 +40,7 @@ from gravlens.studies.ablation import Ablation, each_and_all
 WIDTH, LAYERS, PLANTED_AT = 48, 3, 0
 OPENING = "sorry"
 LENGTH, SHARE, GAIN = 6.0, 0.8, 1.0  # of the planted vector, of the way the run goes, of the opening's logit along it
-TOKENIZER = build_tokenizer()
+TOKENIZER: Any = build_tokenizer()
 PROMPTS = PromptSet(tuple(held_out_prompts())[::6])
 IDS = encode(TOKENIZER, PROMPTS)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -106,12 +106,13 @@ def directions_of(kind: str, one: History, rng: np.random.Generator) -> Directio
             return random_like(vs, rng=rng)
         case "stranger":
             return stranger(vs, one.states, int(rng.integers(1_000, 2**31)))
-    return vs
+        case _:
+            return vs
 
 
 def own_row(effect: Effect) -> bool:
     """The rule of gravlens 0.1: the best row against the random directions of that row alone."""
-    best = effect.table.loc[effect.table["difference"].idxmax()]
+    best = effect.table.sort_values("difference").iloc[-1]
     return bool(best["low"] > 0 and best["difference"] > best["random_high"])
 
 

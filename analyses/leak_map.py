@@ -256,10 +256,8 @@ def rows_of(where: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
 def summary(where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame, tuned: str) -> str:
     """Describe where the model moved, in which directions, and which of them restore refusal."""
     rows = rows_of(where, tuned)
-    last, far, wide = (
-        rows[rows["position"] == -1],
-        *(rows.loc[rows[name].idxmax()] for name in ("fraction", "drift_rms")),
-    )
+    last = rows[rows["position"] == -1]
+    far, wide = (rows.sort_values(name).iloc[-1] for name in ("fraction", "drift_rms"))
     within = ranks.groupby(["span", "rank"])["share"].mean().groupby("span").max()
     into = patching[patching["model"] == tuned]
     back = into.groupby(["span", "rank"], sort=False)["way"].mean().reset_index()
