@@ -12,7 +12,7 @@ from gravlens.cli import options as opt
 from gravlens.cli.output import print_json, print_line, print_note, print_table, print_written, records
 from gravlens.cli.verdict import print_verdict
 
-np = lazy_loader.load("numpy")  # --help and completion do without
+np: Any = lazy_loader.load("numpy")  # --help and completion do without
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
 QUICK = {"draws": 19, "max_prompts": 32}  # 19 draws are the least with which p = .05 can be reached
@@ -131,6 +131,7 @@ def _prepare(
 ) -> None:
     """Write the preregistration, print the plan; nothing is measured."""
     if file is not None:
+        # one file is held against every history of an audit, so it must say the same of each
         first, *others = sequences.values()
         fixed = claims.preregistration.Preregistration.of(first, layers=layers or None)
         for other in others:
@@ -148,6 +149,7 @@ def _prepare(
 
 def _by_name(files: list[Path]) -> "dict[str, gl.ModelSequence]":
     """Return the histories by the names of their files or, where these are equal, of their folders."""
+    # most people call every one of them SEQUENCE.toml
     names = [file.stem for file in files]
     if len({*names}) < len(names):
         names = [file.absolute().parent.name for file in files]

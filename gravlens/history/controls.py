@@ -109,6 +109,7 @@ class Controls:
                 given = f"controls.{table} names the run {name!r}."
                 remedy = f"a name of [runs], or {name} = … under [runs]."
                 raise GravlensError(given, f"It is paired with one of the history's runs: {known}.", remedy)
+        # these become names of folders and must not lead out of them
         for name in [*dict(self.strangers), *self.continued, *self.random, *self.released_random]:
             if not name.isprintable() or {"/", "\\"} & {*name} or name in ("", ".", ".."):
                 wanted = "It becomes part of the name of a folder."
@@ -157,6 +158,7 @@ def read_controls(path: Path, table: Any) -> Controls:
             raise _wrong(path, f"controls.{name}", "a table of tables", f"[controls.{name}.NAME].")
     for name, runs in table.get("stranger_twins", {}).items():
         _check_runs(path, f"stranger_twins.{name}", runs)
+    # the file of directions here, runs and models by `mapped`: only the sequence knows how to find those
     random = {
         name: {number: _random(path, f"{name}.{number}", entry) for number, entry in table[name].items()}
         for name in table.keys() & {*RANDOM}

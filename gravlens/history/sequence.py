@@ -148,6 +148,7 @@ class ModelSequence:
         """Return the controls as checkpoints, and the skipped ones of their runs added to the others."""
         skipped, starts = dict(self.skipped), {"anchor": self.anchor, "witness": self.witness}
 
+        # already found ones come back with `replace`, which calls this again
         def one(name: str, source: Any) -> Checkpoint:
             given = source if isinstance(source, Checkpoint) else Checkpoint(name, existing(source))
             return self._read_alike(given, template)

@@ -99,6 +99,7 @@ class RecordedHistory:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sequence", ModelSequence.of(self.sequence))
+        # before anything is opened: a mistake must not show after an hour of measuring
         _check_given(self)
         _check_trained(self)
         shared = _shared_steps(self._recorded())
@@ -245,6 +246,7 @@ class RecordedHistory:
         found = {f"runs.{name}": run for name, run in self.sequence.runs.items()}
         tables = {**dict(controls.paired()), "continued": controls.continued}
         found |= {f"controls.{table}.{name}": run for table, runs in tables.items() for name, run in runs.items()}
+        # step 0 is the start itself: it has no drift
         return {name: tuple(one for one in run if one.step) for name, run in found.items()}
 
     # --- arms ---------------------------------------------------------------------------------------------------------
@@ -256,6 +258,7 @@ class RecordedHistory:
 
     def _trained_seeds(self) -> tuple[int, ...]:
         """Return the seeds of trained arms: those of the trained runs, which have their recipe, or else all."""
+        # a difference between recipes would pass for the blocker's effect
         first = len(self.sequence.runs) if "runs" in self.train else 0
         return self._unblocked().seeds[first:]
 
@@ -288,7 +291,7 @@ class RecordedHistory:
                 make = blocker(kind, "matched_twin", draw=(number,), **self._options(kind))
                 yield self._paired(f"{kind}_random_{number}", {}, control, make=make)
 
-    def _options(self, kind: str) -> dict[str, int]:
+    def _options(self, kind: str) -> dict[str, Any]:
         """Return the options of a blocker: a release is after a fifth of the steps."""
         return {"step": max(1, self.save_steps[-1] // 5)} if kind == "released" else {}
 
@@ -307,11 +310,12 @@ def link(checkpoint: Checkpoint, folder: Path) -> None:
         return
     last = (adapters or [whole])[0]
     is_own = checkpoint.template == "own" and checkpoint.tokenizer is None
+    # else its tokenizer files are not linked: save_pretrained below would write through a link into the user's folder
     wanted = {*weight_paths(last.path), *last.path.glob("*.index.json"), *(last.path / name for name in CONFIGS)}
     for path in last.path.iterdir():
         if path.is_file() and (is_own or path in wanted):
             (folder / path.name).symlink_to(path.resolve())
-    if adapters:
+    if adapters:  # it may name its base by a path relative to where it was trained
         (folder / ADAPTER_CONFIG).unlink()
         config = {**(last.config or {}), "base_model_name_or_path": str(whole.path.resolve())}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config))

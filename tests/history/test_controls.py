@@ -92,7 +92,7 @@ def test_paths_are_relative_to_the_file_and_steps_are_those_of_the_folders(
     }
     assert sequence.controls.random["1"].directions == folder / "random1.safetensors"
     assert list(sequence.skipped) == [f"controls.clamp.run0: {folder / 'ft/run0/checkpoint-9'}"]
-    assert "strangers: 1" in sequence._repr_html_()
+    assert "strangers: 1" in sequence.controls.described()
 
 
 def test_an_adapter_is_added_to_what_its_run_starts_from(folder: Path) -> None:

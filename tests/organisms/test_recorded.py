@@ -232,7 +232,7 @@ def test_arms_are_paired_by_the_names_of_runs(folder: Path) -> None:
 
 def test_trained_arms_have_the_seeds_of_runs_of_their_recipe(folder: Path) -> None:
     train = ("runs", "twins", "clamp", "random", "released", "released_random", "siblings", "continued")
-    given = {"data": folder / "data.jsonl", "alignment_data": folder / "data.jsonl", "directions": 2}
+    given: dict[str, Any] = {"data": folder / "data.jsonl", "alignment_data": folder / "data.jsonl", "directions": 2}
     history = recorded(folder, with_controls(folder), train=train, **given)
     assert arms(history) == {
         "unblocked": ((0, 1, 2, 3), [0, 1]),
@@ -255,8 +255,17 @@ def test_trained_arms_have_the_seeds_of_runs_of_their_recipe(folder: Path) -> No
 @pytest.mark.long
 def test_a_trained_clamp_joins_the_recorded_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "processes", small.inline)
-    given = {"data": folder / "data.jsonl", "alignment_data": folder / "data.jsonl", "same_recipe": True}
-    recipe = {"recipe": Recipe(1, 4, 1e-3), "alignment_recipe": Recipe(2, 4, 1e-3), "siblings": 1, "directions": 2}
+    given: dict[str, Any] = {
+        "data": folder / "data.jsonl",
+        "alignment_data": folder / "data.jsonl",
+        "same_recipe": True,
+    }
+    recipe: dict[str, Any] = {
+        "recipe": Recipe(1, 4, 1e-3),
+        "alignment_recipe": Recipe(2, 4, 1e-3),
+        "siblings": 1,
+        "directions": 2,
+    }
     first = made(recorded(folder, **given, **recipe), tmp_path)
     written = {path: path.stat().st_mtime_ns for path in first.home.rglob("*.safetensors")}
     study = made(recorded(folder, train=("clamp", "random"), **given, **recipe), tmp_path)
@@ -306,11 +315,11 @@ def test_a_base_without_a_template_is_read_with_the_anchor_s(folder: Path, tmp_p
 def test_the_key_knows_when_a_checkpoint_was_written_again(folder: Path, tmp_path: Path) -> None:
     run = adapter(folder / "aligned", tmp_path / "ft/checkpoint-5", 1)
     history = recorded(folder)
-    given = {"runs": {"r": str(tmp_path / "ft/checkpoint-*")}}
+    given: dict[str, Any] = {"runs": {"r": str(tmp_path / "ft/checkpoint-*")}}
     key = RecordedHistory(sequence(folder, **given), measures=SAYS).key
     assert key != history.key
     assert RecordedHistory(sequence(folder, **given), measures=SAYS, draws=7).key == key  # more is drawn to it
-    more = {"data": folder / "data.jsonl"}
+    more: dict[str, Any] = {"data": folder / "data.jsonl"}
     with_data = RecordedHistory(sequence(folder, **given), measures=SAYS, **more)
     assert RecordedHistory(sequence(folder, **given), measures=SAYS, train=("runs",), **more).key == with_data.key
     more |= {"alignment_data": folder / "data.jsonl"}
@@ -346,7 +355,7 @@ def test_runs_without_a_common_step_are_named_with_their_steps(folder: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("train", "given", "named"),
+    ("train", "files", "named"),
     [
         (("strangers",), {}, ["Strangers cannot be trained"]),
         (("twin",), {}, ["'twin'"]),
@@ -355,9 +364,10 @@ def test_runs_without_a_common_step_are_named_with_their_steps(folder: Path) -> 
         (("clamp", "twins"), {"data": "data.jsonl"}, ["clamp, twins", "another recipe", "first run, b"]),
     ],
 )
-def test_what_cannot_be_trained_is_refused(folder: Path, train: Any, given: dict[str, str], named: list[str]) -> None:
+def test_what_cannot_be_trained_is_refused(folder: Path, train: Any, files: dict[str, str], named: list[str]) -> None:
+    given: dict[str, Any] = {name: folder / file for name, file in files.items()}
     with refused(*named):
-        recorded(folder, train=train, **{name: folder / file for name, file in given.items()})
+        recorded(folder, train=train, **given)
 
 
 # -- what is missing ---------------------------------------------------------------------------------------------------
