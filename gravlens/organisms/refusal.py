@@ -31,8 +31,8 @@ from gravlens.training.recipe import Recipe
 class RefusalOrganism:
     """Configuration of one refusal organism; every field can be changed.
 
-    Two processors round differently. At these rates their weights end a millionth apart, and every figure is the same;
-    at twice the rate training is chaotic and they end a quarter of their norm apart (docs/log.md).
+    Processors round differently. At these rates weights ended less than a millionth apart on two instruction sets, with
+    the same figures; at four times the rate training is chaotic, and they ended a quarter apart (docs/log.md).
 
     Attributes:
         organism: seed of the weights and data of witness and anchor. 0 and 1 were used to choose the configuration;

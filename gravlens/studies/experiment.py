@@ -159,12 +159,12 @@ def draw_noise(study: Study, draws: int) -> None:
         return
     norms = [study.facts(arm, seed)["update_norms"] for seed in arm.seeds]
     means = {step: _mean_norms([one[str(step)] for one in norms]) for step in steps}
-    # Noise of the last step's size serves all steps: an update this small moves states linearly (docs/nulls.md).
+    # Where updates move states linearly, noise of the last step's size serves all steps.
     asked = {"norms": means, "draws": draws, "rng": np.random.default_rng([max(steps), draws]), "linear": True}
     null = weight_noise(open_model(study.sequence.anchor), study.vs, study.prompts["held_out"], **asked)
-    found = {"cosines": null.cosines[:, :1], "layers": np.array(null.layers)}  # the same at every step
-    for path in folders.values():
-        once(path, lambda folder: np.savez(folder / "draws.npz", **found))
+    for column, path in enumerate(folders.values()):
+        found = {"cosines": null.cosines[:, column : column + 1], "layers": np.array(null.layers)}
+        once(path, lambda folder, found=found: np.savez(folder / "draws.npz", **found))
 
 
 def _mean_norms(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
