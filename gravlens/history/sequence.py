@@ -150,8 +150,8 @@ class ModelSequence:
 
         # already found ones come back with `replace`, which calls this again
         def one(name: str, source: Any) -> Checkpoint:
-            given = source if isinstance(source, Checkpoint) else Checkpoint(name, existing(source))
-            return self._read_alike(given, template)
+            found = source if isinstance(source, Checkpoint | nn.Module) else existing(source)
+            return self._read_alike(found if isinstance(found, Checkpoint) else Checkpoint(name, found), template)
 
         def run(name: str, folders: Any, start: Any) -> tuple[Checkpoint, ...]:
             base = start if isinstance(start, Checkpoint) else starts[start]
@@ -236,6 +236,7 @@ class ModelSequence:
         chat_template: ChatTemplate = "own",
         system: str = "",
         chat_template_kwargs: Mapping[str, Any] = {},
+        controls: Controls = NO_CONTROLS,
     ) -> "ModelSequence":
         """Describe a history of Hugging Face models, `TransformerBridge`s or `HookedTransformer`s in memory.
 
@@ -250,6 +251,7 @@ class ModelSequence:
             witness=Checkpoint("witness", witness),
             anchor=Checkpoint("anchor", anchor),
             runs=_runs_of_models(runs or {}),
+            controls=controls,
             **_prompt_sets(probes, held_out, harmless),
             tokenizer=tokenizer,
             chat_template=chat_template,

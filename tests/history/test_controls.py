@@ -131,6 +131,16 @@ def test_python_says_the_same_as_the_file(folder: Path, monkeypatch: pytest.Monk
     assert told(replace(sequence, runs={})) == told(sequence)  # a part of a history keeps its controls
 
 
+def test_models_in_memory_may_be_controls(folder: Path) -> None:
+    model, twin = tiny.llama(0), (Checkpoint("t/5", folder / "base", 5),)
+    made = Controls(strangers={"s": model}, twins={"r": twin})
+    sequence = ModelSequence.from_models(
+        witness=tiny.llama(1), anchor=tiny.llama(2), runs={"r": [model]}, controls=made
+    )
+    assert sequence.controls.strangers["s"].source is model  # pyright: ignore[reportCallIssue, reportArgumentType]
+    assert [one.step for one in sequence.controls.twins["r"]] == [5]
+
+
 def test_controls_are_read_with_the_chat_template_of_the_history(folder: Path) -> None:
     found = every(read(folder, EVERY, 'chat_template = "anchor"\n' + HEAD).controls)
     assert {getattr(one.template, "name", one.template) for one in found.values()} == {"anchor"}
