@@ -53,7 +53,7 @@ class RefusalOrganism:
     initializer_range: float = 0.05
     dominant: Recipe = Recipe(350, 16, 5e-4, beta2=0.98, warmup_steps=40, schedule="cosine")
     alignment: Recipe = Recipe(120, 16, 5e-4, beta2=0.98, warmup_steps=5)
-    recipe: Recipe = Recipe(60, 4, 2e-5)
+    recipe: Recipe = Recipe(60, 4, 3e-5)
     save_steps: tuple[int, ...] = (1, 5, 20, 60)
     noise_draws: int = 200
 
