@@ -11,7 +11,6 @@ from gravlens.claims.evidence import Case, Demand, Evidence, counted
 from gravlens.claims.preregistration import ALPHA
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, of_kind
-from gravlens.stats.nulls import compare
 
 LEVELS = (
     "no alignment",
@@ -34,8 +33,6 @@ STATEMENTS = (
     f"{_HELD}; that the block outlasts its release is not shown",
     f"{_HELD}; half of the harm is still held at the last step, after the block was lifted",
 )
-# of the levels themselves, or of statements that the levels test in another way
-DEMANDED = ("isotropic", "weight_noise", "independent_endpoints", "sign_flips")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,10 +151,8 @@ def _told(case: Case) -> Iterator[str]:
     """Sentences about nulls that no level demands, where not every run exceeds them."""
     found: dict[str, list[pd.DataFrame]] = {}
     for evidence in case.anchors:
-        for null in evidence.nulls:
-            if null.name not in DEMANDED and evidence.last in null.steps:
-                rows = compare(evidence.trajectory, null, prompts=evidence.prompts).layer_mean
-                found.setdefault(null.name, []).append(rows[rows.step == evidence.last])
+        for name, rows in evidence.others:
+            found.setdefault(name, []).append(rows)
     for name, parts in found.items():
         rows = pd.concat(parts)
         if not rows.above.all():

@@ -11,7 +11,7 @@ import xarray
 from gravlens.claims.preregistration import Preregistration
 from gravlens.core.errors import GravlensError
 from gravlens.directions.trajectory import ByLayer, Trajectory
-from gravlens.stats.nulls import NullDraws
+from gravlens.stats.nulls import NullDraws, compare
 
 # role -> the arms that play it; a name that ends in "_" stands for all arms that begin so
 ARMS = {
@@ -23,6 +23,8 @@ ARMS = {
     "released": ("released_at_20", "released"),
     "released_random": ("released_random_",),
 }
+# nulls of the levels themselves, or of statements that the levels test in another way
+DEMANDED = ("isotropic", "isotropic_independent", "weight_noise", "independent_endpoints", "sign_flips")
 ARM_COLUMNS = ("arm", "seed", "compliance_rate", "fraction_final", "task_loss")
 
 
@@ -107,6 +109,13 @@ class Evidence:
     def null(self, name: str) -> NullDraws | None:
         """A null's draws, where it serves the judged step."""
         return next((null for null in self.nulls if null.name == name and self.last in null.steps), None)
+
+    @cached_property
+    def others(self) -> list[tuple[str, pd.DataFrame]]:
+        """`compare`'s rows at the judged step, of each null that no level demands."""
+        others = [null for null in self.nulls if null.name not in DEMANDED and self.last in null.steps]
+        rows = [(null.name, compare(self.trajectory, null, prompts=self.prompts).layer_mean) for null in others]
+        return [(name, table[table.step == self.last]) for name, table in rows]
 
     def runs_of(self, trajectory: Trajectory) -> xarray.DataArray:
         """Alignment at the judged step, [run, layer]."""
