@@ -1,42 +1,45 @@
-"""A refusal organism that is cheap enough to make twenty times, with the runs that a claim is judged on."""
+"""The refusal organism with the arms that a verdict needs alone, cheap enough to be made two dozen times."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gravlens.organisms.arms import blocker, made_by
+from gravlens.organisms.arms import made_by, random_arms, released_arm
 from gravlens.organisms.base import Arm, Measures, PromptSets
 from gravlens.organisms.refusal import RefusalOrganism
-from gravlens.training.recipe import Recipe
-
-SEEDS = tuple(range(5))  # fine-tuning runs of each arm: the smallest p of five sign flips is .031
-SIBLINGS = ("sibling_anchor", "sibling_anchor_2")
 
 
 @dataclass(frozen=True)
 class Judged(RefusalOrganism):
-    """A refusal organism with shorter runs, fewer prompts and fewer measures."""
+    """A refusal organism with fewer arms, prompts and measures; recipe, prompts' kinds and arms' blockers are its own."""
 
-    runs: int = len(SEEDS)
-    recipe: Recipe = Recipe(60, 4, 5e-5)
-    save_steps: tuple[int, ...] = (1, 20, 60)
+    save_steps: tuple[int, ...] = (1, 60)
 
     @property
     def checkpoints(self) -> Mapping[str, str | None]:
-        """The wrong witness is the next organism's witness."""
-        return {"witness": None, **dict.fromkeys(("anchor", *SIBLINGS), "witness")}
+        """Other organisms' witnesses are the strangers, and no demand asks for siblings."""
+        return {"witness": None, "anchor": "witness"}
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """The arms of the trained histories."""
+        """The arms that a verdict demands, and those whose runs are judged as histories of their own."""
+        seeds = tuple(range(self.runs))
+        first = seeds[:1]  # of arms whose mean over runs is all that is asked
+        released = replace(released_arm(seeds, "harmless"), more_steps=())
         return (
-            Arm("unblocked", SEEDS),
-            *(Arm(name, SEEDS, blocker=made_by(name)) for name in ("clamp", "clamp_matched_twin", "reinforce")),
-            Arm("released", SEEDS, blocker=blocker("released", step=20)),
-            Arm("unaligned_twin", SEEDS, start="witness"),
-            Arm("continued_alignment", SEEDS, data="alignment"),
-            Arm("rehearsal", SEEDS, blocker=made_by("rehearsal")),
+            Arm("unblocked", seeds),
+            Arm("clamp", seeds, blocker=made_by("clamp")),
+            *(Arm(name, first, blocker=made_by(name)) for name in ("reinforce", "rehearsal")),
+            *random_arms(seeds, "harmless", directions=self.random_directions, draw=(self.organism,)),
+            released,
+            Arm("unaligned_twin", seeds, start="witness", keep=True),
+            Arm("continued_alignment", first, data="alignment"),
         )
+
+    @property
+    def noise(self) -> Mapping[int, int]:
+        """At the judged step alone."""
+        return {self.save_steps[-1]: self.noise_draws}
 
     @property
     def measures(self) -> Measures:

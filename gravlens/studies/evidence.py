@@ -17,7 +17,7 @@ from gravlens.claims.claim import claim
 from gravlens.claims.evidence import Evidence
 from gravlens.claims.preregistration import Preregistration
 from gravlens.core.files import once, write_table
-from gravlens.directions.direction import TOP, carried_by_few, isotropic_share
+from gravlens.directions.direction import TOP, Directions, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
 from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow, rows_on
 from gravlens.directions.vrev import locate_vrev
