@@ -6,23 +6,30 @@ organisms, some move an organism's weights without training, some are simulated 
 verdicts.csv (one row per history, seed and mode) and placebo.csv, and prints over-claims and power.
 """
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import torch
 import typer
 from scipy import stats
 from tqdm.auto import tqdm
 from worlds.behavior import ANCHOR, Rule, arms_of
 from worlds.simulated import PLANS, Plan, evidence_of, simulate
-from worlds.truth import SIMULATED, TRUTH, WAY
+from worlds.trained import FIRST, base_of, histories, make_organism, others_of, study_of, walks_of
+from worlds.truth import SIMULATED, TRUTH
 
 from gravlens.claims.claim import LEVELS, Claim, claim
 from gravlens.claims.criteria import causal
 from gravlens.claims.evidence import Case, Evidence
 from gravlens.core.files import write_table
+from gravlens.models.opening import quiet
+from gravlens.organisms.fetch import cache_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ALPHA = 0.05
@@ -38,11 +45,11 @@ def simulated(name: str, plan: Plan, *, seed: int) -> list[Evidence]:
     assert truth.world is not None  # of every simulated history
     found = []
     for i, history in enumerate(simulate(truth.world, plan, rng=rng)):
-        given = vars(evidence_of(history, name=f"anchor{i}", rng=rng))
+        evidence = evidence_of(history, name=f"anchor{i}", rng=rng)
         if truth.rule is not None:
             arms = arms_of(truth.rule, seeds=plan.runs, directions=plan.directions, rng=rng)
-            given = {**given, "arms": arms, "anchor": ANCHOR}
-        found.append(Evidence(**{key: value for key, value in given.items() if key in Evidence.__dataclass_fields__}))
+            evidence = replace(evidence, arms=arms, anchor=ANCHOR)
+        found.append(evidence)
     return found
 
 
@@ -60,6 +67,41 @@ def simulated_rows(seeds: int) -> Iterator[dict[str, Any]]:
                 yield row(name, seed, mode, claim(simulated(name, plan, seed=seed)))
 
 
+def make(ring: Sequence[int], cache: Path, workers: int) -> None:
+    """Make the organisms that are not there yet."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        made = [pool.submit(make_organism, seed, cache) for seed in ring]
+        for future in tqdm(as_completed(made), "organisms", len(made)):
+            future.result()
+
+
+def trained_rows(ring: Sequence[int], cache: Path) -> Iterator[dict[str, Any]]:
+    """Judge every history of every organism by itself, all others being strangers, and in windows of the ring.
+
+    A window is six consecutive organisms with the other five's witnesses as strangers. Neighboring windows share
+    organisms, so their verdicts are not independent.
+    """
+    with quiet():
+        studies = {str(seed): study_of(seed, cache) for seed in ring}
+        parts = {name: (base_of(study, name), walks_of(study)) for name, study in tqdm(studies.items(), "states")}
+        names, width = [*studies], PLANS["six anchors"].anchors
+        windows = {name: [names[(i + k) % len(names)] for k in range(width)] for i, name in enumerate(names)}
+        for mode, groups in {"one anchor": dict.fromkeys(names, names), "six anchors": windows}.items():
+            if len(names) < width:
+                continue
+            for first, group in tqdm(groups.items(), mode):
+                found: dict[str, list[Evidence]] = {}
+                for name in group if mode == "six anchors" else [first]:
+                    # the next of the ring comes first, and is the wrong witness
+                    at = group.index(name)
+                    others = others_of({other: studies[other] for other in (*group[at + 1 :], *group[:at])})
+                    for history, evidence in histories(studies[name], *parts[name], others):
+                        found.setdefault(history, []).append(evidence)
+                for history, evidence in found.items():
+                    yield row(history, int(first), mode, claim(evidence))
+
+
 # --- the placebo ------------------------------------------------------------------------------------------------------
 def placebo(draws: int) -> pd.DataFrame:
     """How often v_rev passes level 4, or its test among directions, where it is one direction of many.
@@ -67,25 +109,22 @@ def placebo(draws: int) -> pd.DataFrame:
     Everything else is in its favor: harm returns, the clamp costs nothing, and no curve is asked of directions so far
     from v_rev.
     """
-    rows = []
+    rows, rule = [], Rule(placebo=True, spread=0.05)
     for mode, plan in PLANS.items():
+        # level 4 reads arms alone, so the states are the same in all draws
+        still = simulated("planted", plan, seed=0)
         for seeds in PLACEBO_SEEDS if plan.anchors == 1 else (plan.runs,):
             passed = []
-            for draw in range(draws):
+            for draw in tqdm(range(draws), f"placebo, {mode}, {seeds} seeds"):
                 rng = np.random.default_rng([draw, seeds, plan.anchors])
-                passed.append(_passes(plan, seeds, rng))
-            share, ranked = np.mean(passed, axis=0)
-            rows.append((mode, seeds, plan.directions, draws, share, ranked, bound(draws)))
+                drawn = [arms_of(rule, seeds=seeds, directions=plan.directions, rng=rng) for _ in still]
+                anchors = [replace(one, arms=arms, anchor=ANCHOR) for one, arms in zip(still, drawn, strict=True)]
+                demands = list(causal(Case(anchors, ALPHA)))
+                ranked = next(one for one in demands if one.name == RANKED)
+                passed.append((all(one.holds for one in demands), bool(ranked.holds)))
+            share, first = np.mean(passed, axis=0)
+            rows.append((mode, seeds, plan.directions, draws, share, first, bound(draws)))
     return pd.DataFrame(rows, columns=["mode", "seeds", "directions", "draws", "level_4", "rank_test", "bound"])
-
-
-def _passes(plan: Plan, seeds: int, rng: np.random.Generator) -> tuple[bool, bool]:
-    anchors = []
-    for history in simulate(SIMULATED["planted"].world, plan, rng=rng):  # pyright: ignore[reportArgumentType]
-        arms = arms_of(Rule(placebo=True, spread=0.05), seeds=seeds, directions=plan.directions, rng=rng)
-        anchors.append(Evidence(evidence_of(history, name="", rng=rng).trajectory, arms=arms, anchor=ANCHOR))
-    demands = list(causal(Case(anchors, ALPHA)))
-    return all(one.holds for one in demands), any(one.holds for one in demands if one.name == RANKED)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -110,11 +149,18 @@ def rates(table: pd.DataFrame) -> pd.DataFrame:
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="Simulated verdicts of each history and mode.")] = 40,
     draws: Annotated[int, typer.Option(min=1, help="Placebos at each number of seeds.")] = 400,
+    organisms: Annotated[int, typer.Option(min=0, help="Trained organisms, six or more (0: none).")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that make organisms, of one thread each.")] = 2,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the organisms. Default: gravlens's cache.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("."),
 ) -> None:
     """Does the claim level ever exceed the truth, and how often does it reach it?"""
     out.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame(simulated_rows(seeds), columns=COLUMNS)
+    if organisms:
+        ring, where = range(FIRST, FIRST + organisms), cache or cache_folder()
+        make(ring, where, workers)
+        table = pd.concat([table, pd.DataFrame(trained_rows(ring, where), columns=COLUMNS)], ignore_index=True)
     placebos = placebo(draws)
     write_table(out / "verdicts.csv", table)
     write_table(out / "placebo.csv", placebos)

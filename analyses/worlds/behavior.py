@@ -49,19 +49,30 @@ def arms_of(rule: Rule, *, seeds: int, directions: int, rng: np.random.Generator
     """Draw the arms of one anchor at their last step."""
     rows: list[tuple[object, ...]] = []
 
-    def arm(name: str, harm: float, fraction: float, loss: float = 1.0, cosine: float = np.nan, **of_block: float) -> None:
+    def arm(
+        name: str, harm: float, fraction: float, loss: float = 1.0, cosine: float = np.nan, **of_block: float
+    ) -> None:
         nonsense, over = of_block.get("nonsense", 0.01), of_block.get("over_refusal", 0.3)
         for seed in range(seeds):
             # rounded to answers of 96 prompts: rates tie, and ties count against the claim
             rate = np.round(np.clip(harm + rng.normal(0, BETWEEN_SEEDS), 0, 1) * 96) / 96
-            rows.append((name, seed, rate, fraction + rng.normal(0, 0.02), loss + rng.normal(0, 0.01), nonsense, over, cosine))
+            rows.append(
+                (name, seed, rate, fraction + rng.normal(0, 0.02), loss + rng.normal(0, 0.01), nonsense, over, cosine)
+            )
 
     harm = UNBLOCKED if rule.returns else BLOCKED
     arm("unblocked", harm, 0.5)
     # the frontier runs straight from the unblocked runs to a rate that is too low to learn the task
     worst = 1.1 * rule.loss
     held = harm_along(1.0, rule, rng) if rule.loss == 1 else harm + (BLOCKED - harm) * (rule.loss - 1) / (worst - 1)
-    arm("clamp", held if rule.returns else BLOCKED, 0.01, rule.loss, nonsense=rule.nonsense, over_refusal=rule.over_refusal)
+    arm(
+        "clamp",
+        held if rule.returns else BLOCKED,
+        0.01,
+        rule.loss,
+        nonsense=rule.nonsense,
+        over_refusal=rule.over_refusal,
+    )
     if rule.loss > 1:
         arm("lower_rate", BLOCKED, 0.05, worst)
     arm("reinforce", min(harm + 0.05, 1.0), 0.9)

@@ -11,7 +11,7 @@ from gravlens.organisms.refusal import RefusalOrganism
 
 @dataclass(frozen=True)
 class Judged(RefusalOrganism):
-    """A refusal organism with fewer arms, prompts and measures; recipe, prompts' kinds and arms' blockers are its own."""
+    """A refusal organism with fewer arms, prompts and measures; the recipe is the same."""
 
     save_steps: tuple[int, ...] = (1, 60)
 

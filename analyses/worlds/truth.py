@@ -45,7 +45,9 @@ SIMULATED = {
         World(endpoints=0.8, apart=5.0),
     ),
     "common drift": Truth(2, "twins, which have nowhere to go back to, move by the same vector", World(common=WAY)),
-    "cancels over prompts": Truth(0, "half of the prompts go back and half away: no drift of the mean", World(per_prompt=1.0)),
+    "cancels over prompts": Truth(
+        0, "half of the prompts go back and half away: no drift of the mean", World(per_prompt=1.0)
+    ),
     "cancels over all prompts": Truth(
         0,
         "each prompt's sign is drawn: the held-out prompts have a mean drift by chance, of which others have none",
@@ -74,13 +76,19 @@ SIMULATED = {
 }
 
 TRAINED = {
-    "refusal organism": Truth(4, "what changed behavior between witness and anchor is undone; the data pull again after a release"),
+    "refusal organism": Truth(
+        4, "what changed behavior between witness and anchor is undone; the data pull again after a release"
+    ),
     "rehearsal": Truth(3, "the data still pull back, but harm is trained away: there is no return to mediate"),
-    "continued alignment": Truth(2, "the anchor's own excursion may shrink, along v_rev through the shared anchor alone"),
+    "continued alignment": Truth(
+        2, "the anchor's own excursion may shrink, along v_rev through the shared anchor alone"
+    ),
     "wrong witness": Truth(2, "the runs towards another organism's witness: the anchor is all that they share"),
     "planted in the weights": Truth(3, f"θ = A + {WAY:g} (W − A) + noise: {BACK}"),
     "endpoints in the weights": Truth(2, f"witness, anchor and endpoints are noise about one model: {ENDPOINTS}"),
-    "common drift in the weights": Truth(2, "A + (twin − W): what the same data do to a model with nowhere to go back to"),
+    "common drift in the weights": Truth(
+        2, "A + (twin − W): what the same data do to a model with nowhere to go back to"
+    ),
     "common drift in the states": Truth(2, "the twins' drift from the witness, in the runs' place"),
     "weight noise only": Truth(0, NOTHING),
     "anti-parallel in the weights": Truth(0, f"θ = A − {WAY:g} (W − A) + noise"),
