@@ -31,16 +31,16 @@ from gravlens.directions.vrev import locate_vrev
 from gravlens.history.encoding import encode
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import ModelSequence
-from gravlens.interventions.effects import Effect
+from gravlens.interventions.effects import Effect, causal_effect
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.organisms.refusal_language import build_tokenizer, held_out_prompts, probe_prompts
-from gravlens.studies.ablation import Ablation, ablate_each
+from gravlens.studies.ablation import Ablation, each_and_all
 
 WIDTH, LAYERS, PLANTED_AT = 48, 3, 0
 OPENING = "sorry"
 LENGTH, SHARE, GAIN = 6.0, 0.8, 1.0  # of the planted vector, of the way the run goes, of the opening's logit along it
-TOKENIZER = build_tokenizer()
+TOKENIZER: Any = build_tokenizer()
 PROMPTS = PromptSet(tuple(held_out_prompts())[::6])
 IDS = encode(TOKENIZER, PROMPTS)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -106,12 +106,13 @@ def directions_of(kind: str, one: History, rng: np.random.Generator) -> Directio
             return random_like(vs, rng=rng)
         case "stranger":
             return stranger(vs, one.states, int(rng.integers(1_000, 2**31)))
-    return vs
+        case _:
+            return vs
 
 
 def own_row(effect: Effect) -> bool:
     """The rule of gravlens 0.1: the best row against the random directions of that row alone."""
-    best = effect.table.loc[effect.table["difference"].idxmax()]
+    best = effect.table.sort_values("difference").iloc[-1]
     return bool(best["low"] > 0 and best["difference"] > best["random_high"])
 
 
@@ -122,15 +123,8 @@ def judged(kind: str, trials: int, n_random: int) -> Iterator[dict[str, Any]]:
         one = history(trial) if kind == "v_rev" else one
         rng = np.random.default_rng([trial, len(kind)])
         directions = directions_of(kind, one, rng)
-        effect = ablate_each(
-            one.tuned,
-            directions,
-            score=opening_log_odds,
-            prompts=PROMPTS,
-            n_random=n_random,
-            states=one.states,
-            rng=rng,
-        )
+        ask: dict[str, Any] = {"score": opening_log_odds, "prompts": PROMPTS, "n_random": n_random, "rng": rng}
+        effect = causal_effect(one.tuned, each_and_all(directions), states=one.states, **ask)
         found = Ablation(effect.table, effect.largest(rng=rng), "tuned", one.anchor)
         p = float(found.best["p_largest"])
         yield {"in_place": kind, "comes_back": found.comes_back, "p_at_most_5": p <= 0.05, "own_row": own_row(effect)}

@@ -207,7 +207,8 @@ def nulls_of(histories: Histories, rng: np.random.Generator) -> Iterator[NullDra
     one, step = {"draws": DRAWS, "rng": rng}, {"steps": (1,), "draws": DRAWS, "rng": rng}
     held_out, others, vs = histories.held_out, histories.others, histories.directions
     samples, drifts = histories.samples(), histories.drifts()
-    yield isotropic(vs, **step)
+    # layers are histories here, so their draws have to be independent
+    yield replace(isotropic(vs, **step, coherent=False), name="isotropic")
     yield covariance_matched(vs, samples, **step)
     yield sample_covariance(vs, samples, **step)
     yield covariance_matched(vs, drifts, **step, name="drift_covariance", centred=False)

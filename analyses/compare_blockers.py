@@ -86,7 +86,8 @@ def main(
     tables, layers = [], []
     for name, one in chosen.items():
         arms = arms_of(one, runs, arm, doses)
-        study = carry_out(one, cache_folder(), arms=[] if read_only else arms, workers=workers or None)
+        made = carry_out({name: one}, cache_folder(), arms=[] if read_only else arms, workers=workers or None)
+        study = made[name]
         tables.append(compare_arms(study, arms, organism=name))
         layers.append(compare_layers(study, arms, organism=name))
     table = pd.concat(tables, ignore_index=True)

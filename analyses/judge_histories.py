@@ -35,7 +35,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ALPHA = 0.05
 COLUMNS = ["history", "seed", "mode", "highest_true_level", "level", "sentence", "capped_by"]
 PLACEBO_SEEDS = (5, 6, 10, 20)
-RANKED = "holds more than clamps along matched random directions"
+RANKED = "holds more than random directions"
 
 
 # --- one verdict ------------------------------------------------------------------------------------------------------

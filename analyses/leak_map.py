@@ -211,7 +211,7 @@ def keys_of(question: Question) -> tuple[str, str, str]:
     scored = [*fitted, list(question.openings), list(question.compliances)]
     where, ranks, patching = (
         hashlib.sha256(repr((facts, __version__)).encode()).hexdigest()
-        for facts in ([*read, question.positions], fitted, scored)
+        for facts in ([*read, question.positions, "drift_rms"], fitted, scored)  # a table without that column is older
     )
     return where, ranks, patching
 
@@ -234,13 +234,14 @@ def digest_of(source: str) -> str:
 
 @rc_context(STYLE)
 def draw(question: Question, where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame) -> Figure:
-    """Draw the fraction by layer × position, and share of drift and recovered score by span × rank."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3)
+    """Draw fraction and per-prompt drift by layer × position, share of drift and recovered score by span × rank."""
+    figure = Figure(figsize=(14, 3.4), layout="constrained")
+    axes = figure.subplots(1, 4)
     tuned, into = rows_of(where, question.tuned.name), patching[patching["model"] == question.tuned.name]
     plot_heatmap(tuned, ax=axes[0])
-    plot_heatmap(ranks, value="share", rows="span", columns="rank", limit=1, ax=axes[1])
-    plot_heatmap(into, value="way", rows="span", columns="rank", limit=1, ax=axes[2])
+    plot_heatmap(tuned, value="drift_rms", ax=axes[1])
+    plot_heatmap(ranks, value="share", rows="span", columns="rank", limit=1, ax=axes[2])
+    plot_heatmap(into, value="way", rows="span", columns="rank", limit=1, ax=axes[3])
     return figure
 
 
@@ -255,7 +256,8 @@ def rows_of(where: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
 def summary(where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame, tuned: str) -> str:
     """Describe where the model moved, in which directions, and which of them restore refusal."""
     rows = rows_of(where, tuned)
-    last, far = rows[rows["position"] == -1], rows.sort_values("fraction").iloc[-1]
+    last = rows[rows["position"] == -1]
+    far, wide = (rows.sort_values(name).iloc[-1] for name in ("fraction", "drift_rms"))
     within = ranks.groupby(["span", "rank"])["share"].mean().groupby("span").max()
     into = patching[patching["model"] == tuned]
     back = into.groupby(["span", "rank"], sort=False)["way"].mean().reset_index()
@@ -264,6 +266,9 @@ def summary(where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame, tu
     return (
         f"{tuned}, {rows['prompts'].iloc[0]} prompts: fraction {last['fraction'].mean():+.2f} at the last token (mean "
         f"over layers), at most {far['fraction']:+.2f} (layer {far['layer']}, position {far['position']})\n"
+        f"single prompts move by {last['drift_rms'].mean():.2f} of the distance at the last token (r.m.s., mean over "
+        f"layers; their mean by {last['drift_norm'].mean():.2f}), at most {wide['drift_rms']:.2f} "
+        f"(layer {wide['layer']}, position {wide['position']})\n"
         f"share of its drift within v_rev {within['v_rev']:.0%}, within other runs' drift {within['drift']:.0%}\n"
         f"the anchor's component put back, share of the way from the score {into['baseline'].iloc[0]:+.2f} to the "
         f"anchor's {into['goal'].iloc[0]:+.2f}: {', '.join(ways)}\n"

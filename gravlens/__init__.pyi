@@ -64,8 +64,8 @@ from .stats import damage as damage
 from .stats import nulls as nulls
 from .stats.nulls import NullDraws as NullDraws
 from .stats.nulls import compare as compare
-from .studies.inspection import inspect_sequence as inspect_sequence
 from .studies.audit import audit as audit
+from .studies.inspection import inspect_sequence as inspect_sequence
 from .training.finetune import finetune as finetune
 from .training.monitor import Monitor as Monitor
 from .training.recipe import Recipe as Recipe

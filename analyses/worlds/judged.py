@@ -1,45 +1,35 @@
-"""The refusal organism with the arms that a verdict needs alone, cheap enough to be made two dozen times."""
+"""The refusal organism as it is published, cheap enough to make forty times: fewer runs and prompts."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gravlens.organisms.arms import made_by, random_arms, released_arm
+from gravlens.organisms.arms import blocker, made_by, random_arms
 from gravlens.organisms.base import Arm, Measures, PromptSets
 from gravlens.organisms.refusal import RefusalOrganism
+
+SEEDS = (0, 1)  # fine-tuning runs of the arms that are compared run by run; the unit of a claim is the organism
 
 
 @dataclass(frozen=True)
 class Judged(RefusalOrganism):
-    """A refusal organism with fewer arms, prompts and measures; the recipe is the same."""
+    """A refusal organism of the published recipe with fewer runs, prompts and measures."""
 
-    save_steps: tuple[int, ...] = (1, 60)
-
-    @property
-    def checkpoints(self) -> Mapping[str, str | None]:
-        """Other organisms' witnesses are the strangers, and no demand asks for siblings."""
-        return {"witness": None, "anchor": "witness"}
+    runs: int = len(SEEDS)
+    save_steps: tuple[int, ...] = (1, 20, 60)
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """The arms that a verdict demands, and those whose runs are judged as histories of their own."""
-        seeds = tuple(range(self.runs))
-        first = seeds[:1]  # of arms whose mean over runs is all that is asked
-        released = replace(released_arm(seeds, "harmless"), more_steps=())
+        """The arms of the trained histories."""
+        seeds, one = tuple(range(self.runs)), (0,)
         return (
             Arm("unblocked", seeds),
             Arm("clamp", seeds, blocker=made_by("clamp")),
-            *(Arm(name, first, blocker=made_by(name)) for name in ("reinforce", "rehearsal")),
-            *random_arms(seeds, "harmless", directions=self.random_directions, draw=(self.organism,)),
-            released,
-            Arm("unaligned_twin", seeds, start="witness", keep=True),
-            Arm("continued_alignment", first, data="alignment"),
+            *random_arms(one, "harmless", directions=self.random_directions, draw=(self.organism,)),
+            *(Arm(name, one, blocker=made_by(name)) for name in ("reinforce", "rehearsal")),
+            Arm("released", one, blocker=blocker("released", step=20)),
+            Arm("unaligned_twin", seeds, start="witness", keep=True),  # their updates are put on the anchor, too
+            Arm("continued_alignment", one, data="alignment"),
         )
-
-    @property
-    def noise(self) -> Mapping[int, int]:
-        """At the judged step alone."""
-        return {self.save_steps[-1]: self.noise_draws}
 
     @property
     def measures(self) -> Measures:

@@ -2,11 +2,14 @@ from . import claim as claim
 from . import criteria as criteria
 from . import effects as effects
 from . import evidence as evidence
+from . import planning as planning
 from . import preregistration as preregistration
 from . import tradeoff as tradeoff
 from .claim import Claim as Claim
 from .effects import interval as interval
 from .evidence import Demand as Demand
 from .evidence import Evidence as Evidence
+from .planning import Plan as Plan
+from .planning import plan_audit as plan_audit
 from .preregistration import Preregistration as Preregistration
 from .tradeoff import at_equal_task_loss as at_equal_task_loss

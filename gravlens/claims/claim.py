@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
 
 from gravlens.claims.criteria import DEMANDS
 from gravlens.claims.effects import effects
-from gravlens.claims.evidence import Case, Demand, Evidence
+from gravlens.claims.evidence import Case, Demand, Evidence, counted
+from gravlens.claims.preregistration import ALPHA
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, of_kind
 from gravlens.stats.nulls import compare
@@ -21,26 +21,51 @@ LEVELS = (
     "causal",
     "durable",
 )
-ALPHA = 0.05
+_HELD = (
+    "The drift is aligned with v_rev and specific to this history, and holding v_rev holds the harm, better than "
+    "holding matched random directions does"
+)
+STATEMENTS = (
+    "No alignment with v_rev is shown",
+    "Alignment with v_rev is observed; that a matched null is exceeded is not shown",
+    "The drift is aligned with v_rev beyond weight noise of the same size; that it is this history's direction is not "
+    "shown",
+    "The drift is aligned with v_rev, and this is specific to this history; that it causes the return is not shown",
+    f"{_HELD}; that the block outlasts its release is not shown",
+    f"{_HELD}; half of the harm is still held at the last step, after the block was lifted",
+)
 # of the levels themselves, or of statements that the levels test in another way
 DEMANDED = ("isotropic", "weight_noise", "independent_endpoints", "sign_flips")
 
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """The verdict (docs/claims.md): `level` 0 to 5, as in `LEVELS`, and the `sentence` that may be said.
+    """The verdict (docs/claims.md).
 
-    `capped_by` is the demand of the next level that failed or was not run ("" at level 5); `demands` has the columns
-    `level, name, holds` (`<NA>`: not run, or out of reach of these numbers), `figures`, of all levels; `effects` has
-    `effect, mean, low, high, n, unit`; `alone` is the claim on each anchor by itself, where there are several.
+    Attributes:
+        level: 0 to 5, as in `LEVELS`.
+        statement: what may be said at that level, with alignment and fraction.
+        setting: of the tests: α, layers, unit, numbers, and whether they were fixed beforehand.
+        remarks: nulls that are not exceeded, what caps the level, and the levels of the anchors alone.
+        capped_by: the demand of the next level that failed or was not run ("" at level 5).
+        demands: `level, name, holds` (`<NA>`: not run, or out of reach of these numbers), `figures`, of all levels.
+        effects: `effect, mean, low, high, n, unit`.
+        alone: the claim on each anchor by itself, where there are several.
     """
 
     level: int
-    sentence: str
+    statement: str
+    setting: str
+    remarks: tuple[str, ...]
     capped_by: str
     demands: pd.DataFrame
     effects: pd.DataFrame
     alone: Mapping[str, "Claim"] = field(default_factory=dict, repr=False)
+
+    @property
+    def sentence(self) -> str:
+        """All that may be said."""
+        return " ".join([self.statement, self.setting, *self.remarks])
 
     def _repr_html_(self) -> str:
         shown = self.demands.assign(holds=self.demands.holds.map({True: "yes", False: "no"}).fillna("not run"))
@@ -76,48 +101,35 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
     table = table.astype({"holds": "boolean"})
     sizes = effects(case)
     alone = {one.name: claim(one, alpha=case.alpha) for one in anchors} if len(anchors) > 1 else {}
-    said = _sentence(case, level, next_caps, sizes, alone)
-    return Claim(level, said, next_caps[0].name if next_caps else "", table, sizes, alone)
+    said, remarks = f"{STATEMENTS[level]}: {_seen(case, sizes)}.", _remarks(case, level, next_caps, alone)
+    named = next_caps[0].name if next_caps else ""
+    return Claim(level, said, _setting(case), remarks, named, table, sizes, alone)
 
 
-def _sentence(case: Case, level: int, caps: Sequence[Demand], sizes: pd.DataFrame, alone: Mapping[str, Claim]) -> str:
-    held = (
-        "The drift is aligned with v_rev and specific to this history, and holding v_rev holds the harm, better than "
-        "holding matched random directions does"
-    )
-    said = (
-        "No alignment with v_rev is shown",
-        "Alignment with v_rev is observed; that a matched null is exceeded is not shown",
-        "The drift is aligned with v_rev beyond weight noise of the same size; that it is this history's direction is "
-        "not shown",
-        "The drift is aligned with v_rev, and this is specific to this history; that it causes the return is not shown",
-        f"{held}; that the block outlasts its release is not shown",
-        f"{held}; half of the harm is still held at the last step, after the block was lifted",
-    )[level]
+def _remarks(case: Case, level: int, caps: Sequence[Demand], alone: Mapping[str, Claim]) -> tuple[str, ...]:
     named = "; ".join(f"{demand.name} ({demand.figures})" for demand in caps)
     capped = [f"Level {level + 1} ({LEVELS[level + 1]}) is not reached: {named}."] if caps else []
-    counted = pd.Series([one.level for one in alone.values()], dtype=int).value_counts().sort_index().items()
-    apart = [f"Each anchor alone: {', '.join(f'level {one} in {n}' for one, n in counted)}."] if alone else []
-    return " ".join([f"{said}: {_seen(case, sizes)}.", _frame(case), *_told(case), *capped, *apart])
+    levels = pd.Series([one.level for one in alone.values()], dtype=int).value_counts().sort_index().items()
+    apart = [f"Each anchor alone: {', '.join(f'level {one} in {n}' for one, n in levels)}."] if alone else []
+    return (*_told(case), *capped, *apart)
 
 
 def _seen(case: Case, sizes: pd.DataFrame) -> str:
     rows = sizes.set_index("effect")
     parts = []
-    for effect, form in (("alignment", ".2f"), ("fraction", ".2f")):
-        mean, low, high = (rows.at[effect, column] for column in ("mean", "low", "high"))
-        span = "" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]"
-        parts.append(f"{effect} {mean:{form}}{span}")
+    for effect in ("alignment", "fraction"):
+        mean, low, high = (float(rows[column][effect]) for column in ("mean", "low", "high"))
+        parts.append(f"{effect} {mean:.2f}" + ("" if low != low else f" [{low:.2f}, {high:.2f}]"))
     n = sum(len(evidence.final) for evidence in case.anchors)
     among = f"{len(case.anchors)} anchors, " if len(case.anchors) > 1 else "one anchor, "
-    return f"{parts[0]}, {parts[1]} of the way back at step {_steps(case)} ({among}{n} run{'s' * (n != 1)} in all)"
+    return f"{parts[0]}, {parts[1]} of the way back at step {_steps(case)} ({among}{counted(n, 'run')} in all)"
 
 
 def _steps(case: Case) -> str:
     return " and ".join(map(str, sorted({evidence.last for evidence in case.anchors})))
 
 
-def _frame(case: Case) -> str:
+def _setting(case: Case) -> str:
     """Say what the tests were fixed to: α, layers, unit, and whether this was done beforehand."""
     layers = sorted({layer for evidence in case.anchors for layer in evidence.trajectory.layers_in_mean})
     over = f"mean over the layers {html.listed(layers)}"
@@ -130,10 +142,10 @@ def _frame(case: Case) -> str:
         over = "largest layer, for layers and step were chosen afterwards"
         how = "; ".join(departures)
     counts = {
-        "strangers": [len(evidence.strangers) for evidence in case.anchors],
-        "random directions": [len(dict(evidence.each("random"))) for evidence in case.anchors],
+        "stranger": [len(evidence.strangers) for evidence in case.anchors],
+        "random direction": [len(dict(evidence.each("random"))) for evidence in case.anchors],
     }
-    numbers = ", ".join(f"{max(n)} {name}{' an anchor' * (len(n) > 1)}" for name, n in counts.items() if any(n))
+    numbers = ", ".join(f"{counted(max(n), name)}{' an anchor' * (len(n) > 1)}" for name, n in counts.items() if any(n))
     beside = f"; {numbers}" if numbers else ""
     return f"α = {case.alpha:g}, {over}, unit: the {case.unit}{beside}; {how}."
 

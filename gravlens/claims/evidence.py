@@ -26,6 +26,11 @@ ARMS = {
 ARM_COLUMNS = ("arm", "seed", "compliance_rate", "fraction_final", "task_loss")
 
 
+def counted(n: int, what: str) -> str:
+    """Say how many: `2 runs`, `1 stranger`."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """Evidence on one anchor: tables that gravlens makes, on held-out prompts; what is absent was not run.
@@ -173,7 +178,7 @@ class Case:
     def units(self, values: Sequence[pd.Series | np.ndarray]) -> np.ndarray:
         """One value per unit: the anchors' means, or the only anchor's runs. A missing run makes its mean missing."""
         each = [np.asarray(one, dtype=float) for one in values]
-        return np.array([one.mean() for one in each]) if len(each) > 1 else each[0]
+        return np.array([one.mean() if len(one) else np.nan for one in each]) if len(each) > 1 else each[0]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import resolve
 from gravlens.models.swapping import inner_of, one_shape
 
-REMEDY = "gravlens audit SEQUENCE.toml --plan --preregister preregistration.toml writes one."
+REMEDY = "Preregistration.of('SEQUENCE.toml', step=100).write('preregistration.toml'), which writes one."
+ALPHA = 0.05  # where nothing else is fixed
 HEADER = "# The analysis of a training history, fixed beforehand. Prompts are known by their SHA-256.\n"
 
 
 def _is_whole(value: Any, least: int) -> bool:
+    # True is an int, and TOML has a `true`
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -39,6 +41,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "probes": (_is_digest, "PromptSet.digest, 64 hexadecimal digits"),
     "held_out": (_is_digest, "PromptSet.digest, 64 hexadecimal digits"),
     "outcome": (lambda value: isinstance(value, str) and value.isidentifier(), "a column of the arms' table"),
+    # not isinstance: a datetime is a date, and would be read back as another type
     "written": (lambda value: type(value) is date, "a date without time, such as 2026-11-30"),
     "after_runs": (lambda value: isinstance(value, bool), "true or false"),
 }
@@ -80,6 +83,7 @@ class Preregistration:
     @property
     def digest(self) -> str:
         """SHA-256 of the content, whatever the order and the comments of its file."""
+        # of values, not of the file's bytes: a comment or another order is no other analysis
         return hashlib.sha256(json.dumps(self._texts(), sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -89,7 +93,7 @@ class Preregistration:
         *,
         layers: Sequence[int] | None = None,
         step: int | None = None,
-        alpha: float = 0.05,
+        alpha: float = ALPHA,
         outcome: str = "compliance_rate",
         today: date | None = None,
     ) -> "Preregistration":
@@ -110,6 +114,7 @@ class Preregistration:
         if held_out is None:
             remedy = 'held_out = "held_out.jsonl" in the sequence\'s file, or from_folders(..., held_out=[…]).'
             raise GravlensError("This sequence has no held_out prompts.", "Runs are judged on other prompts.", remedy)
+        # weights=False: of a hub id only the configuration is downloaded
         depth, _ = one_shape([resolve(sequence.anchor, weights=False)])
         chosen = inner_of(depth) if layers is None else sorted({check_layer(layer, depth) for layer in layers})
         return cls(
@@ -174,6 +179,7 @@ def _shown(value: Any) -> str:
 
 def _last_common_step(sequence: ModelSequence) -> int:
     steps = {name: {c.step for c in run if c.step is not None} for name, run in sequence.runs.items()}
+    # common to all: a run that stopped early would otherwise be judged at another step than the rest
     common = set.intersection(*steps.values()) if steps else set()
     if not common:
         shown = "; ".join(f"{name}: {', '.join(map(str, sorted(own)))}" for name, own in steps.items())

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gravlens import __version__
-from gravlens.cli import history, interventions, results, storage
+from gravlens.cli import audit, history, interventions, results, storage
 from gravlens.cli.output import Commands
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for part in (results, history, interventions):
+for part in (results, audit, history, interventions):
     app.add_typer(part.commands)
 # a group of its own: its commands take a cache folder, not a history
 app.add_typer(storage.commands, name="store", rich_help_panel="Maintenance")

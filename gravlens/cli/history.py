@@ -1,7 +1,6 @@
 """gravlens inspect, plan, locate, trajectory: measure a history of your own checkpoints."""
 
 import re
-from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,8 +118,15 @@ def trajectory(
     ] = [],  # noqa: B006
     prompts: opt.PROMPTS = None,
     column: opt.COLUMN = None,
+    mean: Annotated[
+        bool, opt.flag("--mean", "Add the mean ± SEM over runs: only for runs of one kind, saved at the same steps.")
+    ] = False,
     out: Annotated[
         Path | None, opt.place("FILE", "Save the tidy table to this CSV file.", check=opt.writable_file)
+    ] = None,
+    figure: Annotated[
+        Path | None,
+        opt.place("FILE", "Save a figure of the alignment (.pdf, .png or .svg).", check=opt.writable_file),
     ] = None,
     device: opt.DEVICE = "cpu",
     dtype: opt.DTYPE = "float32",
@@ -128,35 +134,58 @@ def trajectory(
     store: opt.STORE = None,
     json: opt.JSON = False,
 ) -> None:
-    """Track every run along v_rev: mean ± SEM over runs, by step.
+    """Track every run along v_rev, step by step, beside the alignment of random drifts.
 
-    `alignment` is the cosine of the run's drift with v_rev; `fraction` is how far the run has moved from anchor (0) to
-    witness (1).
+    `alignment` is the cosine of the run's drift with v_rev; `p99` that of 99 % of uniformly random drifts, a weak null
+    (docs/nulls.md); `fraction` is how far the run has moved from anchor (0) to witness (1).
     """
     history = gl.ModelSequence.from_toml(sequence)
+    if mean:
+        steps = {run: [checkpoint.step for checkpoint in saved] for run, saved in history.runs.items()}
+        gl.directions.trajectory.check_same_steps(steps)
     where = gl.Placement(device, dtype, keep=keep or None)
     # Directions are estimated on the probes only; held-out prompts show whether the drift is the probes' own.
     asked, read = studies.inputs.followed_on(history, opt.asked(prompts, column)), gl.cache_residuals
     sets = [read(history, one, layers=layer or None, placement=where, store=store) for one in asked]
-    followed = gl.follow(sets, studies.inputs.located(sets[0], layer))
-    if out is not None:
-        core.files.write_table(out, followed.table)
-    _print_summary(followed.summary(), json)
-    if out is not None:
-        print_written(out, json)
+    vs = studies.inputs.located(sets[0], layer)
+    followed = gl.follow(sets, vs)
+    rows = gl.nulls.beside_random_drifts(followed, vs)
+    written = [] if out is None else [core.files.write_table(out, followed.table)]
+    if figure is not None:
+        shown = {"nulls": rows, "prompts": rows["prompts"].iloc[0], "mean": mean}
+        written += gl.plot.save_figure(gl.plot_alignment(followed, **shown), figure)
+    _print_runs(rows, followed.summary() if mean else None, list(followed.layers_in_mean), json)
+    for path in written:
+        print_written(path, json)
 
 
-def _print_summary(summary: Any, json: bool) -> None:
+def _print_runs(rows: Any, summary: Any, layers: list[int], json: bool) -> None:
+    prompts = rows["prompts"].iloc[0]
+    means = [] if summary is None else records(summary.set_axis(map("_".join, summary.columns), axis=1).reset_index())
     if json:
-        flat = summary.set_axis([f"{measure}_{kind}" for measure, kind in summary.columns], axis=1)
-        print_json(flat.to_dict(orient="index"))
+        facts = {"prompts": prompts, "layers": layers, "null": rows["null"].iloc[0], "runs": records(rows)}
+        print_json(facts | ({} if summary is None else {"mean": means}))
         return
-    rows = (
-        (step, *(_mean_sem(row[measure, "mean"], row[measure, "sem"]) for measure in ("alignment", "fraction")), count)
-        for (step, row), count in zip(summary.iterrows(), summary["alignment", "count"], strict=True)
+    title = f"drift along v_rev, mean over layers {core.display.listed(layers)}; {prompts.replace('_', ' ')} prompts"
+    caption = "p99: 99 % of uniformly random drifts lie below"
+    print_table(
+        ("run", "step", "alignment", "p99", "fraction", "remark"),
+        map(_run_step, records(rows)),
+        title=title,
+        caption=caption,
     )
-    print_table(("step", "alignment", "fraction", "runs"), rows, title="drift along v_rev, mean over layers")
+    if summary is not None:
+        measures = ("alignment", "fraction")
+        cells = ((row["step"], *(_mean_sem(row, one) for one in measures), row["fraction_count"]) for row in means)
+        print_table(("step", *measures, "runs"), cells, title="mean ± SEM over runs")
 
 
-def _mean_sem(mean: Any, sem: Any) -> str:
-    return f"{mean:.3f}" + ("" if isnan(sem) else f" ± {sem:.3f}")
+def _run_step(row: dict[str, Any]) -> tuple[Any, ...]:
+    alignment = "" if row["alignment"] is None else f"{row['alignment']:.3f}"
+    remark = "" if row["judged"] else "drift too small to judge"
+    return (row["run"], row["step"], alignment, f"{row['p99']:.3f}", f"{row['fraction']:.3f}", remark)
+
+
+def _mean_sem(row: dict[str, Any], measure: str) -> str:
+    mean, sem = row[f"{measure}_mean"], row[f"{measure}_sem"]
+    return "" if mean is None else f"{mean:.3f}" + ("" if sem is None else f" ± {sem:.3f}")

@@ -1,6 +1,7 @@
 """Terminal output of the commands: tables and JSON on stdout, notes and one-line errors on stderr, exit codes."""
 
 import json
+import textwrap
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,9 +61,11 @@ def write_effect(table: "pd.DataFrame", path: Path) -> list[Path]:
     return [written, *plot.style.save_figure(plot.lines.plot_effect(table), path)]
 
 
-def print_line(text: str) -> None:
-    """Print a line of the result on stdout."""  # soft_wrap: a path that is wrapped cannot be copied
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def print_line(text: str, *, width: int | None = None) -> None:
+    """Print a line of the result on stdout, prose wrapped to a width."""
+    # without a width nothing is wrapped: a path in two parts cannot be copied
+    lines = text if width is None else textwrap.fill(text, min(width, console.width), break_on_hyphens=False)
+    console.print(lines, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_note(text: str) -> None:

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import gravlens as gl
-from gravlens import reporting, studies
+from gravlens import reporting
 from gravlens.cli import options as opt
-from gravlens.cli.output import messages, print_json, print_line, print_note, print_table
+from gravlens.cli.output import messages, print_json, print_line, print_note
+from gravlens.cli.verdict import print_verdict
 from gravlens.core.errors import GravlensError
 
 if TYPE_CHECKING:
     from gravlens.organisms.base import Organism
 commands = typer.Typer()
 PANEL = "Reproduce the paper"
-# Organisms 0 to 3 were used to choose the configuration (docs/log.md): results on them would be biased.
+# Organisms 0 and 1 were used to choose the configuration, 2 and 3 earlier ones (docs/log.md).
 FIRST_REPORTED = 4
+ANCHORS = 6  # five are the least that sign flips over anchors can call significant
 SETTING = Annotated[
     Literal["refusal", "pretrained"],
     typer.Option(help="refusal: a small model organism trained here; pretrained: a real language model."),
@@ -42,8 +44,10 @@ THREADS = Annotated[int, opt.number("Threads per process (pretrained); 0: all co
 @commands.command(**opt.described(PANEL, "gravlens reproduce --quick --out results"))
 def reproduce(
     setting: SETTING = "refusal",
-    quick: Annotated[bool, opt.flag("--quick", "A first look: two runs per arm and fewer null draws.")] = False,
-    organisms: Annotated[int, opt.number("Number of organism seeds (refusal).", least=1)] = 1,
+    quick: Annotated[bool, opt.flag("--quick", "A first look: two organisms and fewer null draws.")] = False,
+    organisms: Annotated[
+        int, opt.number("Number of organisms (refusal), each an anchor; 0: six, with --quick two.")
+    ] = 0,
     runs: RUNS = 0,
     out: Annotated[Path, opt.place("FOLDER", "Results folder.", check=opt.writable_folder)] = Path("results"),
     model: MODEL = "",
@@ -51,9 +55,10 @@ def reproduce(
     harmless: HARMLESS = None,
     workers: WORKERS = 0,
     threads: THREADS = 0,
+    full: Annotated[bool, opt.flag("--full", "Print every table, not only the verdict.")] = False,
     json: opt.JSON = False,
 ) -> None:
-    """Reproduce the paper: make a history, locate v_rev, track runs along it, test it against nulls, and block it.
+    """Reproduce the paper: make training histories and audit them (gravlens audit).
 
     Complete parts are cached (see GRAVLENS_CACHE) and reused, so an interrupted command resumes.
     """
@@ -63,23 +68,22 @@ def reproduce(
     else:
         make = gl.organisms.pretrained.pretrained_organism
         chosen = {"pretrained": make(model, harmful, harmless, runs=runs, threads=threads, quick=quick)}
-    results = studies.reproduce.reproduce(chosen, out, cache=gl.organisms.fetch.cache_folder(), workers=workers or None)
+    results = gl.audit(chosen, out, workers=workers or None)
     written = f"Report: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}"
     if json:
         print_json(results)
         print_note(written)
         return
-    _print_results(results)
+    print_verdict(results, full=full)
     print_line(f"\n{written}")
 
 
 def _organisms(organisms: int, runs: int, quick: bool) -> "dict[str, Organism]":
     extra: dict[str, Any] = {"noise_draws": 100} if quick else {}
-    seeds = range(FIRST_REPORTED, FIRST_REPORTED + organisms)
-    count = runs or (2 if quick else 6)
-    return {
-        f"organism{seed}": gl.organisms.refusal.RefusalOrganism(organism=seed, runs=count, **extra) for seed in seeds
-    }
+    if runs:
+        extra["runs"] = runs
+    seeds = range(FIRST_REPORTED, FIRST_REPORTED + (organisms or (2 if quick else ANCHORS)))
+    return {f"organism{seed}": gl.organisms.refusal.RefusalOrganism(organism=seed, **extra) for seed in seeds}
 
 
 @commands.command(**opt.described(PANEL, "gravlens fetch smollm2"))
@@ -118,26 +122,5 @@ def report(
     if json:
         print_json({"page": str(page), "claims": read.get("claims") or []})
         return
-    _print_claims(read)
+    print_verdict(read)
     print_line(f"written to {page}")
-
-
-def _print_results(results: dict[str, Any]) -> None:
-    title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
-    keys, table = ("quantity", "paper", "here", "fraction"), reporting.paper.paper_table(results)
-    rows = ([row[key] for key in keys] for row in table)
-    print_table((*keys[:3], "fraction of the way back"), rows, title=title)
-    words = {True: "yes", False: "NO", None: "not run"}
-    demands = (
-        (claim["organism"], demand["level"], demand["name"], words[demand["holds"]], demand["figures"])
-        for claim in results["claims"]
-        for demand in claim["demands"]
-    )
-    columns = ("organism", "level", "criterion", "holds", "figures")
-    print_table(columns, demands, title="criteria of each claim level")
-    _print_claims(results)
-
-
-def _print_claims(results: dict[str, Any]) -> None:
-    for claim in results.get("claims") or []:
-        print_line(f"\n{claim['organism']}, claim level {claim['level']} of 5: {claim['sentence']}")

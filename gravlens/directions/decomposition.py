@@ -231,9 +231,10 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
 
     Returns:
         One row per run × step × layer × position × prompt set (`given`, `held_out`): `alignment`, `fraction` as in
-        `follow`; `drift_norm` in distances; `judged` (as in `follow`); `share_along_vrev` of the per-prompt drifts'
-        summed squared length; `refit_angle`, degrees between v_rev and the direction from this checkpoint to the
-        witness, on the row's own prompts.
+        `follow`; in distances `drift_norm`, the length of the mean drift, and `drift_rms`, the root mean square of the
+        prompts' own, in which opposite motions do not cancel; `judged` (as in `follow`); `share_along_vrev` of the
+        per-prompt drifts' summed squared length; `refit_angle`, degrees between v_rev and the direction from this
+        checkpoint to the witness, on the row's own prompts.
     """
     located, others = _by_position(given), _by_position(held_out)
     same = any(one.prompts == located[position].prompts for position, one in others.items() if position in located)
@@ -263,12 +264,13 @@ def _leaks(residuals: Residuals, run: str, step: int, vs: Directions) -> pd.Data
     mean, each_prompt = measure_drift(drift.mean(0), vs), measure_drift(drift, vs)
     # rounding may pass 1, of which arccos is NaN
     refit = np.clip(measure_drift(to_witness.mean(0), vs)["alignment"], -1, 1)
+    square = (each_prompt["drift_norm"] ** 2).mean(0)
     with np.errstate(invalid="ignore"):  # no drift has no share along v_rev
-        share = (each_prompt["projection"] ** 2).sum(0) / (each_prompt["drift_norm"] ** 2).sum(0)
-    length = mean["drift_norm"] / vs.distances
+        share = (each_prompt["projection"] ** 2).mean(0) / square
+    length, rms = mean["drift_norm"] / vs.distances, np.sqrt(square) / vs.distances
     return pd.DataFrame(
-        {"run": run, "step": step, "layer": vs.layers, "alignment": mean["alignment"],
-         "fraction": mean["fraction"], "drift_norm": length, "judged": mean["drift_norm"] > judged_from(vs, residuals),
+        {"run": run, "step": step, "layer": vs.layers, "alignment": mean["alignment"], "fraction": mean["fraction"],
+         "drift_norm": length, "drift_rms": rms, "judged": mean["drift_norm"] > judged_from(vs, residuals),
          "share_along_vrev": share, "refit_angle": np.degrees(np.arccos(refit))}
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 
 from gravlens.activations.residuals import Residuals, check_states, run_and_step
 from gravlens.directions.direction import Direction, Directions, one_direction, undefined_error
-from gravlens.directions.trajectory import check_geometry, drift_per_prompt
+from gravlens.directions.trajectory import check_comparable, drift_per_prompt
 
 COLUMNS = ("checkpoint", "kind", "run", "step", "layer", "prompt", "along", "across")
 NO_REST = 1e-4  # of the distance: a shorter rest is rounding, or is not seen
@@ -29,7 +29,7 @@ def residual_plane(residuals: Residuals, direction: Direction, *, prompts: bool 
     one_direction(direction)
     if direction.undefined is not None:
         raise undefined_error(direction)
-    check_geometry(Directions((direction,)), [residuals])
+    check_comparable(Directions((direction,)), [residuals])
 
     def place(name: str) -> Float[np.ndarray, "prompt d_model"]:
         return drift_per_prompt(residuals, name, [direction.layer])[:, 0] / direction.distance

@@ -1,6 +1,6 @@
 """Subspaces of one layer's residual stream: drift components, orthogonal parts, random controls."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 

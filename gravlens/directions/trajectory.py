@@ -1,5 +1,6 @@
 """Trajectories along v_rev (alignment, projection, fraction of each run's drift), and of concepts located again."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,12 @@ from gravlens.models.placement import Placement
 JUDGED_FROM = 0.02
 MEASURES = ("alignment", "projection", "fraction", "drift_norm")
 AXES = ("run", "prompts", "step", "layer")
+# Facts of a reading that directions and states have in common, and how to make it so.
+READ_ALIKE = {
+    "positions": "cache_residuals(…, positions=…) with those of the directions.",
+    "chat_template": "one sequence for both, or chat_template = … in SEQUENCE.toml.",
+    "chat_template_kwargs": "the same chat_template_kwargs for both, in the tokenizer or SEQUENCE.toml.",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +192,8 @@ def follow(
     """Follow the drift h(θ_t) − h(anchor) of every run along the directions.
 
     alignment = cos(drift, v), projection = ⟨drift, v⟩, fraction = projection / distance (docs/trajectory.md).
-    GravlensError without a run or a defined direction.
+    GravlensError without a run or a defined direction, or where directions and states were read at different positions
+    or with different chat templates.
 
     Args:
         residuals: of one or several prompt sets (the directions' own is called `given`), or a sequence, of which probes
@@ -208,7 +216,7 @@ def follow(
             "One set is given (the directions' own prompts), one held out; two of a kind would count a run twice.",
             "follow(…) for each set by itself.",
         )
-    check_geometry(defined, sets)
+    check_comparable(defined, sets)
     data = _joined((_follow_set(one, defined) for one in sets), "prompts")
     undefined = {d.layer: d.undefined for d in directions if d.undefined is not None}
     return Trajectory(data, tuple(mean), undefined)
@@ -248,13 +256,28 @@ def check_trajectory(given: Trajectory) -> Trajectory:
     return of_kind(given, Trajectory, "A Trajectory is needed.", "follow(residuals, directions).")
 
 
-def check_geometry(directions: Directions, sets: Sequence[Residuals]) -> None:
-    """GravlensError where directions and states are in different geometries."""
+def check_comparable(directions: Directions, sets: Sequence[Residuals]) -> None:
+    """GravlensError where directions and states differ in geometry, token position or chat template."""
     located = {direction.made_from.get("geometry", "raw") for direction in directions}
     states = {one.meta.get("geometry", "raw") for one in sets}
     if len(located | states) > 1:
         given = f"Geometry of the directions: {', '.join(sorted(located))}; of the states: {', '.join(sorted(states))}."
         raise GravlensError(given, "Both must be in one geometry.", "geometry.apply(residuals) with the directions'.")
+    read = [_read_as(facts) for facts in (*(d.made_from for d in directions), *(r.meta for r in sets))]
+    for fact, remedy in READ_ALIKE.items():
+        if len(apart := dict.fromkeys(one[fact] for one in read if fact in one)) > 1:
+            given = f"Directions and states were read with different {fact.replace('_', ' ')}: {', '.join(apart)}."
+            raise GravlensError(given, "A drift is followed along a direction of the same kind of state.", remedy)
+
+
+def _read_as(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts of `READ_ALIKE` that are known: nothing is, of a vector of your own."""
+    known = {fact: facts[fact] for fact in READ_ALIKE if fact in facts}
+    if known.get("positions") == "last":
+        known["positions"] = -1
+    if "chat_template" in known:
+        known.setdefault("chat_template_kwargs", {})  # left out where there are none
+    return {fact: json.dumps(value, sort_keys=True, default=str) for fact, value in known.items()}
 
 
 def runs_of(residuals: Residuals) -> dict[str, tuple[int, ...]]:
@@ -263,6 +286,16 @@ def runs_of(residuals: Residuals) -> dict[str, tuple[int, ...]]:
         given = f"These residuals hold no run ({', '.join(residuals.checkpoints)})."
         raise GravlensError(given, "A drift needs a run.", 'runs={"seed0": "ft/checkpoint-*"} in the sequence.')
     return residuals.runs
+
+
+def check_same_steps(runs: Mapping[str, Sequence[int | None]]) -> None:
+    """GravlensError where runs (run -> steps) have different steps, and so no mean over runs at each."""
+    if len({tuple(steps) for steps in runs.values()}) > 1:
+        given = (
+            f"The runs have different steps ({'; '.join(f'{run}: {html.listed(own)}' for run, own in runs.items())})."
+        )
+        wanted = "A mean over runs is over the same runs at every step."
+        raise GravlensError(given, wanted, "each run by itself (no --mean), or runs saved at the same steps.")
 
 
 def mean_state(residuals: Residuals, checkpoint: str, layers: Sequence[int]) -> Float[np.ndarray, "layer d_model"]:

@@ -12,12 +12,13 @@ PAIRED = {
     "twins": "witness",
     **dict.fromkeys(("clamp", "push", "penalty", "released", "lower_rate"), "anchor"),
 }
+RANDOM = ("random", "released_random")  # tables of runs along random directions
 RUN_FORMS = 'run1 = "folder/checkpoint-*", a list of folders, or {folders = "…", missing = "skip"}'
 
 
 @dataclass(frozen=True, eq=False)
 class RandomClamp:
-    """Runs that were clamped along a matched random direction.
+    """Runs that were clamped along a matched random direction, for good or until the block was released.
 
     Attributes:
         directions: file of the directions (`Directions.save`).
@@ -45,6 +46,7 @@ class Controls:
         released: likewise, clamped and then released.
         lower_rate: likewise, with no blocker and a lower learning rate.
         random: likewise, clamped along matched random directions, under any names.
+        released_random: likewise, clamped along matched random directions and then released.
     """
 
     siblings: Sequence[Any] = ()
@@ -58,6 +60,7 @@ class Controls:
     released: Mapping[str, Any] = field(default_factory=dict)
     lower_rate: Mapping[str, Any] = field(default_factory=dict)
     random: Mapping[str, RandomClamp] = field(default_factory=dict)
+    released_random: Mapping[str, RandomClamp] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "siblings", tuple(as_list(self.siblings)))
@@ -76,13 +79,19 @@ class Controls:
             return {name: run(f"{label}.{name}", folders, start) for name, folders in table.items()}
 
         twins = {n: runs(t, f"stranger_twins.{n}", strangers.get(n)) for n, t in self.stranger_twins.items()}
-        random = {n: RandomClamp(r.directions, runs(r.runs, f"random.{n}", "anchor")) for n, r in self.random.items()}
+        random = {
+            table: {
+                name: RandomClamp(one.directions, runs(one.runs, f"{table}.{name}", "anchor"))
+                for name, one in getattr(self, table).items()
+            }
+            for table in RANDOM
+        }
         return Controls(
             siblings=[one(f"controls.siblings.{i}", source) for i, source in enumerate(self.siblings, 1)],
             strangers=strangers,
             stranger_twins=twins,
             continued=runs(self.continued, "continued", "anchor"),
-            random=random,
+            **random,
             **{name: runs(getattr(self, name), name, start) for name, start in PAIRED.items()},
         )
 
@@ -90,7 +99,7 @@ class Controls:
         """Iterate over the tables whose keys are names of runs."""
         yield from ((name, getattr(self, name)) for name in PAIRED)
         yield from ((f"stranger_twins.{name}", table) for name, table in self.stranger_twins.items())
-        yield from ((f"random.{name}", random.runs) for name, random in self.random.items())
+        yield from ((f"{table}.{name}", one.runs) for table in RANDOM for name, one in getattr(self, table).items())
 
     def check(self, runs: Sequence[str]) -> None:
         """Raise where a control is paired with a run or a stranger that is not there."""
@@ -100,6 +109,11 @@ class Controls:
                 given = f"controls.{table} names the run {name!r}."
                 remedy = f"a name of [runs], or {name} = … under [runs]."
                 raise GravlensError(given, f"It is paired with one of the history's runs: {known}.", remedy)
+        # these become names of folders and must not lead out of them
+        for name in [*dict(self.strangers), *self.continued, *self.random, *self.released_random]:
+            if not name.isprintable() or {"/", "\\"} & {*name} or name in ("", ".", ".."):
+                wanted = "It becomes part of the name of a folder."
+                raise GravlensError(f"A control is called {name!r}.", wanted, 'a plain word, such as "other1".')
         for name in self.stranger_twins.keys() - dict(self.strangers).keys():
             known = ", ".join(dict(self.strangers)) or "none"
             given = f"controls.stranger_twins names the stranger {name!r}."
@@ -139,22 +153,26 @@ def read_controls(path: Path, table: Any) -> Controls:
         raise _wrong(path, "controls.strangers", "a list of texts", 'strangers = ["other_witness1"].')
     for name in (*PAIRED, "continued"):
         _check_runs(path, name, table.get(name, {}))
-    for name in ("stranger_twins", "random"):
+    for name in ("stranger_twins", *RANDOM):
         if not isinstance(table.get(name, {}), dict):
             raise _wrong(path, f"controls.{name}", "a table of tables", f"[controls.{name}.NAME].")
     for name, runs in table.get("stranger_twins", {}).items():
         _check_runs(path, f"stranger_twins.{name}", runs)
-    random = {str(name): _random(path, str(name), entry) for name, entry in table.get("random", {}).items()}
-    return Controls(**{**table, "random": random})
+    # the file of directions here, runs and models by `mapped`: only the sequence knows how to find those
+    random = {
+        name: {number: _random(path, f"{name}.{number}", entry) for number, entry in table[name].items()}
+        for name in table.keys() & {*RANDOM}
+    }
+    return Controls(**{**table, **random})
 
 
 def _random(path: Path, name: str, entry: Any) -> RandomClamp:
     if not isinstance(entry, dict) or not isinstance(entry.get("directions"), str):
-        remedy = f'[controls.random.{name}] with directions = "random{name}.safetensors" (Directions.save).'
-        raise _wrong(path, f"controls.random.{name}", "a table with the file of its directions", remedy)
+        remedy = f'[controls.{name}] with directions = "random.safetensors" (Directions.save).'
+        raise _wrong(path, f"controls.{name}", "a table with the file of its directions", remedy)
     runs = {key: run for key, run in entry.items() if key != "directions"}
-    _check_runs(path, f"random.{name}", runs)
-    return RandomClamp(entry["directions"], runs)
+    _check_runs(path, name, runs)
+    return RandomClamp(path.parent / Path(entry["directions"]).expanduser(), runs)
 
 
 def _check_runs(path: Path, name: str, table: Any) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
-from gravlens.history.controls import NO_CONTROLS, Controls, RandomClamp, read_controls
+from gravlens.history.controls import NO_CONTROLS, Controls, read_controls
 from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system, read_prompts
 from gravlens.history.weight_files import ADAPTER_CONFIG, STEP, read_headers, trained_steps
@@ -148,9 +148,10 @@ class ModelSequence:
         """Return the controls as checkpoints, and the skipped ones of their runs added to the others."""
         skipped, starts = dict(self.skipped), {"anchor": self.anchor, "witness": self.witness}
 
+        # already found ones come back with `replace`, which calls this again
         def one(name: str, source: Any) -> Checkpoint:
-            given = source if isinstance(source, Checkpoint) else Checkpoint(name, existing(source))
-            return self._read_alike(given, template)
+            found = source if isinstance(source, Checkpoint | nn.Module) else existing(source)
+            return self._read_alike(found if isinstance(found, Checkpoint) else Checkpoint(name, found), template)
 
         def run(name: str, folders: Any, start: Any) -> tuple[Checkpoint, ...]:
             base = start if isinstance(start, Checkpoint) else starts[start]
@@ -235,6 +236,7 @@ class ModelSequence:
         chat_template: ChatTemplate = "own",
         system: str = "",
         chat_template_kwargs: Mapping[str, Any] = {},
+        controls: Controls = NO_CONTROLS,
     ) -> "ModelSequence":
         """Describe a history of Hugging Face models, `TransformerBridge`s or `HookedTransformer`s in memory.
 
@@ -249,6 +251,7 @@ class ModelSequence:
             witness=Checkpoint("witness", witness),
             anchor=Checkpoint("anchor", anchor),
             runs=_runs_of_models(runs or {}),
+            controls=controls,
             **_prompt_sets(probes, held_out, harmless),
             tokenizer=tokenizer,
             chat_template=chat_template,
@@ -457,11 +460,10 @@ def _read_sequence_file(path: Path) -> dict[str, Any]:
             options = {"role": _role_of(key), **table[key]}
             table[key] = read_prompts(here / os.path.expanduser(options.pop("file")), **options)
     table["runs"] = {name: _run_seen_from(here, run) for name, run in table.get("runs", {}).items()}
-    controls = read_controls(path, table.get("controls", {})).mapped(
+    table["controls"] = read_controls(path, table.get("controls", {})).mapped(
         lambda _, source: existing(source, here), lambda _name, run, _start: Run(**_run_seen_from(here, run))
     )
-    random = {n: RandomClamp(here / os.path.expanduser(r.directions), r.runs) for n, r in controls.random.items()}
-    return {**table, "controls": replace(controls, random=random)}
+    return table
 
 
 def _read(path: Path) -> dict[str, Any]:

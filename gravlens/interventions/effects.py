@@ -294,8 +294,9 @@ def _spearman_interval(
 
 def _spearman(doses: Sequence[float], differences: Float[np.ndarray, "dose n"]) -> Float[np.ndarray, " n"]:
     """Rank correlation of each column with the dose, including the baseline (difference 0 at dose 0)."""
-    doses, curves = np.array([0.0, *doses])[:, None], np.vstack([np.zeros(differences.shape[1]), differences])
-    x, y = (scipy.stats.rankdata(one, axis=0) - (len(doses) + 1) / 2 for one in (doses, curves))
+    curves = np.vstack([np.zeros(differences.shape[1]), differences])
+    parts = (np.array([0.0, *doses])[:, None], curves)
+    x, y = (scipy.stats.rankdata(one, axis=0) - (len(curves) + 1) / 2 for one in parts)
     with np.errstate(invalid="ignore"):  # a constant curve has none
         return (x * y).sum(0) / np.sqrt((x**2).sum(0) * (y**2).sum(0))
 

@@ -227,6 +227,15 @@ def unknown_data(name: str, known: str) -> GravlensError:
     )
 
 
+def check_directions(path: Path, shape: tuple[int, int]) -> None:
+    """Raise where a file's directions are not of a model with `shape` = (layers, width of the residual stream)."""
+    found, (n_layers, width) = Directions.load(path), shape
+    if found.vectors.shape[1] != width or max(found.layers) >= n_layers:
+        given = f"{path} holds directions of width {found.vectors.shape[1]} up to layer {max(found.layers)}."
+        wanted = f"The anchor has {n_layers} layers of width {width}."
+        raise GravlensError(given, wanted, "the directions that those runs were clamped along.")
+
+
 def n_task(rows: Sequence[Example], file: Path | None) -> int:
     """Return how many rows of a user's data, its last ones, are held out for the task loss: an eighth."""
     if len(rows) < MIN_ROWS:

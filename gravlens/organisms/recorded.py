@@ -10,12 +10,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -28,16 +26,16 @@ from gravlens.history.sources import Folder, resolve
 from gravlens.history.weight_files import ADAPTER_CONFIG, stamp, weight_paths
 from gravlens.models.opening import checkpoint_tokenizer, open_model, save_folder
 from gravlens.models.swapping import one_shape
-from gravlens.organisms.arms import blocker, made_by
+from gravlens.organisms.arms import blocker
 from gravlens.organisms.base import (
     ENGLISH,
     STRANGER,
     UNBLOCKED,
     Arm,
-    Grounds,
     Make,
     Measures,
     PromptSets,
+    check_directions,
     inner_layers,
     n_task,
     sibling_name,
@@ -47,7 +45,8 @@ from gravlens.training.finetune import Recipe, finetune
 
 # control -> the name of its arm; the blocked ones are trained with the blocker of the same name
 BLOCKED = {"clamp": "clamp", "push": "reinforce", "penalty": "penalty", "released": "released"}
-ON_DATA = ("runs", "twins", "stranger_twins", "random", "lower_rate", *BLOCKED)
+RANDOM = {"random": "clamp", "released_random": "released"}
+ON_DATA = ("runs", "twins", "stranger_twins", "lower_rate", *BLOCKED, *RANDOM)
 ON_ALIGNMENT_DATA = ("siblings", "continued")
 SMALL = 50_000_000  # parameters, up to which a pass is cheap: more draws, and one thread for each process
 DRAWS, FEW_DRAWS = 99, 20  # of weight noise; 19 is the least with which p = .05 can be reached
@@ -68,10 +67,11 @@ class RecordedHistory:
         train: names of controls to train: of `ON_DATA` and `ON_ALIGNMENT_DATA`.
         layers: layers of the mean and of the blockers; default: the inner ones.
         measures: how this model's refusals and other answers begin.
-        recipe: of everything that is trained on `data`; for runs that exist it must be theirs.
+        recipe: of everything that is trained on `data`; its steps are those of the recorded runs, if there are any.
+        same_recipe: whether the recorded runs had this recipe, so that trained controls can be paired with them.
         alignment_recipe: of everything that is trained on `alignment_data`.
         runs: how many runs `train=("runs",)` makes.
-        directions: how many random directions `train=("random",)` clamps along.
+        directions: how many random directions `train=("random", "released_random")` takes.
         siblings: how many siblings `train=("siblings",)` makes.
         draws: of weight noise; 0: 99, or 20 for models above 50 M parameters.
         max_prompts: use at most this many held-out and harmless prompts, evenly spaced.
@@ -86,7 +86,8 @@ class RecordedHistory:
     train: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     measures: Measures = ENGLISH
-    recipe: Recipe | None = None
+    recipe: Recipe = replace(PHASE, steps=50)
+    same_recipe: bool = False
     alignment_recipe: Recipe = PHASE
     runs: int = 2
     directions: int = 4
@@ -98,19 +99,21 @@ class RecordedHistory:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sequence", ModelSequence.of(self.sequence))
+        # before anything is opened: a mistake must not show after an hour of measuring
         _check_given(self)
         _check_trained(self)
         shared = _shared_steps(self._recorded())
-        recipe = self.recipe or Recipe(steps=50, batch=8, learning_rate=2e-5, weight_decay=0.0)
-        recipe = replace(recipe, steps=shared[-1]) if shared else recipe
         ends = [self.sequence.anchor, self.sequence.witness, *self._linked().values()]
         firsts = [run[0] for run in self._recorded().values()]
         resolved = [resolve(one, weights=False) for one in [*ends, *firsts]]
-        one_shape(resolved)
+        shape = one_shape(resolved)
+        for control in RANDOM:
+            for random in getattr(self.sequence.controls, control).values():
+                check_directions(Path(random.directions), shape)
         anchor = resolve(self.sequence.anchor)
         is_small = sum(math.prod(shape) for shape in anchor.base.weights.shapes.values()) <= SMALL
         found = {
-            "recipe": recipe,
+            "recipe": replace(self.recipe, steps=shared[-1]) if shared else self.recipe,
             "layers": self.layers or inner_layers(anchor.base.path),
             "draws": self.draws or (DRAWS if is_small else FEW_DRAWS),
             "threads": self.threads or (1 if is_small else os.cpu_count() or 1),
@@ -128,9 +131,9 @@ class RecordedHistory:
         """Digest of the prompts and data, of the stamps of all weight files, of the recipe, versions and threads."""
         # by stamps, not by content: hashing would read all weights; what is trained later is added to the same history
         every = [*self._linked().values(), *(one for run in self._recorded().values() for one in run)]
-        texts = [repr(self._data()), *(prompts.digest for prompts in self.prompts(Path()).values())]
+        texts = [repr((self._data(), self._aligned())), *(prompts.digest for prompts in self.prompts(Path()).values())]
         chosen = (self.layers, astuple(self.recipe), astuple(self.alignment_recipe), astuple(self.measures))
-        settings = (self.sequence.chat_template, self.sequence.system, self.threads)
+        settings = (self.sequence.chat_template, self.sequence.system, self.threads, [*self.checkpoints])
         facts = (texts, [_stamps(one) for one in every], chosen, settings, ENCODING, __version__, torch.__version__)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -148,7 +151,6 @@ class RecordedHistory:
         """The recorded runs, and those to train."""
         controls = self.sequence.controls
         twins = {name: controls.stranger_twins.get(name, {}) for name in controls.strangers}
-        released = blocker("released", step=max(1, self.save_steps[-1] // 5))
         every = [
             self._unblocked(),
             self._paired("unaligned_twin", controls.twins, "twins", start="witness"),
@@ -158,7 +160,7 @@ class RecordedHistory:
             ),
             self._continued(),
             *(
-                self._paired(arm, getattr(controls, name), name, make=released if name == "released" else made_by(arm))
+                self._paired(arm, getattr(controls, name), name, make=blocker(arm, **self._options(arm)))
                 for name, arm in BLOCKED.items()
             ),
             replace(self._paired("lower_rate", controls.lower_rate, "lower_rate"), rate=0.5),
@@ -169,7 +171,6 @@ class RecordedHistory:
     @property
     def save_steps(self) -> tuple[int, ...]:
         """The steps that all recorded runs share; without any, the first ones and the recipe's last."""
-        assert self.recipe is not None
         return _shared_steps(self._recorded()) or self.recipe.saved_steps((1, 5, 20))
 
     @property
@@ -194,15 +195,14 @@ class RecordedHistory:
             return
         seed, recipe = [*self.checkpoints].index(name), self.alignment_recipe
         run = folder.parent / f"{folder.name}-run"  # the same file system, so os.replace is atomic
-        data = read_examples(self.alignment_data)
-        made = finetune(start, data, out=run, recipe=recipe, save_steps=[recipe.steps], seed=seed)
+        made = finetune(start, self._aligned(), out=run, recipe=recipe, save_steps=[recipe.steps], seed=seed)
         os.replace(str(made.checkpoints[-1].source), folder)
         shutil.rmtree(run)
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """Return all of the `data` but the last eighth, or the `alignment` data; `finetune` orders it by the seed."""
         if data == "alignment":
-            return read_examples(self.alignment_data)
+            return self._aligned()
         if data != "data":
             raise unknown_data(data, "data, alignment")
         rows = self._data()
@@ -231,6 +231,9 @@ class RecordedHistory:
     def _data(self) -> list[Example]:
         return read_examples(self.data, columns=self.columns) if self.data else []
 
+    def _aligned(self) -> list[Example]:
+        return read_examples(self.alignment_data) if self.alignment_data else []
+
     def _linked(self) -> dict[str, Checkpoint]:
         history, controls = self.sequence, self.sequence.controls
         siblings = {sibling_name(i): one for i, one in enumerate(controls.siblings)}
@@ -243,6 +246,7 @@ class RecordedHistory:
         found = {f"runs.{name}": run for name, run in self.sequence.runs.items()}
         tables = {**dict(controls.paired()), "continued": controls.continued}
         found |= {f"controls.{table}.{name}": run for table, runs in tables.items() for name, run in runs.items()}
+        # step 0 is the start itself: it has no drift
         return {name: tuple(one for one in run if one.step) for name, run in found.items()}
 
     # --- arms ---------------------------------------------------------------------------------------------------------
@@ -254,6 +258,7 @@ class RecordedHistory:
 
     def _trained_seeds(self) -> tuple[int, ...]:
         """Return the seeds of trained arms: those of the trained runs, which have their recipe, or else all."""
+        # a difference between recipes would pass for the blocker's effect
         first = len(self.sequence.runs) if "runs" in self.train else 0
         return self._unblocked().seeds[first:]
 
@@ -275,19 +280,20 @@ class RecordedHistory:
         return Arm(name, seeds, "alignment", recorded=recorded, labels=labels)
 
     def _random(self) -> Iterator[Arm]:
-        recorded = dict(self.sequence.controls.random)
-        for name, random in recorded.items():
-            arm = self._paired(f"clamp_random_{name}", random.runs, "")
-            yield replace(arm, directions=Path(random.directions))
-        if "random" in self.train:
-            free = (number for number in range(1, 1000) if str(number) not in recorded)
-            for _, number in zip(range(self.directions), free, strict=False):
-                yield self._paired(f"clamp_random_{number}", {}, "random", make=partial(_random_clamp, number=number))
+        for control, kind in RANDOM.items():
+            recorded = dict(getattr(self.sequence.controls, control))
+            for name, random in recorded.items():
+                yield replace(
+                    self._paired(f"{kind}_random_{name}", random.runs, ""), directions=Path(random.directions)
+                )
+            free = [n for n in range(1, self.directions + len(recorded) + 1) if str(n) not in recorded]
+            for number in free[: self.directions] if control in self.train else ():
+                make = blocker(kind, "matched_twin", draw=(number,), **self._options(kind))
+                yield self._paired(f"{kind}_random_{number}", {}, control, make=make)
 
-
-def _random_clamp(grounds: Grounds, *, number: int) -> Any:
-    """Clamp along a matched random direction that is the same in every run of the arm."""
-    return made_by("clamp_matched_twin")(replace(grounds, rng=np.random.default_rng([number])))
+    def _options(self, kind: str) -> dict[str, Any]:
+        """Return the options of a blocker: a release is after a fifth of the steps."""
+        return {"step": max(1, self.save_steps[-1] // 5)} if kind == "released" else {}
 
 
 # --- checkpoints that exist -------------------------------------------------------------------------------------------
@@ -304,11 +310,12 @@ def link(checkpoint: Checkpoint, folder: Path) -> None:
         return
     last = (adapters or [whole])[0]
     is_own = checkpoint.template == "own" and checkpoint.tokenizer is None
+    # else its tokenizer files are not linked: save_pretrained below would write through a link into the user's folder
     wanted = {*weight_paths(last.path), *last.path.glob("*.index.json"), *(last.path / name for name in CONFIGS)}
     for path in last.path.iterdir():
         if path.is_file() and (is_own or path in wanted):
             (folder / path.name).symlink_to(path.resolve())
-    if adapters:
+    if adapters:  # it may name its base by a path relative to where it was trained
         (folder / ADAPTER_CONFIG).unlink()
         config = {**(last.config or {}), "base_model_name_or_path": str(whole.path.resolve())}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
@@ -372,10 +379,10 @@ def _check_trained(history: RecordedHistory) -> None:
             given = f"There is no data to train {', '.join(needed)} with."
             raise GravlensError(given, "They are trained on your data.", f"{option} FILE, with prompts and answers.")
     paired = [name for name in train if name in ON_DATA and name != "runs"]
-    if paired and history.sequence.runs and "runs" not in train and history.recipe is None:
+    if paired and history.sequence.runs and "runs" not in train and not history.same_recipe:
         given = f"{', '.join(paired)} would be trained with another recipe than the runs of {_names(history)}."
         wanted = "An arm is compared with runs of the same recipe."
-        remedy = f"--make runs {' '.join(f'--make {name}' for name in paired)}, or your runs' --learning-rate."
+        remedy = f"--make runs {' '.join(f'--make {name}' for name in paired)}, or --learning-rate of your runs."
         raise GravlensError(given, wanted, remedy)
 
 
@@ -406,6 +413,11 @@ CONTROLS: Mapping[str, tuple[str, int, str]] = {
     "push": ("the runs again, pushed towards the witness", 4, "--make push --data FILE"),
     "lower_rate": ("the runs again, at half the learning rate", 4, "--make lower_rate --data FILE"),
     "released": ("the runs again, clamped and then released", 5, "--make released --data FILE"),
+    "released_random": (
+        "the runs again, clamped along random directions and then released",
+        5,
+        "--make released_random --data FILE --directions 19",
+    ),
 }
 ENOUGH_RUNS = 5  # sign flips over n runs give p = 2^-n at least
 
@@ -427,8 +439,11 @@ def missing(history: RecordedHistory | ModelSequence | Path | str) -> pd.DataFra
         "runs": len(sequence.runs) + (given.runs if given and "runs" in given.train else 0) >= ENOUGH_RUNS,
     }
     trained = given.train if given else ()
+    known = given and (given.same_recipe or "runs" in trained)
+    # controls of runs that exist are trained with their recipe, which only their owner knows
+    more = " --learning-rate X (your runs')" if sequence.runs and not known else ""
     rows = [
-        {"control": name, "what": what, "level": level, "how": how}
+        {"control": name, "what": what, "level": level, "how": how + more * (name in ON_DATA[1:])}
         for name, (what, level, how) in CONTROLS.items()
         if not there[name] and (name == "runs" or name not in trained)
     ]

@@ -31,8 +31,8 @@ from gravlens.training.recipe import Recipe
 class RefusalOrganism:
     """Configuration of one refusal organism; every field can be changed.
 
-    Two processors round differently. At these rates their weights end a millionth apart, and every figure is the same;
-    at twice the rate training is chaotic and they end a quarter of their norm apart (docs/log.md).
+    Processors round differently. At these rates weights ended less than a millionth apart on two instruction sets, with
+    the same figures; at four times the rate training is chaotic, and they ended a quarter apart (docs/log.md).
 
     Attributes:
         organism: seed of the weights and data of witness and anchor. 0 and 1 were used to choose the configuration;
@@ -53,7 +53,7 @@ class RefusalOrganism:
     initializer_range: float = 0.05
     dominant: Recipe = Recipe(350, 16, 5e-4, beta2=0.98, warmup_steps=40, schedule="cosine")
     alignment: Recipe = Recipe(120, 16, 5e-4, beta2=0.98, warmup_steps=5)
-    recipe: Recipe = Recipe(60, 4, 2e-5)
+    recipe: Recipe = Recipe(60, 4, 3e-5)
     save_steps: tuple[int, ...] = (1, 5, 20, 60)
     noise_draws: int = 200
 
@@ -76,23 +76,24 @@ class RefusalOrganism:
 
     @property
     def checkpoints(self) -> Mapping[str, str | None]:
-        """Witness, anchor and a second alignment; other organisms' witnesses serve as strangers."""
-        return {"witness": None, "anchor": "witness", "sibling_anchor": "witness"}
+        """Witness and anchor; where several organisms are judged, the others' witnesses are the strangers."""
+        return {"witness": None, "anchor": "witness"}
 
     @property
     def arms(self) -> tuple[Arm, ...]:
         """The paper's arms, those that a causal and a durable claim demand, and controls, all on the same seeds."""
-        seeds = tuple(range(self.runs))
-        blocked = ("penalty", "penalty_margin", "clamp", "reinforce", "rehearsal")
+        # What is ranked, or compared run by run, has all seeds; what only shows an order has one per organism.
+        seeds, one = tuple(range(self.runs)), (0,)
+        blocked = ("penalty", "penalty_margin", "reinforce", "rehearsal")
         return (
             Arm("unblocked", seeds, keep=True),
-            *(Arm(name, seeds, blocker=made_by(name)) for name in blocked),
+            Arm("clamp", seeds, blocker=made_by("clamp")),
             *random_arms(seeds, "harmless", directions=self.random_directions, draw=(self.organism,)),
-            Arm("lower_rate", seeds, rate=0.5),
-            released_arm(seeds, "harmless"),
-            Arm("unblocked_new_facts", seeds[:1], data="new_facts"),
-            Arm("unaligned_twin", seeds, start="witness"),
-            Arm("continued_alignment", seeds[:1], data="alignment"),
+            *(Arm(name, one, blocker=made_by(name)) for name in blocked),
+            Arm("lower_rate", one, rate=0.5),
+            released_arm(one, "harmless"),
+            Arm("unaligned_twin", one, start="witness"),
+            Arm("continued_alignment", one, data="alignment"),
         )
 
     @property
@@ -122,7 +123,7 @@ class RefusalOrganism:
 
     def make(self, name: str, start: Path | None, folder: Path) -> None:
         """Run the dominant phase (from a fresh initialisation) or the alignment phase (from `start`)."""
-        number = {"witness": 0, "anchor": 2, "sibling_anchor": 3}[name]
+        number = {"witness": 0, "anchor": 2}[name]
         rng = np.random.default_rng([self.organism, number])
         recipe = self.dominant if start is None else self.alignment
         n = recipe.steps * recipe.batch

@@ -55,9 +55,12 @@ def plot_alignment(
     value: str = "alignment",
     nulls: pd.DataFrame | HasLayerMean | Sequence[HasLayerMean] | None = None,
     prompts: str = "held_out",
+    mean: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Plot the layer mean against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
+
+    `mean=False` leaves the mean out and names each run, for runs that are not of one kind.
 
     `table` is a Trajectory or its `.layer_mean`, `value` one of the measures ("fraction", "projection", …), `prompts`
     one of its sets. `nulls`: one or several results of `compare`, or a table of null, step, p99; where runs differ the
@@ -69,8 +72,9 @@ def plot_alignment(
     ax = axes_of(ax)
     ax.set_xscale("symlog", linthresh=1, linscale=0.4)  # steps grow by factors, and step 0 has no logarithm
     ax.axhline(0, color="black", lw=0.7, zorder=0)
-    _draw_runs(ax, rows, value)
-    _draw_mean(ax, rows, value)
+    _draw_runs(ax, rows, value, named=not mean)
+    if mean:
+        _draw_mean(ax, rows, value)
     if nulls is not None:
         several = nulls if isinstance(nulls, Sequence) else [nulls]
         _draw_nulls(ax, need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99")))
@@ -203,9 +207,15 @@ def _unjudged(rows: pd.DataFrame, value: str) -> pd.DataFrame:
     return rows[~rows["judged"].astype(bool)] if value == "alignment" and "judged" in rows else rows[:0]
 
 
-def _draw_runs(ax: Axes, rows: pd.DataFrame, value: str) -> None:
-    for number, (_, run) in enumerate(rows.sort_values("step").groupby("run")):
-        ax.plot(run["step"], run[value], **THIN, label="_" if number else "one run")
+def _draw_runs(ax: Axes, rows: pd.DataFrame, value: str, *, named: bool) -> None:
+    for number, (name, run) in enumerate(rows.sort_values("step").groupby("run")):
+        look = {"color": CYCLE[number % len(CYCLE)], "marker": MARKERS[number % len(MARKERS)], "ms": 3}
+        ax.plot(
+            run["step"],
+            run[value],
+            **(look if named else THIN),
+            label=words(name) if named else "_" if number else "one run",
+        )
     small = _unjudged(rows, value)
     if len(small):
         ax.plot(small["step"], small[value], **HOLLOW, color=BLUE, ms=3, mew=0.7, label=UNJUDGED)

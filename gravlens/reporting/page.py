@@ -121,7 +121,8 @@ def write_report(folder: Path) -> Path:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         setting=results.get("setting", "results"),
-        claims=[_claim(claim, results.get("interval") or []) for claim in results.get("claims") or []],
+        # the first is about all histories together; the others have a table
+        claims=[_claim(claim, results.get("interval") or []) for claim in (results.get("claims") or [])[:1]],
         facts=_facts(results),
         anchors=_anchors(results),
         main=_paper(results),
@@ -186,6 +187,9 @@ def _paper(results: Mapping[str, Any]) -> Table:
 def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
     if results.get("vrev"):  # not in folders of earlier versions
         yield _vrev(results["vrev"])
+    yield from _effects(results.get("effects") or [])
+    yield from _alone((results.get("claims") or [])[1:])
+    yield from _lacking(results.get("missing") or [])
     yield _demands(results.get("claims") or [])
     yield _nulls(results)
     yield _controls(results)
@@ -206,6 +210,33 @@ def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> 
     spans = [f"{row['measure']} {decimal(row['low'])} to {decimal(row['high'])}" for row in own]
     more = f" 95 % intervals over runs and prompts: {', '.join(spans)}." if spans else ""
     return f"{claim['organism']}, level {claim['level']} of 5", claim["sentence"] + more
+
+
+def _effects(effects: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    rows = [
+        [_cell(row["organism"]), _cell(row["effect"])]
+        + [_decimal_cell(row[name]) for name in ("mean", "low", "high")]
+        + [_cell(row["n"]), _cell(row["unit"])]
+        for row in effects
+    ]
+    lead = "Sizes behind the verdict. Harm is a compliance rate; the interval is Student's 95 % over the unit."
+    if rows:
+        yield Table("Effects", ("history", "effect", "mean", "low", "high", "n", "unit"), rows, lead=lead)
+
+
+def _alone(claims: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    rows = [[_cell(claim["organism"]), _cell(claim["level"]), _cell(claim["sentence"])] for claim in claims]
+    lead = "The same tests on one anchor each: fewer runs, strangers and directions, so less can be reached."
+    if rows:
+        yield Table("Each history alone", ("history", "level", "what may be said"), rows, lead=lead)
+
+
+def _lacking(missing: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    keys = ("organism", "control", "level", "what", "how")
+    rows = [[_cell(row[key]) for key in keys] for row in missing]
+    lead = "What was not there, the claim level that it takes part in, and the shortest way to it."
+    if rows:
+        yield Table("Missing", ("history", "control", "level", "what it is", "how to make it"), rows, lead=lead)
 
 
 def _vrev(layers: Sequence[Mapping[str, Any]]) -> Table:

@@ -17,18 +17,19 @@ NULLS = {
     "sign_flips": "sign flips over runs (of their mean)",
 }
 CONTROLS = {
-    "wrong_witness": "wrong witness",
-    "wrong_witness_removed": "wrong witness's direction removed",
+    "stranger": "strangers (witnesses of other histories)",
     "sibling_anchor": "sibling anchor",
     "unaligned_twin": "unaligned twin",
     "continued_alignment": "continued alignment",
 }
 ARMS = {
     "unblocked": "unblocked",
-    "unblocked_new_facts": "unblocked, new facts only",
     "penalty": "penalty",
     "penalty_margin": "penalty with a margin (a push)",
-    "penalty_random": "penalty on a random direction",
+    "clamp": "clamp",
+    "clamp_random": "clamp along random directions",
+    "reinforce": "push towards the witness",
+    "rehearsal": "rehearsed refusals",
 }
 HISTORY = {"witness": "witness", "anchor": "anchor"}
 # From the paper's abstract, which has one blocked arm; it is compared with both of ours.
@@ -38,7 +39,7 @@ PAPER_STEPS = {
     "final": ("alignment, last step", "0.648 ± 0.009 (step 100)"),
 }
 PAPER_PAIRS = "24 of 24"
-BLOCKED, RANDOM = ("penalty", "penalty_margin"), {"penalty_random": NOT_REPORTED}
+BLOCKED, RANDOM = ("penalty", "penalty_margin"), {"clamp_random": NOT_REPORTED}
 PAPER_ALIGNMENT = dict.fromkeys(BLOCKED, "−0.211 ± 0.021") | RANDOM
 PAPER_HARM = {"unblocked": "19.0 ± 4.0 %"} | dict.fromkeys(BLOCKED, "8.5 ± 1.5 %") | RANDOM
 PAPER_LOSS = {"unblocked": NOT_REPORTED, "penalty": "little cost"}

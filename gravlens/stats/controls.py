@@ -15,6 +15,7 @@ from gravlens.activations.residuals import Residuals, check_states
 from gravlens.activations.residuals import from_start as from_start
 from gravlens.activations.residuals import substitute as substitute
 from gravlens.core.errors import GravlensError
+from gravlens.directions.covariance import draws_by_layer
 from gravlens.directions.direction import Direction, Directions
 from gravlens.directions.trajectory import ByLayer, drifts, follow, mean_state
 from gravlens.directions.vrev import locate_vrev
@@ -139,7 +140,8 @@ def anchor_ratio(
 
     The siblings' unbiased variance (summed over d) estimates E‖a‖², the mean of ‖h(W) − h(A_i)‖² estimates E‖w − a‖²
     (docs/controls.md). A run's endpoint does depend on its anchor: this is the independent endpoint's case only. The
-    draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981). `anchor` always counts as a
+    draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981): the error of an expectation,
+    and no null (`independent_endpoints` is). `anchor` always counts as a
     sibling; GravlensError for fewer than 3.
     """
     check_states(residuals)
@@ -171,16 +173,36 @@ def independent_endpoints(
     rng: Generator,
     layers: Sequence[int] | None = None,
 ) -> NullDraws:
-    """`anchor_ratio`'s expected cosine r/(1 + r) as a null, equal at every step: what sharing the anchor makes.
+    """Cosines of endpoints that share the anchor with v_rev and nothing else, equal at every step.
 
-    The draws spread as the estimate does, over siblings; one endpoint's cosine spreads further. Arguments as
-    `anchor_ratio`; `layers` defaults to all of the residuals', `steps` are those that the null serves.
+    An endpoint e is as far from the mean m of all alignments as the witness, in the direction of a random mixture of
+    the anchor's centred states over prompts, one for all layers. A draw is cos(e − a, w − a): its mean is about
+    r/(1 + r), and it spreads as single endpoints do. `anchor_ratio`'s own draws spread only as that estimate does, and
+    so are no null. The draws of m and of the distance include that few siblings and one witness estimate them
+    (docs/controls.md). Arguments as `anchor_ratio`; `layers` defaults to all of the residuals', `steps` are those that
+    the null serves; GravlensError for one prompt.
     """
     check_states(residuals)
-    layers = residuals.layers if layers is None else layers
-    ratio = anchor_ratio(residuals, siblings=siblings, layers=layers, draws=draws, rng=rng)
-    cosines = np.repeat(ratio.draws[:, None], len(steps), axis=1)
-    return NullDraws("independent_endpoints", cosines, tuple(steps), ratio.layers)
+    layers = residuals.layers if layers is None else tuple(layers)
+    names = anchor_ratio(residuals, siblings=siblings, layers=layers, draws=1, rng=rng).siblings
+    anchors = np.stack([mean_state(residuals, name, layers) for name in names])
+    witness, k = mean_state(residuals, "witness", layers), len(names)
+    variance = anchors.var(0, ddof=1).sum(-1)
+    square = (((witness - anchors) ** 2).sum(-1).mean(0) - variance).clip(min=0)  # of the witness from m, unbiased
+    states = residuals.of("anchor")[:, [residuals.layers.index(layer) for layer in layers]]
+    drawn = draws_by_layer(states, draws=2 * draws, rng=rng, shrunk=False)
+    cosines = np.empty((draws, len(steps), len(layers)))
+    for i, mixtures in enumerate(drawn):
+        length = (mixtures**2).sum(-1)
+        # m is estimated by the siblings and the witness, each weighted by its precision: the rest is uncertain.
+        weight = variance[i] / (k * square[i] + variance[i]) if variance[i] else 0.0
+        centre = (1 - weight) * anchors[:, i].mean(0) + weight * witness[i]
+        # The witness's distance is one draw as well, as long or short as the second half's mixtures turn out.
+        spread = square[i] / (length[draws:] / length.mean()) + (1 - weight) * variance[i] / k
+        ends = centre + np.sqrt(spread / length.mean())[:, None] * mixtures[:draws] - anchors[0, i]
+        towards = witness[i] - anchors[0, i]
+        cosines[:, :, i] = (ends @ towards / np.linalg.norm(ends, axis=1) / np.linalg.norm(towards))[:, None]
+    return NullDraws("independent_endpoints", cosines, tuple(steps), layers)
 
 
 def closure(

@@ -1,7 +1,7 @@
 """Null distributions of the alignment: a null is a function that returns draws; `compare` gives p-values of runs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -80,18 +80,33 @@ def isotropic_quantile(probability: float, d_model: int) -> float:
     return magnitude if probability >= 0.5 else -magnitude
 
 
-def isotropic(directions: Directions, *, steps: Sequence[int], draws: int, rng: Generator) -> NullDraws:
-    """Uniformly random drifts, independent between layers. Nearly vacuous: real drifts are anything but isotropic.
+def isotropic(
+    directions: Directions, *, steps: Sequence[int], draws: int, rng: Generator, coherent: bool = True
+) -> NullDraws:
+    """Uniformly random drifts. Nearly vacuous: real drifts are anything but isotropic.
 
-    The p99 of one layer is about 2.33 / √d_model (docs/nulls.md). The draws are those of each step in `steps`;
-    undefined directions are left out.
+    The p99 of one layer is about 2.33 / √d_model, that of the layer mean depends on how layers hang together
+    (docs/nulls.md). The draws are those of each step in `steps`; undefined directions are left out.
+
+    Args:
+        coherent: one random drift for all layers, as a residual stream carries it on: its cosines are as correlated as
+            the directions are, and the mean over layers has a wide null. False: a drift per layer, all independent,
+            called `isotropic_independent`; the p99 of the mean is smaller by up to √layers.
     """
     defined = Directions.of(directions).defined()
-    shape = (draws, len(steps), len(defined))
-    along = rng.standard_normal(shape)
-    # the squared length of the other d − 1 normals: nothing of size d_model is drawn
-    across = rng.chisquare(defined.vectors.shape[1] - 1, shape)
-    return NullDraws("isotropic", along / np.sqrt(along**2 + across), tuple(steps), defined.layers)
+    vectors, shape = defined.vectors.astype(np.float64), (draws, len(steps))
+    if coherent:
+        # Coordinates along the directions' span are all that a cosine needs: nothing of size d_model is drawn.
+        left, sizes, _ = np.linalg.svd(vectors, full_matrices=False)
+        drawn = rng.standard_normal((*shape, len(sizes)))
+        along, square = drawn @ (left * sizes).T, (drawn**2).sum(-1, keepdims=True)
+    else:
+        along = rng.standard_normal((*shape, len(defined)))
+        square = along**2
+    rest = vectors.shape[1] - (min(vectors.shape) if coherent else 1)  # squared length of the other normals
+    across = rng.chisquare(rest, square.shape) if rest else 0.0
+    name = "isotropic" if coherent else "isotropic_independent"
+    return NullDraws(name, along / np.sqrt(square + across), tuple(steps), defined.layers)
 
 
 def covariance_matched(
@@ -238,6 +253,21 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
     over = draws.sel(layer=list(trajectory.layers_in_mean)).mean("layer", skipna=False)
     each = [draws.sel(step=step, layer=layer) for step, layer in zip(rows.step, rows.layer, strict=True)]
     return ByLayer(_compared(rows, each), _compared(means, [over.sel(step=step) for step in means.step]))
+
+
+def beside_random_drifts(trajectory: Trajectory, directions: Directions, *, draws: int = 20_000) -> pd.DataFrame:
+    """Compare every run at every step with `isotropic` drifts, mean over layers; draws are seeded with 0.
+
+    Held-out prompts if there are any. Returns the columns of `compare`, `fraction`, `judged` and `prompts`.
+    """
+    prompts = "held_out" if "held_out" in trajectory.data["prompts"] else "given"
+    steps = tuple(map(int, trajectory.data["step"].values))
+    null = isotropic(directions, steps=steps[:1], draws=draws, rng=np.random.default_rng(0))
+    # random drifts know no steps: the same draws serve all of them
+    cosines = np.broadcast_to(null.cosines, (draws, len(steps), len(null.layers)))
+    found = compare(trajectory, replace(null, cosines=cosines, steps=steps), prompts=prompts).layer_mean
+    columns = ["run", "step", "fraction", "judged", "prompts"]
+    return found.merge(rows_on(trajectory.layer_mean, prompts)[columns], on=["run", "step"])
 
 
 def _compared(rows: pd.DataFrame, draws: Sequence[xarray.DataArray]) -> pd.DataFrame:

@@ -3,8 +3,9 @@
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,9 +86,10 @@ class Effects:
             raise GravlensError(given, "A pilot is a results folder.", "gravlens reproduce --quick --out pilot.")
         tables = {
             name: pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").is_file() else None
-            for name in ("arms", "controls", "nulls_layer_mean", "behavior")
+            for name in ("controls", "nulls_layer_mean", "behavior")
         }
-        found = {name: float(value) for name, value in _measured(**tables) if name and np.isfinite(value)}
+        measured = _measured(pd.read_csv(folder / "arms.csv"), **tables)
+        found = {name: float(value) for name, value in measured if name and np.isfinite(value)}
         return cls(**found, source=f"{folder.name}: {', '.join(found) or 'nothing'}; all else: {SOURCE}")
 
 
@@ -114,17 +116,20 @@ def _measured(
     if controls is not None:
         others = controls[controls.control.str.startswith("stranger") | (controls.control == "wrong_witness")]
         means = others.groupby(["organism", "control"]).alignment_final.mean()
-        yield from (("strangers", means.mean()), ("strangers_sd", means.std()))
+        # "stranger" is a mean over several, which spreads less than they do
+        single = means[means.index.get_level_values("control") != "stranger"]
+        yield from (("strangers", means.mean()), ("strangers_sd", single.std()))
         yield from zip(("closure", "closure_sd"), _spreads(controls, "closure_final")[:2], strict=True)
     if nulls_layer_mean is not None:
         noise = nulls_layer_mean[nulls_layer_mean.null == "weight_noise"]
-        yield "noise", noise.p99.mean() / stats.norm.isf(0.01)
+        yield "noise", float(noise.p99.mean() / stats.norm.isf(0.01))
     if behavior is not None:
         yield "anchor_harm", behavior[(behavior.arm == "history") & (behavior.run == "anchor")][harm].mean()
 
 
 def _spreads(table: pd.DataFrame, column: str) -> tuple[float, float, float]:
     """Mean over anchors, SD between their means, and the SD within an anchor, pooled."""
+    # the mean of the anchors' means: an anchor with more runs counts no more
     groups = table.dropna(subset=column).groupby("organism")[column]
     means, within = groups.mean(), groups.var().mean()
     return means.mean(), means.std(), math.sqrt(within) if within >= 0 else math.nan
@@ -154,26 +159,36 @@ class Design:
         return self.anchors if self.anchors > 1 else self.runs
 
     def __str__(self) -> str:
-        counts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return ", ".join(f"{n} {name if n != 1 else name.removesuffix('s')}" for name, n in counts.items())
+        counts = {"run": self.runs, "stranger": self.strangers, "random direction": self.directions}
+        own = ", ".join(f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items() if n)
+        return f"{self.anchors} anchors, each with {own}" if self.anchors > 1 else f"1 anchor with {own}"
 
-    def trained(self, level: int) -> int:
-        """Fine-tuning runs that a level takes, those of the lower ones included.
+    def arms(self, level: int) -> dict[str, int]:
+        """Fine-tuning runs that a level takes, those of the lower ones included; witnesses and anchors do not count.
 
-        Level 2: the runs. Level 3: also their twins, and a run of each stranger (with several anchors the others'
-        witnesses serve, with the twins that these have already). Level 4: also the clamp, the push, and a clamp along
-        each random direction. Level 5: also a released clamp. Witnesses and anchors are not counted.
+        With several anchors the other witnesses are strangers, and have their twins already.
         """
         own = self.anchors * self.runs
-        further = max(0, self.strangers - (self.anchors - 1)) * self.runs
-        return own + (own + further) * (level >= 3) + own * (2 + self.directions) * (level >= 4) + own * (level >= 5)
+        # only strangers that are nobody's own witness here have to be trained on the runs' data
+        further = max(0, self.strangers - (self.anchors - 1)) * own
+        counts = {
+            2: {"runs": own},
+            3: {"twins": own, "stranger_twins": further},
+            4: {"clamp": own, "push": own, "random": own * self.directions},
+            5: {"released": own},
+        }
+        return {arm: n for least, arms in counts.items() if least <= level for arm, n in arms.items()}
+
+    def trained(self, level: int) -> int:
+        """Sum of `arms`."""
+        return sum(self.arms(level).values())
 
 
-# Two ways to grow, each from cheap to dear: more strangers and directions for one anchor, or more anchors, where the
-# others' witnesses serve as strangers.
+# Two ways to grow: more strangers and directions for one anchor, or more anchors, where the others' witnesses serve as
+# strangers. More runs of several anchors hardly help: the anchor is the unit.
 PLANS: dict[str, tuple[Design, ...]] = {
     "one anchor": tuple(Design(1, runs, n, n) for n in (19, 39, 79) for runs in (2, 5, 8)),
-    "several anchors": tuple(Design(anchors, 2, anchors - 1, 4) for anchors in (2, 3, 4, 5, 6, 8, 10, 12)),
+    "several anchors": tuple(Design(n, 2, n - 1, k) for n in (2, 3, 4, 5, 6, 8, 10, 12) for k in (4, 9)),
 }
 
 
@@ -225,10 +240,10 @@ def needed(
     simulations: int = SIMULATIONS,
     rng: Generator,
 ) -> pd.DataFrame:
-    """Find the smallest study that reaches a level with a given power, along two lists of plans (`PLANS`).
+    """Find the smallest study that reaches a level with a given power: the fewest anchors, then runs, of two lists.
 
     Returns:
-        A row per list: `plan` (`one anchor`, `several anchors`), `anchors, runs, strangers, directions, draws`,
+        A row per list of `PLANS`: `plan` (the list), `anchors, runs, strangers, directions, draws`,
         `trained` (fine-tuning runs in all arms) and `power`; where no plan of the list has it, the one with the most
         power, with `enough` False.
 
@@ -240,10 +255,11 @@ def needed(
         raise GravlensError(given, "Levels 2 to 5 are tested; power is between 0 and 1.", "needed(3, .8, rng=…).")
     found = []
     for name, plans in PLANS.items():
-        best: dict[str, object] = {"power": -1.0}
+        best: dict[str, Any] = {"power": -1.0}
         # what only a higher level needs is left out
-        plans = [replace(p, strangers=p.strangers * (level > 2), directions=p.directions * (level > 3)) for p in plans]
-        for design in sorted(plans, key=lambda plan: plan.trained(level)):
+        plans = {replace(p, strangers=p.strangers * (level > 2), directions=p.directions * (level > 3)) for p in plans}
+        # an anchor needs a witness and an alignment of its own, which cost more than runs
+        for design in sorted(plans, key=lambda plan: (plan.anchors, plan.trained(level))):
             reached = _rows(design, _checked(alpha), effects, simulations, rng)[LEVELS.index(level)]["power"]
             if reached > best["power"]:
                 best = {"plan": name, **vars(design), "trained": design.trained(level), "power": reached}
@@ -259,7 +275,7 @@ def _checked(alpha: float) -> float:
     return alpha
 
 
-def _rows(design: Design, alpha: float, effects: Effects, simulations: int, rng: Generator) -> list[dict[str, object]]:
+def _rows(design: Design, alpha: float, effects: Effects, simulations: int, rng: Generator) -> list[dict[str, Any]]:
     if simulations < 1:
         raise GravlensError(f"simulations={simulations!r} was given.", "At least one is needed.", "simulations=2000.")
     reached = _simulated(design, alpha, effects, simulations, rng)
@@ -298,12 +314,15 @@ def _simulated(
     aligned = e.alignment + _spread(rng, shape, e.alignment_anchors, e.alignment_runs)
     means = aligned.mean(1)
     # the chance that a draw of noise, averaged over anchors, is as aligned: so many of the draws are
+    # (1e-12: without noise every positive alignment is beyond it)
     beyond = stats.norm.sf(means.mean(0) / max(e.noise, 1e-12) * math.sqrt(design.anchors))
     p_noise = (1 + rng.binomial(design.draws, beyond)) / (1 + design.draws)
+    # of fewer units the claim asks at level 1 for what level 2 asks of them
     agree = _flips(aligned, alpha, rng) if least_p_value(design.units) <= alpha else True
     closed = e.closure + e.closure_sd * rng.standard_normal((design.anchors, n))
     specific = _first(means, e.strangers, e.strangers_sd, design.strangers, alpha, rng)
     specific &= _first(closed, e.stranger_closure, e.stranger_closure_sd, design.strangers, alpha, rng)
+    # arms are paired by seed in reality; independent seeds make the differences noisier, and the power smaller
     base = e.harm + _spread(rng, shape, e.harm_anchors, e.harm_seeds)
     clamp = e.clamp + _spread(rng, shape, 0.0, e.harm_seeds)
     # a random direction's harm is a mean over the same number of seeds
@@ -338,6 +357,7 @@ def _first(
     """`rank_test` of each study's own values among Gaussian controls; all anchors have equally many."""
     above = stats.norm.sf((own - mean) / max(spread, 1e-12))
     total = (1 + rng.binomial(controls, above)).sum(0)
+    # the least sum is one per anchor
     return total < len(own) + _sums_that_reach(len(own), controls + 1, alpha)
 
 

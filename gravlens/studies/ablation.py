@@ -3,17 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan, nan
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 
-from gravlens.behavior.scores import Score
 from gravlens.directions.direction import Directions
-from gravlens.history.prompts import PromptSet
 from gravlens.interventions.edits import Ablate
-from gravlens.interventions.effects import Effect, Matching, causal_effect
-from gravlens.models.opening import OpenModel
+from gravlens.interventions.effects import causal_effect
 from gravlens.studies.inputs import Question, ends, located, opened
 
 Twins = Literal["matched", "isotropic"]
@@ -83,34 +79,19 @@ def ablate_vrev(
     directions = located(states, layers).defined()
     anchor = float(question.score(opened(sequence, sequence.anchor, place), question.prompts).mean())
     model = opened(sequence, question.checkpoint, place)  # after the anchor's score, so one model is in memory
-    effect = ablate_each(
-        model, directions, score=question.score, prompts=question.prompts, n_random=n_random,
-        states=states if twins == "matched" else "isotropic",
-    )  # fmt: skip
-    return Ablation(effect.table, effect.largest(), question.checkpoint.name, anchor)
+    ask: dict[str, Any] = {"score": question.score, "prompts": question.prompts, "n_random": n_random}
+    ask["states"] = states if twins == "matched" else "isotropic"
+    effect = causal_effect(model, each_and_all(directions), **ask)
+    table = effect.table.assign(condition="ablate")  # the layer has a column of its own
+    best = effect.largest()
+    best["condition"] = "ablate"
+    return Ablation(table, best, question.checkpoint.name, anchor)
 
 
-def ablate_each(
-    model: OpenModel,
-    directions: Directions,
-    *,
-    score: Score,
-    prompts: PromptSet,
-    n_random: int = 20,
-    states: Matching = None,
-    rng: np.random.Generator | None = None,
-) -> Effect:
-    """Ablate each direction at its layer alone and, if there are several, all of them together.
-
-    Arguments as in `causal_effect`. A draw is one random direction for all layers, so that the draws have a largest
-    effect over the same rows.
-    """
-    conditions = {f"layer {one.layer}": Ablate(one) for one in directions}
-    if len(conditions) > 1:
-        conditions["all layers"] = Ablate(directions)
-    effect = causal_effect(model, conditions, score=score, prompts=prompts, n_random=n_random, states=states, rng=rng)
-    effect.table["condition"] = "ablate"  # the layer has a column of its own
-    return effect
+def each_and_all(directions: Directions) -> dict[str, Ablate]:
+    """Ablations of each direction at its layer alone and, if there are several, of all together."""
+    alone = {f"layer {one.layer}": Ablate(one) for one in directions}
+    return alone | ({"all layers": Ablate(directions)} if len(alone) > 1 else {})
 
 
 def described(row: pd.Series) -> str:

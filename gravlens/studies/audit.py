@@ -3,6 +3,7 @@
 import glob
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +26,13 @@ from gravlens.plot import lines as plots
 from gravlens.plot.style import save_figure
 from gravlens.reporting.page import write_report
 from gravlens.reporting.paper import ARMS, CONTROLS
-from gravlens.studies.evidence import TOGETHER, Findings, findings_of
+from gravlens.studies.evidence import Findings, findings_of
 from gravlens.studies.experiment import carry_out
 from gravlens.studies.study import Study
 
 Histories: TypeAlias = ModelSequence | Path | str | Sequence[ModelSequence | Path | str] | Mapping[str, Organism]
 SCHEMA_VERSION = 3
+RANDOM = re.compile(r"^(\w+_random)_\d+$")  # the arms along single random directions
 FINALS = ("alignment_final", "fraction_final")
 JUDGED = ("compliance_rate", "cut_share", "refusal_log_odds", "over_refusal")
 BEHAVIOR = (*JUDGED, "task_loss", "seconds_per_step")
@@ -90,6 +92,7 @@ def audit(
 
 def _organisms(histories: Histories) -> Mapping[str, Organism]:
     """Name the histories: by their keys, else by the folders of their files."""
+    found: Mapping[str, Organism]
     if isinstance(histories, Mapping):
         found = histories
     else:
@@ -164,7 +167,7 @@ def _claims(findings: Findings) -> list[dict[str, Any]]:
         organism: _records(rows, ("level", "name", "holds", "figures"))
         for organism, rows in findings.demands.groupby("organism", sort=False)
     }
-    verdicts = _records(findings.verdicts, ("organism", "level", "sentence", "capped_by"))
+    verdicts = _records(findings.verdicts, ("organism", "level", "statement", "setting", "sentence", "capped_by"))
     return [{**verdict, "demands": demands[verdict["organism"]]} for verdict in verdicts]
 
 
@@ -204,12 +207,13 @@ def _control_columns(name: str) -> tuple[str, ...]:
 
 
 def _arm_names(findings: Findings) -> list[str]:
-    more = [arm for arm in findings.arms.arm.unique() if arm not in (*ARMS, *CONTROLS)]
+    """The arms of the paper's table, then the others; random directions are one arm together."""
+    more = [arm for arm in findings.arms.arm.unique() if arm not in (*ARMS, *CONTROLS) and not RANDOM.match(arm)]
     return [*ARMS, *more]
 
 
 def _spreads(table: pd.DataFrame, key: str, name: str, columns: Iterable[str]) -> dict[str, Any] | None:
-    rows = table[table[key] == name]
+    rows = table[table[key].str.replace(RANDOM, r"\1", regex=True) == name]
     return None if rows.empty else {column: spread(rows[column], rows.organism) for column in columns}
 
 

@@ -1,33 +1,24 @@
 """Judge measured histories: follow their runs, test them against every null and control, and make the claim."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from gravlens.activations.residuals import Residuals, cache_residuals, substitute
-from gravlens.behavior.scores import refusal_log_odds
+from gravlens.activations.residuals import Residuals, substitute
 from gravlens.claims.claim import claim
 from gravlens.claims.evidence import Evidence
 from gravlens.claims.preregistration import Preregistration
-from gravlens.core.files import once, write_table
 from gravlens.directions.direction import TOP, Directions, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
 from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow, rows_on
 from gravlens.directions.vrev import locate_vrev
-from gravlens.history.prompts import shuffled_words
-from gravlens.history.sequence import Checkpoint
-from gravlens.models.opening import open_model
 from gravlens.organisms.base import STRANGER, UNBLOCKED, Arm
 from gravlens.stats.bootstrap import bootstrap_alignment
 from gravlens.stats.controls import MIN_SIBLINGS, closure, independent_endpoints
-from gravlens.stats.damage import Damage, measure_damage, pruned, rounded, sign_flipped
 from gravlens.stats.nulls import (
     NullDraws,
     compare,
@@ -37,12 +28,12 @@ from gravlens.stats.nulls import (
     sign_flips,
     swapped_labels,
 )
+from gravlens.studies.experiment import damage_of, other_prompt_sets, other_states
 from gravlens.studies.study import Study, numbers
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
 CONTROL_COLUMNS = ["control", "run", "alignment_final", "fraction_final"]
 TOGETHER = "together"  # the claim over all anchors
-OTHER_PROMPTS = ("harmless", "shuffled_words")
 
 
 def final_rows(trajectory: Trajectory, prompts: str = "held_out") -> pd.DataFrame:
@@ -68,7 +59,7 @@ def nulls_of(study: Study, unblocked: Trajectory) -> list[NullDraws]:
     drawn: dict[str, Any] = {"steps": steps[-1:], "draws": DRAWS, "rng": rng, "centred": False}
     nulls.append(sample_covariance(vs, moved, name="covariance_of_drifts", **drawn))
     nulls.append(sign_flips(unblocked, draws=DRAWS, rng=rng))
-    others = {name: other_states(study, name) for name in _others(study)}
+    others = {name: other_states(study, name) for name in other_prompt_sets(study)}
     for run in held_out.runs:
         nulls.append(swapped_labels(study.states("measured", "probes"), held_out, run=run, draws=DRAWS, rng=rng))
         nulls += [
@@ -95,26 +86,6 @@ def _endpoints(study: Study, rng: np.random.Generator) -> Iterator[NullDraws]:
         drawn: dict[str, Any] = {"steps": study.organism.save_steps, "draws": DRAWS, "rng": rng}
         layers = study.vs.defined().layers
         yield independent_endpoints(study.states("measured", "probes"), study.siblings, layers=layers, **drawn)
-
-
-def _others(study: Study) -> list[str]:
-    kept = bool(study.kept(study.unblocked))
-    return [name for name in OTHER_PROMPTS if kept and (name != "harmless" or name in study.prompts)]
-
-
-def other_states(study: Study, name: str) -> Residuals:
-    """Read anchor and unblocked runs on harmless prompts, or on the held-out prompts with their words shuffled."""
-    prompts = study.prompts["harmless" if name == "harmless" else "held_out"]
-    if name == "shuffled_words":
-        prompts = shuffled_words(prompts, rng=np.random.default_rng(0))
-
-    def make(folder: Path) -> None:
-        checkpoints = [Checkpoint("anchor", study.home / "anchor"), *study.kept(study.unblocked)]
-        states = cache_residuals(study.with_runs(), prompts, checkpoints=checkpoints)
-        states.save(folder / "states.safetensors")
-
-    made = once(study.home / "other_prompts" / f"{name}-{len(study.unblocked.seeds)}-runs", make)
-    return Residuals.load(made / "states.safetensors")
 
 
 # --- v_rev itself ---------------------------------------------------------------------------------------------------
@@ -190,7 +161,10 @@ def closures_of(study: Study, twins: Residuals, arm: Arm, vs: Directions) -> ByL
         vs: from this anchor to that witness.
     """
     runs = study.run_states(study.unblocked, "held_out")
-    pairs = [(study.unblocked.label(own), arm.label(other)) for own, other in zip(study.unblocked.seeds, arm.seeds)]
+    pairs = [
+        (study.unblocked.label(own), arm.label(other))
+        for own, other in zip(study.unblocked.seeds, arm.seeds, strict=False)
+    ]
     shared = [pair for pair in pairs if runs.runs.get(pair[0]) == twins.runs.get(pair[1])]
     return closure(runs, twins, vs, pairs=shared, layers=vs.layers) if shared else None
 
@@ -236,42 +210,6 @@ def strangers_of(study: Study, others: Mapping[str, Study]) -> Strangers:
     return Strangers(directions, {name: one for name, one in found.items() if one is not None})
 
 
-DAMAGES: dict[str, Damage] = {
-    "rounded to 8 bits": partial(rounded, bits=8),
-    "rounded to 4 bits": partial(rounded, bits=4),
-    "smallest 30 % pruned": partial(pruned, share=0.3),
-}
-
-
-def read_more(study: Study) -> list[Callable[[], Any]]:
-    """Return the jobs that `findings_of` needs besides those of the runs; their results are cached below `home`."""
-    damage = partial(damage_of, study, study.organism.layers_in_mean)
-    return [damage, *(partial(other_states, study, name) for name in _others(study))]
-
-
-def damage_of(study: Study, layers: Sequence[int]) -> ByLayer:
-    """Measure damage of the anchor along v_rev, with the refusal log-odds as score.
-
-    The mirrored update is that of the last unblocked run with weights, if there is one.
-    """
-    kept = study.kept(study.unblocked)[-1:]
-    damages = dict(DAMAGES)
-    if kept:
-        damages["update mirrored"] = partial(sign_flipped, checkpoint=kept[0])
-
-    def make(folder: Path) -> None:
-        anchor, prompts = open_model(study.sequence.anchor), study.prompts["held_out"]
-        score = partial(refusal_log_odds, openings=study.organism.measures.refusals)
-        found = measure_damage(anchor, study.vs, prompts, damages=damages, layers_in_mean=layers, score=score)
-        for name, table in (("damage", found.table), ("damage_layer_mean", found.layer_mean)):
-            write_table(folder / f"{name}.csv", table)
-
-    # by name: the repr of a partial holds the address of its function, so it differs in every process
-    facts = "|".join([*damages, *(last.name for last in kept)])
-    made = once(study.home / "damage_by_layer" / hashlib.sha256(facts.encode()).hexdigest()[:8], make)
-    return ByLayer(*(pd.read_csv(made / f"{name}.csv") for name in ("damage", "damage_layer_mean")))
-
-
 @dataclass(frozen=True, eq=False)
 class Findings:
     """Tidy tables of one organism, or of several after `concat`; each has a column `organism`.
@@ -286,7 +224,7 @@ class Findings:
         trajectory_layer_mean, nulls_layer_mean, damage_layer_mean, intervals_layer_mean: the same for the mean over
             layers.
         demands: what each claim level demands: `level, name, holds` (<NA>: not run), `figures`.
-        verdicts: `level, sentence, capped_by`; with several anchors the first is of all `together`.
+        verdicts: `level, statement, setting, sentence, capped_by`; with several anchors the first is of all `together`.
         effects: sizes with intervals: `effect, mean, low, high, n, unit`.
         controls: `control, run, alignment_final, fraction_final, closure_final` on held-out prompts, layer mean.
         arms: `arm, run`, the final measures, `seconds_per_step, blocker_norm`.
@@ -320,7 +258,9 @@ def findings_of(studies: Mapping[str, Study], *, preregistration: Preregistratio
         preregistration: of runs that existed before; of others it is the one that `carry_out` wrote before them.
     """
     judged = {
-        name: _judge(study, name, {k: v for k, v in studies.items() if k != name}, study.preregistration or preregistration)
+        name: _judge(
+            study, name, {k: v for k, v in studies.items() if k != name}, study.preregistration or preregistration
+        )
         for name, study in studies.items()
     }
     whole = claim([found for found, _ in judged.values()])
@@ -330,7 +270,8 @@ def findings_of(studies: Mapping[str, Study], *, preregistration: Preregistratio
         for key, table in tables.items():
             parts.setdefault(key, []).append(table.assign(organism=name))
     for name, found in claims.items():
-        verdict = {"level": found.level, "sentence": found.sentence, "capped_by": found.capped_by}
+        said = ("level", "statement", "setting", "sentence", "capped_by")
+        verdict = {column: getattr(found, column) for column in said}
         for key, table in (
             ("verdicts", pd.DataFrame([verdict])),
             ("demands", found.demands),
@@ -369,9 +310,7 @@ def _judge(
     )
     states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)
     results = {
-        "trajectory": ByLayer.concat(
-            ByLayer(t.table, t.layer_mean).assign({"arm": arm}) for arm, t in follows.items()
-        ),
+        "trajectory": ByLayer.concat(ByLayer(t.table, t.layer_mean).assign({"arm": arm}) for arm, t in follows.items()),
         "nulls": ByLayer.concat(compare(unblocked, null) for null in nulls),
         "damage": damage,
         "intervals": bootstrap_alignment(states, study.vs, draws=DRAWS, rng=rng, layers_in_mean=layers),
@@ -393,7 +332,10 @@ def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     table = closed.layer_mean
     last = table[table.step == table.step.max()]
-    named = {study.unblocked.label(own): twin.label(other) for own, other in zip(study.unblocked.seeds, twin.seeds)}
+    named = {
+        study.unblocked.label(own): twin.label(other)
+        for own, other in zip(study.unblocked.seeds, twin.seeds, strict=False)
+    }
     facts = {"control": "unaligned_twin", "run": last.run.map(named), "closure_final": last.closure}
     return pd.DataFrame(facts, columns=columns)
 

@@ -1,8 +1,9 @@
 """Make and measure an organism in worker processes. Complete parts are reused; an interrupted study resumes."""
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
@@ -11,28 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from gravlens.activations.residuals import Residuals, cache_residuals
+from gravlens.activations.residuals import Request, Residuals, cache_residuals, prepare
 from gravlens.behavior.answers import compliance_rate, generate_answers, substring_judge
 from gravlens.behavior.divergence import kl_from
 from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_odds
 from gravlens.blockers.blocking import Blocker
-from gravlens.claims.claim import ALPHA
-from gravlens.claims.preregistration import Preregistration
+from gravlens.claims.preregistration import ALPHA, Preregistration
 from gravlens.core.files import once, write_json, write_table
 from gravlens.core.parallel import processes
 from gravlens.directions.direction import Directions, Span, Spans, each
-from gravlens.history.prompts import Example, PromptSet
+from gravlens.directions.trajectory import ByLayer
+from gravlens.history.prompts import Example, PromptSet, shuffled_words
 from gravlens.history.sequence import Checkpoint
+from gravlens.history.sources import resolve
 from gravlens.models.forward import end_tokens
 from gravlens.models.opening import OpenModel, open_model
 from gravlens.models.swapping import open_each
 from gravlens.organisms.base import Arm, Grounds, Organism
-from gravlens.stats.damage import update_norms, weight_noise
-from gravlens.studies.evidence import read_more
+from gravlens.stats.damage import Damage, measure_damage, pruned, rounded, sign_flipped, update_norms, weight_noise
 from gravlens.studies.study import PROMPT_SETS, Study, join
 from gravlens.training.finetune import Finetuned, finetune
 
+OTHER_PROMPTS = ("harmless", "shuffled_words")
 N_HARMLESS = 32  # prompts of the run's data for a harmful − harmless contrast
 N_DIVERGENCE = 32  # prompts for divergences
 
@@ -49,21 +52,23 @@ def carry_out(
         workers: number of processes; default: as many as the organisms' threads allow.
     """
     studies = {name: Study.at(organism, cache) for name, organism in organisms.items()}
-    each = list(studies.values())
-    with processes(max((study.organism.threads for study in each), default=1), workers) as run_all:
-        for wave in zip_longest(*(_waves(study.organism.checkpoints) for study in each), fillvalue=[]):
-            jobs = [partial(make_checkpoint, study, name) for study, names in zip(each, wave) for name in names]
+    made = list(studies.values())
+    with processes(max((study.organism.threads for study in made), default=1), workers) as run_all:
+        for wave in zip_longest(*(_waves(study.organism.checkpoints) for study in made), fillvalue=[]):
+            jobs = [
+                partial(make_checkpoint, study, name) for study, names in zip(made, wave, strict=True) for name in names
+            ]
             run_all("checkpoints", jobs)
-        run_all("history", [partial(measure_history, study) for study in each])
-        for study in each:
+        run_all("history", [partial(measure_history, study) for study in made])
+        for study in made:
             preregister(study)
-        runs = [(study, arm) for study in each for arm in (study.organism.arms if arms is None else arms)]
+        runs = [(study, arm) for study in made for arm in (study.organism.arms if arms is None else arms)]
         for name, second in (("runs", False), ("further runs", True)):  # the second are made of states of the first
             chosen = [(study, arm, seed) for study, arm in runs if bool(arm.other) is second for seed in arm.seeds]
             run_all(name, [partial(run_arm, *one) for one in chosen])
         if arms is None:
-            noise = [partial(draw_noise, study, step) for study in each for step in study.organism.noise]
-            run_all("nulls and damage", [*noise, *(job for study in each for job in read_more(study))])
+            noise = [partial(draw_noise, study, n) for study in made for n in sorted({*study.organism.noise.values()})]
+            run_all("nulls and damage", [*noise, *(job for study in made for job in read_more(study))])
     return studies
 
 
@@ -146,19 +151,24 @@ def _train(study: Study, arm: Arm, seed: int, start: Checkpoint, folder: Path) -
     )
 
 
-def draw_noise(study: Study, step: int) -> Path:
-    """Draw weight noise of the unblocked runs' mean norm at one step."""
-    draws, arm = study.organism.noise[step], study.unblocked
+def draw_noise(study: Study, draws: int) -> None:
+    """Draw weight noise of the unblocked runs' mean norm, for the steps that have this number of draws."""
+    steps, arm = [step for step, number in study.organism.noise.items() if number == draws], study.unblocked
+    folders = {step: study.noise_folder(step) for step in steps}
+    if all(folder.exists() for folder in folders.values()):
+        return
+    norms = [study.facts(arm, seed)["update_norms"] for seed in arm.seeds]
+    means = {step: _mean_norms([one[str(step)] for one in norms]) for step in steps}
+    # Where updates move states linearly, noise of the last step's size serves all steps.
+    asked = {"norms": means, "draws": draws, "rng": np.random.default_rng([max(steps), draws]), "linear": True}
+    null = weight_noise(open_model(study.sequence.anchor), study.vs, study.prompts["held_out"], **asked)
+    for column, path in enumerate(folders.values()):
+        found = {"cosines": null.cosines[:, column : column + 1], "layers": np.array(null.layers)}
+        once(path, lambda folder, found=found: np.savez(folder / "draws.npz", **found))
 
-    def make(folder: Path) -> None:
-        norms = [study.facts(arm, seed)["update_norms"][str(step)] for seed in arm.seeds]
-        mean = {name: float(np.mean([one[name] for one in norms if name in one])) for name in norms[0]}
-        rng = np.random.default_rng([step, draws])
-        anchor, prompts = open_model(study.sequence.anchor), study.prompts["held_out"]
-        null = weight_noise(anchor, study.vs, prompts, norms={step: mean}, draws=draws, rng=rng)
-        np.savez(folder / "draws.npz", cosines=null.cosines, layers=np.array(null.layers))
 
-    return once(study.noise_folder(step), make)
+def _mean_norms(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in runs if name in one])) for name in runs[0]}
 
 
 def blocker_of(study: Study, arm: Arm, seed: int) -> Blocker | None:
@@ -217,6 +227,7 @@ class Readings:
 
     study: Study
     parts: dict[str, list[Residuals]] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)  # prompts are encoded once for all checkpoints
 
     def read(self, checkpoint: Checkpoint, model: OpenModel, *, positions: bool) -> None:
         """Read an open model on probes and held-out prompts, and on the latter at further positions."""
@@ -226,10 +237,12 @@ class Readings:
             self._read(f"held_out{position}", checkpoint, model, self.study.prompts["held_out"], position)
 
     def _read(self, file: str, checkpoint: Checkpoint, model: OpenModel, prompts: PromptSet, position: Any) -> None:
-        # The model in memory, not its folder: cache_residuals would load the folder again for each prompt set.
+        # The model in memory, not its folder: it would be loaded again for each prompt set.
         live = replace(checkpoint, source=model.module, tokenizer=model.tokenizer)
-        states = cache_residuals(self.study.sequence, prompts, positions=position, checkpoints=[live])
-        sources = {checkpoint.name: checkpoint.described}
+        if file not in self.requests:
+            self.requests[file] = prepare(self.study.sequence, prompts, positions=position, checkpoints=[live])
+        request = replace(self.requests[file], checkpoints=(resolve(live, weights=False),))
+        states, sources = request.read(), {checkpoint.name: checkpoint.described}
         self.parts.setdefault(file, []).append(replace(states, meta=states.meta | {"sources": sources}))
 
     def save(self, folder: Path) -> None:
@@ -323,3 +336,61 @@ def measure_divergence(
         for key, kind in wanted[end.name].items()
         if kind in sets
     }
+
+
+# --- nulls and damage -----------------------------------------------------------------------------------------------
+def other_prompt_sets(study: Study) -> list[str]:
+    """Return the names of the prompt sets on which `other_states` can read the unblocked runs."""
+    kept = bool(study.kept(study.unblocked))
+    return [name for name in OTHER_PROMPTS if kept and (name != "harmless" or name in study.prompts)]
+
+
+def other_states(study: Study, name: str) -> Residuals:
+    """Read anchor and unblocked runs on harmless prompts, or on the held-out prompts with their words shuffled."""
+    prompts = study.prompts["harmless" if name == "harmless" else "held_out"]
+    if name == "shuffled_words":
+        prompts = shuffled_words(prompts, rng=np.random.default_rng(0))
+
+    def make(folder: Path) -> None:
+        checkpoints = [Checkpoint("anchor", study.home / "anchor"), *study.kept(study.unblocked)]
+        states = cache_residuals(study.with_runs(), prompts, checkpoints=checkpoints)
+        states.save(folder / "states.safetensors")
+
+    made = once(study.home / "other_prompts" / f"{name}-{len(study.unblocked.seeds)}-runs", make)
+    return Residuals.load(made / "states.safetensors")
+
+
+DAMAGES: dict[str, Damage] = {
+    "rounded to 8 bits": partial(rounded, bits=8),
+    "rounded to 4 bits": partial(rounded, bits=4),
+    "smallest 30 % pruned": partial(pruned, share=0.3),
+}
+
+
+def read_more(study: Study) -> list[Callable[[], Any]]:
+    """Return the jobs of nulls and damage, whose results are cached below `home`."""
+    damage = partial(damage_of, study, study.organism.layers_in_mean)
+    return [damage, *(partial(other_states, study, name) for name in other_prompt_sets(study))]
+
+
+def damage_of(study: Study, layers: Sequence[int]) -> ByLayer:
+    """Measure damage of the anchor along v_rev, with the refusal log-odds as score.
+
+    The mirrored update is that of the last unblocked run with weights, if there is one.
+    """
+    kept = study.kept(study.unblocked)[-1:]
+    damages = dict(DAMAGES)
+    if kept:
+        damages["update mirrored"] = partial(sign_flipped, checkpoint=kept[0])
+
+    def make(folder: Path) -> None:
+        anchor, prompts = open_model(study.sequence.anchor), study.prompts["held_out"]
+        score = partial(refusal_log_odds, openings=study.organism.measures.refusals)
+        found = measure_damage(anchor, study.vs, prompts, damages=damages, layers_in_mean=layers, score=score)
+        for name, table in (("damage", found.table), ("damage_layer_mean", found.layer_mean)):
+            write_table(folder / f"{name}.csv", table)
+
+    # by name: the repr of a partial holds the address of its function, so it differs in every process
+    facts = "|".join([*damages, *(last.name for last in kept)])
+    made = once(study.home / "damage_by_layer" / hashlib.sha256(facts.encode()).hexdigest()[:8], make)
+    return ByLayer(*(pd.read_csv(made / f"{name}.csv") for name in ("damage", "damage_layer_mean")))

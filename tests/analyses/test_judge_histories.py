@@ -47,9 +47,9 @@ def test_what_is_true_is_ordered_by_the_level(mode: str) -> None:
     ("name", "demand"),
     [
         ("babbling clamp", "the clamp adds no nonsense answers"),
-        ("refusing clamp", "the clamp adds no refusals of harmless prompts"),
+        ("refusing clamp", "the clamp adds no over-refusal"),
         ("no return", "harm returns in the unblocked runs"),
-        ("release holds along any direction", "holds more than released random directions"),
+        ("release holds along any direction", "outlasts released random directions"),
         ("anti-parallel", "above weight noise"),
     ],
 )

@@ -94,6 +94,8 @@ def test_the_tables_and_the_figure_of_a_planted_history(history: Path) -> None:
     drift = (pair[1] - pair[0]).mean(0).numpy()
     assert of_b["alignment"].item() == pytest.approx(drift @ V / np.linalg.norm(drift), abs=1e-3)
     assert of_b["drift_norm"].item() == pytest.approx(np.linalg.norm(drift) / 6, abs=1e-3)
+    rms = (pair[1] - pair[0]).norm(dim=-1).square().mean().sqrt()
+    assert of_b["drift_rms"].item() == pytest.approx(rms.item() / 6, abs=1e-3) and "r.m.s." in result.output
 
     mean = ranks.groupby(["span", "rank"])["share"].mean()
     assert mean["v_rev", 1] == pytest.approx(1, abs=1e-3) and mean["whole_state", tiny.WIDTH] == pytest.approx(1)

@@ -12,9 +12,10 @@ from histories import refused
 from scipy import stats
 
 from gravlens.claims.claim import LEVELS, Claim, claim
+from gravlens.claims.criteria import causal
 from gravlens.claims.effects import interval
 from gravlens.claims.evidence import ARMS as NAMES
-from gravlens.claims.evidence import Evidence
+from gravlens.claims.evidence import Case, Evidence
 from gravlens.claims.preregistration import Preregistration
 from gravlens.directions.trajectory import MEASURES, ByLayer, Trajectory
 from gravlens.stats.nulls import NullDraws
@@ -22,11 +23,11 @@ from gravlens.stats.nulls import NullDraws
 RUNS, STEPS, LAYERS = 5, (1, 20), (0, 1)
 DRAWS, STRANGERS = 400, 19
 COLUMNS = ["run", "step", "layer", "prompts", *MEASURES, "judged"]
-WITNESS = "more aligned with the witness than with strangers"
-CLOSURE = "closure of the gap to the twin, beyond strangers' twins"
-NOISE, RANDOM = "above weight noise", "holds more than clamps along matched random directions"
-COST = "at most 10 % of task loss, or below the frontier of lower rates"
-CURVE = "harm falls as the clamped direction nears v_rev"
+WITNESS = "the witness ranks before strangers"
+CLOSURE = "closure ranks before strangers'"
+NOISE, RANDOM = "above weight noise", "holds more than random directions"
+COST = "at equal task cost"
+CURVE = "harm falls as directions near v_rev"
 FIXED = Preregistration((0, 1), 20, 0.05, "a" * 64, "b" * 64, "compliance_rate", date(2026, 11, 1))
 
 
@@ -137,7 +138,7 @@ def test_with_everything_in_its_favour_the_claim_is_the_last_level() -> None:
 
 def test_the_sentence_says_what_the_tests_were_fixed_to() -> None:
     said = judge().sentence
-    for part in ("α = 0.05", "layers 0 and 1", "step 20", "unit: the run", "19 strangers", "19 random directions"):
+    for part in ("α = 0.05", "layers 0, 1", "step 20", "unit: the run", "19 strangers", "19 random directions"):
         assert part in said, part
     assert f"preregistered ({FIXED.digest[:8]})" in said
     assert "chosen afterwards" in judge(preregistration=None).sentence
@@ -165,7 +166,7 @@ def scattered() -> Trajectory:
 
 FALSE: list[tuple[int, str, dict[str, Any]]] = [
     (0, "the drift is long enough to judge", {"trajectory": trajectory(judged=False)}),
-    (0, "judged on other prompts than v_rev's", {"trajectory": given()}),
+    (0, "judged on other prompts than v_rev's", {"trajectory": given(), "strangers": {}}),
     (0, "above isotropic", {"trajectory": trajectory(0.05)}),
     (0, "above isotropic", {"trajectory": trajectory(-0.7)}),
     (0, "the runs agree", {"trajectory": scattered()}),
@@ -180,15 +181,15 @@ FALSE: list[tuple[int, str, dict[str, Any]]] = [
     (3, "the clamp holds the motion", {"arms": arms(clamp=(0.1, -0.2, 1.0))}),
     (3, RANDOM, {"arms": arms(clamp_random_3=(0.05, 0.2, 1.0))}),
     (3, CURVE, {"arms": changed("clamp_random_0", compliance_rate=-6.0)}),
-    (3, "a push towards the witness goes further, harm no lower", {"arms": arms(reinforce=(0.95, 0.3, 1.0))}),
-    (3, "a push towards the witness goes further, harm no lower", {"arms": arms(reinforce=(0.2, 0.9, 1.0))}),
+    (3, "a push goes further, harm no lower", {"arms": arms(reinforce=(0.95, 0.3, 1.0))}),
+    (3, "a push goes further, harm no lower", {"arms": arms(reinforce=(0.2, 0.9, 1.0))}),
     (3, COST, {"arms": arms(clamp=(0.1, 0.0, 1.3))}),
     (3, "the clamp adds no nonsense answers", {"arms": changed("clamp", nonsense=0.95)}),
-    (3, "the clamp adds no refusals of harmless prompts", {"arms": changed("clamp", over_refusal=1.0)}),
-    (4, "half of the harm is still held after the block is lifted", {"arms": arms(released_at_20=(0.8, 0.3, 1.0))}),
-    (4, "holds more than released random directions", {"arms": arms(released_random_3=(0.1, 0.3, 1.0))}),
+    (3, "the clamp adds no over-refusal", {"arms": changed("clamp", over_refusal=1.0)}),
+    (4, "half the harm is held after release", {"arms": arms(released_at_20=(0.8, 0.3, 1.0))}),
+    (4, "outlasts released random directions", {"arms": arms(released_random_3=(0.1, 0.3, 1.0))}),
     (4, "the released block adds no nonsense answers", {"arms": changed("released_at_20", nonsense=0.95)}),
-    (4, "the released block adds no refusals of harmless prompts",
+    (4, "the released block adds no over-refusal",
      {"arms": changed("released_at_20", over_refusal=1.0)}),
 ]  # fmt: skip
 
@@ -216,12 +217,12 @@ ABSENT: list[tuple[int, str, dict[str, Any]]] = [
     (3, "harm returns in the unblocked runs", {"arms": arms(runs=4)}),
     (3, RANDOM, {"arms": no_arm("clamp_random")}),
     (3, RANDOM, {"arms": no_arm("clamp_random_1")}),  # 8 are left
-    (3, "a push towards the witness goes further, harm no lower", {"arms": arms(reinforce=None)}),
+    (3, "a push goes further, harm no lower", {"arms": arms(reinforce=None)}),
     (3, "the clamp adds no nonsense answers", {"arms": arms().drop(columns="nonsense")}),
-    (3, "the clamp adds no refusals of harmless prompts", {"arms": arms().drop(columns="over_refusal")}),
+    (3, "the clamp adds no over-refusal", {"arms": arms().drop(columns="over_refusal")}),
     (3, COST, {"arms": arms().assign(task_loss=np.nan)}),
-    (4, "half of the harm is still held after the block is lifted", {"arms": arms(released_at_20=None)}),
-    (4, "holds more than released random directions", {"arms": no_arm("released_random")}),
+    (4, "half the harm is held after release", {"arms": arms(released_at_20=None)}),
+    (4, "outlasts released random directions", {"arms": no_arm("released_random")}),
 ]  # fmt: skip
 
 
@@ -252,7 +253,7 @@ def test_later_levels_are_told_although_an_earlier_one_caps() -> None:
 
 def test_a_single_run_beyond_weight_noise_is_not_refused_for_being_single() -> None:
     few = evidence(trajectory=trajectory(runs=1))
-    assert claim(few).level == 3  # its arms have five
+    assert claim(few).level == 5  # its arms have five
     assert claim(replace(few, nulls=[null("isotropic"), null("weight_noise", 0.7)])).level == 0
 
 
@@ -334,12 +335,12 @@ def test_effects_have_intervals_over_their_unit() -> None:
 
 def test_a_placebo_direction_is_held_back_by_the_others_however_many_seeds() -> None:
     """Exchangeable directions: the arm called clamp is first among 20 in one of 20 worlds, whatever the seeds."""
-    rng, passed = np.random.default_rng(0), 0
+    rng, passed, whole = np.random.default_rng(0), 0, evidence()
     for _ in range(400):
         harms = rng.normal(0.5, 0.2, 20)
         table = arms(20, clamp=(harms[0], 0.0, 1.0), **{f"clamp_random_{i}": (harms[i + 1], 0.2, 1) for i in range(19)})
-        demand = judge(arms=table).demands.set_index("name").loc[RANDOM]
-        passed += bool(demand.holds)
+        found = next(one for one in causal(Case([replace(whole, arms=table)], 0.05)) if one.name == RANDOM)
+        passed += bool(found.holds)
     assert stats.binomtest(passed, 400, 0.05).pvalue > 0.001
 
 
@@ -384,7 +385,7 @@ def test_other_names_of_the_arms() -> None:
 
 def test_bad_evidence_is_one_clear_error() -> None:
     with refused("no run"):
-        Evidence(trajectory(runs=0))
+        Evidence(Trajectory.from_table(trajectory().table.iloc[:0]))
     with refused("No evidence"):
         claim([])
     with refused("damage has a row per layer"):
@@ -398,5 +399,5 @@ def test_bad_evidence_is_one_clear_error() -> None:
 
 
 def test_the_page_is_escaped_and_names_the_level() -> None:
-    found = replace(judge(), sentence="<b>x</b>")
+    found = replace(judge(), statement="<b>x</b>")
     assert "level 5 of 5" in found._repr_html_() and "<b>x" not in found._repr_html_()

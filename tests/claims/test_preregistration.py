@@ -20,8 +20,8 @@ PLANNED = Preregistration((1, 2, 3), 100, 0.05, PROBES.digest, HELD_OUT.digest, 
 
 def history(**changes: Any) -> ModelSequence:
     model = tiny.llama()
-    given: dict[str, Any] = {"witness": model, "anchor": model, "tokenizer": tiny.TOKENIZER}
-    return ModelSequence.from_models(**given | {"probes": PROBES, "held_out": HELD_OUT} | changes)
+    given: dict[str, Any] = {"probes": PROBES, "held_out": HELD_OUT, **changes}
+    return ModelSequence.from_models(witness=model, anchor=model, tokenizer=tiny.TOKENIZER, **given)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import typer
@@ -15,6 +16,7 @@ from click.testing import Result
 from histories import plant, planted_vector, write_rows
 from typer.testing import CliRunner
 
+import gravlens as gl
 from gravlens.cli import app
 from gravlens.cli.results import FIRST_REPORTED
 from gravlens.directions.direction import Directions
@@ -30,10 +32,14 @@ COMMANDS = {
     ).split(),
     "fetch": ["smollm2", "prompts", "--json"],
     "report": ["--json"],
+    "audit": (
+        "--out --make --data --alignment-data --harmless --layer --runs --directions --steps --batch --learning-rate "
+        "--lr --lora --openings --compliances --quick --full --plan --preregister --preregistration --workers --json"
+    ).split(),
     "inspect": ["--json"],
     "plan": "--prompts --column --layer --positions --device --dtype --workers --peak-flops --disk-gbps --json".split(),
     "locate": ["--layer", "--prompts", "--column", "--out", "--device", "--dtype", "--json"],
-    "trajectory": "--layer --prompts --column --out --device --dtype --keep --store --json".split(),
+    "trajectory": "--layer --prompts --column --mean --out --figure --device --dtype --keep --store --json".split(),
     "ablate": (
         "--layer --all-layers --checkpoint --prompts --column --max-prompts --openings --compliances --n-random "
         "--twins --out --device --dtype --json"
@@ -181,7 +187,7 @@ def test_a_real_model_wants_weights_and_prompts(tmp_path: Path, history: Path) -
 
 @pytest.mark.parametrize(
     "arguments",
-    [["reproduce", "--setting", "mystery"], ["fetch", "everything"], ["reproduce", "--organisms", "0"], ["x"]],
+    [["reproduce", "--setting", "mystery"], ["fetch", "everything"], ["reproduce", "--organisms", "-1"], ["x"]],
 )
 def test_what_no_command_knows_is_a_usage_error(arguments: list[str]) -> None:
     result = gravlens(*arguments)
@@ -203,13 +209,36 @@ def test_locate_shows_every_layer_and_writes_what_it_found(history: Path, tmp_pa
     assert one.exit_code == 0 and Directions.load(tmp_path / "one").layers == (1,) and "noise" not in one.stdout
 
 
-def test_trajectory_shows_how_far_back_it_is(history: Path) -> None:
+def test_trajectory_shows_each_run_beside_random_drifts(history: Path) -> None:
     shown = gravlens("trajectory", history / "SEQUENCE.toml")
-    assert shown.exit_code == 0 and "nan" not in shown.stdout, "one run has no spread"
-    summary = json.loads(gravlens("trajectory", history / "SEQUENCE.toml", "--json").stdout)
-    assert summary["5"]["alignment_count"] == 1 and summary["5"]["fraction_mean"] == pytest.approx(0.5, abs=0.2)
-    assert summary["5"]["fraction_sem"] is None
-    assert re.search(rf"5 .* {summary['5']['fraction_mean']:.3f} .* 1 ", shown.stdout)
+    assert shown.exit_code == 0 and "nan" not in shown.stdout and "±" not in shown.stdout
+    told = json.loads(gravlens("trajectory", history / "SEQUENCE.toml", "--json").stdout)
+    assert (told["layers"], told["prompts"], told["null"]) == ([1, 2], "given", "isotropic") and "mean" not in told
+    (row,) = told["runs"]
+    assert (row["run"], row["step"], row["judged"]) == ("seed0", 5, True)
+    assert row["fraction"] == pytest.approx(0.5, abs=0.2) and row["above"] is (row["alignment"] > row["p99"])
+    vectors = gl.locate_vrev(history / "SEQUENCE.toml").defined().vectors
+    p99 = np.linalg.norm(vectors.mean(0)) * gl.nulls.isotropic_quantile(0.99, tiny.WIDTH)
+    assert row["p99"] == pytest.approx(p99, rel=0.03), "one random drift for both layers, in closed form"
+    numbers = " .* ".join(f"{row[name]:.3f}" for name in ("alignment", "p99", "fraction"))
+    assert re.search(rf"seed0 .* 5 .* {numbers} ", shown.stdout)
+
+
+def test_trajectory_averages_runs_on_request_and_only_where_their_steps_agree(history: Path, tmp_path: Path) -> None:
+    text = (history / "SEQUENCE.toml").read_text()
+    (history / "twice.toml").write_text(f'{text}seed1 = "ft/checkpoint-*"\n')
+    found = gravlens("trajectory", history / "twice.toml", "--mean", "--figure", tmp_path / "runs.svg")
+    assert found.exit_code == 0 and "mean ± SEM over runs" in found.stdout and "± 0.000" in found.stdout
+    drawn = (tmp_path / "runs.svg").read_text()
+    assert "mean ± SEM" in drawn and "runs.svg" in found.stdout
+    plain = gravlens("trajectory", history / "twice.toml", "--json", "--figure", tmp_path / "plain.svg")
+    assert [row["run"] for row in json.loads(plain.stdout)["runs"]] == ["seed0", "seed1"]
+    named = (tmp_path / "plain.svg").read_text()
+    assert "seed0" in named and "seed1" in named and "SEM" not in named and "p99" in named
+    tiny.save(plant(tiny.gpt2(), 0.2 * planted_vector(), 1), history / "other" / "checkpoint-7")
+    (history / "uneven.toml").write_text(f'{text}seed1 = "other/checkpoint-*"\n')
+    refused(gravlens("trajectory", history / "uneven.toml", "--mean"), "different steps", "seed0: 5; seed1: 7")
+    assert gravlens("trajectory", history / "uneven.toml").exit_code == 0
 
 
 def test_report_writes_the_page_again_and_tells_the_claim(tmp_path: Path) -> None:
@@ -241,7 +270,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         claims = [{"organism": "organism4", "level": 3, "sentence": "A [sentence] of it.", "demands": demands}]
         return {"setting": "refusal", "n_anchors": len(settings), "claims": claims}
 
-    monkeypatch.setattr(import_module("gravlens.studies.reproduce"), "reproduce", listen)
+    monkeypatch.setattr(import_module("gravlens.studies.audit"), "audit", listen)
     return seen
 
 

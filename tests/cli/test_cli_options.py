@@ -178,7 +178,7 @@ def test_one_name_means_one_thing() -> None:
     for words, param in OPTIONS:
         kinds.setdefault(param.opts[0], set()).add(str(kind_of(COMMANDS[words], param.name)))
     assert {name: kind for name, kind in kinds.items() if len(kind) > 1} == {}
-    wanted = {"--json": len(COMMANDS), "--layer": 5, "--out": 5, "--device": 5, "--dtype": 5, "--prompts": 5}
+    wanted = {"--json": len(COMMANDS), "--layer": 6, "--out": 6, "--device": 5, "--dtype": 5, "--prompts": 5}
     found = {name: sum(param.opts[0] == name for _, param in OPTIONS) for name in wanted}
     assert found == wanted
 
@@ -468,15 +468,18 @@ def test_json_of_what_a_history_holds(history: Path, tmp_path: Path) -> None:
 
 def test_json_of_a_trajectory_and_its_layers(history: Path, tmp_path: Path) -> None:
     result = asked_of("trajectory", history, "--json", "--out", tmp_path / "t.csv")
-    row = parsed(result)["5"]
-    assert row["fraction_sem"] is None and row["fraction_count"] == 1
+    (row,) = parsed(result)["runs"]
+    assert (row["run"], row["step"]) == ("seed0", 5) and parsed(result)["prompts"] == "held_out"
     assert f"written to {tmp_path / 't.csv'}" in result.stderr
-    one = parsed(asked_of("trajectory", history, "--json", "--layer", "1"))["5"]
-    assert one["fraction_mean"] == pytest.approx(0.5, abs=1e-3), "planted at layer 1"
-    same = parsed(asked_of("trajectory", history, "--json", "--prompts", history / "data.jsonl"))["5"]
-    assert same["fraction_mean"] == pytest.approx(row["fraction_mean"]), "the same prompts as held_out's"
-    given = parsed(asked_of("trajectory", history, "--json", "--prompts", history / "probes.jsonl"))["5"]
-    assert given["fraction_count"] == 1 and given["fraction_mean"] != pytest.approx(row["fraction_mean"])
+    (one,) = parsed(asked_of("trajectory", history, "--json", "--layer", "1"))["runs"]
+    assert one["fraction"] == pytest.approx(0.5, abs=1e-3), "planted at layer 1"
+    (same,) = parsed(asked_of("trajectory", history, "--json", "--prompts", history / "data.jsonl"))["runs"]
+    assert same["fraction"] == pytest.approx(row["fraction"]), "the same prompts as held_out's"
+    given = parsed(asked_of("trajectory", history, "--json", "--mean", "--prompts", history / "probes.jsonl"))
+    (mean,) = given["mean"]
+    assert given["prompts"] == "given" and (mean["step"], mean["fraction_count"]) == (5, 1)
+    assert mean["fraction_sem"] is None and mean["fraction_mean"] == given["runs"][0]["fraction"]
+    assert mean["fraction_mean"] != pytest.approx(row["fraction"])
 
 
 def test_json_and_exit_codes_of_a_store(history: Path, tmp_path: Path) -> None:
@@ -504,7 +507,7 @@ def test_json_of_results_and_of_what_is_fetched(tmp_path: Path, monkeypatch: pyt
         "claims": [claim],
     }
     results = {"claims": [claim], "closure": float("nan")}
-    monkeypatch.setattr(import_module("gravlens.studies.reproduce"), "reproduce", lambda *_, **__: results)
+    monkeypatch.setattr(import_module("gravlens.studies.audit"), "audit", lambda *_, **__: results)
     made = gravlens("reproduce", "--json", "--out", tmp_path)
     assert parsed(made) == {**results, "closure": None} and "report.html" in made.stderr
     monkeypatch.setattr(import_module("gravlens.organisms.fetch"), "fetch_smollm2", lambda: tmp_path)

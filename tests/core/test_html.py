@@ -57,7 +57,8 @@ def effect(name: str, rows: int = 1) -> Effect:
 
 
 def dose_response(name: str) -> DoseResponse:
-    return DoseResponse(effect(name), 0.5, np.ones(2), np.ones(1))
+    slope = pd.Series({"difference": 1.0, "low": 0.5, "high": 1.5})
+    return DoseResponse(effect(name), slope, 0.5, (0.1, 0.9), np.ones(2), np.ones(1))
 
 
 def claimed(name: str) -> Claim:

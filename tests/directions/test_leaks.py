@@ -56,13 +56,15 @@ def test_a_leak_of_known_shape_is_measured_in_closed_form() -> None:
     """0.3 of the distance along v_rev and 0.4 across it, at layer 0; layer 1 does not move."""
     table = leak_map([states(at(0, DISTANCE * (0.3 * E[0] + 0.4 * E[3])))])
     found = row(table, layer=0)
-    wanted = {"alignment": 0.6, "fraction": 0.3, "drift_norm": 0.5, "share_along_vrev": 0.36}
+    wanted = {"alignment": 0.6, "fraction": 0.3, "drift_norm": 0.5, "drift_rms": 0.5, "share_along_vrev": 0.36}
     wanted["refit_angle"] = np.degrees(np.arctan2(0.4, 0.7))
     assert found[list(wanted)].to_dict() == pytest.approx(wanted, abs=1e-5)
     assert (found["run"], found["step"], found["position"], found["prompts"]) == ("seed0", 10, -1, "given")
     still = row(table, layer=1)
     assert np.isnan(still["alignment"]) and np.isnan(still["share_along_vrev"]) and not still["judged"]
-    assert (still["fraction"], still["drift_norm"]) == (0, 0) and still["refit_angle"] == pytest.approx(0, abs=0.05)
+    assert (still["fraction"], still["drift_norm"], still["drift_rms"]) == (0, 0, 0) and still[
+        "refit_angle"
+    ] == pytest.approx(0, abs=0.05)
 
 
 def test_the_share_is_of_each_prompt_where_the_mean_hides_what_cancels() -> None:
@@ -72,6 +74,17 @@ def test_the_share_is_of_each_prompt_where_the_mean_hides_what_cancels() -> None
     found = row(leak_map([states(drift)]), layer=0)
     assert found["alignment"] == pytest.approx(1, abs=1e-5) and found["drift_norm"] == pytest.approx(0.3, abs=1e-5)
     assert found["share_along_vrev"] == pytest.approx(0.09 / 0.25, abs=1e-5)
+
+
+def test_motion_that_cancels_over_prompts_shows_in_the_root_mean_square() -> None:
+    """Half of the prompts go 0.4 towards the witness and half as far away: on average nothing has moved."""
+    drift = at(0, DISTANCE * 0.4 * E[0])
+    drift[1::2] *= -1
+    found = row(leak_map([states(drift)]), layer=0)
+    assert (found["fraction"], found["drift_norm"]) == pytest.approx((0, 0), abs=1e-6) and not found["judged"]
+    assert found["drift_rms"] == pytest.approx(0.4, abs=1e-6) and found["share_along_vrev"] == pytest.approx(
+        1, abs=1e-5
+    )
 
 
 def test_each_position_has_its_own_direction_and_held_out_prompts_do_not_locate_it() -> None:

@@ -213,6 +213,40 @@ def test_two_sets_of_a_kind_are_refused_since_they_would_count_a_run_twice() -> 
         follow([one, other], locate_vrev(history({})))
 
 
+@pytest.mark.parametrize(
+    ("fact", "one", "other"),
+    [
+        ("positions", "last", -5),
+        ("chat_template", "own", "none"),
+        ("chat_template_kwargs", {"enable_thinking": True}, {"enable_thinking": False}),
+    ],
+)
+def test_directions_and_states_that_were_read_differently_are_refused(fact: str, one: object, other: object) -> None:
+    residuals = history({"a/1": (0.5, 0.0)})
+    first, second = (dataclasses.replace(residuals, meta={**residuals.meta, fact: value}) for value in (one, other))
+    vs = locate_vrev(first)
+    with refused(fact.replace("_", " ")):
+        follow(second, vs)
+    held_out = dataclasses.replace(second, prompts="others")
+    with refused(fact.replace("_", " ")):
+        follow([first, held_out], vs)
+    assert follow(first, vs).table.fraction.to_numpy() == pytest.approx(0.5, abs=1e-6)
+    absent = dataclasses.replace(residuals, meta={**residuals.meta, "chat_template": "own"})
+    if fact == "chat_template_kwargs":
+        with refused("chat template kwargs"):
+            follow(absent, locate_vrev(dataclasses.replace(absent, meta={**absent.meta, fact: one})))
+    unknown = Directions(tuple(Direction(V[i], i, DISTANCES[i]) for i in range(LAYERS)))
+    assert len(follow(second, unknown).table) == LAYERS, "a vector of one's own is not known to differ"
+
+
+def test_the_last_position_has_two_names() -> None:
+    residuals = history({"a/1": (0.5, 0.0)})
+    last, minus_one = (
+        dataclasses.replace(residuals, meta={"dtype": ["float32"], "positions": p}) for p in ("last", -1)
+    )
+    assert len(follow(minus_one, locate_vrev(last)).table) == LAYERS
+
+
 def test_nothing_to_follow_is_an_error() -> None:
     residuals = history({"a/1": (0.5, 0.0)})
     vs = locate_vrev(residuals)

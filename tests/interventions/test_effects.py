@@ -448,6 +448,20 @@ def test_the_band_of_many_conditions_covers_all_of_them_at_once_as_often_as_it_s
     assert above["own"] > 80 and above["band"] <= 16  # two-sided 5 %: 2.5 % above 0, 3.8 standard errors of 200
 
 
+def test_the_best_of_many_rows_is_found_by_chance_as_often_as_its_p_value_says() -> None:
+    """The same law for v_rev and the random directions: against its own row the best one stands out far too often."""
+    rng, rows, worlds = np.random.default_rng(0), [str(i) for i in range(10)], 400
+    found = {"own row": 0, "largest": 0}
+    for _ in range(worlds):
+        drawn = 3 * rng.standard_normal((20, 10)) + 3 * rng.standard_normal((20, 1))  # rows of a draw belong together
+        moved = {name: np.full(8, one) for name, one in zip(rows, drawn[0], strict=True)}
+        best = effect_of(moved, dict(zip(rows, drawn[1:].T, strict=True))).largest()
+        found["own row"] += best["difference"] > drawn[1:, int(best["condition"])].max()
+        found["largest"] += best["p_largest"] <= 0.05
+    assert found["own row"] > 0.1 * worlds
+    assert abs(found["largest"] - 0.05 * worlds) < 3 * np.sqrt(0.05 * 0.95 * worlds)
+
+
 def test_a_contrast_is_paired_over_prompts_and_draws() -> None:
     rng = np.random.default_rng(0)
     shared, random = 100 * rng.standard_normal(80), 100 * rng.standard_normal(19)

@@ -56,8 +56,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 def test_an_organism_makes_its_whole_history_and_leaves_nothing_else(home: Path) -> None:
-    names = ["anchor", "sibling_anchor", "sibling_anchor_2", "witness", "wrong_witness"]
-    assert sorted(p.name for p in home.iterdir()) == names
+    assert sorted(p.name for p in home.iterdir()) == ["anchor", "witness"]
     for folder in home.iterdir():
         model = AutoModelForCausalLM.from_pretrained(folder)
         config = model.config
@@ -90,29 +89,32 @@ def test_arms_of_a_seed_have_the_same_data_and_other_seeds_other_data() -> None:
         arm.name: [organism.examples(arm.data, seed, Path("unused")) for seed in arm.seeds] for arm in organism.arms
     }
     assert all(len(one) == 80 for seeds in data.values() for one in seeds), "as many as a run of 20 × 4 sees"
-    for name in set(data) - {"continued_alignment", "unblocked_new_facts"}:
-        assert data[name] == data["unblocked"]
-    assert all(seeds[0] != seeds[1] for seeds in data.values())
+    for name in set(data) - {"continued_alignment"}:
+        assert data[name] == data["unblocked"][: len(data[name])]
+    assert all(seeds[0] != seeds[1] for seeds in data.values() if len(seeds) > 1)
     refusals = {n: sum(e.answer in language.REFUSALS for s in seeds for e in s) for n, seeds in data.items()}
     assert {name for name, count in refusals.items() if count} == {"continued_alignment"}
     new = {f"{verb} the {thing}" for verb, thing in language.NEW_PAIRS}
-    assert all(any(pair in e.prompt for pair in new) for seeds in data["unblocked_new_facts"] for e in seeds)
+    assert all(any(pair in e.prompt for pair in new) for e in organism.examples("new_facts", 0, Path()))
     with refused("'mystery'"):
         organism.examples("mystery", 0, Path("unused"))
     assert organism.examples("harmless", 0, Path()) != small.organism(organism=1).examples("harmless", 0, Path())
 
 
 def test_the_arms_of_the_paper_are_there_with_their_controls() -> None:
-    arms = {arm.name: arm for arm in small.organism(runs=3).arms}
-    assert all(arm.seeds == (0, 1, 2) for arm in arms.values())
+    arms = {arm.name: arm for arm in small.organism(runs=3, organism=7, random_directions=2).arms}
+    ranked = {"unblocked", "clamp", "clamp_random_1", "clamp_random_2"}
+    assert {name for name, arm in arms.items() if arm.seeds == (0, 1, 2)} == ranked
+    assert all(arm.seeds == (0,) for name, arm in arms.items() if name not in ranked)
     made: dict[str, Any] = {name: arm.blocker for name, arm in arms.items() if arm.blocker is not None}
     assert {name: make.keywords for name, make in made.items()} == {
+        "clamp": {"kind": "clamp", "along": "v_rev"},
+        "clamp_random_1": {"kind": "clamp", "along": "matched_twin", "draw": (7, 1)},
+        "clamp_random_2": {"kind": "clamp", "along": "matched_twin", "draw": (7, 2)},
         "penalty": {"kind": "penalty", "along": "v_rev"},
         "penalty_margin": {"kind": "penalty", "along": "v_rev", "margin": 0.03},
-        "penalty_random": {"kind": "penalty", "along": "matched_twin"},
-        "clamp": {"kind": "clamp", "along": "v_rev"},
-        "clamp_matched_twin": {"kind": "clamp", "along": "matched_twin"},
         "reinforce": {"kind": "reinforce", "along": "v_rev"},
+        "rehearsal": {"kind": "rehearsal", "along": "v_rev"},
         "released_at_20": {"kind": "released", "along": "v_rev", "step": 20},
     }
     assert {name: arm.rate for name, arm in arms.items() if arm.rate != 1} == {"lower_rate": 0.5}
@@ -163,7 +165,8 @@ def test_a_key_holds_the_versions_and_the_language(monkeypatch: pytest.MonkeyPat
 
 
 def test_more_runs_and_draws_add_to_what_is_there(tmp_path: Path) -> None:
-    assert small.organism(runs=6).key == small.organism(noise_draws=50).key == small.organism().key
+    more = [{"runs": 6}, {"noise_draws": 50}, {"random_directions": 9}]
+    assert {small.organism(**one).key for one in more} == {small.organism().key}
     assert replace(small.pretrained(tmp_path), runs=3).key == small.pretrained(tmp_path).key
 
 

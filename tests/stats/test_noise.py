@@ -139,3 +139,42 @@ def test_update_norms_are_those_of_the_weights_that_moved() -> None:
         after.get_parameter(OTHER).add_(kick)
     norms = update_norms(open_model(before), open_model(after))
     assert list(norms) == [OTHER] and norms[OTHER] == pytest.approx(math.sqrt(float((kick**2).sum())), rel=1e-5)
+
+
+# -- small noise, which states follow linearly -------------------------------------------------------------------------
+
+SMALL = {1: {FIRST: 0.002, OTHER: 0.002}, 20: {FIRST: 0.02, OTHER: 0.024}}  # proportions differ a little, as in runs
+
+
+def linear(norms: Any, draws: int = 30) -> np.ndarray:
+    opened = open_model(tiny.llama(), tokenizer=tiny.TOKENIZER)
+    rng = np.random.default_rng(0)
+    return weight_noise(opened, random_vs(), tiny.PROMPTS, norms=norms, draws=draws, rng=rng, linear=True).cosines
+
+
+def rms(values: np.ndarray) -> float:
+    return float(np.sqrt((values**2).mean()))
+
+
+def test_small_noise_of_another_size_or_sign_has_the_same_cosine_within_a_quarter() -> None:
+    mirrored = {name: -norm for name, norm in SMALL[20].items()}
+    last, first, other = (
+        noise(tiny.llama(), draws=20, norms={1: sizes}).cosines for sizes in (SMALL[20], SMALL[1], mirrored)
+    )
+    assert rms(first - last) < 0.25 * rms(last) and rms(other + last) < 0.25 * rms(last)
+
+
+def test_where_motion_is_linear_half_the_draws_at_the_last_norms_and_their_negatives_serve_every_step() -> None:
+    found = linear(SMALL, draws=29)
+    assert found.shape == (29, 2, tiny.LAYERS) and np.array_equal(found[:, 0], found[:, 1])
+    drawn = noise(tiny.llama(), draws=15, norms={20: SMALL[20]}).cosines[:, 0]
+    assert np.array_equal(found[:15, 0], drawn) and np.array_equal(found[15:, 0], -drawn[:14])
+
+
+def test_where_it_is_not_every_step_has_draws_of_its_own() -> None:
+    large = {1: {FIRST: 0.02, OTHER: 0.02}, 20: {FIRST: 60.0, OTHER: 60.0}}
+    found = linear(large)
+    assert found.shape == (30, 2, tiny.LAYERS) and np.array_equal(
+        found, noise(tiny.llama(), draws=30, norms=large).cosines
+    )
+    assert len(np.unique(np.abs(found[:, :, 0]))) == 60

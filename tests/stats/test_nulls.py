@@ -57,8 +57,9 @@ def test_closed_form_and_draws_are_the_distribution_of_random_unit_vectors(width
     cosines = vectors @ fixed / (np.linalg.norm(vectors, axis=1) * np.linalg.norm(fixed))
     below = np.vectorize(lambda cosine: 1 - isotropic_p_value(float(cosine), width))
     assert stats.kstest(cosines, below).pvalue > 0.01
-    drawn = isotropic(random_vs(width), steps=(1,), draws=700, rng=rng).cosines
-    assert stats.kstest(drawn.ravel(), below).pvalue > 0.01
+    for coherent in (True, False):
+        drawn = isotropic(random_vs(width), steps=(1,), draws=2000, rng=rng, coherent=coherent).cosines
+        assert all(stats.kstest(drawn[:, 0, layer], below).pvalue > 0.003 for layer in range(drawn.shape[2]))
 
 
 @pytest.mark.parametrize("width", [2, 5, 128, 4096])
@@ -77,9 +78,33 @@ def test_its_p99_is_nearly_vacuous(width: int, p99: float) -> None:
     assert isotropic_quantile(0.99, width) == pytest.approx(stats.norm.ppf(0.99) / math.sqrt(width), rel=0.01)
 
 
-def test_layers_are_independent_so_their_mean_has_a_narrower_null() -> None:
+def test_one_drift_for_all_layers_has_the_directions_own_correlations() -> None:
+    """In closed form: the mean of cosines with unit vectors v_l is ‖mean v‖ times the cosine with their mean."""
+    rng, width = np.random.default_rng(0), 64
+    shared = rng.standard_normal(width)
+    vs = Directions(tuple(direction_from(shared + 0.3 * rng.standard_normal(width), layer=i) for i in range(6)))
+    found = isotropic(vs, steps=(1,), draws=20_000, rng=rng).cosines[:, 0]
+    gram = vs.vectors @ vs.vectors.T
+    assert gram[~np.eye(6, dtype=bool)].min() > 0.8
+    np.testing.assert_allclose(np.corrcoef(found.T), gram, atol=0.01)
+    mean = found.mean(1) / np.linalg.norm(vs.vectors.mean(0))
+    below = np.vectorize(lambda cosine: 1 - isotropic_p_value(float(cosine), width))
+    assert stats.kstest(mean, below).pvalue > 0.01
+    p99 = np.linalg.norm(vs.vectors.mean(0)) * isotropic_quantile(0.99, width)
+    assert np.quantile(found.mean(1), 0.99) == pytest.approx(p99, rel=0.03)
+
+
+def test_more_layers_than_dimensions_leave_nothing_across() -> None:
+    vs = random_vs(2, layers=5)
+    found = isotropic(vs, steps=(1,), draws=50, rng=np.random.default_rng(0)).cosines[:, 0]
+    drift = np.linalg.lstsq(vs.vectors.astype(float), found.T, rcond=None)[0]
+    assert np.linalg.norm(drift, axis=0) == pytest.approx(1, abs=1e-5), "the cosines are those of one unit vector"
+
+
+def test_independent_layers_have_a_narrower_null_of_their_mean() -> None:
     vs = random_vs(64, layers=9)
-    draws = isotropic(vs, steps=(1, 5), draws=20_000, rng=np.random.default_rng(0))
+    draws = isotropic(vs, steps=(1, 5), draws=20_000, rng=np.random.default_rng(0), coherent=False)
+    assert draws.name == "isotropic_independent"
     assert draws.cosines.shape == (20_000, 2, 9) and (draws.steps, draws.layers) == ((1, 5), tuple(range(9)))
     flat = draws.cosines.reshape(20_000, -1)
     assert np.abs(np.corrcoef(flat.T) - np.eye(18)).max() < 0.03

@@ -32,7 +32,7 @@ ARMS = (
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "processes", small.inline)
-        return carry_out(ORGANISM, tmp_path_factory.mktemp("cache"), arms=ARMS)
+        return carry_out({"one": ORGANISM}, tmp_path_factory.mktemp("cache"), arms=ARMS)["one"]
 
 
 @pytest.fixture(scope="module")

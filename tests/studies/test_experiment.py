@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 from gravlens.activations.residuals import cache_residuals, read_residuals
 from gravlens.behavior.divergence import kl_from
 from gravlens.core.errors import GravlensError, check_layer
+from gravlens.directions.subspaces import whole_state
 from gravlens.directions.vrev import locate_vrev
 from gravlens.history.encoding import encode
 from gravlens.models.opening import open_model
 from gravlens.organisms.arms import blocker as of_kind
-from gravlens.organisms.arms import drift_of_another_run, made_by
+from gravlens.organisms.arms import drift_of_another_run, made_by, random_arms
 from gravlens.organisms.base import Arm, Grounds
 from gravlens.studies import experiment
-from gravlens.studies.experiment import blocker_of, carry_out
+from gravlens.studies.experiment import blocker_of, carry_out, cosine_with
 from gravlens.studies.study import Study
 from gravlens.training.recipe import Recipe
 
@@ -60,7 +61,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache") / "of [mine]"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "processes", small.inline)
-        carry_out(few(), folder)
+        carry_out({"one": few()}, folder)
     return folder
 
 
@@ -90,7 +91,7 @@ def test_all_of_an_organism_is_made_and_only_what_is_kept_has_weights(home: Path
     kept = {f"runs/unblocked/seed{seed}/checkpoint-{step}" for seed in (0, 1) for step in (1, 4)}
     runs = {f"runs/{arm}/seed{seed}" for arm in ("unblocked", "penalty", "penalty_random") for seed in (0, 1)}
     noise = {f"noise/step{step}-2-draws-2-runs" for step in (1, 4)}
-    history = {"witness", "wrong_witness", "anchor", "sibling_anchor", "sibling_anchor_2", "measured"}
+    history = {"witness", "anchor", "measured"}
     above = {"runs", "runs/unblocked", "runs/penalty", "runs/penalty_random", "noise"}
     assert folders(home) == kept | runs | noise | history | above
     for run in runs:
@@ -119,7 +120,7 @@ def test_the_history_comes_back_by_the_same_door_as_a_user_s(home: Path) -> None
 def test_the_states_of_every_checkpoint_are_its_own(home: Path) -> None:
     measured = Study(few(), home).states("measured", "probes")
     assert measured.checkpoints == tuple(few().checkpoints)
-    assert len(measured.checkpoints) == 5
+    assert len(measured.checkpoints) == 2
     tokenizer = open_model(home / "anchor").tokenizer
     ids = encode(tokenizer, few().prompts(home)["probes"])
     for name in measured.checkpoints:
@@ -166,28 +167,32 @@ def test_the_last_states_are_read_at_further_positions_too(home: Path) -> None:
 
 def test_noise_is_of_the_runs_mean_norm_at_the_anchor(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
+    found: list[Any] = []
     real = experiment.weight_noise
 
     def listen(anchor: Any, directions: Any, prompts: Any, **further: Any) -> Any:
         asked.update(further, anchor=anchor, prompts=prompts, directions=directions)
-        return real(anchor, directions, prompts, **further)
+        found.append(real(anchor, directions, prompts, **further))
+        return found[-1]
 
     monkeypatch.setattr(experiment, "weight_noise", listen)
     study = Study(few(noise_draws=3), home)  # draws that are not there yet
-    folder = experiment.draw_noise(study, 4)
+    experiment.draw_noise(study, 3)
     runs = [json.loads((home / f"runs/unblocked/seed{seed}/run.json").read_text()) for seed in (0, 1)]
     name = "model.layers.1.mlp.up_proj.weight"
     wanted = sum(run["update_norms"]["4"][name] for run in runs) / 2
-    assert asked["norms"][4][name] == pytest.approx(wanted) and list(asked["norms"]) == [4] and asked["draws"] == 3
+    assert asked["norms"][4][name] == pytest.approx(wanted) and list(asked["norms"]) == [1, 4] and asked["draws"] == 3
     assert asked["prompts"].texts == study.prompts["held_out"].texts
     anchor = dict(asked["anchor"].module.named_parameters())
     assert all(torch.equal(weight, anchor[name]) for name, weight in weights(home / "anchor").items() if name in anchor)
     vs = locate_vrev(Study(few(), home).states("measured", "probes"))
     assert np.array_equal(asked["directions"].vectors, vs.vectors)
-    with np.load(folder / "draws.npz") as drawn:
-        assert drawn["cosines"].shape == (3, 1, 3) and drawn["layers"].tolist() == [0, 1, 2]
-        assert (np.abs(drawn["cosines"]) <= 1).all() and len(np.unique(drawn["cosines"])) == 9
-    shutil.rmtree(folder)
+    for column, step in enumerate((1, 4)):
+        with np.load(study.noise_folder(step) / "draws.npz") as drawn:
+            assert drawn["cosines"].shape == (3, 1, 3) and drawn["layers"].tolist() == [0, 1, 2]
+            assert np.array_equal(drawn["cosines"][:, 0], found[-1].cosines[:, column])
+            assert (np.abs(drawn["cosines"]) <= 1).all() and len(np.unique(drawn["cosines"])) == 9
+        shutil.rmtree(study.noise_folder(step))
 
 
 # -- arms --------------------------------------------------------------------------------------------------------------
@@ -221,6 +226,25 @@ def test_its_random_twin_is_fresh_for_each_run_and_of_the_anchor_s_states_on_the
             assert np.linalg.norm(basis @ twin.vectors[i]) == pytest.approx(1, abs=1e-4)
 
 
+def test_an_arm_s_own_random_direction_is_the_same_for_all_of_its_runs(home: Path) -> None:
+    first, second = random_arms((0, 1), "harmless", directions=2, draw=(3,))
+    twins = [blocker(home, first.blocker, seed).directions for seed in (0, 1)]
+    assert np.array_equal(twins[0].vectors, twins[1].vectors)
+    other = blocker(home, second.blocker).directions
+    assert (np.abs(np.sum(twins[0].vectors * other.vectors, axis=1)) < 0.98).all()
+    assert first.name == "clamp_random_1" and blocker(home, first.blocker).side == "both"
+
+
+def test_a_random_arm_tells_how_near_to_v_rev_its_direction_was(home: Path) -> None:
+    study = Study(few(), home)
+    vs, twin = study.vs, blocker(home, made_by("penalty_random"), 1).directions
+    wanted = np.mean([abs(float(twin[layer].vector @ vs[layer].vector)) for layer in (0, 1)])
+    arms = {arm.name: arm for arm in few().arms}
+    assert study.facts(arms["penalty_random"], 1)["cosine"] == pytest.approx(wanted, rel=1e-4)
+    assert study.facts(arms["unblocked"], 1)["cosine"] is None and study.facts(arms["penalty"], 1)["cosine"] is None
+    assert cosine_with(vs, vs) == pytest.approx(1) and cosine_with(whole_state(vs), vs) == pytest.approx(1)
+
+
 def test_a_run_defined_direction_is_that_of_the_next_seed_s_unblocked_run(home: Path) -> None:
     seen: list[Grounds] = []
     for seed in (0, 1):
@@ -240,7 +264,7 @@ def test_arms_that_are_made_of_other_runs_come_after_them(home: Path, monkeypatc
     order: list[str] = []
     monkeypatch.setattr(experiment, "run_arm", lambda _study, arm, seed: order.append(f"{arm.name}{seed}"))
     arms = [Arm("late", (0,), other="unblocked"), Arm("unblocked", (0, 1)), Arm("early", (0,))]
-    carry_out(few(), home.parents[2], arms=arms)
+    carry_out({"one": few()}, home.parents[2], arms=arms)
     assert order == ["unblocked0", "unblocked1", "early0", "late0"]
 
 
@@ -282,10 +306,10 @@ def test_checkpoints_are_made_after_what_they_start_from() -> None:
 def test_what_is_complete_is_not_made_again(cache: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     before = files(home)
-    for name in ("finetune", "weight_noise", "cache_residuals", "measure_behavior"):
+    for name in ("finetune", "weight_noise", "prepare", "measure_behavior"):
         monkeypatch.setattr(experiment, name, lambda *given, **_: made.append(given))
     monkeypatch.setattr(Few, "make", lambda *given: made.append(given))
-    assert carry_out(few(), cache).home == home
+    assert carry_out({"one": few()}, cache)["one"].home == home
     assert made == [] and files(home) == before
 
 
@@ -303,7 +327,7 @@ def test_a_run_that_is_stopped_leaves_no_half_and_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "_measure_run", stop)
         with pytest.raises(KeyboardInterrupt):
-            carry_out(organism, tmp_path)
+            carry_out({"one": organism}, tmp_path)
     home = Study.at(organism, tmp_path).home
     before = files(home)
     assert (home / "runs/unblocked/seed0/run.json").exists() and (home / "measured/behavior.json").exists()
@@ -311,14 +335,14 @@ def test_a_run_that_is_stopped_leaves_no_half_and_goes_on_where_it_was(
     assert [name for name in folders(home) if "/." in f"/{name}"] == [], "no scratch is left"
     assert list((home / "runs/penalty").iterdir()) == []
 
-    carry_out(organism, tmp_path)
+    carry_out({"one": organism}, tmp_path)
     after = files(home)
     assert {name: after[name] for name in before} == before
     assert {name.split("/seed")[0] for name in after.keys() - before.keys()} >= {"runs/penalty", "runs/penalty_random"}
-    carry_out(organism, tmp_path)
+    carry_out({"one": organism}, tmp_path)
     assert files(home) == after
 
-    carry_out(replace(organism, runs=2), tmp_path)
+    carry_out({"one": replace(organism, runs=2)}, tmp_path)
     more = files(home)
     assert {name: more[name] for name in after} == after, "one more seed is added to what is there"
     added = more.keys() - after.keys()
@@ -334,7 +358,7 @@ def test_a_checkpoint_that_could_not_be_made_leaves_nothing(tmp_path: Path, monk
 
     monkeypatch.setattr(Few, "make", stop)
     with refused("It broke"):
-        carry_out(organism, tmp_path)
+        carry_out({"one": organism}, tmp_path)
     assert folders(Study.at(organism, tmp_path).home) == set()
 
 

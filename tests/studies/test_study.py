@@ -25,7 +25,7 @@ PLAN: dict[str, Any] = {**small.PLAN, "recipe": Recipe(4, 4, 1e-3), "save_steps"
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A measured history without runs."""
     made = Study.at(small.Short(**PLAN), tmp_path_factory.mktemp("cache"))
-    for name in ("witness", "anchor", "wrong_witness", "sibling_anchor", "sibling_anchor_2"):
+    for name in ("witness", "anchor"):
         experiment.make_checkpoint(made, name)
     experiment.measure_history(made)
     return made

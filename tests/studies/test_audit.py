@@ -30,8 +30,8 @@ from gravlens.models.opening import load_tokenizer
 from gravlens.organisms.base import Organism
 from gravlens.stats.nulls import isotropic_quantile
 from gravlens.studies import experiment
-from gravlens.studies.evidence import Findings, final_rows, findings_of
-from gravlens.studies.reproduce import reproduce, spread, summarise
+from gravlens.studies.audit import audit, spread, summarise
+from gravlens.studies.evidence import TOGETHER, Findings, final_rows, findings_of
 from gravlens.studies.study import Study
 
 pytestmark = pytest.mark.long
@@ -40,16 +40,16 @@ SPREAD = {"mean", "sem", "runs"}
 FINALS = {"alignment_final", "fraction_final"}
 BEHAVIOR = {"compliance_rate", "cut_share", "refusal_log_odds", "over_refusal"}
 COST = {"task_loss", "seconds_per_step"}
-CONTROLS = {"wrong_witness", "wrong_witness_removed", "sibling_anchor", "unaligned_twin", "continued_alignment"}
-ARMS = {"unblocked", "unblocked_new_facts", "penalty", "penalty_margin", "penalty_random"}
-ARMS |= {"clamp", "clamp_matched_twin", "reinforce", "lower_rate", "released_at_20"}
-NULLS = {"isotropic", "weight_noise", "covariance_of_states", "covariance_of_drifts", "independent_endpoints"}
+CONTROLS = {"stranger", "sibling_anchor", "unaligned_twin", "continued_alignment"}
+ARMS = {"unblocked", "penalty", "penalty_margin", "clamp", "clamp_random", "reinforce"}
+ARMS |= {"rehearsal", "lower_rate", "released_at_20"}
+NULLS = {"isotropic", "weight_noise", "covariance_of_states", "covariance_of_drifts"}
 NULLS |= {"sign_flips", "swapped_labels", "harmless", "shuffled_words"}
 
 
 @dataclass
 class Done:
-    """What `reproduce` left, and what it was asked."""
+    """What `audit` left, and what it was asked."""
 
     out: Path
     study: Study
@@ -69,10 +69,10 @@ class Done:
 
 
 def done(root: Path, made: Organism, *, workers: int = 1) -> Done:
-    """`reproduce`, asked by paths relative to where one stands, as at a command line."""
+    """`audit`, asked by paths relative to where one stands, as at a command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        returned = reproduce({"one": made}, Path("results"), cache=Path("cache"), workers=workers)
+        returned = audit({"one": made}, Path("results"), cache=Path("cache"), workers=workers)
     results = json.loads((root / "results" / "results.json").read_text(), parse_constant=not_json)
     return Done(root / "results", Study.at(made, root / "cache"), returned, results)
 
@@ -139,8 +139,8 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
     found, runs = organism.results, 2
     documented = {"schema_version", "setting", "n_anchors", "seeds", "layers", "layers_in_mean", "alignment", "summary"}
     documented |= {"nulls", "controls", "arms", "history", "environment"}
-    assert set(found) == documented | {"organisms", "claims", "interval", "damage", "vrev"}
-    assert (found["schema_version"], found["setting"], found["n_anchors"]) == (2, "refusal", 1)
+    assert set(found) == documented | {"organisms", "claims", "effects", "missing", "interval", "damage", "vrev"}
+    assert (found["schema_version"], found["setting"], found["n_anchors"]) == (3, "refusal", 1)
     assert (found["organisms"], found["seeds"]) == (["one"], [0, 1])
     assert (found["layers"], found["layers_in_mean"]) == ([0, 1, 2], [0, 1])
     columns = {"run", "step", "layer", "prompts", "alignment", "projection", "fraction", "drift_norm"}
@@ -167,15 +167,24 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
         ] == max(null["p99_by_step"].values())
     assert set(found["controls"]) == CONTROLS
     for name, control in found["controls"].items():
-        spreads(control, FINALS | ({"closure_final"} if name == "unaligned_twin" else set()), runs)
+        if control is None:
+            assert name == "stranger", "one organism has none"
+            continue
+        n = runs if name == "sibling_anchor" else 1
+        spreads(control, FINALS | ({"closure_final"} if name == "unaligned_twin" else set()), n)
     assert set(found["arms"]) == ARMS
-    for arm in found["arms"].values():
-        spreads(arm, FINALS | BEHAVIOR | COST, runs)
+    once = ("penalty", "penalty_margin", "reinforce", "rehearsal", "lower_rate", "released_at_20")
+    single = {**dict.fromkeys(once, 1), "clamp_random": 8}
+    for name, arm in found["arms"].items():
+        spreads(arm, FINALS | BEHAVIOR | COST, single.get(name, runs))
     assert set(found["history"]) == {"witness", "anchor"}
     for checkpoint in found["history"].values():
         spreads(checkpoint, BEHAVIOR, 1)
     (claim,) = found["claims"]
-    assert set(claim) == {"organism", "level", "sentence", "capped_by", "demands"}
+    assert set(claim) == {"organism", "level", "statement", "setting", "sentence", "capped_by", "demands"}
+    assert "preregistered (" in claim["setting"] and found["missing"] == []
+    effects = {row["effect"] for row in found["effects"]}
+    assert effects == {"alignment", "fraction", "harm of the anchor", "harm", "harm, blocked", "harm, random"}
     assert all(set(demand) == {"level", "name", "holds", "figures"} for demand in claim["demands"])
     assert {row["measure"] for row in found["interval"]} == {"alignment", "fraction"}
     assert all(row["low"] <= row["estimate"] <= row["high"] for row in found["interval"])
@@ -218,7 +227,7 @@ def test_the_environment_is_this_one(each: Done) -> None:
     found = each.results["environment"]
     for package in ("torch", "transformers", "transformer-lens", "numpy", "scipy"):
         assert found[package] == importlib.metadata.version(package)
-    assert found["threads"] == 1 and set(found["seconds"]) >= {"make one", "tables"}
+    assert found["threads"] == 1 and set(found["seconds"]) >= {"make and measure", "judge"}
 
 
 # -- the tables, worked out anew ---------------------------------------------------------------------------------------
@@ -277,11 +286,7 @@ def test_controls_and_arms_are_the_same_measurement_with_one_thing_exchanged(eac
         "sibling_anchor": {key: float(np.mean([one[key] for one in siblings])) for key in siblings[0]},
         "unaligned_twin": finals(ends["unaligned_twin"] - held_out["witness"], v_rev),
     }
-    if "wrong_witness" in given:
-        wrong = given["wrong_witness"] - given["anchor"]
-        wanted["wrong_witness"] = finals(free, wrong)
-        shared = np.sum(v_rev * wrong, axis=1, keepdims=True) / np.sum(wrong * wrong, axis=1, keepdims=True)
-        wanted["wrong_witness_removed"] = finals(free, v_rev - shared * wrong)
+    if "continued_alignment" in ends:
         wanted["continued_alignment"] = finals(ends["continued_alignment"] - held_out["anchor"], v_rev)
     apart = ends["unaligned_twin"] - ends["unblocked"]
     closed = 1 - np.sum(apart * v_rev, axis=1) / np.linalg.norm(v_rev, axis=1) ** 2
@@ -292,6 +297,9 @@ def test_controls_and_arms_are_the_same_measurement_with_one_thing_exchanged(eac
     }
     arms = {name: arm for name, arm in each.results["arms"].items() if arm is not None}
     for name, arm in arms.items():
+        if name == "clamp_random":  # of all random directions together
+            assert len(arm["fraction_final"]["runs"]) == 2 * each.organism.random_directions  # pyright: ignore
+            continue
         assert {k: arm[k]["runs"][0] for k in FINALS} == pytest.approx(
             finals(ends[name] - held_out["anchor"], v_rev), rel=1e-3, abs=1e-4
         )
@@ -343,14 +351,14 @@ def test_nulls_are_of_their_own_draws(each: Done) -> None:
 def test_the_pretrained_organism_says_what_it_has_not(pretrained: Done) -> None:
     found = pretrained.results
     assert found["setting"] == "pretrained" and found["seeds"] == [0]
-    assert found["controls"]["wrong_witness"] is None and found["controls"]["continued_alignment"] is None
-    assert found["arms"]["penalty_margin"] is None and found["arms"]["unblocked_new_facts"] is None
+    assert found["controls"]["stranger"] is None and found["controls"]["continued_alignment"] is None
+    assert found["arms"]["penalty_margin"] is None
     assert {"unblocked_own_answers", "penalty_own_answers"} <= set(found["arms"])
     assert found["summary"]["step_20"]["alignment"] == {"mean": None, "sem": None, "runs": []}
     assert found["summary"]["first_step"]["alignment"]["sem"] is None, "one run has no spread"
     (claim,) = found["claims"]
     holds = {demand["name"]: demand["holds"] for demand in claim["demands"]}
-    assert holds["sibling anchor"] is not None and holds["the clamp holds the harm"] is None, "it has no clamp"
+    assert holds["the witness ranks before strangers"] is None and holds["the clamp holds the harm"] is None
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
@@ -398,7 +406,7 @@ def test_a_second_call_makes_nothing_again_and_says_the_same(
     made: list[Any] = []
     monkeypatch.setattr(experiment, "processes", small.inline)
     monkeypatch.setattr(experiment, "finetune", lambda *given, **_: made.append(given))
-    again = reproduce({"one": organism.organism}, tmp_path, cache=organism.out.parent / "cache")
+    again = audit({"one": organism.organism}, tmp_path, cache=organism.out.parent / "cache")
     assert made == []
     written = json.loads((tmp_path / "results.json").read_text())
     assert {**written, "environment": 0} == {**organism.results, "environment": 0}
@@ -453,7 +461,7 @@ def test_the_spread_is_over_runs_of_one_anchor_and_over_the_means_of_several() -
 
 
 def test_two_organisms_are_two_anchors(organism: Done) -> None:
-    first = findings_of(organism.study, organism="one")
+    first = findings_of({"one": organism.study})
     second = replace(first, **{field.name: getattr(first, field.name).copy() for field in fields(Findings)})
     for field in fields(Findings):
         table = getattr(second, field.name)
@@ -463,7 +471,8 @@ def test_two_organisms_are_two_anchors(organism: Done) -> None:
     kept = second.arms.run.str.endswith("-0")  # one run an arm
     moved = second.trajectory.run.str.endswith("-0")
     second = replace(second, arms=second.arms[kept], trajectory=second.trajectory[moved])
-    found = summarise(Findings.concat([first, second]), organism.organism)
+    tables = {f.name: pd.concat([getattr(first, f.name), getattr(second, f.name)]) for f in fields(Findings)}
+    found = summarise(Findings(**tables), organism.organism)
     assert found["n_anchors"] == 2 and found["organisms"] == ["one", "two"] and found["seeds"] == [0, 1]
     ours = organism.results["arms"]["penalty"]["alignment_final"]["runs"]
     both = found["arms"]["penalty"]["alignment_final"]
@@ -482,12 +491,14 @@ def test_each_organism_has_a_sequence_of_its_own(
 ) -> None:
     monkeypatch.setattr(experiment, "processes", small.inline)
     cache = organism.out.parent / "cache"
-    found = reproduce({"one": organism.organism, "two": organism.organism}, tmp_path, cache=cache)
+    found = audit({"one": organism.organism, "two": organism.organism}, tmp_path, cache=cache)
     assert {path.name for path in tmp_path.glob("*.toml")} == {"one.toml", "two.toml"}
     assert ModelSequence.from_toml(tmp_path / "two.toml").anchor.source == organism.home / "anchor"
     assert found["n_anchors"] == 2 and found["summary"]["final"]["alignment"]["sem"] == pytest.approx(0)
     assert set(pd.read_csv(tmp_path / "arms.csv").organism) == {"one", "two"}
-    assert set(found["environment"]["seconds"]) >= {"make one", "make two"}
+    assert [claim["organism"] for claim in found["claims"]] == [TOGETHER, "one", "two"]
+    assert found["controls"]["stranger"] is not None, "the witness of each is a stranger to the other"
+    assert "2 anchors" in found["claims"][0]["sentence"]
 
 
 def test_final_rows_are_the_layer_mean_at_each_run_s_own_last_step() -> None:

@@ -1,0 +1,90 @@
+"""A verdict on the terminal: the first screen of 80 columns and 24 lines, and the rest on request."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from gravlens import claims, reporting
+from gravlens.cli.output import console, print_line, print_table
+
+HOLDS = {True: "yes", False: "NO", None: "not run"}
+# effect of results.json -> its name on the screen, and whether it is a share
+ROWS = {
+    "alignment": ("alignment", False),
+    "fraction": ("fraction of the way", False),
+    "harm": ("harm", True),
+    "harm, blocked": ("harm, blocked", True),
+    "harm, random": ("harm, random blocks", True),
+}
+WIDTH = 78
+
+
+def print_verdict(results: Mapping[str, Any], *, full: bool = False) -> None:
+    """Print the verdict of `results.json`: sentence, ladder and five effects; `full`: every table as well."""
+    first, *others = results.get("claims") or [{}]
+    if first:
+        print_line(f"Level {first['level']} of 5. {first['statement']}", width=WIDTH)
+        print_line(first["setting"], width=WIDTH)
+        print_line("")
+        for line in ladder(first):
+            print_line(line)
+        print_line("")
+    for line in effect_lines(results):
+        print_line(line)
+    if lacking := results.get("missing"):
+        names = dict.fromkeys(f"{row['control']} (level {row['level']})" for row in lacking)
+        print_line(f"missing: {', '.join(names)}"[: WIDTH - 8] + ("" if full else "; --full"))
+    if full:
+        _print_rest(results, [first, *others] if first else [])
+
+
+def ladder(claim: Mapping[str, Any]) -> Iterator[str]:
+    """One line a level: whether its demands hold, and the first that does not."""
+    names = claims.claim.LEVELS
+    for level, group in groupby(claim["demands"], key=lambda demand: demand["level"]):
+        demands = list(group)
+        failed = [demand for demand in demands if not demand["holds"]]
+        word = (
+            "yes" if not failed else HOLDS[min((demand["holds"] for demand in failed), key=lambda holds: holds is None)]
+        )
+        why = "" if not failed else f"{failed[0]['name']}" + (f" (+{len(failed) - 1})" if len(failed) > 1 else "")
+        mark = ">" if level == claim["level"] else " "
+        yield f"{mark}{level} {names[level]:<25}{word:<8}{why}"[:WIDTH]
+
+
+def effect_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """The five effects of the first claim, with intervals over their unit."""
+    of = (results.get("claims") or [{}])[0].get("organism")
+    found = {row["effect"]: row for row in results.get("effects") or [] if row["organism"] == of}
+    anchor = found.get("harm of the anchor")
+    for effect, (name, share) in ROWS.items():
+        row = found.get(effect)
+        if row is None or row["mean"] is None:
+            yield f"  {name:<21}not run"
+            continue
+        number = reporting.paper.decimal
+        span = ""
+        if row["low"] is not None:
+            low, high = (max(0.0, min(1.0, row[end])) if share else row[end] for end in ("low", "high"))
+            span = f"95 %: {number(low, share)} to {number(high, share)}"
+        count = f"{row['n']} {row['unit']}{'s' * (row['n'] != 1)}"
+        before = f"  (anchor {number(anchor['mean'], True)} %)" if anchor and effect == "harm" else ""
+        yield f"  {name:<21}{number(row['mean'], share) + (' %' if share else ''):<9}{span:<24}{count}{before}"
+
+
+def _print_rest(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> None:
+    title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
+    keys, table = ("quantity", "paper", "here", "fraction"), reporting.paper.paper_table(results)
+    print_table((*keys[:3], "fraction of the way back"), ([row[key] for key in keys] for row in table), title=title)
+    demands = (
+        (claim["organism"], demand["level"], demand["name"], HOLDS[demand["holds"]], demand["figures"])
+        for claim in found
+        for demand in claim["demands"]
+    )
+    print_table(("organism", "level", "criterion", "holds", "figures"), demands, title="criteria of each claim level")
+    if lacking := results.get("missing"):
+        columns = ("organism", "control", "level", "what", "how")
+        print_table(columns, ([row[key] for key in columns] for row in lacking), title="missing, and how to make it")
+    for claim in found:
+        print_line(f"\n{claim['organism']}, claim level {claim['level']} of 5: {claim['sentence']}")
+    console.print()
