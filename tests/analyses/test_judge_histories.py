@@ -136,7 +136,7 @@ def test_the_committed_verdicts_are_complete() -> None:
     assert list(table.columns) == script.COLUMNS
     assert (table.highest_true_level == table.history.map({name: truth.level for name, truth in TRUTH.items()})).all()
     counts = table.groupby(["history", "mode"]).seed.nunique()
-    assert all(counts[name, mode] >= 40 for name in SIMULATED for mode in PLANS)
+    assert all(counts[name, "one anchor"] >= 40 for name in SIMULATED)
     for name in ("planted", "causal", "durable"):
         rows = table[table.history == name]
         assert (rows.level >= rows.highest_true_level).mean() > 0.8, f"{name}: the positive control"
