@@ -149,14 +149,15 @@ class Evidence:
 
     def each(self, role: str) -> Iterator[tuple[str, pd.DataFrame]]:
         """The arms of a role, each with its runs by seed."""
-        if self.arms is None:
-            return
         for name in {**ARMS, **self.names}[role]:
-            known = [
-                arm for arm in self.arms.arm.unique() if arm == name or (name.endswith("_") and arm.startswith(name))
-            ]
-            for arm in known:
-                yield str(arm), self.arms[self.arms.arm == arm].set_index("seed")
+            for arm, rows in self._by_arm.items():
+                if arm == name or (name.endswith("_") and arm.startswith(name)):
+                    yield arm, rows
+
+    @cached_property
+    def _by_arm(self) -> Mapping[str, pd.DataFrame]:
+        found = () if self.arms is None else self.arms.groupby("arm", sort=False)
+        return {str(arm): rows.set_index("seed") for arm, rows in found}
 
 
 @dataclass(frozen=True, eq=False)
