@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from gravlens.claims.criteria import DEMANDS
 from gravlens.claims.effects import effects
-from gravlens.claims.evidence import Case, Demand, Evidence, counted
+from gravlens.claims.evidence import FAR, Case, Demand, Evidence, counted
 from gravlens.claims.preregistration import ALPHA
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, of_kind
@@ -98,9 +99,20 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
     table = table.astype({"holds": "boolean"})
     sizes = effects(case)
     alone = {one.name: claim(one, alpha=case.alpha) for one in anchors} if len(anchors) > 1 else {}
-    said, remarks = f"{STATEMENTS[level]}: {_seen(case, sizes)}.", _remarks(case, level, next_caps, alone)
+    said, remarks = (
+        f"{STATEMENTS[level]}: {_seen(case, sizes)}.{_anchor_shared(case, level)}",
+        _remarks(case, level, next_caps, alone),
+    )
     named = next_caps[0].name if next_caps else ""
     return Claim(level, said, _setting(case), remarks, named, table, sizes, alone)
+
+
+def _anchor_shared(case: Case, level: int) -> str:
+    """What strangers of another basis leave open at level 3 and above."""
+    times = float(np.nanmax([np.nan_to_num(evidence.times_as_far) for evidence in case.anchors]))
+    if level < 3 or times <= FAR:
+        return ""
+    return f" The strangers are {times:.0f} times as far: that drift and v_rev share an anchor is not excluded."
 
 
 def _remarks(case: Case, level: int, caps: Sequence[Demand], alone: Mapping[str, Claim]) -> tuple[str, ...]:

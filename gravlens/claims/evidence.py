@@ -25,6 +25,9 @@ ARMS = {
 }
 # nulls of the levels themselves, or of statements that the levels test in another way
 DEMANDED = ("isotropic", "isotropic_independent", "weight_noise", "independent_endpoints", "sign_flips")
+# Strangers farther than this are of another basis, such as witnesses of other initialisations: they do not share the
+# anchor's surroundings, so that they say nothing of what a shared anchor explains. The claim says so.
+FAR = 2.0
 ARM_COLUMNS = ("arm", "seed", "compliance_rate", "fraction_final", "task_loss")
 
 
@@ -41,7 +44,9 @@ class Evidence:
         trajectory: the unblocked runs, all from this anchor, along v_rev.
         nulls: draws of `isotropic` and `weight_noise`; others are reported.
         strangers: name of a stranger -> the same runs along the direction from the anchor to that stranger: a witness
-            of another history.
+            of another history, or another checkpoint that is no ancestor.
+        over_prompts: `bootstrap_alignment(…).layer_mean` of the alignment: `run, step, estimate, low, high`, each run's
+            interval over prompts.
         closure: `closure(…)` of the gap between runs and unaligned twins, along v_rev.
         stranger_closures: name of a stranger -> the same with its twins, along its direction.
         damage: `measure_damage(…).layer_mean`: `damage, alignment, judged`.
@@ -59,6 +64,7 @@ class Evidence:
     trajectory: Trajectory
     nulls: Sequence[NullDraws] = ()
     strangers: Mapping[str, Trajectory] = field(default_factory=dict)
+    over_prompts: pd.DataFrame | None = None
     closure: ByLayer | None = None
     stranger_closures: Mapping[str, ByLayer] = field(default_factory=dict)
     damage: pd.DataFrame | None = None
@@ -121,10 +127,26 @@ class Evidence:
         """Alignment at the judged step, [run, layer]."""
         return trajectory.data["alignment"].sel(prompts=self.prompts, step=self.last).transpose("run", "layer")
 
-    def closed(self, closure: ByLayer) -> xarray.DataArray:
-        """Mean closure over runs at the judged step, [layer]."""
+    def distance(self, trajectory: Trajectory) -> xarray.DataArray:
+        """Distance of the anchor to the checkpoint that a trajectory's directions lead to, [layer]."""
+        data = trajectory.data.sel(prompts=self.prompts, step=self.last)
+        return (data["projection"] / data["fraction"]).mean("run")
+
+    def closed(self, closure: ByLayer, trajectory: Trajectory) -> xarray.DataArray:
+        """How much of the gap has closed, mean over runs at the judged step, [layer], in residual units.
+
+        Not as a share of the distance: the nearest witness would have the noisiest one.
+        """
         table = closure.table[closure.table.step == self.last]
-        return table.groupby("layer").closure.mean().to_xarray()
+        return table.groupby("layer").closure.mean().to_xarray() * self.distance(trajectory)
+
+    @cached_property
+    def times_as_far(self) -> float:
+        """How many times as far from the anchor as the witness the strangers are, layer mean; NaN without any."""
+        layers = list(self.trajectory.layers_in_mean)
+        own = float(self.distance(self.trajectory).sel(layer=layers).mean())
+        found = [float(self.distance(one).mean()) / own for one in self.strangers.values()]
+        return float(np.mean(found)) if found else float("nan")
 
     def departures(self, alpha: float) -> list[str]:
         """How the analysis departs from the preregistration, in words; "not preregistered" without one."""
