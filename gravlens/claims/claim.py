@@ -82,7 +82,7 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
         evidence: what was run, of one anchor or of several.
         alpha: the level of every test; default: the preregistered one, else .05.
     """
-    anchors = [evidence] if isinstance(evidence, Evidence) else list(evidence)
+    anchors = list(evidence) if isinstance(evidence, Sequence) else [evidence]
     if not anchors:
         raise GravlensError("No evidence was given.", "A claim is about one anchor at least.", "claim([Evidence(…)]).")
     for one in anchors:

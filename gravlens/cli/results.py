@@ -115,6 +115,7 @@ def report(
     try:
         page = reporting.page.write_report(results)
         read = reporting.page.read_results(results)
+        # inside the try: the screen shows fields that files of earlier versions lack
         if json:
             print_json({"page": str(page), "claims": read.get("claims") or []})
         else:

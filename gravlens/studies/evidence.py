@@ -348,6 +348,7 @@ def _judge(
     layers = unblocked.layers_in_mean
     nulls, behavior, damage = nulls_of(study, unblocked), _behavior(study), damage_of(study, layers)
     around = strangers_of(study, others)
+    # the same runs, and only the direction is another: what the anchor brings in is in both
     strangers = {key: study.follow(study.unblocked, vs) for key, vs in around.directions.items()}
     arms, twin, closed = _arms(study, follows, behavior), _twins(study), None
     if twin is not None:
