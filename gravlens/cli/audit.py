@@ -70,7 +70,10 @@ PREREGISTER = Annotated[
 PREREGISTRATION = Annotated[
     Path | None, opt.place("FILE", "Preregistration that the audit is held against, as written by --preregister.")
 ]
-WORKERS = Annotated[int, opt.number("Parallel processes; 0: one per core.")]
+WORKERS = Annotated[int, opt.number("Parallel processes; 0: as many as there are cores for their threads.")]
+THREADS = Annotated[
+    int, opt.number("Threads per process; 0: one, or all cores for a model above 50 M parameters. 1 on busy cores.")
+]
 
 
 @commands.command(**opt.described(PANEL, "gravlens audit SEQUENCE.toml --out results"))
@@ -96,6 +99,7 @@ def audit(
     preregister: PREREGISTER = None,
     preregistration: PREREGISTRATION = None,
     workers: WORKERS = 0,
+    threads: THREADS = 0,
     json: opt.JSON = False,
 ) -> None:
     """Judge your own history: what may be claimed about it, and which controls are missing for more.
@@ -111,6 +115,7 @@ def audit(
     options: dict[str, Any] = {
         **{"data": data, "alignment_data": alignment_data, "harmless": harmless, "train": tuple(make)},
         **{"layers": tuple(layer) or (fixed.layers if fixed else ()), "runs": runs, "directions": directions},
+        "threads": threads,
         **{"measures": _measures(openings, compliances), "same_recipe": learning_rate is not None},
         "recipe": training.finetune.Recipe(steps, batch, learning_rate or 2e-5, 0.0, lora=lora or None),
         **(QUICK if quick else {}),

@@ -59,7 +59,7 @@ def carry_out(
                 partial(make_checkpoint, study, name) for study, names in zip(made, wave, strict=True) for name in names
             ]
             run_all("checkpoints", jobs)
-        run_all("history", [partial(measure_history, study) for study in made])
+        run_all("witness and anchor", [partial(measure_history, study) for study in made])
         for study in made:
             preregister(study)
         runs = [(study, arm) for study in made for arm in (study.organism.arms if arms is None else arms)]
