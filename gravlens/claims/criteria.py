@@ -282,8 +282,10 @@ def _cost(case: Case) -> Demand:
     differences = []
     for evidence, arms, (clamp, _) in zip(case.anchors, weaker, pairs, strict=True):
         base = dict(evidence.each("unblocked"))
-        table = pd.concat([rows.reset_index() for rows in (*base.values(), *arms.values(), clamp)])
-        found = at_equal_task_loss(table, reference=[*base, *arms], by=("seed",))
+        # of the seeds that have a frontier: lower rates may have been run on one alone
+        seeds = set(clamp.index).intersection(*(rows.index for rows in arms.values()))
+        every = [rows[rows.index.isin(seeds)].reset_index() for rows in (*base.values(), *arms.values(), clamp)]
+        found = at_equal_task_loss(pd.concat(every), reference=[*base, *arms], by=("seed",))
         differences.append(-found.difference)  # NaN beyond the frontier's ends, and then not held
     harm = np.mean([one.mean() for one in differences])
     figures = f"task loss {ratio - 1:+.1%}; harm {-harm:+.1%} against the frontier there"

@@ -263,7 +263,12 @@ def check_comparable(directions: Directions, sets: Sequence[Residuals]) -> None:
     if len(located | states) > 1:
         given = f"Geometry of the directions: {', '.join(sorted(located))}; of the states: {', '.join(sorted(states))}."
         raise GravlensError(given, "Both must be in one geometry.", "geometry.apply(residuals) with the directions'.")
-    read = [_read_as(facts) for facts in (*(d.made_from for d in directions), *(r.meta for r in sets))]
+    own = {direction.prompts for direction in directions}
+    read = [_read_as(direction.made_from) for direction in directions]
+    for one in sets:
+        # the same token ids are the same states, whichever template wrote them
+        alike = {"positions"} if one.prompts in own else set(one.meta)
+        read.append(_read_as({fact: value for fact, value in one.meta.items() if fact in alike}))
     for fact, remedy in READ_ALIKE.items():
         if len(apart := dict.fromkeys(one[fact] for one in read if fact in one)) > 1:
             given = f"Directions and states were read with different {fact.replace('_', ' ')}: {', '.join(apart)}."

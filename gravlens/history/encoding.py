@@ -194,6 +194,10 @@ def _frozen(template: str, today: Any) -> str:
     return text
 
 
+# tokenizer -> kind of conversation -> its template, the arguments, and whether turns have parts
+_TRIED: "WeakKeyDictionary[Any, dict[Any, tuple[str, Mapping[str, Any], bool]]]" = WeakKeyDictionary()
+
+
 @dataclass(frozen=True, eq=False)
 class _Chat:
     """A tokenizer's chat template with its arguments."""
@@ -206,6 +210,16 @@ class _Chat:
     @classmethod
     def of(cls, tokenizer: Any, turns: Sequence[Turn] = USER) -> "_Chat":
         """Raise unless the template writes each turn of a conversation of these roles."""
+        # A trial of each kind of conversation is enough: with one of every example encoding took twice as long.
+        asked = (repr((tokenizer.chat_template, getattr(tokenizer, KWARGS, {}))), _roles(turns))
+        tried = _TRIED.setdefault(tokenizer, {})
+        if asked not in tried:
+            chat = cls._tried(tokenizer, turns)
+            tried[asked] = (chat.template, chat.kwargs, chat.parts)
+        return cls(tokenizer, *tried[asked])
+
+    @classmethod
+    def _tried(cls, tokenizer: Any, turns: Sequence[Turn]) -> "_Chat":
         kwargs = template_kwargs(tokenizer)
         template = _frozen(_template_of(tokenizer), kwargs.pop(CLOCK, FROZEN))
         given = {key: value for key, value in kwargs.items() if key != "chat_template"}

@@ -199,7 +199,7 @@ def random_arms(
         kind: a key of `BLOCKERS`.
     """
     made = {n: blocker(kind, "matched_twin", draw=(*draw, n)) for n in range(1, directions + 1)}
-    return tuple(Arm(f"{kind}_random_{n}", seeds, data, blocker=make) for n, make in made.items())
+    return tuple(Arm(f"{kind}_random_{n}", seeds, data, blocker=make, brief=True) for n, make in made.items())
 
 
 def released_arm(seeds: tuple[int, ...], data: str) -> Arm:

@@ -112,6 +112,7 @@ class Arm:
         rate: learning rate as a ratio to the recipe's.
         more_steps: steps at which states are read in addition to the organism's.
         keep: whether the weights of the checkpoints are kept.
+        brief: measure the last step only, and no divergences.
         recorded: seed -> checkpoints by step of a run that exists. It is measured, not trained; its weights stay where
             they are.
         labels: seed -> the run's name in tables; default: the arm's name and the seed.
@@ -127,6 +128,7 @@ class Arm:
     rate: float = 1.0
     more_steps: tuple[int, ...] = ()
     keep: bool = False
+    brief: bool = False
     recorded: Mapping[int, tuple[Checkpoint, ...]] = field(default_factory=dict, hash=False)
     labels: Mapping[int, str] = field(default_factory=dict, hash=False)
     directions: Path | None = None

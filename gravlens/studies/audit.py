@@ -141,6 +141,7 @@ def summarise(findings: Findings, organism: Organism) -> dict[str, Any]:
         "history": {name: _spreads(history, "run", name, JUDGED) for name in ("witness", "anchor")},
         "claims": _claims(findings),
         "effects": _records(findings.effects, ("organism", "effect", "mean", "low", "high", "n", "unit")),
+        "revised": {name: spread(rows.value, rows.organism) for name, rows in findings.revised.groupby("quantity")},
         "interval": _interval(findings.intervals_layer_mean),
         "damage": _records(findings.damage_layer_mean, DAMAGE),
     }

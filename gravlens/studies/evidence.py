@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from gravlens.activations.residuals import Residuals, substitute
 from gravlens.claims.claim import claim
@@ -14,7 +15,15 @@ from gravlens.claims.evidence import Evidence
 from gravlens.claims.preregistration import Preregistration
 from gravlens.directions.direction import TOP, Directions, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
-from gravlens.directions.trajectory import ByLayer, Trajectory, drift_per_prompt, follow, rows_on
+from gravlens.directions.trajectory import (
+    ByLayer,
+    Trajectory,
+    drift_per_prompt,
+    follow,
+    mean_state,
+    measure_drift,
+    rows_on,
+)
 from gravlens.directions.vrev import locate_vrev
 from gravlens.organisms.base import STRANGER, UNBLOCKED, Arm
 from gravlens.stats.bootstrap import bootstrap_alignment
@@ -210,6 +219,42 @@ def strangers_of(study: Study, others: Mapping[str, Study]) -> Strangers:
     return Strangers(directions, {name: one for name, one in found.items() if one is not None})
 
 
+# --- the revised abstract -------------------------------------------------------------------------------------------
+OWN_DATA = ("unaligned_twin", "continued_alignment")  # arms of another start, or of another kind of data
+OPPOSED = ("penalty", "unblocked", "reinforce")  # block < baseline < push
+
+
+def revised_claims(study: Study, arms: pd.DataFrame) -> pd.DataFrame:
+    """Return one number for each claim of the paper's revised abstract that arms can bear on (docs/paper.md).
+
+    `spearman_alignment_harm` and `spearman_fraction_harm` over the runs of all arms at their last step;
+    `ordered_alignment` and `ordered_harm` (1: penalty < unblocked < push, on the arms' means); `rehearsal_cosine`, of
+    what rehearsing refusals adds to the drift of the same seed with v_rev, mean over layers; `rehearsal_cut`, the share
+    of the unblocked fraction that it cuts. What was not run has no row.
+    """
+    found: dict[str, float] = {}
+    ours = arms[~arms.arm.isin(OWN_DATA)].dropna(subset="compliance_rate")
+    if ours.arm.nunique() > 1:
+        for measure in ("alignment", "fraction"):
+            pair = ours[f"{measure}_final"], ours.compliance_rate
+            found[f"spearman_{measure}_harm"] = float(stats.spearmanr(*pair).statistic)
+    means = arms.groupby("arm")[["alignment_final", "compliance_rate"]].mean()
+    if set(OPPOSED) <= set(means.index):
+        for name, column in {"alignment": "alignment_final", "harm": "compliance_rate"}.items():
+            block, base, push = means.loc[list(OPPOSED), column]
+            found[f"ordered_{name}"] = float(block < base < push)
+    if (rehearsal := _twins(study, "rehearsal")) is not None:
+        seed, last = rehearsal.seeds[0], study.organism.save_steps[-1]
+        states = [study.run_states(replace(arm, seeds=(seed,)), "held_out") for arm in (rehearsal, study.unblocked)]
+        layers = study.vs.at(study.organism.layers_in_mean).defined().layers
+        names = (f"{arm.label(seed)}/{last}" for arm in (rehearsal, study.unblocked))
+        added, base = (mean_state(one, name, layers) for one, name in zip(states, names, strict=True))
+        found["rehearsal_cosine"] = float(measure_drift(added - base, study.vs.at(layers))["alignment"].mean())
+        cut = arms[arms.seed == seed].set_index("arm").fraction_final
+        found["rehearsal_cut"] = float(1 - cut["rehearsal"] / cut[UNBLOCKED])
+    return pd.DataFrame({"quantity": list(found), "value": list(found.values())})
+
+
 @dataclass(frozen=True, eq=False)
 class Findings:
     """Tidy tables of one organism, or of several after `concat`; each has a column `organism`.
@@ -226,6 +271,7 @@ class Findings:
         demands: what each claim level demands: `level, name, holds` (<NA>: not run), `figures`.
         verdicts: `level, statement, setting, sentence, capped_by`; with several anchors the first is of all `together`.
         effects: sizes with intervals: `effect, mean, low, high, n, unit`.
+        revised: `quantity, value` of `revised_claims`.
         controls: `control, run, alignment_final, fraction_final, closure_final` on held-out prompts, layer mean.
         arms: `arm, run`, the final measures, `seconds_per_step, blocker_norm`.
         behavior: `arm, run, step` and every behaviour measure (`arm` is `history` for witness and anchor).
@@ -242,6 +288,7 @@ class Findings:
     demands: pd.DataFrame
     verdicts: pd.DataFrame
     effects: pd.DataFrame
+    revised: pd.DataFrame
     trajectory_layer_mean: pd.DataFrame
     nulls_layer_mean: pd.DataFrame
     damage_layer_mean: pd.DataFrame
@@ -323,6 +370,7 @@ def _judge(
         "controls": controls.merge(_final_closures(study, closed), on=["control", "run"], how="left"),
         "arms": arms,
         "behavior": behavior,
+        "revised": revised_claims(study, arms),
     }
 
 

@@ -125,7 +125,7 @@ def run_arm(study: Study, arm: Arm, seed: int) -> Path:
     def make(folder: Path) -> None:
         run = None if seed in arm.recorded else _train(study, arm, seed, start, folder)
         found = run.checkpoints if run else study.recorded(arm, seed)
-        behavior, norms = _measure_run(study, arm.named(seed, found), start, folder)
+        behavior, norms = _measure_run(study, arm.named(seed, found), start, folder, divergence=not arm.brief)
         seconds = run.seconds_per_step if run else None
         facts = {"seconds_per_step": seconds, "behavior": behavior, "update_norms": norms}
         if run:
@@ -145,7 +145,7 @@ def _train(study: Study, arm: Arm, seed: int, start: Checkpoint, folder: Path) -
         organism.examples(arm.data, seed, study.home),
         out=folder,
         recipe=replace(organism.recipe, learning_rate=arm.rate * organism.recipe.learning_rate),
-        save_steps=sorted({*organism.save_steps, *arm.more_steps}),
+        save_steps=sorted({*organism.save_steps[-1 if arm.brief else 0 :], *arm.more_steps}),
         blocker=blocker_of(study, arm, seed),
         seed=seed,
     )
@@ -253,7 +253,7 @@ class Readings:
 
 
 def _measure_run(
-    study: Study, checkpoints: Sequence[Checkpoint], start: Checkpoint, folder: Path
+    study: Study, checkpoints: Sequence[Checkpoint], start: Checkpoint, folder: Path, *, divergence: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     # Two models are loaded in all: `open_each` copies each checkpoint's weights into the same one (8 loads before).
     behavior: dict[str, Any] = {}
@@ -267,7 +267,7 @@ def _measure_run(
         readings.read(checkpoint, model, positions=checkpoint is last)
         if checkpoint.step in study.organism.behavior_steps:
             behavior[str(checkpoint.step)] = measure_behavior(model, study)
-            if checkpoint is last:  # the weights of `before` are overwritten here, and no longer needed
+            if divergence and checkpoint is last:  # the weights of `before` are overwritten here, and no longer needed
                 behavior[str(checkpoint.step)] |= measure_divergence(model, references, study)
     readings.save(folder)
     return behavior, norms

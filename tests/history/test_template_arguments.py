@@ -21,6 +21,7 @@ from gravlens.behavior.answers import generate_answers
 from gravlens.behavior.scores import refusal_log_odds, task_loss
 from gravlens.blockers.anchoring import AnchorKL
 from gravlens.cli import app
+from gravlens.core.errors import GravlensError
 from gravlens.core.files import read_tensors, write_tensors
 from gravlens.directions.direction import Direction
 from gravlens.directions.trajectory import follow
@@ -125,14 +126,20 @@ def test_results_hold_them_and_know_their_prompts_by_their_tokens(tmp_path: Path
     by_hand = [*map(PLAIN.decode, encode(QUIETER, PROBES))]
     plain = cache_residuals(replace(seq, chat_template="none", chat_template_kwargs={}), by_hand)
     assert plain.prompts == found.prompts and np.array_equal(plain.values, found.values)
-    assert set(follow(plain, vs).table.prompts) == {"given"} and set(follow(thinking, vs).table.prompts) == {"held_out"}
+    assert set(follow(plain, vs).table.prompts) == {"given"}, "the same tokens, whichever template wrote them"
+    with pytest.raises(GravlensError, match="different chat template kwargs"):
+        follow(thinking, vs)
 
 
 @pytest.mark.parametrize("kwargs", [QUIET, {}])
 def test_a_sequences_own_prompts_are_given_under_its_own_arguments_only(tmp_path: Path, kwargs: Any) -> None:
     seq = history(tmp_path, held_out=["there", "here it is"])
-    rows = follow(replace(seq, chat_template_kwargs=kwargs), locate_vrev(seq)).table
-    assert set(rows.prompts) == ({"given", "held_out"} if kwargs else {"held_out"})
+    other = replace(seq, chat_template_kwargs=kwargs)
+    if not kwargs:
+        with pytest.raises(GravlensError, match="different chat template kwargs"):
+            follow(other, locate_vrev(seq))
+        return
+    assert set(follow(other, locate_vrev(seq)).table.prompts) == {"given", "held_out"}
 
 
 def test_a_store_keeps_both_apart(tmp_path: Path) -> None:
