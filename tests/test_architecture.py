@@ -20,10 +20,10 @@ SUBPACKAGES = (
     "claims reporting studies cli"
 ).split()
 FILES, FILE_LINES, BODY_LINES, BODY_P90, PARAMETERS = 9, 600, 45, 20, 7
-FLOORS, FOLDER_FLOORS, CODE_PER_COMMENT, TOP_NAMES = 17, 11, 15, 40
+FLOORS, FOLDER_FLOORS, CODE_PER_COMMENT, TOP_NAMES = 18, 11, 15, 40
 # Where it stands: the goals are 3.5 imports and 17,000 lines. A raise is written down with its reason in
 # docs/architecture.md.
-IMPORTS, LINES = 4.7, 20_600
+IMPORTS, LINES = 4.75, 23_250
 # file:function -> why it may have more parameters
 MORE_PARAMETERS = {
     "gravlens/activations/residuals.py:cache_residuals": "what is read, where, how, and by whom",
@@ -58,7 +58,7 @@ def test_imports_go_downward(module: str) -> None:
 def test_an_upward_import_would_be_seen() -> None:
     """The resolution of names, on which the rule above stands: files, faces, and names of a face."""
     assert structure.module_of("gravlens.core.errors.GravlensError") == "gravlens.core.errors"
-    assert structure.module_of("gravlens.studies.reproduce") == "gravlens.studies.reproduce"
+    assert structure.module_of("gravlens.studies.audit") == "gravlens.studies.audit"
     assert structure.module_of("gravlens.locate_vrev") == "gravlens.directions.vrev"
     assert structure.module_of("gravlens.nulls.isotropic") == "gravlens.stats.nulls"
     assert structure.subpackage("gravlens.cli.options") == "cli"

@@ -115,12 +115,13 @@ def report(
     try:
         page = reporting.page.write_report(results)
         read = reporting.page.read_results(results)
+        if json:
+            print_json({"page": str(page), "claims": read.get("claims") or []})
+        else:
+            print_verdict(read)
     except (KeyError, TypeError, AttributeError) as error:
         given = f"{results / 'results.json'} has a missing or invalid entry ({type(error).__name__}: {error})."
         wanted = "A file written by this version of gravlens reproduce is expected."
         raise GravlensError(given, wanted, f"gravlens reproduce --out {results}, which writes it again.") from error
-    if json:
-        print_json({"page": str(page), "claims": read.get("claims") or []})
-        return
-    print_verdict(read)
-    print_line(f"written to {page}")
+    if not json:
+        print_line(f"written to {page}")

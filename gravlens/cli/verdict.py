@@ -1,5 +1,6 @@
 """A verdict on the terminal: the first screen of 80 columns and 24 lines, and the rest on request."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -32,22 +33,26 @@ def print_verdict(results: Mapping[str, Any], *, full: bool = False) -> None:
     for line in effect_lines(results):
         print_line(line)
     if lacking := results.get("missing"):
-        names = dict.fromkeys(f"{row['control']} (level {row['level']})" for row in lacking)
-        print_line(f"missing: {', '.join(names)}"[: WIDTH - 8] + ("" if full else "; --full"))
+        # no-break spaces: a name is told with its level, or not at all
+        names = dict.fromkeys(
+            f"{row['control']}\N{NO-BREAK SPACE}(level\N{NO-BREAK SPACE}{row['level']})" for row in lacking
+        )
+        line, *more = textwrap.wrap(f"missing: {', '.join(names)}", WIDTH - 10)
+        line = line.replace("\N{NO-BREAK SPACE}", " ") + " …" * bool(more)
+        print_line(line + ("" if full else "; --full"))
     if full:
         _print_rest(results, [first, *others] if first else [])
 
 
 def ladder(claim: Mapping[str, Any]) -> Iterator[str]:
-    """One line a level: whether its demands hold, and the first that does not."""
+    """One line a level: whether its demands hold, and the first that does not, failed ones first."""
     names = claims.claim.LEVELS
     for level, group in groupby(claim["demands"], key=lambda demand: demand["level"]):
         demands = list(group)
-        failed = [demand for demand in demands if not demand["holds"]]
-        word = (
-            "yes" if not failed else HOLDS[min((demand["holds"] for demand in failed), key=lambda holds: holds is None)]
-        )
-        why = "" if not failed else f"{failed[0]['name']}" + (f" (+{len(failed) - 1})" if len(failed) > 1 else "")
+        # one that failed before those that were not run: they may still be made
+        caps = sorted((one for one in demands if not one["holds"]), key=lambda one: one["holds"] is None)
+        word = HOLDS[caps[0]["holds"]] if caps else "yes"
+        why = "" if not caps else caps[0]["name"] + (f" (+{len(caps) - 1})" if len(caps) > 1 else "")
         mark = ">" if level == claim["level"] else " "
         yield f"{mark}{level} {names[level]:<25}{word:<8}{why}"[:WIDTH]
 
@@ -60,7 +65,7 @@ def effect_lines(results: Mapping[str, Any]) -> Iterator[str]:
     for effect, (name, share) in ROWS.items():
         row = found.get(effect)
         if row is None or row["mean"] is None:
-            yield f"  {name:<21}not run"
+            yield f"  {name:<20}not run"
             continue
         number = reporting.paper.decimal
         span = ""
@@ -69,7 +74,7 @@ def effect_lines(results: Mapping[str, Any]) -> Iterator[str]:
             span = f"95 %: {number(low, share)} to {number(high, share)}"
         count = f"{row['n']} {row['unit']}{'s' * (row['n'] != 1)}"
         before = f"  (anchor {number(anchor['mean'], True)} %)" if anchor and effect == "harm" else ""
-        yield f"  {name:<21}{number(row['mean'], share) + (' %' if share else ''):<9}{span:<24}{count}{before}"
+        yield f"  {name:<20}{number(row['mean'], share) + (' %' if share else ''):<8}{span:<23}{count}{before}"
 
 
 def _print_rest(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> None:

@@ -61,7 +61,8 @@ def audit(
 
     Args:
         histories: a history or its SEQUENCE.toml, several of them, or name -> organism, which is made first.
-        out: results folder: `results.json`, CSVs, `figures/`, `report.html`, and a `SEQUENCE.toml` per history.
+        out: results folder: `results.json`, CSVs, `figures/`, `report.html`, and a `SEQUENCE.toml` per
+            organism.
         cache: folder of checkpoints and measurements; default: GRAVLENS_CACHE.
         workers: number of processes (default: as many as the organisms' threads allow).
         preregistration: what was fixed before the runs, or its file (docs/power.md). Without it layers and step of
@@ -82,7 +83,8 @@ def audit(
     out.mkdir(parents=True, exist_ok=True)
     for name, table in vars(findings).items():
         write_table(out / f"{name}.csv", table)
-    for name, study in studies.items():
+    made = {name: study for name, study in studies.items() if not isinstance(study.organism, RecordedHistory)}
+    for name, study in made.items():  # of a recorded history its user has the file
         _write_sequence(study, out / f"{name if len(studies) > 1 else 'SEQUENCE'}.toml")
     draw_figures(findings, out / "figures")
     write_json(out / "results.json", results)

@@ -1,7 +1,7 @@
 """Judge measured histories: follow their runs, test them against every null and control, and make the claim."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,22 +160,30 @@ def controls_of(study: Study, follows: Mapping[str, Trajectory], strangers: Mapp
     return table.rename(columns={"alignment": "alignment_final", "fraction": "fraction_final"})[CONTROL_COLUMNS]
 
 
-def closures_of(study: Study, twins: Residuals, arm: Arm, vs: Directions) -> ByLayer | None:
-    """Return `closure` of the unblocked runs with the runs of `arm`, paired in order; None where no steps agree.
+def closures_of(study: Study, twins: Residuals, vs: Directions, *, pairs: Sequence[tuple[str, str]]) -> ByLayer | None:
+    """Return `closure` of the unblocked runs; None where no pair has the same steps.
 
     Args:
         study: the study of the runs.
-        twins: states with `witness` and the runs of `arm`, which start there, on the held-out prompts.
-        arm: the unaligned twins, of this witness or of a stranger.
+        twins: states with `witness` and the unaligned twins, which start there, on the held-out prompts.
         vs: from this anchor to that witness.
+        pairs: (run, twin) names.
     """
     runs = study.run_states(study.unblocked, "held_out")
-    pairs = [
-        (study.unblocked.label(own), arm.label(other))
-        for own, other in zip(study.unblocked.seeds, arm.seeds, strict=False)
-    ]
     shared = [pair for pair in pairs if runs.runs.get(pair[0]) == twins.runs.get(pair[1])]
     return closure(runs, twins, vs, pairs=shared, layers=vs.layers) if shared else None
+
+
+def _by_seed(study: Study, arm: Arm) -> list[tuple[str, str]]:
+    """Return the runs and the study's own twins of the same seed, which have the same data: not every run has one."""
+    own = study.unblocked
+    return [(own.label(seed), arm.label(seed)) for seed in own.seeds if seed in arm.seeds]
+
+
+def _in_order(study: Study, arm: Arm) -> list[tuple[str, str]]:
+    """Return the runs and another history's twins, whose seeds say nothing about this one's."""
+    own = study.unblocked
+    return [(own.label(seed), arm.label(other)) for seed, other in zip(own.seeds, arm.seeds, strict=False)]
 
 
 def _twins(study: Study, name: str = "unaligned_twin") -> Arm | None:
@@ -201,11 +209,11 @@ def strangers_of(study: Study, others: Mapping[str, Study]) -> Strangers:
     measured, layers = study.states("measured", "probes"), study.organism.layers_in_mean
     directions = {name: locate_vrev(substitute(measured, witness=name)) for name in study.strangers}
     # of each stranger: states with it as the witness, and its twins, which are compared as states, not as drifts
-    twins: dict[str, tuple[Residuals, Arm]] = {}
+    twins: dict[str, tuple[Residuals, list[tuple[str, str]]]] = {}
     for name in study.strangers:
         if (arm := _twins(study, f"stranger_twin_{name.removeprefix(STRANGER)}")) is not None:
             states = study.run_states(arm, "held_out", own_start=False)
-            twins[name] = substitute(states, witness=name), arm
+            twins[name] = substitute(states, witness=name), _by_seed(study, arm)
     for name, other in others.items():
         theirs = other.states("measured", "probes")
         if theirs.prompts != measured.prompts or theirs.values.shape[2:] != measured.values.shape[2:]:
@@ -214,8 +222,11 @@ def strangers_of(study: Study, others: Mapping[str, Study]) -> Strangers:
         with_witness = replace(measured, values=values, checkpoints=(*measured.checkpoints, name))
         directions[name] = locate_vrev(substitute(with_witness, witness=name))
         if (arm := _twins(other)) is not None:
-            twins[name] = other.run_states(arm, "held_out", own_start=False), arm
-    found = {name: closures_of(study, *pair, directions[name].at(layers)) for name, pair in twins.items()}
+            twins[name] = other.run_states(arm, "held_out", own_start=False), _in_order(study, arm)
+    found = {
+        name: closures_of(study, states, directions[name].at(layers), pairs=pairs)
+        for name, (states, pairs) in twins.items()
+    }
     return Strangers(directions, {name: one for name, one in found.items() if one is not None})
 
 
@@ -340,7 +351,8 @@ def _judge(
     strangers = {key: study.follow(study.unblocked, vs) for key, vs in around.directions.items()}
     arms, twin, closed = _arms(study, follows, behavior), _twins(study), None
     if twin is not None:
-        closed = closures_of(study, study.run_states(twin, "held_out", own_start=False), twin, study.vs.at(layers))
+        states = study.run_states(twin, "held_out", own_start=False)
+        closed = closures_of(study, states, study.vs.at(layers), pairs=_by_seed(study, twin))
     anchor = behavior[(behavior.arm == "history") & (behavior.run == "anchor")].iloc[0]
     found = Evidence(
         trajectory=unblocked,
@@ -380,11 +392,11 @@ def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     table = closed.layer_mean
     last = table[table.step == table.step.max()]
-    named = {
-        study.unblocked.label(own): twin.label(other)
-        for own, other in zip(study.unblocked.seeds, twin.seeds, strict=False)
+    facts = {
+        "control": "unaligned_twin",
+        "run": last.run.map(dict(_by_seed(study, twin))),
+        "closure_final": last.closure,
     }
-    facts = {"control": "unaligned_twin", "run": last.run.map(named), "closure_final": last.closure}
     return pd.DataFrame(facts, columns=columns)
 
 

@@ -28,7 +28,7 @@ from gravlens.training.finetune import Recipe
 
 COMMANDS = {
     "reproduce": (
-        "--setting --quick --organisms --runs --out --model --harmful --harmless --workers --threads --json"
+        "--setting --quick --organisms --runs --out --model --harmful --harmless --workers --threads --full --json"
     ).split(),
     "fetch": ["smollm2", "prompts", "--json"],
     "report": ["--json"],
@@ -242,10 +242,11 @@ def test_trajectory_averages_runs_on_request_and_only_where_their_steps_agree(hi
 
 
 def test_report_writes_the_page_again_and_tells_the_claim(tmp_path: Path) -> None:
-    claim = {"organism": "mine", "level": 2, "sentence": "It is [so].", "capped_by": "closure", "demands": []}
+    claim = {"organism": "mine", "level": 2, "statement": "It is [so].", "setting": "α = .05.", "capped_by": "closure"}
+    claim |= {"sentence": "It is [so]. α = .05.", "demands": []}
     (tmp_path / "results.json").write_text(json.dumps({"claims": [claim]}))
     result = gravlens("report", tmp_path)
-    assert result.exit_code == 0 and "mine, claim level 2 of 5: It is [so]." in result.output
+    assert result.exit_code == 0 and "Level 2 of 5. It is [so]." in result.output
     assert "It is [so]." in (tmp_path / "report.html").read_text()
 
 
@@ -261,13 +262,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `reproduce` was asked for; nothing is computed."""
     seen: dict[str, Any] = {}
 
-    def listen(settings: Any, out: Path, *, cache: Path, workers: int | None) -> dict[str, Any]:
-        seen.update(settings=settings, out=out, cache=cache, workers=workers)
+    def listen(settings: Any, out: Path, *, workers: int | None) -> dict[str, Any]:
+        seen.update(settings=settings, out=out, workers=workers)
         demands = [
             {"level": 3, "name": f"it {word}", "holds": holds, "figures": "1 → 2"}
             for word, holds in {"rises": True, "falls": False, "rests": None}.items()
         ]
-        claims = [{"organism": "organism4", "level": 3, "sentence": "A [sentence] of it.", "demands": demands}]
+        said = {"statement": "A [statement] of it.", "setting": "α = .05.", "sentence": "A [statement] of it. α = .05."}
+        claims = [{"organism": "organism4", "level": 3, **said, "demands": demands}]
         return {"setting": "refusal", "n_anchors": len(settings), "claims": claims}
 
     monkeypatch.setattr(import_module("gravlens.studies.audit"), "audit", listen)
@@ -280,10 +282,12 @@ def ask(seen: dict[str, Any], *arguments: str | Path) -> dict[str, Any]:
     return seen
 
 
-def test_the_default_is_one_reported_organism(asked: dict[str, Any], tmp_path: Path) -> None:
+def test_the_default_is_six_reported_organisms_and_quick_two(asked: dict[str, Any]) -> None:
+    six, two = range(FIRST_REPORTED, FIRST_REPORTED + 6), range(FIRST_REPORTED, FIRST_REPORTED + 2)
     found = ask(asked)
-    assert found["settings"] == {f"organism{FIRST_REPORTED}": RefusalOrganism(organism=FIRST_REPORTED, runs=6)}
-    assert (found["out"], found["cache"], found["workers"]) == (Path("results"), tmp_path / "cache", None)
+    assert found["settings"] == {f"organism{seed}": RefusalOrganism(organism=seed) for seed in six}
+    assert (found["out"], found["workers"]) == (Path("results"), None)
+    assert list(ask(asked, "--quick")["settings"]) == [f"organism{seed}" for seed in two]
 
 
 def test_the_options_of_the_organism(asked: dict[str, Any], tmp_path: Path) -> None:
@@ -336,7 +340,8 @@ def test_fetched_weights_and_prompts_are_the_default(
 
 
 def test_results_are_printed_with_every_verdict(asked: dict[str, Any], tmp_path: Path) -> None:
-    shown = gravlens("reproduce", "--out", tmp_path / "[x]").stdout
+    assert "0.429 ± 0.052" not in gravlens("reproduce", "--out", tmp_path / "[x]").stdout
+    shown = gravlens("reproduce", "--full", "--out", tmp_path / "[x]").stdout
     assert "0.429 ± 0.052" in shown and "not run" in shown
     rows = {word: re.search(rf"it {word}.*", shown) for word in ("rises", "falls", "rests")}
     assert all(rows.values()), shown

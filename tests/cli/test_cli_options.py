@@ -381,7 +381,7 @@ def test_plan_refuses_half_a_machine_and_odd_positions(history: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "module", "name"),
     [
-        (["reproduce"], "gravlens.studies.reproduce", "reproduce"),
+        (["reproduce"], "gravlens.studies.audit", "audit"),
         (["fetch", "smollm2"], "gravlens.organisms.fetch", "fetch_smollm2"),
         (["report"], "gravlens.reporting.page", "write_report"),
         (["inspect", "S.toml"], "gravlens.studies.inspection", "inspect_sequence"),
@@ -500,7 +500,8 @@ def test_json_and_exit_codes_of_a_store(history: Path, tmp_path: Path) -> None:
 
 
 def test_json_of_results_and_of_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    claim = {"organism": "mine", "level": 2, "sentence": "So.", "capped_by": "closure", "demands": []}
+    claim = {"organism": "mine", "level": 2, "statement": "So.", "setting": "α.", "capped_by": "closure", "demands": []}
+    claim |= {"sentence": "So. α."}
     (tmp_path / "results.json").write_text(json.dumps({"claims": [claim]}))
     assert parsed(gravlens("report", tmp_path, "--json")) == {
         "page": str(tmp_path / "report.html"),

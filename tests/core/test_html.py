@@ -63,7 +63,7 @@ def dose_response(name: str) -> DoseResponse:
 
 def claimed(name: str) -> Claim:
     rows = [{"level": 1, "name": name, "holds": pd.NA, "figures": name}]
-    return Claim(0, name, name, pd.DataFrame(rows).astype({"holds": "boolean"}))
+    return Claim(0, name, name, (name,), name, pd.DataFrame(rows).astype({"holds": "boolean"}), pd.DataFrame())
 
 
 def forecast(name: str) -> Forecast:
@@ -167,7 +167,11 @@ def test_figures_stand_in_their_rows() -> None:
 
 def test_a_demand_that_was_not_run_is_called_so() -> None:
     table = pd.DataFrame({"name": list("abc"), "holds": [True, False, pd.NA]}).astype({"holds": "boolean"})
-    assert [row[1] for row in cells(Claim(0, "", "b", table)._repr_html_())] == ["yes", "no", "not run"]
+    assert [row[1] for row in cells(Claim(0, "", "", (), "b", table, pd.DataFrame())._repr_html_())] == [
+        "yes",
+        "no",
+        "not run",
+    ]
 
 
 @pytest.mark.parametrize(

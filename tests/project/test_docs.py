@@ -13,7 +13,7 @@ from test_architecture import SUBPACKAGES
 
 from gravlens.history import sequence as sequences
 from gravlens.history.sequence import ModelSequence
-from gravlens.studies import evidence, reproduce
+from gravlens.studies import audit, evidence
 from gravlens.studies.experiment import measure_behavior
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,7 +155,7 @@ def keys(source: str) -> set[str]:
 
 def test_every_field_and_column_of_a_results_folder_is_documented() -> None:
     tables = inspect.getsource(evidence).partition("class Findings")[2]  # what precedes it draws nulls and controls
-    sources = [inspect.getsource(reproduce), f"class Findings{tables}", inspect.getsource(measure_behavior)]
+    sources = [inspect.getsource(audit), f"class Findings{tables}", inspect.getsource(measure_behavior)]
     wanted = set().union(*map(keys, sources)) - {"answers", "refusals", "compliances"}  # not written; keywords
     assert {"schema_version", "closure_final", "blocker_norm", "two_sided_log_odds"} <= wanted
     documented = set(re.findall(r"`([^`]+?)(?:\.csv)?`", prose("docs/results.md")))

@@ -91,7 +91,7 @@ def made_up() -> dict[str, Any]:
             "weight_noise": {"p99": 0.4, "n_pairs": 24, "n_above": 7},
         },
         "controls": {
-            "wrong_witness": control,
+            "stranger": control,
             "sibling_anchor": None,
             "unaligned_twin": {**control, "closure_final": spread(0.375)},
             "continued_alignment": control,
@@ -100,7 +100,7 @@ def made_up() -> dict[str, Any]:
             "unblocked": arm(0.5, 0.625),
             "penalty": arm(-0.25, 0.125),
             "penalty_margin": arm(-0.5, 0.0625),
-            "penalty_random": arm(0.5, 0.6125),
+            "clamp_random": arm(0.5, 0.6125),
         },
         "history": {
             "witness": {"compliance_rate": 1.0, "refusal_log_odds": -8.0, "over_refusal": 0.0},
@@ -212,7 +212,10 @@ def test_every_table_has_its_numbers(folder: Path) -> None:
     ]
     assert page.row("Nulls", "weight noise") == ["0.400", "7 of 24"]
     assert page.row("Controls at the last step", "v_rev itself") == ["−0.750 ± 0.060", "0.188 ± 0.060"]
-    assert page.row("Controls at the last step", "wrong witness") == ["0.125 ± 0.060", "0.031 ± 0.060"]
+    assert page.row("Controls at the last step", "strangers (witnesses of other histories)") == [
+        "0.125 ± 0.060",
+        "0.031 ± 0.060",
+    ]
     assert "Closure of the gap to the unaligned twin: 0.375 ± 0.060" in page.text
     assert page.row("Arms at the last step", "penalty")[:3] == ["−0.250 ± 0.060", "−0.062 ± 0.060", "12.5 ± 6.0 %"]
     assert page.row("History", "anchor") == ["5.0 %", "6.000", "25.0 %"]
@@ -259,7 +262,9 @@ def test_the_verdict_is_verbatim(folder: Path) -> None:
         "<b>o&lt;0&gt;, level 2 of 5.</b> Sentence one &amp; only. 95 % intervals over runs and prompts: alignment"
         in text
     )
-    assert "alignment 0.375 to 0.625." in text and "Sentence &lt;two&gt;.</p>" in text
+    assert "alignment 0.375 to 0.625." in text
+    assert text.count('class="verdict"') == 1, "the claim on all histories together"
+    assert page_of(folder).tables["Each history alone"][1:] == [["o1", "0", "Sentence <two>."]]
     assert 'class="verdict"' not in page_of(folder, lambda results: results.pop("claims")).text
 
 
@@ -280,7 +285,7 @@ def test_what_was_not_run_says_so_and_nothing_else_does(folder: Path) -> None:
     page = page_of(folder)
     assert page.row("Controls at the last step", "sibling anchor") == ["not run", "not run"]
     assert page.row(MAIN, "control: sibling anchor, last step") == ["not reported", "not run", ""]
-    assert set(page.row("Arms at the last step", "unblocked, new facts only")) == {"not run"}
+    assert set(page.row("Arms at the last step", "rehearsed refusals")) == {"not run"}
     cells = [row for rows in page.tables.values() for row in rows if "not run" in row]
     assert len(cells) == 3 + 2 * 8 + 1, "seven nulls and a control in two tables each, and one demand"
     absent = [a for tag, a in page.tags if tag == "td" and "absent" in (a.get("class") or "").split()]

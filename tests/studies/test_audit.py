@@ -41,6 +41,8 @@ FINALS = {"alignment_final", "fraction_final"}
 BEHAVIOR = {"compliance_rate", "cut_share", "refusal_log_odds", "over_refusal"}
 COST = {"task_loss", "seconds_per_step"}
 CONTROLS = {"stranger", "sibling_anchor", "unaligned_twin", "continued_alignment"}
+ENDS = ("mean", "low", "high")
+WITHOUT = {"stranger", "sibling_anchor"}  # what one refusal organism has not
 ARMS = {"unblocked", "penalty", "penalty_margin", "clamp", "clamp_random", "reinforce"}
 ARMS |= {"rehearsal", "lower_rate", "released_at_20"}
 NULLS = {"isotropic", "weight_noise", "covariance_of_states", "covariance_of_drifts"}
@@ -167,11 +169,9 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
         ] == max(null["p99_by_step"].values())
     assert set(found["controls"]) == CONTROLS
     for name, control in found["controls"].items():
-        if control is None:
-            assert name == "stranger", "one organism has none"
-            continue
-        n = runs if name == "sibling_anchor" else 1
-        spreads(control, FINALS | ({"closure_final"} if name == "unaligned_twin" else set()), n)
+        assert (control is None) == (name in WITHOUT), "one organism has no stranger, and none has a sibling"
+        if control is not None:
+            spreads(control, FINALS | ({"closure_final"} if name == "unaligned_twin" else set()), 1)
     assert set(found["arms"]) == ARMS
     once = ("penalty", "penalty_margin", "reinforce", "rehearsal", "lower_rate", "released_at_20")
     single = {**dict.fromkeys(once, 1), "clamp_random": 8}
@@ -203,13 +203,20 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float | None]]:
 
 
 def test_every_number_is_finite_and_what_is_missing_has_a_reason(each: Done) -> None:
-    for path, value in numbers(each.results):
+    for row in each.results["effects"]:
+        # answers that are all nonsense have no rate; one run has no interval
+        assert row["mean"] is not None or row["effect"].startswith("harm"), row
+        assert row["low"] is not None or row["n"] < 2 or row["effect"].startswith("harm"), row
+        assert (row["low"] is None) == (row["high"] is None) and all(math.isfinite(row[x] or 0) for x in ENDS), row
+    for path, value in numbers({**each.results, "effects": []}):
         if value is not None:
             assert math.isfinite(value), path
         elif not path.endswith(("/sem", "/layer")):
             # a tiny model may say nothing but nonsense, which is counted apart; steps and arms may be absent
             absent = "/summary/step_20" in path or path.startswith(("/arms/", "/controls/", "/interval/"))
             if path == "/damage/alignment":  # of no drift
+                continue
+            if path in {f"/controls/{name}" for name in WITHOUT} and each.organism.name == "refusal":
                 continue
             assert re.search("compliance_rate|cut_share|over_refusal|holds", path) or (
                 absent and each.organism.name == "pretrained"
@@ -282,10 +289,9 @@ def test_controls_and_arms_are_the_same_measurement_with_one_thing_exchanged(eac
     ends = {arm.name: mean_states(each, f"runs/{arm.name}/seed0", f"{arm.name}-0/{last}") for arm in each.organism.arms}
     free = ends["unblocked"] - held_out["anchor"]
     siblings = [finals(free, given["witness"] - given[name]) for name in given if name.startswith("sibling_anchor")]
-    wanted = {
-        "sibling_anchor": {key: float(np.mean([one[key] for one in siblings])) for key in siblings[0]},
-        "unaligned_twin": finals(ends["unaligned_twin"] - held_out["witness"], v_rev),
-    }
+    wanted = {"unaligned_twin": finals(ends["unaligned_twin"] - held_out["witness"], v_rev)}
+    if siblings:
+        wanted["sibling_anchor"] = {key: float(np.mean([one[key] for one in siblings])) for key in siblings[0]}
     if "continued_alignment" in ends:
         wanted["continued_alignment"] = finals(ends["continued_alignment"] - held_out["anchor"], v_rev)
     apart = ends["unaligned_twin"] - ends["unblocked"]
@@ -314,7 +320,7 @@ def test_arms_hold_the_behaviour_that_was_measured_at_the_last_step(each: Done) 
         log = pd.read_csv(each.home / f"runs/{row['arm']}/seed{row['seed']}/log.csv")
         assert row["seconds_per_step"] == pytest.approx(facts["seconds_per_step"])
         assert row["blocker_norm"] == pytest.approx(log.blocker_norm.mean())
-        blocked = row["arm"].startswith(("penalty", "clamp", "reinforce", "released"))
+        blocked = row["arm"].startswith(("penalty", "clamp", "reinforce", "released", "rehearsal"))
         assert row["blocker_norm"] >= 0 if blocked else row["blocker_norm"] == 0
         for name in ("compliance_rate", "refusal_log_odds", "over_refusal", "task_loss", "two_sided_log_odds", "empty"):
             wanted = facts["behavior"][last][name]
@@ -430,19 +436,20 @@ def test_gravlens_locate_reads_the_sequence(each: Done, tmp_path: Path) -> None:
 
 def test_gravlens_trajectory_reads_the_sequence(organism: Done, tmp_path: Path) -> None:
     toml = str(organism.out / "SEQUENCE.toml")
-    result = CliRunner().invoke(app, ["trajectory", toml, "--json", "--out", str(tmp_path / "table.csv")])
+    asked = ["trajectory", toml, "--mean"]
+    result = CliRunner().invoke(app, [*asked, "--json", "--out", str(tmp_path / "table.csv")])
     assert result.exit_code == 0, result.output
-    summary = json.loads(result.stdout)
-    assert set(summary) == {"1", "20"} and set(summary["1"]) == {
+    summary = {row.pop("step"): row for row in json.loads(result.stdout)["mean"]}
+    assert set(summary) == {1, 20} and set(summary[1]) == {
         f"{measure}_{kind}" for measure in ("alignment", "fraction") for kind in ("mean", "sem", "count")
     }
     table = pd.read_csv(tmp_path / "table.csv")
     rows = table[table.layer.isin([0, 1]) & (table.prompts == "held_out")].groupby(["run", "step"]).alignment.mean()
     runs = organism.results["summary"]["final"]["alignment"]["runs"]
     assert [rows["seed0", 20], rows["seed1", 20]] == pytest.approx(runs, abs=1e-4)
-    assert summary["20"]["alignment_mean"] != pytest.approx(np.mean(runs)), "all layers are in this mean"
-    shown = CliRunner().invoke(app, ["trajectory", toml])
-    assert shown.exit_code == 0 and f"{summary['20']['fraction_mean']:.3f} ± " in shown.output
+    assert summary[20]["alignment_mean"] != pytest.approx(np.mean(runs)), "all layers are in this mean"
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, asked)
+    assert shown.exit_code == 0 and f"{summary[20]['fraction_mean']:.3f} ± " in shown.output
 
 
 # -- several organisms -------------------------------------------------------------------------------------------------
