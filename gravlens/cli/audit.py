@@ -149,7 +149,7 @@ def _prepare(
         if json:
             print_json({"now": dict(found.now), "plans": records(found.table)})
         else:
-            print_table(("quantity", "plan"), found.lines(), title="what each claim level needs", wide=True)
+            print_table(("quantity", "plan"), found.lines(), title="what each claim level needs")
 
 
 def _by_name(files: list[Path]) -> "dict[str, gl.ModelSequence]":
@@ -172,9 +172,9 @@ def _measures(openings: list[str], compliances: list[str]) -> Any:
 
 
 def _work(name: str, history: "organisms.recorded.RecordedHistory") -> str:
-    """Say what will be measured and trained."""
+    """Say what will be measured and trained, in this order."""
     recorded = sum(len(arm.recorded) for arm in history.arms)
     trained = {arm.name: n for arm in history.arms if (n := len({*arm.seeds} - {*arm.recorded}))}
     more = f", trains {sum(trained.values())} ({', '.join(trained)})" if trained else ""
-    at = f"steps {', '.join(map(str, history.save_steps))}"
-    return f"{name}: measures {recorded} recorded runs at {at}{more}; {history.draws} draws of weight noise"
+    runs = f"{recorded} recorded run{'s' * (recorded != 1)} at steps {', '.join(map(str, history.save_steps))}{more}"
+    return f"{name}: measures witness and anchor, then {runs}, then {history.draws} draws of weight noise and damage"
