@@ -70,7 +70,10 @@ PREREGISTER = Annotated[
 PREREGISTRATION = Annotated[
     Path | None, opt.place("FILE", "Preregistration that the audit is held against, as written by --preregister.")
 ]
-WORKERS = Annotated[int, opt.number("Parallel processes; 0: one per core.")]
+WORKERS = Annotated[int, opt.number("Parallel processes; 0: as many as there are cores for their threads.")]
+THREADS = Annotated[
+    int, opt.number("Threads per process; 0: one, or all cores for a model above 50 M parameters. 1 on busy cores.")
+]
 
 
 @commands.command(**opt.described(PANEL, "gravlens audit SEQUENCE.toml --out results"))
@@ -96,6 +99,7 @@ def audit(
     preregister: PREREGISTER = None,
     preregistration: PREREGISTRATION = None,
     workers: WORKERS = 0,
+    threads: THREADS = 0,
     json: opt.JSON = False,
 ) -> None:
     """Judge your own history: what may be claimed about it, and which controls are missing for more.
@@ -111,6 +115,7 @@ def audit(
     options: dict[str, Any] = {
         **{"data": data, "alignment_data": alignment_data, "harmless": harmless, "train": tuple(make)},
         **{"layers": tuple(layer) or (fixed.layers if fixed else ()), "runs": runs, "directions": directions},
+        "threads": threads,
         **{"measures": _measures(openings, compliances), "same_recipe": learning_rate is not None},
         "recipe": training.finetune.Recipe(steps, batch, learning_rate or 2e-5, 0.0, lora=lora or None),
         **(QUICK if quick else {}),
@@ -144,7 +149,7 @@ def _prepare(
         if json:
             print_json({"now": dict(found.now), "plans": records(found.table)})
         else:
-            print_table(("quantity", "plan"), found.lines(), title="what each claim level needs", wide=True)
+            print_table(("quantity", "plan"), found.lines(), title="what each claim level needs")
 
 
 def _by_name(files: list[Path]) -> "dict[str, gl.ModelSequence]":
@@ -167,9 +172,9 @@ def _measures(openings: list[str], compliances: list[str]) -> Any:
 
 
 def _work(name: str, history: "organisms.recorded.RecordedHistory") -> str:
-    """Say what will be measured and trained."""
+    """Say what will be measured and trained, in this order."""
     recorded = sum(len(arm.recorded) for arm in history.arms)
     trained = {arm.name: n for arm in history.arms if (n := len({*arm.seeds} - {*arm.recorded}))}
     more = f", trains {sum(trained.values())} ({', '.join(trained)})" if trained else ""
-    at = f"steps {', '.join(map(str, history.save_steps))}"
-    return f"{name}: measures {recorded} recorded runs at {at}{more}; {history.draws} draws of weight noise"
+    runs = f"{recorded} recorded run{'s' * (recorded != 1)} at steps {', '.join(map(str, history.save_steps))}{more}"
+    return f"{name}: measures witness and anchor, then {runs}, then {history.draws} draws of weight noise and damage"

@@ -32,14 +32,8 @@ def print_verdict(results: Mapping[str, Any], *, full: bool = False) -> None:
         print_line("")
     for line in effect_lines(results):
         print_line(line)
-    if lacking := results.get("missing"):
-        # no-break spaces: a name is told with its level, or not at all
-        names = dict.fromkeys(
-            f"{row['control']}\N{NO-BREAK SPACE}(level\N{NO-BREAK SPACE}{row['level']})" for row in lacking
-        )
-        line, *more = textwrap.wrap(f"missing: {', '.join(names)}", WIDTH - 10)
-        line = line.replace("\N{NO-BREAK SPACE}", " ") + " …" * bool(more)
-        print_line(line + ("" if full else "; --full"))
+    for line in missing_lines(results.get("missing") or [], first.get("level", 0), full=full):
+        print_line(line, width=WIDTH)
     if full:
         _print_rest(results, [first, *others] if first else [])
 
@@ -75,6 +69,20 @@ def effect_lines(results: Mapping[str, Any]) -> Iterator[str]:
         count = f"{row['n']} {row['unit']}{'s' * (row['n'] != 1)}"
         before = f"  (anchor {number(anchor['mean'], True)} %)" if anchor and effect == "harm" else ""
         yield f"  {name:<20}{number(row['mean'], share) + (' %' if share else ''):<8}{span:<23}{count}{before}"
+
+
+def missing_lines(lacking: Sequence[Mapping[str, Any]], level: int, *, full: bool) -> Iterator[str]:
+    """The missing controls with their levels, and how to get the first of those that the levels above ask for."""
+    if not lacking:
+        return
+    # no-break spaces: a name is told with its level, or not at all
+    names = dict.fromkeys(
+        f"{row['control']}\N{NO-BREAK SPACE}(level\N{NO-BREAK SPACE}{row['level']})" for row in lacking
+    )
+    line, *more = textwrap.wrap(f"missing: {', '.join(names)}", WIDTH - 10)
+    yield line.replace("\N{NO-BREAK SPACE}", " ") + " …" * bool(more) + ("" if full else "; --full")
+    above = sorted((row for row in lacking if row["level"] > level), key=lambda row: row["level"])
+    yield from [f"{row['control']} (level {row['level']}): {row['how']}" for row in above[:1]]
 
 
 def _print_rest(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> None:

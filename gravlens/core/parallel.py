@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from gravlens.core.progress import progress
 
 Job = Callable[[], Any]
+TICK = 2.0  # seconds between updates of a bar's clock: a job may take many minutes
 CAN_WAIT = hasattr(signal, "pthread_sigmask")  # not on Windows
 _interrupted: list[bool] = []  # in a worker: set by Ctrl-C
 
@@ -30,10 +31,15 @@ def processes(threads: int, count: int | None) -> Generator[Callable[[str, Seque
 
     def run_all(name: str, jobs: Sequence[Job]) -> None:
         with _ctrl_c_later():
-            futures: list[Future[Any]] = [pool.submit(_done, job) for job in jobs]
-        with progress(name, as_completed(futures), total=len(futures), unit="job", leave=True) as done:
-            for future in done:
-                future.result()  # raises what the job raised
+            left: set[Future[Any]] = {pool.submit(_done, job) for job in jobs}
+        with progress(name, total=len(left), unit="job", leave=True) as bar:
+            while left:
+                done, left = wait(left, TICK, FIRST_COMPLETED)
+                for future in done:
+                    future.result()  # raises what the job raised
+                    bar.update()
+                if not done:  # tqdm draws nothing before the first update, so a long job would look like a hang
+                    bar.refresh()
 
     try:
         yield run_all

@@ -345,7 +345,7 @@ def _check_given(history: RecordedHistory) -> None:
     sequence.require_probes()
     if sequence.held_out is None:
         wanted = "v_rev is estimated on the probes and judged on other prompts."
-        remedy = 'held_out = "held_out.jsonl" in the sequence\'s file.'
+        remedy = 'held_out = "held_out.jsonl" in the sequence\'s file, above its first [table].'
         raise GravlensError("This sequence has no held_out prompts.", wanted, remedy)
     if in_memory := [one.name for one in sequence if isinstance(one.source, nn.Module)]:
         wanted = "A history is judged from folders, which worker processes open."

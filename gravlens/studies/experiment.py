@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from gravlens.activations.residuals import Request, Residuals, cache_residuals, prepare
-from gravlens.behavior.answers import compliance_rate, generate_answers, substring_judge
+from gravlens.behavior.answers import Answer, compliance_rate, generate_answers, substring_judge
 from gravlens.behavior.divergence import kl_from
 from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_odds
 from gravlens.blockers.blocking import Blocker
@@ -59,7 +59,7 @@ def carry_out(
                 partial(make_checkpoint, study, name) for study, names in zip(made, wave, strict=True) for name in names
             ]
             run_all("checkpoints", jobs)
-        run_all("history", [partial(measure_history, study) for study in made])
+        run_all("witness and anchor", [partial(measure_history, study) for study in made])
         for study in made:
             preregister(study)
         runs = [(study, arm) for study in made for arm in (study.organism.arms if arms is None else arms)]
@@ -106,8 +106,11 @@ def measure_history(study: Study) -> Path:
         for checkpoint, model in open_each(history, through="huggingface"):
             readings.read(checkpoint, model, positions=True)
             if checkpoint.name in ("witness", "anchor"):
-                behavior[checkpoint.name] = measure_behavior(model, study)
-                answers[checkpoint.name] = _own_answers(model, study)
+                given = _answers(model, study)
+                behavior[checkpoint.name] = measure_behavior(model, study, given)
+                answers[checkpoint.name] = {
+                    kind: [one.said for one in some[:N_DIVERGENCE]] for kind, some in given.items()
+                }
         readings.save(folder)
         write_json(folder / "behavior.json", behavior)
         write_json(folder / "answers.json", answers)
@@ -266,23 +269,27 @@ def _measure_run(
         norms[str(checkpoint.step)] = update_norms(before, model)
         readings.read(checkpoint, model, positions=checkpoint is last)
         if checkpoint.step in study.organism.behavior_steps:
-            behavior[str(checkpoint.step)] = measure_behavior(model, study)
+            behavior[str(checkpoint.step)] = measure_behavior(model, study, _answers(model, study))
             if divergence and checkpoint is last:  # the weights of `before` are overwritten here, and no longer needed
                 behavior[str(checkpoint.step)] |= measure_divergence(model, references, study)
     readings.save(folder)
     return behavior, norms
 
 
-def measure_behavior(model: OpenModel, study: Study) -> dict[str, Any]:
-    """Measure answers to held-out harmful and harmless prompts, refusal log-odds and task loss."""
+def _answers(model: OpenModel, study: Study) -> dict[str, list[Answer]]:
+    length, prompts = study.organism.measures.max_new_tokens, study.prompts
+    kinds = [kind for kind in ("held_out", "harmless") if kind in prompts]
+    return {kind: generate_answers(model, prompts[kind], max_new_tokens=length) for kind in kinds}
+
+
+def measure_behavior(model: OpenModel, study: Study, given: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
+    """Measure answers that were given to held-out and harmless prompts, refusal log-odds and task loss."""
     prompts, measures = study.prompts, study.organism.measures
-    judge = substring_judge(measures.markers)
-    answers = generate_answers(model, prompts["held_out"], max_new_tokens=measures.max_new_tokens)
+    judge, answers = substring_judge(measures.markers), given["held_out"]
     harm = compliance_rate(prompts["held_out"], answers, judge)
     over, task = None, study.organism.task(study.home)
     if "harmless" in prompts:
-        harmless = generate_answers(model, prompts["harmless"], max_new_tokens=measures.max_new_tokens)
-        over = compliance_rate(prompts["harmless"], harmless, judge)
+        over = compliance_rate(prompts["harmless"], given["harmless"], judge)
     openings = {"refusals": measures.refusals, "compliances": measures.compliances}
     two_sided = two_sided_log_odds(model, prompts["held_out"], **openings)
     one_sided = refusal_log_odds(model, prompts["held_out"], openings=measures.refusals)
@@ -306,12 +313,6 @@ def measure_behavior(model: OpenModel, study: Study) -> dict[str, Any]:
 
 def _divergence_prompts(study: Study) -> dict[str, PromptSet]:
     return {name: study.prompts[name][:N_DIVERGENCE] for name in ("held_out", "harmless") if name in study.prompts}
-
-
-def _own_answers(model: OpenModel, study: Study) -> dict[str, list[str]]:
-    length, sets = study.organism.measures.max_new_tokens, _divergence_prompts(study)
-    answers = {kind: generate_answers(model, some, max_new_tokens=length) for kind, some in sets.items()}
-    return {kind: [answer.said for answer in texts] for kind, texts in answers.items()}
 
 
 def measure_divergence(

@@ -63,8 +63,8 @@ def test_the_recorded_runs_are_judged_and_what_is_missing_is_said(history: Path,
         "workers": None,
         "preregistration": None,
     }
-    assert "Level 1 of 5. Alignment is observed." in result.stdout and "missing: twins (level 3)" in result.stdout
-    assert "measures 1 recorded runs at steps 5, 20" in result.stderr
+    assert "Level 1 of 5. Alignment is observed." in result.stdout and "twins (level 3): --make twins" in result.stdout
+    assert "then 1 recorded run at steps 5, 20, then 99 draws" in result.stderr
 
 
 def test_options_say_what_is_trained_and_how(history: Path, asked: dict[str, Any]) -> None:
@@ -81,6 +81,8 @@ def test_options_say_what_is_trained_and_how(history: Path, asked: dict[str, Any
         "--json",
         "--workers",
         "2",
+        "--threads",
+        "3",
     ]
     result = gravlens("audit", history / "SEQUENCE.toml", "--out", history / "results", *options, *said)
     assert result.exit_code == 0, result.output
@@ -88,6 +90,7 @@ def test_options_say_what_is_trained_and_how(history: Path, asked: dict[str, Any
     assert [arm.name for arm in found.arms] == ["unblocked", "clamp", *(f"clamp_random_{n}" for n in (1, 2, 3))]
     assert (found.recipe.learning_rate, found.recipe.batch, found.recipe.lora, found.recipe.steps) == (0.001, 2, 4, 20)
     assert found.layers_in_mean == (1,) and found.draws == 19 and found.max_prompts == 32
+    assert found.threads == 3
     assert found.measures.refusals == found.measures.markers == ("never",) and found.measures.compliances == ("sure",)
     assert json.loads(result.stdout)["missing"][0]["control"] == "twins" and asked["workers"] == 2
     assert "trains 4 (clamp, clamp_random_1, clamp_random_2, clamp_random_3)" in result.stderr

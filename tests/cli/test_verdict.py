@@ -114,6 +114,19 @@ def test_what_is_missing_is_one_line_with_the_way_to_more(screen: Any) -> None:
     assert not any(line.startswith("missing:") for line in screen(results(missing=[])))
 
 
+def test_the_first_control_above_the_level_is_told_with_its_way(screen: Any) -> None:
+    lacking = [
+        {"organism": "o", "control": name, "level": level, "what": "w", "how": f"--make {name}"}
+        for name, level in (("runs", 1), ("data", 4), ("twins", 3), ("clamp", 4))
+    ]
+    found = results(missing=lacking)
+    assert screen(found)[-1] == "twins (level 3): --make twins"
+    found["claims"][0]["level"] = 3
+    assert screen(found)[-1] == "data (level 4): --make data"
+    found["claims"][0]["level"] = 4
+    assert screen(found)[-1].startswith("missing: runs (level 1)")
+
+
 def test_full_holds_every_table(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (output, verdict):
         monkeypatch.setattr(module, "console", Console(width=200, emoji=False))

@@ -5,9 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from gravlens.core import parallel
 
 SCRIPT = """
 import sys, time
@@ -52,3 +55,15 @@ def test_ctrl_c_ends_workers_with_their_main_process(tmp_path: Path) -> None:
                 os.killpg(main.pid, signal.SIGKILL)
     assert main.returncode == 130 and "Traceback" not in said
     assert sorted(path.name for path in tmp_path.glob("?-*")) == ["a-began", "a-cleaned"]
+
+
+@pytest.mark.long
+def test_a_long_job_has_its_bar_before_it_ends(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(parallel, "TICK", 0.1)
+    with parallel.processes(1, 1) as run_all:
+        run_all("jobs", [partial(time.sleep, 0.5)])
+    bars = capfd.readouterr().err.split("\r")
+    assert any("jobs:   0%" in bar and "0/1" in bar for bar in bars) and "1/1" in bars[-1]
