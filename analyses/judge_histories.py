@@ -59,18 +59,30 @@ def row(name: str, seed: int, mode: str, found: Claim) -> dict[str, Any]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def simulated_rows(seeds: int) -> Iterator[dict[str, Any]]:
+def simulated_rows(seeds: int, workers: int) -> Iterator[dict[str, Any]]:
     """Judge every simulated history, as one anchor and as six."""
-    for name in tqdm(SIMULATED, "simulated"):
-        for mode, plan in PLANS.items():
-            for seed in range(seeds):
-                yield row(name, seed, mode, claim(simulated(name, plan, seed=seed)))
+    asked = [(name, mode) for name in SIMULATED for mode in PLANS]
+    with processes(workers) as pool:
+        jobs = [pool.submit(judged, name, mode, seeds) for name, mode in asked]
+        for job in tqdm(jobs, "simulated"):
+            yield from job.result()
+
+
+def judged(name: str, mode: str, seeds: int) -> list[dict[str, Any]]:
+    """Judge one simulated history in one mode."""
+    drawn = (simulated(name, PLANS[mode], seed=seed) for seed in range(seeds))
+    return [row(name, seed, mode, claim(found, alone=False)) for seed, found in enumerate(drawn)]
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Return worker processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def make(ring: Sequence[int], cache: Path, workers: int) -> None:
     """Make the organisms that are not there yet."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with processes(workers) as pool:
         made = [pool.submit(make_organism, seed, cache) for seed in ring]
         for future in tqdm(as_completed(made), "organisms", len(made)):
             future.result()
@@ -99,7 +111,7 @@ def trained_rows(ring: Sequence[int], cache: Path) -> Iterator[dict[str, Any]]:
                     for history, evidence in histories(studies[name], *parts[name], others):
                         found.setdefault(history, []).append(evidence)
                 for history, evidence in found.items():
-                    yield row(history, int(first), mode, claim(evidence))
+                    yield row(history, int(first), mode, claim(evidence, alone=False))
 
 
 # --- the placebo ------------------------------------------------------------------------------------------------------
@@ -150,13 +162,13 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Simulated verdicts of each history and mode.")] = 40,
     draws: Annotated[int, typer.Option(min=1, help="Placebos at each number of seeds.")] = 400,
     organisms: Annotated[int, typer.Option(min=0, help="Trained organisms, six or more (0: none).")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that make organisms, of one thread each.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
     cache: Annotated[Path | None, typer.Option(help="Folder of the organisms. Default: gravlens's cache.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("."),
 ) -> None:
     """Does the claim level ever exceed the truth, and how often does it reach it?"""
     out.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame(simulated_rows(seeds), columns=COLUMNS)
+    table = pd.DataFrame(simulated_rows(seeds, workers), columns=COLUMNS)
     if organisms:
         ring, where = range(FIRST, FIRST + organisms), cache or cache_folder()
         make(ring, where, workers)

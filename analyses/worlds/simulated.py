@@ -17,6 +17,7 @@ from gravlens.stats.nulls import NullDraws
 STEP, PROMPTS = 20, 48  # the judged step; held-out prompts
 ALIKE = 0.95  # correlation of a draw between layers, where layers are coherent
 NOISE_DRAWS, ISOTROPIC_DRAWS, DAMAGES = 200, 2_000, 3
+RESAMPLED, SPREAD = 200, 0.02  # bootstrap draws; half an interval over prompts that move alike
 Means = Float[np.ndarray, "*many layer d_model"]
 
 
@@ -85,6 +86,7 @@ class History:
         runs, twins: [run, layer, d_model] at the judged step.
         strangers: [stranger, layer, d_model].
         stranger_twins: [stranger, run, layer, d_model].
+        signs: [prompt], with which each held-out prompt's own motion goes.
     """
 
     world: World
@@ -94,6 +96,7 @@ class History:
     twins: Means = field(repr=False)
     strangers: Means = field(repr=False)
     stranger_twins: Means = field(repr=False)
+    signs: Float[np.ndarray, " prompt"] = field(repr=False)
 
     def along(self, drifts: Means, end: Means) -> Float[np.ndarray, "*many layer"]:
         """Cosines of drifts with the direction from the anchor to an end."""
@@ -143,7 +146,9 @@ def simulate(world: World, plan: Plan, *, rng: np.random.Generator) -> list[Hist
     found = []
     for i in range(plan.anchors):
         others = [j for j in range(n) if j != i]
-        found.append(History(world, anchors[i], witnesses[i], runs[i], twins[i], witnesses[others], twins[others]))
+        found.append(
+            History(world, anchors[i], witnesses[i], runs[i], twins[i], witnesses[others], twins[others], signs)
+        )
     return found
 
 
@@ -163,7 +168,8 @@ def evidence_of(history: History, *, name: str, rng: np.random.Generator) -> Evi
     return Evidence(
         trajectory=_trajectory(history, history.witness, layers),
         nulls=[NullDraws(key, one[:, None], (STEP,), tuple(range(world.n_layers))) for key, one in nulls.items()],
-        strangers={key: _aligned(history, end, layers) for key, end in zip(names, history.strangers, strict=True)},
+        strangers={key: _trajectory(history, end, layers) for key, end in zip(names, history.strangers, strict=True)},
+        over_prompts=_over_prompts(history, layers, rng),
         closure=_by_layer(history.closed(history.witness, history.twins), layers),
         stranger_closures={
             key: _by_layer(history.closed(*pair), layers)
@@ -194,9 +200,16 @@ def _trajectory(history: History, end: Means, layers: tuple[int, ...]) -> Trajec
     return _as_trajectory(measures, layers)
 
 
-def _aligned(history: History, end: Means, layers: tuple[int, ...]) -> Trajectory:
-    # of a stranger nothing but the alignment is read
-    return _as_trajectory({"alignment": history.along(history.runs - history.anchor, end)}, layers)
+def _over_prompts(history: History, layers: Sequence[int], rng: np.random.Generator) -> pd.DataFrame:
+    """Each run's 95 % interval over prompts, by the basic bootstrap; prompts that move alike leave next to none."""
+    signs, world = history.signs, history.world
+    drawn = rng.multinomial(len(signs), np.full(len(signs), 1 / len(signs)), RESAMPLED) @ signs / len(signs)
+    shifts = world.per_prompt * (drawn - signs.mean())[:, None, None, None] * (history.witness - history.anchor)
+    found = history.along(history.runs - history.anchor + shifts, history.witness)[..., list(layers)].mean(-1)
+    seen = history.along(history.runs - history.anchor, history.witness)[:, list(layers)].mean(-1)
+    low, high = (2 * seen - np.quantile(found, end, axis=0) for end in (0.975, 0.025))
+    names = [f"run{i}" for i in range(len(seen))]
+    return pd.DataFrame({"run": names, "step": STEP, "estimate": seen, "low": low - SPREAD, "high": high + SPREAD})
 
 
 def _as_trajectory(measures: Mapping[str, np.ndarray], layers: tuple[int, ...]) -> Trajectory:

@@ -41,7 +41,7 @@ SIMULATED = {
     "shared excursion 0.5, coherent": Truth(2, ENDPOINTS, World(endpoints=0.8, shared=0.5, coherent=True)),
     "independent endpoints, other bases": Truth(
         2,
-        f"{ENDPOINTS}; strangers of another basis are far off, and cannot show it",
+        f"{ENDPOINTS}; strangers of another basis are far off and cannot show it, which the claim says",
         World(endpoints=0.8, apart=5.0),
     ),
     "common drift": Truth(2, "twins, which have nowhere to go back to, move by the same vector", World(common=WAY)),

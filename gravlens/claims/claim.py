@@ -71,7 +71,7 @@ class Claim:
         return html.of_frame(shown, title=title, notes=[self.sentence], rest=".demands")
 
 
-def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None) -> Claim:
+def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None, alone: bool = True) -> Claim:
     """Find the highest level at which its demands and those of all lower levels hold (docs/claims.md).
 
     A demand that was not run, or that no result could meet with these numbers of runs, strangers or directions, caps
@@ -81,6 +81,7 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
     Args:
         evidence: what was run, of one anchor or of several.
         alpha: the level of every test; default: the preregistered one, else .05.
+        alone: of several anchors, judge each by itself too.
     """
     anchors = list(evidence) if isinstance(evidence, Sequence) else [evidence]
     if not anchors:
@@ -98,13 +99,13 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
     # nullable: a plain column would turn None, not run, into False
     table = table.astype({"holds": "boolean"})
     sizes = effects(case)
-    alone = {one.name: claim(one, alpha=case.alpha) for one in anchors} if len(anchors) > 1 else {}
+    each = {one.name: claim(one, alpha=case.alpha) for one in anchors} if alone and len(anchors) > 1 else {}
     said, remarks = (
         f"{STATEMENTS[level]}: {_seen(case, sizes)}.{_anchor_shared(case, level)}",
-        _remarks(case, level, next_caps, alone),
+        _remarks(case, level, next_caps, each),
     )
     named = next_caps[0].name if next_caps else ""
-    return Claim(level, said, _setting(case), remarks, named, table, sizes, alone)
+    return Claim(level, said, _setting(case), remarks, named, table, sizes, each)
 
 
 def _anchor_shared(case: Case, level: int) -> str:
