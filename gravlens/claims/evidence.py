@@ -209,7 +209,9 @@ class Case:
     def units(self, values: Sequence[pd.Series | np.ndarray]) -> np.ndarray:
         """One value per unit: the anchors' means, or the only anchor's runs. A missing run makes its mean missing."""
         each = [np.asarray(one, dtype=float) for one in values]
-        return np.array([one.mean() if len(one) else np.nan for one in each]) if len(each) > 1 else each[0]
+        if len(self.anchors) == 1:
+            return each[0]
+        return np.array([one.mean() if len(one) else np.nan for one in each])
 
 
 @dataclass(frozen=True)

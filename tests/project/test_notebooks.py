@@ -160,7 +160,9 @@ def test_a_notebook_runs_and_shows_what_it_promises(executed: tuple[str, Noteboo
     name, notebook = executed
     assert [cell.id for cell in notebook.cells if cell.cell_type == "code" and cell.execution_count is None] == []
     assert lacking(name, notebook) == []
-    assert [out.text for out in outputs(notebook) if out.get("name") == "stderr"] == []
+    told = [line for out in outputs(notebook) if out.get("name") == "stderr" for line in out.text.splitlines()]
+    # bitsandbytes, which the tests have beside, says on processors with AVX-512 what it could be faster with
+    assert [line for line in told if "gemm_4bit_forward" not in line] == []
 
 
 def test_it_is_stated_of_every_notebook_what_it_shows() -> None:
