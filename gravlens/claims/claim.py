@@ -113,7 +113,7 @@ def _anchor_shared(case: Case, level: int) -> str:
     times = float(np.nanmax([np.nan_to_num(evidence.times_as_far) for evidence in case.anchors]))
     if level < 3 or times <= FAR:
         return ""
-    return f" The strangers are {times:.0f} times as far: that drift and v_rev share an anchor is not excluded."
+    return f" The strangers are {times:.1f} times as far: that drift and v_rev share an anchor is not excluded."
 
 
 def _remarks(case: Case, level: int, caps: Sequence[Demand], alone: Mapping[str, Claim]) -> tuple[str, ...]:
