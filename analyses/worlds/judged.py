@@ -8,7 +8,6 @@ from gravlens.organisms.base import Arm, Measures, PromptSets
 from gravlens.organisms.refusal import RefusalOrganism
 
 SEEDS = (0, 1)  # fine-tuning runs of the arms that are compared run by run; the unit of a claim is the organism
-SIBLINGS = ()  # strangers are the other organisms' witnesses
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,9 @@ class Judged(RefusalOrganism):
             Arm("clamp", seeds, blocker=made_by("clamp")),
             *random_arms(one, "harmless", directions=self.random_directions, draw=(self.organism,)),
             *(Arm(name, one, blocker=made_by(name)) for name in ("reinforce", "rehearsal")),
+            Arm("lower_rate", one, rate=0.5),
             Arm("released", one, blocker=blocker("released", step=20)),
-            Arm("unaligned_twin", seeds, start="witness"),
+            Arm("unaligned_twin", seeds, start="witness", keep=True),  # their updates are put on the anchor, too
             Arm("continued_alignment", one, data="alignment"),
         )
 

@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from gravlens.claims.criteria import DEMANDS
 from gravlens.claims.effects import effects
-from gravlens.claims.evidence import Case, Demand, Evidence, counted
+from gravlens.claims.evidence import FAR, Case, Demand, Evidence, counted
 from gravlens.claims.preregistration import ALPHA
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, of_kind
-from gravlens.stats.nulls import compare
 
 LEVELS = (
     "no alignment",
@@ -34,8 +34,6 @@ STATEMENTS = (
     f"{_HELD}; that the block outlasts its release is not shown",
     f"{_HELD}; half of the harm is still held at the last step, after the block was lifted",
 )
-# of the levels themselves, or of statements that the levels test in another way
-DEMANDED = ("isotropic", "weight_noise", "independent_endpoints", "sign_flips")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +71,7 @@ class Claim:
         return html.of_frame(shown, title=title, notes=[self.sentence], rest=".demands")
 
 
-def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None) -> Claim:
+def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None, alone: bool = True) -> Claim:
     """Find the highest level at which its demands and those of all lower levels hold (docs/claims.md).
 
     A demand that was not run, or that no result could meet with these numbers of runs, strangers or directions, caps
@@ -83,8 +81,9 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
     Args:
         evidence: what was run, of one anchor or of several.
         alpha: the level of every test; default: the preregistered one, else .05.
+        alone: of several anchors, judge each by itself too.
     """
-    anchors = [evidence] if isinstance(evidence, Evidence) else list(evidence)
+    anchors = list(evidence) if isinstance(evidence, Sequence) else [evidence]
     if not anchors:
         raise GravlensError("No evidence was given.", "A claim is about one anchor at least.", "claim([Evidence(…)]).")
     for one in anchors:
@@ -100,10 +99,21 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
     # nullable: a plain column would turn None, not run, into False
     table = table.astype({"holds": "boolean"})
     sizes = effects(case)
-    alone = {one.name: claim(one, alpha=case.alpha) for one in anchors} if len(anchors) > 1 else {}
-    said, remarks = f"{STATEMENTS[level]}: {_seen(case, sizes)}.", _remarks(case, level, next_caps, alone)
+    each = {one.name: claim(one, alpha=case.alpha) for one in anchors} if alone and len(anchors) > 1 else {}
+    said, remarks = (
+        f"{STATEMENTS[level]}: {_seen(case, sizes)}.{_anchor_shared(case, level)}",
+        _remarks(case, level, next_caps, each),
+    )
     named = next_caps[0].name if next_caps else ""
-    return Claim(level, said, _setting(case), remarks, named, table, sizes, alone)
+    return Claim(level, said, _setting(case), remarks, named, table, sizes, each)
+
+
+def _anchor_shared(case: Case, level: int) -> str:
+    """What strangers of another basis leave open at level 3 and above."""
+    times = float(np.nanmax([np.nan_to_num(evidence.times_as_far) for evidence in case.anchors]))
+    if level < 3 or times <= FAR:
+        return ""
+    return f" The strangers are {times:.0f} times as far: that drift and v_rev share an anchor is not excluded."
 
 
 def _remarks(case: Case, level: int, caps: Sequence[Demand], alone: Mapping[str, Claim]) -> tuple[str, ...]:
@@ -154,10 +164,8 @@ def _told(case: Case) -> Iterator[str]:
     """Sentences about nulls that no level demands, where not every run exceeds them."""
     found: dict[str, list[pd.DataFrame]] = {}
     for evidence in case.anchors:
-        for null in evidence.nulls:
-            if null.name not in DEMANDED and evidence.last in null.steps:
-                rows = compare(evidence.trajectory, null, prompts=evidence.prompts).layer_mean
-                found.setdefault(null.name, []).append(rows[rows.step == evidence.last])
+        for name, rows in evidence.others:
+            found.setdefault(name, []).append(rows)
     for name, parts in found.items():
         rows = pd.concat(parts)
         if not rows.above.all():

@@ -28,6 +28,23 @@ def observed(case: Case) -> Iterator[Demand]:
     yield Demand(1, "the drift is long enough to judge", bool(judged.all()), f"{judged.sum()} of {len(judged)} runs")
     yield _above(case, 1, "isotropic")  # nearly vacuous, so of the lowest level only
     yield _agree(case)
+    yield _over_prompts(case)
+
+
+def _over_prompts(case: Case) -> Demand:
+    """The mean alignment is above 0 over prompts too: motion that differs from prompt to prompt averages to chance."""
+    name, means, halves = "the prompts agree", [], []
+    for evidence in case.anchors:
+        if evidence.over_prompts is None:
+            return Demand(1, name, None)
+        rows = evidence.over_prompts[evidence.over_prompts.step == evidence.last]
+        rows = rows[rows.run.isin(evidence.final.run)]
+        means.append(rows.estimate.mean())
+        # the runs of an anchor are read on the same prompts: their errors do not average out
+        halves.append((rows.high - rows.low).mean() / 2)
+    # those of anchors do: the variance of a mean of n is that of their sum over n squared
+    mean, half = float(np.mean(means)), float(np.sqrt(np.sum(np.square(halves)))) / len(halves)
+    return Demand(1, name, bool(mean - half > 0), f"{mean:.3f} ± {half:.3f} (95 % over prompts)")
 
 
 def _agree(case: Case) -> Demand:
@@ -90,8 +107,9 @@ def specific(case: Case) -> Iterator[Demand]:
     """The witness before strangers, in alignment and in closure, and more than damage does."""
     blocks = [_aligned(case, evidence) for evidence in case.anchors if evidence.strangers]
     yield _ranked(case, 3, "the witness ranks before strangers", blocks, "stranger")
-    closed = [_closed(case, evidence) for evidence in case.anchors if evidence.closure and evidence.stranger_closures]
-    yield _ranked(case, 3, "closure ranks before strangers'", closed, "stranger's twin")
+    closed = [_closed(case, evidence) for evidence in case.anchors if evidence.closure]
+    with_twins = [(own, others) for own, others in closed if others]
+    yield _ranked(case, 3, "closure ranks before strangers'", with_twins, "stranger's twin")
     yield _damage(case)
 
 
@@ -105,9 +123,11 @@ def _aligned(case: Case, evidence: Evidence) -> tuple[float, list[float]]:
 
 def _closed(case: Case, evidence: Evidence) -> tuple[float, list[float]]:
     assert evidence.closure is not None  # the caller asked
+    names = [name for name in evidence.strangers if name in evidence.stranger_closures]
+    pairs = [(evidence.stranger_closures[name], evidence.strangers[name]) for name in names]
     own, *others = (
-        float(case.over_layers(evidence, evidence.closed(one)))
-        for one in (evidence.closure, *evidence.stranger_closures.values())
+        float(case.over_layers(evidence, evidence.closed(*pair)))
+        for pair in ((evidence.closure, evidence.trajectory), *pairs)
     )
     return own, others
 

@@ -11,7 +11,7 @@ import xarray
 from gravlens.claims.preregistration import Preregistration
 from gravlens.core.errors import GravlensError
 from gravlens.directions.trajectory import ByLayer, Trajectory
-from gravlens.stats.nulls import NullDraws
+from gravlens.stats.nulls import NullDraws, compare
 
 # role -> the arms that play it; a name that ends in "_" stands for all arms that begin so
 ARMS = {
@@ -23,6 +23,11 @@ ARMS = {
     "released": ("released_at_20", "released"),
     "released_random": ("released_random_",),
 }
+# nulls of the levels themselves, or of statements that the levels test in another way
+DEMANDED = ("isotropic", "isotropic_independent", "weight_noise", "independent_endpoints", "sign_flips")
+# Strangers farther than this are of another basis, such as witnesses of other initialisations: they do not share the
+# anchor's surroundings, so that they say nothing of what a shared anchor explains. The claim says so.
+FAR = 2.0
 ARM_COLUMNS = ("arm", "seed", "compliance_rate", "fraction_final", "task_loss")
 
 
@@ -39,7 +44,9 @@ class Evidence:
         trajectory: the unblocked runs, all from this anchor, along v_rev.
         nulls: draws of `isotropic` and `weight_noise`; others are reported.
         strangers: name of a stranger -> the same runs along the direction from the anchor to that stranger: a witness
-            of another history.
+            of another history, or another checkpoint that is no ancestor.
+        over_prompts: `bootstrap_alignment(…).layer_mean` of the alignment: `run, step, estimate, low, high`, each run's
+            interval over prompts.
         closure: `closure(…)` of the gap between runs and unaligned twins, along v_rev.
         stranger_closures: name of a stranger -> the same with its twins, along its direction.
         damage: `measure_damage(…).layer_mean`: `damage, alignment, judged`.
@@ -57,6 +64,7 @@ class Evidence:
     trajectory: Trajectory
     nulls: Sequence[NullDraws] = ()
     strangers: Mapping[str, Trajectory] = field(default_factory=dict)
+    over_prompts: pd.DataFrame | None = None
     closure: ByLayer | None = None
     stranger_closures: Mapping[str, ByLayer] = field(default_factory=dict)
     damage: pd.DataFrame | None = None
@@ -108,14 +116,37 @@ class Evidence:
         """A null's draws, where it serves the judged step."""
         return next((null for null in self.nulls if null.name == name and self.last in null.steps), None)
 
+    @cached_property
+    def others(self) -> list[tuple[str, pd.DataFrame]]:
+        """`compare`'s rows at the judged step, of each null that no level demands."""
+        others = [null for null in self.nulls if null.name not in DEMANDED and self.last in null.steps]
+        rows = [(null.name, compare(self.trajectory, null, prompts=self.prompts).layer_mean) for null in others]
+        return [(name, table[table.step == self.last]) for name, table in rows]
+
     def runs_of(self, trajectory: Trajectory) -> xarray.DataArray:
         """Alignment at the judged step, [run, layer]."""
         return trajectory.data["alignment"].sel(prompts=self.prompts, step=self.last).transpose("run", "layer")
 
-    def closed(self, closure: ByLayer) -> xarray.DataArray:
-        """Mean closure over runs at the judged step, [layer]."""
+    def distance(self, trajectory: Trajectory) -> xarray.DataArray:
+        """Distance of the anchor to the checkpoint that a trajectory's directions lead to, [layer]."""
+        data = trajectory.data.sel(prompts=self.prompts, step=self.last)
+        return (data["projection"] / data["fraction"]).mean("run")
+
+    def closed(self, closure: ByLayer, trajectory: Trajectory) -> xarray.DataArray:
+        """How much of the gap has closed, mean over runs at the judged step, [layer], in residual units.
+
+        Not as a share of the distance: the nearest witness would have the noisiest one.
+        """
         table = closure.table[closure.table.step == self.last]
-        return table.groupby("layer").closure.mean().to_xarray()
+        return table.groupby("layer").closure.mean().to_xarray() * self.distance(trajectory)
+
+    @cached_property
+    def times_as_far(self) -> float:
+        """How many times as far from the anchor as the witness the strangers are, layer mean; NaN without any."""
+        layers = list(self.trajectory.layers_in_mean)
+        own = float(self.distance(self.trajectory).sel(layer=layers).mean())
+        found = [float(self.distance(one).mean()) / own for one in self.strangers.values()]
+        return float(np.mean(found)) if found else float("nan")
 
     def departures(self, alpha: float) -> list[str]:
         """How the analysis departs from the preregistration, in words; "not preregistered" without one."""
@@ -140,14 +171,15 @@ class Evidence:
 
     def each(self, role: str) -> Iterator[tuple[str, pd.DataFrame]]:
         """The arms of a role, each with its runs by seed."""
-        if self.arms is None:
-            return
         for name in {**ARMS, **self.names}[role]:
-            known = [
-                arm for arm in self.arms.arm.unique() if arm == name or (name.endswith("_") and arm.startswith(name))
-            ]
-            for arm in known:
-                yield str(arm), self.arms[self.arms.arm == arm].set_index("seed")
+            for arm, rows in self._by_arm.items():
+                if arm == name or (name.endswith("_") and arm.startswith(name)):
+                    yield arm, rows
+
+    @cached_property
+    def _by_arm(self) -> Mapping[str, pd.DataFrame]:
+        found = () if self.arms is None else self.arms.groupby("arm", sort=False)
+        return {str(arm): rows.set_index("seed") for arm, rows in found}
 
 
 @dataclass(frozen=True, eq=False)

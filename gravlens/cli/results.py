@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import gravlens as gl
-from gravlens import reporting
+from gravlens import reporting, studies
 from gravlens.cli import options as opt
 from gravlens.cli.output import messages, print_json, print_line, print_note
 from gravlens.cli.verdict import print_verdict
@@ -68,7 +68,7 @@ def reproduce(
     else:
         make = gl.organisms.pretrained.pretrained_organism
         chosen = {"pretrained": make(model, harmful, harmless, runs=runs, threads=threads, quick=quick)}
-    results = gl.audit(chosen, out, workers=workers or None)
+    results = studies.audit.audit(chosen, out, workers=workers or None)
     written = f"Report: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}"
     if json:
         print_json(results)
@@ -115,6 +115,7 @@ def report(
     try:
         page = reporting.page.write_report(results)
         read = reporting.page.read_results(results)
+        # inside the try: the screen shows fields that files of earlier versions lack
         if json:
             print_json({"page": str(page), "claims": read.get("claims") or []})
         else:

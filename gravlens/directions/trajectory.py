@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,12 +131,17 @@ class Trajectory:
     @property
     def table(self) -> pd.DataFrame:
         """One row per measured run × prompt set × step × layer, one column per measure."""
-        return _measured(self.data)
+        return self._tables["layers"].copy()
 
     @property
     def layer_mean(self) -> pd.DataFrame:
         """The mean over `layers_in_mean`, one row per run × prompt set × step; `judged`: at all these layers."""
-        return _measured(over_layers(self.data, self.layers_in_mean))
+        return self._tables["mean"].copy()
+
+    @cached_property
+    def _tables(self) -> dict[str, pd.DataFrame]:
+        # copied for each reader, who may add columns: a verdict reads them a hundred times
+        return {"layers": _measured(self.data), "mean": _measured(over_layers(self.data, self.layers_in_mean))}
 
     def summary(self, prompts: str | None = None) -> pd.DataFrame:
         """Mean ± SEM over runs of `alignment, fraction` of the layer mean by step: (measure, mean|sem|count).

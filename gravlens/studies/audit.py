@@ -221,6 +221,7 @@ def _spreads(table: pd.DataFrame, key: str, name: str, columns: Iterable[str]) -
 
 
 def _records(table: pd.DataFrame, columns: Sequence[str]) -> list[dict[str, Any]]:
+    # by way of JSON: `to_dict` would keep NaN and numpy's scalars, which are no JSON
     return json.loads(table[list(columns)].to_json(orient="records"))
 
 
@@ -264,6 +265,7 @@ def draw_figures(findings: Findings, folder: Path) -> None:
     nulls = findings.nulls_layer_mean[findings.nulls_layer_mean.null.isin(DRAWN)]
     history = findings.behavior[findings.behavior.arm == "history"].groupby("run").compliance_rate.mean()
     reference = {str(name): float(value) for name, value in history.items()}
+    # runs that start elsewhere or learn other data are controls, and no arms to compare
     arms = findings.arms[~findings.arms.arm.isin(list(CONTROLS))]
     figures: dict[str, Callable[[], Any]] = {
         "alignment": lambda: plots.plot_alignment(means, nulls=nulls),

@@ -348,16 +348,20 @@ def _judge(
     layers = unblocked.layers_in_mean
     nulls, behavior, damage = nulls_of(study, unblocked), _behavior(study), damage_of(study, layers)
     around = strangers_of(study, others)
+    # the same runs, and only the direction is another: what the anchor brings in is in both
     strangers = {key: study.follow(study.unblocked, vs) for key, vs in around.directions.items()}
     arms, twin, closed = _arms(study, follows, behavior), _twins(study), None
     if twin is not None:
         states = study.run_states(twin, "held_out", own_start=False)
         closed = closures_of(study, states, study.vs.at(layers), pairs=_by_seed(study, twin))
     anchor = behavior[(behavior.arm == "history") & (behavior.run == "anchor")].iloc[0]
+    states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)
+    intervals = bootstrap_alignment(states, study.vs, draws=DRAWS, rng=rng, layers_in_mean=layers)
     found = Evidence(
         trajectory=unblocked,
         nulls=nulls,
         strangers=strangers,
+        over_prompts=intervals.layer_mean[intervals.layer_mean.measure == "alignment"],
         closure=closed,
         stranger_closures=around.closures,
         damage=damage.layer_mean,
@@ -367,12 +371,11 @@ def _judge(
         digests={key: study.prompts[key].digest for key in ("probes", "held_out")},
         name=name,
     )
-    states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)
     results = {
         "trajectory": ByLayer.concat(ByLayer(t.table, t.layer_mean).assign({"arm": arm}) for arm, t in follows.items()),
         "nulls": ByLayer.concat(compare(unblocked, null) for null in nulls),
         "damage": damage,
-        "intervals": bootstrap_alignment(states, study.vs, draws=DRAWS, rng=rng, layers_in_mean=layers),
+        "intervals": intervals,
     }
     controls = controls_of(study, follows, strangers)
     return found, {

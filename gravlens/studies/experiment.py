@@ -165,9 +165,10 @@ def draw_noise(study: Study, draws: int) -> None:
     # Where updates move states linearly, noise of the last step's size serves all steps.
     asked = {"norms": means, "draws": draws, "rng": np.random.default_rng([max(steps), draws]), "linear": True}
     null = weight_noise(open_model(study.sequence.anchor), study.vs, study.prompts["held_out"], **asked)
+    layers = np.array(null.layers)
     for column, path in enumerate(folders.values()):
-        found = {"cosines": null.cosines[:, column : column + 1], "layers": np.array(null.layers)}
-        once(path, lambda folder, found=found: np.savez(folder / "draws.npz", **found))
+        drawn = null.cosines[:, column : column + 1]
+        once(path, lambda folder, drawn=drawn: np.savez(folder / "draws.npz", cosines=drawn, layers=layers))
 
 
 def _mean_norms(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:

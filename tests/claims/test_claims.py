@@ -58,6 +58,12 @@ def strangers(alignment: float = 0.3, n: int = STRANGERS) -> dict[str, Trajector
     return {f"stranger{i}": trajectory(alignment - 0.01 * i) for i in range(n)}
 
 
+def far(one: Trajectory, times: float = 3.0) -> Trajectory:
+    """The same alignment with a checkpoint that is as many times as far."""
+    table = one.table
+    return Trajectory.from_table(table.assign(fraction=table.fraction / times), layers_in_mean=one.layers_in_mean)
+
+
 def closed(value: float = 0.3) -> ByLayer:
     rows = [(f"run{run}", 20, layer, value + 0.01 * run) for run in range(RUNS) for layer in LAYERS]
     table = pd.DataFrame(rows, columns=["run", "step", "layer", "closure"])
@@ -70,6 +76,11 @@ def closures(value: float = 0.05, n: int = STRANGERS) -> dict[str, ByLayer]:
 
 def damage(alignment: float = 0.1, judged: bool = True) -> pd.DataFrame:
     return pd.DataFrame({"damage": ["8 bits", "4 bits"], "alignment": [-0.2, alignment], "judged": judged})
+
+
+def over_prompts(low: float = 0.6, runs: int = 20) -> pd.DataFrame:
+    rows = [(f"run{run}", 20, 0.7, low, 1.4 - low) for run in range(runs)]
+    return pd.DataFrame(rows, columns=["run", "step", "estimate", "low", "high"])
 
 
 ARMS = {
@@ -107,6 +118,7 @@ def evidence(**changes: Any) -> Evidence:
         "trajectory": trajectory(),
         "nulls": [null("isotropic"), null("weight_noise", 0.15)],
         "strangers": strangers(),
+        "over_prompts": over_prompts(),
         "closure": closed(),
         "stranger_closures": closures(),
         "damage": damage(),
@@ -170,6 +182,7 @@ FALSE: list[tuple[int, str, dict[str, Any]]] = [
     (0, "above isotropic", {"trajectory": trajectory(0.05)}),
     (0, "above isotropic", {"trajectory": trajectory(-0.7)}),
     (0, "the runs agree", {"trajectory": scattered()}),
+    (0, "the prompts agree", {"over_prompts": over_prompts(-0.1)}),
     (1, NOISE, {"nulls": [*without("weight_noise"), null("weight_noise", 0.7)]}),
     (2, WITNESS, {"strangers": strangers(0.85)}),
     (2, CLOSURE, {"closure": closed(-0.02)}),
@@ -205,6 +218,7 @@ def test_a_statement_that_is_false_caps_the_level(level: int, name: str, changes
 ABSENT: list[tuple[int, str, dict[str, Any]]] = [
     (0, "above isotropic", {"nulls": without("isotropic")}),
     (0, "the runs agree", {"trajectory": trajectory(runs=4), "nulls": without("weight_noise")}),
+    (0, "the prompts agree", {"over_prompts": None}),
     (1, NOISE, {"nulls": without("weight_noise")}),
     (1, NOISE, {"nulls": [*without("weight_noise"), null("weight_noise", draws=18)]}),
     (2, WITNESS, {"strangers": {}}),
@@ -362,6 +376,19 @@ def test_a_dearer_clamp_is_held_against_the_frontier() -> None:
     assert judge(arms=worse).level == 5
     found = judge(arms=better.assign(compliance_rate=better.compliance_rate.where(better.arm != "unblocked", 0.12)))
     assert found.demands.set_index("name").holds.to_dict()[COST] is False
+
+
+def test_strangers_of_another_basis_leave_a_shared_anchor_open_and_it_is_said() -> None:
+    away = judge(strangers={name: far(one) for name, one in strangers().items()}, stranger_closures=closures(0.01))
+    assert away.level == 5 and "3 times as far: that drift and v_rev share an anchor is not excluded" in away.statement
+    assert "share an anchor" not in judge().statement
+
+
+def test_closure_is_ranked_in_residual_units() -> None:
+    """As a share the nearest witness would have the noisiest closure, and be first too often."""
+    near = {name: far(one, 1.9) for name, one in strangers().items()}
+    assert judge(stranger_closures=closures(0.28)).level == 5
+    assert judge(strangers=near, stranger_closures=closures(0.28)).level == 2, "1.9 times as far, nearly as much closed"
 
 
 def test_damage_that_moves_nothing_says_nothing_against() -> None:

@@ -343,7 +343,7 @@ def test_results_are_printed_with_every_verdict(asked: dict[str, Any], tmp_path:
     assert "0.429 ± 0.052" not in gravlens("reproduce", "--out", tmp_path / "[x]").stdout
     shown = gravlens("reproduce", "--full", "--out", tmp_path / "[x]").stdout
     assert "0.429 ± 0.052" in shown and "not run" in shown
-    rows = {word: re.search(rf"it {word}.*", shown) for word in ("rises", "falls", "rests")}
+    rows = {word: re.search(rf"it {word} +│.*", shown) for word in ("rises", "falls", "rests")}
     assert all(rows.values()), shown
     said = {word: row.group() for word, row in rows.items() if row}
     assert "yes" in said["rises"] and "NO" in said["falls"] and "not run" in said["rests"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import small
 import tiny
@@ -31,6 +32,8 @@ from gravlens.organisms import refusal_language as language
 from gravlens.organisms.base import Arm, Measures
 from gravlens.organisms.recorded import ON_ALIGNMENT_DATA, ON_DATA, RecordedHistory, link, missing
 from gravlens.studies import experiment
+from gravlens.studies.audit import audit
+from gravlens.studies.evidence import strangers_of
 from gravlens.studies.experiment import carry_out
 from gravlens.studies.study import Study
 from gravlens.training.recipe import Recipe
@@ -202,6 +205,44 @@ def test_the_cosine_of_a_random_arm_is_of_its_own_directions(controlled: Study) 
     assert controlled.facts(clamp, 0)["cosine"] is None
     (measured,) = controlled.facts(clamp, 0)["behavior"].values()
     assert measured["task_loss"] > 0 and measured["kl_anchor_harmless"] >= 0
+
+
+def closed(study: Study, run: str, twin: str, seeds: tuple[int, int]) -> float:
+    """Closure of a run with a twin, by numpy: the mean over the layers of the mean."""
+    at = [study.states("measured", "held_out").layers.index(layer) for layer in study.organism.layers_in_mean]
+
+    def mean(part: str, name: str, prompts: str = "held_out") -> np.ndarray:
+        return study.states(part, prompts).of(name).astype(np.float64)[:, at].mean(0)
+
+    v = mean("measured", "witness", "probes") - mean("measured", "anchor", "probes")
+    apart = mean(f"runs/unaligned_twin/seed{seeds[1]}", f"{twin}/20") - mean(
+        f"runs/unblocked/seed{seeds[0]}", f"{run}/20"
+    )
+    return float(np.mean(1 - np.sum(apart * v, axis=1) / np.sum(v * v, axis=1)))
+
+
+def test_own_twins_pair_by_run_and_those_of_another_history_in_order(controlled: Study) -> None:
+    """Only run b has a twin; another history's first twin stands against the first run, whatever its seed."""
+    table = strangers_of(controlled, {"other": controlled}).closures["other"].layer_mean
+    assert set(table.run) == {"first run"}
+    wanted = closed(controlled, "first run", "unaligned_twin-b", (0, 1))
+    assert table[table.step == 20].closure.item() == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.long
+def test_an_audit_pairs_twins_by_run_and_leaves_the_user_s_sequence_alone(
+    folder: Path, controlled: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "processes", small.inline)
+    before = digests(folder)
+    audit({"mine": controlled.organism}, tmp_path, cache=controlled.home.parents[2])
+    table = pd.read_csv(tmp_path / "controls.csv").set_index("control")
+    twin = table.loc["unaligned_twin"]
+    assert twin.run == "unaligned_twin-b"
+    wanted = closed(controlled, "b", "unaligned_twin-b", (1, 1))
+    assert twin.closure_final == pytest.approx(wanted, abs=1e-4)
+    assert wanted != pytest.approx(closed(controlled, "first run", "unaligned_twin-b", (0, 1)), abs=1e-2)
+    assert [*tmp_path.glob("*.toml"), *tmp_path.glob("*.jsonl")] == [] and digests(folder) == before
 
 
 # -- arms --------------------------------------------------------------------------------------------------------------

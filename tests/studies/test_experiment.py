@@ -92,8 +92,11 @@ def test_all_of_an_organism_is_made_and_only_what_is_kept_has_weights(home: Path
     runs = {f"runs/{arm}/seed{seed}" for arm in ("unblocked", "penalty", "penalty_random") for seed in (0, 1)}
     noise = {f"noise/step{step}-2-draws-2-runs" for step in (1, 4)}
     history = {"witness", "anchor", "measured"}
-    above = {"runs", "runs/unblocked", "runs/penalty", "runs/penalty_random", "noise"}
-    assert folders(home) == kept | runs | noise | history | above
+    above = {"runs", "runs/unblocked", "runs/penalty", "runs/penalty_random", "noise", "other_prompts"}
+    others = {f"other_prompts/{name}-2-runs" for name in ("harmless", "shuffled_words")}
+    damage = {path for path in folders(home) if path.startswith("damage_by_layer")}
+    assert len(damage) == 2, "one measurement, named by what was done"
+    assert folders(home) == kept | runs | noise | others | damage | history | above
     for run in runs:
         states = {"probes.safetensors", "held_out.safetensors", "held_out-2.safetensors"}
         files = {path.name for path in (home / run).iterdir() if path.is_file()}
@@ -346,7 +349,10 @@ def test_a_run_that_is_stopped_leaves_no_half_and_goes_on_where_it_was(
     more = files(home)
     assert {name: more[name] for name in after} == after, "one more seed is added to what is there"
     added = more.keys() - after.keys()
-    assert all("seed1" in name or "-2-runs" in name for name in added) and added
+    # the damage of the last run's mirrored update is that of another run
+    beside = ("seed1", "-2-runs", "damage_by_layer/")
+    assert all(any(part in name for part in beside) for name in added)
+    assert {next(part for part in beside if part in name) for name in added} == {*beside}
 
 
 def test_a_checkpoint_that_could_not_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
