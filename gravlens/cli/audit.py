@@ -115,14 +115,12 @@ def audit(
     options: dict[str, Any] = {
         **{"data": data, "alignment_data": alignment_data, "harmless": harmless, "train": tuple(make)},
         **{"layers": tuple(layer) or (fixed.layers if fixed else ()), "runs": runs, "directions": directions},
-        "threads": threads,
-        **{"measures": _measures(openings, compliances), "same_recipe": learning_rate is not None},
+        **{"measures": _measures(openings, compliances), "same_recipe": learning_rate is not None, "threads": threads},
         "recipe": training.finetune.Recipe(steps, batch, learning_rate or 2e-5, 0.0, lora=lora or None),
         **(QUICK if quick else {}),
     }
     histories = {name: organisms.recorded.RecordedHistory(one, **options) for name, one in sequences.items()}
-    for name, history in histories.items():
-        print_note(_work(name, history))
+    print_note("\n".join(_work(name, history) for name, history in histories.items()))
     results = studies.audit.audit(histories, out, workers=workers or None, preregistration=fixed)
     if json:
         print_json(results)

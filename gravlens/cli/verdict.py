@@ -18,6 +18,7 @@ ROWS = {
     "harm, random": ("harm, random blocks", True),
 }
 WIDTH = 78
+OWN = "recorded"  # the setting of a user's own history
 
 
 def print_verdict(results: Mapping[str, Any], *, full: bool = False) -> None:
@@ -87,8 +88,12 @@ def missing_lines(lacking: Sequence[Mapping[str, Any]], level: int, *, full: boo
 
 def _print_rest(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> None:
     title = f"{results['setting']}: mean ± SEM, {results['n_anchors']} anchor(s)"
-    keys, table = ("quantity", "paper", "here", "fraction"), reporting.paper.paper_table(results)
-    print_table((*keys[:3], "fraction of the way back"), ([row[key] for key in keys] for row in table), title=title)
+    names = {"quantity": "quantity", "paper": "paper", "here": "here", "fraction": "fraction of the way back"}
+    table = reporting.paper.paper_table(results)
+    if results["setting"] == OWN:  # a user's history is no reproduction of the paper, and what it lacks is told below
+        del names["paper"]
+        table = [row for row in table if row["here"] != reporting.paper.NOT_RUN]
+    print_table((*names.values(),), ([row[key] for key in names] for row in table), title=title)
     demands = (
         (claim["organism"], demand["level"], demand["name"], HOLDS[demand["holds"]], demand["figures"])
         for claim in found

@@ -459,6 +459,10 @@ def _read_sequence_file(path: Path) -> dict[str, Any]:
         elif isinstance(table.get(key), dict):
             options = {"role": _role_of(key), **table[key]}
             table[key] = read_prompts(here / os.path.expanduser(options.pop("file")), **options)
+    for name, run in table.get("runs", {}).items():
+        if name in PROMPT_KEYS and isinstance(run, str) and (here / run).is_file():  # TOML's tables have no end
+            given = f'{path}: {name} = "{run}" is below [runs], so it is read as a run.'
+            raise GravlensError(given, "Keys of the history are above the first [table].", "move this line above it.")
     table["runs"] = {name: _run_seen_from(here, run) for name, run in table.get("runs", {}).items()}
     table["controls"] = read_controls(path, table.get("controls", {})).mapped(
         lambda _, source: existing(source, here), lambda _name, run, _start: Run(**_run_seen_from(here, run))

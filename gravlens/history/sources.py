@@ -227,7 +227,7 @@ def _base_of(checkpoint: Checkpoint, folder: Path, known: Known) -> Checkpoint:
         base = _base_of(base, below.path, known)  # the anchor's own adapter, trained further
     if _contradicts(named, base):
         wanted = f"it would be added to {checkpoint.base.name} ({checkpoint.base.described})"
-        raise _no_base(folder, f"was trained over {named}, and {wanted}", "runs that start at the anchor")
+        raise _no_base(folder, f"was trained over {named}, and {wanted}", f"one that was trained over {base.name}")
     return base
 
 

@@ -378,6 +378,10 @@ def _check_trained(history: RecordedHistory) -> None:
         if file is None and (needed := [name for name in train if name in names]):
             given = f"There is no data to train {', '.join(needed)} with."
             raise GravlensError(given, "They are trained on your data.", f"{option} FILE, with prompts and answers.")
+    if "stranger_twins" in train and not dict(history.sequence.controls.strangers):
+        given = "stranger_twins was asked for, and [controls] names no strangers."
+        wanted = "Strangers' twins start from strangers; of several SEQUENCE files each one's twins are the others'."
+        raise GravlensError(given, wanted, "strangers = […] under [controls], or --make twins with several files.")
     paired = [name for name in train if name in ON_DATA and name != "runs"]
     if paired and history.sequence.runs and "runs" not in train and not history.same_recipe:
         given = f"{', '.join(paired)} would be trained with another recipe than the runs of {_names(history)}."

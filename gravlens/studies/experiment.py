@@ -278,9 +278,8 @@ def _measure_run(
 
 
 def _answers(model: OpenModel, study: Study) -> dict[str, list[Answer]]:
-    length, prompts = study.organism.measures.max_new_tokens, study.prompts
-    kinds = [kind for kind in ("held_out", "harmless") if kind in prompts]
-    return {kind: generate_answers(model, prompts[kind], max_new_tokens=length) for kind in kinds}
+    length, asked = study.organism.measures.max_new_tokens, study.prompts.items()
+    return {kind: generate_answers(model, some, max_new_tokens=length) for kind, some in asked if kind != "probes"}
 
 
 def measure_behavior(model: OpenModel, study: Study, given: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def test_a_plan_measures_nothing(history: Path, asked: dict[str, Any]) -> None:
     [
         (["--make", "twins"], "--data FILE"),
         (["--make", "strangers"], "several SEQUENCE files"),
+        (["--make", "stranger_twins", "--data", "SEQUENCE.toml"], "names no strangers"),
         (["--make", "everything"], "'everything' cannot be trained"),
         (["--preregistration", "nowhere.toml"], "nowhere.toml"),
     ],
@@ -144,3 +145,11 @@ def test_a_history_that_cannot_be_judged_is_one_line(history: Path, lost: str, s
     file = history / "less.toml"
     file.write_text("".join(line + "\n" for line in text.splitlines() if not line.startswith(lost.split("\n")[-1])))
     refused(gravlens("audit", file, "--out", history / "results"), said)
+
+
+def test_prompts_below_the_runs_are_told_apart_from_a_run(history: Path) -> None:
+    lines = (history / "SEQUENCE.toml").read_text().splitlines()
+    moved = [line for line in lines if line.startswith("held_out")]
+    file = history / "below.toml"
+    file.write_text("\n".join([*(line for line in lines if line not in moved), *moved]))
+    refused(gravlens("audit", file, "--out", history / "results"), "below [runs]")

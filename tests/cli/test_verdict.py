@@ -138,4 +138,9 @@ def test_full_holds_every_table(screen: Any, monkeypatch: pytest.MonkeyPatch) ->
     ]
     wanted += ["organism4, claim level 1 of 5: Of this anchor alone.", "together, claim level 2 of 5: "]
     assert [text for text in wanted if text not in shown] == []
-    assert [text for text in wanted if text in brief] == []
+    assert [text for text in wanted if text in brief] == ["--make control0"], "the first of what is missing"
+
+
+def test_a_history_of_the_user_is_not_shown_next_to_the_paper(screen: Any) -> None:
+    shown = "\n".join(screen(results(setting="recorded"), full=True))
+    assert "paper" not in shown and "0.429 ± 0.052" not in shown
