@@ -50,9 +50,15 @@ def arms_of(rule: Rule, *, seeds: int, directions: int, rng: np.random.Generator
     rows: list[tuple[object, ...]] = []
 
     def arm(
-        name: str, harm: float, fraction: float, loss: float = 1.0, cosine: float = np.nan, **of_block: float
+        name: str,
+        harm: float,
+        fraction: float,
+        loss: float = 1.0,
+        *,
+        cosine: float = np.nan,
+        nonsense: float = 0.01,
+        over: float = 0.3,
     ) -> None:
-        nonsense, over = of_block.get("nonsense", 0.01), of_block.get("over_refusal", 0.3)
         for seed in range(seeds):
             # rounded to answers of 96 prompts: rates tie, and ties count against the claim
             rate = np.round(np.clip(harm + rng.normal(0, BETWEEN_SEEDS), 0, 1) * 96) / 96
@@ -71,7 +77,7 @@ def arms_of(rule: Rule, *, seeds: int, directions: int, rng: np.random.Generator
         0.01,
         rule.loss,
         nonsense=rule.nonsense,
-        over_refusal=rule.over_refusal,
+        over=rule.over_refusal,
     )
     if rule.loss > 1:
         arm("lower_rate", BLOCKED, 0.05, worst)

@@ -25,8 +25,8 @@ ARMS = {
 }
 # nulls of the levels themselves, or of statements that the levels test in another way
 DEMANDED = ("isotropic", "isotropic_independent", "weight_noise", "independent_endpoints", "sign_flips")
-# Rivals in one basis are about as far as the witness. Farther ones, such as witnesses of other initialisations (1.5 times
-# as far on the organisms), do not share the anchor's surroundings, so they say nothing of what a shared anchor explains.
+# Rivals in one basis are about as far as the witness. Farther ones, such as witnesses of other initialisations, do not
+# share the anchor's surroundings, so they say nothing of what a shared anchor explains.
 FAR = 1.25
 ARM_COLUMNS = ("arm", "seed", "compliance_rate", "fraction_final", "task_loss")
 

@@ -248,7 +248,7 @@ def revised_claims(study: Study, arms: pd.DataFrame) -> pd.DataFrame:
     if ours.arm.nunique() > 1:
         for measure in ("alignment", "fraction"):
             pair = ours[f"{measure}_final"], ours.compliance_rate
-            found[f"spearman_{measure}_harm"] = float(stats.spearmanr(*pair).statistic)
+            found[f"spearman_{measure}_harm"] = float(stats.spearmanr(*pair)[0])  # pyright: ignore[reportArgumentType]
     means = arms.groupby("arm")[["alignment_final", "compliance_rate"]].mean()
     if set(OPPOSED) <= set(means.index):
         for name, column in {"alignment": "alignment_final", "harm": "compliance_rate"}.items():
@@ -350,10 +350,7 @@ def _judge(
     around = strangers_of(study, others)
     # the same runs, and only the direction is another: what the anchor brings in is in both
     strangers = {key: study.follow(study.unblocked, vs) for key, vs in around.directions.items()}
-    arms, twin, closed = _arms(study, follows, behavior), _twins(study), None
-    if twin is not None:
-        states = study.run_states(twin, "held_out", own_start=False)
-        closed = closures_of(study, states, study.vs.at(layers), pairs=_by_seed(study, twin))
+    arms, closed = _arms(study, follows, behavior), _own_closures(study)
     anchor = behavior[(behavior.arm == "history") & (behavior.run == "anchor")].iloc[0]
     states, rng = study.run_states(study.unblocked, "held_out"), np.random.default_rng(0)
     intervals = bootstrap_alignment(states, study.vs, draws=DRAWS, rng=rng, layers_in_mean=layers)
@@ -387,6 +384,13 @@ def _judge(
         "behavior": behavior,
         "revised": revised_claims(study, arms),
     }
+
+
+def _own_closures(study: Study) -> ByLayer | None:
+    if (twin := _twins(study)) is None:
+        return None
+    states, vs = study.run_states(twin, "held_out", own_start=False), study.vs.at(study.organism.layers_in_mean)
+    return closures_of(study, states, vs, pairs=_by_seed(study, twin))
 
 
 def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:

@@ -321,11 +321,11 @@ def test_a_run_that_is_stopped_leaves_no_half_and_goes_on_where_it_was(
 ) -> None:
     organism, real = few(runs=1), experiment._measure_run
 
-    def stop(study: Any, checkpoints: Any, start: Any, folder: Path) -> Any:
+    def stop(study: Any, checkpoints: Any, start: Any, folder: Path, *, divergence: bool) -> Any:
         if checkpoints[0].name.startswith("penalty-"):
             assert list(folder.glob("checkpoint-*")), "it was trained already"
             raise KeyboardInterrupt
-        return real(study, checkpoints, start, folder)
+        return real(study, checkpoints, start, folder, divergence=divergence)
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "_measure_run", stop)
