@@ -201,13 +201,14 @@ def _trajectory(history: History, end: Means, layers: tuple[int, ...]) -> Trajec
 
 
 def _over_prompts(history: History, layers: Sequence[int], rng: np.random.Generator) -> pd.DataFrame:
-    """Each run's 95 % interval over prompts, by the basic bootstrap; prompts that move alike leave next to none."""
+    """Each run's 95 % interval of the fraction over prompts; prompts that move alike leave next to none."""
     signs, world = history.signs, history.world
+    way = history.witness - history.anchor
+    fraction = ((history.runs - history.anchor) * way).sum(-1) / (way**2).sum(-1)
+    seen = fraction[:, list(layers)].mean(-1)
     drawn = rng.multinomial(len(signs), np.full(len(signs), 1 / len(signs)), RESAMPLED) @ signs / len(signs)
-    shifts = world.per_prompt * (drawn - signs.mean())[:, None, None, None] * (history.witness - history.anchor)
-    found = history.along(history.runs - history.anchor + shifts, history.witness)[..., list(layers)].mean(-1)
-    seen = history.along(history.runs - history.anchor, history.witness)[:, list(layers)].mean(-1)
-    low, high = (2 * seen - np.quantile(found, end, axis=0) for end in (0.975, 0.025))
+    shifts = world.per_prompt * (drawn - signs.mean())  # a share of the way is a fraction
+    low, high = (seen - np.quantile(shifts, end) for end in (0.975, 0.025))
     names = [f"run{i}" for i in range(len(seen))]
     return pd.DataFrame({"run": names, "step": STEP, "estimate": seen, "low": low - SPREAD, "high": high + SPREAD})
 

@@ -32,7 +32,10 @@ def observed(case: Case) -> Iterator[Demand]:
 
 
 def _over_prompts(case: Case) -> Demand:
-    """The mean alignment is above 0 over prompts too: motion that differs from prompt to prompt averages to chance."""
+    """The mean fraction is above 0 over prompts too: motion that differs from prompt to prompt averages to chance.
+
+    Of the fraction, which is linear in the prompts: a cosine saturates, and its interval with it.
+    """
     name, means, halves = "the prompts agree", [], []
     for evidence in case.anchors:
         if evidence.over_prompts is None:
@@ -40,11 +43,10 @@ def _over_prompts(case: Case) -> Demand:
         rows = evidence.over_prompts[evidence.over_prompts.step == evidence.last]
         rows = rows[rows.run.isin(evidence.final.run)]
         means.append(rows.estimate.mean())
-        # the runs of an anchor are read on the same prompts: their errors do not average out
         halves.append((rows.high - rows.low).mean() / 2)
-    # those of anchors do: the variance of a mean of n is that of their sum over n squared
-    mean, half = float(np.mean(means)), float(np.sqrt(np.sum(np.square(halves)))) / len(halves)
-    return Demand(1, name, bool(mean - half > 0), f"{mean:.3f} ± {half:.3f} (95 % over prompts)")
+    # runs and anchors are read on the same prompts, so their errors do not average out
+    mean, half = float(np.mean(means)), float(np.mean(halves))
+    return Demand(1, name, bool(mean - half > 0), f"fraction {mean:.3f} ± {half:.3f} (95 % over prompts)")
 
 
 def _agree(case: Case) -> Demand:

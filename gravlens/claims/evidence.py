@@ -45,7 +45,7 @@ class Evidence:
         nulls: draws of `isotropic` and `weight_noise`; others are reported.
         strangers: name of a stranger -> the same runs along the direction from the anchor to that stranger: a witness
             of another history, or another checkpoint that is no ancestor.
-        over_prompts: `bootstrap_alignment(…).layer_mean` of the alignment: `run, step, estimate, low, high`, each run's
+        over_prompts: `bootstrap_alignment(…).layer_mean` of the fraction: `run, step, estimate, low, high`, each run's
             interval over prompts.
         closure: `closure(…)` of the gap between runs and unaligned twins, along v_rev.
         stranger_closures: name of a stranger -> the same with its twins, along its direction.

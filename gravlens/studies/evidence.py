@@ -358,7 +358,7 @@ def _judge(
         trajectory=unblocked,
         nulls=nulls,
         strangers=strangers,
-        over_prompts=intervals.layer_mean[intervals.layer_mean.measure == "alignment"],
+        over_prompts=intervals.layer_mean[intervals.layer_mean.measure == "fraction"],
         closure=closed,
         stranger_closures=around.closures,
         damage=damage.layer_mean,
