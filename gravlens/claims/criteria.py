@@ -62,7 +62,7 @@ def _agree(case: Case) -> Demand:
     if least_p_value(len(units)) > case.alpha:
         return _few_agree(case, name)
     p = float(np.nanmin(max_t(units, rng=np.random.default_rng(0))))
-    return Demand(1, name, p <= case.alpha, f"max-T over {len(shared)} layers: p = {p:.3f}, {_count(case, units)}")
+    return Demand(1, name, p <= case.alpha, f"max-T over {len(shared)} layers: {_told(p)}, {_count(case, units)}")
 
 
 def _few_agree(case: Case, name: str) -> Demand:
@@ -100,7 +100,7 @@ def _above(case: Case, level: int, name: str) -> Demand:
         return Demand(level, title, None, f"cannot be reached with {n} draws: {ceil(1 / case.alpha) - 1} are needed")
     mean, together = float(np.mean(seen)), np.mean(drawn, axis=0)
     p = float((1 + (together >= mean).sum()) * least)
-    figures = f"{mean:.3f}, p = {p:.3f}, p95 {np.quantile(together, 0.95):.3f}"
+    figures = f"{mean:.3f}, {_told(p)}, p95 {np.quantile(together, 0.95):.3f}"
     return Demand(level, title, bool(np.isfinite(mean) and p <= case.alpha), figures)
 
 
@@ -260,7 +260,7 @@ def _curve(case: Case) -> Demand:
     whole = np.mean([one.mean() + slope * (1 - cos.mean()) for one, cos in zip(harms, cosines, strict=True)])
     own = np.mean([-harm for harm, _ in _harms(case)] or [np.nan])
     figures = (
-        f"slope {slope:+.2f} ± {spread:.2f} (95 %), p = {p:.3f}, {n} directions up to |cos| {reached:.2f}; "
+        f"slope {slope:+.2f} ± {spread:.2f} (95 %), {_told(p)}, {n} directions up to |cos| {reached:.2f}; "
         f"{min(max(whole, 0.0), 1.0):.0%} at |cos| 1, v_rev's own {own:.0%}"
     )
     return Demand(4, name, slope < 0 and p <= case.alpha, figures)
@@ -333,7 +333,7 @@ def _signs(case: Case, level: int, name: str, values: Sequence[pd.Series | np.nd
         return None
     # a fixed seed: the verdict must not differ from call to call
     p = float(sign_flip_test(units, rng=np.random.default_rng(0)))
-    return Demand(level, name, p <= case.alpha, f"{figures}, p = {p:.3f}, {_count(case, units)}")
+    return Demand(level, name, p <= case.alpha, f"{figures}, {_told(p)}, {_count(case, units)}")
 
 
 def _too_few(case: Case, level: int, name: str, values: Sequence[pd.Series | np.ndarray]) -> Demand:
@@ -356,7 +356,11 @@ def _ranked(case: Case, level: int, name: str, blocks: Sequence[tuple[float, Seq
     own, other = np.mean([own for own, _ in blocks]), np.mean([np.mean(others) for _, others in blocks])
     first = sum(rank == 1 for rank in ranks)
     figures = f"{abs(own) if level > 3 else own:.3f} against {abs(other) if level > 3 else other:.3f} on average"
-    return Demand(level, name, p <= case.alpha, f"{figures}, first in {first} of {len(ranks)}, p = {p:.3f}, {among}")
+    return Demand(level, name, p <= case.alpha, f"{figures}, first in {first} of {len(ranks)}, {_told(p)}, {among}")
+
+
+def _told(p: float) -> str:
+    return "p < .001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def _count(case: Case, units: np.ndarray) -> str:
