@@ -245,7 +245,7 @@ def revised_claims(study: Study, arms: pd.DataFrame) -> pd.DataFrame:
     """
     found: dict[str, float] = {}
     ours = arms[~arms.arm.isin(OWN_DATA)].dropna(subset="compliance_rate")
-    if ours.arm.nunique() > 1:
+    if ours.arm.nunique() > 1 and ours.compliance_rate.nunique() > 1:  # of a constant there is no correlation
         for measure in ("alignment", "fraction"):
             pair = ours[f"{measure}_final"], ours.compliance_rate
             found[f"spearman_{measure}_harm"] = float(stats.spearmanr(*pair)[0])  # pyright: ignore[reportArgumentType]

@@ -141,7 +141,8 @@ def test_results_hold_what_is_documented(organism: Done) -> None:
     found, runs = organism.results, 2
     documented = {"schema_version", "setting", "n_anchors", "seeds", "layers", "layers_in_mean", "alignment", "summary"}
     documented |= {"nulls", "controls", "arms", "history", "environment"}
-    assert set(found) == documented | {"organisms", "claims", "effects", "missing", "interval", "damage", "vrev"}
+    documented |= {"organisms", "claims", "effects", "missing", "interval", "damage", "vrev", "revised"}
+    assert set(found) == documented
     assert (found["schema_version"], found["setting"], found["n_anchors"]) == (3, "refusal", 1)
     assert (found["organisms"], found["seeds"]) == (["one"], [0, 1])
     assert (found["layers"], found["layers_in_mean"]) == ([0, 1, 2], [0, 1])
@@ -375,7 +376,9 @@ def test_the_folder_holds_tables_figures_and_a_page_that_stands_alone(each: Done
     assert {path.stem for path in each.out.glob("*.csv")} == names
     for name in names:
         table = each.table(name)
-        assert len(table) and set(table.organism) == {"one"}
+        # where harm is the same everywhere, nothing can be said of its correlation
+        assert len(table) or name == "revised"
+        assert set(table.organism) <= {"one"}
     figures = {"alignment", "fraction", "layers", "compliance_rate", "arm_fraction", "task_loss"}
     assert {path.name for path in (each.out / "figures").iterdir()} == {
         f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png", "svg")
