@@ -46,8 +46,8 @@ def make_organism(seed: int, cache: Path) -> None:
         for arm in study.organism.arms:
             for run in arm.seeds:
                 run_arm(study, arm, run)
-        for step in study.organism.noise:
-            draw_noise(study, step)
+        for draws in {*study.organism.noise.values()}:
+            draw_noise(study, draws)
         damage_of(study, study.organism.layers_in_mean)
 
 
