@@ -16,6 +16,7 @@ from gravlens.directions.vrev import locate_vrev
 from gravlens.history.encoding import encode
 from gravlens.models.opening import OpenModel, open_model, quiet
 from gravlens.organisms.base import Arm
+from gravlens.stats.bootstrap import bootstrap_alignment
 from gravlens.stats.controls import closure
 from gravlens.stats.damage import reweighted, weight_noise
 from gravlens.stats.nulls import NullDraws
@@ -26,6 +27,7 @@ from worlds.judged import Judged
 from worlds.truth import WAY
 
 FIRST = 101  # organisms from here on: none that anything was chosen on
+PROMPT_DRAWS = 200  # of the interval over prompts
 NOISE_DRAWS = 99  # where the anchor is another one, and the organism's own draws do not serve
 Weights = Mapping[str, torch.Tensor]
 
@@ -106,9 +108,10 @@ def evidence_on(
         pairs = list(zip(runs.runs, np.roll(list(theirs.runs), 0 if name else turn).tolist(), strict=False))
         closures[name] = closure(runs, theirs, ends[name].at(layers), pairs=pairs, layers=layers)
     own, closed = trajectories.pop(""), closures.pop("")
-    return replace(
-        base, trajectory=own, closure=closed, strangers=trajectories, stranger_closures=closures, arms=None, anchor=None
-    )
+    drawn = {"draws": PROMPT_DRAWS, "rng": np.random.default_rng(0), "layers_in_mean": layers}
+    spread = bootstrap_alignment(last_of(runs), ends[""], **drawn).layer_mean
+    seen = {"trajectory": own, "closure": closed, "over_prompts": spread[spread.measure == "fraction"]}
+    return replace(base, **seen, strangers=trajectories, stranger_closures=closures, arms=None, anchor=None)
 
 
 # --- histories --------------------------------------------------------------------------------------------------------
