@@ -34,7 +34,8 @@ COMMANDS = {
     "report": ["--json"],
     "audit": (
         "--out --make --data --alignment-data --harmless --layer --runs --directions --steps --batch --learning-rate "
-        "--lr --lora --openings --compliances --quick --full --plan --preregister --preregistration --workers --json"
+        "--lr --lora --openings --compliances --quick --full --plan --preregister --preregistration --workers "
+        "--threads --json"
     ).split(),
     "inspect": ["--json"],
     "plan": "--prompts --column --layer --positions --device --dtype --workers --peak-flops --disk-gbps --json".split(),
