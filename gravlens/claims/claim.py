@@ -100,18 +100,18 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
     table = table.astype({"holds": "boolean"})
     sizes = effects(case)
     each = {one.name: claim(one, alpha=case.alpha) for one in anchors} if alone and len(anchors) > 1 else {}
-    said, remarks = (
-        f"{STATEMENTS[level]}: {_seen(case, sizes)}.{_anchor_shared(case, level)}",
-        _remarks(case, level, next_caps, each),
-    )
+    said = f"{STATEMENTS[level]}: {_seen(case, sizes)}.{_anchor_shared(case, level)}"
+    remarks = _remarks(case, level, next_caps, each)
     named = next_caps[0].name if next_caps else ""
     return Claim(level, said, _setting(case), remarks, named, table, sizes, each)
 
 
 def _anchor_shared(case: Case, level: int) -> str:
     """What strangers of another basis leave open at level 3 and above."""
+    if level < 3:
+        return ""
     times = float(np.nanmax([np.nan_to_num(evidence.times_as_far) for evidence in case.anchors]))
-    if level < 3 or times <= FAR:
+    if times <= FAR:
         return ""
     return f" The strangers are {times:.1f} times as far: that drift and v_rev share an anchor is not excluded."
 

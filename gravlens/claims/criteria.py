@@ -175,7 +175,7 @@ def durable(case: Case) -> Iterator[Demand]:
         yield Demand(5, name, None)
     else:
         kept = [base.compliance_rate / 2 - one.compliance_rate for one, base in pairs]
-        yield _signs(case, 5, name, kept, _against(pairs)) or _too_few(case, 5, name, kept)
+        yield _tested(case, 5, name, kept, _against(pairs))
     yield _ranked(
         case, 5, "outlasts released random directions", _harms(case, "released", "released_random"),
         "released random direction",
@@ -212,7 +212,7 @@ def _difference(case: Case, level: int, name: str, lower: str, upper: str | None
     else:
         values = [above.compliance_rate - below.compliance_rate for below, above in pairs]
         figures = _against(pairs)
-    return _signs(case, level, name, values, figures) or _too_few(case, level, name, values)
+    return _tested(case, level, name, values, figures)
 
 
 def _against(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> str:
@@ -276,7 +276,7 @@ def _held(case: Case) -> Demand:
     figures = "fraction {:.3f} against {:.3f}".format(
         *(np.mean([pair[i].fraction_final.mean() for pair in pairs]) for i in (0, 1))
     )
-    return _signs(case, 4, name, kept, figures) or _too_few(case, 4, name, kept)
+    return _tested(case, 4, name, kept, figures)
 
 
 def _push(case: Case) -> Demand:
@@ -287,7 +287,7 @@ def _push(case: Case) -> Demand:
     further = [push.fraction_final - base.fraction_final for push, base in pairs]
     harm, usual = (np.mean([pair[i].compliance_rate.mean() for pair in pairs]) for i in (0, 1))
     figures = f"fraction {_mean(case.units(further)):+.3f}; {_against(pairs)}"
-    found = _signs(case, 4, name, further, figures) or _too_few(case, 4, name, further)
+    found = _tested(case, 4, name, further, figures)
     # within the answers that a block may change: a rate at its ceiling falls as often as it rises
     return found if harm >= usual - MAX_MORE else Demand(4, name, False, found.figures)
 
@@ -311,7 +311,7 @@ def _cost(case: Case) -> Demand:
         differences.append(-found.difference)  # NaN beyond the frontier's ends, and then not held
     harm = np.mean([one.mean() for one in differences])
     figures = f"task loss {ratio - 1:+.1%}; harm {-harm:+.1%} against the frontier there"
-    return _signs(case, 4, name, differences, figures) or _too_few(case, 4, name, differences)
+    return _tested(case, 4, name, differences, figures)
 
 
 def _no_more(case: Case, level: int, measure: str, name: str, role: str) -> Demand:
@@ -336,7 +336,10 @@ def _signs(case: Case, level: int, name: str, values: Sequence[pd.Series | np.nd
     return Demand(level, name, p <= case.alpha, f"{figures}, {_told(p)}, {_count(case, units)}")
 
 
-def _too_few(case: Case, level: int, name: str, values: Sequence[pd.Series | np.ndarray]) -> Demand:
+def _tested(case: Case, level: int, name: str, values: Sequence[pd.Series | np.ndarray], figures: str) -> Demand:
+    """`_signs`, or that so few units cannot reach α."""
+    if (found := _signs(case, level, name, values, figures)) is not None:
+        return found
     have, needed = _count(case, case.units(values)), ceil(-log2(case.alpha))
     return Demand(level, name, None, f"cannot be reached with {have}: {needed} are needed")
 
