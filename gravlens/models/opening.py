@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, said
-from gravlens.core.files import damaged, once
+from gravlens.core.files import damaged, replaced
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
@@ -370,7 +370,7 @@ def save_folder(model: OpenModel, folder: Path) -> Path:
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(scratch)
 
-    return once(folder, save, replace=True)
+    return replaced(folder, save)
 
 
 @contextmanager
