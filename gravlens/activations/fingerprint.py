@@ -47,8 +47,8 @@ def fingerprint(checkpoint: Resolved, how: Sequence[str], memo: Path | None = No
     module = checkpoint.checkpoint.source
     if isinstance(module, nn.Module):
         _check_plain(checkpoint, module)
-        weights = contents(sorted(_state_of(module).items())).digest
-        parts = [[weights, _configuration_of(module), _states_digest(checkpoint)]]
+        states = _states_digest(checkpoint)  # before the weights, which the first pass of some models packs
+        parts = [[contents(sorted(_state_of(module).items())).digest, _configuration_of(module), states]]
     else:
         parts = [_part(folder, memo) for folder in checkpoint.folders]
     return hashlib.sha256(json.dumps([LAYOUT, CONVENTION, *how, parts], sort_keys=True).encode()).hexdigest()
@@ -143,9 +143,9 @@ def _states_digest(checkpoint: Resolved) -> str:
 
 
 def _state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return weights and buffers of a model in memory; the state dict adds a quantised model's scales."""
-    state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    return {**weights_of(module), **dict(module.named_buffers()), **state}
+    """Return weights and buffers of a model in memory; the scales of quantised ones act on its states."""
+    # Not `state_dict()`: where bitsandbytes has packed 4-bit weights for the processor, it changes the model.
+    return {**weights_of(module), **dict(module.named_buffers())}
 
 
 def _configuration_of(module: Any) -> str:
