@@ -27,12 +27,17 @@ CHECKSUMS = "checksums.json"  # of a folder made by `once`; written last
 
 
 @contextmanager
-def writing(path: Path | str) -> Generator[None]:
-    """Raise an OSError inside the block (a full disk, no permission) as a GravlensError that names the path."""
+def writing(path: Path | str, kinds: type[Exception] = OSError) -> Generator[None]:
+    """Raise an OSError inside the block (a full disk, no permission) as a GravlensError that names the path.
+
+    `kinds=Exception` where another library writes: safetensors, torch and tokenizers have errors of their own.
+    """
     try:
         yield
-    except OSError as error:
-        given = f"{path} cannot be written ({error.strerror or error})."
+    except GravlensError:
+        raise
+    except kinds as error:
+        given = f"{path} cannot be written ({getattr(error, 'strerror', None) or said(error)})."
         remedy = "free space there, or a place that can be written; the same call then goes on."
         raise GravlensError(given, "Files that were complete before are kept.", remedy) from error
 
