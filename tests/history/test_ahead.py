@@ -202,7 +202,9 @@ def test_witness_anchor_and_bases_are_never_evicted(fake: Hub) -> None:
 def test_a_base_that_an_adapter_alone_names_stays(fake: Hub, models: Path, tmp_path: Path) -> None:
     folder = adapter(models / "1", tmp_path / "adapter")
     config = folder / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": RUN[0]}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": RUN[0].removeprefix("hf://")})
+    )
     rows = [*run(RUN[0]), Checkpoint("run/1", folder, 1), *run(*RUN[1:])]
     list(in_turn(rows, keep=1))
     assert fake.on_disk() == {1, 6}
