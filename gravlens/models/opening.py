@@ -21,6 +21,7 @@ from gravlens.core.files import damaged, once
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
+from gravlens.models.configs import check_files, read_config
 from gravlens.models.families import (
     ENDS,
     ONE_DECODER,
@@ -112,9 +113,10 @@ def load_huggingface(
         raise GravlensError(f"{source} is an adapter.", "A whole model is needed.", "open_model(…) merges adapters.")
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+            config = read_config(folder.path)
             loaded: Any = auto_class(config).from_pretrained(
                 folder.path,
+                config=config,
                 dtype=as_dtype(dtype) or stored or "auto",
                 device_map=device_map or (None if place.type == "cpu" else {"": place}),
                 trust_remote_code=False,  # its own code may do anything
@@ -257,6 +259,7 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
     """Load the tokenizer of a folder or hub id, or return None if it has none."""
     folder = as_folder(source, weights=False)
     for place in folder.places:
+        check_files(place)
         with quiet(), suppress(OSError, ValueError, KeyError):
             found: Any = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             if not getattr(found, "chat_template", None):
