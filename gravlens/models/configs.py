@@ -51,7 +51,7 @@ def check_files(folder: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         with suppress(OSError, ValueError, RecursionError):  # whoever reads the file says so
             found = json.loads((folder / name).read_text("utf-8"))
-            if named := next((pair for pair in _entries(found) if _leads_elsewhere(*pair)), None):
+            if named := next((pair for pair in entries(found) if _leads_elsewhere(*pair)), None):
                 break
     else:
         return
@@ -62,7 +62,7 @@ def check_files(folder: Path) -> None:
 
 def _leads_elsewhere(key: str, value: Any) -> bool:
     if key == "per_layer_config":
-        return any(name.endswith("_implementation") for name, _ in _entries(value))
+        return any(name.endswith("_implementation") for name, _ in entries(value))
     if not isinstance(value, str):
         return False
     if key == "tokenizer_class":  # AutoTokenizer takes any class of transformers
@@ -71,11 +71,11 @@ def _leads_elsewhere(key: str, value: Any) -> bool:
     return key in ELSEWHERE or value.startswith(("hf-hub:", "hf_hub:"))  # the latter: timm's names of models
 
 
-def _entries(found: Any) -> Iterator[tuple[str, Any]]:
+def entries(found: Any) -> Iterator[tuple[str, Any]]:
     """Iterate over the keys and values of JSON, at any depth."""
     for key, value in found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ():
         yield str(key), value
-        yield from _entries(value)
+        yield from entries(value)
 
 
 def _parts(config: Any) -> Iterator[Any]:

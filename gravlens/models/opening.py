@@ -18,10 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, said
 from gravlens.core.files import damaged, once
+from gravlens.core.limits import patterns_exceed
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
-from gravlens.models.configs import check_files, read_config
+from gravlens.models.configs import check_files, entries, read_config
 from gravlens.models.families import (
     ENDS,
     ONE_DECODER,
@@ -202,6 +203,11 @@ def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
     for foreign in ("megatron_config", "layer_replication"):
         if getattr(config, foreign, None):
             raise _does_not_fit(folder, f"it uses {foreign}")
+    if config.peft_type in ("XLORA", "SHADOW"):
+        raise _does_not_fit(folder, "its kind loads other models that its configuration names")
+    texts = [text for pair in entries(folder.config) for text in pair if isinstance(text, str)]
+    if found := patterns_exceed(texts, (name for name, _ in module.named_modules())):
+        raise _does_not_fit(folder, f"a regular expression in its configuration {found} on the names of modules")
     if config.is_prompt_learning:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise _does_not_fit(folder, f"{kind} adds positions to every prompt and changes no weights")

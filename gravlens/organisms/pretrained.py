@@ -78,7 +78,8 @@ class Pretrained:
     @property
     def key(self) -> str:
         """Digest of the configuration, the files' contents, the versions and the threads."""
-        files = [Path(f).expanduser() for f in (self.harmful, self.harmless, self.harmful_train) if f is not None]
+        given = (self.harmful, self.harmless, self.harmful_train)
+        files = [Path(os.path.expanduser(file)) for file in given if file is not None]
         for file in files:
             read_rows(file, "prompt")  # raises the error that explains an invalid file, before anything is made
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
