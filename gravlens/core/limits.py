@@ -10,17 +10,12 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
-
-import jinja2
-import markupsafe
 
 from gravlens.core.errors import GravlensError
 
 SECONDS, LONGEST, MIB = 5, 1_000_000, 512  # of processor time; characters that a template writes; memory
 _WALL = 12  # times as long by the clock, for a busy machine
-_PATHS = sorted({str(Path(package.__file__ or "").parents[1]) for package in (jinja2, markupsafe)})
 # Ends with 3 where the memory or the length is exceeded, by a signal where the time is. Any other failure is found
 # again, and named, where the program is used.
 _CHILD = """
@@ -41,7 +36,7 @@ except Exception:
 """
 # As transformers renders, after a removal of the one block that it adds to the language.
 _RENDER = r"""
-sys.path[:0] = given["paths"]
+sys.path[:] = given["paths"]
 import jinja2.ext, jinja2.sandbox
 def refuse(message): raise jinja2.TemplateError(message)
 extensions = [jinja2.ext.loopcontrols]
@@ -86,7 +81,7 @@ def _template_exceeds(template: str, values: str) -> str:
     plain = [[{"role": role, "content": "a text"} for role in each] for each in roles]
     parts = [[{**turn, "content": [{"type": "text", "text": "a text"}]} for turn in each] for each in plain]
     given = {"template": template, "values": json.loads(values), "conversations": plain + parts}
-    return _exceeds(_RENDER, given | {"paths": _PATHS, "longest": LONGEST})
+    return _exceeds(_RENDER, given | {"paths": sys.path, "longest": LONGEST})
 
 
 def patterns_exceed(texts: Iterable[str], names: Iterable[str]) -> str:

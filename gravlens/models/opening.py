@@ -60,7 +60,7 @@ def open_model(
     device_map: DeviceMap = None,
     through: Literal["huggingface", "bridge"] = "huggingface",
 ) -> OpenModel:
-    """Open a checkpoint, a folder, a hub id (`hf://owner/name`) or a model in memory; an `OpenModel` is returned unchanged.
+    """Open a checkpoint, folder, hub id (`hf://owner/name`) or model in memory; an `OpenModel` is returned unchanged.
 
     A folder or hub id is loaded as a Hugging Face model, or as a `TransformerBridge` (`through="bridge"`); weights are
     never processed. A PEFT adapter is merged into its base, or attached to it where that is quantised. Of an image–text
