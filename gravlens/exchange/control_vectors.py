@@ -19,7 +19,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from torch import Tensor, nn
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, reading
 from gravlens.core.files import check_digest, without_nan, write_atomically
 from gravlens.directions.direction import Direction, Directions, each
 from gravlens.directions.vrev import direction_from
@@ -309,13 +309,11 @@ def _parsing(path: Path, expected: str) -> Generator[None]:
     """Raise any failure to parse a file as GravlensError: what a foreign parser raises is not documented."""
     if not path.is_file():
         raise GravlensError(f"There is no file {path}.", "A file of directions was expected.", "check the path.")
-    try:
-        yield
-    except GravlensError:
-        raise
-    except Exception as error:
-        # torch's message for an unsafe pickle advises to load it all the same.
-        hide = type(error).__name__ == "UnpicklingError"
-        first = "" if hide else f": {next(iter(str(error).strip().splitlines()), '')}"
-        given = f"{path} cannot be read ({type(error).__name__}{first})."
-        raise GravlensError(given, f"{expected} was expected.", "write or copy it again.") from error
+    with reading(path, f"{expected} was expected.", "write or copy it again."):
+        try:
+            yield
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            # torch's message advises to load an unsafe pickle all the same
+            raise ValueError("UnpicklingError: it holds more than tensors") from error

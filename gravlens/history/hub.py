@@ -9,7 +9,7 @@ from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from gravlens.core.errors import GravlensError, said, wrong_kind
+from gravlens.core.errors import GravlensError, at_home, said, wrong_kind
 
 _PART = r"[A-Za-z0-9_-][\w.-]*"
 HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}(/{_PART})*))?", re.ASCII)
@@ -41,7 +41,7 @@ def existing(folder: Path | str, here: Path = Path()) -> Path | str:
     if not isinstance(folder, Path | str):
         remedy = "ModelSequence.from_models(witness=…, anchor=…, runs=…) for models in memory."
         raise wrong_kind(folder, "A folder written by save_pretrained, or a hub id, is needed here.", remedy)
-    path = here / Path(folder).expanduser()
+    path = here / at_home(folder)
     if path.exists():
         return path
     # "ft/step20" has the form of a hub id; where ft/ exists, it is a mistyped path and not a repository.

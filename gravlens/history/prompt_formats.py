@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from pandas import DataFrame
 
-from gravlens.core.errors import GravlensError, wrong_kind
+from gravlens.core.errors import GravlensError, at_home, wrong_kind
 
 Only = Mapping[str, str | Sequence[str]]
 Said = tuple[str, str]  # a turn: its role (system, user or assistant) and its text
@@ -342,7 +342,7 @@ def _rows_of_file(source: Path | str) -> list[Placed]:
     if not isinstance(source, Path | str):
         remedy = "PromptSet.of([…]) or Contrast.of([…], […]) for texts."
         raise wrong_kind(source, "A file or a datasets.Dataset is read.", remedy)
-    path = Path(os.path.expanduser(source))
+    path = at_home(source)
     if not os.path.isfile(path):  # Path.is_file raises for a text that is too long for a name
         found = "is a folder" if os.path.isdir(path) else "does not exist"
         remedy = "check the path, or [prompt], a list, for the text of one prompt."

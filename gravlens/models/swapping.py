@@ -156,7 +156,7 @@ def _shape(checkpoint: Resolved, known: dict[Path, tuple[int, int]]) -> tuple[in
         try:
             with quiet():
                 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a configuration leads transformers to
             raise not_opened(folder, error) from error
         known[folder] = config.num_hidden_layers, config.hidden_size
     return known[folder]
