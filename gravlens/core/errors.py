@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tomllib
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from numbers import Integral
@@ -62,6 +63,8 @@ def said(error: BaseException) -> str:
             text = "it is nested too deeply" if isinstance(error, RecursionError) else "there is too little memory"
         case OSError(strerror=str(reason)):  # without errno and path, which str() adds
             text = reason
+        case json.JSONDecodeError() | UnicodeDecodeError() | tomllib.TOMLDecodeError():
+            text = f"it is not valid {type(error).__name__.removesuffix('DecodeError')}: {error}"
         case TypeError() | AttributeError() | ArithmeticError() | AssertionError():  # they speak of code
             text = f"{type(error).__name__}: {error}"
         case _:

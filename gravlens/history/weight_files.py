@@ -219,5 +219,5 @@ def trained_steps(folder: Path) -> int | None:
     if not path.is_file():
         return None
     remedy = "wait until it is complete, or remove that file: then the folder's name gives the step."
-    with reading(path, "Trainer writes there how many steps a checkpoint has (global_step).", remedy):
-        return int(str(read_object(path, remedy)["global_step"]))  # 5.7 and true are no steps
+    with reading(f"global_step of {path}", "Trainer writes there how many steps a checkpoint has.", remedy):
+        return int(str(json.loads(path.read_bytes())["global_step"]))  # 5.7 and true are no steps

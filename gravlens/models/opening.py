@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import re
 import warnings
 from collections.abc import Generator, Iterable, Mapping
@@ -38,6 +39,7 @@ from gravlens.models.precision import as_dtype, quantisation
 
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # may hold a chat template beside the tokenizer's
 TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # a folder with one has a tokenizer
+MOST_LAYERS, MOST_WIDTH = 2**14, 2**20
 ADAPTER = "gravlens"  # PEFT's name of the adapter while it is merged
 WHOLE = r"modules_to_save|original_module|(token_adapter\.)?base_layer"  # PEFT's names for a whole matrix
 # Tensors that some files hold and no state depends on: masks and constants that are computed today, a value head, heads
@@ -114,6 +116,7 @@ def load_huggingface(
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+            shape_of(config)
             loaded: Any = auto_class(config).from_pretrained(
                 folder.path,
                 dtype=as_dtype(dtype) or stored or "auto",
@@ -139,6 +142,16 @@ def load_huggingface(
         raise GravlensError(f"Weights are missing from {source}: {', '.join(missing[:3])}.", wanted, remedy)
     check_all_used(source, model, report["unexpected_keys"], wrapper=config.get_text_config() is not config)
     return model.eval()  # no dropout
+
+
+def shape_of(config: Any) -> tuple[int, int]:
+    """Return n_layers and d_model of a configuration; raise ValueError for numbers that no model has."""
+    text = config.get_text_config()
+    n_layers, d_model = index(text.num_hidden_layers), index(text.hidden_size)
+    # a thousand million blocks would take all time and memory before a weight is read
+    if not (0 < n_layers <= MOST_LAYERS and 0 < d_model <= MOST_WIDTH):
+        raise ValueError(f"config.json speaks of {n_layers} layers of width {d_model}")
+    return n_layers, d_model
 
 
 def auto_class(config: Any) -> Any:
@@ -267,6 +280,9 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
             continue  # an adapter's folder without one, or a model's
         if not getattr(found, "chat_template", None):
             found.chat_template = processor_template(place)
+        if not found.chat_template and os.path.lexists(template := place / "chat_template.jinja"):
+            given = f"{template} is empty, or no file."
+            raise GravlensError(given, "Without it prompts would be read plain.", "copy it again, or remove it.")
         setattr(found, ENDS, stored_ends(folder.path))
         return found
     return None

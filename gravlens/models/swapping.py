@@ -26,6 +26,7 @@ from gravlens.models.opening import (
     not_opened,
     open_model,
     quiet,
+    shape_of,
     weights_of,
 )
 from gravlens.models.placement import Placement
@@ -155,10 +156,9 @@ def _shape(checkpoint: Resolved, known: dict[Path, tuple[int, int]]) -> tuple[in
         # Each architecture has its own names for these (GPT-2: n_layer, n_embd), which only transformers knows.
         try:
             with quiet():
-                config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+                known[folder] = shape_of(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
         except Exception as error:  # whatever a configuration leads transformers to
             raise not_opened(folder, error) from error
-        known[folder] = config.num_hidden_layers, config.hidden_size
     return known[folder]
 
 

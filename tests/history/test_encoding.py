@@ -198,7 +198,7 @@ def test_a_template_of_parts_gets_parts() -> None:
         ("{% for m in messages %}<|{{ m.role }}|>{% endfor %}<|assistant|>", ["hello"], "the user turn"),
         ("{{ messages[0].content[:16] }}", ["a long enough one", "another long one"], "'a long enough one'"),
         ("{% if messages|length > 5 %}{% endif %}{{ raise_exception('Roles!') }}", ["hello"], "Roles!"),
-        ("gravlens-user-0{{ 'a' if messages[0].content else '' }}", ["a", "e"], "'e'"),
+        ("gravlens-user\\0{{ 'a' if messages[0].content else '' }}", ["a", "e"], "'e'"),
     ],
 )
 def test_prompts_that_a_template_loses_are_refused(template: str, prompts: list[str], told: str) -> None:

@@ -275,7 +275,7 @@ def broken(
                 return answers(folder) if generates else states(folder, toml)
 
         wanted = true_answers if generates else functools.partial(true_states, toml)
-        yield Case(area, f"{tag}{name}", call, (area,), wanted)
+        yield Case(area, f"{tag}{name}", call, (area, *(str(Path("h", file).parent) for file in files)), wanted)
 
 
 def each(file: str, of: Sequence[str] = FOLDERS) -> list[str]:
@@ -391,7 +391,7 @@ INDEX = values(weight_map=[5, [], {}, {"a": 5}, {"a": None}, {"a": "../base/mode
                            {"a": "/model.safetensors"}, {"a": ""}, {"a": "."}, {"a": "x\0y"}], metadata=[5])  # fmt: skip
 ADAPTER = values(
     peft_type=["NOPE", 5, None, "PROMPT_TUNING", "ADALORA"],
-    r=["2", 0, -1, None, 3, BIG],
+    r=["2", 0, -1, None, 3],
     lora_alpha=["a", None, []],
     target_modules=[5, [5], "(", [], ["nope"], None],
     base_model_name_or_path=[5, []],
@@ -542,7 +542,7 @@ def of_sequences() -> Iterator[Case]:
     texts |= {
         "deep": content("a = " + "[" * DEEP),
         "a huge integer": content("a = " + "9" * 5000),
-        "twice a key": changed(lambda old: old + b'\nanchor = "base"'),
+        "twice a key": changed(lambda old: old + b'\na = "ft"'),
         "JSON": content('{"witness": "base"}'),
         "with a BOM": changed(lambda old: b"\xef\xbb\xbf" + old),
         "an unknown key": changed(lambda old: b"nope = 5\n" + old),
@@ -555,7 +555,7 @@ def of_sequences() -> Iterator[Case]:
                 return states(folder)
 
         # what is not refused is another history: no states to compare it with
-        yield Case("SEQUENCE.toml", name, call, ("SEQUENCE.toml", *re.findall(r"\w{3,}", name)), None)
+        yield Case("SEQUENCE.toml", name, call, ("SEQUENCE.toml", "The checkpoint", *re.findall(r"\w{3,}", name)), None)
 
 
 # --- prompt files -----------------------------------------------------------------------------------------------------
