@@ -133,13 +133,13 @@ class Preregistration:
         """Read a file of `write`; raise `GravlensError` for a key that is unknown or missing."""
         with reading(path, "A preregistration is a TOML file.", REMEDY):
             table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        # every key is needed: without after_runs a file would pass for one written before the runs
-        unlike = {"unknown key": table.keys() - CHECKS.keys(), "missing key": CHECKS.keys() - table.keys()}
-        if wrong := [f"the {kind} {', '.join(sorted(keys))}" for kind, keys in unlike.items() if keys]:
-            raise GravlensError(f"{path} has {' and '.join(wrong)}.", f"Its keys are {', '.join(CHECKS)}.", REMEDY)
-        if isinstance(table["layers"], list):  # anything else is refused by name below
-            table["layers"] = tuple(table["layers"])
-        return cls(**table)
+            # every key is needed: without after_runs a file would pass for one written before the runs
+            unlike = {"unknown key": table.keys() - CHECKS.keys(), "missing key": CHECKS.keys() - table.keys()}
+            if wrong := [f"the {kind} {', '.join(sorted(keys))}" for kind, keys in unlike.items() if keys]:
+                raise GravlensError(f"{path} has {' and '.join(wrong)}.", f"Its keys are {', '.join(CHECKS)}.", REMEDY)
+            if isinstance(table["layers"], list):  # anything else is refused by name below
+                table["layers"] = tuple(table["layers"])
+            return cls(**table)
 
     def write(self, path: Path | str) -> Path:
         """Write the TOML file. Another preregistration is never overwritten: `GravlensError`."""

@@ -14,6 +14,7 @@ T = TypeVar("T")
 STATUS = re.compile(r"\d{3} (Client|Server) Error")  # a hub's first line: a status and a request id
 # Lines further down that say what to do about it.
 HELPFUL = re.compile(r"log(ging)? in|authenticat|restricted|gated|licen[cs]e|pip install", re.IGNORECASE)
+SAVED = "A file of .save() is needed.", "save it again."  # as in `reading`
 LONGEST = 400  # characters of another program's message
 
 
@@ -34,12 +35,14 @@ def reading(path: object, wanted: str, remedy: str) -> Generator[None]:
     """Raise whatever the block raises as a `GravlensError` that names the file.
 
     Other libraries document few of the exceptions of their parsers, and broken files find the rest. Errors of gravlens
-    pass, and so does what is no `Exception`, such as Ctrl-C.
+    pass, with the file's name before them if they lack it, and so does what is no `Exception`, such as Ctrl-C.
     """
     try:
         yield
-    except GravlensError:
-        raise
+    except GravlensError as error:
+        if str(path) in str(error):
+            raise
+        raise GravlensError(f"{path}: {error.given}", error.wanted, error.remedy) from error
     except Exception as error:
         raise GravlensError(f"{path} cannot be read ({said(error)}).", wanted, remedy) from error
 

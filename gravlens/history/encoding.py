@@ -266,7 +266,7 @@ class _Chat:
                 continue
             lost = [turn["role"] for turn in marks if turn["content"] not in text]
             if not lost:
-                frame = re.sub(r"gravlens-[a-z]+\\[0-9]+", "\0", text)
+                frame = re.sub(r"gravlens-[a-z]+\\[0-9]+", "\ufdd0", text)  # no character
                 return replace(chat, frame=_squeezed(frame))
             failed.append(_not_taken(tokenizer, turns, f"leaves out the {lost[0]} turn"))
         raise failed[0]

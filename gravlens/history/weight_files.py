@@ -156,6 +156,8 @@ def read_headers(folder: Path) -> Weights:
     files, found = weight_paths(folder), dict[str, Entry]()
     stamps = tuple(stamp(path) for path in files)  # before opening: a file written in between is noticed
     for path in files:
+        with reading(path, "A safetensors file is needed.", "check its permissions."):
+            path.open("rb").close()  # safe_open takes any failure for a missing file
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)

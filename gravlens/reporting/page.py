@@ -117,17 +117,19 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     results = read_results(folder)
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        setting=results.get("setting", "results"),
-        # the first is about all histories together; the others have a table
-        claims=[_claim(claim, results.get("interval") or []) for claim in (results.get("claims") or [])[:1]],
-        facts=_facts(results),
-        anchors=_anchors(results),
-        main=_paper(results),
-        figures=list(_figures(folder / "figures")),
-        tables=[*_tables(results), *_files(folder)],
-    )
+    remedy = f"gravlens reproduce --out {folder}, which writes it again."
+    with reading(folder / "results.json", "The entries of this version of gravlens reproduce are needed.", remedy):
+        page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+            setting=results.get("setting", "results"),
+            # the first is about all histories together; the others have a table
+            claims=[_claim(claim, results.get("interval") or []) for claim in (results.get("claims") or [])[:1]],
+            facts=_facts(results),
+            anchors=_anchors(results),
+            main=_paper(results),
+            figures=list(_figures(folder / "figures")),
+            tables=[*_tables(results), *_files(folder)],
+        )
     return write_atomically(folder / "report.html", html.encode())
 
 

@@ -14,10 +14,12 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,15 @@ import pytest
 import torch
 from folders import adapter
 from histories import moved
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import gravlens as gl
 from gravlens.cli import app
 from gravlens.core.errors import GravlensError
+from gravlens.history.weight_files import read_headers
+from gravlens.reporting.page import write_report
 
 LIMIT = 20  # seconds of one case
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
@@ -149,6 +152,8 @@ def history() -> Path:
     (folder / "ft/checkpoint-5/trainer_state.json").write_text('{"global_step": 5}')
     lora = adapter(folder / "aligned", folder / "lora/checkpoint-5")
     entries(base_model_name_or_path="")(lora / "adapter_config.json")  # else every copy's would be this folder's
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)  # a case reads as another user
     (folder / "probes.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     lines = ['witness = "base"', 'anchor = "aligned"', 'probes = "probes.jsonl"', "[runs]", 'a = "ft/checkpoint-*"']
     (folder / "SEQUENCE.toml").write_text("\n".join(lines))
@@ -157,13 +162,17 @@ def history() -> Path:
 
 
 @contextmanager
+def scratch() -> Generator[Path]:
+    with tempfile.TemporaryDirectory(dir=workplace()) as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@contextmanager
 def copied() -> Generator[Path]:
     """A copy of the history by hard links; a file of it is replaced, never written to."""
-    with tempfile.TemporaryDirectory(dir=workplace()) as scratch:
-        folder = Path(scratch) / "h"
-        folder.parent.chmod(0o755)
-        shutil.copytree(history(), folder, copy_function=os.link)
-        yield folder
+    with scratch() as place:
+        yield shutil.copytree(history(), place / "h", copy_function=os.link)
 
 
 def states(folder: Path, toml: str = "SEQUENCE.toml") -> np.ndarray:
@@ -232,6 +241,26 @@ def as_link_to(target: str) -> Break:
     return link
 
 
+def unreadable(path: Path) -> None:
+    """Forbid to read it; `attempted` is then another user than root, who may read all."""
+    replaced(path, path.read_bytes())  # the other links keep their mode
+    path.chmod(0)
+
+
+def attempted(way: Break, paths: Sequence[Path], read: Callable[[], Any]) -> Any:
+    """Break files, and read."""
+    for path in paths:
+        way(path)
+    is_other = way is unreadable and os.geteuid() == 0
+    try:
+        if is_other:
+            os.seteuid(65534)
+        return read()
+    finally:
+        if is_other:
+            os.seteuid(0)
+
+
 DEEP = 100_000
 ANY: dict[str, Break] = {  # of any text file
     "empty": content(b""),
@@ -243,6 +272,7 @@ ANY: dict[str, Break] = {  # of any text file
     "a folder": as_folder,
     "a dangling link": as_link_to("nowhere"),
     "a link to itself": as_link_to("{name}"),
+    "no permission": unreadable,
 }
 JSON: dict[str, Break] = {
     **ANY,
@@ -270,9 +300,8 @@ def broken(
 
         def call(way: Break = way) -> Any:
             with copied() as folder:
-                for file in files:
-                    way(folder / file)
-                return answers(folder) if generates else states(folder, toml)
+                read = functools.partial(answers, folder) if generates else functools.partial(states, folder, toml)
+                return attempted(way, [folder / file for file in files], read)
 
         wanted = true_answers if generates else functools.partial(true_states, toml)
         yield Case(area, f"{tag}{name}", call, (area, *(str(Path("h", file).parent) for file in files)), wanted)
@@ -287,7 +316,7 @@ def values(**keys: Sequence[Any]) -> dict[str, Break]:
 
 
 def short(value: Any) -> str:
-    return json.dumps(value)[:40]
+    return json.dumps(value)[:60]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -387,8 +416,10 @@ TEMPLATES: dict[str, Break] = {
         "parts alone": "{% for m in messages %}{% for p in m.content %}{{ p.nope }}{% endfor %}{% endfor %}",
     }.items()
 }
-INDEX = values(weight_map=[5, [], {}, {"a": 5}, {"a": None}, {"a": "../base/model.safetensors"}, {"a": "nope.safetensors"},
-                           {"a": "/model.safetensors"}, {"a": ""}, {"a": "."}, {"a": "x\0y"}], metadata=[5])  # fmt: skip
+INDEX = values(
+    weight_map=[5, [], {}, *({"a": a} for a in (5, None, "../base/model.safetensors", "nope", "/a", "", ".", "x\0y"))],
+    metadata=[5],
+)
 ADAPTER = values(
     peft_type=["NOPE", 5, None, "PROMPT_TUNING", "ADALORA"],
     r=["2", 0, -1, None, 3],
@@ -470,7 +501,7 @@ def sharded(change: Break) -> Break:
 
     def make(index: Path) -> None:
         weights = index.parent / "model.safetensors"
-        tensors = {name: "model-1.safetensors" for name in gl.history.weight_files.read_headers(index.parent).tensors}
+        tensors = dict.fromkeys(read_headers(index.parent).tensors, "model-1.safetensors")
         weights.rename(index.parent / "model-1.safetensors")
         replaced(index, json.dumps({"metadata": {}, "weight_map": tensors}))
         change(index)
@@ -538,8 +569,8 @@ def toml_of(key: str, value: str) -> str:
 
 def of_sequences() -> Iterator[Case]:
     texts = {f"{key} = {value}": content(toml_of(key, value)) for key in (*KEYS, *TABLES) for value in WRONG}
-    texts |= {name: way for name, way in ANY.items()}
     texts |= {
+        **ANY,
         "deep": content("a = " + "[" * DEEP),
         "a huge integer": content("a = " + "9" * 5000),
         "twice a key": changed(lambda old: old + b'\na = "ft"'),
@@ -551,8 +582,7 @@ def of_sequences() -> Iterator[Case]:
 
         def call(way: Break = way) -> Any:
             with copied() as folder:
-                way(folder / "SEQUENCE.toml")
-                return states(folder)
+                return attempted(way, [folder / "SEQUENCE.toml"], lambda: states(folder))
 
         # what is not refused is another history: no states to compare it with
         yield Case("SEQUENCE.toml", name, call, ("SEQUENCE.toml", "The checkpoint", *re.findall(r"\w{3,}", name)), None)
@@ -567,9 +597,9 @@ CELLS = ["null", "5", "true", "[]", "{}", '""', '" "', "[5]", '[{"role": 5, "con
 
 def prompt_file(name: str, given: bytes | str, *, named: str = "") -> Case:
     def call() -> Any:
-        with tempfile.TemporaryDirectory(dir=workplace()) as scratch:
-            replaced(Path(scratch) / name, given)
-            return list(gl.read_prompts(Path(scratch) / name))
+        with scratch() as folder:
+            replaced(folder / name, given)
+            return list(gl.read_prompts(folder / name))
 
     return Case(
         "prompt files", f"{name} {named or short(given if isinstance(given, str) else given.hex())}", call, (name,)
@@ -583,18 +613,16 @@ def of_prompt_files() -> Iterator[Case]:
         "p.jsonl": lines.encode(), "p.ndjson": lines.encode(), "p.json": json.dumps(ROWS).encode(),
         "p.csv": table.to_csv(index=False).encode(), "p.tsv": table.to_csv(index=False, sep="\t").encode(),
         "p.txt": "\n".join(PROMPTS).encode(), "p": lines.encode(), "p.parquet": table.to_parquet(None),
-        "p.jsonl.gz": gzip.compress(lines.encode(), mtime=0), "p.csv.gz": gzip.compress(table.to_csv().encode(), mtime=0),
-        "P.Json.GZ": gzip.compress(json.dumps(ROWS).encode(), mtime=0), "P.CSV.gz": gzip.compress(table.to_csv().encode()),
+        "p.jsonl.gz": gzip.compress(lines.encode()), "p.csv.gz": gzip.compress(table.to_csv().encode()),
+        "P.Json.GZ": gzip.compress(json.dumps(ROWS).encode()), "P.CSV.gz": gzip.compress(table.to_csv().encode()),
         "P.PARQUET": table.to_parquet(None), "p.JSONLINES": lines.encode(),
     }  # fmt: skip
     for name, whole in forms.items():
 
         def call(name: str = name, way: Break = lambda _: None, whole: bytes = whole) -> Any:
-            with tempfile.TemporaryDirectory(dir=workplace()) as scratch:
-                path = Path(scratch) / name
-                replaced(path, whole)
-                way(path)
-                return list(gl.read_prompts(path))
+            with scratch() as folder:
+                replaced(folder / name, whole)
+                return attempted(way, [folder / name], lambda: list(gl.read_prompts(folder / name)))
 
         yield Case("prompt files", f"{name} whole", call, (name,), lambda: PROMPTS)
         ways = {
@@ -624,8 +652,17 @@ def of_prompt_files() -> Iterator[Case]:
     ):
         yield prompt_file("p.jsonl", f'{{"prompt": "a"}}\n{row}\n')
         yield prompt_file("p.json", row)
-    for text in ('prompt\n"a', "prompt,prompt\na,b\n", "prompt\na,b\n", "\n\n", "a\n", "prompt\n", ",\n,\n", "prompt\n" + "a" * 200_000,
-                 "prompt;x\na;b", "prompt\r\na\r\n", 'prompt\n"a"b\n'):  # fmt: skip
+    tables = [
+        'prompt\n"a',
+        "prompt,prompt\na,b\n",
+        "prompt\na,b\n",
+        "\n\n",
+        "a\n",
+        "prompt\n",
+        ",\n,\n",
+        "prompt;x\na;b",
+    ]
+    for text in (*tables, "prompt\n" + "a" * 200_000, "prompt\r\na\r\n", 'prompt\n"a"b\n'):
         yield prompt_file("p.csv", text)
     yield prompt_file("p.txt", lines, named="JSON lines")
     yield prompt_file("p.yaml", "- prompt: a", named="YAML")
@@ -635,3 +672,214 @@ def of_prompt_files() -> Iterator[Case]:
     yield prompt_file("p.parquet", pd.DataFrame({"nope": ["a"]}).to_parquet(None), named="of another column")
     yield prompt_file("p.jsonl.gz", gzip.compress(gzip.compress(lines.encode())), named="twice packed")
     yield prompt_file("p.jsonl.gz", lines, named="not packed")
+
+
+# --- files of gravlens and of programs beside it ----------------------------------------------------------------------
+@functools.cache
+def made() -> Path:
+    """A file of each kind that gravlens writes, and a folder of a classifier."""
+    folder = workplace() / "made"
+    states = gl.cache_residuals(gl.ModelSequence.from_toml(history() / "SEQUENCE.toml"))
+    vs = gl.locate_vrev(states).defined()
+    states.save(folder / "states.safetensors")
+    vs.save(folder / "vs.safetensors")
+    gl.Subspaces(tuple(gl.subspaces.span_of(one.vector[None], layer=one.layer, distance=1.0) for one in vs)).save(
+        folder / "s.safetensors"
+    )
+    gl.exchange.to_gguf(vs, folder / "v.gguf", layer_0=True)
+    gl.exchange.to_steered(vs, folder / "v.pt")
+    gl.exchange.to_npz(vs, folder / "v.npz")
+    digest = gl.PromptSet.of(PROMPTS).digest
+    gl.claims.Preregistration((0,), 5, 0.05, digest, digest, "harm", date(2026, 1, 1)).write(folder / "p.toml")
+    runs = {"organism": "a", "seed": [0, 1], "compliance_rate": [0.8, 1.0], "alignment_final": [0.3, 0.5]}
+    arms = pd.DataFrame({**runs, "arm": "unblocked", "run": ["u-0", "u-1"], "seconds_per_step": [0.1, 0.3]})
+    (folder / "pilot").mkdir()
+    arms.to_csv(folder / "pilot/arms.csv", index=False)
+    (folder / "report").mkdir()
+    (folder / "report/results.json").write_text('{"setting": "results", "claims": []}')
+    arms.to_csv(folder / "report/arms.csv", index=False)
+    config = LlamaConfig(**{**history_config(), "num_labels": 2})
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(folder / "judge")
+    byte_tokenizer().save_pretrained(folder / "judge")
+    return folder
+
+
+def history_config() -> dict[str, Any]:
+    return json.loads((history() / "base/config.json").read_text())
+
+
+def judged(folder: Path) -> Any:
+    return gl.judges.classifier_judge(folder / "judge", harmful_labels=["LABEL_1"], template="{prompt} {answer}")(
+        PROMPTS, PROMPTS
+    ).tolist()
+
+
+def vectors_of(load: Callable[[Path], Any]) -> Callable[[Path], np.ndarray]:
+    return lambda path: np.stack([one.basis for one in load(path)])
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Any], dict[str, Break]]] = {
+    "Residuals.load": ("states.safetensors", lambda path: gl.Residuals.load(path).values, SAFETENSORS),
+    "Directions.load": ("vs.safetensors", vectors_of(gl.Directions.load), SAFETENSORS),
+    "Subspaces.load": ("s.safetensors", vectors_of(gl.Subspaces.load), SAFETENSORS),
+    "from_gguf": ("v.gguf", lambda path: gl.exchange.from_gguf(path).vectors, {}),
+    "from_steered": ("v.pt", lambda path: gl.exchange.from_steered(path).vectors, {}),
+    "from_npz": ("v.npz", lambda path: gl.exchange.from_npz(path).vectors, {}),
+    "Preregistration": ("p.toml", lambda path: gl.claims.Preregistration.from_toml(path).digest, {}),
+    "Effects.from_results": ("pilot/arms.csv", lambda path: gl.stats.Effects.from_results(path.parent).source, {}),
+    "a report": ("report/results.json", lambda path: write_report(path.parent).name, JSON),
+    "a report's table": ("report/arms.csv", lambda path: write_report(path.parent).name, {}),
+    "a judge's config": ("judge/config.json", lambda path: judged(path.parents[1]), JSON),
+    "a judge's weights": ("judge/model.safetensors", lambda path: judged(path.parents[1]), SAFETENSORS),
+    "a judge's tokenizer": ("judge/tokenizer.json", lambda path: judged(path.parents[1]), JSON),
+}
+META = ["null", "[]", "5", '""', "{}", '{"layers": 5}', "[" * DEEP, "hello"]
+
+
+def of_made() -> Iterator[Case]:
+    for area, (file, read, more) in READERS.items():
+        binary = {} if file.endswith((".toml", ".csv", ".json")) else {"a pickle": SAFETENSORS["a pickle"],
+                                                                       "a zip": SAFETENSORS["a zip"]}  # fmt: skip
+        ways = {**ANY, "a byte too few": changed(lambda old: old[:-1]), **binary, **more, **special(area)}
+        if binary:
+            ways.pop("UTF-16")
+        for name, way in {"whole": lambda _: None, **ways}.items():
+
+            def call(file: str = file, read: Callable[[Path], Any] = read, way: Break = way) -> Any:
+                with scratch() as folder:
+                    shutil.copytree(made(), folder / "made", copy_function=os.link)
+                    (folder / "made/report").chmod(0o777)
+                    return attempted(way, [folder / "made" / file], lambda: read(folder / "made" / file))
+
+            wanted = functools.partial(lambda file, read: read(made() / file), file, read) if name == "whole" else None
+            yield Case(area, name, call, (Path(file).name, Path(file).parent.name or file), wanted)
+
+
+def special(area: str) -> dict[str, Break]:
+    """Breaks of one kind of file."""
+    if area.endswith(".load"):
+        return {f"meta {short(text)}": header(functools.partial(with_meta, text)) for text in META}
+    if area == "Preregistration":
+        wrong = ["[]", '""', "nan", "-1", "true", "{}", "2026-01-01", "[" * DEEP]
+        keys = ["layers", "step", "alpha", "probes", "outcome", "written", "after_runs"]
+        return {f"{key} = {short(value)}": line(key, value) for key in keys for value in wrong}
+    if area == "Effects.from_results":
+        return {
+            "no rows": changed(lambda old: old.splitlines()[0]),
+            "no columns": content("\n"),
+            "another table": content("a,b\n1,2\n"),
+            "text for numbers": changed(lambda old: old.replace(b"0.8", b"much").replace(b"0.3", b"much")),
+            "ragged": changed(lambda old: old + b"1,2,3,4,5,6,7,8,9,10\n"),
+            "an open quote": changed(lambda old: old + b'"'),
+        }
+    if area == "a report":
+        keys = ("claims", "interval", "history", "setting", "nulls", "controls", "arms", "anchors")
+        return values(**{key: [5, "a", [5], {"a": 5}, None] for key in keys})
+    if area == "from_gguf":
+        places = (0, 4, 8, 12, 16, 24, 32, 40, 60, 80, 100, 150, 200)
+        return {f"{n} bytes flipped at {at}": flipped(at, n) for at in places for n in (1, 8)}
+    return {}
+
+
+def flipped(at: int, n: int) -> Break:
+    return changed(lambda old: old[:at] + bytes(255 - byte for byte in old[at : at + n]) + old[at + n :])
+
+
+def with_meta(text: str, found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "__metadata__": {**found["__metadata__"], "meta": text}}
+
+
+def line(key: str, value: str) -> Break:
+    return changed(lambda old: re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", old.decode()).encode())
+
+
+# --- the table, and its tests -----------------------------------------------------------------------------------------
+def table() -> list[Case]:
+    """All cases; of those of checkpoints, which take most of the time, a third is not `long`."""
+    opened = [replace(case, long=i % 3 > 0) for i, case in enumerate(of_checkpoints())]
+    return [*of_sequences(), *of_prompt_files(), *of_made(), *opened]
+
+
+CASES = table()
+RIGHT = ("right", "clear error")
+
+
+def test_the_table_is_large_and_names_each_case_once() -> None:
+    names = [(case.area, case.name) for case in CASES]
+    assert len(CASES) > 1500 and len({*names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, id=f"{one.area}-{one.name}", marks=[pytest.mark.long] * one.long) for one in CASES]
+)
+def test_a_broken_input_is_the_right_result_or_one_clear_error(case: Case) -> None:
+    outcome, told = case.examined()
+    assert outcome in RIGHT, f"{outcome}: {told}"
+
+
+def test_a_whole_history_is_read() -> None:
+    """The control of all cases: without a break there is a result, and a break of the weights changes it."""
+    assert Case("", "", lambda: states(history()), (), true_states).run() == "right"
+    assert true_states().shape == (3, 3, 2, 16) and len({one.tobytes() for one in true_states()}) == 3
+    with copied() as folder:
+        base, aligned = (folder / name / "model.safetensors" for name in FOLDERS[:2])
+        replaced(aligned, base.read_bytes())
+        assert Case("", "", lambda: states(folder), (), true_states).run() == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (GravlensError("The file x.json is bad.", "A good one.", "it."), "clear error"),
+        (GravlensError("A file is bad.", "A good one.", "it."), "wrong"),
+        (GravlensError("The file x.json is\nbad.", "A good one.", "it."), "wrong"),
+        (KeyError("x.json"), "traceback"),
+        (RecursionError("x.json"), "traceback"),
+        (Hang("x.json"), "hang"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_other_outcomes_would_be_seen(error: BaseException, outcome: str) -> None:
+    def call() -> None:
+        raise error
+
+    assert Case("", "", call, ("x.json",)).run() == outcome
+
+
+def test_a_case_without_an_end_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_broken_inputs.LIMIT", 0.05)
+
+    def call() -> None:
+        while True:
+            with suppress(Exception):
+                time.sleep(0.01)
+
+    assert Case("", "", call, ()).run() == "hang"
+
+
+SHOWN: list[tuple[str, str, Break]] = [
+    *(("locate", file, content("null")) for file in each("config.json", FOLDERS[:2])),
+    *(("locate", file, entries(hidden_size="a")) for file in each("config.json", FOLDERS[:2])),
+    *(("locate", file, JSON["deep"]) for file in each("tokenizer.json", FOLDERS[1:2])),
+    *(("locate", "aligned/chat_template.jinja", content(text)) for text in ("{% for %}", "{{ messages.__class__ }}")),
+    ("locate", "aligned/model.safetensors", SAFETENSORS["a shape negative"]),
+    ("locate", "aligned/generation_config.json", entries(eos_token_id="x")),
+    ("locate", "probes.jsonl", content("[" * DEEP)),
+    ("trajectory", "ft/checkpoint-5/config.json", content("[]")),
+    ("trajectory", "ft/checkpoint-5/trainer_state.json", content("")),
+    ("inspect", "SEQUENCE.toml", content("a = " + "[" * DEEP)),
+    ("inspect", "aligned/model.safetensors", SAFETENSORS["cut"]),
+    ("plan", "aligned/config.json", entries(num_hidden_layers=BIG)),
+    ("plan", "SEQUENCE.toml", content("")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "file", "way"), SHOWN, ids=[f"{c}-{f}-{i}" for i, (c, f, _) in enumerate(SHOWN)])
+def test_a_command_says_it_in_one_line(command: str, file: str, way: Break) -> None:
+    with copied() as folder:
+        way(folder / file)
+        found = CliRunner().invoke(app, [command, str(folder / "SEQUENCE.toml")])
+    assert found.exit_code == 2 and isinstance(found.exception, SystemExit), found.output
+    assert found.stdout == "" and len(found.stderr.splitlines()) == 1, found.output
+    assert Path(file).name in found.stderr or str(Path("h", file).parent) in found.stderr
