@@ -18,7 +18,7 @@ from gravlens.activations.reader import read_residuals as read_residuals
 from gravlens.activations.reader import residuals_of_batch as residuals_of_batch
 from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
-from gravlens.core.errors import SAVED, GravlensError, as_list, check_layer, of_kind, reading
+from gravlens.core.errors import SAVED, GravlensError, as_list, at_home, check_layer, of_kind, reading
 from gravlens.core.files import check_digest, read_tensors, write_tensors
 from gravlens.history.encoding import KWARGS, prompts_digest, template_kwargs
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
@@ -155,7 +155,7 @@ def cache_residuals(
     """
     request = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
     if store is not None:
-        cache = Store(Path(store), through, placement)
+        cache = Store(at_home(store), through, placement)
         return request.result(*read_through_store(request.plan, request.checkpoints, cache, executor))
     if executor is None:
         return request.read(through, placement)

@@ -28,7 +28,7 @@ from gravlens.behavior.answers import (
 )
 from gravlens.behavior.answers import substring_judge as substring_judge  # so that every judge is found here
 from gravlens.behavior.scores import encode_openings, opening_logprobs
-from gravlens.core.errors import GravlensError, said
+from gravlens.core.errors import GravlensError, at_home, said
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import Openable, OpenModel, load_tokenizer, open_model, quiet
 
@@ -151,7 +151,8 @@ def classifier_judge(
 
 
 def _load_classifier(folder: Path | str) -> Any:
-    if not Path(folder).is_dir():  # transformers would look it up on the hub
+    folder = at_home(folder)
+    if not folder.is_dir():  # transformers would look it up on the hub
         raise _no_classifier(folder, "it is not a folder")
     try:
         with quiet():

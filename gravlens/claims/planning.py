@@ -11,7 +11,7 @@ from numpy.random import Generator
 
 from gravlens.activations.cost import plan_reading
 from gravlens.core.display import duration, of_frame
-from gravlens.core.errors import GravlensError, reading
+from gravlens.core.errors import GravlensError, at_home, reading
 from gravlens.history.sequence import ModelSequence
 from gravlens.stats.power_analysis import LEVELS, Design, Effects, needed, power
 
@@ -98,7 +98,7 @@ def plan_audit(
     histories = [ModelSequence.of(one) for one in given]
     if not histories:
         raise GravlensError("No history was given.", "A plan is about one at least.", "plan_audit('SEQUENCE.toml').")
-    pilot = Path(effects) if isinstance(effects, str | Path) else None
+    pilot = at_home(effects) if isinstance(effects, str | Path) else None
     planned = Effects.from_results(effects) if isinstance(effects, str | Path) else effects or Effects()
     now = _counts(histories)
     lasts = [run[-1].step or 0 for one in histories for run in one.runs.values()]

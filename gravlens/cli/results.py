@@ -107,7 +107,12 @@ def fetch(
 @commands.command(**opt.described(PANEL, "gravlens report results"))
 def report(
     results: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Results folder, as written by gravlens reproduce --out.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            parser=opt.at_home,
+            help="Results folder, as written by gravlens reproduce --out.",
+        ),
     ] = Path("results"),
     json: opt.JSON = False,
 ) -> None:

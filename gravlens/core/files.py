@@ -16,14 +16,14 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 
 CONVENTION = "blocks.{layer}.hook_resid_post; layers count from 0; the last block is read before the final norm"
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file atomically: a killed process leaves the old file or none, never a partial one."""
-    place = path.resolve()  # a link is followed: renaming over it would leave its target old
+    place = at_home(path).resolve()  # a link is followed: renaming over it would leave its target old
     if place.is_char_device() or place.is_fifo():  # renaming over /dev/null would make it a regular file
         place.write_bytes(content)
         return path
@@ -73,7 +73,7 @@ def without_nan(value: Any) -> Any:
 
 def write_tensors(path: Path | str, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Path:
     """Write arrays and JSON-serialisable metadata as one safetensors file of a kind, which is verified on reading."""
-    return write_atomically(Path(path), tensor_bytes(kind, arrays, meta))
+    return write_atomically(at_home(path), tensor_bytes(kind, arrays, meta))
 
 
 def tensor_bytes(kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
@@ -97,6 +97,7 @@ def _header(kind: str, meta: Mapping[str, Any]) -> dict[str, str]:
 
 def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read a file of `write_tensors`; raise on another kind, another convention or a corrupt file."""
+    path = at_home(path)
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

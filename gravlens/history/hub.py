@@ -54,8 +54,8 @@ def existing(folder: Path | str, here: Path = Path()) -> Path | str:
 
 def local_folder(source: Path | str, *, weights: bool = True) -> Path:
     """Return a folder, or a hub id's snapshot, downloaded if necessary; without `weights` only its small files."""
-    if Path(source).is_dir():
-        return Path(source)
+    if at_home(source).is_dir():
+        return at_home(source)
     if isinstance(source, Path) or Path(source).exists() or not is_hub_id(source):
         raise GravlensError(f"{source} is not a folder.", "A checkpoint is a folder or a hub id.", "check the path.")
     try:

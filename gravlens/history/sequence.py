@@ -58,6 +58,8 @@ class Checkpoint:
         if not isinstance(self.source, Path | str | nn.Module):
             wanted = "A checkpoint is a folder, hub id, Hugging Face model, TransformerBridge or HookedTransformer."
             raise wrong_kind(self.source, wanted, "open_model(folder), sequence.anchor, or .module of an OpenModel.")
+        if isinstance(self.source, Path | str) and str(self.source).startswith("~"):
+            object.__setattr__(self, "source", at_home(self.source))
 
     @property
     def revision(self) -> str | None:

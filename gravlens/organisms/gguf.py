@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 from gravlens.core.progress import silent
 from gravlens.models.opening import quiet
 
@@ -33,7 +33,7 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     Raises:
         GravlensError: the file is not a complete GGUF file that transformers can read; the folder holds anything else.
     """
-    gguf, folder = Path(gguf), Path(folder)
+    gguf, folder = at_home(gguf), at_home(folder)
     mark = {"sha256": _digest(gguf), "layout": LAYOUT}
     if _read_mark(folder) == mark:
         return folder

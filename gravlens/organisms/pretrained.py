@@ -18,7 +18,7 @@ import torch
 
 from gravlens import __version__
 from gravlens.behavior.answers import generate_answers
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 from gravlens.history.prompt_formats import Row, read_rows
 from gravlens.history.prompts import ENCODING, Example, PromptSet
 from gravlens.models.opening import load_tokenizer, open_model, save_folder
@@ -77,7 +77,7 @@ class Pretrained:
     @property
     def key(self) -> str:
         """Digest of the configuration, the files' contents, the versions and the threads."""
-        files = [Path(f).expanduser() for f in (self.harmful, self.harmless, self.harmful_train) if f is not None]
+        files = [at_home(f) for f in (self.harmful, self.harmless, self.harmful_train) if f is not None]
         for file in files:
             read_rows(file, "prompt")  # raises the error that explains an invalid file, before anything is made
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
@@ -242,9 +242,9 @@ def pretrained_organism(
         remedy = "gravlens fetch prompts, or --harmful and --harmless."
         raise GravlensError("No prompts were given.", "Both sets are needed.", remedy)
     if str(source).endswith(".gguf"):
-        source = gguf_to_folder(Path(source), cache_folder() / Path(source).stem)
-    elif Path(source).is_dir():
-        source = Path(source)
+        source = gguf_to_folder(at_home(source), cache_folder() / Path(source).stem)
+    elif at_home(source).is_dir():
+        source = at_home(source)
     extra: dict[str, Any] = {"threads": threads} if threads else {}
     if model:
         extra["layers_in_mean"] = inner_layers(source)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from gravlens.core.errors import GravlensError, read_object, reading
+from gravlens.core.errors import GravlensError, at_home, read_object, reading
 from gravlens.core.files import write_atomically
 from gravlens.reporting.paper import (
     ARMS,
@@ -115,7 +115,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         GravlensError: results.json is missing, or a file cannot be read.
     """
-    folder = Path(folder)
+    folder = at_home(folder)
     results = read_results(folder)
     remedy = f"gravlens reproduce --out {folder}, which writes it again."
     with reading(folder / "results.json", "The entries of this version of gravlens reproduce are needed.", remedy):
@@ -135,7 +135,7 @@ def write_report(folder: Path) -> Path:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """Read `results.json`; GravlensError if it is missing or invalid."""
-    path = Path(folder) / "results.json"
+    path = at_home(folder) / "results.json"
     remedy = f"gravlens reproduce --out {folder}, which writes it."
     if not path.exists():
         raise GravlensError(f"{path} does not exist.", "A report is made of a results folder.", remedy)

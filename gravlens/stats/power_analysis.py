@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from scipy import stats
 
-from gravlens.core.errors import GravlensError, reading
+from gravlens.core.errors import GravlensError, at_home, reading
 from gravlens.stats.permutation import ALL_SIGNS_UP_TO, least_p_value, rank_test, sign_flip_test
 
 LEVELS = (2, 3, 4, 5)
@@ -80,7 +80,8 @@ class Effects:
         What the pilot did not measure, or only once where a spread is needed, keeps its default; `source` says what
         was measured. GravlensError where the folder has no arms.csv.
         """
-        folder = Path(results) if Path(results).is_dir() else Path(results).parent
+        results = at_home(results)
+        folder = results if results.is_dir() else results.parent
         if not (folder / "arms.csv").is_file():
             given = f"{results} has no arms.csv beside it."
             raise GravlensError(given, "A pilot is a results folder.", "gravlens reproduce --quick --out pilot.")
