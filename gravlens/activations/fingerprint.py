@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gravlens.activations.reader import hooks_on
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import CONVENTION, write_json
 from gravlens.history.sources import Folder, Resolved, changed_meanwhile
 from gravlens.history.weight_files import contents
+from gravlens.models.families import hooks_on
 from gravlens.models.opening import weights_of
 
 LAYOUT = 1  # raised whenever the same checkpoint would give other states
