@@ -127,7 +127,7 @@ def _newest(states: Path) -> Path | None:
     while found and (fault := _fault(found[0])):
         damaged, *found = found
         shutil.rmtree(damaged)
-        what = f"the one of step {_step(found[0])} is tried" if found else "the run begins again"
+        what = f"that of step {_step(found[0])} is tried" if found else "the run begins again"
         warnings.warn(
             f"{states.parent}: the state of step {_step(damaged)} is not whole ({fault}); {what}.", stacklevel=5
         )
