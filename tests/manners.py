@@ -11,18 +11,20 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+MADE_BY = ("__init__", "__new__")
 LIBRARIES = ("transformers", "huggingface_hub", "peft", "accelerate", "datasets", "matplotlib", "torch", "")
 
 
@@ -73,16 +75,18 @@ def _python() -> dict[str, Any]:
     }
 
 
+# Fonts that matplotlib keeps once it has drawn with them; states that a result maps into memory, until it is dropped.
+KEPT_OPEN = re.compile(r"\.(ttf|otf)$|/views/[^/]*\.safetensors$")
+
+
 def _open_files() -> list[str]:
     """What the descriptors of this process lead to; empty where the system does not tell."""
     found = []
     for path in Path("/proc/self/fd").glob("*"):
-        try:
+        with suppress(OSError):  # that of the listing itself
             target = os.readlink(path)
-        except OSError:  # that of the listing itself
-            continue
-        theirs = target.startswith("/proc/") or target == os.devnull or target.endswith((".ttf", ".otf"))
-        found += [] if theirs else [target]  # matplotlib keeps the fonts that it has drawn with
+            theirs = target.startswith("/proc/") or target == os.devnull or KEPT_OPEN.search(target)
+            found += [] if theirs else [target]
     return sorted(found)
 
 
@@ -162,8 +166,8 @@ class Watch:
                     continue
                 for attribute, method in [*vars(value).items()]:
                     function = getattr(method, "__func__", method)
-                    if inspect.isfunction(function) and (attribute[0] != "_" or attribute in ("__init__", "__call__")):
-                        label = name if attribute == "__init__" else f"{name}.{attribute}"
+                    if inspect.isfunction(function) and (attribute[0] != "_" or attribute in (*MADE_BY, "__call__")):
+                        label = name if attribute in MADE_BY else f"{name}.{attribute}"
                         wrapped: Any = self.watched(label, function)
                         bound = isinstance(method, classmethod | staticmethod)
                         put(value, attribute, type(method)(wrapped) if bound else wrapped)

@@ -44,6 +44,17 @@ import gravlens as gl
 from gravlens.core.process_state import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
+UNBLOCKED = gl.organisms.Arm("unblocked", (0, 1))
+
+
+# What an import of these does to itself, such as numpy's filters of its own warnings, is theirs: whoever imports them
+# has it too, and without it they would not work as meant. torch._inductor notes its cache in the environment,
+# scikit-learn how OpenMP starts.
+THEIRS = (
+    "numpy scipy scipy.special scipy.stats pandas torch torch._inductor.runtime.cache_dir_utils sklearn matplotlib "
+    "matplotlib.backends.backend_agg xarray transformers accelerate peft sympy plotly.tools "
+    "plotly.graph_objs._deprecations"
+).split()
 
 
 class Things:
@@ -105,14 +116,24 @@ class Things:
 
     @cached_property
     def study(self) -> Any:
-        """A study in this process, in place of its workers."""
-        experiment = import_module("gravlens.studies.experiment")
-        plan = {**small.PLAN, "recipe": gl.Recipe(4, 4, 1e-3), "save_steps": (1, 4), "noise_draws": 2}
-        organism = small.Short(**plan)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(experiment, "processes", small.inline)
-            gl.audit({"one": organism}, self.home / "results", cache=self.home / "cache", workers=1)
-        return gl.studies.Study.at(organism, self.home / "cache")
+        """Two runs of an organism."""
+        plan = {**small.PLAN, "recipe": gl.Recipe(4, 4, 1e-3), "save_steps": (1, 4), "noise_draws": 1}
+        with in_this_process() as experiment:
+            return experiment.carry_out({"one": small.Short(**plan)}, self.home / "cache", arms=[UNBLOCKED])["one"]
+
+    def audit(self) -> Any:
+        history = gl.organisms.RecordedHistory(self.sequence, measures=small.organism().measures)
+        with in_this_process():
+            return gl.audit({"one": history}, self.home / "results", cache=self.home / "cache", workers=1)
+
+
+@contextmanager
+def in_this_process() -> Iterator[Any]:
+    """Experiments without worker processes, which would leave their traces elsewhere."""
+    experiment = import_module("gravlens.studies.experiment")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "processes", small.inline)
+        yield experiment
 
 
 def within(made: Any) -> None:
@@ -141,7 +162,7 @@ def intervened(t: Things) -> None:
 
 
 def compared(t: Things, name: str) -> Any:
-    return getattr(gl.studies, name)(t.study, [gl.organisms.Arm("unblocked", (0, 1))], organism="o")
+    return getattr(gl.studies, name)(t.study, [UNBLOCKED], organism="o")
 
 
 def inspected(t: Things) -> None:
@@ -152,7 +173,7 @@ def inspected(t: Things) -> None:
 
 CASES: dict[str, Callable[[Things], Any]] = {
     "activations.Answers": lambda t: gl.activations.Answers(["one", "two"]),
-    "audit": lambda t: t.study,
+    "audit": lambda t: t.audit(),
     "behavior.Answer": lambda t: gl.behavior.Answer("yes"),
     "blockers.ConstrainedSFT": lambda t: t.tune(blocker=gl.blockers.ConstrainedSFT()),
     "blockers.GradientAblation": lambda t: t.tune(blocker=gl.blockers.GradientAblation(t.vs)),
@@ -201,7 +222,7 @@ CASES: dict[str, Callable[[Things], Any]] = {
     "plot.plot_frontier": lambda t: gl.plot.save_figure(gl.plot.plot_frontier(t.table), t.home / "frontier"),
     "stats.least_p_value": lambda t: gl.stats.least_p_value(5),
     "stats.rank_test": lambda t: gl.stats.rank_test([1, 2], [4, 4]),
-    "studies.Study": lambda t: t.study,
+    "studies.Study": lambda t: gl.studies.Study(t.study.organism, t.study.home),
     "studies.compare_arms": lambda t: compared(t, "compare_arms"),
     "studies.compare_layers": lambda t: compared(t, "compare_layers"),
     "studies.orderings": lambda t: gl.studies.orderings(t.table),
@@ -238,7 +259,7 @@ def watching() -> Iterator[Watch]:
 @pytest.fixture(scope="module")
 def watched(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Watch:
     """All examples of docs/ and all cases."""
-    here = Path.cwd()
+    here, _ = Path.cwd(), [import_module(name) for name in THEIRS]
     with watching() as watch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -452,13 +473,6 @@ def test_two_threads_that_train_end_as_one_does(home: Path, tmp_path: Path) -> N
 
 # -- the first use, with its imports -----------------------------------------------------------------------------------
 
-# What an import of these does to itself, such as numpy's filters of its own warnings, is theirs: whoever imports them
-# has it too, and without it they would not work as meant. accelerate and torch._inductor note their caches in the
-# environment, scikit-learn how OpenMP starts.
-THEIRS = (
-    "numpy scipy scipy.special scipy.stats pandas torch torch._inductor.runtime.cache_dir_utils sklearn matplotlib "
-    "matplotlib.backends.backend_agg xarray transformers accelerate peft sympy"
-).split()
 FIRST = {
     "import": "import gravlens",
     "states": "import gravlens as gl; gl.cache_residuals('SEQUENCE.toml')",
@@ -467,8 +481,11 @@ FIRST = {
     "training": "import gravlens as gl; gl.finetune('aligned', gl.read_examples('data.jsonl'), out='run', "
     "recipe=gl.Recipe(steps=1, batch=1))",
     "figure": "import gravlens as gl; vs = gl.locate_vrev('SEQUENCE.toml'); "
-    "gl.plot.save_figure(gl.plot_alignment(gl.follow(gl.cache_residuals('SEQUENCE.toml'), vs)), 'figure')",
+    "found = gl.follow(gl.cache_residuals('SEQUENCE.toml'), vs); "
+    "gl.plot.save_figure(gl.plot_alignment(found, prompts='given'), 'figure')",
 }
+# PEFT and TransformerLens make bars of tqdm's, which start a thread, and whose lock chooses the start method.
+FOREIGN = dict.fromkeys(("adapter", "bridge"), {"threads", "start method"})
 
 
 def child(code: str, folder: Path) -> dict[str, Any]:
@@ -494,7 +511,7 @@ def test_the_first_use_changes_no_more_than_the_imports_of_the_libraries_themsel
     if name == "adapter":
         _ = things.adapter
     found = child(FIRST[name], things.home)
-    assert set(found["changed"]) <= {"warning filters", "environment", "loggers"}
+    assert set(found["changed"]) <= {"warning filters", "environment", "loggers", *FOREIGN.get(name, ())}
     assert set(found["filters"]) <= set(theirs["filters"])
     extra = {key: value for key, value in found["environment"].items() if theirs["environment"].get(key) != value}
     assert extra == {}
