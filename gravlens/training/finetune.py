@@ -129,8 +129,6 @@ def _alone() -> Generator[None]:
     with _ALONE, quiet():
         before = [dict(state) for state in shared]
         try:
-            for state in shared:  # Trainer would change what is in them
-                state.clear()
             yield
         finally:
             for state, found in zip(shared, before, strict=True):
