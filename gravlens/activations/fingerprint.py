@@ -102,7 +102,7 @@ def _digest_of(folder: Folder, memo: Path | None) -> str:
         known = json.loads(place.read_text(encoding="utf-8"))
         if known["files"] == seen and known["check"] == _check(seen, known["digest"]):
             return known["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:
         pass  # never seen, or corrupt
     digest = folder.digest
     if _settled(folder) and not folder.changed:

@@ -1,6 +1,5 @@
 """Judge measured histories: follow their runs, test them against every null and control, and make the claim."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +37,7 @@ from gravlens.stats.nulls import (
     swapped_labels,
 )
 from gravlens.studies.experiment import damage_of, other_prompt_sets, other_states
-from gravlens.studies.study import Study, numbers
+from gravlens.studies.study import Study, kept, numbers
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
 CONTROL_COLUMNS = ["control", "run", "alignment_final", "fraction_final"]
@@ -408,7 +407,7 @@ def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:
 
 
 def _behavior(study: Study) -> pd.DataFrame:
-    history = json.loads((study.home / "measured" / "behavior.json").read_text())
+    history = kept(study.home / "measured" / "behavior.json")
     rows: list[dict[str, Any]] = [
         {"arm": "history", "run": name, "step": 0, **numbers(m)} for name, m in history.items()
     ]

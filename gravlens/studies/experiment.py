@@ -1,7 +1,6 @@
 """Make and measure an organism in worker processes. Complete parts are reused; an interrupted study resumes."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ from gravlens.models.opening import OpenModel, open_model
 from gravlens.models.swapping import open_each
 from gravlens.organisms.base import Arm, Grounds, Organism
 from gravlens.stats.damage import Damage, measure_damage, pruned, rounded, sign_flipped, update_norms, weight_noise
-from gravlens.studies.study import PROMPT_SETS, Study, join
+from gravlens.studies.study import PROMPT_SETS, Study, join, kept
 from gravlens.training.finetune import Finetuned, finetune
 
 OTHER_PROMPTS = ("harmless", "shuffled_words")
@@ -326,7 +325,7 @@ def measure_divergence(
         study: prompts and answers.
     """
     # Along the reference's own answers: has the witness come back, or has a new style?
-    sets, told = _divergence_prompts(study), json.loads((study.home / "measured" / "answers.json").read_text())
+    sets, told = _divergence_prompts(study), kept(study.home / "measured" / "answers.json")
     wanted = {
         "anchor": {"kl_anchor_harmless": "harmless", "kl_anchor": "held_out"},
         "witness": {"kl_witness": "held_out"},

@@ -1,6 +1,5 @@
 """An organism and the folder of its checkpoints and measurements: what every function of a study works on."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ import pandas as pd
 
 from gravlens.activations.residuals import Residuals, from_start
 from gravlens.claims.preregistration import Preregistration
+from gravlens.core.errors import read_object, reading
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.directions.vrev import locate_vrev
@@ -19,6 +19,11 @@ from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.organisms.base import SIBLING, STRANGER, UNBLOCKED, Arm, Organism, PromptSets
 
 PROMPT_SETS = ("probes", "held_out")
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """Read a JSON file of the cache; the error says how to have it made again."""
+    return read_object(path, f"remove {path.parent}, which is then made again.")
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,15 @@ class Study:
 
     def facts(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Return the content of a run's run.json."""
-        return json.loads((self.run_folder(arm, seed) / "run.json").read_text())
+        return kept(self.run_folder(arm, seed) / "run.json")
 
     def log(self, arm: Arm, seed: int) -> pd.DataFrame:
         """Return a run's training log; a recorded run has none, and so no rows."""
         if seed in arm.recorded:
             return pd.DataFrame(columns=["step", "loss", "grad_norm", "blocker_norm"], dtype=float)
-        return pd.read_csv(self.run_folder(arm, seed) / "log.csv")
+        path = self.run_folder(arm, seed) / "log.csv"
+        with reading(path, "A whole table is needed.", f"remove {path.parent}, which is then made again."):
+            return pd.read_csv(path)
 
     def noise_folder(self, step: int) -> Path:
         """Return the folder of the weight-noise draws at one step."""
