@@ -1,12 +1,11 @@
 """Open a folder, a hub id or a model in memory as an `OpenModel`: load weights, merge adapters, load tokenizers."""
 
 import copy
-import logging
 import os
 import re
 import warnings
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,13 +14,15 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, read_object, reading, said
-from gravlens.core.files import damaged, once
+from gravlens.core.files import damaged, replaced, writing
+from gravlens.core.limits import patterns_exceed
+from gravlens.core.process_state import MODEL_MAKING, quiet
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
+from gravlens.models.configs import check_files, entries, read_config
 from gravlens.models.families import (
     ENDS,
     ONE_DECODER,
@@ -61,7 +62,7 @@ def open_model(
     device_map: DeviceMap = None,
     through: Literal["huggingface", "bridge"] = "huggingface",
 ) -> OpenModel:
-    """Open a checkpoint, a folder, a hub id or a model in memory; an `OpenModel` is returned unchanged.
+    """Open a checkpoint, folder, hub id (`hf://owner/name`) or model in memory; an `OpenModel` is returned unchanged.
 
     A folder or hub id is loaded as a Hugging Face model, or as a `TransformerBridge` (`through="bridge"`); weights are
     never processed. A PEFT adapter is merged into its base, or attached to it where that is quantised. Of an image–text
@@ -114,11 +115,12 @@ def load_huggingface(
     if folder.is_adapter:  # transformers would open whatever base it names
         raise GravlensError(f"{source} is an adapter.", "A whole model is needed.", "open_model(…) merges adapters.")
     try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        with MODEL_MAKING, quiet():
+            config = read_config(folder.path)
             shape_of(config)
             loaded: Any = auto_class(config).from_pretrained(
                 folder.path,
+                config=config,
                 dtype=as_dtype(dtype) or stored or "auto",
                 device_map=device_map or (None if place.type == "cpu" else {"": place}),
                 trust_remote_code=False,  # its own code may do anything
@@ -141,6 +143,11 @@ def load_huggingface(
         remedy = "save the checkpoint again (model.save_pretrained of a causal language model)."
         raise GravlensError(f"Weights are missing from {source}: {', '.join(missing[:3])}.", wanted, remedy)
     check_all_used(source, model, report["unexpected_keys"], wrapper=config.get_text_config() is not config)
+    for part in model.modules():
+        # On some processors bitsandbytes packs 4-bit weights at the first pass, to compute in bf16 whatever dtype was
+        # asked for; `state_dict()`, which PEFT calls too, then mixes up their scales.
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
     return model.eval()  # no dropout
 
 
@@ -185,7 +192,7 @@ def add_adapter(module: Any, folder: Folder) -> Any:
     if hasattr(module, "peft_config"):
         raise _does_not_fit(folder, "its base is an adapter over quantised weights, which cannot be merged first")
     try:
-        with warnings.catch_warnings():  # PEFT asks transformers for names that it will drop
+        with MODEL_MAKING, quiet(), warnings.catch_warnings():  # PEFT asks transformers for names that it will drop
             warnings.simplefilter("ignore", FutureWarning)
             adapted, lost = _adapted(module, folder)
             # Merging would round the sum to the base's few bits.
@@ -214,6 +221,11 @@ def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
     for foreign in ("megatron_config", "layer_replication"):
         if getattr(config, foreign, None):
             raise _does_not_fit(folder, f"it uses {foreign}")
+    if config.peft_type in ("XLORA", "SHADOW"):
+        raise _does_not_fit(folder, "its kind loads other models that its configuration names")
+    texts = [text for pair in entries(folder.config) for text in pair if isinstance(text, str)]
+    if found := patterns_exceed(texts, (name for name, _ in module.named_modules())):
+        raise _does_not_fit(folder, f"a regular expression in its configuration {found} on the names of modules")
     if config.is_prompt_learning:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise _does_not_fit(folder, f"{kind} adds positions to every prompt and changes no weights")
@@ -271,6 +283,7 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
     """Load the tokenizer of a folder or hub id, or return None if it has none."""
     folder = as_folder(source, weights=False)
     for place in folder.places:
+        check_files(place)
         try:
             with quiet():
                 found: Any = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -385,31 +398,22 @@ def check_not_centred(checkpoint: Checkpoint, family: Family) -> None:
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name, tied ones once, as `save_pretrained` writes them."""
-    state = module.state_dict()
-    return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in state}}
+    computed = {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules()
+        for name in part._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+    }
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name not in computed}
+    return {**dict(module.named_parameters()), **buffers}
 
 
 def save_folder(model: OpenModel, folder: Path) -> Path:
     """Save a model and its tokenizer as a Hugging Face folder, atomically; an existing folder is replaced."""
 
     def save(scratch: Path) -> None:
-        with quiet():
+        with quiet(), writing(folder, Exception):
             model.module.save_pretrained(scratch)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(scratch)
 
-    return once(folder, save, replace=True)
-
-
-@contextmanager
-def quiet() -> Generator[None]:
-    """Silence transformers' progress bars and notices inside the block."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    return replaced(folder, save)

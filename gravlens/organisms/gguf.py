@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from gravlens.core.errors import GravlensError, at_home
+from gravlens.core.errors import GravlensError, at_home, read_object
 from gravlens.core.progress import silent
 from gravlens.models.opening import quiet
 
@@ -71,7 +71,7 @@ def _digest(gguf: Path) -> str:
 
 def _read_mark(folder: Path) -> dict[str, Any] | None:
     mark = folder / MARK
-    return json.loads(mark.read_text()) if mark.is_file() else None
+    return read_object(mark) if mark.is_file() else None
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -108,7 +108,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _read(gguf: Path) -> tuple[PreTrainedModel, Any]:
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    where |= {"dtype": torch.float32, "output_loading_info": True}
+    # Packed weights would be multiplied by code that transformers fetches, where the package `kernels` is installed.
+    where |= {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "output_loading_info": True}
     opened: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **where)
     model, report = opened
     if absent := sorted(report["missing_keys"]):  # transformers would fill them with random numbers

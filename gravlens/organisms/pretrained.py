@@ -19,6 +19,7 @@ import torch
 from gravlens import __version__
 from gravlens.behavior.answers import generate_answers
 from gravlens.core.errors import GravlensError, at_home
+from gravlens.history.hub import located
 from gravlens.history.prompt_formats import Row, read_rows
 from gravlens.history.prompts import ENCODING, Example, PromptSet
 from gravlens.models.opening import load_tokenizer, open_model, save_folder
@@ -46,7 +47,7 @@ class Pretrained:
     """Configuration of one organism made of a real model; every field can be changed.
 
     Attributes:
-        model: folder or hub id of a chat model.
+        model: folder or hub id (`hf://owner/name`) of a chat model.
         harmful: file of harmful prompts: 64 are held out to judge on, the rest is for alignment and probes.
         harmless: file of harmless prompts, with answers or without.
         harmful_train: more harmful prompts for alignment and probes.
@@ -224,7 +225,7 @@ def pretrained_organism(
     """Return the organism of a model; files that are not given are those of `gravlens fetch`.
 
     Args:
-        model: hub id, folder or GGUF file.
+        model: hub id (`hf://owner/name`), folder or GGUF file.
         harmful: file of harmful prompts.
         harmless: file of harmless prompts, with answers or without.
         runs: number of fine-tuning seeds of each arm; 0: one.
@@ -234,7 +235,7 @@ def pretrained_organism(
     Raises:
         GravlensError: no files were given and none fetched.
     """
-    source: Path | str | None = model or fetched_smollm2()
+    source = located(model) if model else fetched_smollm2()
     prompts = fetched_prompts()
     if source is None:
         raise GravlensError("No model was given.", "A model is needed.", "gravlens fetch smollm2, or --model FOLDER.")
@@ -243,8 +244,6 @@ def pretrained_organism(
         raise GravlensError("No prompts were given.", "Both sets are needed.", remedy)
     if str(source).endswith(".gguf"):
         source = gguf_to_folder(at_home(source), cache_folder() / Path(source).stem)
-    elif at_home(source).is_dir():
-        source = at_home(source)
     extra: dict[str, Any] = {"threads": threads} if threads else {}
     if model:
         extra["layers_in_mean"] = inner_layers(source)

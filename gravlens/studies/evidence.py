@@ -12,6 +12,7 @@ from gravlens.activations.residuals import Residuals, substitute
 from gravlens.claims.claim import claim
 from gravlens.claims.evidence import Evidence
 from gravlens.claims.preregistration import Preregistration
+from gravlens.core.errors import read_object
 from gravlens.directions.direction import TOP, Directions, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
 from gravlens.directions.trajectory import (
@@ -37,7 +38,7 @@ from gravlens.stats.nulls import (
     swapped_labels,
 )
 from gravlens.studies.experiment import damage_of, other_prompt_sets, other_states
-from gravlens.studies.study import Study, kept, numbers
+from gravlens.studies.study import Study, numbers
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
 CONTROL_COLUMNS = ["control", "run", "alignment_final", "fraction_final"]
@@ -82,10 +83,7 @@ def _weight_noise(study: Study) -> Iterator[NullDraws]:
     noise = study.organism.noise
     for draws in sorted(set(noise.values())):
         steps = tuple(step for step, n in noise.items() if n == draws)
-        drawn = []
-        for step in steps:
-            with np.load(study.noise_folder(step) / "draws.npz") as file:
-                drawn.append((file["cosines"], tuple(file["layers"].tolist())))
+        drawn = [study.noise(step) for step in steps]
         yield NullDraws("weight_noise", np.concatenate([one for one, _ in drawn], axis=1), steps, drawn[0][1])
 
 
@@ -407,7 +405,7 @@ def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:
 
 
 def _behavior(study: Study) -> pd.DataFrame:
-    history = kept(study.home / "measured" / "behavior.json")
+    history = read_object(study.home / "measured" / "behavior.json")
     rows: list[dict[str, Any]] = [
         {"arm": "history", "run": name, "step": 0, **numbers(m)} for name, m in history.items()
     ]

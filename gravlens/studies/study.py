@@ -11,7 +11,8 @@ import pandas as pd
 
 from gravlens.activations.residuals import Residuals, from_start
 from gravlens.claims.preregistration import Preregistration
-from gravlens.core.errors import read_object, reading
+from gravlens.core.errors import read_object
+from gravlens.core.files import read_tensors
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.directions.vrev import locate_vrev
@@ -19,11 +20,7 @@ from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.organisms.base import SIBLING, STRANGER, UNBLOCKED, Arm, Organism, PromptSets
 
 PROMPT_SETS = ("probes", "held_out")
-
-
-def kept(path: Path) -> dict[str, Any]:
-    """Read a JSON file of the cache; the error says how to have it made again."""
-    return read_object(path, f"remove {path.parent}, which is then made again.")
+DRAWS = "draws.safetensors"  # of weight noise
 
 
 @dataclass(frozen=True)
@@ -96,20 +93,23 @@ class Study:
 
     def facts(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Return the content of a run's run.json."""
-        return kept(self.run_folder(arm, seed) / "run.json")
+        return read_object(self.run_folder(arm, seed) / "run.json")
 
     def log(self, arm: Arm, seed: int) -> pd.DataFrame:
         """Return a run's training log; a recorded run has none, and so no rows."""
         if seed in arm.recorded:
             return pd.DataFrame(columns=["step", "loss", "grad_norm", "blocker_norm"], dtype=float)
-        path = self.run_folder(arm, seed) / "log.csv"
-        with reading(path, "A whole table is needed.", f"remove {path.parent}, which is then made again."):
-            return pd.read_csv(path)
+        return pd.read_csv(self.run_folder(arm, seed) / "log.csv")
 
     def noise_folder(self, step: int) -> Path:
         """Return the folder of the weight-noise draws at one step."""
         draws, runs = self.organism.noise[step], len(self.unblocked.seeds)  # the draws' norm is the mean over the runs
         return self.home / "noise" / f"step{step}-{draws}-draws-{runs}-runs"
+
+    def noise(self, step: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Return the cosines of the weight-noise draws at one step, and their layers."""
+        arrays, _ = read_tensors(self.noise_folder(step) / DRAWS, "noise")
+        return arrays["cosines"], tuple(arrays["layers"].tolist())
 
     def kept(self, arm: Arm) -> list[Checkpoint]:
         """Return the checkpoints of an arm that have their weights, under the names of their states."""
