@@ -136,12 +136,7 @@ def load_huggingface(
     except Exception as error:  # whatever a configuration leads transformers to
         raise not_opened(folder.path, error) from error
     model, report = loaded
-    if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
-        raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) do not fit on a device")
-    if missing := sorted(report["missing_keys"]):
-        wanted = "All are needed; transformers would initialise the missing ones at random."
-        remedy = "save the checkpoint again (model.save_pretrained of a causal language model)."
-        raise GravlensError(f"Weights are missing from {source}: {', '.join(missing[:3])}.", wanted, remedy)
+    check_whole(source, model, report["missing_keys"])
     check_all_used(source, model, report["unexpected_keys"], wrapper=config.get_text_config() is not config)
     for part in model.modules():
         # On some processors bitsandbytes packs 4-bit weights at the first pass, to compute in bf16 whatever dtype was
@@ -149,6 +144,16 @@ def load_huggingface(
         if hasattr(part, "support_avx512bf16_for_cpu"):
             part.support_avx512bf16_for_cpu = False
     return model.eval()  # no dropout
+
+
+def check_whole(source: Path | str, model: Any, absent: Iterable[str]) -> None:
+    """Raise if weights are missing from a checkpoint, or do not fit on a device."""
+    if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) do not fit on a device")
+    if missing := sorted(absent):
+        wanted = "All are needed; transformers would initialise the missing ones at random."
+        remedy = "save the checkpoint again (model.save_pretrained of a causal language model)."
+        raise GravlensError(f"Weights are missing from {source}: {', '.join(missing[:3])}.", wanted, remedy)
 
 
 def shape_of(config: Any) -> tuple[int, int]:
