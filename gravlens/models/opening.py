@@ -291,7 +291,7 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
         check_files(place)
         try:
             with quiet():
-                found: Any = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+                found: Any = tokenizer_class(place).from_pretrained(place, trust_remote_code=False)
         except Exception as error:  # whatever its files lead transformers to
             if any(next(place.glob(pattern), None) for pattern in TOKENIZER_FILES):
                 raise not_opened(place, error, "tokenizer.json and tokenizer_config.json") from error
@@ -304,6 +304,17 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
         setattr(found, ENDS, stored_ends(folder.path))
         return found
     return None
+
+
+def tokenizer_class(folder: Path) -> Any:
+    """Return the class of transformers that reads a folder's tokenizer as it was saved."""
+    path = folder / "tokenizer_config.json"
+    # AutoTokenizer replaces what some families declare by a class of their own, also where it is tokenizer.json as it
+    # stands: a word-level vocabulary beside a Qwen2 was read as a byte-level one, most prompts as the same tokens.
+    as_it_is = path.is_file() and read_object(path).get("tokenizer_class") == "TokenizersBackend"
+    if as_it_is and (folder / "tokenizer.json").is_file():
+        return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
 
 
 def processor_template(folder: Path) -> str | dict[str, str] | None:
