@@ -12,11 +12,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gravlens.core.errors import GravlensError, read_object, reading, said
-from gravlens.core.files import damaged, replaced, writing
+from gravlens.core.files import replaced, writing
 from gravlens.core.limits import patterns_exceed
 from gravlens.core.process_state import MODEL_MAKING, quiet
 from gravlens.history.encoding import with_template_kwargs
@@ -129,8 +128,6 @@ def load_huggingface(
             )
     except GravlensError:
         raise
-    except SafetensorError as error:
-        raise damaged(source, error) from error
     except torch.OutOfMemoryError as error:
         raise no_room(source, error) from error
     except Exception as error:  # whatever a configuration leads transformers to
