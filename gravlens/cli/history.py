@@ -159,7 +159,7 @@ def trajectory(
         print_written(path, json)
 
 
-def _print_runs(rows: Any, summary: Any, followed: gl.Trajectory, json: bool) -> None:
+def _print_runs(rows: Any, summary: Any, followed: "gl.Trajectory", json: bool) -> None:
     prompts, layers = rows["prompts"].iloc[0], list(followed.layers_in_mean)
     means = [] if summary is None else records(summary.set_axis(map("_".join, summary.columns), axis=1).reset_index())
     if json:
