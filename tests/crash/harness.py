@@ -52,6 +52,7 @@ class Operation:
         before: fills the folder, once.
         whole: patterns of folders that are complete or absent at any time.
         spared: patterns of files that only save time, and may be missing.
+        damaged: what the folder held before is damaged where the call changes it, so it may be gone in between.
     """
 
     area: str
@@ -60,6 +61,7 @@ class Operation:
     before: Callable[[Path], Any] = lambda folder: None
     whole: tuple[str, ...] = ()
     spared: tuple[str, ...] = ()
+    damaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def forked(work: Callable[[], Any], *, root: Path, kill_after: float = PATIENCE,
     os.waitpid(number, 0)
     if said:
         return End(**json.loads(said))
-    return End("killed" if ready or kill_after < PATIENCE else "traceback", f"no end within {PATIENCE:.0f} s")
+    return End("killed") if ready or kill_after < PATIENCE else End("traceback", f"no end within {PATIENCE:.0f} s")
 
 
 def _child(work: Callable[[], Any], root: Path, armed: Mapping[str, Any], writing: int) -> None:
@@ -161,15 +163,16 @@ def faults(operation: Operation, now: Tree, before: Tree, calm: Tree) -> tuple[s
         if now.get(name) != before[name]:
             return "lost", f"{name}, which is not the operation's, was changed"
     for name in before.keys() & calm.keys() - now.keys():
-        return "lost", f"{name} is gone"
+        if not operation.damaged or before[name] == calm[name]:
+            return "lost", f"{name} is gone"
     for name, digest in now.items():
         if digest not in (before.get(name), calm.get(name)):
             return "wrong", f"{name} is neither what it was nor what it will be"
     for pattern in operation.whole:
         folders = {"/".join(Path(name).parts[: pattern.count("/") + 1]) for name in now}
         for folder in (one for one in folders if Path(one).match(pattern)):
-            inside, was, will = ({name for name in one if name.startswith(f"{folder}/")} for one in (now, before, calm))
-            if inside not in (was, will) or len({*(now[name] == calm.get(name) for name in inside)}) > 1:
+            inside, was, will = ({n: one[n] for n in one if n.startswith(f"{folder}/")} for one in (now, before, calm))
+            if inside not in (was, will):
                 return "wrong", f"the folder {folder} is neither what it was nor complete"
     return None
 

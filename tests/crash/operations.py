@@ -28,6 +28,7 @@ from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_json, write_table
 from gravlens.directions.vrev import direction_from
 from gravlens.exchange import to_gguf, to_inspect_log, to_steered
+from gravlens.interventions.orthogonalization import orthogonalize
 from gravlens.models.opening import open_model, save_folder
 from gravlens.organisms import refusal_language as language
 from gravlens.organisms.base import Arm
@@ -95,7 +96,7 @@ def stores(inputs: Path) -> list[Operation]:
     return [
         one("store cold", partial(read, inputs)),
         one("store warm", partial(read, inputs), warm),
-        one("store damaged", partial(read, inputs), broken),
+        one("store damaged", partial(read, inputs), broken, damaged=True),
         one("store list", table, broken),
         one("store verify", lambda folder: len(damaged_files(folder / "store")), broken),
         one("store prune", lambda folder: [prune_store(folder / "store")][1:], broken),
@@ -269,7 +270,7 @@ def exporters(inputs: Path) -> list[Operation]:
         Operation(
             "exporters",
             "orthogonalize",
-            lambda folder: [gl.orthogonalize(inputs / "aligned", vectors(0)[1], out=folder / "model")][1:],
+            lambda folder: [orthogonalize(inputs / "aligned", vectors(0)[1], out=folder / "model")][1:],
             whole=("model",),
         ),
     ]
