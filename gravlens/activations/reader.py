@@ -465,8 +465,9 @@ def _alike(model: OpenModel, found: Float[Tensor, "*row d_model"], wanted: Float
 def hooks_on(part: nn.Module) -> list[Any]:
     """Return forward hooks, except those that only record."""
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
-    # transformers leaves its recording hooks behind after `output_hidden_states`.
-    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
+    # transformers leaves its recording hooks behind after `output_hidden_states`; a bridge has some on its norms.
+    recording = ("transformers.", "transformer_lens.model_bridge.")
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(recording)]
 
 
 def _same_states(model: OpenModel) -> bool:

@@ -1,12 +1,15 @@
-"""Content-addressed on-disk cache of hidden states: hits are reused, corrupt files are recomputed.
+"""Content-addressed on-disk cache of hidden states: hits are reused, corrupt files are moved aside and recomputed.
 
+    gravlens_store.json                                                           marks the folder as a store
     states/<fingerprint of a checkpoint>/<block>.<header>.<sha256>.safetensors    states of some prompts at some layers
     views/<request>.<sha256>.safetensors                                          one whole result, memory-mapped
     digests/<files>.json                                                          digests of weights, by their files
+    corrupt/                                                                      what failed its checksum
 
 Files are written under a temporary name and renamed, and a file's name holds the SHA-256 of its content. So a killed
 run leaves complete files and scratch files, several processes can write at once, and corruption is detected. The header
-has a checksum of its own, because headers alone decide what is missing.
+has a checksum of its own, because headers alone decide what is missing. Only files with names of these forms, in these
+subfolders, are ever removed: a store may share its folder with checkpoints.
 """
 
 import hashlib
@@ -15,9 +18,9 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -36,7 +39,15 @@ from gravlens.activations.fingerprint import check_same_content, fingerprint
 from gravlens.activations.positions import Query
 from gravlens.activations.reader import Plan, Reader, Through, all_finite, read_block
 from gravlens.core.errors import GravlensError, said
-from gravlens.core.files import TensorWriter, map_tensor, meta_of, tensor_bytes, write_atomically
+from gravlens.core.files import (
+    TensorWriter,
+    map_tensor,
+    meta_of,
+    tensor_bytes,
+    write_atomically,
+    write_json,
+    writing,
+)
 from gravlens.core.progress import progress
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Resolved, changed_meanwhile, resolve
@@ -46,12 +57,15 @@ from gravlens.models.swapping import check_one_precision, open_each, precision_o
 from gravlens.models.tokenizers import check_vocabulary
 
 KIND = "states"
-DIGEST = re.compile(r"[0-9a-f]{16}\b|[0-9a-f]{32}")  # begins the name of everything that a store writes
+MARKER = "gravlens_store.json"
+FOLDER = re.compile("[0-9a-f]{32}")  # of the states of a checkpoint
+FILE = re.compile(r"([0-9a-f]{16}\.[0-9a-f]{16}|[0-9a-f]{32})\.[0-9a-f]{64}\.safetensors")
+SCRATCH = re.compile(rf"\.({FILE.pattern}|[0-9a-f]{{32}})\.[0-9a-f]{{8}}")
 # Tokens of an executor's task, at least: below that, opening the checkpoint takes more than a tenth of the task. Both
 # times grow with the size of the model, so the number serves all of them (docs/scale.md).
 TASK_TOKENS = {"cpu": 1 << 16}
 TASK_TOKENS_ELSEWHERE = 1 << 22
-ATTEMPTS = 3  # a corrupt file is only found, and deleted, when the result is assembled
+ATTEMPTS = 3  # a corrupt file is only found, and moved aside, when the result is assembled
 T = TypeVar("T")
 States: TypeAlias = Float[np.ndarray, "row layer d_model"]
 Blocks = tuple[tuple[tuple[Query, ...], tuple[int, ...]], ...]  # prompts, and layers to read of them
@@ -87,8 +101,8 @@ class StateFolder:
     folder: Path
 
     def files(self) -> list[BlockFile]:
-        """Read the headers of all files; corrupt ones are deleted with a warning."""
-        return [one for path in sorted(self.folder.glob("*.safetensors")) if (one := read_header(path))]
+        """Read the headers of all files; corrupt ones are moved aside with a warning."""
+        return [one for path in sorted(_own(self.folder, FILE)) if (one := read_header(path))]
 
     def missing(self, queries: Sequence[str], layers: Sequence[int]) -> list[tuple[int, ...]]:
         """Return, for each prompt, the layers that no file holds."""
@@ -116,11 +130,10 @@ class StateFolder:
         meta = {"queries": keys, "rows": rows, "layers": list(layers), "checkpoint": checkpoint}
         content = tensor_bytes(KIND, {"states": states}, meta)
         digests = (_sha256(keys, list(layers))[:16], _header_digest(content), hashlib.sha256(content).hexdigest())
-        with disk_errors(self.folder):
-            write_atomically(self.folder / f"{'.'.join(digests)}.safetensors", content)
+        write_atomically(self.folder / f"{'.'.join(digests)}.safetensors", content)
 
     def rows(self, queries: Sequence[str], layers: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...], States]]:
-        """Yield (index of the prompt, layers, its rows), each once; corrupt files are deleted and yield nothing."""
+        """Yield (index of the prompt, layers, its rows), each once; corrupt files yield nothing."""
         numbers: dict[str, list[int]] = {}
         for number, query in enumerate(queries):
             numbers.setdefault(query, []).append(number)
@@ -141,23 +154,21 @@ class StateFolder:
 
 # --- corruption -----------------------------------------------------------------------------------------------------
 def read_header(path: Path) -> BlockFile | None:
-    """Read a file's header and verify its checksum; a corrupt file is deleted with a warning."""
+    """Read a file's header and verify its checksum; a corrupt file is moved aside with a warning."""
     try:
         with path.open("rb") as file:
             start = file.read(8)
             start += file.read(min(int.from_bytes(start, "little"), path.stat().st_size))
-        if _header_digest(start) == path.name.split(".")[1]:
-            meta = meta_of(start, path, KIND)
-            queries, rows, layers = (tuple(meta[key]) for key in ("queries", "rows", "layers"))
-            return BlockFile(path, queries, rows, layers, meta["checkpoint"])
     except FileNotFoundError:
-        return None  # another process has deleted it
+        return None  # another process has removed it
     except OSError as error:  # too many open files, no permission, a stale handle: no sign of damage
         warnings.warn(f"{path} could not be read ({error.strerror}); its states are computed again.", stacklevel=2)
         return None
-    except IndexError:  # a name without digests
-        pass
-    return _delete_corrupt(path)
+    if _header_digest(start) != path.name.split(".")[1]:
+        return _set_aside(path)
+    meta = meta_of(start, path, KIND)
+    queries, rows, layers = (tuple(meta[key]) for key in ("queries", "rows", "layers"))
+    return BlockFile(path, queries, rows, layers, meta["checkpoint"])
 
 
 def _header_digest(content: bytes) -> str:
@@ -165,15 +176,19 @@ def _header_digest(content: bytes) -> str:
 
 
 def map_verified(path: Path, name: str) -> np.ndarray | None:
-    """Memory-map a tensor of a file after verifying its checksum; a corrupt file is deleted with a warning."""
+    """Memory-map a tensor of a file after verifying its checksum; a corrupt file is moved aside with a warning."""
     try:
         if is_corrupt(path):
-            return _delete_corrupt(path)
+            return _set_aside(path)
         with suppress(OSError):  # a file of another user
             os.utime(path)  # time of last use, for `prune_store`
         return map_tensor(path, name)
-    except OSError:
-        return None  # another process has deleted it
+    except FileNotFoundError:
+        return None  # another process has removed it
+    except OSError as error:  # it may be read the next time
+        given = f"{path} cannot be read ({error.strerror or error})."
+        remedy = "its permissions, or another store."
+        raise GravlensError(given, "The files of a store must be readable.", remedy) from error
 
 
 def is_corrupt(path: Path) -> bool:
@@ -185,21 +200,13 @@ def is_corrupt(path: Path) -> bool:
     return not all_finite(map_tensor(path, "values" if path.parent.name == "views" else KIND))
 
 
-def _delete_corrupt(path: Path) -> None:
-    warnings.warn(f"{path} is corrupt or not finite: it is deleted and its states are recomputed.", stacklevel=3)
-    path.unlink(missing_ok=True)
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Generator[None]:
-    """Raise a full or read-only disk as GravlensError."""
-    try:
-        yield
-    except OSError as error:
-        given = f"The store {folder} cannot be written ({error.strerror or error})."
-        wanted = "States are written as they are computed; all complete files are kept."
-        remedy = "free space on that disk (gravlens store prune), or another store; the same call then resumes."
-        raise GravlensError(given, wanted, remedy) from error
+def _set_aside(path: Path) -> None:
+    """Move a file whose content was read and is wrong into `corrupt/`."""
+    warnings.warn(f"{path} is corrupt or not finite: it is moved to corrupt/, its states recomputed.", stacklevel=3)
+    store = path.parents[1] if path.parent.name == "views" else path.parents[2]
+    with writing(store / "corrupt"), suppress(FileNotFoundError):  # another process has moved it
+        (store / "corrupt").mkdir(exist_ok=True)
+        os.replace(path, store / "corrupt" / path.name)
 
 
 # --- reading through a store ----------------------------------------------------------------------------------------
@@ -236,6 +243,7 @@ def read_through_store(
     plan: Plan, checkpoints: Sequence[Resolved], store: Store, executor: Executor | None
 ) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
     """Return states, memory-mapped, and the precisions that they were computed in."""
+    mark_store(store.folder)
     sources: Sequence[Checkpoint | Resolved] = checkpoints
     if executor is not None:
         sources = [_sendable(checkpoint.checkpoint) for checkpoint in checkpoints]
@@ -247,7 +255,8 @@ def read_through_store(
     keys = [query_key(query) for query in plan.queries]
     request = _sha256([states.folder.name for states in folders], keys, plan.layers)
     blocks = tuple((tuple(plan.queries[i] for i in block), plan.layers) for block in plan.blocks)
-    found = (map_verified(path, "values") for path in sorted((store.folder / "views").glob(f"{request}.*.safetensors")))
+    views = [path for path in _own(store.folder / "views", FILE) if path.name.startswith(request)]
+    found = (map_verified(path, "values") for path in sorted(views))
     view = next((one for one in found if one is not None), None)
     pairs = zip(checkpoints, folders, strict=True)
     remark_on_same({checkpoint.name: states.folder.name for checkpoint, states in pairs}, "weights")
@@ -269,7 +278,7 @@ def _assemble(
     """Copy states into one file and memory-map it; None where some are missing."""
     width, n_layers, n_rows = plan.d_model, len(plan.layers), plan.ends[-1]
     missing, shape = len(folders) * len(keys) * n_layers, (len(folders), n_rows, n_layers, width)
-    with disk_errors(store), TensorWriter(store / "views", request, "view", "values", shape, {}) as view:
+    with writing(store), TensorWriter(store / "views", request, "view", "values", shape, {}) as view:
         for number, folder in enumerate(folders):
             for prompt, layers, states in folder.rows(keys, plan.layers):
                 missing -= len(layers)
@@ -399,11 +408,28 @@ def _sendable(checkpoint: Checkpoint) -> Checkpoint:
 
 
 # --- maintenance ----------------------------------------------------------------------------------------------------
+def _own(folder: Path, pattern: re.Pattern[str]) -> Iterator[Path]:
+    """Files of a folder that gravlens named; nothing else in it is read or removed."""
+    return (path for path in folder.glob("*") if pattern.fullmatch(path.name) and path.is_file())
+
+
+def _written(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Files of a store; it may share its folder with checkpoints, a .git and an .env."""
+    states = [one for one in (folder / "states").glob("*") if FOLDER.fullmatch(one.name) and not one.is_symlink()]
+    places = [*states, folder / "views", folder / "digests"]
+    return [path for place in places for path in _own(place, pattern)]
+
+
+def mark_store(folder: Path) -> None:
+    """Mark a folder as a store."""
+    if not (folder / MARKER).exists():
+        write_json(folder / MARKER, {"gravlens": "activation cache", "layout": 1})
+
+
 def check_store(folder: Path) -> Path:
-    """Return a folder if it is a store, else raise: what is deleted in it must be gravlens'."""
-    if not any((folder / name).is_dir() for name in ("states", "views")):
-        given = f"{folder} is not an activation cache."
-        wanted = "A cache contains a folder states/ after its first use."
+    """Return a folder if it is a store, else raise: what is removed in it must be gravlens'."""
+    if not (folder / MARKER).is_file():
+        given, wanted = f"{folder} is not an activation cache.", f"A cache holds {MARKER} since its first use."
         raise GravlensError(given, wanted, "the folder that was given as --store, or as store= of cache_residuals.")
     return folder
 
@@ -421,7 +447,7 @@ def list_store(folder: Path) -> pd.DataFrame:
             layers = {layer for file in files for layer in file.layers}
             counts = {"prompts": len(prompts), "layers": len(layers), **_sizes([file.path for file in files])}
             rows.append({"states": states.name, "checkpoint": files[0].checkpoint, **counts})
-    if views := list((folder / "views").glob("*.safetensors")):
+    if views := list(_own(folder / "views", FILE)):
         rows.append({"states": "views", "checkpoint": "assembled results, made again on demand", **_sizes(views)})
     return pd.DataFrame(rows, columns=["states", "checkpoint", "prompts", "layers", "files", "mib", "used"])
 
@@ -432,17 +458,19 @@ def _sizes(paths: Sequence[Path]) -> dict[str, Any]:
     return {"files": len(stats), "mib": sum(stat.st_size for stat in stats) / 2**20, "used": used}
 
 
-def damaged_files(folder: Path) -> list[Path]:
-    """Verify all checksums and return the corrupt files; nothing is deleted."""
-    return sorted(path for path in _written(check_store(folder), "*.safetensors") if is_corrupt(path))
+def verify_store(folder: Path) -> dict[Path, str]:
+    """Verify all checksums: file -> `corrupt`, or why it cannot be read. Nothing is moved or deleted."""
+    found = {path: _fault(path) for path in sorted(_written(check_store(folder), FILE))}
+    return {path: fault for path, fault in found.items() if fault}
 
 
-def _written(folder: Path, pattern: str) -> list[Path]:
-    """Files that gravlens wrote; a store may share its folder with checkpoints, a .git and an .env."""
-    states = folder / "states"
-    places = [states, folder / "views", *(one for one in states.glob("*") if DIGEST.fullmatch(one.name))]
-    found = [path for place in places for path in place.glob(pattern) if path.is_file()]
-    return [path for path in found if path.name.startswith(".") or DIGEST.match(path.name)]
+def _fault(path: Path) -> str:
+    try:
+        return "corrupt" if is_corrupt(path) else ""
+    except FileNotFoundError:
+        return ""  # another process has removed it
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
 
 
 def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = False) -> list[Path]:
@@ -450,12 +478,14 @@ def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = F
 
     With `unused_days`, states too that were not written or used for this long; `dry` only returns the files.
     """
-    now, files = time.time(), _written(check_store(folder), "*.safetensors")
-    old = [] if unused_days is None else files
-    found = {path for path in files if path.parent.name == "views" or is_corrupt(path)}
+    now, files = time.time(), _written(check_store(folder), FILE)
+    found = {*_own(folder / "corrupt", FILE)}
+    found |= {path for path in files if path.parent.name == "views" or _fault(path) == "corrupt"}
     # Younger scratch files may be another process's, which is still writing.
-    found |= {path for path in _written(folder, ".*") if path.stat().st_mtime < now - 3600}
-    found |= {path for path in old if path.stat().st_mtime < now - 86400 * (unused_days or 0)}
+    ages = [(_written(folder, SCRATCH), 3600.0)] + ([] if unused_days is None else [(files, 86400 * unused_days)])
+    for paths, age in ages:
+        found |= {path for path in paths if path.stat().st_mtime < now - age}
     for path in () if dry else found:
-        path.unlink(missing_ok=True)
+        with writing(path):
+            path.unlink(missing_ok=True)
     return sorted(found)

@@ -35,13 +35,14 @@ def _integer(value: object) -> str:
 
 @commands.command(**opt.described(None, "gravlens store verify states"))
 def verify(folder: FOLDER, json: opt.JSON = False) -> None:
-    """Verify checksums and list corrupt files (exit code 1). Deletes nothing."""
-    found = activations.store.damaged_files(folder)
+    """Verify checksums and list corrupt and unreadable files (exit code 1). Deletes nothing."""
+    found = activations.store.verify_store(folder)
+    corrupt = [str(path) for path, fault in found.items() if fault == "corrupt"]
     if json:
-        print_json({"corrupt": [str(path) for path in found]})
+        print_json({"corrupt": corrupt, "unreadable": [str(path) for path in found if str(path) not in corrupt]})
     else:
-        lines = [f"corrupt: {path}" for path in found]
-        print_line("\n".join([*lines, f"{len(found)} corrupt" if found else "no corrupt files"]))
+        lines = [f"{path}: {fault}" for path, fault in found.items()]
+        print_line("\n".join([*lines, f"{len(found)} corrupt or unreadable" if found else "no corrupt files"]))
     raise typer.Exit(CHECK_FAILED if found else 0)
 
 

@@ -1,13 +1,15 @@
-"""Atomic writes, and safetensors files that name their kind and layer convention in the header."""
+"""Atomic writes, and files that verify themselves: safetensors with a checksum, folders with a list of them."""
 
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,43 +18,85 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 
 CONVENTION = "blocks.{layer}.hook_resid_post; layers count from 0; the last block is read before the final norm"
 
 
+CHECKSUMS = "checksums.json"  # of a folder made by `once`; written last
+
+
+@contextmanager
+def writing(path: Path | str) -> Generator[None]:
+    """Raise an OSError inside the block (a full disk, no permission) as a GravlensError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        given = f"{path} cannot be written ({error.strerror or error})."
+        remedy = "free space there, or a place that can be written; the same call then goes on."
+        raise GravlensError(given, "Files that were complete before are kept.", remedy) from error
+
+
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file atomically: a killed process leaves the old file or none, never a partial one."""
-    place = path.resolve()  # a link is followed: renaming over it would leave its target old
-    if place.is_char_device() or place.is_fifo():  # renaming over /dev/null would make it a regular file
-        place.write_bytes(content)
-        return path
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder: os.replace is atomic only within one file system.
-    handle, scratch = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(scratch, _mode_of(place))
-        os.replace(scratch, place)
-    except BaseException:  # Ctrl-C too
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    with writing(path):
+        place = path.expanduser().resolve()  # a link is followed: renaming over it would leave its target old
+        if place.is_char_device() or place.is_fifo():  # renaming over /dev/null would make it a regular file
+            place.write_bytes(content)
+            return path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = _scratch(place)
+        try:
+            with scratch.open("xb") as file:
+                if place.exists():  # a new file has the mode that the user's umask gives it
+                    os.chmod(scratch, place.stat().st_mode & 0o777)
+                file.write(content)
+                _sync(file)
+            os.replace(scratch, place)
+        except BaseException:  # Ctrl-C too
+            with suppress(OSError):  # the first error is the one to report
+                scratch.unlink(missing_ok=True)
+            raise
+        _sync_folder(place.parent)
     return path
 
 
-def _mode_of(place: Path) -> int:
-    """The permissions of an existing file, or those of a new one; mkstemp's 0600 would lock colleagues out."""
-    if place.exists():
-        return place.stat().st_mode & 0o777
-    mask = os.umask(0o077)  # it can only be read by setting it
-    os.umask(mask)
-    return 0o666 & ~mask
+def _scratch(place: Path) -> Path:
+    """Return a hidden name beside a file or folder: os.replace is atomic only within one file system."""
+    return place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+
+
+def _sync(file: Any) -> None:
+    """Have the disk hold what was written: after a power cut a renamed file could be empty."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not on every network file system
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> Path:
     """Write JSON atomically; NaN becomes null."""  # json would write NaN, which no other parser reads
     return write_atomically(path, (json.dumps(without_nan(content), indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that gravlens wrote; raise where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        given = f"{path} cannot be read ({said(error)})."
+        raise GravlensError(
+            given, "It is JSON that gravlens wrote.", "remove its folder, and make it again."
+        ) from error
 
 
 def write_table(path: Path, table: pd.DataFrame, *, float_format: str | None = None) -> Path:
@@ -81,7 +125,15 @@ def tensor_bytes(kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str,
     # safetensors writes the buffer as it lies: a transposed view would be stored with its numbers mixed up.
     content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=_header(kind, meta))
     start = 8 + int.from_bytes(content[:8], "little")
-    return _header_bytes(json.loads(content[8:start])) + content[start:]
+    header, body = json.loads(content[8:start]), content[start:]
+    header["__metadata__"]["sha256"] = _checksum(header, hashlib.sha256(body).hexdigest())
+    return _header_bytes(header) + body
+
+
+def _checksum(header: Mapping[str, Any], body: str) -> str:
+    """Return the SHA-256 of a safetensors header without its own checksum, and of the digest of what follows it."""
+    told = {name: value for name, value in header["__metadata__"].items() if name != "sha256"}
+    return hashlib.sha256(json.dumps([{**header, "__metadata__": told}, body], sort_keys=True).encode()).hexdigest()
 
 
 def _header_bytes(header: Mapping[str, Any]) -> bytes:
@@ -97,10 +149,13 @@ def _header(kind: str, meta: Mapping[str, Any]) -> dict[str, str]:
 
 def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read a file of `write_tensors`; raise on another kind, another convention or a corrupt file."""
+    path = Path(path).expanduser()
     try:
-        with safe_open(path, framework="np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return arrays, _meta(path, kind, file.metadata() or {})
+        with safe_open(path, framework="np") as file:  # it checks the header
+            told = file.metadata() or {}
+            _check_kind(path, kind, told)
+            _verify(path)
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(told["meta"])  # noqa: SIM118
     except SafetensorError as error:
         raise damaged(path, error) from error
     except OSError as error:
@@ -108,19 +163,28 @@ def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], di
         raise GravlensError(f"{path} cannot be read ({error}).", needed, "check the path.") from error
 
 
+def _verify(path: Path) -> None:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        rest = hashlib.file_digest(file, "sha256").hexdigest()  # from here on
+    if header["__metadata__"].get("sha256") != _checksum(header, rest):
+        raise damaged(path, ValueError("its content does not have the checksum in its header"))
+
+
 def meta_of(content: bytes, path: Path | str, kind: str) -> dict[str, Any]:
     """Return the metadata of a file of `write_tensors`, given its first bytes including the whole header."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return _meta(path, kind, header.get("__metadata__", {}))
+    told = header.get("__metadata__", {})
+    _check_kind(path, kind, told)
+    return json.loads(told["meta"])
 
 
-def _meta(path: Path | str, kind: str, header: Mapping[str, str]) -> dict[str, Any]:
+def _check_kind(path: Path | str, kind: str, header: Mapping[str, str]) -> None:
     found, convention = header.get("gravlens", "tensors of another program"), header.get("convention", "unknown")
     if (found, convention) != (kind, CONVENTION):  # a file that counts layers otherwise would be off by one, silently
         given = f"{path} holds {found!r} by the convention {convention!r}."
         wanted = f"A gravlens file of {kind} by the convention {CONVENTION!r} is needed."
         raise GravlensError(given, wanted, f"write it again with this version's .save() of {kind}.")
-    return json.loads(header["meta"])
 
 
 def check_digest(prompts: str, path: Path | str) -> str:
@@ -145,12 +209,12 @@ class TensorWriter:
         entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, self._bytes]}
         header = _header_bytes({"__metadata__": _header(kind, meta), name: entry})
         folder.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=folder, prefix=f".{stem}.")
-        self._path, self._file, self._start = Path(scratch), os.fdopen(handle, "r+b"), len(header)
+        self._path, self._start = _scratch(folder / stem), len(header)
+        self._file = self._path.open("x+b")
         try:
             self._file.write(header)
             if hasattr(os, "posix_fallocate"):  # reserves the space, so that a full disk is reported now
-                os.posix_fallocate(handle, 0, self._start + self._bytes)
+                os.posix_fallocate(self._file.fileno(), 0, self._start + self._bytes)
         except BaseException:
             self.__exit__()
             raise
@@ -171,12 +235,12 @@ class TensorWriter:
 
     def finish(self) -> Path:
         """Rename the file to its final name and return the path."""
-        self._file.flush()
+        _sync(self._file)
         self._file.seek(0)  # hashed from the file, not while writing: the pieces come in any order
         digest = hashlib.file_digest(self._file, "sha256").hexdigest()
         path = self._path.with_name(f"{self._stem}.{digest}.safetensors")
-        os.chmod(self._path, 0o644)
         os.replace(self._path, path)
+        _sync_folder(path.parent)
         return path
 
 
@@ -189,23 +253,83 @@ def map_tensor(path: Path, name: str) -> np.ndarray:
     return np.memmap(path, "<f4", "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
 
 
-def once(folder: Path, make: Callable[[Path], None], *, replace: bool = False) -> Path:
-    """Create a folder atomically, unless it exists or to replace it: `make` fills it under a temporary name."""
-    if folder.is_dir() and not replace:
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Make a folder of a cache, unless it is there and whole; one that was damaged is moved aside and made again."""
+    if folder.is_dir():
+        if not (found := _damage(folder)):
+            return folder
+        aside = _scratch(folder)
+        warnings.warn(f"{folder} is damaged ({found}): it is made again, and kept as {aside.name}.", stacklevel=2)
+        with writing(folder):
+            os.replace(folder, aside)
+
+    def checked(scratch: Path) -> None:
+        make(scratch)
+        write_json(scratch / CHECKSUMS, _checksums(scratch))
+
+    return _made(folder, checked)
+
+
+def replaced(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Make a folder, in place of an existing one, which stays on any error."""
+    return _made(folder, make, replace=True)
+
+
+def _made(folder: Path, make: Callable[[Path], object], *, replace: bool = False) -> Path:
+    """Create a folder atomically: `make` fills it under a temporary name."""
+    scratch, before = _scratch(folder), _scratch(folder)
+    with writing(folder):
+        scratch.mkdir(parents=True)
     try:
         make(scratch)
-        if replace:
-            shutil.rmtree(folder, ignore_errors=True)  # os.replace needs an empty target
-        os.chmod(scratch, 0o755)  # mkdtemp makes it 0700
-        os.replace(scratch, folder)
-    except BaseException:
+        with writing(folder):
+            for path in _files_in(scratch):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            if replace and folder.exists():  # os.replace needs an empty target
+                os.replace(folder, before)
+            try:
+                os.replace(scratch, folder)
+            except BaseException:
+                if before.exists():
+                    os.replace(before, folder)
+                if replace or not folder.is_dir():  # another process may have created it first
+                    raise
+            _sync_folder(folder.parent)
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if replace or not folder.is_dir():  # another process may have created it first
-            raise
+        shutil.rmtree(before, ignore_errors=True)
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder of `once` is there, with the content that it was made with."""
+    return folder.is_dir() and not _damage(folder)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 by the names of files; what a link leads to may be as large as a model, and is not the folder's."""
+    found = {}
+    for path in _files_in(folder):
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _damage(folder: Path) -> str:
+    """Return what is wrong with a folder of `once`, or ""."""
+    try:
+        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        found = _checksums(folder)
+        del found[CHECKSUMS]
+        wrong = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{CHECKSUMS} cannot be read, {type(error).__name__}"
+    return f"{wrong[0]} does not have its checksum" if wrong else ""
 
 
 def damaged(path: Path | str, error: Exception) -> GravlensError:

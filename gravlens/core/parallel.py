@@ -4,9 +4,11 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 import torch
@@ -62,11 +64,19 @@ def _ctrl_c_later() -> Generator[None]:
 
 
 def _begin(threads: int) -> None:
+    # A killed parent (SIGTERM, SIGHUP, SIGKILL) shuts no pool down: its workers would run their queue to the end.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TQDM_DISABLE"] = "1"  # only the parent shows a progress bar
     signal.signal(signal.SIGINT, _note)
     if CAN_WAIT:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        wait_for([parent.sentinel])
+        os._exit(1)
 
 
 def _note(*_: object) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, said
-from gravlens.core.files import damaged, once
+from gravlens.core.files import damaged, replaced
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
@@ -137,6 +137,11 @@ def load_huggingface(
         remedy = "save the checkpoint again (model.save_pretrained of a causal language model)."
         raise GravlensError(f"Weights are missing from {source}: {', '.join(missing[:3])}.", wanted, remedy)
     check_all_used(source, model, report["unexpected_keys"], wrapper=config.get_text_config() is not config)
+    for part in model.modules():
+        # On some processors bitsandbytes packs 4-bit weights at the first pass, to compute in bf16 whatever dtype was
+        # asked for; `state_dict()`, which PEFT calls too, then mixes up their scales.
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
     return model.eval()  # no dropout
 
 
@@ -357,8 +362,13 @@ def check_not_centred(checkpoint: Checkpoint, family: Family) -> None:
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name, tied ones once, as `save_pretrained` writes them."""
-    state = module.state_dict()
-    return {**dict(module.named_parameters()), **{n: b for n, b in module.named_buffers() if n in state}}
+    computed = {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules()
+        for name in part._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+    }
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name not in computed}
+    return {**dict(module.named_parameters()), **buffers}
 
 
 def save_folder(model: OpenModel, folder: Path) -> Path:
@@ -370,7 +380,7 @@ def save_folder(model: OpenModel, folder: Path) -> Path:
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(scratch)
 
-    return once(folder, save, replace=True)
+    return replaced(folder, save)
 
 
 @contextmanager

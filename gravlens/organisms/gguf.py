@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gravlens.core.errors import GravlensError
+from gravlens.core.files import read_json
 from gravlens.core.progress import silent
 from gravlens.models.opening import quiet
 
@@ -71,7 +72,7 @@ def _digest(gguf: Path) -> str:
 
 def _read_mark(folder: Path) -> dict[str, Any] | None:
     mark = folder / MARK
-    return json.loads(mark.read_text()) if mark.is_file() else None
+    return read_json(mark) if mark.is_file() else None
 
 
 def _refuse_foreign(folder: Path) -> None:

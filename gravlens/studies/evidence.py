@@ -1,6 +1,5 @@
 """Judge measured histories: follow their runs, test them against every null and control, and make the claim."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from gravlens.activations.residuals import Residuals, substitute
 from gravlens.claims.claim import claim
 from gravlens.claims.evidence import Evidence
 from gravlens.claims.preregistration import Preregistration
+from gravlens.core.files import read_json
 from gravlens.directions.direction import TOP, Directions, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
 from gravlens.directions.trajectory import (
@@ -83,10 +83,7 @@ def _weight_noise(study: Study) -> Iterator[NullDraws]:
     noise = study.organism.noise
     for draws in sorted(set(noise.values())):
         steps = tuple(step for step, n in noise.items() if n == draws)
-        drawn = []
-        for step in steps:
-            with np.load(study.noise_folder(step) / "draws.npz") as file:
-                drawn.append((file["cosines"], tuple(file["layers"].tolist())))
+        drawn = [study.noise(step) for step in steps]
         yield NullDraws("weight_noise", np.concatenate([one for one, _ in drawn], axis=1), steps, drawn[0][1])
 
 
@@ -408,7 +405,7 @@ def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:
 
 
 def _behavior(study: Study) -> pd.DataFrame:
-    history = json.loads((study.home / "measured" / "behavior.json").read_text())
+    history = read_json(study.home / "measured" / "behavior.json")
     rows: list[dict[str, Any]] = [
         {"arm": "history", "run": name, "step": 0, **numbers(m)} for name, m in history.items()
     ]

@@ -1,7 +1,6 @@
 """Make and measure an organism in worker processes. Complete parts are reused; an interrupted study resumes."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from gravlens.behavior.divergence import kl_from
 from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_odds
 from gravlens.blockers.blocking import Blocker
 from gravlens.claims.preregistration import ALPHA, Preregistration
-from gravlens.core.files import once, write_json, write_table
+from gravlens.core.files import is_whole, once, read_json, write_json, write_table, write_tensors
 from gravlens.core.parallel import processes
 from gravlens.directions.direction import Directions, Span, Spans, each
 from gravlens.directions.trajectory import ByLayer
@@ -32,7 +31,7 @@ from gravlens.models.opening import OpenModel, open_model
 from gravlens.models.swapping import open_each
 from gravlens.organisms.base import Arm, Grounds, Organism
 from gravlens.stats.damage import Damage, measure_damage, pruned, rounded, sign_flipped, update_norms, weight_noise
-from gravlens.studies.study import PROMPT_SETS, Study, join
+from gravlens.studies.study import DRAWS, PROMPT_SETS, Study, join
 from gravlens.training.finetune import Finetuned, finetune
 
 OTHER_PROMPTS = ("harmless", "shuffled_words")
@@ -158,7 +157,7 @@ def draw_noise(study: Study, draws: int) -> None:
     """Draw weight noise of the unblocked runs' mean norm, for the steps that have this number of draws."""
     steps, arm = [step for step, number in study.organism.noise.items() if number == draws], study.unblocked
     folders = {step: study.noise_folder(step) for step in steps}
-    if all(folder.exists() for folder in folders.values()):
+    if all(is_whole(folder) for folder in folders.values()):
         return
     norms = [study.facts(arm, seed)["update_norms"] for seed in arm.seeds]
     means = {step: _mean_norms([one[str(step)] for one in norms]) for step in steps}
@@ -168,7 +167,8 @@ def draw_noise(study: Study, draws: int) -> None:
     layers = np.array(null.layers)
     for column, path in enumerate(folders.values()):
         drawn = null.cosines[:, column : column + 1]
-        once(path, lambda folder, drawn=drawn: np.savez(folder / "draws.npz", cosines=drawn, layers=layers))
+        arrays = {"cosines": drawn, "layers": layers}
+        once(path, lambda folder, arrays=arrays: write_tensors(folder / DRAWS, "noise", arrays, {}))
 
 
 def _mean_norms(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -326,7 +326,7 @@ def measure_divergence(
         study: prompts and answers.
     """
     # Along the reference's own answers: has the witness come back, or has a new style?
-    sets, told = _divergence_prompts(study), json.loads((study.home / "measured" / "answers.json").read_text())
+    sets, told = _divergence_prompts(study), read_json(study.home / "measured" / "answers.json")
     wanted = {
         "anchor": {"kl_anchor_harmless": "harmless", "kl_anchor": "held_out"},
         "witness": {"kl_witness": "held_out"},

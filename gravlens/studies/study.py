@@ -1,6 +1,5 @@
 """An organism and the folder of its checkpoints and measurements: what every function of a study works on."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ import pandas as pd
 
 from gravlens.activations.residuals import Residuals, from_start
 from gravlens.claims.preregistration import Preregistration
+from gravlens.core.files import read_json, read_tensors
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.directions.vrev import locate_vrev
@@ -19,6 +19,7 @@ from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.organisms.base import SIBLING, STRANGER, UNBLOCKED, Arm, Organism, PromptSets
 
 PROMPT_SETS = ("probes", "held_out")
+DRAWS = "draws.safetensors"  # of weight noise
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Study:
 
     def facts(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Return the content of a run's run.json."""
-        return json.loads((self.run_folder(arm, seed) / "run.json").read_text())
+        return read_json(self.run_folder(arm, seed) / "run.json")
 
     def log(self, arm: Arm, seed: int) -> pd.DataFrame:
         """Return a run's training log; a recorded run has none, and so no rows."""
@@ -103,6 +104,11 @@ class Study:
         """Return the folder of the weight-noise draws at one step."""
         draws, runs = self.organism.noise[step], len(self.unblocked.seeds)  # the draws' norm is the mean over the runs
         return self.home / "noise" / f"step{step}-{draws}-draws-{runs}-runs"
+
+    def noise(self, step: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Return the cosines of the weight-noise draws at one step, and their layers."""
+        arrays, _ = read_tensors(self.noise_folder(step) / DRAWS, "noise")
+        return arrays["cosines"], tuple(arrays["layers"].tolist())
 
     def kept(self, arm: Arm) -> list[Checkpoint]:
         """Return the checkpoints of an arm that have their weights, under the names of their states."""

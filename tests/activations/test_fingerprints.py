@@ -1,15 +1,23 @@
 """What a checkpoint is, in one digest: weights, configuration, how it is read; and the memo of digests."""
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
+from histories import hooked_twin, refused
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gravlens.activations import fingerprint as fingerprints
 from gravlens.activations.fingerprint import fingerprint
@@ -88,9 +96,7 @@ def test_what_was_written_a_moment_ago_is_not_remembered(folder: Path, tmp_path:
 
 def test_a_hub_s_revision_is_known_by_its_commit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also once its weights were evicted; two commits are two; the same path outside the cache is a folder."""
-    home = tmp_path / "hub" / "models--owner--name" / "snapshots"
-    for commit in ("a" * 40, "b" * 40):
-        shutil.copytree(folder, home / commit)
+    home = in_cache(folder, tmp_path / "hub")
     alike = digest(home / ("a" * 40))
     assert alike == digest(home / ("b" * 40)) == digest(folder)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -98,3 +104,144 @@ def test_a_hub_s_revision_is_known_by_its_commit(folder: Path, tmp_path: Path, m
     assert len({alike, one, other}) == 3
     (home / ("a" * 40) / "model.safetensors").unlink()
     assert digest(home / ("a" * 40)) == one
+
+
+def in_cache(folder: Path, cache: Path) -> Path:
+    """Two commits of one repository with the content of a folder, as the hub's client lays them out."""
+    home = cache / "models--owner--name"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(folder, home / "snapshots" / commit)
+        weights = home / "snapshots" / commit / "model.safetensors"
+        blob = home / "blobs" / hashlib.sha256(weights.read_bytes()).hexdigest()
+        blob.parent.mkdir(exist_ok=True)
+        weights.replace(blob)
+        weights.symlink_to(blob)
+    return home / "snapshots"
+
+
+@pytest.mark.parametrize("where", ["blob", "link"])
+def test_a_snapshot_that_was_altered_is_not_taken_for_its_commit(
+    folder: Path, memo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = in_cache(folder, tmp_path / "hub") / ("a" * 40)
+    published = digest(snapshot, memo)
+    assert published == digest(snapshot, memo) != digest(folder)
+    if where == "link":
+        content = (snapshot / "model.safetensors").read_bytes()
+        (snapshot / "model.safetensors").unlink()
+        (snapshot / "model.safetensors").write_bytes(content)
+    add(snapshot, 1e-3)
+    add(folder, 1e-3)
+    assert digest(snapshot, memo) == digest(folder) != published
+
+
+# -- models in memory, and what is around them -------------------------------------------------------------------------
+
+
+def in_memory(model: Any) -> str:
+    return fingerprint(resolve(Checkpoint("x", model)), HOW)
+
+
+class Wrapped(nn.Module):
+    """repeng's way: a block with a vector to add."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.control = inner, [0.0]
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return self.inner(*given, **named) + self.control[0]
+
+
+def wrap(model: Any, control: float) -> None:
+    if not isinstance(model.model.layers[1], Wrapped):
+        model.model.layers[1] = Wrapped(model.model.layers[1]).eval()
+    model.model.layers[1].control[0] = control
+
+
+def triple(model: Any) -> None:
+    part = model.model.layers[0].mlp
+    part.forward = lambda x, real=part.forward: 3 * real(x)
+
+
+CHANGES = {
+    "a replaced forward": triple,
+    "a wrapper's vector": lambda model: wrap(model, 5.0),
+    "an attribute": lambda model: (
+        setattr(model.model.norm, "variance_epsilon", 0.0)
+        or [setattr(block.input_layernorm, "variance_epsilon", 1.0) for block in model.model.layers]
+    ),
+    "a scale": lambda model: [setattr(block.self_attn, "scaling", 5.0) for block in model.model.layers],
+    "an activation": lambda model: [setattr(block.mlp, "act_fn", nn.ReLU().eval()) for block in model.model.layers],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_acts_on_states_is_in_the_key(change: Any) -> None:
+    model = tiny.llama(0)
+    first = in_memory(model)
+    assert in_memory(model) == first == in_memory(tiny.llama(0))
+    if change is CHANGES["a wrapper's vector"]:
+        wrap(model, 0.0)
+        wrapped = in_memory(model)
+        assert wrapped != in_memory(change(model) or model)
+        wrap(model, 0.0)
+        assert in_memory(model) == wrapped
+        return
+    change(model)
+    assert in_memory(model) != first
+
+
+class Recording(TorchDispatchMode):
+    """A mode of the user's own."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def hook_on_all() -> Iterator[None]:
+    handle = register_module_forward_hook(lambda module, args, output: None)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("around", "named"),
+    [
+        (lambda: torch.autocast("cpu", dtype=torch.bfloat16), "torch.autocast"),
+        (hook_on_all, "a hook on all modules"),
+        (Recording, "Recording"),
+    ],
+)
+def test_what_is_around_a_call_is_refused(folder: Path, around: Any, named: str) -> None:
+    for work in (lambda: digest(folder), lambda: in_memory(tiny.llama(0))):
+        with around(), refused(f"{named} is active"):
+            work()
+        work()
+    with torch.device("cpu"):  # a mode too, and without effect
+        digest(folder)
+
+
+def test_products_in_another_precision_are_other_states(folder: Path) -> None:
+    first, before = digest(folder), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert digest(folder) != first
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert digest(folder) == first
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("kind", ["HookedTransformer", "bridge"])
+def test_a_raw_hook_inside_a_model_of_transformer_lens_is_refused(tmp_path: Path, hook: str, kind: str) -> None:
+    twin = hooked_twin(tiny.gpt2(0)) if kind == "HookedTransformer" else tiny.opened("bridge", tmp_path).module
+    first = in_memory(twin)
+    part = twin.blocks[0].mlp if kind == "HookedTransformer" else twin.original_model.model.layers[0].mlp.down_proj
+    handle = getattr(part, hook)(lambda *_: None)
+    with refused("has hooks on it"):
+        in_memory(twin)
+    handle.remove()
+    assert in_memory(twin) == first

@@ -141,10 +141,10 @@ def test_a_store_of_an_earlier_version_is_not_believed(home: Path, monkeypatch: 
         earlier.setattr(store.StateFolder, "put", lambda self, states, **more: plain(self, states * np.nan, **more))
         earlier.setattr(Residuals, "__post_init__", lambda _: None)
         assert np.isnan(cache_residuals(good, store=folder).values).all()
-    assert len(store.damaged_files(folder)) == 4  # three of states, one view
+    assert len(store.verify_store(folder)) == 4  # three of states, one view
     with pytest.warns(UserWarning, match="not finite"):
         assert np.array_equal(cache_residuals(good, store=folder).values, wanted)
-    assert store.damaged_files(folder) == []
+    assert store.verify_store(folder) == {}
 
 
 @pytest.mark.parametrize("kept", [False, True])

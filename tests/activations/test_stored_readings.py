@@ -23,7 +23,6 @@ from gravlens.activations import fingerprint as fingerprints
 from gravlens.activations import reader as passes
 from gravlens.activations import store as stored_readings
 from gravlens.activations.residuals import Residuals, cache_residuals
-from gravlens.core import files as store
 from gravlens.history.sequence import ModelSequence
 from gravlens.organisms.refusal_language import probe_prompts
 
@@ -299,17 +298,17 @@ def test_a_full_disk_is_one_clear_error_and_the_same_call_goes_on(
 ) -> None:
     """Room for so many files, then none; what was written stays whole."""
     wanted, room = cache_residuals(sequence(home)).values, [4]
-    write = store.write_atomically
+    put = os.replace
 
-    def full(path: Path, content: bytes) -> Path:
+    def full(scratch: Path, path: Path) -> None:
         if path.suffix == ".safetensors":
             room[0] -= 1
             if room[0] < 0:
                 raise OSError(28, "No space left on device")
-        return write(path, content)
+        put(scratch, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gravlens.activations.store.write_atomically", full)
+        patch.setattr(os, "replace", full)
         with refused("No space left", str(tmp_path)):
             read(home, tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4

@@ -391,7 +391,7 @@ def test_plan_refuses_half_a_machine_and_odd_positions(history: Path) -> None:
         (["ablate", "S.toml"], "gravlens.studies.ablation", "ablate_vrev"),
         (["block", "S.toml", "--data", "data.jsonl", "--out", "o"], "gravlens.studies.paired", "block_beside"),
         (["store", "list", "."], "gravlens.activations.store", "list_store"),
-        (["store", "verify", "."], "gravlens.activations.store", "damaged_files"),
+        (["store", "verify", "."], "gravlens.activations.store", "verify_store"),
         (["store", "prune", "."], "gravlens.activations.store", "check_store"),
     ],
 )
@@ -424,7 +424,7 @@ def test_ctrl_c_ends_a_process_with_one_line_and_130() -> None:
         "import signal, types\nfrom gravlens import activations\nfrom gravlens.cli import app\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "work = lambda folder: signal.raise_signal(signal.SIGINT)\n"
-        "activations.store = types.SimpleNamespace(damaged_files=work)\n"
+        "activations.store = types.SimpleNamespace(verify_store=work)\n"
         "app(['store', 'verify', 'states'], prog_name='gravlens')"
     )
     process = python("-c", code)
@@ -487,11 +487,11 @@ def test_json_and_exit_codes_of_a_store(history: Path, tmp_path: Path) -> None:
     assert asked_of("trajectory", history, "--store", states).exit_code == 0
     listed = parsed(gravlens("store", "list", states, "--json"))
     assert len(listed) == 4 and listed[-1]["prompts"] is None and all(row["used"] for row in listed)
-    assert parsed(gravlens("store", "verify", states, "--json")) == {"corrupt": []}
+    assert parsed(gravlens("store", "verify", states, "--json")) == {"corrupt": [], "unreadable": []}
     one = next((states / "states").rglob("*.safetensors"))
     one.write_bytes(one.read_bytes()[:-1] + b"?")
     broken = gravlens("store", "verify", states, "--json")
-    assert broken.exit_code == 1 and json.loads(broken.stdout) == {"corrupt": [str(one)]}
+    assert broken.exit_code == 1 and json.loads(broken.stdout) == {"corrupt": [str(one)], "unreadable": []}
     assert gravlens("store", "verify", states).exit_code == 1
     dry = parsed(gravlens("store", "prune", states, "--dry-run", "--json"))
     assert str(one) in dry["files"] and dry["deleted"] is False and one.exists()

@@ -11,7 +11,18 @@ from histories import refused
 from safetensors.numpy import save_file
 
 from gravlens.core import files as store
-from gravlens.core.files import CONVENTION, once, read_tensors, write_atomically, write_json, write_tensors
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import (
+    CHECKSUMS,
+    CONVENTION,
+    is_whole,
+    once,
+    read_tensors,
+    replaced,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 
 ARRAYS = {
     "a": np.array([[0.1, np.nan], [-np.inf, 2.0**-149]], dtype=np.float32),
@@ -20,7 +31,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("when", ["replace", "fdopen"])
+@pytest.mark.parametrize("when", ["replace", "fsync"])
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, when: str
 ) -> None:
@@ -31,7 +42,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
 
     monkeypatch.setattr(store.os, when, interrupt)
     for name in ("old", "new"):
-        with pytest.raises(error):
+        with pytest.raises(GravlensError if error is OSError else error, match=name if error is OSError else None):
             write_atomically(tmp_path / name, b"something longer")
     assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_bytes() == b"old"
 
@@ -145,3 +156,90 @@ def test_where_another_process_was_first_its_folder_stays(tmp_path: Path) -> Non
 
     assert (once(tmp_path / "folder", overtaken) / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_damaged_folder_is_moved_aside_and_made_again(tmp_path: Path) -> None:
+    """Cut, empty, altered, missing or foreign files, and a damaged list of them."""
+
+    def make(folder: Path) -> None:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("whole")
+        (folder / "link").symlink_to(tmp_path / "far")  # a user's weights: theirs to change
+
+    (tmp_path / "far").write_text("1")
+    harms: list[Any] = [
+        lambda folder: (folder / "deep/file").write_text("whol"),
+        lambda folder: (folder / "deep/file").write_text(""),
+        lambda folder: (folder / "deep/file").unlink(),
+        lambda folder: (folder / "more").write_text(""),
+        lambda folder: (folder / CHECKSUMS).write_text(""),
+        lambda folder: (folder / CHECKSUMS).write_text("[]"),
+        lambda folder: (folder / CHECKSUMS).unlink(),
+    ]
+    for number, harm in enumerate(harms):
+        folder = once(tmp_path / str(number) / "part", make)
+        (tmp_path / "far").write_text("2")
+        assert is_whole(folder) and once(folder, pytest.fail) == folder
+        harm(folder)
+        harmed = {path.name for path in folder.rglob("*")}
+        assert not is_whole(folder)
+        with pytest.warns(UserWarning, match="part is damaged.*made again"):
+            once(folder, make)
+        assert is_whole(folder) and (folder / "deep/file").read_text() == "whole"
+        (aside,) = (path for path in folder.parent.iterdir() if path != folder)
+        assert {path.name for path in aside.rglob("*")} == harmed, "nothing is deleted"
+
+
+def test_an_error_while_a_folder_is_replaced_brings_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, put = replaced(tmp_path / "folder", lambda folder: (folder / "file").write_text("old")), os.replace
+
+    def fail_once(source: Path, target: Path) -> None:
+        if Path(target) == old and "file" in os.listdir(source) and (Path(source) / "file").read_text() == "new":
+            raise OSError(28, "No space left on device")
+        put(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with refused("folder cannot be written (No space left"):
+        replaced(old, lambda folder: (folder / "file").write_text("new"))
+    assert (old / "file").read_text() == "old" and list(tmp_path.iterdir()) == [old]
+
+
+def test_no_flipped_bit_of_a_file_is_believed(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "t.safetensors", "residuals", {"a": np.ones((2, 3), np.float32)}, {"k": "1"})
+    content = path.read_bytes()
+    for at in range(len(content)):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        with pytest.raises(GravlensError, match=r"t\.safetensors"):
+            read_tensors(path, "residuals")
+    path.write_bytes(content)
+    assert read_tensors(path, "residuals")[1] == {"k": "1"}
+
+
+def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a file that was renamed before its content was synced is empty."""
+    events: list[str] = []
+    sync, put = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (events.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle))
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"{a} -> {b}"), put(a, b)))
+    write_atomically(tmp_path / "file", b"content")
+    scratch, rename, folder = events
+    assert rename == f"{scratch} -> {tmp_path / 'file'}" and folder == str(tmp_path)
+    events.clear()
+    once(tmp_path / "folder", lambda folder: (folder / "inside").write_text("x"))
+    *inside, rename, folder = events[-4:]
+    assert {Path(path).name for path in inside} == {"inside", CHECKSUMS}
+    assert rename.endswith(str(tmp_path / "folder")) and folder == str(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["file/below", "", "n" * 300])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, target: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with refused(str(tmp_path / target), "cannot be written"):
+        write_atomically(tmp_path / target, b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Worker processes at Ctrl-C: the running job cleans up, no other begins, and nobody says a word."""
+"""Worker processes at Ctrl-C, where the running job cleans up and no other begins, and when their parent is killed."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 from gravlens.core import parallel
 
 SCRIPT = """
-import sys, time
+import os, signal, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +22,14 @@ from gravlens.core.parallel import processes
 
 def job(folder, name):
     try:
-        (folder / f"{name}-began").touch()
+        (folder / f"{name}-began").write_text(str(os.getpid()))
         time.sleep(60)
     finally:
         (folder / f"{name}-cleaned").touch()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
     folder = Path(sys.argv[1])
     try:
         with processes(1, 1) as run_all:
@@ -38,15 +39,35 @@ if __name__ == "__main__":
 """
 
 
+def started(folder: Path) -> "subprocess.Popen[str]":
+    """A main process whose one worker is in its first job."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    main = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not ((folder / "a-began").exists() and (folder / "a-began").read_text()) and main.poll() is None:
+        time.sleep(0.05)
+    return main
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path, name: str) -> None:
+    with started(tmp_path) as main:
+        worker = Path(f"/proc/{(tmp_path / 'a-began').read_text()}")
+        assert worker.exists()
+        os.kill(main.pid, getattr(signal, name))  # it alone, as a scheduler or the kernel does
+        main.wait(timeout=30)
+    until = time.monotonic() + 20
+    while worker.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not worker.exists() and [path.name for path in tmp_path.glob("?-began")] == ["a-began"]
+
+
 @pytest.mark.long
 def test_ctrl_c_ends_workers_with_their_main_process(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as main:
-        while not (tmp_path / "a-began").exists() and main.poll() is None:
-            time.sleep(0.05)
+    with started(tmp_path) as main:
         os.killpg(main.pid, signal.SIGINT)  # as a terminal does: to all of them
         try:
             _, said = main.communicate(timeout=30)

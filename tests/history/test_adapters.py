@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +188,11 @@ def rename_base(folder: Path, base: str) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
 
 
-def test_an_adapter_over_a_four_bit_base_is_attached_as_peft_attaches_it(four_bit: Path) -> None:
-    if import_module("bitsandbytes.functional").has_avx512bf16():
-        # A forward pass repacks the weights for such a processor, and an adapter that is attached after it differs from
-        # one attached before it: found on 30 November 2026, not understood yet (docs/log.md).
-        pytest.xfail("bitsandbytes repacks 4-bit weights on processors with AVX-512 BF16")
+def test_an_adapter_over_a_four_bit_base_is_attached_as_peft_attaches_it(
+    four_bit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else the models loaded by hand would compute in bf16 on some processors, see `load_huggingface`.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     found = history(four_bit, seed0=four_bit / "ft")
     order = [*found, found.runs["seed0"][0], found.anchor]
     seen = [(behavior(model), model.precision) for _, model in open_each(order, through="huggingface")]

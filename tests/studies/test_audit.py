@@ -340,8 +340,7 @@ def test_nulls_are_of_their_own_draws(each: Done) -> None:
     isotropic = nulls[nulls.null == "isotropic"]
     assert isotropic.p99.to_numpy() == pytest.approx(isotropic_quantile(0.99, 32), rel=0.05)
     for step, draws in made.noise.items():
-        with np.load(each.study.noise_folder(step) / "draws.npz") as file:
-            cosines = file["cosines"][:, 0]
+        cosines = each.study.noise(step)[0][:, 0]
         assert len(cosines) == draws
         rows = pd.concat([nulls, means])
         rows = rows[(rows.null == "weight_noise") & (rows.step == step)]

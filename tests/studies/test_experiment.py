@@ -191,10 +191,10 @@ def test_noise_is_of_the_runs_mean_norm_at_the_anchor(home: Path, monkeypatch: p
     vs = locate_vrev(Study(few(), home).states("measured", "probes"))
     assert np.array_equal(asked["directions"].vectors, vs.vectors)
     for column, step in enumerate((1, 4)):
-        with np.load(study.noise_folder(step) / "draws.npz") as drawn:
-            assert drawn["cosines"].shape == (3, 1, 3) and drawn["layers"].tolist() == [0, 1, 2]
-            assert np.array_equal(drawn["cosines"][:, 0], found[-1].cosines[:, column])
-            assert (np.abs(drawn["cosines"]) <= 1).all() and len(np.unique(drawn["cosines"])) == 9
+        cosines, layers = study.noise(step)
+        assert cosines.shape == (3, 1, 3) and layers == (0, 1, 2)
+        assert np.array_equal(cosines[:, 0], found[-1].cosines[:, column])
+        assert (np.abs(cosines) <= 1).all() and len(np.unique(cosines)) == 9
         shutil.rmtree(study.noise_folder(step))
 
 
