@@ -1,6 +1,6 @@
 """Every writing system call of an operation fails once, and kills it once; the next call must end as a calm one does.
 
-    LD_PRELOAD=… python -m crash.harness FOLDER [--every 7] [--at-random 10] [--only NAME …]
+    LD_PRELOAD=… python -m crash FOLDER [--at-most 7] [--at-random 10] [--only NAME …]
 
 prints a line of JSON for each case; `cases` of this file runs it so. The process itself only forks: each child is one
 run of one operation in a fresh copy of its folder. Outcomes, the worst of the disturbed call and the next one:
@@ -12,7 +12,6 @@ run of one operation in a fresh copy of its folder. Outcomes, the worst of the d
     lost           a file is gone, something beside the operation's own files changed, or the next call fails
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -139,31 +138,39 @@ BYSTANDERS = {
     ".git/HEAD": b"ref",
     "notes.md": b"notes",
 }
-# What differs between any two runs: durations, and the scratch folder that a part's states were read in.
-VARYING = re.compile(rb'"seconds_per_step": [0-9.e-]+|/\.[\w-]+\.[a-z0-9_]{8}(?=/)')
+# What differs between any two runs: durations, the scratch folder that a part's states were read in, and the checksums
+# of files that tell of either; the content that a checksum is of is compared itself.
+VARYING = re.compile(rb'"seconds_per_step": [0-9.e-]+|/\.[\w-]+\.[a-z0-9_]{8}(?=/)|(?<=": ")[0-9a-f]{64}(?=")')
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Digests of all visible files; hidden ones (scratch, resume states) and the system's temporary files are left out."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and name.parts[0] != "tmp" and (str(name) in BYSTANDERS or not _hidden(name)):
-            found[str(name)] = sha256(VARYING.sub(b"", path.read_bytes())).hexdigest()[:16]
-    return found
+    """Digests of all visible files; of hidden ones (scratch, resume states) only those of bystanders."""
+    return {name: digest for name, digest in _all_files(folder).items() if name in BYSTANDERS or not _hidden(name)}
 
 
-def _hidden(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts)
+def _all_files(folder: Path) -> dict[str, str]:
+    """Digests of all files, but for the system's temporary ones."""
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(name): sha256(VARYING.sub(b"", path.read_bytes())).hexdigest()[:16]
+        for name, path in files.items()
+        if name.parts[0] != "tmp"
+    }
 
 
-def faults(operation: Operation, now: Tree, before: Tree, calm: Tree) -> tuple[str, str] | None:
-    """What may not be, at any time: (outcome, text), or None."""
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def faults(operation: Operation, every: Tree, before: Tree, calm: Tree) -> tuple[str, str] | None:
+    """What may not be in a folder at any time: (outcome, text), or None."""
+    now = {name: digest for name, digest in every.items() if name in BYSTANDERS or not _hidden(name)}
+    kept = {digest for name, digest in every.items() if _hidden(name)}  # set aside by a call that was killed
     for name in BYSTANDERS:
         if now.get(name) != before[name]:
             return "lost", f"{name}, which is not the operation's, was changed"
     for name in before.keys() & calm.keys() - now.keys():
-        if not operation.damaged or before[name] == calm[name]:
+        if before[name] not in kept and not (operation.damaged and before[name] != calm[name]):
             return "lost", f"{name} is gone"
     for name, digest in now.items():
         if digest not in (before.get(name), calm.get(name)):
@@ -205,22 +212,27 @@ class Bench:
         shutil.rmtree(self.template, ignore_errors=True)
         self.root.rename(self.template)
         self.before = tree(self.template)
-        first = self._run()
+        first, found = self._run(), tree(self.root)
+        assert first.kind == "value", f"{operation.name} fails undisturbed: {first.text}"
         for name in first.modules:  # children find imported what this one had to import
             with suppress(Exception):
                 importlib.import_module(name)
         start = time.perf_counter()
         self.wanted = self._run()
         self.seconds, self.calm = time.perf_counter() - start, tree(self.root)
-        assert self.wanted.kind == "value", f"{operation.name} fails undisturbed: {self.wanted.text}"
-        again = self._run()
-        varies = same(operation, tree(self.root), self.calm) or (again.text != self.wanted.text and "the value")
+        varies = same(operation, found, self.calm) or (first.text != self.wanted.text and "the value")
         assert not varies, f"{operation.name} varies: {varies}"
-        assert len(again.calls) == len(self.wanted.calls), f"{operation.name} makes other calls each time"
+        assert len(first.calls) == len(self.wanted.calls), f"{operation.name} makes other calls each time"
         assert faults(operation, self.calm, self.before, self.calm) is None
-        seen = " ".join(path for _, path in self.wanted.calls)
-        unseen = [name for name, digest in self.calm.items() if self.before.get(name) != digest and Path(name).parts[0] not in seen]
-        assert not unseen, f"the shim saw no call on {unseen}"
+        self._check_seen()
+
+    def _check_seen(self) -> None:
+        """Fail unless for each changed file a call on it was counted, or the renaming of a folder above it."""
+        paths = {path for _, path in self.wanted.calls}
+        renamed = {Path(path) for call, path in self.wanted.calls if call.startswith("rename")}
+        changed = [name for name, digest in self.calm.items() if self.before.get(name) != digest]
+        unseen = [name for name in changed if name not in paths and not renamed & {*Path(name).parents}]
+        assert not unseen, f"{self.operation.name}: no call on {unseen} was counted"
 
     def _run(self, **further: Any) -> End:
         shutil.rmtree(self.root, ignore_errors=True)
@@ -236,7 +248,7 @@ class Bench:
         now = tree(self.root)
         if end.kind == "traceback":
             return "traceback", end.text
-        if broken := faults(self.operation, now, self.before, self.calm):
+        if broken := faults(self.operation, _all_files(self.root), self.before, self.calm):
             return broken[0], f"{broken[1]} ({end.kind}{f': {end.text}' if end.text else ''})"
         if end.kind == "value":
             differs = same(self.operation, now, self.calm) or (None if end.text == self.wanted.text else "another value")
@@ -250,16 +262,20 @@ class Bench:
             return "wrong", f"the next call: {differs}"
         return ("right result", "") if end.kind == "killed" else ("clear error", end.text)
 
-    def disturbed(self, every: int, modes: Sequence[Mode]) -> Iterator[dict[str, Any]]:
-        """Every k-th call in each mode; errors come by turns."""
+    def disturbed(self, at_most: int, modes: Sequence[Mode]) -> Iterator[dict[str, Any]]:
+        """So many calls in each mode, evenly spaced; errors come by turns."""
+        n_calls = len(self.wanted.calls)
         for mode in modes:
+            numbers = range(1, n_calls + 1)
+            if mode is Mode.SHORT:
+                numbers = [n for n in numbers if "write" in self.wanted.calls[n - 1][0]]
+            step = max(1.0, len(numbers) / at_most)
             # in another rhythm for each mode, so that a sparse sample meets other calls
-            for turn, n in enumerate(range(1 + mode % every, len(self.wanted.calls) + 1, every)):
-                call, path = self.wanted.calls[n - 1]
-                if mode is Mode.SHORT and "write" not in call and call not in ("sendfile", "copy_file_range"):
-                    continue
+            chosen = [numbers[int((turn + mode / 5) * step)] for turn in range(min(at_most, len(numbers)))]
+            for turn, n in enumerate(chosen):
                 outcome, text = self.case(n=n, mode=mode, error=shim.ERRORS[turn % len(shim.ERRORS)])
-                yield self._row(f"{mode.name.lower()} at {n} ({call} {path})", mode.name.lower(), outcome, text)
+                call, path = self.wanted.calls[n - 1]
+                yield self._row(f"{mode.name.lower()} at {n} of {n_calls} ({call} {path})", mode.name.lower(), outcome, text)
 
     def at_random(self, kills: int) -> Iterator[dict[str, Any]]:
         """Killed at random instants."""
@@ -277,35 +293,9 @@ class Bench:
 def cases(home: Path, *arguments: str, timeout: float = 3600) -> list[dict[str, Any]]:
     """Run this file with the library preloaded and return its rows."""
     home.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "crash.harness", str(home), *arguments]
+    command = [sys.executable, "-m", "crash", str(home), *arguments]
     done = subprocess.run(
         command, env=shim.preloaded(home), cwd=home, capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def main() -> None:
-    """Print a line of JSON for each case."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("home", type=Path)
-    parser.add_argument("--only", nargs="+")
-    parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--at-random", type=int, default=0)
-    parser.add_argument("--modes", default="fail,kill,full,short")
-    given = parser.parse_args()
-    from crash.operations import operations
-
-    home = given.home.resolve()
-    for operation in operations(home / "inputs"):
-        if given.only and operation.name not in given.only:
-            continue
-        bench = Bench(operation, home)
-        print(f"{operation.name}: {len(bench.wanted.calls)} calls, {bench.seconds:.2f} s", file=sys.stderr, flush=True)
-        modes = [Mode[name.upper()] for name in given.modes.split(",") if name]
-        for row in (*bench.disturbed(given.every, modes), *bench.at_random(given.at_random)):
-            print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main()

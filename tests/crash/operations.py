@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -16,16 +17,16 @@ import pandas as pd
 import small
 import tiny
 import torch
-from crash.harness import Operation
+from crash.harness import BYSTANDERS, Operation
 from histories import history_on_disk, sequence_on_disk
 from typer.testing import CliRunner
 
 import gravlens as gl
 from gravlens.activations import reader
-from gravlens.activations.store import damaged_files, list_store, prune_store
+from gravlens.activations.store import list_store, prune_store, verify_store
 from gravlens.claims.preregistration import Preregistration
 from gravlens.core.errors import GravlensError
-from gravlens.core.files import write_json, write_table
+from gravlens.core.files import write_atomically, write_json, write_table, writing
 from gravlens.directions.vrev import direction_from
 from gravlens.exchange import to_gguf, to_inspect_log, to_steered
 from gravlens.interventions.orthogonalization import orthogonalize
@@ -50,6 +51,7 @@ def operations(inputs: Path) -> list[Operation]:
     experiment.processes = small.inline
     if not inputs.exists():
         history_on_disk(inputs)
+        tiny.save(tiny.llama(num_hidden_layers=1), inputs / "shallow")  # an optimizer of few tensors, few calls
         for path in inputs.rglob("*"):  # weights written a moment ago are not believed to be settled
             os.utime(path, (time.time() - 9e4,) * 2)
     return [*stores(inputs), *runs(inputs), *studies(), *files(inputs), *exporters(inputs), *commands()]
@@ -77,7 +79,7 @@ def damaged(inputs: Path, folder: Path) -> None:
     second.write_bytes(second.read_bytes()[:100])
     for view in (folder / "store/views").glob("*.safetensors"):
         view.unlink()
-    scratch = first.with_name(f".{first.name}.scratch")
+    scratch = first.with_name(f".{first.name}.{'0' * 8}")
     scratch.write_bytes(b"cut")
     os.utime(scratch, (1e9, 1e9))
 
@@ -98,7 +100,7 @@ def stores(inputs: Path) -> list[Operation]:
         one("store warm", partial(read, inputs), warm),
         one("store damaged", partial(read, inputs), broken, damaged=True),
         one("store list", table, broken),
-        one("store verify", lambda folder: len(damaged_files(folder / "store")), broken),
+        one("store verify", lambda folder: len(verify_store(folder / "store")), broken),
         one("store prune", lambda folder: [prune_store(folder / "store")][1:], broken),
         one("store prune unused", pruned, broken),
     ]
@@ -116,7 +118,7 @@ def train(inputs: Path, folder: Path, stop: int | None = None) -> str:
                 os.kill(os.getpid(), 9)
 
     done = gl.finetune(
-        inputs / "aligned",
+        inputs / "shallow",
         EXAMPLES,
         out=folder / "out",
         recipe=Recipe(3, 2, 1e-3, warmup_steps=0),
@@ -324,3 +326,39 @@ def commands() -> list[Operation]:
         one("gravlens locate", command("locate", toml, "--out", f"{out}/v.safetensors"), history),
         one("gravlens trajectory", command("trajectory", toml, "--out", f"{out}/f.csv", "--store", "store"), history),
     ]
+
+
+# -- what is careless, and must be caught ------------------------------------------------------------------------------
+
+
+def in_place(folder: Path) -> None:
+    path = folder / "results.bin"
+    path.write_bytes(b"new" * 9000)
+    path.read_bytes()
+
+
+def silent(folder: Path) -> None:
+    with suppress(OSError):
+        write_atomically(folder / "results.bin", b"new" * 9000)
+
+
+def greedy(folder: Path) -> None:
+    write_atomically(folder / "results.bin", b"new" * 9000)
+    (folder / "notes.md").unlink(missing_ok=True)
+    (folder / "notes.md").write_bytes(BYSTANDERS["notes.md"])
+
+
+def locked(folder: Path) -> None:
+    with writing(folder):
+        (folder / "lock").touch(exist_ok=False)
+    write_atomically(folder / "results.bin", b"new" * 9000)
+    (folder / "lock").unlink()
+
+
+def careless() -> list[Operation]:
+    """Writers that are wrong in one way each, over an old file."""
+
+    def old(folder: Path) -> None:
+        (folder / "results.bin").write_bytes(b"old" * 9000)
+
+    return [Operation("careless", one.__name__, one, old) for one in (in_place, silent, greedy, locked)]
