@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from crash.careless import careless
 from crash.harness import Bench
-from crash.operations import careless, operations
 from crash.shim import Mode
 
 
@@ -20,8 +20,13 @@ def main() -> None:
     parser.add_argument("--modes", default="fail,kill,full,short")
     given = parser.parse_args()
     home = given.home.resolve()
-    every = operations(home / "inputs")
-    for operation in [one for one in (*every, *careless()) if one.name in (given.only or [one.name for one in every])]:
+    controls = {one.name: one for one in careless()}
+    chosen = [controls[name] for name in given.only or () if name in controls]
+    if not chosen:
+        from crash.operations import operations  # imports torch and transformers
+
+        chosen = [one for one in operations(home / "inputs") if not given.only or one.name in given.only]
+    for operation in chosen:
         bench = Bench(operation, home)
         print(f"{operation.name}: {len(bench.wanted.calls)} calls, {bench.seconds:.2f} s", file=sys.stderr, flush=True)
         modes = [Mode[name.upper()] for name in given.modes.split(",") if name]

@@ -121,7 +121,10 @@ def _ended(work: Callable[[], Any], root: Path, armed: Mapping[str, Any]) -> dic
     try:
         kind, text = "value", repr(work())
     except GravlensError as error:
-        kind, text = "clear error" if error.wanted and error.remedy and "\n" not in str(error) else "traceback", str(error)
+        kind, text = (
+            "clear error" if error.wanted and error.remedy and "\n" not in str(error) else "traceback",
+            str(error),
+        )
     except BaseException as error:
         kind, text = "traceback", f"{type(error).__name__}: {error}"
     return {"kind": kind, "text": text, "calls": shim.disarm(), "modules": [] if armed else sorted(sys.modules)}
@@ -251,13 +254,17 @@ class Bench:
         if broken := faults(self.operation, _all_files(self.root), self.before, self.calm):
             return broken[0], f"{broken[1]} ({end.kind}{f': {end.text}' if end.text else ''})"
         if end.kind == "value":
-            differs = same(self.operation, now, self.calm) or (None if end.text == self.wanted.text else "another value")
+            differs = same(self.operation, now, self.calm) or (
+                None if end.text == self.wanted.text else "another value"
+            )
             return ("right result", "") if differs is None else ("wrong", f"no error, and {differs}")
         following = self._call()
         if following.kind != "value":
             return "traceback" if following.kind == "traceback" else "lost", f"the next call: {following.text}"
         now = tree(self.root)
-        differs = same(self.operation, now, self.calm) or (None if following.text == self.wanted.text else "another value")
+        differs = same(self.operation, now, self.calm) or (
+            None if following.text == self.wanted.text else "another value"
+        )
         if differs is not None:
             return "wrong", f"the next call: {differs}"
         return ("right result", "") if end.kind == "killed" else ("clear error", end.text)
@@ -275,7 +282,9 @@ class Bench:
             for turn, n in enumerate(chosen):
                 outcome, text = self.case(n=n, mode=mode, error=shim.ERRORS[turn % len(shim.ERRORS)])
                 call, path = self.wanted.calls[n - 1]
-                yield self._row(f"{mode.name.lower()} at {n} of {n_calls} ({call} {path})", mode.name.lower(), outcome, text)
+                yield self._row(
+                    f"{mode.name.lower()} at {n} of {n_calls} ({call} {path})", mode.name.lower(), outcome, text
+                )
 
     def at_random(self, kills: int) -> Iterator[dict[str, Any]]:
         """Killed at random instants."""

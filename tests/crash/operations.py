@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -17,7 +16,7 @@ import pandas as pd
 import small
 import tiny
 import torch
-from crash.harness import BYSTANDERS, Operation
+from crash.harness import Operation
 from histories import history_on_disk, sequence_on_disk
 from typer.testing import CliRunner
 
@@ -26,7 +25,7 @@ from gravlens.activations import reader
 from gravlens.activations.store import list_store, prune_store, verify_store
 from gravlens.claims.preregistration import Preregistration
 from gravlens.core.errors import GravlensError
-from gravlens.core.files import write_atomically, write_json, write_table, writing
+from gravlens.core.files import write_json, write_table
 from gravlens.directions.vrev import direction_from
 from gravlens.exchange import to_gguf, to_inspect_log, to_steered
 from gravlens.interventions.orthogonalization import orthogonalize
@@ -157,7 +156,7 @@ class Few(small.Short):
 
 
 def study(folder: Path) -> Study:
-    changes: Mapping[str, Any] = {"recipe": Recipe(2, 4, 1e-3), "save_steps": (1, 2), "noise_draws": 2, "runs": 1}
+    changes: Mapping[str, Any] = {"recipe": Recipe(2, 4, 1e-3), "save_steps": (2,), "noise_draws": 2, "runs": 1}
     return Study.at(Few(**{**small.PLAN, **changes}), folder / "cache")
 
 
@@ -303,7 +302,11 @@ def command(*words: str) -> Callable[[Path], str]:
         done = CliRunner().invoke(app, list(words))
         if done.exit_code == 0 and done.exception is None:
             return done.stdout.replace(str(folder), "")
-        if isinstance(done.exception, SystemExit) and len(done.stderr.strip().splitlines()) == 1 and "Try:" in done.stderr:
+        if (
+            isinstance(done.exception, SystemExit)
+            and len(done.stderr.strip().splitlines()) == 1
+            and "Try:" in done.stderr
+        ):
             raise GravlensError(done.stderr.strip(), "(exit code and one line)", "as it says")
         raise RuntimeError(f"exit code {done.exit_code}: {done.stderr[-300:]} {done.exception!r}")
 
@@ -326,39 +329,3 @@ def commands() -> list[Operation]:
         one("gravlens locate", command("locate", toml, "--out", f"{out}/v.safetensors"), history),
         one("gravlens trajectory", command("trajectory", toml, "--out", f"{out}/f.csv", "--store", "store"), history),
     ]
-
-
-# -- what is careless, and must be caught ------------------------------------------------------------------------------
-
-
-def in_place(folder: Path) -> None:
-    path = folder / "results.bin"
-    path.write_bytes(b"new" * 9000)
-    path.read_bytes()
-
-
-def silent(folder: Path) -> None:
-    with suppress(OSError):
-        write_atomically(folder / "results.bin", b"new" * 9000)
-
-
-def greedy(folder: Path) -> None:
-    write_atomically(folder / "results.bin", b"new" * 9000)
-    (folder / "notes.md").unlink(missing_ok=True)
-    (folder / "notes.md").write_bytes(BYSTANDERS["notes.md"])
-
-
-def locked(folder: Path) -> None:
-    with writing(folder):
-        (folder / "lock").touch(exist_ok=False)
-    write_atomically(folder / "results.bin", b"new" * 9000)
-    (folder / "lock").unlink()
-
-
-def careless() -> list[Operation]:
-    """Writers that are wrong in one way each, over an old file."""
-
-    def old(folder: Path) -> None:
-        (folder / "results.bin").write_bytes(b"old" * 9000)
-
-    return [Operation("careless", one.__name__, one, old) for one in (in_place, silent, greedy, locked)]
