@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -485,7 +485,8 @@ def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = F
     ages = [(_written(folder, SCRATCH), 3600.0)] + ([] if unused_days is None else [(files, 86400 * unused_days)])
     for paths, age in ages:
         found |= {path for path in paths if path.stat().st_mtime < now - age}
-    for path in () if dry else found:
-        with writing(path):
-            path.unlink(missing_ok=True)
+    with ExitStack() as errors:  # one that cannot be deleted is an error once the others are
+        for path in () if dry else sorted(found):
+            errors.enter_context(writing(path))
+            errors.callback(path.unlink, missing_ok=True)
     return sorted(found)

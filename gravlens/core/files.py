@@ -1,5 +1,6 @@
 """Atomic writes, and files that verify themselves: safetensors with a checksum, folders with a list of them."""
 
+import errno
 import hashlib
 import json
 import math
@@ -27,12 +28,17 @@ CHECKSUMS = "checksums.json"  # of a folder made by `once`; written last
 
 
 @contextmanager
-def writing(path: Path | str) -> Generator[None]:
-    """Raise an OSError inside the block (a full disk, no permission) as a GravlensError that names the path."""
+def writing(path: Path | str, kinds: type[Exception] = OSError) -> Generator[None]:
+    """Raise an OSError inside the block (a full disk, no permission) as a GravlensError that names the path.
+
+    `kinds=Exception` where another library writes: safetensors, torch and tokenizers have errors of their own.
+    """
     try:
         yield
-    except OSError as error:
-        given = f"{path} cannot be written ({error.strerror or error})."
+    except GravlensError:
+        raise
+    except kinds as error:
+        given = f"{path} cannot be written ({getattr(error, 'strerror', None) or said(error)})."
         remedy = "free space there, or a place that can be written; the same call then goes on."
         raise GravlensError(given, "Files that were complete before are kept.", remedy) from error
 
@@ -44,12 +50,14 @@ def write_atomically(path: Path, content: bytes) -> Path:
         if place.is_char_device() or place.is_fifo():  # renaming over /dev/null would make it a regular file
             place.write_bytes(content)
             return path
+        if place.exists() and not place.is_file():  # a folder, a disk, a socket
+            raise OSError(errno.EINVAL, "it is no regular file")
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch = _scratch(place)
         try:
             with scratch.open("xb") as file:
                 if place.exists():  # a new file has the mode that the user's umask gives it
-                    os.chmod(scratch, place.stat().st_mode & 0o777)
+                    _keep_owner_and_mode(scratch, place.stat())
                 file.write(content)
                 _sync(file)
             os.replace(scratch, place)
@@ -59,6 +67,13 @@ def write_atomically(path: Path, content: bytes) -> Path:
             raise
         _sync_folder(place.parent)
     return path
+
+
+def _keep_owner_and_mode(path: Path, old: os.stat_result) -> None:
+    if os.name == "posix" and (path.stat().st_uid, path.stat().st_gid) != (old.st_uid, old.st_gid):
+        with suppress(PermissionError):  # only root may give a file away
+            os.chown(path, old.st_uid, old.st_gid)
+    os.chmod(path, old.st_mode & 0o777)
 
 
 def _scratch(place: Path) -> Path:
@@ -277,6 +292,7 @@ def replaced(folder: Path, make: Callable[[Path], object]) -> Path:
 
 def _made(folder: Path, make: Callable[[Path], object], *, replace: bool = False) -> Path:
     """Create a folder atomically: `make` fills it under a temporary name."""
+    given, folder = folder, folder.expanduser().resolve()  # a link stays one
     scratch, before = _scratch(folder), _scratch(folder)
     with writing(folder):
         scratch.mkdir(parents=True)
@@ -299,7 +315,7 @@ def _made(folder: Path, make: Callable[[Path], object], *, replace: bool = False
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
-    return folder
+    return given
 
 
 def is_whole(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, said
-from gravlens.core.files import damaged, replaced
+from gravlens.core.files import damaged, replaced, writing
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
@@ -375,7 +375,7 @@ def save_folder(model: OpenModel, folder: Path) -> Path:
     """Save a model and its tokenizer as a Hugging Face folder, atomically; an existing folder is replaced."""
 
     def save(scratch: Path) -> None:
-        with quiet():
+        with quiet(), writing(folder, Exception):
             model.module.save_pretrained(scratch)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(scratch)

@@ -252,7 +252,9 @@ class Readings:
     def save(self, folder: Path) -> None:
         """Write one file per prompt set and position."""
         for name, parts in self.parts.items():
-            sources = {checkpoint: source for part in parts for checkpoint, source in part.meta["sources"].items()}
+            told = [item for part in parts for item in part.meta["sources"].items()]
+            # A run's own checkpoints by their names beside the file: `folder` has another name once it is complete.
+            sources = {checkpoint: source.removeprefix(f"{folder}/") for checkpoint, source in told}
             replace(join(parts), meta=parts[0].meta | {"sources": sources}).save(folder / f"{name}.safetensors")
 
 

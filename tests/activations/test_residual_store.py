@@ -207,3 +207,17 @@ def test_a_folder_of_states_without_the_marker_is_no_store(tmp_path: Path) -> No
     with refused("not an activation cache"):
         prune_store(tmp_path)
     assert mine.exists()
+
+
+def test_one_file_that_cannot_be_deleted_does_not_keep_the_others(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked, real = states(store)[0], Path.unlink
+
+    def refuses(path: Path, missing_ok: bool = False) -> None:
+        if path == locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    with refused(f"{locked} cannot be written (Permission denied)"):
+        prune_store(store, unused_days=0)
+    assert states(store) == [locked] and not list((store / "views").iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
 def test_a_file_is_replaced_in_one_step_and_readable_by_all(tmp_path: Path) -> None:
     for content in (b"old", b"new"):
         assert write_atomically(tmp_path / "deep/er/file", content).read_bytes() == content
-    assert os.stat(tmp_path / "deep/er/file").st_mode & 0o777 == 0o644
+    (tmp_path / "plain").touch()
+    assert os.stat(tmp_path / "deep/er/file").st_mode == os.stat(tmp_path / "plain").st_mode
     assert len(list((tmp_path / "deep/er").iterdir())) == 1
 
 
@@ -235,6 +237,30 @@ def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pyte
     *inside, rename, folder = events[-4:]
     assert {Path(path).name for path in inside} == {"inside", CHECKSUMS}
     assert rename.endswith(str(tmp_path / "folder")) and folder == str(tmp_path)
+
+
+def test_a_socket_stays_one_and_a_linked_folder_too(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        with refused("socket cannot be written (it is no regular file)"):
+            write_atomically(tmp_path / "socket", b"x")
+        assert (tmp_path / "socket").is_socket()
+    (tmp_path / "real").mkdir()
+    for link, target in (("link", "real"), ("dangling", "new")):
+        (tmp_path / link).symlink_to(target)
+        assert replaced(tmp_path / link, lambda folder: (folder / "file").write_text("x")) == tmp_path / link
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "file").read_text() == "x"
+
+
+def test_a_file_of_another_user_stays_theirs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    try:
+        os.chown(tmp_path / "file", 12345, 12345)
+    except PermissionError:
+        pytest.skip("only root may give a file away")
+    write_atomically(tmp_path / "file", b"new")
+    stat = (tmp_path / "file").stat()
+    assert (stat.st_uid, stat.st_gid) == (12345, 12345) and (tmp_path / "file").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("target", ["file/below", "", "n" * 300])
