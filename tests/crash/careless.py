@@ -28,9 +28,9 @@ def greedy(folder: Path) -> None:
 
 def locked(folder: Path) -> None:
     with writing(folder):
-        (folder / "lock").touch(exist_ok=False)
+        (folder / ".lock").touch(exist_ok=False)
     write_atomically(folder / "results.bin", NEW)
-    (folder / "lock").unlink()
+    (folder / ".lock").unlink()
 
 
 def careless() -> list[Operation]:

@@ -106,6 +106,11 @@ SIMPLE(int, -1, rmdir, NAMES, AT_FDCWD, path, (const char *path), (path))
 SIMPLE(int, -1, chmod, NAMES, AT_FDCWD, path, (const char *path, mode_t bits), (path, bits))
 SIMPLE(int, -1, fchmod, NAMES, fd, NULL, (int fd, mode_t bits), (fd, bits))
 SIMPLE(int, -1, fchmodat, NAMES, fd, path, (int fd, const char *path, mode_t bits, int flags), (fd, path, bits, flags))
+SIMPLE(int, -1, chown, NAMES, AT_FDCWD, path, (const char *path, uid_t user, gid_t group), (path, user, group))
+SIMPLE(int, -1, lchown, NAMES, AT_FDCWD, path, (const char *path, uid_t user, gid_t group), (path, user, group))
+SIMPLE(int, -1, fchown, NAMES, fd, NULL, (int fd, uid_t user, gid_t group), (fd, user, group))
+SIMPLE(int, -1, fchownat, NAMES, fd, path, (int fd, const char *path, uid_t user, gid_t group, int flags),
+       (fd, path, user, group, flags))
 SIMPLE(int, -1, utimensat, NAMES, fd, path, (int fd, const char *path, const struct timespec times[2], int flags),
        (fd, path, times, flags))
 SIMPLE(int, -1, futimens, NAMES, fd, NULL, (int fd, const struct timespec times[2]), (fd, times))
