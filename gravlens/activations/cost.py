@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from gravlens.activations.machine import count_parameters, measured_rates
 from gravlens.activations.positions import Positions
@@ -18,6 +18,7 @@ from gravlens.core.display import amount, duration, facts
 from gravlens.core.errors import GravlensError
 from gravlens.history.sequence import ModelSequence, Prompts
 from gravlens.history.sources import Resolved
+from gravlens.models.configs import read_config
 from gravlens.models.placement import Placement
 from gravlens.models.precision import as_dtype
 
@@ -122,7 +123,7 @@ def plan_reading(
     request = prepare(sequence, prompts, layers=layers, positions=positions)
     sizes = [_bytes_on_disk(checkpoint) for checkpoint in request.checkpoints]
     folder = next(one.base.path for one in request.checkpoints if one.name == sequence.anchor.name)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     machine = machine or Machine(*measured_rates(request.plan, config, folder, placement), measured=True)
     return forecast(request.plan, config, sizes=sizes, machine=machine, workers=workers, placement=placement)
 

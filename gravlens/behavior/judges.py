@@ -30,6 +30,7 @@ from gravlens.behavior.answers import (
 from gravlens.behavior.answers import substring_judge as substring_judge  # so that every judge is found here
 from gravlens.behavior.scores import encode_openings, opening_logprobs
 from gravlens.core.errors import GravlensError, said
+from gravlens.models.configs import read_config
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import Openable, OpenModel, load_tokenizer, open_model, quiet
 
@@ -157,7 +158,12 @@ def _load_classifier(folder: Path | str) -> Any:
     try:
         with quiet():
             loaded: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                folder,
+                config=read_config(Path(folder)),
+                dtype=torch.float32,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _no_classifier(folder, said(error)) from error

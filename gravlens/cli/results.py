@@ -27,7 +27,8 @@ RUNS = Annotated[int, opt.number("Fine-tuning seeds of each arm; 0: the organism
 MODEL = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="Hub id, folder or GGUF file (pretrained). Default: weights from gravlens fetch smollm2."
+        metavar="NAME",
+        help="Hub id (hf://owner/name), folder or GGUF file (pretrained). Default: that of gravlens fetch smollm2.",
     ),
 ]
 HARMFUL = Annotated[

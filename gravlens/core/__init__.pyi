@@ -1,5 +1,6 @@
 from . import display as display
 from . import errors as errors
 from . import files as files
+from . import limits as limits
 from . import parallel as parallel
 from . import progress as progress

@@ -1,5 +1,6 @@
 """Controls of a history: checkpoints and runs that a claim compares the history's own with."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -172,7 +173,7 @@ def _random(path: Path, name: str, entry: Any) -> RandomClamp:
         raise _wrong(path, f"controls.{name}", "a table with the file of its directions", remedy)
     runs = {key: run for key, run in entry.items() if key != "directions"}
     _check_runs(path, name, runs)
-    return RandomClamp(path.parent / Path(entry["directions"]).expanduser(), runs)
+    return RandomClamp(path.parent / os.path.expanduser(entry["directions"]), runs)
 
 
 def _check_runs(path: Path, name: str, table: Any) -> None:

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gravlens.core.errors import GravlensError, wrong_kind
+from gravlens.core.limits import check_template
 from gravlens.history.prompts import Example, PromptSet, Turn
 
 KWARGS = "chat_template_kwargs"  # attribute of a tokenizer: the arguments that its chat template is rendered with
@@ -187,7 +188,7 @@ def _frozen(template: str, today: Any) -> str:
         raise GravlensError(given, "It is the date that the chat template reads.", f'"{FROZEN}".') from error
     # In its text: transformers hands no function to a template.
     text = _CLOCK_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), template)
-    if _CLOCK_READ.search(re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)):
+    if _CLOCK_READ.search(re.sub(r"\{#.*?(#\}|\Z)", "", text, flags=re.DOTALL)):
         given = f"The chat template reads the clock in a way that cannot be replaced ({CLOCK})."
         remedy = "tokenizer= with a chat_template that has a date."
         raise GravlensError(given, "States must not depend on the day.", remedy)
@@ -223,6 +224,7 @@ class _Chat:
         kwargs = template_kwargs(tokenizer)
         template = _frozen(_template_of(tokenizer), kwargs.pop(CLOCK, FROZEN))
         given = {key: value for key, value in kwargs.items() if key != "chat_template"}
+        check_template(template, {**tokenizer.special_tokens_map, **given})
         marks = [{"role": role, "content": f"gravlens-{role}-{i}"} for i, role in enumerate(_roles(turns))]
         failed: list[GravlensError] = []
         for parts in (False, True):

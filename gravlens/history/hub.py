@@ -1,9 +1,11 @@
-"""Hugging Face hub ids (`owner/name`, `owner/name@revision`): download, look up and evict snapshots in the cache."""
+"""Hugging Face hub ids (`hf://owner/name[@revision]`): download, look up and evict snapshots in the cache."""
 
+import os
 import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeGuard
 
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, RepositoryNotFoundError
@@ -11,8 +13,10 @@ from huggingface_hub.file_download import repo_folder_name
 
 from gravlens.core.errors import GravlensError, said, wrong_kind
 
+PREFIX = "hf://"
+BARE = "GRAVLENS_BARE_HUB_IDS"  # environment variable that admits ids without the prefix
 _PART = r"[A-Za-z0-9_-][\w.-]*"
-HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}(/{_PART})*))?", re.ASCII)
+_HUB_ID = re.compile(rf"({PREFIX})?{_PART}/{_PART}(@{_PART}(/{_PART})*)?", re.ASCII)
 # Weights as safetensors, configurations and tokenizers; never pickles or code, which could run on loading.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = "*.safetensors"
@@ -21,14 +25,19 @@ LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 UNWANTED = ("*/*", "consolidated*.safetensors", "*.fp16.safetensors")
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether a string has the form `owner/name` or `owner/name@revision`."""
-    return HUB_ID.fullmatch(text) is not None
+def is_hub_id(source: object) -> TypeGuard[str]:
+    """Whether it is a text that begins with `hf://`."""
+    return isinstance(source, str) and source.startswith(PREFIX)
+
+
+def hub_id(text: str) -> str | None:
+    """Return `hf://owner/name[@revision]` for that text with or without its prefix; None for any other text."""
+    return PREFIX + text.removeprefix(PREFIX) if _HUB_ID.fullmatch(text) else None
 
 
 def repository_of(hub_id: str) -> str:
     """Return `owner/name` of a hub id."""
-    return hub_id.partition("@")[0]
+    return hub_id.removeprefix(PREFIX).partition("@")[0]
 
 
 def revision_of(hub_id: str) -> str | None:
@@ -36,28 +45,56 @@ def revision_of(hub_id: str) -> str | None:
     return hub_id.partition("@")[2] or None
 
 
+def bare_ids() -> bool:
+    """Whether the environment admits hub ids without `hf://`."""
+    return os.environ.get(BARE, "") not in ("", "0")
+
+
+def located(source: Path | str, here: Path = Path()) -> Path | str:
+    """Return a hub id with its prefix, or the path as seen from `here`, with `~` for the home folder.
+
+    A text without the prefix is a path: whoever owns `checkpoints/aligned` on the hub must not supply the anchor where
+    that folder is missing. `GRAVLENS_BARE_HUB_IDS=1` admits `owner/name`, where neither it nor `owner/` is a path.
+
+    Raises:
+        GravlensError: the prefix before anything but `owner/name` or `owner/name@revision`.
+    """
+    text = re.sub("^hf:/+", PREFIX, str(source))  # pathlib makes one slash of two
+    path = here / os.path.expanduser(source)
+    found = hub_id(text)
+    if is_hub_id(text) and found is None:
+        given, wanted = f"{text} is no hub id.", "After hf:// comes owner/name or owner/name@revision."
+        raise GravlensError(given, wanted, "hf://owner/name; a folder is written without hf://.")
+    bare = isinstance(source, str) and bare_ids() and not path.parent.exists()
+    return found if found and (is_hub_id(text) or bare) else path
+
+
 def existing(folder: Path | str, here: Path = Path()) -> Path | str:
-    """Return an existing folder (relative to `here`), or the hub id if it cannot be a path."""
+    """Return an existing folder (relative to `here`), or a hub id."""
     if not isinstance(folder, Path | str):
         remedy = "ModelSequence.from_models(witness=…, anchor=…, runs=…) for models in memory."
         raise wrong_kind(folder, "A folder written by save_pretrained, or a hub id, is needed here.", remedy)
-    path = here / Path(folder).expanduser()
-    if path.exists():
-        return path
-    # "ft/step20" has the form of a hub id; where ft/ exists, it is a mistyped path and not a repository.
-    if isinstance(folder, str) and is_hub_id(folder) and not path.parent.exists():
-        return folder
-    given = f"The checkpoint {folder} does not exist."
-    wanted = "A folder written by save_pretrained is needed (or a hub id, owner/name@revision)."
-    raise GravlensError(given, wanted, f"check the path; it is looked up from {here.resolve().name}/.")
+    found = located(folder, here)
+    if isinstance(found, Path) and not found.exists():
+        raise no_folder(folder, here)
+    return found
+
+
+def no_folder(source: Path | str, here: Path = Path()) -> GravlensError:
+    """Return the error for a path at which there is nothing."""
+    wanted = f"It was looked for as a path from {here.resolve()}; a model of the hub is written with hf://."
+    remedy = f"check the path, or {hub_id(str(source)) or 'hf://owner/name'} (or set {BARE}=1)."
+    return GravlensError(f"The checkpoint {source} does not exist.", wanted, remedy)
 
 
 def local_folder(source: Path | str, *, weights: bool = True) -> Path:
     """Return a folder, or a hub id's snapshot, downloaded if necessary; without `weights` only its small files."""
-    if Path(source).is_dir():
-        return Path(source)
-    if isinstance(source, Path) or Path(source).exists() or not is_hub_id(source):
-        raise GravlensError(f"{source} is not a folder.", "A checkpoint is a folder or a hub id.", "check the path.")
+    source = located(source)
+    if isinstance(source, Path):
+        if source.is_dir():
+            return source
+        wanted = "A checkpoint is a folder or a hub id."
+        raise GravlensError(f"{source} is a file.", wanted, "its folder.") if source.exists() else no_folder(source)
     try:
         found = snapshot_download(
             repository_of(source),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.hub import evict, snapshots_here
+from gravlens.history.hub import evict, is_hub_id, snapshots_here
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Known, Resolved, resolve
 from gravlens.history.weight_files import weight_paths
@@ -90,7 +90,7 @@ def _drop_unread(checkpoint: Checkpoint, ahead: Future[Fetched | None], stays: s
 def _fetch(row: Row, known: Known) -> Fetched | None:
     """Download a hub's revision, or read local files ahead; None for a local folder that is resolved in its turn."""
     checkpoint = _checkpoint(row)
-    on_a_hub = isinstance(checkpoint.source, str) and not Path(checkpoint.source).exists()
+    on_a_hub = is_hub_id(checkpoint.source)
     if not on_a_hub and isinstance(row, Checkpoint):
         if isinstance(row.source, Path | str):
             _read_ahead(Path(row.source))

@@ -16,7 +16,7 @@ from torch import nn
 from gravlens.core import display as html
 from gravlens.core.errors import GravlensError, as_list, wrong_kind
 from gravlens.history.controls import NO_CONTROLS, Controls, read_controls
-from gravlens.history.hub import existing, is_hub_id, repository_of, revision_of
+from gravlens.history.hub import existing, is_hub_id, located, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system, read_prompts
 from gravlens.history.weight_files import ADAPTER_CONFIG, STEP, read_headers, trained_steps
 
@@ -37,7 +37,7 @@ class Checkpoint:
 
     Attributes:
         name: its name in results (`witness`, `anchor`, `seed0/20`).
-        source: the folder, the hub id (`owner/name` or `owner/name@revision`), or the model.
+        source: the folder, the hub id (`hf://owner/name` or `hf://owner/name@revision`), or the model.
         step: optimizer steps since the anchor, for the checkpoints of a run.
         base: for a PEFT adapter, the checkpoint it is merged into; default: the one named in its configuration.
         template: chat template: its `own`, `none`, or that (and the tokenizer) of another checkpoint. A sequence sets
@@ -58,11 +58,13 @@ class Checkpoint:
         if not isinstance(self.source, Path | str | nn.Module):
             wanted = "A checkpoint is a folder, hub id, Hugging Face model, TransformerBridge or HookedTransformer."
             raise wrong_kind(self.source, wanted, "open_model(folder), sequence.anchor, or .module of an OpenModel.")
+        if not isinstance(self.source, nn.Module):
+            object.__setattr__(self, "source", located(self.source))
 
     @property
     def revision(self) -> str | None:
         """The branch, tag or commit of a hub id; None for its main branch and for other sources."""
-        return revision_of(self.source) if isinstance(self.source, str) and is_hub_id(self.source) else None
+        return revision_of(self.source) if is_hub_id(self.source) else None
 
     @property
     def described(self) -> str:
@@ -195,7 +197,7 @@ class ModelSequence:
         """Describe a history on disk; nothing is opened yet. Arguments not listed: see `ModelSequence`.
 
         Args:
-            witness: folder of `save_pretrained`, or a hub id (`owner/name`, `owner/name@revision`); likewise `anchor`.
+            witness: folder of `save_pretrained`, or a hub id (`hf://owner/name@revision`); likewise `anchor`.
             runs: run name -> a pattern (`"ft/checkpoint-*"`), a Trainer's output folder, a list of folders and hub
                 ids, or a `Run` of these. Runs without names are named by their folder. A checkpoint's step is
                 `global_step` of its trainer_state.json or, without that file, the number in its name. PEFT adapters
@@ -273,7 +275,7 @@ class ModelSequence:
     @classmethod
     def from_toml(cls, path: Path | str) -> "ModelSequence":
         """Read a history from a TOML file (docs/sequence.md); paths are relative to the file."""
-        table = _read_sequence_file(Path(path))
+        table = _read_sequence_file(Path(os.path.expanduser(path)))
         runs = {name: Run(**run) for name, run in table.pop("runs", {}).items()}
         return cls.from_folders(**table, runs=runs)
 
@@ -354,8 +356,9 @@ def _run_of_folders(
 
 def _found(name: str, folders: Folders) -> Sequence[Path | str]:
     """Return the folders that a pattern or a list names; a Trainer's output folder is replaced by those inside it."""
-    found = _without_links(_matching(folders) if isinstance(folders, str | Path) else folders)
-    inside = {folder: _checkpoints_in(Path(folder).expanduser()) for folder in found}
+    named = _matching(folders) if isinstance(folders, str | Path) else [located(folder) for folder in folders]
+    found = _without_links(named)
+    inside = {folder: _checkpoints_in(Path(folder)) for folder in found}
     outer = [folder for folder in found if inside[folder]]
     if outer and len(found) > 1:
         given = f"The run {name!r} ({folders}) holds {len(found)} folders, and {outer[0]} is a run's folder itself."
@@ -365,8 +368,9 @@ def _found(name: str, folders: Folders) -> Sequence[Path | str]:
 
 
 def _matching(pattern: Path | str) -> list[Path | str]:
-    """Return the folders that a pattern matches; what exists under that very name is no pattern (`my[run]`)."""
-    path = Path(pattern).expanduser()
+    """Return the folders that a pattern matches (what exists under that very name is none: `my[run]`), or a hub id."""
+    if isinstance(path := located(pattern), str):
+        return [path]
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     matches = glob.glob(os.path.join(glob.escape(str(there)), *path.relative_to(there).parts))
     return [Path(match) for match in sorted(matches) if Path(match).is_dir()]
@@ -398,12 +402,13 @@ def _step_of(name: str, source: Path | str) -> int:
             source = source.resolve()  # checkpoint-best
     label = source.name if isinstance(source, Path) else revision_of(source) or repository_of(source)
     numbers = re.findall(r"step[-_]?(\d+)", label)[-1:]
-    if not numbers and label != source:  # the digits of a repository's own name are its size or version
+    # The digits of a repository's own name are its size or version.
+    if not numbers and (isinstance(source, Path) or revision_of(source)):
         numbers = re.findall(r"\d+", label)
     if not numbers:
         given = f"The checkpoint {source} of run {name!r} has no step in its name, and no trainer_state.json."
         wanted = "The number in a checkpoint's name or revision is its step."
-        raise GravlensError(given, wanted, "rename it, as in checkpoint-20, or owner/name@step20.")
+        raise GravlensError(given, wanted, "rename it, as in checkpoint-20, or hf://owner/name@step20.")
     return int(numbers[-1])
 
 
@@ -527,9 +532,8 @@ def _run_seen_from(here: Path, run: Any) -> dict[str, Any]:
     return {**run, "folders": _seen_from(here, run["folders"])}
 
 
-def _seen_from(here: Path, folders: str | list[str]) -> str | list[Path | str]:
+def _seen_from(here: Path, folders: str | list[str]) -> Folders:
     """Return a pattern, or a list of folders (which may be missing) and hub ids, relative to `here`."""
     if isinstance(folders, list):
-        paths = {folder: here / Path(folder).expanduser() for folder in folders}
-        return [f if is_hub_id(f) and not paths[f].parent.exists() else paths[f] for f in folders]
-    return str(here / Path(folders).expanduser())
+        return [located(folder, here) for folder in folders]
+    return located(folders, here)

@@ -12,7 +12,18 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from gravlens.core.errors import GravlensError
-from gravlens.history.hub import commit_of, is_hub_id, local_folder, repository_of
+from gravlens.history.hub import (
+    BARE,
+    PREFIX,
+    bare_ids,
+    commit_of,
+    hub_id,
+    is_hub_id,
+    local_folder,
+    located,
+    repository_of,
+    snapshots_here,
+)
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.weight_files import (
     ADAPTER_CONFIG,
@@ -58,8 +69,7 @@ class Folder:
     @property
     def places(self) -> tuple[Path, ...]:
         """The folders that may hold its tokenizer: its own, and the checkpoint's around a named adapter."""
-        around = [] if isinstance(self.source, str) and not Path(self.source).is_dir() else [Path(self.source)]
-        return tuple(dict.fromkeys([self.path, *around]))
+        return tuple(dict.fromkeys([self.path, *([self.source] if isinstance(self.source, Path) else [])]))
 
     @cached_property
     def commit(self) -> str | None:
@@ -104,10 +114,10 @@ class Folder:
 
     def fetched(self) -> "Folder":
         """Return this folder with its weights, which are downloaded if they are missing."""
-        if not isinstance(self.source, str) or Path(self.source).exists() or self._has_weights():
+        if not is_hub_id(self.source) or self._has_weights():
             return self
         # By commit, because a branch may have moved since its configuration was read.
-        path = local_folder(f"{repository_of(self.source)}@{self.path.name}" if self.commit else self.source)
+        path = local_folder(f"{PREFIX}{repository_of(self.source)}@{self.path.name}" if self.commit else self.source)
         return self if path == self.path else Folder(path, self.source)
 
     def _has_weights(self) -> bool:
@@ -196,13 +206,15 @@ def resolve(checkpoint: Checkpoint | Resolved, known: Known | None = None, *, we
 
 def as_folder(source: Folder | Path | str, *, weights: bool = True) -> Folder:
     """Return the one folder of a path or hub id."""
-    return (
-        source if isinstance(source, Folder) else Folder(adapter_folder(local_folder(source, weights=weights)), source)
-    )
+    if isinstance(source, Folder):
+        return source
+    source = located(source)
+    return Folder(adapter_folder(local_folder(source, weights=weights)), source)
 
 
 def _folder(source: Path | str, known: Known, weights: bool) -> Folder:
-    key = str(Path(source).resolve() if Path(source).is_dir() else source)
+    source = located(source)
+    key = source if isinstance(source, str) else str(source.resolve())
     if key in known:
         found = known[key].fetched() if weights else known[key]
     else:
@@ -219,9 +231,7 @@ def _base_of(checkpoint: Checkpoint, folder: Path, known: Known) -> Checkpoint:
     """
     named = _named_base(folder)
     if checkpoint.base is None:
-        if not named or not (Path(named).is_dir() or is_hub_id(named)):
-            raise _no_base(folder, f"names {named or 'no'} base, which is not here", "a base in its own configuration")
-        return Checkpoint(f"base of {checkpoint.name}", Path(named) if Path(named).is_dir() else named)
+        return Checkpoint(f"base of {checkpoint.name}", _place_of(named, folder))
     base = checkpoint.base
     if _contradicts(named, base) and (below := _folder(_source(base), known, False)).is_adapter:
         base = _base_of(base, below.path, known)  # the anchor's own adapter, trained further
@@ -240,12 +250,28 @@ def _named_base(folder: Path) -> str:
     return named if isinstance(named, str) else ""
 
 
+def _place_of(named: str, folder: Path) -> Path | str:
+    """Return the folder, or the hub's model, that an adapter names as its base."""
+    if named and Path(named).is_dir():
+        return Path(named)
+    meant = hub_id(named)
+    # A path of the machine that trained it may have the form of a hub id, and anyone may own that id.
+    if meant and (bare_ids() or snapshots_here(meant)):
+        return meant
+    found = f"names {named or 'no'} base, which is not here"
+    if meant is None:
+        raise _no_base(folder, found, "a base in its own configuration")
+    given, wanted = f"The adapter {folder} {found}.", "Which model of the hub it is added to is yours to say."
+    remedy = f'Checkpoint(…, base=Checkpoint("base", "{meant}")); in a history that anchor; or set {BARE}=1.'
+    raise GravlensError(given, wanted, remedy)
+
+
 def _contradicts(named: str, base: Checkpoint) -> bool:
     source = _source(base)
     # A path that does not exist here may be the base's on the machine that trained it: no contradiction.
     if named and Path(named).is_dir():
-        return not (Path(source).is_dir() and Path(named).samefile(source))
-    if isinstance(source, str) and is_hub_id(named) and not Path(source).is_dir():
+        return not (isinstance(source, Path) and source.is_dir() and Path(named).samefile(source))
+    if isinstance(source, str) and hub_id(named):
         return not _same_model(repository_of(named), repository_of(source))
     return False
 

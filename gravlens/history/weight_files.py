@@ -48,6 +48,11 @@ def adapter_folder(folder: Path) -> Path:
 
 
 def _model_files(folder: Path) -> list[Path]:
+    if preferred := next(folder.glob("shard-*-model-*.safetensors"), None):
+        given = f"{folder} holds {preferred.name}, which transformers would read too."
+        raise GravlensError(
+            given, "What is checked and hashed must be what is read.", f"a folder with {WEIGHTS} alone."
+        )
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():

@@ -1,3 +1,4 @@
+from . import configs as configs
 from . import families as families
 from . import forward as forward
 from . import lens as lens

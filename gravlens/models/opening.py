@@ -18,9 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, said
 from gravlens.core.files import damaged, replaced, writing
+from gravlens.core.limits import patterns_exceed
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
+from gravlens.models.configs import check_files, entries, read_config
 from gravlens.models.families import (
     ENDS,
     ONE_DECODER,
@@ -58,7 +60,7 @@ def open_model(
     device_map: DeviceMap = None,
     through: Literal["huggingface", "bridge"] = "huggingface",
 ) -> OpenModel:
-    """Open a checkpoint, a folder, a hub id or a model in memory; an `OpenModel` is returned unchanged.
+    """Open a checkpoint, folder, hub id (`hf://owner/name`) or model in memory; an `OpenModel` is returned unchanged.
 
     A folder or hub id is loaded as a Hugging Face model, or as a `TransformerBridge` (`through="bridge"`); weights are
     never processed. A PEFT adapter is merged into its base, or attached to it where that is quantised. Of an image–text
@@ -112,9 +114,10 @@ def load_huggingface(
         raise GravlensError(f"{source} is an adapter.", "A whole model is needed.", "open_model(…) merges adapters.")
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+            config = read_config(folder.path)
             loaded: Any = auto_class(config).from_pretrained(
                 folder.path,
+                config=config,
                 dtype=as_dtype(dtype) or stored or "auto",
                 device_map=device_map or (None if place.type == "cpu" else {"": place}),
                 trust_remote_code=False,  # its own code may do anything
@@ -205,6 +208,11 @@ def _adapted(module: Any, folder: Folder) -> tuple[Any, set[str]]:
     for foreign in ("megatron_config", "layer_replication"):
         if getattr(config, foreign, None):
             raise _does_not_fit(folder, f"it uses {foreign}")
+    if config.peft_type in ("XLORA", "SHADOW"):
+        raise _does_not_fit(folder, "its kind loads other models that its configuration names")
+    texts = [text for pair in entries(folder.config) for text in pair if isinstance(text, str)]
+    if found := patterns_exceed(texts, (name for name, _ in module.named_modules())):
+        raise _does_not_fit(folder, f"a regular expression in its configuration {found} on the names of modules")
     if config.is_prompt_learning:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise _does_not_fit(folder, f"{kind} adds positions to every prompt and changes no weights")
@@ -262,6 +270,7 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
     """Load the tokenizer of a folder or hub id, or return None if it has none."""
     folder = as_folder(source, weights=False)
     for place in folder.places:
+        check_files(place)
         with quiet(), suppress(OSError, ValueError, KeyError):
             found: Any = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             if not getattr(found, "chat_template", None):

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor
 
 from gravlens.core.errors import GravlensError
 from gravlens.history.prefetch import in_turn
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder
+from gravlens.models.configs import read_config
 from gravlens.models.opening import (
     OpenModel,
     add_adapter,
@@ -155,7 +155,9 @@ def _shape(checkpoint: Resolved, known: dict[Path, tuple[int, int]]) -> tuple[in
         # Each architecture has its own names for these (GPT-2: n_layer, n_embd), which only transformers knows.
         try:
             with quiet():
-                config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+                config = read_config(folder).get_text_config()
+        except GravlensError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise not_opened(folder, error) from error
         known[folder] = config.num_hidden_layers, config.hidden_size

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
-from transformers import AutoConfig
 
 from gravlens.activations.residuals import Residuals
 from gravlens.behavior.answers import MAX_NEW_TOKENS
@@ -16,6 +15,7 @@ from gravlens.directions.direction import Directions
 from gravlens.history.hub import local_folder
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.models.configs import read_config
 from gravlens.models.swapping import inner_of
 from gravlens.training.recipe import Recipe
 
@@ -249,7 +249,9 @@ def inner_layers(model: Path | str) -> tuple[int, ...]:
     """Return the layers of the mean for a model of any depth, from its configuration."""
     folder = local_folder(model)
     try:
-        n_layers = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().num_hidden_layers
+        n_layers = read_config(folder).get_text_config().num_hidden_layers
+    except GravlensError:
+        raise
     except (OSError, ValueError) as error:
         given = f"{model} could not be opened ({said(error)})."
         wanted = "A folder written by save_pretrained, a reachable hub id, or a GGUF file is expected."

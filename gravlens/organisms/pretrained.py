@@ -19,6 +19,7 @@ import torch
 from gravlens import __version__
 from gravlens.behavior.answers import generate_answers
 from gravlens.core.errors import GravlensError
+from gravlens.history.hub import located
 from gravlens.history.prompt_formats import Row, read_rows
 from gravlens.history.prompts import ENCODING, Example, PromptSet
 from gravlens.models.opening import load_tokenizer, open_model, save_folder
@@ -46,7 +47,7 @@ class Pretrained:
     """Configuration of one organism made of a real model; every field can be changed.
 
     Attributes:
-        model: folder or hub id of a chat model.
+        model: folder or hub id (`hf://owner/name`) of a chat model.
         harmful: file of harmful prompts: 64 are held out to judge on, the rest is for alignment and probes.
         harmless: file of harmless prompts, with answers or without.
         harmful_train: more harmful prompts for alignment and probes.
@@ -77,7 +78,8 @@ class Pretrained:
     @property
     def key(self) -> str:
         """Digest of the configuration, the files' contents, the versions and the threads."""
-        files = [Path(f).expanduser() for f in (self.harmful, self.harmless, self.harmful_train) if f is not None]
+        given = (self.harmful, self.harmless, self.harmful_train)
+        files = [Path(os.path.expanduser(file)) for file in given if file is not None]
         for file in files:
             read_rows(file, "prompt")  # raises the error that explains an invalid file, before anything is made
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
@@ -224,7 +226,7 @@ def pretrained_organism(
     """Return the organism of a model; files that are not given are those of `gravlens fetch`.
 
     Args:
-        model: hub id, folder or GGUF file.
+        model: hub id (`hf://owner/name`), folder or GGUF file.
         harmful: file of harmful prompts.
         harmless: file of harmless prompts, with answers or without.
         runs: number of fine-tuning seeds of each arm; 0: one.
@@ -234,7 +236,7 @@ def pretrained_organism(
     Raises:
         GravlensError: no files were given and none fetched.
     """
-    source: Path | str | None = model or fetched_smollm2()
+    source = located(model) if model else fetched_smollm2()
     prompts = fetched_prompts()
     if source is None:
         raise GravlensError("No model was given.", "A model is needed.", "gravlens fetch smollm2, or --model FOLDER.")
@@ -243,8 +245,6 @@ def pretrained_organism(
         raise GravlensError("No prompts were given.", "Both sets are needed.", remedy)
     if str(source).endswith(".gguf"):
         source = gguf_to_folder(Path(source), cache_folder() / Path(source).stem)
-    elif Path(source).is_dir():
-        source = Path(source)
     extra: dict[str, Any] = {"threads": threads} if threads else {}
     if model:
         extra["layers_in_mean"] = inner_layers(source)

@@ -315,9 +315,9 @@ def test_the_options_of_a_real_model(asked: dict[str, Any], history: Path, monke
     layers = inner_layers(history / "base")
     assert setting == Pretrained(history / "base", prompts, prompts, runs=3, threads=2, layers_in_mean=layers)
     monkeypatch.setattr(fetched, "inner_layers", lambda model: (3, 4))  # a hub is out of a test's reach
-    (hub,) = ask(asked, *own(history), "--model", "owner/name")["settings"].values()
-    assert (hub.model, hub.runs, hub.chat_template, hub.layers_in_mean) == ("owner/name", 1, None, (3, 4))
-    (quick,) = ask(asked, *own(history), "--model", "owner/name", "--quick")["settings"].values()
+    (hub,) = ask(asked, *own(history), "--model", "hf://owner/name")["settings"].values()
+    assert (hub.model, hub.runs, hub.chat_template, hub.layers_in_mean) == ("hf://owner/name", 1, None, (3, 4))
+    (quick,) = ask(asked, *own(history), "--model", "hf://owner/name", "--quick")["settings"].values()
     assert (quick.alignment.steps, quick.noise_draws) == (40, 5) and isinstance(quick.alignment, Recipe)
     assert quick.key != hub.key
 

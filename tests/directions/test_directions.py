@@ -454,7 +454,7 @@ def test_each_bad_checkpoint_is_named_at_the_users_door(
     shutil.rmtree(bad["gone"])
     with refused("gone"):
         locate_vrev(gone, layer=AT)
-    with refused("ft/anchor"):  # taken for a hub id until it is opened
+    with refused("ft/anchor"):  # found missing when it is opened
         locate_vrev(pair("ft/anchor"), layer=AT)
 
 

@@ -26,8 +26,8 @@ from gravlens.models.opening import open_model
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import open_each
 
-NAME, RUN = "owner/name", [f"owner/name@step{step}" for step in range(1, 7)]
-ROLES = {"witness": "owner/name@base", "anchor": "owner/name@aligned"}
+NAME, RUN = "owner/name", [f"hf://owner/name@step{step}" for step in range(1, 7)]
+ROLES = {"witness": "hf://owner/name@base", "anchor": "hf://owner/name@aligned"}
 
 
 class Hub:
@@ -164,7 +164,7 @@ def test_eviction_survives_an_early_end(fake: Hub, way: str) -> None:
 def test_an_error_ahead_is_raised_in_its_own_turn(fake: Hub) -> None:
     fake.broken = {"step3"}
     seen = []
-    with refused("owner/name@step3"):
+    with refused("hf://owner/name@step3"):
         for found in in_turn(run(), keep=1):
             seen.append(found.checkpoint.source)
     assert seen == RUN[:2] and fake.on_disk() == {2}
@@ -190,14 +190,21 @@ def test_witness_anchor_and_bases_are_never_evicted(fake: Hub) -> None:
     history = [Checkpoint("witness", ROLES["witness"]), anchor, *run()]
     list(in_turn(history, keep=1))
     assert fake.on_disk() == {90, 91, 6}
-    list(in_turn([*run("owner/name@step1", ROLES["anchor"], "owner/name@step2", "owner/name@step3"), anchor], keep=1))
+    list(
+        in_turn(
+            [*run("hf://owner/name@step1", ROLES["anchor"], "hf://owner/name@step2", "hf://owner/name@step3"), anchor],
+            keep=1,
+        )
+    )
     assert {90, 91, 6} <= fake.on_disk()
 
 
 def test_a_base_that_an_adapter_alone_names_stays(fake: Hub, models: Path, tmp_path: Path) -> None:
     folder = adapter(models / "1", tmp_path / "adapter")
     config = folder / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": RUN[0]}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": RUN[0].removeprefix("hf://")})
+    )
     rows = [*run(RUN[0]), Checkpoint("run/1", folder, 1), *run(*RUN[1:])]
     list(in_turn(rows, keep=1))
     assert fake.on_disk() == {1, 6}

@@ -61,8 +61,8 @@ def test_runs_may_be_empty_or_lists(here: Path) -> None:
 
 
 def test_a_hub_id_is_kept_as_it_is(here: Path) -> None:
-    assert ModelSequence.from_folders(witness="owner/some-model-1.7B", anchor=here / "aligned").witness.source == (
-        "owner/some-model-1.7B"
+    assert ModelSequence.from_folders(witness="hf://owner/some-model-1.7B", anchor=here / "aligned").witness.source == (
+        "hf://owner/some-model-1.7B"
     )
 
 

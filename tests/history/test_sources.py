@@ -77,7 +77,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize(
     ("hub_id", "seed"),
-    [("owner/name", 0), ("owner/name@step1000", 1), ("owner/name@step200", 2), ("owner/name@" + "2" * 40, 2)],
+    [
+        ("hf://owner/name", 0),
+        ("hf://owner/name@step1000", 1),
+        ("hf://owner/name@step200", 2),
+        ("hf://owner/name@" + "2" * 40, 2),
+    ],
 )
 def test_a_hub_id_with_a_revision_is_the_model_of_that_revision(hub_id: str, seed: int) -> None:
     model = open_model(Checkpoint("witness", hub_id))
@@ -89,21 +94,21 @@ def test_a_hub_id_with_a_revision_is_the_model_of_that_revision(hub_id: str, see
 
 @pytest.mark.usefixtures("hub")
 def test_a_run_is_a_list_of_revisions_in_the_order_of_their_steps(pair: Path) -> None:
-    runs = {"pre": ["owner/name@step1000", "owner/name@step200"]}
-    found = sequence(pair, witness="owner/name@step200", runs=runs)
+    runs = {"pre": ["hf://owner/name@step1000", "hf://owner/name@step200"]}
+    found = sequence(pair, witness="hf://owner/name@step200", runs=runs)
     assert [(c.step, c.source, c.revision) for c in found.runs["pre"]] == [
-        (200, "owner/name@step200", "step200"),
-        (1000, "owner/name@step1000", "step1000"),
+        (200, "hf://owner/name@step200", "step200"),
+        (1000, "hf://owner/name@step1000", "step1000"),
     ]
     residuals = cache_residuals(found, ["the"])
     assert (residuals.of("pre/200") == residuals.of("witness")).all()
     assert (residuals.of("pre/1000") == residuals.of("anchor")).all()  # both are model 1
-    assert residuals.meta["sources"]["pre/200"] == "owner/name@step200"
+    assert residuals.meta["sources"]["pre/200"] == "hf://owner/name@step200"
 
 
 @pytest.mark.usefixtures("hub")
 def test_revisions_of_a_hub_are_swapped_into_one_model() -> None:
-    ids = [f"owner/name@{revision}" for revision in ("main", "step200", "step1000")]
+    ids = [f"hf://owner/name@{revision}" for revision in ("main", "step200", "step1000")]
     opened = open_each([Checkpoint(one, one) for one in ids], through="huggingface")
     assert len({id(model.module) for _, model in opened}) == 1
 
@@ -111,10 +116,10 @@ def test_revisions_of_a_hub_are_swapped_into_one_model() -> None:
 @pytest.mark.usefixtures("hub")
 def test_toml_names_revisions(pair: Path) -> None:
     (pair / "x.toml").write_text(
-        'witness = "owner/name@step200"\nanchor = "aligned"\n[runs]\npre = ["owner/name@step1000"]\n'
+        'witness = "hf://owner/name@step200"\nanchor = "aligned"\n[runs]\npre = ["hf://owner/name@step1000"]\n'
     )
     found = ModelSequence.from_toml(pair / "x.toml")
-    assert found.witness.revision == "step200" and found.runs["pre"][0].source == "owner/name@step1000"
+    assert found.witness.revision == "step200" and found.runs["pre"][0].source == "hf://owner/name@step1000"
     assert found.anchor.revision is None
 
 
@@ -123,17 +128,17 @@ def test_toml_names_revisions(pair: Path) -> None:
     [("step1000", 1000), ("stage1-step1000-tokens5B", 1000), ("global_step_30", 30), ("v1.0-20", 20)],
 )
 def test_the_step_of_a_revision_is_the_number_after_step_or_the_last(pair: Path, label: str, step: int) -> None:
-    (checkpoint,) = sequence(pair, runs={"pre": [f"owner/name@{label}"]}).runs["pre"]
+    (checkpoint,) = sequence(pair, runs={"pre": [f"hf://owner/name@{label}"]}).runs["pre"]
     assert checkpoint.step == step
 
 
 def test_a_number_in_a_repositorys_name_is_no_step(pair: Path) -> None:
-    with refused("owner/name-70m", "no step"):
-        sequence(pair, runs={"pre": ["owner/name-70m"]})
+    with refused("hf://owner/name-70m", "no step"):
+        sequence(pair, runs={"pre": ["hf://owner/name-70m"]})
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize("hub_id", ["owner/name@step5", "owner/other", "owner/name@" + "9" * 40])
+@pytest.mark.parametrize("hub_id", ["hf://owner/name@step5", "hf://owner/other", "hf://owner/name@" + "9" * 40])
 def test_a_revision_out_of_reach_is_named(hub_id: str) -> None:
     with refused(hub_id):
         open_model(hub_id)
@@ -145,16 +150,16 @@ def test_a_snapshot_of_pickles_alone_is_refused(hub: Path) -> None:
 
     snapshot(hub, "pickled", "7" * 40, pickled)
     with refused("7" * 40, "pickled"):
-        open_model("owner/name@pickled")
+        open_model("hf://owner/name@pickled")
 
 
 @pytest.mark.parametrize("revision", ["../../../secret", "/etc/x", "a/../../b", "", "a@b", ".."])
 def test_a_revision_that_leads_out_of_the_cache_is_no_hub_id(hub: Path, revision: str) -> None:
     (hub.parent / "secret").write_text("1" * 40)
-    with refused("owner/name@"):
-        open_model(f"owner/name@{revision}")
-    with refused("owner/name@"):
-        ModelSequence.from_folders(witness=f"owner/name@{revision}", anchor=hub)
+    with refused("hf://owner/name@"):
+        open_model(f"hf://owner/name@{revision}")
+    with refused("hf://owner/name@"):
+        ModelSequence.from_folders(witness=f"hf://owner/name@{revision}", anchor=hub)
 
 
 def test_a_gated_model_says_to_log_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +169,7 @@ def test_a_gated_model_says_to_log_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("gravlens.history.hub.snapshot_download", gated)
     with pytest.raises(GravlensError, match="Cannot access gated repo") as caught:
-        open_model("owner/gated")
+        open_model("hf://owner/gated")
     assert "Please log in" in caught.value.given and "hf auth login" in caught.value.remedy
 
 

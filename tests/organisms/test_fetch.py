@@ -147,6 +147,17 @@ def test_a_failed_download_quotes_pip_and_names_the_way_out(pip: FakePip, tmp_pa
     assert files_in(tmp_path) == set()
 
 
+def test_a_download_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that sleeps stands in for a pip that waits for its index."""
+    run = subprocess.run
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(subprocess, "run", lambda _, **more: run(sleeping, **more))
+    monkeypatch.setattr(gravlens.organisms.fetch, "LONGEST", 0.3)
+    with pytest.raises(GravlensError, match="tinypack 1.0: ERROR: not within".replace(".", r"\.")):
+        bring(TINY, tmp_path)
+    assert not files_in(tmp_path)
+
+
 def test_a_python_without_pip_is_told_about_ensurepip(pip: FakePip, tmp_path: Path) -> None:
     pip.code, pip.said = 1, "/usr/bin/python3: No module named pip\n"
     with pytest.raises(GravlensError, match=r"has no pip.*-m ensurepip"):

@@ -1,11 +1,15 @@
 """A GGUF file written here, with llama.cpp's own conventions, must come back as the model it was made from."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -55,7 +59,9 @@ def llama_cpp_order(weights: torch.Tensor, heads: int) -> torch.Tensor:
     return weights.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, *, skip: str = "", template: str | None = TEMPLATE) -> Path:
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, *, skip: str = "", template: str | None = TEMPLATE, packed: Any = None
+) -> Path:
     writer, config = GGUFWriter(path, "llama"), model.config
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
@@ -71,7 +77,10 @@ def write_gguf(path: Path, model: LlamaForCausalLM, *, skip: str = "", template:
     write_tokenizer(writer, template)
     for name, weights in model.state_dict().items():
         if name != "lm_head.weight" and (not skip or skip not in name):
-            writer.add_tensor(gguf_name(name), in_gguf_order(name, weights, config).numpy())
+            array = in_gguf_order(name, weights, config).numpy()
+            kind = packed if array.ndim == 2 else None
+            array = array if kind is None else quantize(np.ascontiguousarray(array), kind)
+            writer.add_tensor(gguf_name(name), array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -249,3 +258,21 @@ def test_smollm2_folder_equals_what_transformers_reads_from_the_gguf() -> None:
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     ids = torch.arange(100, 116)[None]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), ids), logits(read, ids))
+
+
+def test_packed_weights_are_read_without_fetched_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers multiplies those of some architectures with a kernel of the hub, if the package `kernels` is there.
+
+    This one stands in for them, up to where the kernel is asked for.
+    """
+    asked = []
+    gguf = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), packed=GGMLQuantizationType.Q8_0)
+    gguf_to_folder(gguf, tmp_path / "whole")
+    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.get_gguf_kernel", lambda: asked.append("kernel"))
+    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.is_gguf_arch_supported", lambda _: True)
+    with suppress(GravlensError):
+        gguf_to_folder(gguf, tmp_path / "folder")
+    assert asked == []
+    with suppress(Exception):
+        AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name)
+    assert asked == ["kernel"]
