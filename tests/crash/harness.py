@@ -12,6 +12,7 @@ run of one operation in a fresh copy of its folder. Outcomes, the worst of the d
     lost           a file is gone, something beside the operation's own files changed, or the next call fails
 """
 
+import gc
 import importlib
 import json
 import os
@@ -220,6 +221,8 @@ class Bench:
         for name in first.modules:  # children find imported what this one had to import
             with suppress(Exception):
                 importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # Trainer collects garbage: a child would walk, and copy, all that is imported
         start = time.perf_counter()
         self.wanted = self._run()
         self.seconds, self.calm = time.perf_counter() - start, tree(self.root)
