@@ -18,7 +18,7 @@ from gravlens.activations.reader import read_residuals as read_residuals
 from gravlens.activations.reader import residuals_of_batch as residuals_of_batch
 from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError, as_list, check_layer, of_kind
+from gravlens.core.errors import SAVED, GravlensError, as_list, at_home, check_layer, of_kind, reading
 from gravlens.core.files import check_digest, read_tensors, write_tensors
 from gravlens.history.encoding import KWARGS, prompts_digest, template_kwargs
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
@@ -105,10 +105,11 @@ class Residuals:
     @classmethod
     def load(cls, path: Path | str) -> "Residuals":
         """Read a file written by `save`."""
-        arrays, meta = read_tensors(path, "residuals")
-        names, layers = tuple(meta["checkpoints"]), tuple(meta["layers"])
-        prompts = check_digest(meta["prompts"], path)
-        return cls(arrays["values"], names, layers, prompts, dict(meta["meta"]), arrays.get("index"))
+        with reading(path, *SAVED):
+            arrays, meta = read_tensors(path, "residuals")
+            names, layers = tuple(meta["checkpoints"]), tuple(meta["layers"])
+            prompts = check_digest(meta["prompts"], path)
+            return cls(arrays["values"], names, layers, prompts, dict(meta["meta"]), arrays.get("index"))
 
     def to_xarray(self) -> xarray.DataArray:
         """Return the values with named axes."""
@@ -154,7 +155,7 @@ def cache_residuals(
     """
     request = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
     if store is not None:
-        cache = Store(Path(store), through, placement)
+        cache = Store(at_home(store), through, placement)
         return request.result(*read_through_store(request.plan, request.checkpoints, cache, executor))
     if executor is None:
         return request.read(through, placement)

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 import transformers
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
 from torch import nn
 
 from gravlens.behavior.answers import (
@@ -29,7 +28,7 @@ from gravlens.behavior.answers import (
 )
 from gravlens.behavior.answers import substring_judge as substring_judge  # so that every judge is found here
 from gravlens.behavior.scores import encode_openings, opening_logprobs
-from gravlens.core.errors import GravlensError, said
+from gravlens.core.errors import GravlensError, at_home, said
 from gravlens.models.configs import read_config
 from gravlens.models.forward import final_logits
 from gravlens.models.opening import Openable, OpenModel, load_tokenizer, open_model, quiet
@@ -153,7 +152,8 @@ def classifier_judge(
 
 
 def _load_classifier(folder: Path | str) -> Any:
-    if not Path(folder).is_dir():  # transformers would look it up on the hub
+    folder = at_home(folder)
+    if not folder.is_dir():  # transformers would look it up on the hub
         raise _no_classifier(folder, "it is not a folder")
     try:
         with quiet():
@@ -165,7 +165,7 @@ def _load_classifier(folder: Path | str) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # whatever its files lead transformers to
         raise _no_classifier(folder, said(error)) from error
     module, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers would initialise them at random

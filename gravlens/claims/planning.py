@@ -11,7 +11,7 @@ from numpy.random import Generator
 
 from gravlens.activations.cost import plan_reading
 from gravlens.core.display import duration, of_frame
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home, reading
 from gravlens.history.sequence import ModelSequence
 from gravlens.stats.power_analysis import LEVELS, Design, Effects, needed, power
 
@@ -98,7 +98,7 @@ def plan_audit(
     histories = [ModelSequence.of(one) for one in given]
     if not histories:
         raise GravlensError("No history was given.", "A plan is about one at least.", "plan_audit('SEQUENCE.toml').")
-    pilot = Path(effects) if isinstance(effects, str | Path) else None
+    pilot = at_home(effects) if isinstance(effects, str | Path) else None
     planned = Effects.from_results(effects) if isinstance(effects, str | Path) else effects or Effects()
     now = _counts(histories)
     lasts = [run[-1].step or 0 for one in histories for run in one.runs.values()]
@@ -146,8 +146,10 @@ def _missing(wanted: Design, level: int, now: Mapping[str, int]) -> dict[str, An
 
 def _seconds_of_a_run(history: ModelSequence, steps: int, batch: int, pilot: Path | None) -> tuple[float, str]:
     if pilot is not None:
-        arms = pd.read_csv((pilot if pilot.is_dir() else pilot.parent) / "arms.csv")
-        recorded = float(arms.seconds_per_step.mean()) if "seconds_per_step" in arms else math.nan
+        file = (pilot if pilot.is_dir() else pilot.parent) / "arms.csv"
+        with reading(file, "A pilot's table is that of a results folder.", "gravlens reproduce, which writes it."):
+            arms = pd.read_csv(file)
+            recorded = float(arms.seconds_per_step.mean()) if "seconds_per_step" in arms else math.nan
         if not math.isnan(recorded):
             return steps * recorded, f"{steps} steps of {recorded:.3g} s, as recorded in the pilot"
     try:

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from gravlens.core.errors import GravlensError, check_layer
+from gravlens.core.errors import GravlensError, at_home, check_layer, reading
 from gravlens.core.files import write_atomically
 from gravlens.history.sequence import ModelSequence
 from gravlens.history.sources import resolve
@@ -131,24 +131,20 @@ class Preregistration:
     @classmethod
     def from_toml(cls, path: Path | str) -> "Preregistration":
         """Read a file of `write`; raise `GravlensError` for a key that is unknown or missing."""
-        try:
-            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise GravlensError(
-                f"{path} cannot be read ({why}).", "A preregistration is a TOML file.", REMEDY
-            ) from error
-        # every key is needed: without after_runs a file would pass for one written before the runs
-        unlike = {"unknown key": table.keys() - CHECKS.keys(), "missing key": CHECKS.keys() - table.keys()}
-        if wrong := [f"the {kind} {', '.join(sorted(keys))}" for kind, keys in unlike.items() if keys]:
-            raise GravlensError(f"{path} has {' and '.join(wrong)}.", f"Its keys are {', '.join(CHECKS)}.", REMEDY)
-        if isinstance(table["layers"], list):  # anything else is refused by name below
-            table["layers"] = tuple(table["layers"])
-        return cls(**table)
+        path = at_home(path)
+        with reading(path, "A preregistration is a TOML file.", REMEDY):
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            # every key is needed: without after_runs a file would pass for one written before the runs
+            unlike = {"unknown key": table.keys() - CHECKS.keys(), "missing key": CHECKS.keys() - table.keys()}
+            if wrong := [f"the {kind} {', '.join(sorted(keys))}" for kind, keys in unlike.items() if keys]:
+                raise GravlensError(f"{path} has {' and '.join(wrong)}.", f"Its keys are {', '.join(CHECKS)}.", REMEDY)
+            if isinstance(table["layers"], list):  # anything else is refused by name below
+                table["layers"] = tuple(table["layers"])
+            return cls(**table)
 
     def write(self, path: Path | str) -> Path:
         """Write the TOML file. Another preregistration is never overwritten: `GravlensError`."""
-        path = Path(path)
+        path = at_home(path)
         if path.exists() and self.from_toml(path) != self:
             wanted = "A preregistration is written once; a changed one is a new file."
             raise GravlensError(f"{path} holds another preregistration.", wanted, "another file name.")

@@ -20,6 +20,7 @@ SEQUENCES = Annotated[
     list[Path],
     typer.Argument(
         metavar="SEQUENCE.toml",
+        parser=opt.at_home,
         help="Files of histories: witness, anchor, runs, controls and prompts (docs/sequence.md). With several files, "
         "each one's witness is a stranger of the others.",
     ),

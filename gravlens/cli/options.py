@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import gravlens as gl
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 
 SEPARATOR = "|"  # between texts in an environment variable: "I'm sorry, but" contains blanks and commas
 
@@ -70,7 +70,8 @@ def number(help: str, *, least: int = 0, metavar: str = "N") -> Any:
 
 def place(metavar: str, help: str, *, check: Callable[[Path | None], Path | None] | None = None) -> Any:
     """An option that takes the path of a file or folder."""
-    return typer.Option(metavar=metavar, help=help, callback=check)
+    # a shell leaves the ~ of --out=~/results as it is
+    return typer.Option(metavar=metavar, help=help, callback=check, parser=at_home)
 
 
 def repeated_text(help: str) -> Any:
@@ -93,6 +94,7 @@ SEQUENCE = Annotated[
     Path,
     typer.Argument(
         metavar="SEQUENCE.toml",
+        parser=at_home,
         help="File of the history: witness (base model), anchor (aligned model), runs and prompts (docs/sequence.md).",
     ),
 ]

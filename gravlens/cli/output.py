@@ -1,9 +1,11 @@
 """Terminal output of the commands: tables and JSON on stdout, notes and one-line errors on stderr, exit codes."""
 
 import json
+import sys
 import textwrap
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +90,9 @@ class OneLineErrors:
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):  # an ASCII terminal shows "–" as \u2013
+                stream.reconfigure(errors="backslashreplace")
         with errors_as_one_line():
             return super().parse_args(ctx, args)  # pyright: ignore[reportAttributeAccessIssue]
 

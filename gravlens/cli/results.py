@@ -10,7 +10,7 @@ from gravlens import reporting, studies
 from gravlens.cli import options as opt
 from gravlens.cli.output import messages, print_json, print_line, print_note
 from gravlens.cli.verdict import print_verdict
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import reading
 
 if TYPE_CHECKING:
     from gravlens.organisms.base import Organism
@@ -108,22 +108,23 @@ def fetch(
 @commands.command(**opt.described(PANEL, "gravlens report results"))
 def report(
     results: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Results folder, as written by gravlens reproduce --out.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            parser=opt.at_home,
+            help="Results folder, as written by gravlens reproduce --out.",
+        ),
     ] = Path("results"),
     json: opt.JSON = False,
 ) -> None:
     """Render a results folder as one HTML page: claim, intervals, nulls, controls, arms and all tables."""
-    try:
-        page = reporting.page.write_report(results)
+    page = reporting.page.write_report(results)
+    # fields that files of earlier versions lack
+    with reading(results / "results.json", "A file of this version is needed.", "gravlens reproduce, which writes it."):
         read = reporting.page.read_results(results)
-        # inside the try: the screen shows fields that files of earlier versions lack
         if json:
             print_json({"page": str(page), "claims": read.get("claims") or []})
         else:
             print_verdict(read)
-    except (KeyError, TypeError, AttributeError) as error:
-        given = f"{results / 'results.json'} has a missing or invalid entry ({type(error).__name__}: {error})."
-        wanted = "A file written by this version of gravlens reproduce is expected."
-        raise GravlensError(given, wanted, f"gravlens reproduce --out {results}, which writes it again.") from error
     if not json:
         print_line(f"written to {page}")

@@ -13,7 +13,9 @@ commands = typer.Typer(
     help="List, verify and prune an on-disk cache of activations (as written by gravlens trajectory --store).",
     no_args_is_help=True,
 )
-FOLDER = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder given as --store or store=.")]
+FOLDER = Annotated[
+    Path, typer.Argument(metavar="FOLDER", parser=opt.at_home, help="The folder given as --store or store=.")
+]
 
 
 @commands.command(name="list", **opt.described(None, "gravlens store list states"))

@@ -1,15 +1,20 @@
-"""The one exception of gravlens, and checks of arguments that raise it."""
+"""The one exception of gravlens, checks of arguments that raise it, and files of other programs, whose faults do."""
 
+import json
+import os
 import re
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from numbers import Integral
-from pathlib import PurePath
-from typing import TypeVar
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 STATUS = re.compile(r"\d{3} (Client|Server) Error")  # a hub's first line: a status and a request id
 # Lines further down that say what to do about it.
 HELPFUL = re.compile(r"log(ging)? in|authenticat|restricted|gated|licen[cs]e|pip install", re.IGNORECASE)
+SAVED = "A file of .save() is needed.", "save it again."  # as in `reading`
 LONGEST = 400  # characters of another program's message
 
 
@@ -25,15 +30,59 @@ class GravlensError(ValueError):
         return type(self), (self.given, self.wanted, self.remedy)
 
 
+@contextmanager
+def reading(path: object, wanted: str, remedy: str) -> Generator[None]:
+    """Raise whatever the block raises as a `GravlensError` that names the file.
+
+    Other libraries document few of the exceptions of their parsers, and broken files find the rest. Errors of gravlens
+    pass, with the file's name before them if they lack it, and so does what is no `Exception`, such as Ctrl-C.
+    """
+    try:
+        yield
+    except GravlensError as error:
+        if str(path) in str(error):
+            raise
+        raise GravlensError(f"{path}: {error.given}", error.wanted, error.remedy) from error
+    except Exception as error:
+        raise GravlensError(f"{path} cannot be read ({said(error)}).", wanted, remedy) from error
+
+
+def read_object(path: Path, remedy: str = "write or copy it again.") -> dict[str, Any]:
+    """Read a JSON file that holds one object."""
+    wanted = "A file of one JSON object, as UTF-8, is needed."
+    with reading(path, wanted, remedy):
+        found = json.loads(path.read_bytes().decode("utf-8"))
+    if isinstance(found, dict):
+        return found
+    raise GravlensError(f"{path} holds a {type(found).__name__}.", wanted, remedy)
+
+
 def said(error: BaseException) -> str:
     """Return what matters of another program's message, on one line: what happened, and a hint such as "log in"."""
-    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    match error:
+        case KeyError():
+            text = f"there is no {error}"
+        case RecursionError() | MemoryError():
+            text = "it is nested too deeply" if isinstance(error, RecursionError) else "there is too little memory"
+        case OSError(strerror=str(reason)):  # without errno and path, which str() adds
+            text = reason
+        case json.JSONDecodeError() | UnicodeDecodeError() | tomllib.TOMLDecodeError():
+            text = f"it is not valid {type(error).__name__.removesuffix('DecodeError')}: {error}"
+        case TypeError() | AttributeError() | ArithmeticError() | AssertionError():  # they speak of code
+            text = f"{type(error).__name__}: {error}"
+        case _:
+            text = str(error)
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not STATUS.match(line)] or lines or [type(error).__name__]
     # "Error(s) in loading state_dict for …:" is a heading.
     first = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
     kept = lines[: first + 1] + [line for line in lines[first + 1 :] if HELPFUL.search(line)]
     return " ".join(kept)[:LONGEST].rstrip(".:")
+
+
+def at_home(path: Path | str) -> Path:
+    """Return a path with a leading `~` replaced by the home folder; without one, and of an unknown user, as it is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError
 
 
 def wrong_kind(given: object, wanted: str, remedy: str) -> GravlensError:

@@ -19,7 +19,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from gravlens.core.errors import GravlensError, said
+from gravlens.core.errors import GravlensError, at_home, said
 
 CONVENTION = "blocks.{layer}.hook_resid_post; layers count from 0; the last block is read before the final norm"
 
@@ -46,7 +46,7 @@ def writing(path: Path | str, kinds: type[Exception] = OSError) -> Generator[Non
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file atomically: a killed process leaves the old file or none, never a partial one."""
     with writing(path):
-        place = path.expanduser().resolve()  # a link is followed: renaming over it would leave its target old
+        place = at_home(path).resolve()  # a link is followed: renaming over it would leave its target old
         if place.is_char_device() or place.is_fifo():  # renaming over /dev/null would make it a regular file
             place.write_bytes(content)
             return path
@@ -103,17 +103,6 @@ def write_json(path: Path, content: Any) -> Path:
     return write_atomically(path, (json.dumps(without_nan(content), indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file that gravlens wrote; raise where it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        given = f"{path} cannot be read ({said(error)})."
-        raise GravlensError(
-            given, "It is JSON that gravlens wrote.", "remove its folder, and make it again."
-        ) from error
-
-
 def write_table(path: Path, table: pd.DataFrame, *, float_format: str | None = None) -> Path:
     """Write a table as CSV atomically, without its index."""
     return write_atomically(path, table.to_csv(index=False, float_format=float_format).encode())
@@ -132,7 +121,7 @@ def without_nan(value: Any) -> Any:
 
 def write_tensors(path: Path | str, kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Path:
     """Write arrays and JSON-serialisable metadata as one safetensors file of a kind, which is verified on reading."""
-    return write_atomically(Path(path), tensor_bytes(kind, arrays, meta))
+    return write_atomically(at_home(path), tensor_bytes(kind, arrays, meta))
 
 
 def tensor_bytes(kind: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
@@ -164,7 +153,7 @@ def _header(kind: str, meta: Mapping[str, Any]) -> dict[str, str]:
 
 def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read a file of `write_tensors`; raise on another kind, another convention or a corrupt file."""
-    path = Path(path).expanduser()
+    path = at_home(path)
     try:
         with safe_open(path, framework="np") as file:  # it checks the header
             told = file.metadata() or {}
@@ -292,7 +281,7 @@ def replaced(folder: Path, make: Callable[[Path], object]) -> Path:
 
 def _made(folder: Path, make: Callable[[Path], object], *, replace: bool = False) -> Path:
     """Create a folder atomically: `make` fills it under a temporary name."""
-    given, folder = folder, folder.expanduser().resolve()  # a link stays one
+    given, folder = folder, at_home(folder).resolve()  # a link stays one
     scratch, before = _scratch(folder), _scratch(folder)
     with writing(folder):
         scratch.mkdir(parents=True)

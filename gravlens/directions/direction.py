@@ -11,7 +11,7 @@ import xarray
 from jaxtyping import Float
 
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError, as_list, wrong_kind
+from gravlens.core.errors import SAVED, GravlensError, as_list, reading, wrong_kind
 from gravlens.core.files import check_digest, read_tensors, write_tensors
 
 Samples: TypeAlias = Float[np.ndarray, "sample layer d_model"]
@@ -160,12 +160,14 @@ class Directions(_OfLayers["Direction"]):
     @classmethod
     def load(cls, path: Path | str) -> "Directions":
         """Read a file of `save`."""
-        arrays, meta = read_tensors(path, "directions")
-        rows = zip(arrays["vectors"], meta["directions"], strict=True)
-        for one in meta["directions"]:
-            check_digest(one["prompts"], path)
         numbers = ("distance", "reliability")  # JSON has no NaN
-        return cls(tuple(Direction(v, **(m | {n: np.nan if m[n] is None else m[n] for n in numbers})) for v, m in rows))
+        with reading(path, *SAVED):
+            arrays, meta = read_tensors(path, "directions")
+            for one in meta["directions"]:
+                check_digest(one["prompts"], path)
+                one |= {name: np.nan for name in numbers if one[name] is None}
+            pairs = zip(arrays["vectors"], meta["directions"], strict=True)
+            return cls(tuple(Direction(vector, **one) for vector, one in pairs))
 
     def to_xarray(self) -> xarray.Dataset:
         """`vector` [layer, d_model]; by layer `distance`, `reliability`, `estimator`, `undefined` ("": defined)."""
@@ -327,8 +329,9 @@ class Subspaces(_OfLayers["Subspace"]):
     @classmethod
     def load(cls, path: Path | str) -> "Subspaces":
         """Read a file of `save`."""
-        arrays, meta = read_tensors(path, "subspaces")
-        return cls(tuple(Subspace(arrays[f"basis.{i}"], **one) for i, one in enumerate(meta["subspaces"])))
+        with reading(path, *SAVED):
+            arrays, meta = read_tensors(path, "subspaces")
+            return cls(tuple(Subspace(arrays[f"basis.{i}"], **one) for i, one in enumerate(meta["subspaces"])))
 
     def _repr_html_(self) -> str:
         rows = [_row(one) for one in self]

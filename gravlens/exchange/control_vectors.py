@@ -19,7 +19,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from torch import Tensor, nn
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home, reading
 from gravlens.core.files import check_digest, without_nan, write_atomically
 from gravlens.directions.direction import Direction, Directions, each
 from gravlens.directions.vrev import direction_from
@@ -82,7 +82,7 @@ def to_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return write_atomically(Path(path), written.read_bytes())
+        return write_atomically(at_home(path), written.read_bytes())
 
 
 def from_gguf(path: Path | str) -> Directions:
@@ -92,7 +92,7 @@ def from_gguf(path: Path | str) -> Directions:
         GravlensError: a file that is missing, corrupt, not GGUF, or has any tensor but `direction.{layer}` in fp32; one
             that states another operation than addition, or another hook point than the output of a block.
     """
-    path = Path(path)
+    path = at_home(path)
     with _parsing(path, "A GGUF file"):
         reader = GGUFReader(path)
         # Copied: GGUFReader's arrays are views of a memory map of the file.
@@ -147,7 +147,7 @@ def to_steered(
         GravlensError: an undefined direction, two of one layer, strength 0, another suffix, a layer that is out of the
             model's range, or a model with block names that the harness does not accept.
     """
-    path = Path(path)
+    path = at_home(path)
     if path.suffix not in (".pt", ".pth"):
         raise GravlensError(f"The path {path.name} was given.", "The harness reads .pt or .pth.", f"{path.stem}.pt.")
     content = {
@@ -172,7 +172,7 @@ def from_steered(path: Path | str) -> Directions:
         GravlensError: a file that is missing, corrupt, or contains more than plain tensors; a `.csv` (names of features
             of sparse autoencoders); any action but `add` to whole blocks, one vector per layer.
     """
-    path = Path(path)
+    path = at_home(path)
     with _parsing(path, "A torch file of plain tensors (others can run code and are not loaded)"):
         if path.suffix == ".csv":
             wanted = "A steered .csv contains names of features of sparse autoencoders and no vector."
@@ -227,7 +227,7 @@ def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
     layers, facts = np.array(chosen.layers), np.array(_facts(chosen, 1.0))
     stated: dict[str, Any] = {name: np.array(value) for name, value in STATED.items()}
     np.savez(buffer, vectors=chosen.vectors, layers=layers, distances=chosen.distances, facts=facts, **stated)
-    return write_atomically(Path(path), buffer.getvalue())
+    return write_atomically(at_home(path), buffer.getvalue())
 
 
 def from_npz(path: Path | str) -> Directions:
@@ -237,7 +237,7 @@ def from_npz(path: Path | str) -> Directions:
         GravlensError: a file that is missing, corrupt or pickled, arrays of different lengths, or an `operation` or
             `hook_point` other than that of `to_npz`.
     """
-    path = Path(path)
+    path = at_home(path)
     with _parsing(path, "A .npz of `vectors` [layer, d_model] and `layers` [layer]"):
         with np.load(path, allow_pickle=False) as file:  # a pickled array could run code
             arrays = {name: file[name] for name in file.files}
@@ -309,13 +309,11 @@ def _parsing(path: Path, expected: str) -> Generator[None]:
     """Raise any failure to parse a file as GravlensError: what a foreign parser raises is not documented."""
     if not path.is_file():
         raise GravlensError(f"There is no file {path}.", "A file of directions was expected.", "check the path.")
-    try:
-        yield
-    except GravlensError:
-        raise
-    except Exception as error:
-        # torch's message for an unsafe pickle advises to load it all the same.
-        hide = type(error).__name__ == "UnpicklingError"
-        first = "" if hide else f": {next(iter(str(error).strip().splitlines()), '')}"
-        given = f"{path} cannot be read ({type(error).__name__}{first})."
-        raise GravlensError(given, f"{expected} was expected.", "write or copy it again.") from error
+    with reading(path, f"{expected} was expected.", "write or copy it again."):
+        try:
+            yield
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            # torch's message advises to load an unsafe pickle all the same
+            raise ValueError("UnpicklingError: it holds more than tensors") from error

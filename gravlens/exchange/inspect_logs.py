@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from gravlens import __version__
 from gravlens.behavior.answers import Prompts, as_answer
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 from gravlens.core.files import without_nan, write_atomically
 from gravlens.history.prompts import PromptSet
 
@@ -48,7 +48,7 @@ def to_inspect_log(
     Raises:
         GravlensError: inspect-ai is not installed; another suffix; not one answer and score per prompt.
     """
-    path, prompts = Path(path), PromptSet.of(prompts)
+    path, prompts = at_home(path), PromptSet.of(prompts)
     columns = {name: np.asarray(values) for name, values in scores.items()}
     _check(path, prompts, answers, columns)
     log = _inspect().log

@@ -1,12 +1,11 @@
 """Controls of a history: checkpoints and runs that a claim compares the history's own with."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gravlens.core.errors import GravlensError, as_list
+from gravlens.core.errors import GravlensError, as_list, at_home
 
 # tables of runs that are paired with the history's by name -> the checkpoint that they start from
 PAIRED = {
@@ -173,7 +172,7 @@ def _random(path: Path, name: str, entry: Any) -> RandomClamp:
         raise _wrong(path, f"controls.{name}", "a table with the file of its directions", remedy)
     runs = {key: run for key, run in entry.items() if key != "directions"}
     _check_runs(path, name, runs)
-    return RandomClamp(path.parent / os.path.expanduser(entry["directions"]), runs)
+    return RandomClamp(path.parent / at_home(entry["directions"]), runs)
 
 
 def _check_runs(path: Path, name: str, table: Any) -> None:

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gravlens.core.errors import GravlensError, wrong_kind
+from gravlens.core.errors import GravlensError, said, wrong_kind
 from gravlens.core.limits import check_template
 from gravlens.history.prompts import Example, PromptSet, Turn
 
@@ -50,9 +50,13 @@ def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]
     and the generation prompt; one without encodes the plain text. Chat markup inside a prompt is warned of.
 
     Raises:
-        GravlensError: no tokenizer; turns that the template refuses or leaves out, or no template for them.
+        GravlensError: no tokenizer; turns that the template refuses or leaves out, or no template for them; different
+            prompts that are the same tokens, or one of unknown words alone.
     """
-    return [_encoded(tokenizer, text) for text in rendered(tokenizer, PromptSet.of(prompts))]
+    conversations = PromptSet.of(prompts).turns
+    ids = [_encoded(tokenizer, text) for text in rendered_turns(tokenizer, conversations)]
+    _check_told_apart(tokenizer, conversations, ids)
+    return ids
 
 
 def prompts_digest(ids: Sequence[Sequence[int]]) -> str:
@@ -75,25 +79,51 @@ def rendered_turns(tokenizer: Any, conversations: Sequence[list[Turn]]) -> list[
         raise GravlensError("This model has no tokenizer.", "Prompts are texts and need one.", remedy)
     if not getattr(tokenizer, "chat_template", None):
         if several := next((turns for turns in conversations if len(turns) > 1), None):
-            raise _not_taken(several, "has no chat template")
+            raise _not_taken(tokenizer, several, "has no chat template")
         return [turns[0]["content"] for turns in conversations]
     chats = {_roles(turns): _Chat.of(tokenizer, turns) for turns in conversations}
     texts, seen = [chats[_roles(turns)].written(turns) for turns in conversations], dict[str, list[str]]()
     for text, turns in zip(texts, conversations, strict=True):
-        asked, read = [_squeezed(turn["content"]) for turn in turns if turn["role"] != "assistant"], _squeezed(text)
-        # Equal renderings of other texts: a template may lose a part that stands in it anyway.
-        if any(one not in read for one in asked) or seen.setdefault(text, asked) != asked:
-            raise _not_taken(turns, f"leaves out the text of a prompt ({turns[-1]['content'][:40]!r})")
+        asked, read, frame = _asked(turns), _squeezed(text), chats[_roles(turns)].frame
+        # counted: "user" may be lost and yet stand there, in a tag or in another turn
+        lost = any(one and read.count(one) < sum(part.count(one) for part in (frame, *asked)) for one in asked)
+        if lost or seen.setdefault(text, asked) != asked:
+            found = f"leaves out the text of a prompt, or changes it ({turns[-1]['content'][:40]!r})"
+            raise _not_taken(tokenizer, turns, found)
     if chats:
         _warn_of_markup(next(iter(chats.values())), conversations)
     return texts
+
+
+def _asked(turns: Sequence[Turn]) -> list[str]:
+    return [_squeezed(turn["content"]) for turn in turns if turn["role"] != "assistant"]
+
+
+def _check_told_apart(tokenizer: Any, conversations: Sequence[list[Turn]], ids: Sequence[list[int]]) -> None:
+    """Raise where a vocabulary makes different prompts the same tokens, or of a prompt unknown words alone."""
+    seen, unknown = dict[tuple[int, ...], list[Turn]](), getattr(tokenizer, "unk_token_id", None)
+    for turns, own in zip(conversations, ids, strict=True):
+        text, other = turns[-1]["content"], seen.setdefault(tuple(own), turns)
+        found = f"{text[:40]!r} and {other[-1]['content'][:40]!r} are the same tokens"
+        if _asked(other) == _asked(turns):
+            if unknown not in own or {*_ids(tokenizer, text, special=False)} != {unknown}:
+                continue
+            found = f"{text[:40]!r} consists of unknown words"
+        given = f"To this tokenizer{_place(tokenizer)} the prompt {found}."
+        wanted = "The model must read each prompt: what it reads alike it cannot tell apart."
+        raise GravlensError(given, wanted, "another tokenizer=, or the prompts without this one.")
+
+
+def _place(tokenizer: Any) -> str:
+    name = getattr(tokenizer, "name_or_path", "")
+    return f" ({name})" if name else ""
 
 
 def _roles(turns: Sequence[Turn]) -> tuple[str, ...]:
     return tuple(turn["role"] for turn in turns)
 
 
-def _not_taken(turns: Sequence[Turn], found: str) -> GravlensError:
+def _not_taken(tokenizer: Any, turns: Sequence[Turn], found: str) -> GravlensError:
     """Return the error for turns that a tokenizer's chat template refuses or loses."""
     roles, given = _roles(turns), "This"
     if len(roles) > 1:
@@ -104,7 +134,7 @@ def _not_taken(turns: Sequence[Turn], found: str) -> GravlensError:
     if len(roles) == 1:
         remedy = 'tokenizer= with another chat_template, or chat_template="none".'
     wanted = "The model must read each turn: else all prompts are the same tokens."
-    return GravlensError(f"{given} tokenizer {found}.", wanted, remedy)
+    return GravlensError(f"{given} tokenizer{_place(tokenizer)} {found}.", wanted, remedy)
 
 
 def _squeezed(text: str) -> str:
@@ -166,7 +196,7 @@ def template_names(tokenizer: Any) -> set[str]:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
         return jinja2.meta.find_undeclared_variables(tree) - fixed
     except jinja2.TemplateError as error:
-        raise _not_taken(USER, f"cannot be parsed ({error})") from error
+        raise _not_taken(tokenizer, USER, f"cannot be parsed ({said(error)})") from error
 
 
 def _template_of(tokenizer: Any) -> str:
@@ -195,8 +225,8 @@ def _frozen(template: str, today: Any) -> str:
     return text
 
 
-# tokenizer -> kind of conversation -> its template, the arguments, and whether turns have parts
-_TRIED: "WeakKeyDictionary[Any, dict[Any, tuple[str, Mapping[str, Any], bool]]]" = WeakKeyDictionary()
+# tokenizer -> kind of conversation -> its template, the arguments, whether turns have parts, and the frame
+_TRIED: "WeakKeyDictionary[Any, dict[Any, tuple[str, Mapping[str, Any], bool, str]]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +237,7 @@ class _Chat:
     template: str
     kwargs: Mapping[str, Any]
     parts: bool  # it iterates over the parts of a turn, as those of image-text models do, and loses a plain text
+    frame: str = ""  # what it writes around the turns, without white space
 
     @classmethod
     def of(cls, tokenizer: Any, turns: Sequence[Turn] = USER) -> "_Chat":
@@ -216,7 +247,7 @@ class _Chat:
         tried = _TRIED.setdefault(tokenizer, {})
         if asked not in tried:
             chat = cls._tried(tokenizer, turns)
-            tried[asked] = (chat.template, chat.kwargs, chat.parts)
+            tried[asked] = (chat.template, chat.kwargs, chat.parts, chat.frame)
         return cls(tokenizer, *tried[asked])
 
     @classmethod
@@ -225,7 +256,8 @@ class _Chat:
         template = _frozen(_template_of(tokenizer), kwargs.pop(CLOCK, FROZEN))
         given = {key: value for key, value in kwargs.items() if key != "chat_template"}
         check_template(template, {**tokenizer.special_tokens_map, **given})
-        marks = [{"role": role, "content": f"gravlens-{role}-{i}"} for i, role in enumerate(_roles(turns))]
+        # With a backslash: a template for plain text writes a list of parts as Python does, which doubles it.
+        marks = [{"role": role, "content": f"gravlens-{role}\\{i}"} for i, role in enumerate(_roles(turns))]
         failed: list[GravlensError] = []
         for parts in (False, True):
             chat = cls(tokenizer, template, given, parts)
@@ -236,8 +268,9 @@ class _Chat:
                 continue
             lost = [turn["role"] for turn in marks if turn["content"] not in text]
             if not lost:
-                return chat
-            failed.append(_not_taken(turns, f"leaves out the {lost[0]} turn"))
+                frame = re.sub(r"gravlens-[a-z]+\\[0-9]+", "\ufdd0", text)  # no character
+                return replace(chat, frame=_squeezed(frame))
+            failed.append(_not_taken(tokenizer, turns, f"leaves out the {lost[0]} turn"))
         raise failed[0]
 
     def written(self, turns: Sequence[Turn], *, done: bool = False) -> str:
@@ -249,14 +282,15 @@ class _Chat:
         try:
             return self.tokenizer.apply_chat_template(given, tokenize=False, **rest)
         except Exception as error:  # jinja's with the template's own message, or of anything that it computes
-            raise _not_taken(turns, f"refuses the {turns[-1]['role']} turn or one before it ({error})") from error
+            found = f"refuses the {turns[-1]['role']} turn or one before it ({said(error)})"
+            raise _not_taken(self.tokenizer, turns, found) from error
 
     def around(self, turns: Sequence[Turn]) -> tuple[str, str]:
         """Return what the template writes before and after an answer."""
         whole = self.written([*turns, {"role": "assistant", "content": MARK}], done=True)
         before, found, after = whole.rpartition(MARK)
         if not found:
-            raise _not_taken(turns, "leaves out the assistant turn")
+            raise _not_taken(self.tokenizer, turns, "leaves out the assistant turn")
         return before, after
 
     @cached_property
@@ -430,9 +464,7 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     try:
         return tokenizer(text, add_special_tokens=special)["input_ids"]
     except Exception as error:  # a word-level tokenizer without an unknown token raises a bare Exception
-        if "UNK" not in str(error).upper():
-            raise
-        given = f"The vocabulary cannot encode {text[:80]!r}."
+        given = f"The vocabulary{_place(tokenizer)} cannot encode {text[:80]!r} ({said(error)})."
         wanted = "Every word needs a token, or the vocabulary a token for unknown words."
         raise GravlensError(given, wanted, "prompts of words in this vocabulary, or another tokenizer.") from error
 

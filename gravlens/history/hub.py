@@ -11,7 +11,7 @@ from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from gravlens.core.errors import GravlensError, said, wrong_kind
+from gravlens.core.errors import GravlensError, at_home, said, wrong_kind
 
 PREFIX = "hf://"
 BARE = "GRAVLENS_BARE_HUB_IDS"  # environment variable that admits ids without the prefix
@@ -60,7 +60,7 @@ def located(source: Path | str, here: Path = Path()) -> Path | str:
         GravlensError: the prefix before anything but `owner/name` or `owner/name@revision`.
     """
     text = re.sub("^hf:/+", PREFIX, str(source))  # pathlib makes one slash of two
-    path = here / os.path.expanduser(source)
+    path = here / at_home(source)
     found = hub_id(text)
     if is_hub_id(text) and found is None:
         given, wanted = f"{text} is no hub id.", "After hf:// comes owner/name or owner/name@revision."

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pandas import DataFrame
 
-from gravlens.core.errors import GravlensError, wrong_kind
+from gravlens.core.errors import GravlensError, at_home, reading, wrong_kind
 
 Only = Mapping[str, str | Sequence[str]]
 Said = tuple[str, str]  # a turn: its role (system, user or assistant) and its text
@@ -342,7 +341,7 @@ def _rows_of_file(source: Path | str) -> list[Placed]:
     if not isinstance(source, Path | str):
         remedy = "PromptSet.of([…]) or Contrast.of([…], […]) for texts."
         raise wrong_kind(source, "A file or a datasets.Dataset is read.", remedy)
-    path = Path(os.path.expanduser(source))
+    path = at_home(source)
     if not os.path.isfile(path):  # Path.is_file raises for a text that is too long for a name
         found = "is a folder" if os.path.isdir(path) else "does not exist"
         remedy = "check the path, or [prompt], a list, for the text of one prompt."
@@ -351,12 +350,11 @@ def _rows_of_file(source: Path | str) -> list[Placed]:
     form = Path(name.removesuffix(".gz")).suffix
     if name.endswith(".parquet"):
         return _parquet(path)
-    try:
+    with reading(path, "A prompt file is needed.", "another file."):
         content = path.read_bytes()
-        text = (gzip.decompress(content) if name.endswith(".gz") else content).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or error  # without errno and path, which str() repeats
-        raise GravlensError(f"{path} cannot be read ({why}).", "A prompt file is needed.", "another file.") from error
+        content = gzip.decompress(content) if name.endswith(".gz") else content
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if form not in READERS:
             raise _unknown_form(path) from error
@@ -372,11 +370,8 @@ def _parquet(path: Path) -> list[Placed]:
     except ImportError as error:
         given, remedy = f"{path} is parquet, and pyarrow is not installed.", "pip install pyarrow, or a JSONL file."
         raise GravlensError(given, "Parquet is read with pyarrow.", remedy) from error
-    try:
+    with reading(path, "A parquet file is needed.", "write it again."):
         return _indexed(parquet.ParquetFile(path).read().to_pylist())  # read_table takes a/b=c/ for a column
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        given = f"{path} cannot be read ({next(iter(str(error).splitlines()), '')})."
-        raise GravlensError(given, "A parquet file is needed.", "write it again.") from error
 
 
 def _json_lines(path: Path, text: str) -> list[Placed]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError, as_list, wrong_kind
+from gravlens.core.errors import GravlensError, as_list, at_home, reading, wrong_kind
 from gravlens.history.controls import NO_CONTROLS, Controls, read_controls
 from gravlens.history.hub import existing, is_hub_id, located, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system, read_prompts
@@ -275,9 +275,11 @@ class ModelSequence:
     @classmethod
     def from_toml(cls, path: Path | str) -> "ModelSequence":
         """Read a history from a TOML file (docs/sequence.md); paths are relative to the file."""
-        table = _read_sequence_file(Path(os.path.expanduser(path)))
-        runs = {name: Run(**run) for name, run in table.pop("runs", {}).items()}
-        return cls.from_folders(**table, runs=runs)
+        path = at_home(path)
+        with reading(path, "A TOML file as in docs/sequence.md is needed.", "correct the value."):
+            table = _read_sequence_file(path)
+            runs = {name: Run(**run) for name, run in table.pop("runs", {}).items()}
+            return cls.from_folders(**table, runs=runs)
 
     def __iter__(self) -> Iterator[Checkpoint]:
         """Iterate over the witness, the anchor, then every checkpoint of every run."""
@@ -430,7 +432,7 @@ def _named(runs: Mapping[str, Folders | Run] | Folders | None) -> Mapping[str, F
 
 
 def _is_pattern(path: Path) -> bool:
-    return glob.has_magic(path.name) and not path.expanduser().exists()
+    return glob.has_magic(path.name) and not at_home(path).exists()
 
 
 def _runs_of_models(runs: Any) -> dict[str, tuple[Checkpoint, ...]]:
@@ -460,10 +462,10 @@ def _read_sequence_file(path: Path) -> dict[str, Any]:
         table[key] = existing(table[key], here)
     for key in PROMPT_KEYS:
         if isinstance(table.get(key), str):
-            table[key] = here / os.path.expanduser(table[key])
+            table[key] = here / at_home(table[key])
         elif isinstance(table.get(key), dict):
             options = {"role": _role_of(key), **table[key]}
-            table[key] = read_prompts(here / os.path.expanduser(options.pop("file")), **options)
+            table[key] = read_prompts(here / at_home(options.pop("file")), **options)
     for name, run in table.get("runs", {}).items():
         if name in PROMPT_KEYS and isinstance(run, str) and (here / run).is_file():  # TOML's tables have no end
             given = f'{path}: {name} = "{run}" is below [runs], so it is read as a run.'
@@ -477,17 +479,10 @@ def _read_sequence_file(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     remedy = 'witness = "base", anchor = "aligned", probes = "probes.jsonl" (see docs/sequence.md).'
-    try:
+    if not path.exists():
+        raise GravlensError(f"There is no file {path}.", "A TOML file is needed.", f"check the path, or {remedy}")
+    with reading(path, "A TOML file is needed.", remedy):
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise GravlensError(
-            f"There is no file {path}.", "A TOML file is needed.", f"check the path, or {remedy}"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error  # without errno and path, which str() repeats
-        raise GravlensError(f"{path} cannot be read ({why}).", "A TOML file is needed.", remedy) from error
-    except tomllib.TOMLDecodeError as error:
-        raise GravlensError(f"{path} is not valid TOML: {error}.", "A TOML file is needed.", remedy) from error
     if missing := [key for key in ("witness", "anchor") if not isinstance(table.get(key), str) or not table[key]]:
         raise GravlensError(f"{path} names no {' and no '.join(missing)}.", "Both are needed, as text.", remedy)
     if unknown := sorted(set(table) - KEYS):  # a mistyped `held_ou` would otherwise be ignored
@@ -499,7 +494,8 @@ def _read(path: Path) -> dict[str, Any]:
     entries = runs | {key: _file_of(path, key, table[key]) for key in PROMPT_KEYS if key in table}
     wrong = [key for key, entry in entries.items() if not _is_text_or_texts(entry)]
     if wrong := wrong + ["tokenizer"] * (not isinstance(table.get("tokenizer", ""), str)):
-        raise GravlensError(f"{path}: {', '.join(wrong)} is not text.", "A text or a list of texts is needed.", remedy)
+        given = f"{path}: {', '.join(wrong)} is empty or not text."
+        raise GravlensError(given, "A text or a list of texts is needed.", remedy)
     return table
 
 
@@ -524,7 +520,8 @@ def _file_of(path: Path, key: str, entry: Any) -> Any:
 
 
 def _is_text_or_texts(entry: Any) -> bool:
-    return isinstance(entry, str) or (isinstance(entry, list) and all(isinstance(item, str) for item in entry))
+    texts = entry if isinstance(entry, list) else [entry]
+    return bool(texts) and all(isinstance(item, str) and item for item in texts)
 
 
 def _run_seen_from(here: Path, run: Any) -> dict[str, Any]:

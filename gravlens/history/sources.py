@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.history.hub import (
     BARE,
     PREFIX,
@@ -81,7 +81,7 @@ class Folder:
         """The adapter's or the model's configuration, or None where it is unreadable."""
         try:
             config = json.loads((self.path / (ADAPTER_CONFIG if self.is_adapter else CONFIG)).read_text("utf-8"))
-        except (OSError, ValueError):
+        except Exception:
             return None  # loading raises later, with transformers' reason
         return config if isinstance(config, dict) else None
 
@@ -245,8 +245,8 @@ def _named_base(folder: Path) -> str:
     """Return `base_model_name_or_path` of an adapter, or ""."""
     try:
         named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise _no_base(folder, f"has a corrupt {ADAPTER_CONFIG} ({error})", "PEFT's configuration") from error
+    except Exception as error:
+        raise _no_base(folder, f"has a corrupt {ADAPTER_CONFIG} ({said(error)})", "PEFT's configuration") from error
     return named if isinstance(named, str) else ""
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, read_object, reading
 from gravlens.core.files import damaged
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,14 +65,11 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        plain = bool(names) and all(Path(name).name == name for name in names)  # a path could lead out of the folder
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(index, error) from error
-    if not plain:
-        raise damaged(index, ValueError("its shards are not file names in that folder"))
-    return names
+    with reading(index, "Its weight_map names the file of each tensor.", "copy or save it again."):
+        names = sorted(set(read_object(index)["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):  # a path could lead out of the folder
+            raise ValueError("its shards are not file names in that folder")
+        return names
 
 
 def _adapter_file(folder: Path) -> list[Path]:
@@ -164,13 +161,15 @@ def read_headers(folder: Path) -> Weights:
     files, found = weight_paths(folder), dict[str, Entry]()
     stamps = tuple(stamp(path) for path in files)  # before opening: a file written in between is noticed
     for path in files:
+        with reading(path, "A safetensors file is needed.", "check its permissions."):
+            path.open("rb").close()  # safe_open takes any failure for a missing file
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     part = file.get_slice(name)
                     kind: str = part.get_dtype()  # pyright: ignore[reportAssignmentType]
                     found[name] = Entry(path, STORED_AS.get(kind, kind), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # a shape or dtype that is none raises what it likes
             raise damaged(path, error) from error
     return Weights(tuple(files), stamps, dict(sorted(found.items())))
 
@@ -226,9 +225,6 @@ def trained_steps(folder: Path) -> int | None:
     path = folder / STATE
     if not path.is_file():
         return None
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        given = f"{path} has no global_step ({type(error).__name__}: {error})."
-        remedy = "wait until it is complete, or remove that file: then the folder's name gives the step."
-        raise GravlensError(given, "Trainer writes there how many steps a checkpoint has.", remedy) from error
+    remedy = "wait until it is complete, or remove that file: then the folder's name gives the step."
+    with reading(f"global_step of {path}", "Trainer writes there how many steps a checkpoint has.", remedy):
+        return int(str(json.loads(path.read_bytes())["global_step"]))  # 5.7 and true are no steps

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
-from gravlens.core.errors import GravlensError, wrong_kind
+from gravlens.core.errors import GravlensError, at_home, wrong_kind
 from gravlens.directions.direction import Direction, one_direction
 from gravlens.history.encoding import pad
 from gravlens.interventions.edits import Ablate
@@ -33,7 +33,7 @@ def orthogonalize(source: Openable, direction: Direction, *, out: Path | str) ->
         source: as for `orthogonalized`, like `direction`; it is not changed.
         out: a new folder; where anything fails, it is not written.
     """
-    out = Path(out)
+    out = at_home(out)
     if out.exists():  # before the work: `save_folder` would replace it
         raise GravlensError(f"{out} already exists.", "Nothing is overwritten.", "another name, or remove it.")
     return save_folder(orthogonalized(source, direction), out)

@@ -1,12 +1,13 @@
 """Open a folder, a hub id or a model in memory as an `OpenModel`: load weights, merge adapters, load tokenizers."""
 
 import copy
-import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from gravlens.core.errors import GravlensError, said
+from gravlens.core.errors import GravlensError, read_object, reading, said
 from gravlens.core.files import damaged, replaced, writing
 from gravlens.core.limits import patterns_exceed
 from gravlens.history.encoding import with_template_kwargs
@@ -39,6 +40,8 @@ from gravlens.models.placement import DeviceMap, as_device, check_map, no_offloa
 from gravlens.models.precision import as_dtype, quantisation
 
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # may hold a chat template beside the tokenizer's
+TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # a folder with one has a tokenizer
+MOST_LAYERS, MOST_WIDTH = 2**14, 2**20
 ADAPTER = "gravlens"  # PEFT's name of the adapter while it is merged
 WHOLE = r"modules_to_save|original_module|(token_adapter\.)?base_layer"  # PEFT's names for a whole matrix
 # Tensors that some files hold and no state depends on: masks and constants that are computed today, a value head, heads
@@ -115,6 +118,7 @@ def load_huggingface(
     try:
         with quiet():
             config = read_config(folder.path)
+            shape_of(config)
             loaded: Any = auto_class(config).from_pretrained(
                 folder.path,
                 config=config,
@@ -130,8 +134,8 @@ def load_huggingface(
         raise damaged(source, error) from error
     except torch.OutOfMemoryError as error:
         raise no_room(source, error) from error
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise not_opened(source, error) from error
+    except Exception as error:  # whatever a configuration leads transformers to
+        raise not_opened(folder.path, error) from error
     model, report = loaded
     if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
         raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) do not fit on a device")
@@ -146,6 +150,16 @@ def load_huggingface(
         if hasattr(part, "support_avx512bf16_for_cpu"):
             part.support_avx512bf16_for_cpu = False
     return model.eval()  # no dropout
+
+
+def shape_of(config: Any) -> tuple[int, int]:
+    """Return n_layers and d_model of a configuration; raise ValueError for numbers that no model has."""
+    text = config.get_text_config()
+    n_layers, d_model = index(text.num_hidden_layers), index(text.hidden_size)
+    # a thousand million blocks would take all time and memory before a weight is read
+    if not (0 < n_layers <= MOST_LAYERS and 0 < d_model <= MOST_WIDTH):
+        raise ValueError(f"config.json speaks of {n_layers} layers of width {d_model}")
+    return n_layers, d_model
 
 
 def auto_class(config: Any) -> Any:
@@ -186,7 +200,7 @@ def add_adapter(module: Any, folder: Folder) -> Any:
             whole = adapted if lost or quantisation(module) else adapted.merge_and_unload(safe_merge=True)
     except GravlensError:
         raise
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a configuration leads PEFT to
         raise _does_not_fit(folder, said(error)) from error
     if lost:
         adapted.unload()
@@ -271,21 +285,28 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
     folder = as_folder(source, weights=False)
     for place in folder.places:
         check_files(place)
-        with quiet(), suppress(OSError, ValueError, KeyError):
-            found: Any = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-            if not getattr(found, "chat_template", None):
-                found.chat_template = processor_template(place)
-            setattr(found, ENDS, stored_ends(folder.path))
-            return found
+        try:
+            with quiet():
+                found: Any = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except Exception as error:  # whatever its files lead transformers to
+            if any(next(place.glob(pattern), None) for pattern in TOKENIZER_FILES):
+                raise not_opened(place, error, "tokenizer.json and tokenizer_config.json") from error
+            continue  # an adapter's folder without one, or a model's
+        if not getattr(found, "chat_template", None):
+            found.chat_template = processor_template(place)
+        if not found.chat_template and os.path.lexists(template := place / "chat_template.jinja"):
+            given = f"{template} is empty, or no file."
+            raise GravlensError(given, "Without it prompts would be read plain.", "copy it again, or remove it.")
+        setattr(found, ENDS, stored_ends(folder.path))
+        return found
     return None
 
 
 def processor_template(folder: Path) -> str | dict[str, str] | None:
     """Return the chat template that an image-text model's processor has, where the tokenizer has none."""
     for name in PROCESSOR_FILES:
-        with suppress(OSError, ValueError, AttributeError):  # absent, or not JSON
-            if found := json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template"):
-                return found
+        if (folder / name).is_file() and (found := read_object(folder / name).get("chat_template")):
+            return found
     return None
 
 
@@ -304,8 +325,9 @@ def text_tokenizer(given: Any) -> Any:
 def stored_ends(folder: Path) -> tuple[int, ...]:
     """Return `eos_token_id` of a folder's generation configuration or, as transformers does, of its config.json."""
     for name in ("generation_config.json", "config.json"):
-        with suppress(OSError, ValueError):
-            return listed(json.loads((folder / name).read_text("utf-8")))
+        if (path := folder / name).is_file():
+            with reading(path, "eos_token_id is a token id, or a list of them.", "save the checkpoint again."):
+                return tuple(map(index, listed(read_object(path))))
     return ()
 
 
@@ -340,12 +362,18 @@ def own_tokenizer(resolved: Resolved) -> Any | None:
     return next((found for folder in folders if (found := load_tokenizer(folder))), None)
 
 
-def not_opened(source: Path | str, error: Exception) -> GravlensError:
+def not_opened(folder: Path, error: Exception, files: str = "config.json and *.safetensors") -> GravlensError:
     """Return the error for a folder that transformers cannot open."""
-    given = f"{source} could not be opened ({said(error)})."
+    broken = ""
+    for path in sorted(folder.glob("*.json")):  # transformers seldom names the file
+        with suppress(GravlensError):
+            read_object(path)
+            continue
+        broken += f"; {path.name} is no JSON object"
+    given = f"{folder} could not be opened ({said(error)}{broken})."
     wanted = "A folder written by save_pretrained or a reachable hub id is needed; a checkpoint's own code is not run."
     package = ", and install the missing package" if isinstance(error, ImportError) else ""
-    return GravlensError(given, wanted, f"check the path and that it has config.json and *.safetensors{package}.")
+    return GravlensError(given, wanted, f"check the path and its {files}{package}.")
 
 
 def adopt(checkpoint: Checkpoint, module: Any, tokenizer: Any | None, weights: Mapping[str, Tensor]) -> OpenModel:

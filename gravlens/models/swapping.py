@@ -26,6 +26,7 @@ from gravlens.models.opening import (
     not_opened,
     open_model,
     quiet,
+    shape_of,
     weights_of,
 )
 from gravlens.models.placement import Placement
@@ -155,12 +156,11 @@ def _shape(checkpoint: Resolved, known: dict[Path, tuple[int, int]]) -> tuple[in
         # Each architecture has its own names for these (GPT-2: n_layer, n_embd), which only transformers knows.
         try:
             with quiet():
-                config = read_config(folder).get_text_config()
+                known[folder] = shape_of(read_config(folder))
         except GravlensError:
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a configuration leads transformers to
             raise not_opened(folder, error) from error
-        known[folder] = config.num_hidden_layers, config.hidden_size
     return known[folder]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 from platformdirs import user_cache_path
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 from gravlens.core.files import write_atomically
 from gravlens.organisms.gguf import gguf_to_folder, is_converted
 
@@ -78,7 +78,7 @@ class PromptFiles:
 def cache_folder() -> Path:
     """Return the folder of downloads and histories: GRAVLENS_CACHE, else the platform's (XDG_CACHE_HOME on Linux)."""
     named = os.environ.get("GRAVLENS_CACHE")
-    return Path(os.path.expanduser(named)) if named else user_cache_path("gravlens", appauthor=False)
+    return at_home(named) if named else user_cache_path("gravlens", appauthor=False)
 
 
 def fetch_smollm2(cache: Path | None = None) -> Path:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from gravlens.core.errors import GravlensError
-from gravlens.core.files import read_json
+from gravlens.core.errors import GravlensError, at_home, read_object
 from gravlens.core.progress import silent
 from gravlens.models.opening import quiet
 
@@ -34,7 +33,7 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     Raises:
         GravlensError: the file is not a complete GGUF file that transformers can read; the folder holds anything else.
     """
-    gguf, folder = Path(os.path.expanduser(gguf)), Path(os.path.expanduser(folder))
+    gguf, folder = at_home(gguf), at_home(folder)
     mark = {"sha256": _digest(gguf), "layout": LAYOUT}
     if _read_mark(folder) == mark:
         return folder
@@ -72,7 +71,7 @@ def _digest(gguf: Path) -> str:
 
 def _read_mark(folder: Path) -> dict[str, Any] | None:
     mark = folder / MARK
-    return read_json(mark) if mark.is_file() else None
+    return read_object(mark) if mark.is_file() else None
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from gravlens import __version__
 from gravlens.behavior.answers import generate_answers
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 from gravlens.history.hub import located
 from gravlens.history.prompt_formats import Row, read_rows
 from gravlens.history.prompts import ENCODING, Example, PromptSet
@@ -78,8 +78,7 @@ class Pretrained:
     @property
     def key(self) -> str:
         """Digest of the configuration, the files' contents, the versions and the threads."""
-        given = (self.harmful, self.harmless, self.harmful_train)
-        files = [Path(os.path.expanduser(file)) for file in given if file is not None]
+        files = [at_home(f) for f in (self.harmful, self.harmless, self.harmful_train) if f is not None]
         for file in files:
             read_rows(file, "prompt")  # raises the error that explains an invalid file, before anything is made
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
@@ -244,7 +243,7 @@ def pretrained_organism(
         remedy = "gravlens fetch prompts, or --harmful and --harmless."
         raise GravlensError("No prompts were given.", "Both sets are needed.", remedy)
     if str(source).endswith(".gguf"):
-        source = gguf_to_folder(Path(source), cache_folder() / Path(source).stem)
+        source = gguf_to_folder(at_home(source), cache_folder() / Path(source).stem)
     extra: dict[str, Any] = {"threads": threads} if threads else {}
     if model:
         extra["layers_in_mean"] = inner_layers(source)

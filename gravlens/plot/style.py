@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 from gravlens.core.files import write_atomically
 
 # Okabe and Ito's palette ("Color Universal Design", 2008), which colour-blind readers can tell apart.
@@ -84,7 +84,7 @@ def save_figure(drawn: Axes | Figure, path: Path | str, *, formats: Sequence[str
         path: with a suffix (`"alignment.svg"`) one file, without one a file for each of `formats`.
         formats: among `pdf`, `png`, `svg`; GravlensError for another.
     """
-    path = Path(path)
+    path = at_home(path)
     if path.suffix[1:] in NO_DATE:
         path, formats = path.with_suffix(""), (path.suffix[1:],)
     if unknown := [name for name in formats if name not in NO_DATE]:

@@ -1,7 +1,6 @@
 """Render a results folder as one self-contained HTML page; nothing is estimated and no model is opened."""
 
 import base64
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home, read_object, reading
 from gravlens.core.files import write_atomically
 from gravlens.reporting.paper import (
     ARMS,
@@ -116,35 +115,31 @@ def write_report(folder: Path) -> Path:
     Raises:
         GravlensError: results.json is missing, or a file cannot be read.
     """
-    folder = Path(folder)
+    folder = at_home(folder)
     results = read_results(folder)
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        setting=results.get("setting", "results"),
-        # the first is about all histories together; the others have a table
-        claims=[_claim(claim, results.get("interval") or []) for claim in (results.get("claims") or [])[:1]],
-        facts=_facts(results),
-        anchors=_anchors(results),
-        main=_paper(results),
-        figures=list(_figures(folder / "figures")),
-        tables=[*_tables(results), *_files(folder)],
-    )
+    remedy = f"gravlens reproduce --out {folder}, which writes it again."
+    with reading(folder / "results.json", "The entries of this version of gravlens reproduce are needed.", remedy):
+        page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+            setting=results.get("setting", "results"),
+            # the first is about all histories together; the others have a table
+            claims=[_claim(claim, results.get("interval") or []) for claim in (results.get("claims") or [])[:1]],
+            facts=_facts(results),
+            anchors=_anchors(results),
+            main=_paper(results),
+            figures=list(_figures(folder / "figures")),
+            tables=[*_tables(results), *_files(folder)],
+        )
     return write_atomically(folder / "report.html", html.encode())
 
 
 def read_results(folder: Path) -> dict[str, Any]:
     """Read `results.json`; GravlensError if it is missing or invalid."""
-    path = Path(folder) / "results.json"
+    path = at_home(folder) / "results.json"
     remedy = f"gravlens reproduce --out {folder}, which writes it."
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise GravlensError(f"{path} does not exist.", "A report is made of a results folder.", remedy) from error
-    except ValueError as error:
-        raise GravlensError(f"{path} is not valid JSON ({error}).", "A whole file is needed.", remedy) from error
-    if not isinstance(results, dict):
-        raise GravlensError(f"{path} holds a {type(results).__name__}.", "A JSON object is needed.", remedy)
-    return results
+    if not path.exists():
+        raise GravlensError(f"{path} does not exist.", "A report is made of a results folder.", remedy)
+    return read_object(path, remedy)
 
 
 def _cell(value: Any) -> Cell:
@@ -358,13 +353,10 @@ def _files(folder: Path) -> Iterator[Table]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame | None:
-    try:
-        return pd.read_csv(path)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError as error:  # of pandas' parser, and of the decoder
-        remedy = "gravlens reproduce, which writes it again, or remove the file."
-        raise GravlensError(f"{path} is not a valid CSV table ({error}).", "A whole one is needed.", remedy) from error
+    with reading(path, "A whole CSV table is needed.", "gravlens reproduce, which writes it, or remove the file."):
+        return pd.read_csv(path)
 
 
 def _figures(folder: Path) -> Iterable[dict[str, str]]:

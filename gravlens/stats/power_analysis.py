@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from scipy import stats
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home, reading
 from gravlens.stats.permutation import ALL_SIGNS_UP_TO, least_p_value, rank_test, sign_flip_test
 
 LEVELS = (2, 3, 4, 5)
@@ -80,16 +80,18 @@ class Effects:
         What the pilot did not measure, or only once where a spread is needed, keeps its default; `source` says what
         was measured. GravlensError where the folder has no arms.csv.
         """
-        folder = Path(results) if Path(results).is_dir() else Path(results).parent
+        results = at_home(results)
+        folder = results if results.is_dir() else results.parent
         if not (folder / "arms.csv").is_file():
             given = f"{results} has no arms.csv beside it."
             raise GravlensError(given, "A pilot is a results folder.", "gravlens reproduce --quick --out pilot.")
-        tables = {
-            name: pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").is_file() else None
-            for name in ("controls", "nulls_layer_mean", "behavior")
-        }
-        measured = _measured(pd.read_csv(folder / "arms.csv"), **tables)
-        found = {name: float(value) for name, value in measured if name and np.isfinite(value)}
+        with reading(folder, "A pilot's tables are a results folder's.", "gravlens reproduce, which writes them."):
+            tables = {
+                name: pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").is_file() else None
+                for name in ("controls", "nulls_layer_mean", "behavior")
+            }
+            measured = _measured(pd.read_csv(folder / "arms.csv"), **tables)
+            found = {name: float(value) for name, value in measured if name and np.isfinite(value)}
         return cls(**found, source=f"{folder.name}: {', '.join(found) or 'nothing'}; all else: {SOURCE}")
 
 

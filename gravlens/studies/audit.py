@@ -16,7 +16,7 @@ from scipy import stats
 
 from gravlens import __version__
 from gravlens.claims.preregistration import Preregistration
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 from gravlens.core.files import write_atomically, write_json, write_table
 from gravlens.history.sequence import ModelSequence
 from gravlens.organisms.base import UNBLOCKED, Organism
@@ -71,7 +71,7 @@ def audit(
     Raises:
         GravlensError: a history without runs, probes or held-out prompts, or a control of another shape.
     """
-    organisms, seconds, out = _organisms(histories), dict[str, float](), Path(out)
+    organisms, seconds, out = _organisms(histories), dict[str, float](), at_home(out)
     fixed = Preregistration.from_toml(preregistration) if isinstance(preregistration, Path | str) else preregistration
     with _timed(seconds, "make and measure"):
         studies = carry_out(organisms, cache or cache_folder(), workers=workers)

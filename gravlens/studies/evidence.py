@@ -12,7 +12,7 @@ from gravlens.activations.residuals import Residuals, substitute
 from gravlens.claims.claim import claim
 from gravlens.claims.evidence import Evidence
 from gravlens.claims.preregistration import Preregistration
-from gravlens.core.files import read_json
+from gravlens.core.errors import read_object
 from gravlens.directions.direction import TOP, Directions, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
 from gravlens.directions.trajectory import (
@@ -405,7 +405,7 @@ def _final_closures(study: Study, closed: ByLayer | None) -> pd.DataFrame:
 
 
 def _behavior(study: Study) -> pd.DataFrame:
-    history = read_json(study.home / "measured" / "behavior.json")
+    history = read_object(study.home / "measured" / "behavior.json")
     rows: list[dict[str, Any]] = [
         {"arm": "history", "run": name, "step": 0, **numbers(m)} for name, m in history.items()
     ]

@@ -19,7 +19,8 @@ from gravlens.behavior.divergence import kl_from
 from gravlens.behavior.scores import refusal_log_odds, task_loss, two_sided_log_odds
 from gravlens.blockers.blocking import Blocker
 from gravlens.claims.preregistration import ALPHA, Preregistration
-from gravlens.core.files import is_whole, once, read_json, write_json, write_table, write_tensors
+from gravlens.core.errors import read_object
+from gravlens.core.files import is_whole, once, write_json, write_table, write_tensors
 from gravlens.core.parallel import processes
 from gravlens.directions.direction import Directions, Span, Spans, each
 from gravlens.directions.trajectory import ByLayer
@@ -328,7 +329,7 @@ def measure_divergence(
         study: prompts and answers.
     """
     # Along the reference's own answers: has the witness come back, or has a new style?
-    sets, told = _divergence_prompts(study), read_json(study.home / "measured" / "answers.json")
+    sets, told = _divergence_prompts(study), read_object(study.home / "measured" / "answers.json")
     wanted = {
         "anchor": {"kl_anchor_harmless": "harmless", "kl_anchor": "held_out"},
         "witness": {"kl_witness": "held_out"},

@@ -14,8 +14,8 @@ from gravlens.behavior.scores import task_loss
 from gravlens.blockers.blocking import Blocker
 from gravlens.blockers.penalty import Penalty
 from gravlens.blockers.projection import UpdateProjection
-from gravlens.core.errors import GravlensError
-from gravlens.core.files import read_json, write_json, write_table
+from gravlens.core.errors import GravlensError, read_object
+from gravlens.core.files import write_json, write_table
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.history.prompts import ENCODING, Example, PromptSet
@@ -184,7 +184,7 @@ def _trained(
     mark, key = folder / "run.json", hashlib.sha256(repr((ENCODING, made_of)).encode()).hexdigest()
     saved = [Checkpoint(f"{folder.name}/{step}", folder / f"checkpoint-{step}", step) for step in training.saved]
     if mark.exists():
-        if read_json(mark)["description"] == key:
+        if read_object(mark)["description"] == key:
             return tuple(saved)
         given = f"{folder} holds another run."
         raise GravlensError(given, "Results are never overwritten.", "another --out, or remove that folder.")
@@ -223,7 +223,7 @@ def _tabulated(
                 "alignment": found.alignment,
                 "fraction": found.fraction,
                 "fraction_probes": means[name, last.step, "given"].fraction,
-                "seconds_per_step": read_json(folder.parent / "run.json")["seconds_per_step"],
+                "seconds_per_step": read_object(folder.parent / "run.json")["seconds_per_step"],
                 "folder": str(folder),
             }
         )

@@ -11,7 +11,8 @@ import pandas as pd
 
 from gravlens.activations.residuals import Residuals, from_start
 from gravlens.claims.preregistration import Preregistration
-from gravlens.core.files import read_json, read_tensors
+from gravlens.core.errors import read_object
+from gravlens.core.files import read_tensors
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import Trajectory, follow
 from gravlens.directions.vrev import locate_vrev
@@ -92,7 +93,7 @@ class Study:
 
     def facts(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Return the content of a run's run.json."""
-        return read_json(self.run_folder(arm, seed) / "run.json")
+        return read_object(self.run_folder(arm, seed) / "run.json")
 
     def log(self, arm: Arm, seed: int) -> pd.DataFrame:
         """Return a run's training log; a recorded run has none, and so no rows."""

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gravlens.blockers.blocking import Blocker, block
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, at_home
 from gravlens.core.progress import progress
 from gravlens.history.encoding import encode_example
 from gravlens.history.prompts import Example
@@ -80,7 +80,7 @@ def finetune(
     rows: Any = _in_order(model, examples, recipe, seed)  # a list: Trainer needs a length and items of its data set
     blockers = [] if blocker is None else list(blocker) if isinstance(blocker, Sequence) else [blocker]
     bar_of = progress("fine-tuning", total=recipe.steps, unit="step")
-    saver = _Saver(model, Path(out), recipe.saved_steps(save_steps))
+    saver = _Saver(model, at_home(out), recipe.saved_steps(save_steps))
     description = {
         **{"recipe": asdict(recipe), "save_steps": saver.steps, "seed": seed},
         **{"data": digest(repr(rows)), "start": digest(model.module), "blocker": digest(blockers)},

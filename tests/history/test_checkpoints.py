@@ -217,7 +217,7 @@ def test_bad_toml_is_named(here: Path, text: str, named: str) -> None:
         ('witness = "base"\nanchor = "nowhere"', "nowhere"),
         (PAIR + 'probes = "nowhere.txt"', "nowhere.txt"),
         (PAIR + 'tokenizer = "nowhere"', "nowhere"),
-        (PAIR + "probes = []", "prompt set"),
+        (PAIR + "probes = []", "probes"),
         (PAIR + '[runs]\nseed0 = "nothing-*"', "nothing-*"),
         (PAIR + 'chat_template = "mine"', "mine"),
     ],

@@ -213,7 +213,7 @@ def test_a_tokenizer_that_cannot_hold_several_turns_is_refused() -> None:
     base = chat_tokenizer()
     for template, says in (
         ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves out the assistant turn"),
-        ("{% if messages[1] %}{{ raise_exception('One turn.') }}{% endif %}", "One turn."),
+        ("{% if messages[1] %}{{ raise_exception('One turn.') }}{% endif %}", "One turn"),
     ):
         base.chat_template = template
         with refused(says):

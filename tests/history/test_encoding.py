@@ -10,6 +10,7 @@ import chats
 import pytest
 import tiny
 from histories import refused
+from tokenizers import normalizers
 
 from gravlens.behavior.answers import as_answer
 from gravlens.core.errors import GravlensError
@@ -198,12 +199,90 @@ def test_a_template_of_parts_gets_parts() -> None:
         ("{% for m in messages %}<|{{ m.role }}|>{% endfor %}<|assistant|>", ["hello"], "the user turn"),
         ("{{ messages[0].content[:16] }}", ["a long enough one", "another long one"], "'a long enough one'"),
         ("{% if messages|length > 5 %}{% endif %}{{ raise_exception('Roles!') }}", ["hello"], "Roles!"),
-        ("gravlens-user-0{{ 'a' if messages[0].content else '' }}", ["a", "e"], "'e'"),
+        ("gravlens-user\\0{{ 'a' if messages[0].content else '' }}", ["a", "e"], "'e'"),
     ],
 )
 def test_prompts_that_a_template_loses_are_refused(template: str, prompts: list[str], told: str) -> None:
     with refused("chat template", told):
         encode(chats.byte_level(template), prompts)
+
+
+TURN = "{% for m in messages %}<|{{ m.role }}|>{{ CONTENT }}{% endfor %}<|assistant|>"
+NAMES = ["user", "assistant user", "How do I ring a bell?"]  # texts that stand in the template too
+ALTERED = {
+    "cut": "m.content[:12]",
+    "capitals": "m.content | upper",
+    "a word less": "m.content.replace('bell', '')",
+    "a word less that the frame has": "m.content.replace('user', '')",
+    "another order": "m.content.split() | reverse | join(' ')",
+    "its length": "m.content | length",
+    "as Python writes it": "[m.content]",
+    "parts as Python writes them": "m.content[:1]",
+    "escaped": "m.content | replace('?', '&#63;')",
+    "the first turn of several": "messages[0].content if loop.first else ''",
+}
+KEPT = ["m.content", "m.content | trim", "' ' + m.content.strip() + '\\n'", "m.content.split() | join(' ')"]
+
+
+@pytest.mark.parametrize("content", ALTERED.values(), ids=ALTERED)
+def test_a_template_that_alters_the_text_of_any_prompt_is_refused(content: str) -> None:
+    tokenizer = chats.byte_level(TURN.replace("CONTENT", content))
+    prompts = PromptSet(("bell?", *NAMES), earlier=((), (), (), (("user", "How do I?"), ("assistant", "So."))))
+    with refused("chat template"):
+        encode(tokenizer, prompts)
+
+
+@pytest.mark.parametrize("content", KEPT)
+def test_a_template_that_trims_or_joins_white_space_is_none_of_those(content: str) -> None:
+    tokenizer = chats.byte_level(TURN.replace("CONTENT", content))
+    prompts = [*NAMES, "  two  spaces ", "user", "a\\b", "x" * 2000, "gravlens-user", "'quoted'", "\x00"]
+    ids = encode(tokenizer, prompts)
+    assert len({*map(tuple, ids)}) == len({*prompts})
+    for text, own in zip(prompts, ids, strict=True):
+        assert text.split()[0] in tokenizer.decode(own)
+
+
+def test_a_thought_of_an_earlier_answer_may_be_left_out() -> None:
+    earlier = (("user", "hello"), ("assistant", "<think>\nhm\n</think>\n\nSorry"))
+    tokenizer = chats.byte_level(chats.QWEN3)
+    (ids,) = encode(tokenizer, PromptSet(("user",), earlier=(earlier,)))
+    assert "hm" not in tokenizer.decode(ids) and "Sorry" in tokenizer.decode(ids)
+
+
+def mapped(change: Any, **tokens: str) -> Any:
+    """Words between spaces, changed first; words that are not known are <pad>."""
+    tokenizer = chats.word_level(chats.GEMMA)
+    tokenizer.backend_tokenizer.normalizer = change
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [chats.GEMMA, None])
+@pytest.mark.parametrize(
+    ("change", "prompts", "told"),
+    [
+        (None, ["hello there", "hello you"], "'hello you' and 'hello there' are the same tokens"),
+        (normalizers.Replace("Sorry", "Sure"), ["hello Sure", "hello Sorry"], "the same tokens"),
+        (normalizers.Lowercase(), ["user HELLO", "user hello"], "the same tokens"),
+        (None, ["hello", "quite unknown"], "'quite unknown' consists of unknown words"),
+        (None, ["quite unknown"], "unknown words"),
+    ],
+)
+def test_a_vocabulary_that_cannot_tell_prompts_apart_is_refused(
+    change: Any, prompts: list[str], told: str, template: str | None
+) -> None:
+    tokenizer = mapped(change, unk_token="<pad>")
+    tokenizer.chat_template = template
+    with refused("this tokenizer", told):
+        encode(tokenizer, prompts)
+    same = [prompts[0], prompts[0]] if len(prompts) > 1 else ["hello", "hello"]
+    assert len({*map(tuple, encode(tokenizer, same))}) == 1  # twice one prompt is no fault of the vocabulary
+
+
+def test_whatever_a_tokenizer_raises_is_said_with_the_text() -> None:
+    with refused("cannot encode", "ud800"):
+        encode(chats.byte_level(None), ["\ud800"])
 
 
 def test_chat_markup_in_a_prompt_is_named_once() -> None:

@@ -200,7 +200,7 @@ def test_a_system_prompt_stays_with_its_prompts_and_is_part_of_their_digest() ->
     [
         (
             "{% if messages[0].role == 'system' %}{{ raise_exception('No system.') }}{% endif %}{{ messages[-1].content }}",  # noqa: E501
-            "No system.",
+            "No system",
         ),
         ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves out the system"),
         ("{{ messages[0].content }}", "leaves out the user"),

@@ -374,7 +374,7 @@ def test_it_suits_the_dark_paper_and_a_phone(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "does not exist"), ("{broken", "is not valid JSON"), ("", "is not valid JSON"), ("[1]", "holds a list")],
+    [(None, "does not exist"), ("{broken", "cannot be read"), ("", "cannot be read"), ("[1]", "holds a list")],
 )
 def test_a_missing_or_broken_results_file_is_named_with_the_remedy(
     folder: Path, content: str | None, says: str
@@ -389,7 +389,7 @@ def test_a_missing_or_broken_results_file_is_named_with_the_remedy(
 
 def test_a_broken_csv_is_named(folder: Path) -> None:
     (folder / "nulls.csv").write_text('null,run\n"a,b\n')
-    with pytest.raises(GravlensError, match=r"nulls\.csv is not a valid CSV table"):
+    with pytest.raises(GravlensError, match=r"nulls\.csv cannot be read"):
         write_report(folder)
 
 
