@@ -6,15 +6,17 @@ Prints the table as Markdown and each fault on stderr, and ends with 1 where the
 """
 
 import argparse
-import csv
 import os
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pandas as pd
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # before torch is imported
 TESTS = Path(__file__).resolve().parent
@@ -45,9 +47,7 @@ def crashes(home: Path, *, at_most: int, kills: int) -> Iterator[Row]:
 def broken_inputs(at_most: int) -> Iterator[Row]:
     """Hostile checkpoints, prompts, histories and commands."""
     sys.path.append(str(TESTS / "project"))
-    import test_broken_inputs as inputs
-
-    every = inputs.CASES
+    every = import_module("test_broken_inputs").CASES
     for one in every[:: max(1, len(every) // at_most)]:
         outcome, told = one.examined()
         named = {"right": "right result", "hang": "traceback"}.get(outcome, outcome)
@@ -57,10 +57,10 @@ def broken_inputs(at_most: int) -> Iterator[Row]:
 def trees_around_stores(examples: int) -> Iterator[Row]:
     """Stores among random trees of other files, pruned, listed and verified."""
     sys.path.append(str(TESTS / "activations"))
-    import test_store_folders as folders
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
+    folders: Any = import_module("test_store_folders")
     inner, found = folders.test_only_what_a_store_wrote_is_removed.hypothesis.inner_test, []
     scratch = SimpleNamespace(mktemp=lambda name: Path(tempfile.mkdtemp(prefix=name)))
 
@@ -115,10 +115,7 @@ def main() -> None:
     rows += broken_inputs(100 if quick else 10**6)
     rows += trees_around_stores(20 if quick else 300)
     table = counted(rows)
-    with given.out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    pd.DataFrame(table).to_csv(given.out, index=False)
     print(markdown(table))
     faults = [one for one in rows if one["outcome"] in OUTCOMES[2:]]
     for one in faults:
