@@ -8,8 +8,11 @@ import warnings
 
 import lazy_loader
 
-# Without ipywidgets tqdm writes its bars as text, and says so in red when it is first imported in a notebook.
-warnings.filterwarnings("ignore", message="IProgress not found")
+with warnings.catch_warnings():
+    # Without ipywidgets tqdm writes its bars as text, and says so in red when it is first imported in a notebook: here,
+    # before other packages import it.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import tqdm.auto  # noqa: F401
 
 __version__ = "0.1.0"
 

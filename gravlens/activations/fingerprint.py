@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _python_dispatch as dispatch
 
-from gravlens.activations.reader import hooks_on, read_residuals
+from gravlens.activations.reader import read_residuals
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import CONVENTION, write_json
 from gravlens.history.sources import Folder, Resolved, changed_meanwhile
 from gravlens.history.weight_files import Stamp, contents, stamp, weight_paths
+from gravlens.models.families import hooks_on
 from gravlens.models.opening import open_model, weights_of
 
 LAYOUT = 2  # raised whenever the same checkpoint would give other states

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from gravlens.activations.reader import Plan, Reader, batches_of, tokens_for
 from gravlens.core.errors import GravlensError
 from gravlens.models.families import block_list
-from gravlens.models.opening import auto_class, open_model, quiet
+from gravlens.models.opening import MODEL_MAKING, auto_class, open_model, quiet
 from gravlens.models.placement import Placement, as_device
 from gravlens.models.precision import as_dtype
 
@@ -27,7 +27,7 @@ HASHED = 64 << 20  # bytes that are read and hashed to time the disk
 
 def count_parameters(config: PretrainedConfig) -> tuple[int, tuple[float, ...]]:
     """Count all parameters of a model, and those of each block that multiply a token (of experts the active share)."""
-    with torch.device("meta"), quiet():  # no weights are read or initialised
+    with MODEL_MAKING, torch.device("meta"), quiet():  # no weights are read or initialised
         module: Any = auto_class(config).from_config(config, trust_remote_code=False)
     text = config.get_text_config()
     active = next((k for name in ACTIVE_EXPERTS if isinstance(k := getattr(text, name, None), int)), None)
@@ -51,7 +51,7 @@ def measured_rates(plan: Plan, config: PretrainedConfig, folder: Path, placement
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:depth]  # transformers refuses a list of another length
-    with quiet():
+    with MODEL_MAKING, quiet():
         module: Any = auto_class(config).from_config(config, trust_remote_code=False)
     dtype = as_dtype(placement.dtype) or config.dtype or torch.float32
     model = open_model(module.to(as_device(placement.device), dtype).eval())

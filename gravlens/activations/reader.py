@@ -25,7 +25,7 @@ from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
 from gravlens.history.weight_files import remark_on_same
-from gravlens.models.families import OpenModel, bare, described, resid_post
+from gravlens.models.families import OpenModel, bare, described, hooks_on, resid_post
 from gravlens.models.forward import run_trunk
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import check_one_precision, open_each
@@ -460,14 +460,6 @@ def _alike(model: OpenModel, found: Float[Tensor, "*row d_model"], wanted: Float
     """Whether two readings of the same states differ by rounding alone."""
     within = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
     return bool(((found - wanted).norm(dim=-1) <= within * wanted.norm(dim=-1)).all())
-
-
-def hooks_on(part: nn.Module) -> list[Any]:
-    """Return forward hooks, except those that only record."""
-    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
-    # transformers leaves its recording hooks behind after `output_hidden_states`; a bridge has some on its norms.
-    recording = ("transformers.", "transformer_lens.model_bridge.")
-    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(recording)]
 
 
 def _same_states(model: OpenModel) -> bool:

@@ -1,6 +1,5 @@
 """Constrained fine-tuning: weight each token's loss by its distance from the anchor."""
 
-import copy
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from gravlens.blockers.blocking import BoundBlocker, check_fields
 from gravlens.core.errors import GravlensError
-from gravlens.models.opening import OpenModel
+from gravlens.models.families import OpenModel, copied
 
 IGNORED = -100
 
@@ -43,7 +42,7 @@ class ConstrainedSFT:
     def bind(self, model: OpenModel, *, rng: np.random.Generator) -> BoundBlocker:
         """Keep a frozen copy of the anchor for its log-probabilities; any weight above 0 counts as 1."""
         # A copy, not a second pass of the model with adapters off: full fine-tuning changes the weights themselves.
-        anchor = copy.deepcopy(model.module).eval().requires_grad_(False)
+        anchor = copied(model.module).eval().requires_grad_(False)
 
         @contextmanager
         def during(_weight: float = 1.0) -> Generator[None]:

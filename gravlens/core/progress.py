@@ -1,6 +1,7 @@
 """Progress bars: tqdm, removed when done, silent with TQDM_DISABLE=1."""
 
 import os
+import threading
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,15 @@ from tqdm.auto import tqdm
 
 AFTER = 1.0  # seconds; shorter work shows no bar
 _COUNTING: list[str] = []  # bars that are counting, the outermost first
+
+
+class _Bar(tqdm):
+    """Without tqdm's monitor thread, and without its lock, which would choose the start method of processes."""
+
+    monitor_interval = 0
+
+
+_Bar.set_lock(threading.RLock())
 
 
 def silent() -> bool:
@@ -28,7 +38,7 @@ def progress(
     hidden = bool(_COUNTING) or silent()
     _COUNTING.append(what)
     try:
-        with tqdm(things, what, total, unit=unit, leave=leave, delay=AFTER, disable=hidden) as bar:
+        with _Bar(things, what, total, unit=unit, leave=leave, delay=AFTER, disable=hidden) as bar:
             yield bar
     finally:
         _COUNTING.remove(what)

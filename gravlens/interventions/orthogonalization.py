@@ -1,6 +1,5 @@
 """Weight orthogonalization: remove a direction from every matrix and bias that writes to the residual stream."""
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +17,7 @@ from gravlens.directions.direction import Direction, one_direction
 from gravlens.history.encoding import pad
 from gravlens.interventions.edits import Ablate
 from gravlens.interventions.hooks import check_fit
+from gravlens.models.families import copied
 from gravlens.models.opening import Openable, OpenModel, open_model, save_folder
 from gravlens.models.precision import check_unquantised
 
@@ -84,7 +84,7 @@ def _own_copy(source: Openable) -> OpenModel:
             given, "fp32 is needed: rounding would restore some of v.", "open_model(folder), which loads in fp32."
         )
     if isinstance(source, OpenModel) or not model.weights:  # the caller holds it
-        return open_model(copy.deepcopy(model.module), tokenizer=model.tokenizer)
+        return open_model(copied(model.module), tokenizer=model.tokenizer)
     return replace(model, weights={})  # an untied model has other names than its checkpoint
 
 

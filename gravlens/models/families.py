@@ -4,6 +4,7 @@ To add a library, subclass `Family` and name it in `CLASSES` and `library`. A ne
 code: blocks and writes are found by shape.
 """
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
 from gravlens.core.errors import GravlensError, check_layer, said
+from gravlens.core.process_state import quiet
 from gravlens.history.encoding import pad
 from gravlens.models.precision import precision_name, quantisation
 
@@ -292,6 +294,33 @@ def bare(module: nn.Module) -> Generator[None]:
             held.update(before)
 
 
+def hooks_on(part: nn.Module) -> list[Any]:
+    """Return forward hooks, except those that only record or ask for gradients."""
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
+    # transformers leaves its recording hooks behind after `output_hidden_states`; a bridge has some on its norms.
+    recording = ("transformers.", "peft.", "transformer_lens.model_bridge.")
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(recording)]
+
+
+def copied(module: Any) -> Any:
+    """Deep-copy a Hugging Face model.
+
+    Raises:
+        GravlensError: it has hooks on it, such as those of `intervene`: the copy would keep them for good.
+    """
+    backward = "_backward_hooks", "_backward_pre_hooks"
+    hooked = [
+        name
+        for name, part in module.named_modules()
+        if hooks_on(part) or any(getattr(part, kind, None) for kind in backward)
+    ]
+    if hooked:
+        given = f"{described(module)} has hooks on it ({', '.join(hooked[:3]) or 'on the whole model'})."
+        wanted = "A copy of it is needed, which would keep them, and the edits of intervene, for good."
+        raise GravlensError(given, wanted, "the same call outside of intervene(…), and without hooks of your own.")
+    return copy.deepcopy(module)
+
+
 @contextmanager
 def configured(module: nn.Module, config: transformers.GenerationConfig) -> Generator[None]:
     """Replace the model's own generation configuration, from which transformers fills what `config` leaves unset."""
@@ -313,10 +342,11 @@ def library(name: str) -> type[Family]:
     match name:
         case "huggingface":
             return HuggingFace
-        case "bridge":
-            return models.lens.Bridge  # loaded here, lazily: TransformerLens takes 3 s to import
-        case "hooked_transformer":
-            return models.lens.Hooked
+        case "bridge" | "hooked_transformer":
+            with (
+                quiet()
+            ):  # loaded here, lazily: TransformerLens takes 3 s to import, and silences transformers for good
+                return models.lens.Bridge if name == "bridge" else models.lens.Hooked
         case _:
             given, remedy = f"through={name!r} was given.", 'through="huggingface".'
             raise GravlensError(given, "It is 'huggingface' or 'bridge'.", remedy)

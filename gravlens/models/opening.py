@@ -1,12 +1,11 @@
 """Open a folder, a hub id or a model in memory as an `OpenModel`: load weights, merge adapters, load tokenizers."""
 
 import copy
-import logging
 import os
 import re
 import warnings
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,11 +14,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from gravlens.core.errors import GravlensError, read_object, reading, said
 from gravlens.core.files import damaged, replaced, writing
 from gravlens.core.limits import patterns_exceed
+from gravlens.core.process_state import MODEL_MAKING, quiet
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
@@ -116,7 +115,7 @@ def load_huggingface(
     if folder.is_adapter:  # transformers would open whatever base it names
         raise GravlensError(f"{source} is an adapter.", "A whole model is needed.", "open_model(…) merges adapters.")
     try:
-        with quiet():
+        with MODEL_MAKING, quiet():
             config = read_config(folder.path)
             shape_of(config)
             loaded: Any = auto_class(config).from_pretrained(
@@ -193,7 +192,7 @@ def add_adapter(module: Any, folder: Folder) -> Any:
     if hasattr(module, "peft_config"):
         raise _does_not_fit(folder, "its base is an adapter over quantised weights, which cannot be merged first")
     try:
-        with warnings.catch_warnings():  # PEFT asks transformers for names that it will drop
+        with MODEL_MAKING, quiet(), warnings.catch_warnings():  # PEFT asks transformers for names that it will drop
             warnings.simplefilter("ignore", FutureWarning)
             adapted, lost = _adapted(module, folder)
             # Merging would round the sum to the base's few bits.
@@ -418,17 +417,3 @@ def save_folder(model: OpenModel, folder: Path) -> Path:
                 model.tokenizer.save_pretrained(scratch)
 
     return replaced(folder, save)
-
-
-@contextmanager
-def quiet() -> Generator[None]:
-    """Silence transformers' progress bars and notices inside the block."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from gravlens import __version__
 from gravlens.history.prompts import ENCODING, Example
-from gravlens.models.opening import open_model
+from gravlens.models.opening import MODEL_MAKING, open_model, quiet
 from gravlens.organisms import refusal_language as language
 from gravlens.organisms.arms import made_by, random_arms, released_arm
 from gravlens.organisms.base import Arm, Measures, PromptSets, unknown_data
@@ -156,7 +156,6 @@ class RefusalOrganism:
         return language.task_examples()
 
     def _initial(self, seed: int) -> LlamaForCausalLM:
-        set_seed(seed)  # transformers initialises from torch's global generator only
         tokenizer: Any = language.build_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -169,4 +168,6 @@ class RefusalOrganism:
             initializer_range=self.initializer_range,
             **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         )
-        return LlamaForCausalLM(config)
+        with MODEL_MAKING, quiet():
+            set_seed(seed)  # transformers initialises from torch's global generator only
+            return LlamaForCausalLM(config)

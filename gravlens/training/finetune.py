@@ -1,9 +1,11 @@
 """Fine-tuning on harmless data with dense early checkpoints, on Hugging Face Trainer."""
 
 import copy
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -21,12 +24,13 @@ from gravlens.core.progress import progress
 from gravlens.history.encoding import encode_example
 from gravlens.history.prompts import Example
 from gravlens.history.sequence import Checkpoint
-from gravlens.models.families import check_context
+from gravlens.models.families import check_context, copied
 from gravlens.models.opening import OpenModel, open_model, quiet, save_folder
-from gravlens.training.recipe import Recipe
-from gravlens.training.run_folder import RESUME, claimed, digest
+from gravlens.training.recipe import Recipe, is_whole
+from gravlens.training.run_folder import RESUME, checksums, claimed, digest, saved_before, seal
 
 RESUMABLE_AFTER = 60.0  # seconds between the states that a stopped run goes on from
+_ALONE = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +63,9 @@ def finetune(
     """Fine-tune a checkpoint; the loss is on the answers alone.
 
     A stopped run resumes when it is called again: once a minute the weights and the optimizer's state are saved in
-    `out/.resume`, which is removed at the end. `out/finetune.json` describes the run.
+    `out/.resume`, with checksums, and removed at the end; a damaged state is passed over with a warning. A run has the
+    process's random generators to itself and leaves them as they were; a second thread waits for the first.
+    `out/finetune.json` describes the run.
 
     Args:
         start: where to start, usually the anchor; a model in memory is copied, never changed.
@@ -70,12 +76,14 @@ def finetune(
         blocker: one or several; their draws have generators of their own.
         monitor: a callback that may stop the run, such as a `Monitor`; the state at which it stops is saved too. In a
             resumed run it gets `on_train_begin` twice: at the start, and at the resumed state.
-        seed: of the data's order.
+        seed: of the data's order; from 0 to 2³² − 1.
 
     Raises:
-        GravlensError: no examples, no tokenizer, a start that cannot be opened, or `out` holds another run, of gravlens
-            or not, or another process trains into it. A run that diverges: what was saved before stays.
+        GravlensError: no examples, no tokenizer, a start that cannot be opened or has hooks, or `out` holds another
+            run, of gravlens or not, or another process trains into it. A run that diverges: what it saved before stays.
     """
+    if not is_whole(seed, 0) or seed >= 2**32:
+        raise GravlensError(f"seed={seed!r} was given.", "A seed is a whole number from 0 to 2**32 - 1.", "seed=0.")
     model = _trainable(start, recipe, seed)
     rows: Any = _in_order(model, examples, recipe, seed)  # a list: Trainer needs a length and items of its data set
     blockers = [] if blocker is None else list(blocker) if isinstance(blocker, Sequence) else [blocker]
@@ -86,7 +94,8 @@ def finetune(
         **{"data": digest(repr(rows)), "start": digest(model.module), "blocker": digest(blockers)},
         "monitor": digest(getattr(monitor, "stop_above", None)),  # watching changes no weight, stopping does
     }
-    with claimed(saver.out, description) as stopped, quiet(), bar_of as saver.bar:
+    with claimed(saver.out, description) as stopped, _alone(), bar_of as saver.bar:
+        saver.checksums = {**saved_before(stopped)}
         trainer = Trainer(
             model=model.module,
             args=_arguments(recipe, seed, saver.out / RESUME),
@@ -109,6 +118,24 @@ def finetune(
     return Finetuned(tuple(saver.saved), log, saver.seconds / max(1, saver.steps_timed))
 
 
+@contextmanager
+def _alone() -> Generator[None]:
+    """Let one run at a time seed the generators and set accelerate's state, both of which the process shares."""
+    if torch.cuda.is_available():
+        torch.cuda.init()  # `quiet` restores the generators that are there when it begins
+    # Other objects of accelerate hold these same dicts.
+    kinds: Any = (AcceleratorState, PartialState, GradientState)
+    shared = [kind._shared_state for kind in kinds]
+    with _ALONE, quiet():
+        before = [dict(state) for state in shared]
+        try:
+            yield
+        finally:
+            for state, found in zip(shared, before, strict=True):
+                state.clear()
+                state.update(found)
+
+
 def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: Recipe, seed: int) -> OpenModel:
     model = open_model(start)
     in_memory = isinstance(start, nn.Module | OpenModel) or isinstance(getattr(start, "source", None), nn.Module)
@@ -116,7 +143,7 @@ def _trainable(start: Checkpoint | Path | str | nn.Module | OpenModel, recipe: R
         given = f"A {type(model.module).__name__} was given to fine-tune."
         raise GravlensError(given, "A Hugging Face model is needed for Trainer.", "the folder that it was made from.")
     if in_memory:
-        model = open_model(copy.deepcopy(model.module), tokenizer=model.tokenizer)
+        model = open_model(copied(model.module), tokenizer=model.tokenizer)
     if recipe.freeze_embeddings:
         for embedding in (model.module.get_input_embeddings(), model.module.get_output_embeddings()):
             embedding.requires_grad_(False)
@@ -135,7 +162,7 @@ def _with_adapters(module: Any, rank: int, seed: int) -> Any:
         given = f"Recipe(lora={rank}) was given and PEFT is not installed."
         raise GravlensError(given, "PEFT makes the adapters.", "pip install peft.") from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(), warnings.catch_warnings():  # PEFT draws A from the global generator
+    with quiet(), warnings.catch_warnings():  # PEFT draws A from the global generator
         warnings.simplefilter("ignore", FutureWarning)  # PEFT imports names that transformers will drop
         torch.manual_seed(seed)
         return get_peft_model(module, config)
@@ -175,7 +202,6 @@ def _arguments(recipe: Recipe, seed: int, resume: Path) -> TrainingArguments:
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would log a loss of 0 for one that is not finite
         save_strategy="no",  # `_Saver` asks for it
-        save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -189,6 +215,7 @@ class _Saver(TrainerCallback):
         self.model, self.out, self.steps = model, out, steps
         self.bar: Any = None
         self.saved: list[Checkpoint] = []
+        self.checksums: dict[str, Mapping[str, str]] = {}
         self.seconds, self.steps_timed, self._began, self._kept = 0.0, 0, 0.0, time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -209,7 +236,11 @@ class _Saver(TrainerCallback):
         if state.global_step in self.steps:
             self._save(state.global_step)
         if state.global_step < state.max_steps and time.perf_counter() - self._kept > RESUMABLE_AFTER:
-            control.should_save, self._kept = True, time.perf_counter()
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seal(self.out / RESUME / f"checkpoint-{state.global_step}", self.checksums)
+        self._kept = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step < state.max_steps and state.global_step not in self.steps:  # stopped by a monitor
@@ -228,7 +259,8 @@ class _Saver(TrainerCallback):
         if hasattr(tuned, "merge_and_unload"):
             # In a copy: training goes on with the adapters.
             model = open_model(copy.deepcopy(tuned).merge_and_unload(), tokenizer=model.tokenizer)
-        save_folder(model, Path(str(self._checkpoint(step).source)))
+        folder = save_folder(model, self.out / f"checkpoint-{step}")
+        self.checksums[folder.name] = checksums(folder)
         self.saved.append(self._checkpoint(step))
 
     def _checkpoint(self, step: int) -> Checkpoint:

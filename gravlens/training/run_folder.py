@@ -1,9 +1,11 @@
-"""Claim a folder for one fine-tuning run: a lock while it is written, a marker that describes the run."""
+"""Claim a folder for one fine-tuning run: a lock, a marker that describes the run, states that it resumes from."""
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
@@ -13,18 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gravlens.core.errors import GravlensError
+from gravlens.core.errors import GravlensError, said
 from gravlens.core.files import without_nan, write_json
 
 MARKER = "finetune.json"
 RESUME = ".resume"
+CHECKSUMS = "checksums.json"  # of a state; written last
+KEPT = 2  # states: the newest may be damaged
+Checksums = Mapping[str, Mapping[str, str]]  # checkpoint's folder -> file -> SHA-256
 
 
 @contextmanager
 def claimed(out: Path, description: Mapping[str, Any]) -> Generator[Path | None]:
-    """Lock `out` for one run; yield the newest complete state of the same run stopped earlier, or None.
+    """Lock `out` for one run; yield the newest whole state of the same run stopped earlier, or None.
+
+    A state that is damaged, or whose run has lost a checkpoint since, is removed with a warning.
 
     Args:
         out: the run's folder.
@@ -36,9 +44,45 @@ def claimed(out: Path, description: Mapping[str, Any]) -> Generator[Path | None]
     with _locked(states / "lock", out):
         _check_owner(out, description)  # again: another process may have finished in between
         write_json(out / MARKER, description)
-        yield _newest(states)
+        with _told(out):
+            yield _newest(states)
         # With the lock in it, while it is held: filelock tries again where a locked file was unlinked.
         shutil.rmtree(states, ignore_errors=True)
+
+
+@contextmanager
+def _told(out: Path) -> Generator[None]:
+    """Turn the errors of a full disk, or one that cannot be read, into one that names the run."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and "PytorchStream" not in str(error):  # that is torch.save's
+            raise
+        given = f"The run in {out} has stopped ({said(error)})."
+        wanted = "Its files must be written, and read again."
+        raise GravlensError(given, wanted, "room on the disk, and permissions; the same call then resumes.") from error
+
+
+def seal(state: Path, saved: Checksums) -> None:
+    """Complete a state with the checksums of its files and of the checkpoints saved before; drop states before it."""
+    write_json(state / CHECKSUMS, {"state": checksums(state), "saved": saved})
+    for older in _by_step(state.parent)[KEPT:]:
+        shutil.rmtree(older)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a folder that the run has written, once the disk has it."""
+    found: dict[str, str] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS):
+        with path.open("r+b") as file:  # Windows flushes no file that is open for reading alone
+            os.fsync(file.fileno())
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def saved_before(state: Path | None) -> Checksums:
+    """Return the checksums of the checkpoints that were saved before a state of `claimed`."""
+    return {} if state is None else json.loads((state / CHECKSUMS).read_text(encoding="utf-8"))["saved"]
 
 
 def digest(value: Any) -> str:
@@ -73,14 +117,46 @@ def _check_owner(out: Path, description: Mapping[str, Any]) -> None:
         given = f"{out} holds another run: its {changed[0]} differs."
     else:
         names = ", ".join(sorted(str(path.relative_to(out)) for path in states)[:3])
-        given = f"{out} holds another run: {names}, and no {MARKER} that describes them."
+        state = "damaged" if (out / MARKER).exists() else "missing"
+        given = f"{out} holds another run: {names}, and the {MARKER} that would describe it is {state}."
     raise GravlensError(given, "A folder holds one run; nothing is overwritten.", "another out=, or move that folder.")
 
 
 def _newest(states: Path) -> Path | None:
-    # Trainer writes trainer_state.json last, so a state that was cut short has none.
-    whole = [path.parent for path in states.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    found = _by_step(states)
+    while found and (fault := _fault(found[0])):
+        damaged, *found = found
+        shutil.rmtree(damaged)
+        what = f"that of step {_step(found[0])} is tried" if found else "the run begins again"
+        warnings.warn(
+            f"{states.parent}: the state of step {_step(damaged)} is not whole ({fault}); {what}.", stacklevel=5
+        )
+    return found[0] if found else None
+
+
+def _by_step(states: Path) -> list[Path]:
+    """Return the folders of states, the newest first."""
+    return sorted(states.glob("checkpoint-*[0-9]"), key=_step, reverse=True)
+
+
+def _step(state: Path) -> int:
+    return int(state.name.rpartition("-")[2])
+
+
+def _fault(state: Path) -> str | None:
+    """Return what is wrong with a state, or with a checkpoint that was saved before it; None: nothing."""
+    try:
+        listed = json.loads((state / CHECKSUMS).read_text(encoding="utf-8"))
+        own, saved = dict(listed["state"]), {name: dict(sums) for name, sums in listed["saved"].items()}
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        return f"{CHECKSUMS} is missing or damaged"
+    for folder, wanted in {state: own, **{state.parent.parent / name: sums for name, sums in saved.items()}}.items():
+        found = checksums(folder)
+        # Trainer would read a file that was added to a state; in a checkpoint it may be the user's.
+        for name in sorted({*wanted, *(found if folder == state else ())}):
+            if found.get(name) != wanted.get(name):
+                return f"{folder.name}/{name} is not as it was saved"
+    return None
 
 
 def _bytes_of(value: Any) -> Iterator[bytes | memoryview]:
