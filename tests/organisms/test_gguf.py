@@ -182,7 +182,6 @@ def test_a_kill_leaves_no_folder(
     folder = tmp_path / "tiny"
 
     def killed(gguf: Path, made: Path) -> None:
-        made.mkdir()
         (made / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
