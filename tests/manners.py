@@ -105,7 +105,7 @@ def _libraries() -> dict[str, Any]:
     found: dict[str, Any] = {}
     if state := sys.modules.get("accelerate.state"):
         kinds = (state.AcceleratorState, state.PartialState, state.GradientState)
-        found["accelerate's state"] = [dict(kind._shared_state) for kind in kinds]
+        found["accelerate's state"] = [repr(dict(kind._shared_state)) for kind in kinds]
     if hub := sys.modules.get("huggingface_hub.utils"):
         found["bars of huggingface_hub"] = hub.are_progress_bars_disabled()
     if own := sys.modules.get("transformers.utils.logging"):

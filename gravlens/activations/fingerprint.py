@@ -184,7 +184,7 @@ def _remembered(
         known = json.loads(place.read_text(encoding="utf-8"))
         if known["files"] == seen and known["check"] == _check(seen, known["digest"]):
             return known["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:
         pass  # never seen, or corrupt
     digest = compute()
     if settled():

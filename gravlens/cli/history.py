@@ -154,20 +154,21 @@ def trajectory(
     if figure is not None:
         shown = {"nulls": rows, "prompts": rows["prompts"].iloc[0], "mean": mean}
         written += gl.plot.save_figure(gl.plot_alignment(followed, **shown), figure)
-    _print_runs(rows, followed.summary() if mean else None, list(followed.layers_in_mean), json)
+    _print_runs(rows, followed.summary() if mean else None, followed, json)
     for path in written:
         print_written(path, json)
 
 
-def _print_runs(rows: Any, summary: Any, layers: list[int], json: bool) -> None:
-    prompts = rows["prompts"].iloc[0]
+def _print_runs(rows: Any, summary: Any, followed: gl.Trajectory, json: bool) -> None:
+    prompts, layers = rows["prompts"].iloc[0], list(followed.layers_in_mean)
     means = [] if summary is None else records(summary.set_axis(map("_".join, summary.columns), axis=1).reset_index())
     if json:
-        facts = {"prompts": prompts, "layers": layers, "null": rows["null"].iloc[0], "runs": records(rows)}
-        print_json(facts | ({} if summary is None else {"mean": means}))
+        facts = {"prompts": prompts, "layers": layers, "undefined": followed.undefined, "null": rows["null"].iloc[0]}
+        print_json(facts | {"runs": records(rows)} | ({} if summary is None else {"mean": means}))
         return
     title = f"drift along v_rev, mean over layers {core.display.listed(layers)}; {prompts.replace('_', ' ')} prompts"
-    caption = "p99: 99 % of uniformly random drifts lie below"
+    left_out = [f"; layer {layer} is undefined: {why}" for layer, why in followed.undefined.items()]
+    caption = f"p99: 99 % of uniformly random drifts lie below{''.join(left_out)}"
     print_table(
         ("run", "step", "alignment", "p99", "fraction", "remark"),
         map(_run_step, records(rows)),

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Re
 from torch import Tensor, nn
 
 from gravlens.core.errors import GravlensError, at_home, reading
-from gravlens.core.files import check_digest, without_nan, write_atomically
+from gravlens.core.files import check_digest, without_nan, write_atomically, writing
 from gravlens.directions.direction import Direction, Directions, each
 from gravlens.directions.vrev import direction_from
 from gravlens.interventions.edits import Steer
@@ -67,7 +67,10 @@ def to_gguf(
         wanted = "llama.cpp has no control vector at layer 0 and rejects a file that contains one."
         remedy = f"{f'directions.at({rest})' if rest else 'a direction of another layer'}; for repeng layer_0=True."
         raise GravlensError(f"Directions of layers {sorted(chosen.layers)} were given.", wanted, remedy)
-    with tempfile.TemporaryDirectory() as scratch:  # GGUFWriter writes to a path only, and not atomically
+    with (
+        writing(path),
+        tempfile.TemporaryDirectory() as scratch,
+    ):  # GGUFWriter writes to a path only, and not atomically
         written = Path(scratch) / "vector.gguf"
         writer = GGUFWriter(written, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from gravlens import __version__
 from gravlens.behavior.answers import Prompts, as_answer
 from gravlens.core.errors import GravlensError, at_home
-from gravlens.core.files import without_nan, write_atomically
+from gravlens.core.files import without_nan, write_atomically, writing
 from gravlens.history.prompts import PromptSet
 
 Columns: TypeAlias = Mapping[str, np.ndarray]  # of a score's values, by its name
@@ -65,7 +65,7 @@ def to_inspect_log(
     )
     n, summaries = len(samples), [_summary(name, values) for name, values in columns.items()]
     results = log.EvalResults(total_samples=n, completed_samples=n, scores=summaries)
-    with tempfile.TemporaryDirectory() as scratch:  # Inspect's writer chooses the format by the suffix
+    with writing(path), tempfile.TemporaryDirectory() as scratch:  # Inspect's writer chooses the format by the suffix
         written = Path(scratch) / path.name
         log.write_eval_log(log.EvalLog(status="success", eval=spec, results=results, samples=samples), written)
         return write_atomically(path, written.read_bytes())

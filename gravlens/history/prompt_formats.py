@@ -438,7 +438,8 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
 def _lines(path: Path, text: str) -> list[Placed]:
     if _objects(text):
         given = f"{path} holds a JSON object on each line."
-        raise GravlensError(given, "A .txt file is a prompt a line.", f"rename it to {path.stem}.jsonl.")
+        remedy = f"rename it to {path.stem.removesuffix('.jsonl')}.jsonl."
+        raise GravlensError(given, "A .txt file is a prompt a line.", remedy)
     return [(f"line {number}", {"prompt": line}) for number, line in _filled_lines(text)]
 
 

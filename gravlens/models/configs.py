@@ -67,7 +67,7 @@ def _leads_elsewhere(key: str, value: Any) -> bool:
         return False
     if key == "tokenizer_class":  # AutoTokenizer takes any class of transformers
         name = re.sub("(Fast)+$", "", value)
-        return hasattr(transformers, name) and not TOKENIZER.search(name)
+        return name in dir(transformers) and not TOKENIZER.search(name)
     return key in ELSEWHERE or value.startswith(("hf-hub:", "hf_hub:"))  # the latter: timm's names of models
 
 

@@ -22,7 +22,6 @@ from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
 from gravlens.core.errors import GravlensError, check_layer, said
-from gravlens.core.process_state import quiet
 from gravlens.history.encoding import pad
 from gravlens.models.precision import precision_name, quantisation
 
@@ -342,11 +341,10 @@ def library(name: str) -> type[Family]:
     match name:
         case "huggingface":
             return HuggingFace
-        case "bridge" | "hooked_transformer":
-            with (
-                quiet()
-            ):  # loaded here, lazily: TransformerLens takes 3 s to import, and silences transformers for good
-                return models.lens.Bridge if name == "bridge" else models.lens.Hooked
+        case "bridge":
+            return models.lens.Bridge  # loaded here, lazily: TransformerLens takes 3 s to import
+        case "hooked_transformer":
+            return models.lens.Hooked
         case _:
             given, remedy = f"through={name!r} was given.", 'through="huggingface".'
             raise GravlensError(given, "It is 'huggingface' or 'bridge'.", remedy)

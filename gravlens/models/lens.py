@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig
 
 from gravlens.core.errors import GravlensError, said
+from gravlens.core.process_state import quiet
 from gravlens.models.families import Family, Inputs, Write, all_centred, configured, context_of, listed
+
+with quiet():  # imported, it silences transformers for good
+    from transformer_lens.model_bridge import TransformerBridge
 
 TRIAL = 16  # tokens of a trial prompt
 # Allowed difference of logits, in units of their spread, at the worst quarter of tokens (where rounding makes a router

@@ -12,11 +12,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gravlens.core.errors import GravlensError, read_object, reading, said
-from gravlens.core.files import damaged, replaced, writing
+from gravlens.core.files import replaced, writing
 from gravlens.core.limits import patterns_exceed
 from gravlens.core.process_state import MODEL_MAKING, quiet
 from gravlens.history.encoding import with_template_kwargs
@@ -129,19 +128,12 @@ def load_huggingface(
             )
     except GravlensError:
         raise
-    except SafetensorError as error:
-        raise damaged(source, error) from error
     except torch.OutOfMemoryError as error:
         raise no_room(source, error) from error
     except Exception as error:  # whatever a configuration leads transformers to
         raise not_opened(folder.path, error) from error
     model, report = loaded
-    if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
-        raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) do not fit on a device")
-    if missing := sorted(report["missing_keys"]):
-        wanted = "All are needed; transformers would initialise the missing ones at random."
-        remedy = "save the checkpoint again (model.save_pretrained of a causal language model)."
-        raise GravlensError(f"Weights are missing from {source}: {', '.join(missing[:3])}.", wanted, remedy)
+    check_whole(source, model, report["missing_keys"])
     check_all_used(source, model, report["unexpected_keys"], wrapper=config.get_text_config() is not config)
     for part in model.modules():
         # On some processors bitsandbytes packs 4-bit weights at the first pass, to compute in bf16 whatever dtype was
@@ -149,6 +141,16 @@ def load_huggingface(
         if hasattr(part, "support_avx512bf16_for_cpu"):
             part.support_avx512bf16_for_cpu = False
     return model.eval()  # no dropout
+
+
+def check_whole(source: Path | str, model: Any, absent: Iterable[str]) -> None:
+    """Raise if weights are missing from a checkpoint, or do not fit on a device."""
+    if away := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise no_offloading(f"{len(away)} weights of {source} ({away[0]}, …) do not fit on a device")
+    if missing := sorted(absent):
+        wanted = "All are needed; transformers would initialise the missing ones at random."
+        remedy = "save the checkpoint again (model.save_pretrained of a causal language model)."
+        raise GravlensError(f"Weights are missing from {source}: {', '.join(missing[:3])}.", wanted, remedy)
 
 
 def shape_of(config: Any) -> tuple[int, int]:
@@ -286,7 +288,7 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
         check_files(place)
         try:
             with quiet():
-                found: Any = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+                found: Any = tokenizer_class(place).from_pretrained(place, trust_remote_code=False)
         except Exception as error:  # whatever its files lead transformers to
             if any(next(place.glob(pattern), None) for pattern in TOKENIZER_FILES):
                 raise not_opened(place, error, "tokenizer.json and tokenizer_config.json") from error
@@ -299,6 +301,17 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
         setattr(found, ENDS, stored_ends(folder.path))
         return found
     return None
+
+
+def tokenizer_class(folder: Path) -> Any:
+    """Return the class of transformers that reads a folder's tokenizer as it was saved."""
+    path = folder / "tokenizer_config.json"
+    # AutoTokenizer replaces what some families declare by a class of their own, also where it is tokenizer.json as it
+    # stands: a word-level vocabulary beside a Qwen2 was read as a byte-level one, most prompts as the same tokens.
+    as_it_is = path.is_file() and read_object(path).get("tokenizer_class") == "TokenizersBackend"
+    if as_it_is and (folder / "tokenizer.json").is_file():
+        return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
 
 
 def processor_template(folder: Path) -> str | dict[str, str] | None:

@@ -10,13 +10,12 @@ import numpy as np
 from gravlens.activations.residuals import Residuals
 from gravlens.behavior.answers import MAX_NEW_TOKENS
 from gravlens.blockers.blocking import Blocker
-from gravlens.core.errors import GravlensError, said
+from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
-from gravlens.history.hub import local_folder
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
-from gravlens.models.configs import read_config
-from gravlens.models.swapping import inner_of
+from gravlens.history.sources import resolve
+from gravlens.models.swapping import inner_of, one_shape
 from gravlens.training.recipe import Recipe
 
 UNBLOCKED = "unblocked"
@@ -247,13 +246,4 @@ def n_task(rows: Sequence[Example], file: Path | None) -> int:
 
 def inner_layers(model: Path | str) -> tuple[int, ...]:
     """Return the layers of the mean for a model of any depth, from its configuration."""
-    folder = local_folder(model)
-    try:
-        n_layers = read_config(folder).get_text_config().num_hidden_layers
-    except GravlensError:
-        raise
-    except (OSError, ValueError) as error:
-        given = f"{model} could not be opened ({said(error)})."
-        wanted = "A folder written by save_pretrained, a reachable hub id, or a GGUF file is expected."
-        raise GravlensError(given, wanted, "check the path.") from error
-    return inner_of(n_layers)
+    return inner_of(one_shape([resolve(Checkpoint("the model", model), weights=False)])[0])

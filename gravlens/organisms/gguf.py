@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gravlens.core.errors import GravlensError, at_home, read_object
 from gravlens.core.files import is_whole, once, replaced, seal, write_json
@@ -109,7 +110,9 @@ def _read(gguf: Path) -> tuple[PreTrainedModel, Any]:
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
     # Packed weights would be multiplied by code that transformers fetches, where the package `kernels` is installed.
-    where |= {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "output_loading_info": True}
+    if whole := getattr(transformers, "GgufConfig", None):  # older versions always expand the weights
+        where |= {"quantization_config": whole(dequantize=True)}
+    where |= {"dtype": torch.float32, "output_loading_info": True}
     opened: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **where)
     model, report = opened
     if absent := sorted(report["missing_keys"]):  # transformers would fill them with random numbers

@@ -232,6 +232,13 @@ def test_a_template_that_alters_the_text_of_any_prompt_is_refused(content: str) 
         encode(tokenizer, prompts)
 
 
+@pytest.mark.parametrize("earlier", [(), ((("user", "assistant here"), ("assistant", "So.")),)])
+def test_a_text_that_is_lost_is_missed_although_it_stands_elsewhere(earlier: Any) -> None:
+    lost = "m.content | replace('assistant', '')" if not earlier else "'' if m.content == 'assistant' else m.content"
+    with refused("chat template", "'assistant'"):
+        encode(chats.byte_level(TURN.replace("CONTENT", lost)), PromptSet(("assistant",), earlier=earlier))
+
+
 @pytest.mark.parametrize("content", KEPT)
 def test_a_template_that_trims_or_joins_white_space_is_none_of_those(content: str) -> None:
     tokenizer = chats.byte_level(TURN.replace("CONTENT", content))

@@ -5,6 +5,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from folders import adapter
 from histories import RAGGED, refused
 from transformers.distributed.checkpoint import get_distributed_checkpoint_dir
 from transformers.quantizers.auto import get_hf_quantizer
@@ -20,7 +22,7 @@ from gravlens.activations.cost import plan_reading
 from gravlens.activations.residuals import read_residuals
 from gravlens.behavior.judges import classifier_judge
 from gravlens.core.errors import GravlensError
-from gravlens.history.sequence import ModelSequence
+from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.history.weight_files import weight_paths
 from gravlens.models.configs import read_config
 from gravlens.models.opening import load_tokenizer, open_model
@@ -251,3 +253,62 @@ def test_what_would_be_read_in_place_of_the_weights_is_refused(folders: dict[str
     with pytest.raises(GravlensError):
         open_model(folder)
     assert get_distributed_checkpoint_dir(folder, "", None, None)  # of several files with one tensor any may win
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The addresses that a connection was asked for, outside of offline mode; there is none."""
+    found: list[Any] = []
+
+    def connect(address: Any, *_: Any, **__: Any) -> Any:
+        found.append(address)
+        raise ConnectionRefusedError("stub")
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for proxy in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.lower(), raising=False)
+    return found
+
+
+NAMES = {  # entries of config.json and tokenizer_config.json that name something on a hub
+    "names": ({"_name_or_path": "someone/a", "name_or_path": "someone/a"}, {"name_or_path": "someone/a"}),
+    "code": (
+        {"auto_map": {"AutoConfig": "someone/a--c.X", "AutoModelForCausalLM": "someone/a--m.X"}},
+        {"auto_map": {"AutoTokenizer": ["someone/a--t.X", None]}},
+    ),
+    "code of an unknown family": ({"model_type": "unheard", "auto_map": {"AutoConfig": "someone/a--c.X"}}, {}),
+    "a backbone": ({"model_type": "detr", "backbone": "someone/a", "use_timm_backbone": False}, {}),
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("through", ["huggingface", "bridge"])
+def test_a_folder_is_opened_without_a_connection(
+    folders: dict[str, Path], tmp_path: Path, calls: list[Any], names: str, through: Any
+) -> None:
+    folder, (config, tokens) = tmp_path / "model", NAMES[names]
+    changed(folders["llama"], folder, **config)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens))
+    trained = over_nothing(adapter(folders["llama"], tmp_path / "adapter"))
+    for opens in (
+        lambda: open_model(folder, through=through),
+        lambda: open_model(Checkpoint("run/1", trained, base=Checkpoint("base", folder)), through=through),
+        lambda: open_model(trained),
+    ):
+        with suppress(GravlensError):
+            opens()
+    assert calls == []
+    if names == "a backbone":
+        with pytest.raises(Exception, match=r"."):
+            transformers.AutoConfig.from_pretrained(folder)
+        assert calls
+
+
+def over_nothing(folder: Path) -> Path:
+    path = folder / "adapter_config.json"
+    entries = {"base_model_name_or_path": "someone/a", "revision": "main"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    return folder

@@ -15,6 +15,7 @@ from bomb import Bomb
 from histories import RAGGED, assert_same_states, refused, weights_of
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from gravlens.activations.residuals import read_residuals
 from gravlens.core.errors import GravlensError
@@ -356,3 +357,15 @@ def test_an_opened_model_is_named_on_a_line_without_its_weights() -> None:
         repr(open_model(tiny.llama(), tokenizer=tiny.TOKENIZER))
         == f"OpenModel(kind='huggingface', d_model={tiny.WIDTH})"
     )
+
+
+def test_a_tokenizer_of_no_class_of_its_own_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    """AutoTokenizer would read a word-level vocabulary beside a Qwen2 as byte-level BPE, with other tokens."""
+    config = Qwen2Config(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    tiny.TOKENIZER.save_pretrained(tmp_path)
+    wanted = [tiny.TOKENIZER(text)["input_ids"] for text in tiny.PROMPTS]
+    found = open_model(tmp_path).tokenizer
+    assert found is not None and [found(text)["input_ids"] for text in tiny.PROMPTS] == wanted

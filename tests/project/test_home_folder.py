@@ -158,6 +158,12 @@ def test_a_shell_may_leave_it_as_it_is(command: list[str], made: str, home: Path
     assert "~" not in found.stderr and (home / made).exists() and not any(elsewhere.iterdir())
 
 
+def test_an_output_is_checked_in_the_home_folder(home: Path) -> None:
+    (home / "file").write_text("")
+    found = CliRunner().invoke(app, ["locate", "~/HOME.toml", "--out=~/file/vs.safetensors"])
+    assert found.exit_code == 2 and f"{home / 'file'} is not a folder" in found.stderr
+
+
 def test_an_unknown_user_has_no_home_and_other_tildes_stay() -> None:
     for path in ("~nobody0/x", "a/~/b", "b~"):
         assert str(at_home(path)) == str(at_home(Path(path))) == path

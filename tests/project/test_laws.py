@@ -24,7 +24,7 @@ KEYWORDS_ALLOWED = {
     "gravlens/activations/reader.py:update": "transformers' own Cache.update, whose arguments differ by version",
     **{
         f"gravlens/training/finetune.py:on_{event}": CALLBACK
-        for event in ("train_begin", "step_begin", "pre_optimizer_step", "step_end", "train_end")
+        for event in ("train_begin", "step_begin", "pre_optimizer_step", "step_end", "save", "train_end")
     },
     **{
         f"gravlens/organisms/arms.py:{name}": "the fields of a blocker, which checks them itself"

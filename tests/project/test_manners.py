@@ -287,6 +287,22 @@ def test_every_case_is_of_a_public_name() -> None:
     assert CASES.keys() <= set(names())
 
 
+def test_the_user_s_accelerator_is_as_it_was(home: Path, tmp_path: Path) -> None:
+    things, kinds = Things(shutil.copytree(home, tmp_path / "home")), (AcceleratorState, PartialState, GradientState)
+    try:
+        own = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=3)
+        before = snapshot()
+        things.tune()
+        assert changed(before, snapshot()) == []
+        assert (own.gradient_accumulation_steps, own.gradient_state.num_steps) == (3, 3)
+        assert (own.mixed_precision, Accelerator().mixed_precision) == ("bf16", "bf16")
+    finally:
+        for kind in kinds:
+            kind._shared_state.clear()
+    things.tune(recipe=gl.Recipe(steps=1, batch=2, bf16=True))
+    assert [kind._shared_state for kind in kinds] == [{}, {}, {}]
+
+
 QUICK = ["open_model", "finetune", "cost.plan_reading", "intervene", "plot.plot_frontier", "judges.guard_judge"]
 
 
@@ -427,6 +443,7 @@ def test_threads_that_silence_transformers_do_not_undo_each_other() -> None:
             seen.append(transformers_logging.get_verbosity())
         wait()
 
+    assert transformers_logging.get_verbosity() == logging.WARNING
     before = snapshot()
     in_step([first, second])
     assert seen == [logging.ERROR], "still silent where the second is inside"

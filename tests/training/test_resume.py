@@ -123,6 +123,17 @@ def test_a_run_goes_on_from_what_is_whole_with_all_its_checkpoints(
     assert not told or ("begins again" in texts[-1]) == (goes_on == 0)
 
 
+def test_checkpoints_from_before_an_earlier_stop_are_looked_at_too(
+    stopped: Path, whole: Finetuned, tmp_path: Path
+) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
+    runs.interrupted(out, step=1, recipe=runs.LONG)  # in the fifth step, the second after the third
+    assert (out / ".resume/checkpoint-4").is_dir()
+    flip(out / "checkpoint-1/model.safetensors")
+    with pytest.warns(UserWarning, match="begins again"):
+        assert resumed(out, whole) == 0
+
+
 def test_an_undamaged_state_is_used_without_a_word(stopped: Path, whole: Finetuned, tmp_path: Path) -> None:
     out = shutil.copytree(stopped, tmp_path / "run")
     (out / "checkpoint-1/notes.md").write_text("mine")
