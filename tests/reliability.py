@@ -18,12 +18,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
+from crash.harness import OUTCOMES, cases
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # before torch is imported
 TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-
-from crash.harness import OUTCOMES, cases  # noqa: E402 (from the tests' folder)
 
 KILLED = ("store cold", "store damaged", "finetune", "finetune resumed", "arm", "gravlens trajectory")
 KINDS = {
@@ -109,6 +106,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a sample, in about three minutes")
     parser.add_argument("--at-most", type=int, default=10**6, help="calls of an operation in each mode; default: all")
     given = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # before torch is imported
     quick = given.quick
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as beside:  # it waits for another process
