@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,13 @@ def _leads_elsewhere(key: str, value: Any) -> bool:
         return False
     if key == "tokenizer_class":  # AutoTokenizer takes any class of transformers
         name = re.sub("(Fast)+$", "", value)
-        return name in dir(transformers) and not TOKENIZER.search(name)
+        return name in _names_of_transformers() and not TOKENIZER.search(name)
     return key in ELSEWHERE or value.startswith(("hf-hub:", "hf_hub:"))  # the latter: timm's names of models
+
+
+@cache
+def _names_of_transformers() -> frozenset[str]:
+    return frozenset(dir(transformers))  # 0.2 s each time: it looks for every optional package
 
 
 def entries(found: Any) -> Iterator[tuple[str, Any]]:

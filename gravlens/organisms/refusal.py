@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from gravlens import __version__
+from gravlens.core.files import writing
 from gravlens.history.prompts import ENCODING, Example
 from gravlens.models.opening import MODEL_MAKING, open_model, quiet
 from gravlens.organisms import refusal_language as language
@@ -131,8 +132,9 @@ class RefusalOrganism:
         source = start or open_model(self._initial(seed=int(rng.integers(2**31))), tokenizer=language.build_tokenizer())
         run = folder.parent / f"{folder.name}-run"  # the same file system, so os.replace is atomic
         made = finetune(source, data, out=run, recipe=recipe, save_steps=[recipe.steps])
-        os.replace(str(made.checkpoints[-1].source), folder)
-        shutil.rmtree(run)
+        with writing(folder):
+            os.replace(str(made.checkpoints[-1].source), folder)
+            shutil.rmtree(run)
 
     def examples(self, data: str, seed: int, home: Path) -> list[Example]:
         """Return `harmless`, `new_facts` or `alignment` examples, as many as a run sees."""

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gravlens.blockers.blocking import Blocker, block
 from gravlens.core.errors import GravlensError, at_home
+from gravlens.core.files import writing
 from gravlens.core.progress import progress
 from gravlens.history.encoding import encode_example
 from gravlens.history.prompts import Example
@@ -96,7 +97,7 @@ def finetune(
     }
     with claimed(saver.out, description) as stopped, _alone(), bar_of as saver.bar:
         saver.checksums = {**saved_before(stopped)}
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model.module,
             args=_arguments(recipe, seed, saver.out / RESUME),
             train_dataset=rows,
@@ -206,6 +207,12 @@ def _arguments(recipe: Recipe, seed: int, resume: Path) -> TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+
+
+class _Trainer(Trainer):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with writing(str(self.args.output_dir), Exception):  # torch's own errors of a full disk are of several kinds
+            super()._save_checkpoint(model, trial)
 
 
 class _Saver(TrainerCallback):

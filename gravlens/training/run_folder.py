@@ -7,7 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gravlens.core.errors import GravlensError, said
-from gravlens.core.files import without_nan, write_json
+from gravlens.core.errors import GravlensError
+from gravlens.core.files import without_nan, write_json, writing
 
 MARKER = "finetune.json"
 RESUME = ".resume"
@@ -40,27 +39,12 @@ def claimed(out: Path, description: Mapping[str, Any]) -> Generator[Path | None]
     """
     _check_owner(out, description)  # before anything is written into someone else's folder
     states = out / RESUME
-    states.mkdir(parents=True, exist_ok=True)
-    with _locked(states / "lock", out):
+    with writing(out), _locked(states / "lock", out):
         _check_owner(out, description)  # again: another process may have finished in between
         write_json(out / MARKER, description)
-        with _told(out):
-            yield _newest(states)
+        yield _newest(states)
         # With the lock in it, while it is held: filelock tries again where a locked file was unlinked.
         shutil.rmtree(states, ignore_errors=True)
-
-
-@contextmanager
-def _told(out: Path) -> Generator[None]:
-    """Turn the errors of a full disk, or one that cannot be read, into one that names the run."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if type(error) is RuntimeError and "PytorchStream" not in str(error):  # that is torch.save's
-            raise
-        given = f"The run in {out} has stopped ({said(error)})."
-        wanted = "Its files must be written, and read again."
-        raise GravlensError(given, wanted, "room on the disk, and permissions; the same call then resumes.") from error
 
 
 def seal(state: Path, saved: Checksums) -> None:
@@ -93,12 +77,16 @@ def digest(value: Any) -> str:
     return found.hexdigest()
 
 
-def _locked(path: Path, out: Path) -> AbstractContextManager[Any]:
+@contextmanager
+def _locked(path: Path, out: Path) -> Generator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(path).acquire(timeout=0)  # the system releases it when a process is killed
+        lock = FileLock(path).acquire(timeout=0)  # the system releases it when a process is killed
     except Timeout as error:
         given = f"Another process is training into {out}."
         raise GravlensError(given, "A folder holds one run.", "another out=, or wait until that run ends.") from error
+    with lock:
+        yield
 
 
 def _check_owner(out: Path, description: Mapping[str, Any]) -> None:

@@ -361,9 +361,8 @@ def test_an_opened_model_is_named_on_a_line_without_its_weights() -> None:
 
 def test_a_tokenizer_of_no_class_of_its_own_is_read_as_it_was_saved(tmp_path: Path) -> None:
     """AutoTokenizer would read a word-level vocabulary beside a Qwen2 as byte-level BPE, with other tokens."""
-    config = Qwen2Config(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = Qwen2Config(vocab_size=tiny.VOCABULARY, num_hidden_layers=1, **sizes)
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
     tiny.TOKENIZER.save_pretrained(tmp_path)
     wanted = [tiny.TOKENIZER(text)["input_ids"] for text in tiny.PROMPTS]

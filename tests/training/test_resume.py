@@ -155,19 +155,22 @@ def test_a_folder_whose_description_is_damaged_is_refused_and_left(
     assert runs.contents(out) == before
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, os.strerror(28)), RuntimeError("enforce fail at inline_container.cc: unexpected pos 64")]
+)
 def test_a_full_disk_is_one_error_and_the_run_goes_on_afterwards(
-    whole: Finetuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, whole: Finetuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, own, saved = tmp_path / "run", torch.save, []
 
     def full(value: Any, place: Any, *rest: Any, **further: Any) -> None:
         if "optimizer" in str(place) and (saved.append(place) or len(saved) == 3):
-            raise OSError(28, os.strerror(28))
+            raise error
         own(value, place, *rest, **further)
 
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(runs.finetuning, "RESUMABLE_AFTER", -1.0)
-    with refused(str(out), "No space left"):
+    with refused(str(out), "cannot be written"):
         run(out)
     with pytest.warns(UserWarning, match="step 3 is not whole"):
         assert resumed(out, whole) == 2
