@@ -1,7 +1,8 @@
 """Make the table of docs/reliability.md: python tests/reliability.py --out docs/data/reliability.csv [--quick]
 
 Cases by area and outcome, from the crash harness (tests/crash), kills at random instants, the broken inputs of
-tests/project/test_broken_inputs.py, and the random trees around a store of tests/activations/test_store_folders.py.
+tests/project/test_broken_inputs.py, the random trees around a store of tests/activations/test_store_folders.py, and
+terminals of few letters and columns.
 Prints the table as Markdown and each fault on stderr, and ends with 1 where there is one.
 """
 
@@ -13,12 +14,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 from crash.harness import OUTCOMES, cases
+from typer.testing import CliRunner
+
+from gravlens.cli import app
 
 TESTS = Path(__file__).resolve().parent
 
@@ -79,6 +84,27 @@ def trees_around_stores(examples: int) -> Iterator[Row]:
         yield {**named, "outcome": outcome, "text": text}
 
 
+def terminals(columns: Sequence[str]) -> Iterator[Row]:
+    """Help, results and errors of every command in terminals of few letters and few columns."""
+    sys.path.append(str(TESTS / "cli"))
+    told: Any = import_module("test_terminals")
+    with tempfile.TemporaryDirectory() as folder:
+        history = str(told.history_in(Path(folder)))
+        asked = [[*words, "--help"] for words in told.COMMANDS]
+        asked += [[name, history] for name in ("inspect", "trajectory", "plan", "locate")]
+        asked += [["locate", f"{told.RUN}.toml"], ["store", "list", folder], ["no such command"]]
+        for charset, width, words in product(("ascii", "latin-1", "utf-8"), columns, asked):
+            found = CliRunner(charset=charset).invoke(app, words, env={"COLUMNS": width})
+            clean = found.exception is None or isinstance(found.exception, SystemExit)
+            ended = {0: "right result", 2: "clear error"}.get(found.exit_code, "wrong")
+            named = {
+                "area": "terminals",
+                "disturbance": "letters and columns",
+                "case": " ".join([charset, width, *words]),
+            }
+            yield {**named, "outcome": ended if clean else "traceback", "text": repr(found.exception)}
+
+
 def counted(rows: Iterable[Row]) -> list[Row]:
     """One row for each area and disturbance, and the sum of all."""
     tables: dict[tuple[str, str], Counter[str]] = {}
@@ -114,6 +140,7 @@ def main() -> None:
         crashed = beside.submit(lambda: list(crashes(Path(scratch), **asked)))
         rows += broken_inputs(100 if quick else 10**6)
         rows += trees_around_stores(20 if quick else 300)
+        rows += terminals(["20"] if quick else ["1", "20", "80"])
         rows += crashed.result()
     table = counted(rows)
     pd.DataFrame(table).to_csv(given.out, index=False)

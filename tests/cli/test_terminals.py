@@ -21,7 +21,11 @@ RUN = "réunion–1"  # a run's name beyond ASCII and Latin-1
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("terminals")
+    return history_in(tmp_path_factory.mktemp("terminals"))
+
+
+def history_in(folder: Path) -> Path:
+    """A history with a run of that name."""
     models = {"witness": tiny.llama(0), "anchor": tiny.llama(1), "ft/checkpoint-1": tiny.llama(2)}
     path = sequence_on_disk(folder, models) / "SEQUENCE.toml"
     path.write_text(path.read_text().replace("seed0", f'"{RUN}"'), encoding="utf-8")
