@@ -316,6 +316,23 @@ def test_what_is_complete_is_not_made_again(cache: Path, home: Path, monkeypatch
     assert made == [] and files(home) == before
 
 
+def test_a_damaged_part_of_the_cache_is_made_again_and_is_as_before(
+    cache: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut run.json ended every later call in a traceback."""
+    monkeypatch.setattr(experiment, "processes", small.inline)
+    own = tmp_path / home.relative_to(cache)
+    shutil.copytree(home, own, symlinks=True)
+    run = own / "runs/penalty/seed1"
+    wanted = (run / "probes.safetensors").read_bytes()
+    (run / "run.json").write_text("")
+    with pytest.warns(UserWarning, match=r"seed1 is damaged \(run.json"):
+        carry_out({"it": few()}, tmp_path)
+    assert json.loads((run / "run.json").read_text()) and (run / "probes.safetensors").read_bytes() == wanted
+    sources = Study(few(), own).states("runs/penalty/seed1", "probes").meta["sources"]
+    assert set(sources.values()) == {"checkpoint-1", "checkpoint-4"}, "not the folder's name while it was made"
+
+
 def test_a_run_that_is_stopped_leaves_no_half_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
