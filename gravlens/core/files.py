@@ -272,7 +272,7 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 def seal(folder: Path) -> Path:
     """Write the list of checksums by which `once` and `is_whole` know a folder again."""
-    return write_json(folder / CHECKSUMS, _checksums(folder))
+    return write_json(folder / CHECKSUMS, checksums(folder))
 
 
 def replaced(folder: Path, make: Callable[[Path], object]) -> Path:
@@ -289,9 +289,7 @@ def _made(folder: Path, make: Callable[[Path], object], *, replace: bool = False
     try:
         make(scratch)
         with writing(folder):
-            for path in _files_in(scratch):
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+            sync_files(scratch)
             if replace and folder.exists():  # os.replace needs an empty target
                 os.replace(folder, before)
             try:
@@ -314,13 +312,23 @@ def is_whole(folder: Path) -> bool:
 
 
 def _files_in(folder: Path) -> list[Path]:
+    # What a link leads to may be as large as a model, and is not the folder's.
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 by the names of files; what a link leads to may be as large as a model, and is not the folder's."""
-    found = {}
+def sync_files(folder: Path) -> None:
+    """Have the disk hold all files of a folder."""
     for path in _files_in(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a folder but the list itself."""
+    found: dict[str, str] = {}
+    for path in _files_in(folder):
+        if path.name == CHECKSUMS:
+            continue
         with path.open("rb") as file:
             found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -329,7 +337,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _damage(folder: Path) -> str:
     """Return what is wrong with a folder of `once`, or ""."""
     try:
-        listed, found = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")), _checksums(folder)
+        listed, found = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")), checksums(folder)
         wrong = sorted(name for name, checksum in listed.items() if found.get(name) != checksum)
     except (OSError, ValueError, AttributeError) as error:
         return f"{CHECKSUMS} cannot be read, {type(error).__name__}"

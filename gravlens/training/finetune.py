@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gravlens.blockers.blocking import Blocker, block
 from gravlens.core.errors import GravlensError, at_home
-from gravlens.core.files import writing
+from gravlens.core.files import checksums, writing
 from gravlens.core.progress import progress
 from gravlens.history.encoding import encode_example
 from gravlens.history.prompts import Example
@@ -28,7 +28,7 @@ from gravlens.history.sequence import Checkpoint
 from gravlens.models.families import check_context, copied
 from gravlens.models.opening import OpenModel, open_model, quiet, save_folder
 from gravlens.training.recipe import Recipe, is_whole
-from gravlens.training.run_folder import RESUME, checksums, claimed, digest, saved_before, seal
+from gravlens.training.run_folder import RESUME, claimed, digest, saved_before, seal
 
 RESUMABLE_AFTER = 60.0  # seconds between the states that a stopped run goes on from
 _ALONE = threading.RLock()

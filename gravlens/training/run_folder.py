@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -18,11 +17,10 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from gravlens.core.errors import GravlensError
-from gravlens.core.files import without_nan, write_json, writing
+from gravlens.core.files import CHECKSUMS, checksums, sync_files, without_nan, write_json, writing
 
 MARKER = "finetune.json"
 RESUME = ".resume"
-CHECKSUMS = "checksums.json"  # of a state; written last
 KEPT = 2  # states: the newest may be damaged
 Checksums = Mapping[str, Mapping[str, str]]  # checkpoint's folder -> file -> SHA-256
 
@@ -49,19 +47,10 @@ def claimed(out: Path, description: Mapping[str, Any]) -> Generator[Path | None]
 
 def seal(state: Path, saved: Checksums) -> None:
     """Complete a state with the checksums of its files and of the checkpoints saved before; drop states before it."""
+    sync_files(state)
     write_json(state / CHECKSUMS, {"state": checksums(state), "saved": saved})
     for older in _by_step(state.parent)[KEPT:]:
         shutil.rmtree(older)
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a folder that the run has written, once the disk has it."""
-    found: dict[str, str] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS):
-        with path.open("r+b") as file:  # Windows flushes no file that is open for reading alone
-            os.fsync(file.fileno())
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def saved_before(state: Path | None) -> Checksums:
