@@ -186,9 +186,8 @@ TOWERS = re.compile("vision|visual|image|connector|projector|resampler|perceiver
 def make(family: str) -> Any:
     """A random model of a family, in memory; every weight is drawn, norms' and biases too."""
     torch.manual_seed(0)
-    with quiet():
+    with quiet(), torch.no_grad():
         model = _wrapper(family) if family in WRAPPERS else _text(family)
-    with torch.no_grad():
         for weight in model.parameters():
             weight += (0.2 if weight.ndim == 1 else 0.05) * torch.randn(weight.shape)
     return model.eval()

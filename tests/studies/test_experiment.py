@@ -100,7 +100,7 @@ def test_all_of_an_organism_is_made_and_only_what_is_kept_has_weights(home: Path
     for run in runs:
         states = {"probes.safetensors", "held_out.safetensors", "held_out-2.safetensors"}
         files = {path.name for path in (home / run).iterdir() if path.is_file()}
-        assert files == {"finetune.json", "run.json", "log.csv", *states}
+        assert files == {"finetune.json", "run.json", "log.csv", "checksums.json", *states}
 
 
 def test_the_home_is_keyed_by_name_and_key(cache: Path) -> None:
