@@ -39,12 +39,17 @@ COLUMNS = ("area", "disturbance", "cases", *OUTCOMES)
 Row = dict[str, Any]
 
 
-def crashes(home: Path, *, at_most: int, kills: int) -> Iterator[Row]:
-    """Every writing call of every operation, and kills at random instants."""
-    rows = cases(home, "--at-most", str(at_most))
-    rows += cases(home, "--modes", "", "--at-random", str(kills), "--only", *KILLED)
-    for one in rows:
-        yield {**one, "disturbance": KINDS[one["kind"]], "case": f"{one['operation']}, {one['case']}"}
+def crashes(home: Path, *, failing: int, at_most: int, kills: int) -> Iterator[Row]:
+    """The writing calls of every operation, and kills at random instants."""
+    parts = [
+        ("--modes", "fail", "--at-most", str(failing)),
+        ("--modes", "kill,full,short", "--at-most", str(at_most)),
+        ("--modes", "", "--at-random", str(kills), "--only", *KILLED),
+    ]
+    with ThreadPoolExecutor(2) as beside:  # each waits for a process of its own
+        jobs = [beside.submit(cases, home / str(number), *part) for number, part in enumerate(parts)]
+        for one in [row for job in jobs for row in job.result()]:
+            yield {**one, "disturbance": KINDS[one["kind"]], "case": f"{one['operation']}, {one['case']}"}
 
 
 def broken_inputs(at_most: int) -> Iterator[Row]:
@@ -130,13 +135,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="CSV file")
     parser.add_argument("--quick", action="store_true", help="a sample, in about three minutes")
-    parser.add_argument("--at-most", type=int, default=10**6, help="calls of an operation in each mode; default: all")
+    parser.add_argument(
+        "--at-most",
+        type=int,
+        default=10**6,
+        help="calls of an operation that kill, find the disk full or write half of their bytes; default: all",
+    )
     given = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # before torch is imported
     quick = given.quick
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as beside:  # it waits for another process
-        asked = {"at_most": 1 if quick else given.at_most, "kills": 1 if quick else 12}
+        asked = {
+            "failing": 1 if quick else 10**6,
+            "at_most": 1 if quick else given.at_most,
+            "kills": 1 if quick else 12,
+        }
         crashed = beside.submit(lambda: list(crashes(Path(scratch), **asked)))
         rows += broken_inputs(100 if quick else 10**6)
         rows += trees_around_stores(20 if quick else 300)
