@@ -126,25 +126,24 @@ def _check_surroundings() -> None:
 
 def _check_code() -> None:
     """Raise if another program has replaced code of transformers or torch that computes states of every model."""
-    kinds = [
-        (f"{name}.{kind.__name__}", vars(kind), {"__init__", "forward"}, name)
+    held: list[tuple[str, Any, str]] = [
+        (f"{name}.{kind.__name__}.{method}", vars(kind)[method], name)
         for name, module in [*sys.modules.items()]
         if name.startswith("transformers.models.") and ".modeling_" in name
         for kind in vars(module).values()
         if isinstance(kind, type) and kind.__module__ == name
+        for method in {"__init__", "forward"} & vars(kind).keys()
     ]
-    functions = {name: one for name, one in vars(nn.functional).items() if isinstance(one, FunctionType)}
-    kinds.append(("torch.nn.functional", functions, functions.keys(), "torch"))
-    attention = {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"]}
-    kinds.append(("ALL_ATTENTION_FUNCTIONS", attention, attention.keys(), "transformers.integrations"))
-    for place, held, names, owner in kinds:
-        for name in names & held.keys():
-            if not getattr(held[name], "__module__", "").startswith(owner):
-                given, wanted = (
-                    f"{place}.{name} was replaced.",
-                    "A store serves what the checkpoints' own code computes.",
-                )
-                raise GravlensError(given, wanted, "store=None, or a process that does not replace it.")
+    functions = [(name, one) for name, one in vars(nn.functional).items() if isinstance(one, FunctionType)]
+    held += [(f"torch.nn.functional.{name}", one, "torch") for name, one in functions]
+    held.append(("The attention function sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"], "transformers.integrations"))
+    for name, one, owner in held:
+        if not getattr(one, "__module__", "").startswith(owner):
+            wanted, remedy = (
+                "A store serves what the libraries' own code computes.",
+                "store=None, or without the change.",
+            )
+            raise GravlensError(f"{name} was replaced.", wanted, remedy)
 
 
 def _matmul_precision() -> str:

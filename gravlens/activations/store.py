@@ -425,7 +425,7 @@ def _written(folder: Path, pattern: re.Pattern[str], *, corrupt: bool = False) -
     """Files of a store; it may share its folder with checkpoints, a .git and an .env."""
     places = [*_state_folders(folder), folder / "views", folder / "digests", *([folder / "corrupt"] if corrupt else [])]
     # A link leads out of the store, perhaps into another one.
-    own = [one for one in places if not (one.is_symlink() or one.parent.name == "states" and one.parent.is_symlink())]
+    own = [one for one in places if not (one.is_symlink() or (one.parent.name == "states" and one.parent.is_symlink()))]
     return [path for place in own for path in _own(place, pattern)]
 
 

@@ -380,7 +380,7 @@ def own_tokenizer(resolved: Resolved) -> Any | None:
     return next((found for folder in folders if (found := load_tokenizer(folder))), None)
 
 
-def not_opened(folder: Path, error: Exception, files: str = "config.json and *.safetensors") -> GravlensError:
+def not_opened(folder: Path, error: BaseException, files: str = "config.json and *.safetensors") -> GravlensError:
     """Return the error for a folder that transformers cannot open."""
     broken = ""
     for path in sorted(folder.glob("*.json")):  # transformers seldom names the file

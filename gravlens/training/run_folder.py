@@ -39,7 +39,7 @@ def claimed(out: Path, description: Mapping[str, Any]) -> Generator[Path | None]
     """
     with writing(out, Exception):  # pathlib raises ValueError of a null byte
         _check_owner(out, description)  # before anything is written into someone else's folder
-    states = out / RESUME
+        (states := out / RESUME).mkdir(parents=True, exist_ok=True)
     with writing(out), _locked(states / "lock", out):
         _check_owner(out, description)  # again: another process may have finished in between
         write_json(out / MARKER, description)
@@ -83,7 +83,6 @@ def digest(value: Any) -> str:
 
 @contextmanager
 def _locked(path: Path, out: Path) -> Generator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(path).acquire(timeout=0)  # the system releases it when a process is killed
     except Timeout as error:
