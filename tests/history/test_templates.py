@@ -251,9 +251,9 @@ def test_a_folder_without_a_tokenizer_is_named_where_it_was_given_as_one(tmp_pat
         cache_residuals(ModelSequence.from_folders(**pair, tokenizer=tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("chance", ["{{ range(10**9)|random }}", "{{ lipsum(n=1) }}"])
+@pytest.mark.parametrize("chance", ["{{ range(9999)|random }}", "{{ lipsum(n=1) }}"])
 def test_a_template_that_draws_at_random_is_refused(chance: str) -> None:
-    tokenizer = copy.copy(tiny.word_tokenizer()) if hasattr(tiny, "word_tokenizer") else english_tokenizer()
+    tokenizer = english_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + chance
     tokenizer.add_tokens([str(digit) for digit in range(10)])
     with refused("in two ways"):
@@ -264,5 +264,5 @@ def test_a_template_that_draws_at_random_is_refused(chance: str) -> None:
 def test_a_template_that_is_no_text_is_refused(template: Any) -> None:
     tokenizer = english_tokenizer()
     tokenizer.chat_template = template
-    with refused("A chat template is a text"):
+    with refused(f"A {type(template).__name__} was given"):
         encode(tokenizer, ["x"])
