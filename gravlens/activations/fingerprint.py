@@ -3,16 +3,19 @@
 import hashlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _python_dispatch as dispatch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gravlens.activations.reader import read_residuals
 from gravlens.core.errors import GravlensError
@@ -26,6 +29,7 @@ LAYOUT = 2  # raised whenever the same checkpoint would give other states
 # Seconds. A file system's clock ticks every few milliseconds (FAT: 2 s): a file may be written twice within a tick and
 # keep its stamp, so only a file that is older than this is known by its stamp alone.
 SETTLED = 2.0
+LONG = 128  # tokens: some changes act on later positions only, such as a window of attention
 
 
 def fingerprint(checkpoint: Resolved, how: Sequence[str], memo: Path | None = None) -> str:
@@ -51,6 +55,7 @@ def fingerprint(checkpoint: Resolved, how: Sequence[str], memo: Path | None = No
         states = _states_digest(checkpoint)  # before the weights, which the first pass of some models packs
         parts = [[contents(sorted(_state_of(module).items())).digest, _configuration_of(module), states]]
     else:
+        _check_code()
         parts = [_part(folder, memo) for folder in checkpoint.folders]
     return hashlib.sha256(json.dumps([LAYOUT, CONVENTION, *how, parts], sort_keys=True).encode()).hexdigest()
 
@@ -119,6 +124,28 @@ def _check_surroundings() -> None:
         raise GravlensError(given, wanted, "store=None, or the call outside of it.")
 
 
+def _check_code() -> None:
+    """Raise if another program has replaced code of transformers or torch that computes states of every model."""
+    held: list[tuple[str, Any, str]] = [
+        (f"{name}.{kind.__name__}.{method}", vars(kind)[method], name)
+        for name, module in [*sys.modules.items()]
+        if name.startswith("transformers.models.") and ".modeling_" in name
+        for kind in vars(module).values()
+        if isinstance(kind, type) and kind.__module__ == name
+        for method in {"__init__", "forward"} & vars(kind).keys()
+    ]
+    functions = [(name, one) for name, one in vars(nn.functional).items() if isinstance(one, FunctionType)]
+    held += [(f"torch.nn.functional.{name}", one, "torch") for name, one in functions]
+    held.append(("The attention function sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"], "transformers.integrations"))
+    for name, one, owner in held:
+        if not getattr(one, "__module__", "").startswith(owner):
+            wanted, remedy = (
+                "A store serves what the libraries' own code computes.",
+                "store=None, or without the change.",
+            )
+            raise GravlensError(f"{name} was replaced.", wanted, remedy)
+
+
 def _matmul_precision() -> str:
     with suppress(RuntimeError):
         return torch.get_float32_matmul_precision()
@@ -138,7 +165,8 @@ def _check_plain(checkpoint: Resolved, module: nn.Module) -> None:
 
 def _states_digest(checkpoint: Resolved) -> str:
     model = open_model(checkpoint)
-    ids = torch.linspace(0, model.family.vocabulary - 1, 8).long().tolist()
+    length = min(model.family.context or LONG, LONG)
+    ids = torch.linspace(0, model.family.vocabulary - 1, length).long().tolist()
     states = read_residuals(model, [ids, ids[::-1]], layers=range(model.n_layers), finite=False)
     return hashlib.sha256(states.numpy().tobytes()).hexdigest()
 

@@ -314,7 +314,7 @@ def read_residuals(
     GravlensError for states that are not finite; `finite=False` returns them.
     """
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    out = torch.empty(len(ids), len(layers), model.d_model)
+    out = torch.empty(len(ids), len(layers), model.d_model, dtype=torch.float32)  # whatever the default is
     with torch.no_grad():  # `Reader` runs in inference mode, whose tensors a model in training must not cache
         one_length = len({len(one) for one in ids}) > 1 and not pads(model)
         for rows in batched(order, lambda row: len(ids[row]) if one_length else 0):

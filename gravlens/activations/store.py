@@ -38,7 +38,7 @@ from torch import nn
 from gravlens.activations.fingerprint import check_same_content, fingerprint
 from gravlens.activations.positions import Query
 from gravlens.activations.reader import Plan, Reader, Through, all_finite, read_block
-from gravlens.core.errors import GravlensError, said
+from gravlens.core.errors import GravlensError, reading, said
 from gravlens.core.files import (
     TensorWriter,
     map_tensor,
@@ -65,6 +65,7 @@ SCRATCH = re.compile(rf"\.({FILE.pattern}|[0-9a-f]{{32}})\.[0-9a-f]{{8}}")
 # times grow with the size of the model, so the number serves all of them (docs/scale.md).
 TASK_TOKENS = {"cpu": 1 << 16}
 TASK_TOKENS_ELSEWHERE = 1 << 22
+UNREADABLE = "The files of a store must be readable."
 ATTEMPTS = 3  # a corrupt file is only found, and moved aside, when the result is assembled
 T = TypeVar("T")
 States: TypeAlias = Float[np.ndarray, "row layer d_model"]
@@ -187,8 +188,7 @@ def map_verified(path: Path, name: str) -> np.ndarray | None:
         return None  # another process has removed it
     except OSError as error:  # it may be read the next time
         given = f"{path} cannot be read ({error.strerror or error})."
-        remedy = "its permissions, or another store."
-        raise GravlensError(given, "The files of a store must be readable.", remedy) from error
+        raise GravlensError(given, UNREADABLE, "its permissions, or another store.") from error
 
 
 def is_corrupt(path: Path) -> bool:
@@ -196,8 +196,10 @@ def is_corrupt(path: Path) -> bool:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != path.name.split(".")[-2]:
             return True
-    # None are written, but earlier versions did not look.
-    return not all_finite(map_tensor(path, "values" if path.parent.name == "views" else KIND))
+    try:  # states that are not finite are not written, but earlier versions did not look
+        return not all_finite(map_tensor(path, "values" if path.parent.name == "views" else KIND))
+    except (ValueError, LookupError, TypeError, OverflowError, MemoryError):  # its checksum is right, its form is not
+        return True
 
 
 def _set_aside(path: Path) -> None:
@@ -410,25 +412,33 @@ def _sendable(checkpoint: Checkpoint) -> Checkpoint:
 # --- maintenance ----------------------------------------------------------------------------------------------------
 def _own(folder: Path, pattern: re.Pattern[str]) -> Iterator[Path]:
     """Files of a folder that gravlens named; nothing else in it is read or removed."""
-    return (path for path in folder.glob("*") if pattern.fullmatch(path.name) and path.is_file())
+    with reading(folder, UNREADABLE, "its permissions, or another store."):
+        return iter([path for path in folder.glob("*") if pattern.fullmatch(path.name) and path.is_file()])
 
 
-def _written(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+def _state_folders(store: Path) -> list[Path]:
+    with reading(store, UNREADABLE, "its permissions, or another store."):
+        return sorted(one for one in (store / "states").glob("*") if FOLDER.fullmatch(one.name))
+
+
+def _written(folder: Path, pattern: re.Pattern[str], *, corrupt: bool = False) -> list[Path]:
     """Files of a store; it may share its folder with checkpoints, a .git and an .env."""
-    states = [one for one in (folder / "states").glob("*") if FOLDER.fullmatch(one.name) and not one.is_symlink()]
-    places = [*states, folder / "views", folder / "digests"]
-    return [path for place in places for path in _own(place, pattern)]
+    places = [*_state_folders(folder), folder / "views", folder / "digests", *([folder / "corrupt"] if corrupt else [])]
+    # A link leads out of the store, perhaps into another one.
+    own = [one for one in places if not (one.is_symlink() or (one.parent.name == "states" and one.parent.is_symlink()))]
+    return [path for place in own for path in _own(place, pattern)]
 
 
 def mark_store(folder: Path) -> None:
     """Mark a folder as a store."""
-    if not (folder / MARKER).exists():
-        write_json(folder / MARKER, {"gravlens": "activation cache", "layout": 1})
+    with writing(folder, Exception):
+        if not (folder / MARKER).exists():
+            write_json(folder / MARKER, {"gravlens": "activation cache", "layout": 1})
 
 
 def check_store(folder: Path) -> Path:
     """Return a folder if it is a store, else raise: what is removed in it must be gravlens'."""
-    if not (folder / MARKER).is_file():
+    if not os.path.isfile(folder / MARKER):  # unlike Path.is_file it raises nothing
         given, wanted = f"{folder} is not an activation cache.", f"A cache holds {MARKER} since its first use."
         raise GravlensError(given, wanted, "the folder that was given as --store, or as store= of cache_residuals.")
     return folder
@@ -441,7 +451,7 @@ def list_store(folder: Path) -> pd.DataFrame:
     `mib`, `used` (time of last write or use).
     """
     rows = []
-    for states in sorted((check_store(folder) / "states").glob("*")):
+    for states in _state_folders(check_store(folder)):
         if files := StateFolder(states).files():
             prompts = {query for file in files for query in file.queries}
             layers = {layer for file in files for layer in file.layers}
@@ -479,7 +489,7 @@ def prune_store(folder: Path, *, unused_days: float | None = None, dry: bool = F
     With `unused_days`, states too that were not written or used for this long; `dry` only returns the files.
     """
     now, files = time.time(), _written(check_store(folder), FILE)
-    found = {*_own(folder / "corrupt", FILE)}
+    found = {*_written(folder, FILE, corrupt=True)} - {*files}
     found |= {path for path in files if path.parent.name == "views" or _fault(path) == "corrupt"}
     # Younger scratch files may be another process's, which is still writing.
     ages = [(_written(folder, SCRATCH), 3600.0)] + ([] if unused_days is None else [(files, 86400 * unused_days)])

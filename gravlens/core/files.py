@@ -45,11 +45,12 @@ def writing(path: Path | str, kinds: type[Exception] = OSError) -> Generator[Non
 
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file atomically: a killed process leaves the old file or none, never a partial one."""
-    with writing(path):
-        place = at_home(path).resolve()  # a link is followed: renaming over it would leave its target old
+    with writing(path, Exception):  # pathlib raises RuntimeError of a circle of links, ValueError of a null byte
+        place = at_home(path)
         if place.is_char_device() or place.is_fifo():  # renaming over /dev/null would make it a regular file
             place.write_bytes(content)
             return path
+        place = place.resolve()  # a link is followed: renaming over it would leave its target old
         if place.exists() and not place.is_file():  # a folder, a disk, a socket
             raise OSError(errno.EINVAL, "it is no regular file")
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +277,7 @@ def seal(folder: Path) -> Path:
 
 
 def replaced(folder: Path, make: Callable[[Path], object]) -> Path:
-    """Make a folder, in place of an existing one, which stays on any error."""
+    """Make a folder, in place of an existing one, which stays on any error; files that are not made again are kept."""
     return _made(folder, make, replace=True)
 
 
@@ -299,6 +300,10 @@ def _made(folder: Path, make: Callable[[Path], object], *, replace: bool = False
                     os.replace(before, folder)
                 if replace or not folder.is_dir():  # another process may have created it first
                     raise
+            for path in _files_in(before):  # notes, results of evaluations
+                if not os.path.lexists(kept := folder / path.relative_to(before)):
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, kept)
             _sync_folder(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

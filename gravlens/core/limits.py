@@ -80,6 +80,7 @@ def _template_exceeds(template: str, values: str) -> str:
     roles = (["user"], ["system", "user"], ["user", "assistant", "user"], ["system", "user", "assistant"])
     plain = [[{"role": role, "content": "a text"} for role in each] for each in roles]
     parts = [[{**turn, "content": [{"type": "text", "text": "a text"}]} for turn in each] for each in plain]
+    plain.append([{"role": "user", "content": "A sentence of 6 words, repeated. " * 99}])
     given = {"template": template, "values": json.loads(values), "conversations": plain + parts}
     return _exceeds(_RENDER, given | {"paths": sys.path, "longest": LONGEST})
 

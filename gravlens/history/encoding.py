@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gravlens.core.errors import GravlensError, said, wrong_kind
+from gravlens.core.errors import GravlensError, of_kind, said, wrong_kind
 from gravlens.core.limits import check_template
 from gravlens.history.prompts import Example, PromptSet, Turn
 
@@ -55,6 +55,10 @@ def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]
     """
     conversations = PromptSet.of(prompts).turns
     ids = [_encoded(tokenizer, text) for text in rendered_turns(tokenizer, conversations)]
+    if ids and _encoded(tokenizer, rendered_turns(tokenizer, conversations[:1])[0]) != ids[0]:
+        given, wanted = "This tokenizer encodes one prompt in two ways.", "A prompt is the same tokens each time."
+        remedy = "a chat template and a vocabulary without chance (random, lipsum, dropout)."
+        raise GravlensError(f"{given[:-1]}{_place(tokenizer)}.", wanted, remedy)
     _check_told_apart(tokenizer, conversations, ids)
     return ids
 
@@ -202,7 +206,8 @@ def template_names(tokenizer: Any) -> set[str]:
 def _template_of(tokenizer: Any) -> str:
     given, name = tokenizer.chat_template, getattr(tokenizer, KWARGS, {}).get("chat_template", "default")
     if not isinstance(given, dict) or name in given:
-        return given[name] if isinstance(given, dict) else given
+        chosen = given[name] if isinstance(given, dict) else given
+        return of_kind(chosen, str, "A chat template is a text in jinja.", 'chat_template="none", or that text.')
     told = f"This tokenizer has the chat templates {', '.join(given)}, and none called {name!r}."
     raise GravlensError(
         told, "One must be chosen.", f'chat_template_kwargs={{"chat_template": "{next(iter(given))}"}}.'

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from gravlens.core.errors import GravlensError, said
+from gravlens.core.errors import GravlensError, reading, said
 from gravlens.history.hub import (
     BARE,
     PREFIX,
@@ -209,7 +209,8 @@ def as_folder(source: Folder | Path | str, *, weights: bool = True) -> Folder:
     if isinstance(source, Folder):
         return source
     source = located(source)
-    return Folder(adapter_folder(local_folder(source, weights=weights)), source)
+    with reading(source, "The folder of a checkpoint must be readable.", "check its permissions."):
+        return Folder(adapter_folder(local_folder(source, weights=weights)), source)
 
 
 def _folder(source: Path | str, known: Known, weights: bool) -> Folder:

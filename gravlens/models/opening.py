@@ -78,6 +78,7 @@ def open_model(
     """
     if isinstance(source, OpenModel):
         return source
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     resolved = resolve(source if isinstance(source, Checkpoint | Resolved) else Checkpoint("this checkpoint", source))
     checkpoint = resolved.checkpoint
     if isinstance(checkpoint.source, nn.Module):
@@ -134,7 +135,10 @@ def load_huggingface(
         raise not_opened(folder.path, error) from error
     model, report = loaded
     check_whole(source, model, report["missing_keys"])
-    check_all_used(source, model, report["unexpected_keys"], wrapper=config.get_text_config() is not config)
+    names, prefix = folder.weights.tensors, model.base_model_prefix
+    twice = [name for name in names if f"{prefix}.{name}" in names]  # transformers would read one of the two
+    unexpected = [*report["unexpected_keys"], *twice]
+    check_all_used(source, model, unexpected, wrapper=config.get_text_config() is not config)
     for part in model.modules():
         # On some processors bitsandbytes packs 4-bit weights at the first pass, to compute in bf16 whatever dtype was
         # asked for; `state_dict()`, which PEFT calls too, then mixes up their scales.
@@ -289,7 +293,9 @@ def load_tokenizer(source: Folder | Path | str) -> Any | None:
         try:
             with quiet():
                 found: Any = tokenizer_class(place).from_pretrained(place, trust_remote_code=False)
-        except Exception as error:  # whatever its files lead transformers to
+        except BaseException as error:  # whatever its files lead transformers to; a panic in Rust is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             if any(next(place.glob(pattern), None) for pattern in TOKENIZER_FILES):
                 raise not_opened(place, error, "tokenizer.json and tokenizer_config.json") from error
             continue  # an adapter's folder without one, or a model's
@@ -374,7 +380,7 @@ def own_tokenizer(resolved: Resolved) -> Any | None:
     return next((found for folder in folders if (found := load_tokenizer(folder))), None)
 
 
-def not_opened(folder: Path, error: Exception, files: str = "config.json and *.safetensors") -> GravlensError:
+def not_opened(folder: Path, error: BaseException, files: str = "config.json and *.safetensors") -> GravlensError:
     """Return the error for a folder that transformers cannot open."""
     broken = ""
     for path in sorted(folder.glob("*.json")):  # transformers seldom names the file

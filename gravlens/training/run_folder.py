@@ -6,7 +6,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,18 @@ def claimed(out: Path, description: Mapping[str, Any]) -> Generator[Path | None]
         out: the run's folder.
         description: of the run, as JSON; written to `out/finetune.json`.
     """
-    _check_owner(out, description)  # before anything is written into someone else's folder
-    states = out / RESUME
+    with writing(out, Exception):  # pathlib raises ValueError of a null byte
+        _check_owner(out, description)  # before anything is written into someone else's folder
+        (states := out / RESUME).mkdir(parents=True, exist_ok=True)
     with writing(out), _locked(states / "lock", out):
         _check_owner(out, description)  # again: another process may have finished in between
         write_json(out / MARKER, description)
         yield _newest(states)
-        # With the lock in it, while it is held: filelock tries again where a locked file was unlinked.
-        shutil.rmtree(states, ignore_errors=True)
+        for state in _by_step(states):  # what else lies there is the user's
+            shutil.rmtree(state, ignore_errors=True)
+        with suppress(OSError):  # the lock while it is held: filelock tries again where a locked file was unlinked
+            (states / "lock").unlink()
+            states.rmdir()
 
 
 def seal(state: Path, saved: Checksums) -> None:
@@ -68,7 +72,6 @@ def digest(value: Any) -> str:
 
 @contextmanager
 def _locked(path: Path, out: Path) -> Generator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(path).acquire(timeout=0)  # the system releases it when a process is killed
     except Timeout as error:

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from gravlens.activations import fingerprint as fingerprints
 from gravlens.activations.fingerprint import fingerprint
@@ -245,3 +247,31 @@ def test_a_raw_hook_inside_a_model_of_transformer_lens_is_refused(tmp_path: Path
         in_memory(twin)
     handle.remove()
     assert in_memory(twin) == first
+
+
+@pytest.mark.parametrize("place", [(LlamaMLP, "forward"), (LlamaRMSNorm, "__init__"), (nn.functional, "silu")])
+def test_replaced_code_of_a_library_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, place: Any) -> None:
+    first, own = digest(folder), getattr(*place)
+    monkeypatch.setattr(*place, lambda *given, **named: own(*given, **named))
+    with refused("was replaced"):
+        digest(folder)
+    monkeypatch.undo()
+    assert digest(folder) == first
+
+
+def test_replaced_attention_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *given, **named: None)
+    with refused("sdpa was replaced"):
+        digest(folder)
+
+
+def test_what_acts_on_later_positions_alone_is_in_the_digest_of_a_model() -> None:
+    model = tiny.llama(0).eval()
+    model.config.use_cache = False
+    checkpoint = resolve(Checkpoint("x", model))
+    first, mlp = fingerprint(checkpoint, HOW), model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: torch.cat([own(x[:, :20]), 3 * own(x[:, 20:])], 1)
+    assert fingerprint(checkpoint, HOW) != first
+    mlp.forward = own
+    assert fingerprint(checkpoint, HOW) == first

@@ -1,11 +1,13 @@
 """Nothing outside a store's own folders is ever removed: stores among random trees of other files."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from histories import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,3 +78,44 @@ def test_only_what_a_store_wrote_is_removed(
     assert set(pruned) <= set(own) and {own[1], own[2]} <= set(pruned), "the positive control: its own files are"
     assert {path: path.read_bytes() for path in others} == others
     shutil.rmtree(folder)
+
+
+def test_nothing_is_removed_where_a_link_leads_out_of_a_store(tmp_path: Path) -> None:
+    fill(tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "states" / ("5" * 32), tmp_path / "other" / "views")
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    for name in ("states", "views", "corrupt"):
+        (tmp_path / "store").mkdir(exist_ok=True)
+        (tmp_path / "store" / name).symlink_to(tmp_path / "other" / ("states" if name == "states" else "views"))
+    mark_store(tmp_path / "store")
+    assert prune_store(tmp_path / "store", unused_days=0) == []
+    assert before <= {*tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 9, b"\x04" + bytes(7) + b"null"])
+def test_a_file_of_the_right_checksum_and_no_tensors_is_corrupt(tmp_path: Path, content: bytes) -> None:
+    fill(tmp_path)
+    mark_store(tmp_path)
+    path = tmp_path / "states" / ("5" * 32) / f"{'a' * 32}.{hashlib.sha256(content).hexdigest()}.safetensors"
+    path.write_bytes(content)
+    assert verify_store(tmp_path)[path] == "corrupt"
+
+
+@pytest.mark.parametrize("name", ["loop", "a\0b", "a" * 300])
+def test_a_store_that_cannot_be_is_one_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with refused("cannot be written"):
+        mark_store(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_listed_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    mark_store(tmp_path)
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "glob", denied)
+    for listed in (list_store, verify_store, prune_store):
+        with refused("cannot be read (Permission denied)"):
+            listed(tmp_path)

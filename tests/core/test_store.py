@@ -269,3 +269,29 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, target: str) ->
     with refused(str(tmp_path / target), "cannot be written"):
         write_atomically(tmp_path / target, b"x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_is_made_again_keeps_what_others_put_there(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    replaced(folder, lambda made: (made / "weights").write_text("old"))
+    (folder / "notes").mkdir()
+    (folder / "notes" / "eval.json").write_text("mine")
+    replaced(folder, lambda made: (made / "weights").write_text("new"))
+    assert (folder / "weights").read_text() == "new"
+    assert (folder / "notes" / "eval.json").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("name", ["loop", "a\0b", "a" * 300])
+def test_a_path_that_cannot_be_is_one_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with refused("cannot be written"):
+        write_atomically(tmp_path / name, b"x")
+
+
+def test_a_pipe_named_by_the_system_is_written_to() -> None:
+    reading, writing = os.pipe()
+    write_atomically(Path(f"/dev/fd/{writing}"), b"x")
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read() == b"x"

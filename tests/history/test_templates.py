@@ -249,3 +249,20 @@ def test_a_folder_without_a_tokenizer_is_named_where_it_was_given_as_one(tmp_pat
     pair: dict[str, Any] = {"witness": tmp_path / "base", "anchor": tmp_path / "base", "probes": PROBES}
     with pytest.raises(GravlensError, match=r"empty.* holds no tokenizer"):
         cache_residuals(ModelSequence.from_folders(**pair, tokenizer=tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("chance", ["{{ range(9999)|random }}", "{{ lipsum(n=1) }}"])
+def test_a_template_that_draws_at_random_is_refused(chance: str) -> None:
+    tokenizer = english_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + chance
+    tokenizer.add_tokens([str(digit) for digit in range(10)])
+    with refused("in two ways"):
+        encode(tokenizer, ["use the tool"])
+
+
+@pytest.mark.parametrize("template", [5, ["x"], b"x"])
+def test_a_template_that_is_no_text_is_refused(template: Any) -> None:
+    tokenizer = english_tokenizer()
+    tokenizer.chat_template = template
+    with refused(f"A {type(template).__name__} was given"):
+        encode(tokenizer, ["x"])

@@ -368,3 +368,29 @@ def test_a_tokenizer_of_no_class_of_its_own_is_read_as_it_was_saved(tmp_path: Pa
     wanted = [tiny.TOKENIZER(text)["input_ids"] for text in tiny.PROMPTS]
     found = open_model(tmp_path).tokenizer
     assert found is not None and [found(text)["input_ids"] for text in tiny.PROMPTS] == wanted
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    tiny.llama(0).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(
+        {**weights, name.removeprefix("model."): 2 * weights[name]}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with refused("no place for: layers.0.mlp.up_proj.weight"):
+        open_model(tmp_path)
+
+
+def test_a_tokenizer_is_given_as_a_path_too(tmp_path: Path) -> None:
+    tiny.llama(0).save_pretrained(tmp_path)
+    with refused("org/name does not exist"):
+        open_model(tmp_path, tokenizer="org/name")
+
+
+def test_a_panic_of_tokenizers_is_one_error(tmp_path: Path) -> None:
+    folder = tokenizer_folder(tmp_path / "a")
+    kept = json.loads((folder / "tokenizer.json").read_text())
+    kept["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (folder / "tokenizer.json").write_text(json.dumps(kept))
+    with refused("could not be opened"):
+        load_tokenizer(folder)

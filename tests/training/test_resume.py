@@ -174,3 +174,15 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_afterwards(
         run(out)
     with pytest.warns(UserWarning, match="step 3 is not whole"):
         assert resumed(out, whole) == 2
+
+
+def test_what_a_run_has_not_written_is_left(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / ".resume").mkdir(parents=True)
+    (out / ".resume" / "cv.txt").write_text("mine")
+    runs.run(out)
+    notes = next(out.glob("checkpoint-*")) / "eval.json"
+    notes.write_text("mine")
+    runs.run(out)
+    assert notes.read_text() == (out / ".resume" / "cv.txt").read_text() == "mine"
+    assert sorted(path.name for path in out.glob(".resume/*")) == ["cv.txt"]
