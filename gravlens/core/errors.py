@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from numbers import Integral
+from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -82,6 +83,8 @@ def said(error: BaseException) -> str:
 
 def at_home(path: Path | str) -> Path:
     """Return a path with a leading `~` replaced by the home folder; without one, and of an unknown user, as it is."""
+    if not isinstance(path, str | PathLike):
+        raise wrong_kind(path, "A path is needed.", "a text or a pathlib.Path.")
     return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError
 
 

@@ -24,6 +24,10 @@ from gravlens.core.errors import GravlensError, at_home, said
 CONVENTION = "blocks.{layer}.hook_resid_post; layers count from 0; the last block is read before the final norm"
 
 
+MODEL_FILE = re.compile(  # of a folder that save_pretrained, or gravlens, has written
+    "(model|adapter_|config|generation_config|tokenizer|special_tokens|added_tokens|vocab|merges|chat_template"
+    "|processor|preprocessor|checksums|gravlens)"
+)
 CHECKSUMS = "checksums.json"  # of a folder made by `once`; written last
 
 
@@ -277,7 +281,7 @@ def seal(folder: Path) -> Path:
 
 
 def replaced(folder: Path, make: Callable[[Path], object]) -> Path:
-    """Make a folder, in place of an existing one, which stays on any error; files that are not made again are kept."""
+    """Make a folder, in place of an existing one, which stays on any error; other files in it are kept."""
     return _made(folder, make, replace=True)
 
 
@@ -295,20 +299,27 @@ def _made(folder: Path, make: Callable[[Path], object], *, replace: bool = False
                 os.replace(folder, before)
             try:
                 os.replace(scratch, folder)
-            except BaseException:
-                if before.exists():
-                    os.replace(before, folder)
+            except OSError:
                 if replace or not folder.is_dir():  # another process may have created it first
                     raise
-            for path in _files_in(before):  # notes, results of evaluations
-                if not os.path.lexists(kept := folder / path.relative_to(before)):
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, kept)
+            _bring_over(before, folder)
             _sync_folder(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if before.exists() and not folder.exists():  # Ctrl-C, or an error of the second renaming
+            os.replace(before, folder)
         shutil.rmtree(before, ignore_errors=True)
     return given
+
+
+def _bring_over(before: Path, folder: Path) -> None:
+    """Move what is not a model's own file (notes, results of evaluations) from an old folder into its successor."""
+    for path in _files_in(before):
+        kept = folder / path.relative_to(before)
+        # A model's file that was not written again would be read beside the new ones.
+        if not (MODEL_FILE.match(path.name) or os.path.lexists(kept)):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, kept)
 
 
 def is_whole(folder: Path) -> bool:

@@ -53,6 +53,9 @@ def _model_files(folder: Path) -> list[Path]:
         raise GravlensError(
             given, "What is checked and hashed must be what is read.", f"a folder with {WEIGHTS} alone."
         )
+    if (folder / ADAPTER).exists():
+        given, wanted = f"{folder} holds {ADAPTER} and no {ADAPTER_CONFIG}.", "An adapter is read by its configuration."
+        raise GravlensError(given, wanted, f"copy {ADAPTER_CONFIG}, or move {ADAPTER} away if it was merged.")
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():

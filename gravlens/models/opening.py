@@ -21,6 +21,7 @@ from gravlens.core.process_state import MODEL_MAKING, quiet
 from gravlens.history.encoding import with_template_kwargs
 from gravlens.history.sequence import Checkpoint
 from gravlens.history.sources import Folder, Resolved, as_folder, resolve
+from gravlens.history.weight_files import Weights
 from gravlens.models.configs import check_files, entries, read_config
 from gravlens.models.families import (
     ENDS,
@@ -44,10 +45,8 @@ ADAPTER = "gravlens"  # PEFT's name of the adapter while it is merged
 WHOLE = r"modules_to_save|original_module|(token_adapter\.)?base_layer"  # PEFT's names for a whole matrix
 # Tensors that some files hold and no state depends on: masks and constants that are computed today, a value head, heads
 # for several tokens at once, scales of a quantised cache.
-UNUSED = [
-    r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.(attn|attention)\.bias$", r"(^|\.)position_ids$", r"^v_head\.",
-    r"(^|\.)mtp(\.|_)", r"\.[kv]_scale$",
-]  # fmt: skip
+UNUSED = [r"\.masked_bias$", r"(^|\.)position_ids$", r"^v_head\.", r"(^|\.)mtp(\.|_)", r"\.[kv]_scale$"]
+MASK, FREQUENCIES = r"\.(attn|attention)\.bias$", r"rotary_emb\.inv_freq$"  # unused as well, if they are these
 OTHER_SENSES = [r"vision|visual|image|audio|speech|video|multi_modal|projector|connector|aligner"]
 Openable: TypeAlias = OpenModel | Checkpoint | Resolved | Path | str | nn.Module
 
@@ -137,7 +136,9 @@ def load_huggingface(
     check_whole(source, model, report["missing_keys"])
     names, prefix = folder.weights.tensors, model.base_model_prefix
     twice = [name for name in names if f"{prefix}.{name}" in names]  # transformers would read one of the two
-    unexpected = [*report["unexpected_keys"], *twice]
+    # transformers passes over frequencies without a word
+    apart = {*report["unexpected_keys"], *(name for name in names if re.search(FREQUENCIES, name))}
+    unexpected = [*(name for name in apart if not is_computed(name, folder.weights, model)), *twice]
     check_all_used(source, model, unexpected, wrapper=config.get_text_config() is not config)
     for part in model.modules():
         # On some processors bitsandbytes packs 4-bit weights at the first pass, to compute in bf16 whatever dtype was
@@ -189,6 +190,17 @@ def check_all_used(source: Path | str, model: Any, unexpected: Iterable[str], *,
         wanted = "Without them another model would be read than was trained."
         remedy = "a config.json of the family and depth that was trained; adapters in a folder of their own."
         raise GravlensError(f"{given}{', '.join(lost[:3])}{', …' * (len(lost) > 3)}.", wanted, remedy)
+
+
+def is_computed(name: str, weights: Weights, model: Any) -> bool:
+    """Whether a tensor of a checkpoint is a causal mask, or the frequencies that the model computes."""
+    if re.search(MASK, name):
+        return name in weights.tensors and len(weights.tensors[name].shape) == 4  # a bias has one axis
+    if not re.search(FREQUENCIES, name):
+        return False
+    found = next((tensor for other, tensor in weights.load() if other == name), None)
+    own = [buffer.cpu() for other, buffer in model.named_buffers() if re.search(FREQUENCIES, other)]
+    return found is not None and any(one.shape == found.shape and torch.allclose(one, found.to(one)) for one in own)
 
 
 def add_adapter(module: Any, folder: Folder) -> Any:

@@ -295,3 +295,17 @@ def test_a_pipe_named_by_the_system_is_written_to() -> None:
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         assert pipe.read() == b"x"
+
+
+def test_a_model_s_file_that_is_not_written_again_does_not_stay(tmp_path: Path) -> None:
+    """It would be read beside the new ones; and an interrupted replacement brings the old folder back."""
+    old = replaced(tmp_path / "a", lambda folder: [(folder / name).touch() for name in ("model.safetensors", "x.md")])
+    replaced(old, lambda folder: (folder / "model-00001-of-00002.safetensors").touch())
+    assert {path.name for path in old.iterdir()} == {"model-00001-of-00002.safetensors", "x.md"}
+    assert list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("path", [3, None, b"file", ["file"]])
+def test_what_is_no_path_is_named(path: Any) -> None:
+    with pytest.raises(GravlensError, match="A path is needed"):
+        write_tensors(path, "residuals", ARRAYS, {})

@@ -394,3 +394,34 @@ def test_a_panic_of_tokenizers_is_one_error(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(kept))
     with refused("could not be opened"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "harmless"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", "own", True),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", "others", False),
+        ("transformer.h.0.attn.bias", torch.ones(1, 1, 8, 8, dtype=torch.bool), True),
+        ("model.layers.0.self_attn.attn.bias", torch.ones(32), False),
+    ],
+)
+def test_a_tensor_is_harmless_by_what_it_holds(tmp_path: Path, name: str, tensor: Any, harmless: bool) -> None:
+    """A mask or the frequencies that the model computes; not a bias, nor other frequencies, under these names."""
+    model = tiny.llama(0)
+    tiny.save(model, tmp_path / "a")
+    if isinstance(tensor, str):
+        tensor = model.model.rotary_emb.inv_freq.clone() * (1 if tensor == "own" else 2)
+    held = load_file(weights_of(tmp_path / "a"))
+    save_file({**held, name: tensor}, weights_of(tmp_path / "a"), {"format": "pt"})
+    if harmless:
+        open_model(tmp_path / "a")
+        return
+    with refused(name, "no place"):
+        open_model(tmp_path / "a")
+
+
+def test_an_adapter_without_its_configuration_is_not_passed_over(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.llama(0), tmp_path / "a")
+    shutil.copy(weights_of(folder), folder / "adapter_model.safetensors")
+    with refused("adapter_model.safetensors", "no adapter_config.json"):
+        open_model(folder)
