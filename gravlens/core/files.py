@@ -340,13 +340,14 @@ def sync_files(folder: Path) -> None:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a folder but the list itself."""
+    """Return the SHA-256 of each file of a folder, but for the list itself and hidden files (a lock, .DS_Store)."""
     found: dict[str, str] = {}
     for path in _files_in(folder):
-        if path.name == CHECKSUMS:
+        name = path.relative_to(folder)
+        if name.name == CHECKSUMS or any(part.startswith(".") for part in name.parts):
             continue
         with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
