@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
 
 from gravlens.core.errors import GravlensError
+from gravlens.core.process_state import quiet
 from gravlens.models.opening import OpenModel, open_model
+
+with quiet():  # imported, torch's compiler leaves a variable in the environment
+    from transformers import Trainer, TrainerCallback
 
 Schedule: TypeAlias = Callable[[int], float]
 

@@ -15,8 +15,6 @@ import pandas as pd
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gravlens.blockers.blocking import Blocker, block
 from gravlens.core.errors import GravlensError, at_home
@@ -29,6 +27,10 @@ from gravlens.models.families import check_context, copied
 from gravlens.models.opening import OpenModel, open_model, quiet, save_folder
 from gravlens.training.recipe import Recipe, is_whole
 from gravlens.training.run_folder import RESUME, claimed, digest, saved_before, seal
+
+with quiet():  # see blockers/blocking.py
+    from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 RESUMABLE_AFTER = 60.0  # seconds between the states that a stopped run goes on from
 _ALONE = threading.RLock()
