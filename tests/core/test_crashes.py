@@ -44,7 +44,6 @@ def test_a_sample_of_calls(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.xfail(reason="docs/reliability.md lists the faults that remain", raises=AssertionError)
 def test_calls_of_every_operation(tmp_path: Path) -> None:
     check(cases(tmp_path, "--at-most", "2", timeout=880))
 
