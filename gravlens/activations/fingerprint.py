@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _python_dispatch as dispatch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gravlens.activations.reader import read_residuals
 from gravlens.core.errors import GravlensError
@@ -136,7 +135,9 @@ def _check_code() -> None:
     ]
     functions = [(name, one) for name, one in vars(nn.functional).items() if isinstance(one, FunctionType)]
     held += [(f"torch.nn.functional.{name}", one, "torch") for name, one in functions]
-    held.append(("The attention function sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"], "transformers.integrations"))
+    if loaded := sys.modules.get("transformers.modeling_utils"):  # heavy to load, and not needed for a look
+        sdpa = loaded.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        held.append(("The attention function sdpa", sdpa, "transformers.integrations"))
     for name, one, owner in held:
         if not getattr(one, "__module__", "").startswith(owner):
             wanted, remedy = (
