@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -135,7 +136,8 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         time.sleep(0.01)
     if "open files" in found:
         gc.collect()  # one that nobody holds any more is closed
-        found = [name for name in found if name != "open files" or _open_files() != before[name]]
+        more = Counter(_open_files()) - Counter(before["open files"])  # those of an earlier call may be closed now
+        found = [name for name in found if name != "open files" or more]
     return found
 
 
