@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils import _python_dispatch as dispatch
 
 from gravlens.activations.reader import read_residuals
 from gravlens.core.errors import GravlensError
-from gravlens.core.files import CONVENTION, write_json
+from gravlens.core.files import CONVENTION, sha256_of, write_json
 from gravlens.history.sources import Folder, Resolved, changed_meanwhile
 from gravlens.history.weight_files import Stamp, contents, stamp, weight_paths
 from gravlens.models.families import hooks_on
@@ -87,12 +88,7 @@ def _has_its_name(blob: Path, memo: Path | None) -> bool:
     """Whether a file of the hub's cache has the SHA-256 that is its name; of another name nothing is known."""
     if not re.fullmatch("[0-9a-f]{64}", blob.name):
         return True
-    seen = stamp(blob)
-
-    def read() -> str:
-        with blob.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+    seen, read = stamp(blob), partial(sha256_of, blob)
     return _remembered(["file", str(blob)], [seen], memo, read, lambda: _old([seen], time.time_ns())) == blob.name
 
 
@@ -140,11 +136,8 @@ def _check_code() -> None:
         held.append(("The attention function sdpa", sdpa, "transformers.integrations"))
     for name, one, owner in held:
         if not getattr(one, "__module__", "").startswith(owner):
-            wanted, remedy = (
-                "A store serves what the libraries' own code computes.",
-                "store=None, or without the change.",
-            )
-            raise GravlensError(f"{name} was replaced.", wanted, remedy)
+            wanted = "A store serves what the libraries' own code computes."
+            raise GravlensError(f"{name} was replaced.", wanted, "store=None, or without the change.")
 
 
 def _matmul_precision() -> str:

@@ -43,6 +43,7 @@ from gravlens.core.files import (
     TensorWriter,
     map_tensor,
     meta_of,
+    sha256_of,
     tensor_bytes,
     write_atomically,
     write_json,
@@ -193,9 +194,8 @@ def map_verified(path: Path, name: str) -> np.ndarray | None:
 
 def is_corrupt(path: Path) -> bool:
     """Compare a file's content with the checksum in its name, and look for states that are not finite."""
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != path.name.split(".")[-2]:
-            return True
+    if sha256_of(path) != path.name.split(".")[-2]:
+        return True
     try:  # states that are not finite are not written, but earlier versions did not look
         return not all_finite(map_tensor(path, "values" if path.parent.name == "views" else KIND))
     except (ValueError, LookupError, TypeError, OverflowError, MemoryError):  # its checksum is right, its form is not

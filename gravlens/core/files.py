@@ -56,7 +56,7 @@ def write_atomically(path: Path, content: bytes) -> Path:
             return path
         place = place.resolve()  # a link is followed: renaming over it would leave its target old
         if place.exists() and not place.is_file():  # a folder, a disk, a socket
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch = _scratch(place)
         try:
@@ -339,6 +339,12 @@ def sync_files(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a folder, but for the list itself and hidden files (a lock, .DS_Store)."""
     found: dict[str, str] = {}
@@ -346,8 +352,7 @@ def checksums(folder: Path) -> dict[str, str]:
         name = path.relative_to(folder)
         if name.name == CHECKSUMS or any(part.startswith(".") for part in name.parts):
             continue
-        with path.open("rb") as file:
-            found[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[name.as_posix()] = sha256_of(path)
     return found
 
 

@@ -67,10 +67,8 @@ def to_gguf(
         wanted = "llama.cpp has no control vector at layer 0 and rejects a file that contains one."
         remedy = f"{f'directions.at({rest})' if rest else 'a direction of another layer'}; for repeng layer_0=True."
         raise GravlensError(f"Directions of layers {sorted(chosen.layers)} were given.", wanted, remedy)
-    with (
-        writing(path),
-        tempfile.TemporaryDirectory() as scratch,
-    ):  # GGUFWriter writes to a path only, and not atomically
+    # GGUFWriter writes to a path only, and not atomically.
+    with writing(path), tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / "vector.gguf"
         writer = GGUFWriter(written, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)

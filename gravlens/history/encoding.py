@@ -56,9 +56,9 @@ def encode(tokenizer: Any, prompts: PromptSet | Sequence[str]) -> list[list[int]
     conversations = PromptSet.of(prompts).turns
     ids = [_encoded(tokenizer, text) for text in rendered_turns(tokenizer, conversations)]
     if ids and _encoded(tokenizer, rendered_turns(tokenizer, conversations[:1])[0]) != ids[0]:
-        given, wanted = "This tokenizer encodes one prompt in two ways.", "A prompt is the same tokens each time."
+        given = f"This tokenizer encodes one prompt in two ways{_place(tokenizer)}."
         remedy = "a chat template and a vocabulary without chance (random, lipsum, dropout)."
-        raise GravlensError(f"{given[:-1]}{_place(tokenizer)}.", wanted, remedy)
+        raise GravlensError(given, "A prompt is the same tokens each time.", remedy)
     _check_told_apart(tokenizer, conversations, ids)
     return ids
 

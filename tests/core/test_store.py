@@ -242,7 +242,7 @@ def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pyte
 def test_a_socket_stays_one_and_a_linked_folder_too(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
-        with refused("socket cannot be written (it is no regular file)"):
+        with refused("socket cannot be written (it is not a regular file)"):
             write_atomically(tmp_path / "socket", b"x")
         assert (tmp_path / "socket").is_socket()
     (tmp_path / "real").mkdir()

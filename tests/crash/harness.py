@@ -273,7 +273,7 @@ class Bench:
         return ("right result", "") if end.kind == "killed" else ("clear error", end.text)
 
     def disturbed(self, at_most: int, modes: Sequence[Mode]) -> Iterator[dict[str, Any]]:
-        """So many calls in each mode, evenly spaced; errors come by turns."""
+        """Yield at most so many evenly spaced calls in each mode; the error numbers alternate."""
         n_calls = len(self.wanted.calls)
         for mode in modes:
             numbers = range(1, n_calls + 1)
