@@ -9,7 +9,7 @@ import typer
 import gravlens as gl
 from gravlens import activations, core, studies
 from gravlens.cli import options as opt
-from gravlens.cli.output import console, print_json, print_prose, print_table, print_written, records
+from gravlens.cli.output import print_json, print_prose, print_table, print_written, records, shortened
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
@@ -38,8 +38,7 @@ def inspect(sequence: opt.SEQUENCE, json: opt.JSON = False) -> None:
     kwargs = "".join(f", {name}={value!r}" for name, value in listed.attrs["chat_template_kwargs"].items())
     read = f"chat template: {listed.attrs['chat_template']}{kwargs}; system prompt: {listed.attrs['system'] or 'none'}"
     print_prose(_history_in_words(rows))
-    short = 12 if console.is_terminal else None  # of a digest, which --json has in full too
-    shown = [{**row, "digest": (row["digest"] or "")[:short]} for row in rows]
+    shown = [{**row, "digest": shortened(row["digest"] or "")} for row in rows]
     cells = ([row[column] for column in columns] for row in shown)
     least = ("parameters", "dtype", "digest", "cosine", "remark")
     print_table(columns, cells, title="distances in the weights, from the anchor", caption=read, least=least)

@@ -84,6 +84,11 @@ def print_table(
             print_prose(line)
 
 
+def shortened(digest: str) -> str:
+    """Return the beginning of a digest for a terminal, all of it for a pipe or file."""
+    return digest[:12] if console.is_terminal else digest
+
+
 def _unbroken(text: str) -> str:
     """Put no-break spaces where a line must not end: in a path, in a cell of numbers, before a unit."""
     whole = NUMBERS.fullmatch(text) or text.startswith(("/", "~", "hf://"))
@@ -190,7 +195,12 @@ class OneLineErrors:
 
 
 class Script(OneLineErrors, TyperCommand):
-    """A single command, as in the scripts of analyses/."""
+    """A single command, as in the scripts of analyses/, with variables such as GRAVLENS_DAMAGE_DEVICE."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Name the variables of the options by the script."""
+        extra.setdefault("auto_envvar_prefix", f"GRAVLENS_{Path(info_name or '').stem.upper()}")
+        return super().make_context(info_name, args, parent, **extra)
 
 
 class Commands(OneLineErrors, TyperGroup):

@@ -26,9 +26,9 @@ def list_command(folder: FOLDER, json: opt.JSON = False) -> None:
     if json:
         print_json(rows)
         return
-    short = 12 if console.is_terminal else None  # of a digest, which --json has in full too
     shown = [
-        {**row, "states": row["states"][:short], "mib": f"{row['mib']:.1f}", "used": row["used"][:19]} for row in rows
+        {**row, "states": shortened(row["states"]), "mib": f"{row['mib']:.1f}", "used": row["used"][:19]}
+        for row in rows
     ]
     whole = sum(row["mib"] for row in rows)
     print_prose(

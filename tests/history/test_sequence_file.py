@@ -35,7 +35,7 @@ def read(folder: Path, text: str) -> ModelSequence:
         ('run = "ft/*"\n', "unknown key run: did you mean runs?"),
         ('xyz = "h.jsonl"\n', "unknown key xyz."),
         ('[runs]\nseed0 = {folder = "ft/*"}\n', "the run seed0 has the unknown key folder: did you mean folders?"),
-        ('[runs.seed0]\nfolders = "ft/*"\nmising = "skip"\n', "seed0 has the unknown key mising: did you mean missing?"),
+        ('[runs.seed0]\nfolders = "ft/*"\nmising = "skip"\n', "seed0 has the unknown key mising: did you mean missing"),
         ('[controls]\nsibling = ["s"]\n', "controls has the unknown key sibling: did you mean siblings?"),
         ('probes = {fil = "probes.jsonl"}\n', "probes has the unknown key fil: did you mean file?"),
     ],
