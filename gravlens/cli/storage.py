@@ -7,7 +7,7 @@ import typer
 
 from gravlens import activations, core
 from gravlens.cli import options as opt
-from gravlens.cli.output import CHECK_FAILED, console, print_json, print_line, print_prose, print_table, records
+from gravlens.cli.output import CHECK_FAILED, print_json, print_line, print_prose, print_table, records, shortened
 
 commands = typer.Typer(
     help="List, verify and prune an on-disk cache of activations (as written by gravlens trajectory --store).",
