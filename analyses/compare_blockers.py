@@ -149,7 +149,7 @@ def tell(table: pd.DataFrame) -> None:
         means = records(rows.groupby("blocker", sort=False)[SHOWN].mean().reset_index())
         names = ["blocker", *(name.replace("_", " ") for name in SHOWN)]
         title = f"{part}: mean over {rows.organism.nunique()} organisms and their runs"
-        print_table(names, (row.values() for row in means), title=title, least=names[:3:-1])
+        print_table(names, ([*row.values()] for row in means), title=title, least=names[:3:-1])
 
 
 if __name__ == "__main__":

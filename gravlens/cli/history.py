@@ -45,13 +45,13 @@ def inspect(sequence: opt.SEQUENCE, json: opt.JSON = False) -> None:
 
 
 def _history_in_words(rows: list[dict[str, Any]]) -> str:
-    steps: dict[str, list[Any]] = {}
+    steps: dict[str, list[str]] = {row["role"]: [] for row in rows[2:]}
     for row in rows[2:]:
-        steps.setdefault(row["role"], []).append(row["step"])
-    runs = "; ".join(f"{run}: steps {core.display.listed(one for one in at if one)}" for run, at in steps.items())
-    strange = [f"{row['role']}{'' if row['step'] is None else '/' + str(row['step'])}" for row in rows if row["remark"]]
-    remarks = f"look at {core.display.listed(strange)}: see remark" if strange else "all can be read, and all differ"
-    return f"witness, anchor, {len(steps)} run{'s' * (len(steps) != 1)} ({runs or 'none'}); {remarks}"
+        steps[row["role"]] += [] if row["step"] is None else [str(row["step"])]  # without one it was skipped
+    runs = "; ".join(f"{run}: steps {core.display.listed(at)}" for run, at in steps.items()) or "none"
+    strange = sum(bool(row["remark"]) for row in rows)
+    remarks = f"remarks on {strange} of them" if strange else "all can be read, and all differ"
+    return f"witness, anchor, {len(steps)} run{'s' * (len(steps) != 1)} ({runs}); {remarks}"
 
 
 @commands.command(**opt.described(PANEL, "gravlens plan SEQUENCE.toml --layer 12 --workers 8"))
@@ -125,13 +125,12 @@ def locate(
 
 def _directions_in_words(found: "gl.Directions") -> str:
     defined = [v for v in found if not v.undefined]
+    told = f"v_rev is defined at {len(defined)} of {len(found)} layers"
     if not defined:
-        return f"v_rev is undefined at each of {len(found)} layers"
+        return told
     far, sure = max(defined, key=lambda v: v.distance), max(defined, key=lambda v: v.reliability)
-    return (
-        f"v_rev is defined at {len(defined)} of {len(found)} layers: longest at layer {far.layer} (distance "
-        f"{far.distance:.3g}), most reliable at layer {sure.layer} (split-half reliability {sure.reliability:.3f})"
-    )
+    most = f"most reliable at layer {sure.layer} (split-half reliability {sure.reliability:.3f})"
+    return f"{told}: longest at layer {far.layer} (distance {far.distance:.3g}), {most}"
 
 
 @commands.command(**opt.described(PANEL, "gravlens trajectory SEQUENCE.toml --out trajectory.csv"))
@@ -206,11 +205,10 @@ def _print_runs(rows: Any, summary: Any, followed: "gl.Trajectory", json: bool) 
 
 
 def _runs_in_words(rows: list[dict[str, Any]]) -> str:
-    """Say of each run how far it went, and what that exceeds; of many runs the first few."""
     last = {row["run"]: row for row in rows}  # rows are by step
     told = [_run_in_words(row) for row in [*last.values()][:SAID]]
-    more = [f"{len(last) - SAID} more runs are in the table"] if len(last) > SAID else []
-    return "\n".join([*told, *more, "isotropic drifts are a weak null: gravlens audit says what may be claimed"])
+    told += [f"{len(last) - SAID} more runs are in the table"] * (len(last) > SAID)
+    return "\n".join([*told, "isotropic drifts are a weak null: gravlens audit says what may be claimed"])
 
 
 def _run_in_words(row: dict[str, Any]) -> str:

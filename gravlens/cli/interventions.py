@@ -197,27 +197,20 @@ def _print_pair(found: Any, kind: str, sequence: Path, json: bool) -> None:
     measured_on = "held-out prompts" if found.prompts == "held_out" else "the probes (there are no held-out prompts)"
     data = f"trained on {found.n_trained} examples, task loss on {found.n_task} others"
     print_prose(_pair_in_words(records(found.table)))
-    columns = ("run", "step", *MEASURED.values(), "s / step")
-    print_table(
-        columns,
-        map(_run_row, records(found.table)),
-        title=f"drift along v_rev, blocked at layers {', '.join(map(str, layers))} ({kind})",
-        caption=f"alignment and fraction on {measured_on}; {data}",
-        least=("s / step", "on probes"),
-    )
+    columns, blocked = ("run", "step", *MEASURED.values(), "s / step"), ", ".join(map(str, layers))
+    rows, title = map(_run_row, records(found.table)), f"drift along v_rev, blocked at layers {blocked} ({kind})"
+    caption = f"alignment and fraction on {measured_on}; {data}"
+    print_table(columns, rows, title=title, caption=caption, least=("s / step", "on probes"))
     print_line(f"To use these runs, add to [runs] of {sequence}:")
     for run, folder in zip(found.table["run"][1:], found.table["folder"][1:], strict=True):
         print_line(f'{run} = "{Path(folder).parent}/checkpoint-*"')
 
 
 def _pair_in_words(rows: list[dict[str, Any]]) -> str:
-    """Compare the last steps; the first row is the anchor."""
-    last = {row["run"]: row for row in rows[1:]}
-    told = [
-        f"the {run} run moved {row['fraction']:.1%} of the way back, task loss {row['task_loss']:.3f}"
-        for run, row in reversed(last.items())
-    ]
-    return f"by step {rows[-1]['step']} {'; '.join(told)} (anchor {rows[0]['task_loss']:.3f})"
+    last = {row["run"]: row for row in rows[1:]}  # the first row is the anchor
+    way = "the {run} run moved {fraction:.1%} of the way back, task loss {task_loss:.3f}".format_map
+    told = "; ".join(way(row) for row in reversed(last.values()))
+    return f"by step {rows[-1]['step']} {told} (anchor {rows[0]['task_loss']:.3f})"
 
 
 def _run_row(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from typer.core import TyperCommand, TyperGroup
 
 from gravlens import core, plot
@@ -56,11 +56,7 @@ def print_table(
 ) -> None:
     """Print a table: in full to a pipe or file, fitted to a terminal without breaking a word or a number.
 
-    Args:
-        columns: their names.
-        rows: values, one per column.
-        title: a sentence above the table; `caption`: below it.
-        least: columns of least worth, which a terminal that is too narrow drops in this order, and an empty one always.
+    A terminal that is too narrow drops the columns `least` in this order; of these an empty one is never shown.
     """
     texts = [[_unbroken(core.display.cell(value)) for value in row] for row in rows]
     cells = {name: [row[place] for row in texts] for place, name in enumerate(columns)}
@@ -71,17 +67,16 @@ def print_table(
             dropped.append(name)
             del cells[name]
     widths = _widths(cells, room)
-    table = Table()
-    for name, width in widths.items():
-        table.add_column(escape(name), width=width)
-    for row in zip(*cells.values(), strict=True):
-        table.add_row(*(escape(_fitted(text, width)) for text, width in zip(row, widths.values(), strict=True)))
+    table = Table(*(Column(escape(name), width=width) for name, width in widths.items()))
+    fitted = ([escape(_fitted(text, widths[name])) for text in column] for name, column in cells.items())
+    for row in zip(*fitted, strict=True):
+        table.add_row(*row)
     if title:
         print_prose(title)
     Console(emoji=False, width=max(console.width, _total(widths))).print(table)
-    for line in (caption, dropped and f"not shown at this width, but in --json: {', '.join(dropped)}"):
-        if line:
-            print_prose(line)
+    left_out = f"not shown at this width, but in --json: {', '.join(dropped)}" if dropped else None
+    for line in filter(None, (caption, left_out)):
+        print_prose(line)
 
 
 def shortened(digest: str) -> str:
@@ -103,10 +98,8 @@ def _widths(cells: Mapping[str, Sequence[str]], room: int) -> dict[str, int]:
     """Return the widths of the columns: the widest shrinks first, and none below its longest word."""
     texts = {name: (name, *column) for name, column in cells.items()}
     widths = {name: max(map(cell_len, column)) for name, column in texts.items()}
-    least = {
-        name: max(cell_len(line) for text in column for line in _fitted(text, 1).split("\n"))
-        for name, column in texts.items()
-    }
+    lines = {name: "\n".join(_fitted(text, 1) for text in column).split("\n") for name, column in texts.items()}
+    least = {name: max(map(cell_len, words)) for name, words in lines.items()}
     while _total(widths) > room and (wide := [name for name in widths if widths[name] > least[name]]):
         widths[max(wide, key=widths.__getitem__)] -= 1
     return widths
@@ -173,7 +166,7 @@ def print_written(path: Any, json: bool) -> None:
 
 def print_error(text: str) -> None:
     """Print an error on stderr: as one line, which a terminal wraps by words."""
-    line = _wrapped(f"gravlens: {' '.join(text.split())}", messages).removeprefix("gravlens:")
+    _, _, line = _wrapped(f"gravlens: {' '.join(text.split())}", messages).partition(":")
     messages.print(f"[bold red]gravlens:[/]{escape(line)}", highlight=False, soft_wrap=True)
 
 
@@ -195,12 +188,7 @@ class OneLineErrors:
 
 
 class Script(OneLineErrors, TyperCommand):
-    """A single command, as in the scripts of analyses/, with variables such as GRAVLENS_DAMAGE_DEVICE."""
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Name the variables of the options by the script."""
-        extra.setdefault("auto_envvar_prefix", f"GRAVLENS_{Path(info_name or '').stem.upper()}")
-        return super().make_context(info_name, args, parent, **extra)
+    """A single command, as in the scripts of analyses/."""
 
 
 class Commands(OneLineErrors, TyperGroup):

@@ -107,8 +107,7 @@ def unknown_keys(place: str, names: Iterable[str], known: Collection[str], remed
     told = []
     for name in sorted(names):
         near = get_close_matches(name.strip("[]"), known, 1)
-        hint = name.replace(name.strip("[]"), near[0]) if near else ""  # [run] is [runs]
-        told.append(f"{name}: did you mean {hint}?" if hint else f"{name}.")
+        told.append(f"{name}: did you mean {name.replace(name.strip('[]'), near[0])}?" if near else f"{name}.")
     return GravlensError(f"{place} has the unknown key {' '.join(told)}", f"Known keys: {', '.join(known)}.", remedy)
 
 
