@@ -14,7 +14,8 @@ import pandas as pd
 import typer
 
 from gravlens.behavior.answers import MAX_NEW_TOKENS
-from gravlens.cli.output import Script
+from gravlens.cli.options import JSON
+from gravlens.cli.output import Script, print_json, print_prose, print_table, records
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_table
 from gravlens.organisms.arms import core_arms, dose_arms, further_arms
@@ -69,6 +70,7 @@ def main(
     threads: Annotated[int, typer.Option(min=0, help="Threads per process; 0: the organism's own number.")] = 0,
     read_only: Annotated[bool, typer.Option(help="Train nothing: table and figure of the complete runs.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the tables and the figure.")] = Path("."),
+    json: JSON = False,
 ) -> None:
     """Ablation study of blockers: which one prevents harm, which one motion along v_rev, at what cost?"""
     if (sequence is None) != (data is None) or sum([sequence is not None, bool(organism), pretrained]) != 1:
@@ -92,7 +94,12 @@ def main(
         layers.append(compare_layers(study, arms, organism=name))
     table = pd.concat(tables, ignore_index=True)
     write(table, pd.concat(layers, ignore_index=True), out)
-    tell(table)
+    if json:
+        print_json(
+            {"summary": [line for _, rows in table.groupby("data") for line in orderings(rows)], "runs": records(table)}
+        )
+    else:
+        tell(table)
 
 
 def organisms_of(organisms: Sequence[int], pretrained: bool, *, runs: int, threads: int) -> dict[str, Organism]:
@@ -136,11 +143,13 @@ def write(table: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
 
 
 def tell(table: pd.DataFrame) -> None:
-    """Print means over organisms and runs, and in how many runs each arm is lower than the baseline."""
+    """Print in how many runs each arm is lower than the baseline, and means over organisms and runs."""
     for part, rows in table.groupby("data", sort=False):
-        typer.echo(f"\n{part}: mean over {rows.organism.nunique()} organisms and their runs\n")
-        typer.echo(rows.groupby("blocker", sort=False)[SHOWN].mean().to_string(float_format="{:.3f}".format))
-        typer.echo("\n" + "\n".join(orderings(rows)))
+        print_prose("\n".join(orderings(rows)))
+        means = records(rows.groupby("blocker", sort=False)[SHOWN].mean().reset_index())
+        names = ["blocker", *(name.replace("_", " ") for name in SHOWN)]
+        title = f"{part}: mean over {rows.organism.nunique()} organisms and their runs"
+        print_table(names, ([*row.values()] for row in means), title=title, least=names[:3:-1])
 
 
 if __name__ == "__main__":

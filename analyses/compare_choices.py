@@ -16,12 +16,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gravlens.activations.residuals import cache_residuals
-from gravlens.cli.options import MAX_PROMPTS, OUT_FOLDER, PROMPTS, SEQUENCE
-from gravlens.cli.output import Script
+from gravlens.cli.options import DEVICE, DTYPE, JSON, MAX_PROMPTS, OUT_FOLDER, PROMPTS, SEQUENCE
+from gravlens.cli.output import Script, print_answer
 from gravlens.core.files import write_table
 from gravlens.directions.geometry import centred, raw, standardised, whitened, without_top
 from gravlens.directions.trajectory import ByLayer
 from gravlens.history.sequence import ModelSequence
+from gravlens.models.placement import Placement
 from gravlens.plot.heatmap import plot_heatmap
 from gravlens.plot.lines import plot_alignment
 from gravlens.plot.style import STYLE, save_figure
@@ -43,17 +44,23 @@ def main(
     prompts: PROMPTS = None,
     max_prompts: MAX_PROMPTS = None,
     out: OUT_FOLDER = Path("."),
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "float32",
+    json: JSON = False,
 ) -> None:
     """Does the conclusion depend on how v_rev is estimated, and in which geometry a cosine is taken?"""
     history = ModelSequence.from_toml(sequence)
+    where = Placement(device, dtype)
     layers, asked = sorted({*layer}) or None, prompts_of(history, prompts, max_prompts)
-    states = [cache_residuals(history, one, layers=layers) for one in (history.require_probes(), asked)]
+    states = [
+        cache_residuals(history, one, layers=layers, placement=where) for one in (history.require_probes(), asked)
+    ]
     geometries = [raw, centred, standardised, whitened, *(partial(without_top, k=k) for k in sorted({*remove}))]
     choices = compare_choices(*states, layers_in_mean=layers, geometries=geometries)
     write_table(out / "choices.csv", choices.table, float_format="%.6g")
     write_table(out / "choices_layer_mean.csv", choices.layer_mean, float_format="%.6g")
     save_figure(draw(choices), out / "choices")
-    typer.echo(summary(choices))
+    print_answer(summary(choices), json, choices=choices.layer_mean)
 
 
 @rc_context(STYLE)
@@ -83,8 +90,8 @@ def summary(choices: ByLayer) -> str:
     other = found[found["alignment"] * usual <= 0]
     same = "the sign is the same in all" if other.empty else f"the sign is another in {named(other)}"
     lines = [
-        f"alignment at the last step between {least['alignment']:+.2f} ({named(found[:1])}) and "
-        f"{most['alignment']:+.2f} ({named(found[-1:])}) over {len(found)} choices; {same}",
+        f"over {len(found)} choices {same}: alignment at the last step between {least['alignment']:+.2f} "
+        f"({named(found[:1])}) and {most['alignment']:+.2f} ({named(found[-1:])})",
         f"difference of means in the raw geometry: {usual:+.2f}; median of the choices: "
         f"{found['alignment'].median():+.2f}; fraction between {found['fraction'].min():+.2f} and "
         f"{found['fraction'].max():+.2f}",

@@ -8,6 +8,7 @@ damage_layer_mean.csv and damage.png.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,17 +18,27 @@ import typer
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
-from gravlens.cli.output import Script
+from gravlens.cli.options import (
+    COMPLIANCES,
+    DEVICE,
+    DTYPE,
+    JSON,
+    MAX_PROMPTS,
+    OPENINGS,
+    OUT_FOLDER,
+    PROMPTS,
+    SEQUENCE,
+)
+from gravlens.cli.output import Script, print_answer
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_table
-from gravlens.directions.vrev import locate_vrev
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.placement import Placement
 from gravlens.plot.heatmap import plot_heatmap
 from gravlens.plot.style import STYLE, save_figure
 from gravlens.stats.damage import UNDAMAGED, Damage, change_norm, measure_damage, pruned, rounded, sign_flipped, updated
-from gravlens.studies.inputs import checkpoint_of, opened, prompts_of, score_of
+from gravlens.studies.inputs import checkpoint_of, ends, located, opened, prompts_of, score_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -50,12 +61,16 @@ def main(
     out: OUT_FOLDER = Path("."),
     openings: OPENINGS = [],  # noqa: B006
     compliances: COMPLIANCES = [],  # noqa: B006
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "float32",
+    json: JSON = False,
 ) -> None:
     """Does damage alone (rounding, pruning, a mirrored update) move a model along v_rev, and does it undo refusal?"""
     history = ModelSequence.from_toml(sequence)
     tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-    anchor, vs, score = opened(history, history.anchor), locate_vrev(history), score_of(openings, compliances)
-    kinds = damages_of(anchor, tuned, bits, share) | {"run": runs_of(history, tuned)}
+    where, score = Placement(device, dtype), score_of(openings, compliances)
+    anchor, vs = opened(history, history.anchor, where), located(ends(history, placement=where))
+    kinds = damages_of(anchor, tuned, bits, share, where) | {"run": runs_of(history, tuned, where)}
     damages = {name: damage for kind in kinds.values() for name, damage in kind.items()}
     found = measure_damage(anchor, vs, asked, damages=damages, layers_in_mean=layer or None, score=score)
     kind_of = {UNDAMAGED: "none"} | {name: kind for kind, named in kinds.items() for name in named}
@@ -63,14 +78,14 @@ def main(
         table.insert(1, "kind", table["damage"].map(kind_of))
         write_table(out / f"{name}.csv", table)
     save_figure(draw(found.layer_mean), out / "damage")
-    typer.echo(summary(found.layer_mean, tuned.name))
+    print_answer(summary(found.layer_mean, tuned.name), json, damage=found.layer_mean)
 
 
 def damages_of(
-    anchor: OpenModel, tuned: Checkpoint, bits: Sequence[int], shares: Sequence[float]
+    anchor: OpenModel, tuned: Checkpoint, bits: Sequence[int], shares: Sequence[float], where: Placement
 ) -> dict[str, dict[str, Damage]]:
     """Return kind -> name -> damage: of its `own` size, or `matched` to the norm of the run's update."""
-    after = open_model(tuned)
+    after = open_model(tuned, **where.where)
     norm = change_norm(*(dict(model.module.named_parameters()) for model in (anchor, after)))
     if not norm:
         raise GravlensError(
@@ -84,11 +99,16 @@ def damages_of(
     return kinds
 
 
-def runs_of(history: ModelSequence, tuned: Checkpoint) -> dict[str, Damage]:
+def runs_of(history: ModelSequence, tuned: Checkpoint, where: Placement) -> dict[str, Damage]:
     """Return name -> update of the mirrored run, and of each other run's last checkpoint."""
     own = tuned.name.rpartition("/")[0]
     others = [checkpoints[-1] for name, checkpoints in history.runs.items() if name != own]
-    return {checkpoint.name: partial(updated, checkpoint=checkpoint) for checkpoint in [tuned, *others]}
+    return {checkpoint.name: partial(update_of, checkpoint=checkpoint, where=where) for checkpoint in [tuned, *others]}
+
+
+def update_of(model: OpenModel, checkpoint: Checkpoint, where: Placement) -> AbstractContextManager[OpenModel]:
+    """Move a model by the update of a run, opened only then: one checkpoint at a time is in memory."""
+    return updated(model, open_model(checkpoint, **where.where))
 
 
 @rc_context(STYLE)
@@ -111,15 +131,17 @@ def draw(mean: pd.DataFrame) -> Figure:
 
 
 def summary(mean: pd.DataFrame, tuned: str) -> str:
-    """Compare the largest fraction and the lowest score under damage with those of the run, in one line."""
+    """Compare the largest fraction and the lowest score under damage with those of the run."""
     damages = mean[mean["kind"].isin(["own", "matched"])]
     far, low = damages.sort_values("fraction").iloc[-1], damages.sort_values("score").iloc[0]
     run, none = (mean[mean["damage"] == name].iloc[0] for name in (tuned, UNDAMAGED))
+    less = "less far along v_rev than" if far["fraction"] < run["fraction"] else "as far along v_rev as"
     return (
+        f"damage alone goes {less} {tuned}\n"
         f"of {len(damages)} damages the farthest along v_rev is {far['damage']}: fraction {far['fraction']:+.3f} "
-        f"(alignment {far['alignment']:+.2f}), {tuned} {run['fraction']:+.3f} ({run['alignment']:+.2f}); refusal "
-        f"log-odds of the anchor {none['score']:+.2f}, lowest under damage {low['score']:+.2f} ({low['damage']}), "
-        f"{tuned} {run['score']:+.2f}"
+        f"(alignment {far['alignment']:+.2f}), {tuned} {run['fraction']:+.3f} ({run['alignment']:+.2f})\n"
+        f"refusal log-odds of the anchor {none['score']:+.2f}, lowest under damage {low['score']:+.2f} "
+        f"({low['damage']}), {tuned} {run['score']:+.2f}"
     )
 
 

@@ -20,8 +20,18 @@ from matplotlib.ticker import PercentFormatter
 
 from gravlens.activations.residuals import Residuals, cache_residuals
 from gravlens.behavior.scores import DEFAULT_REFUSAL_OPENINGS
-from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
-from gravlens.cli.output import Script
+from gravlens.cli.options import (
+    COMPLIANCES,
+    DEVICE,
+    DTYPE,
+    JSON,
+    MAX_PROMPTS,
+    OPENINGS,
+    OUT_FOLDER,
+    PROMPTS,
+    SEQUENCE,
+)
+from gravlens.cli.output import Script, print_answer
 from gravlens.core.files import write_table
 from gravlens.directions.decomposition import OWN, REST, WHOLE, ancestor_pull, split_drift, split_update
 from gravlens.directions.direction import Directions
@@ -31,6 +41,7 @@ from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.interventions.readout import readout, readout_openings
 from gravlens.interventions.refusal import refusal_candidates
 from gravlens.models.opening import OpenModel
+from gravlens.models.placement import Placement
 from gravlens.plot.style import CYCLE, GREY, STYLE, save_figure
 from gravlens.studies.inputs import checkpoint_of, file_at, opened, prompts_of, vrev_of
 
@@ -72,15 +83,19 @@ def main(
     out: OUT_FOLDER = Path("."),
     openings: OPENINGS = [],  # noqa: B006
     compliances: COMPLIANCES = [],  # noqa: B006
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "float32",
+    json: JSON = False,
 ) -> None:
     """Decompose the drift of fine-tuning in activations, in weights, and in the vocabulary."""
     history = ModelSequence.from_toml(sequence)
     chosen, asked = weights_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-    anchor, parts = opened(history, history.anchor), {"v_rev": vrev_of(history, layer)}
+    where = Placement(device, dtype)
+    anchor, parts = opened(history, history.anchor, where), {"v_rev": vrev_of(history, layer, placement=where)}
     if (direction := refusal_of(history, anchor, refusal, parts["v_rev"].layers)) is not None:
         parts["refusal"] = direction
     read = readouts(anchor, parts, top, openings, compliances)
-    drift = states(history, ancestor, asked, parts["v_rev"].layers)
+    drift = states(history, ancestor, asked, parts["v_rev"].layers, where)
     split = splits(drift, parts, components)
     pulls = ancestors(drift, ancestor)
     update = split_update(history.anchor, history.witness, chosen)
@@ -88,7 +103,9 @@ def main(
     tables = {"drift_parts": split.table, "ancestors": pulls.table, "update_parts": update, "readout": read}
     write(out, tables | means)
     save_figure(draw(split.table), out / "decompose_drift")
-    typer.echo(summary(split.layer_mean, pulls.layer_mean, update, read))
+    shown = {"drift_parts": split.layer_mean, "ancestors": pulls.layer_mean, "readout": read}
+    shown["update"] = update[update["tensor"] == WHOLE]
+    print_answer(summary(split.layer_mean, pulls.layer_mean, update, read), json, **shown)
 
 
 def weights_of(history: ModelSequence, names: Sequence[str]) -> list[Checkpoint]:
@@ -129,10 +146,12 @@ def readouts(
     return pd.concat(tables, ignore_index=True)[["direction", "layer", "token", "logit", "refusals_minus_compliances"]]
 
 
-def states(history: ModelSequence, folders: Sequence[str], prompts: PromptSet, layers: Sequence[int]) -> Residuals:
+def states(
+    history: ModelSequence, folders: Sequence[str], prompts: PromptSet, layers: Sequence[int], where: Placement
+) -> Residuals:
     """Read residuals of the sequence and of further ancestors, named `ancestor 1` and so on."""
     further = [Checkpoint(f"ancestor {i}", folder) for i, folder in enumerate(folders, 1)]
-    return cache_residuals(history, prompts, layers=layers, checkpoints=[*history, *further])
+    return cache_residuals(history, prompts, layers=layers, checkpoints=[*history, *further], placement=where)
 
 
 def splits(residuals: Residuals, parts: Mapping[str, Directions], components: int) -> ByLayer:
@@ -210,7 +229,8 @@ def summary(split: pd.DataFrame, pulls: pd.DataFrame, update: pd.DataFrame, read
         f"{weights['cosine']:+.2f}, fraction {weights['fraction']:+.3f})",
         *(spoken(rows) for _, rows in read[read["layer"] == read["layer"].max()].groupby("direction", sort=False)),
     ]  # fmt: skip
-    return "last step, mean over runs and layers\n" + "\n".join(lines)
+    own = means.loc[split["order"].iloc[0]]["v_rev"]
+    return f"v_rev has {own:.1%} of the drift (last step, mean over runs and layers)\n" + "\n".join(lines)
 
 
 def shares_of(shares: pd.Series) -> str:

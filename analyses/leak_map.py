@@ -7,7 +7,7 @@ model, and the reverse) and leak_map.png. Tables of the same weights, prompts an
 """
 
 import hashlib
-import json
+import json as json_text
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +22,18 @@ from matplotlib.figure import Figure
 
 from gravlens import __version__
 from gravlens.activations.residuals import Residuals, cache_residuals
-from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, OPENINGS, OUT_FOLDER, PROMPTS, SEQUENCE
-from gravlens.cli.output import Script
+from gravlens.cli.options import (
+    COMPLIANCES,
+    DEVICE,
+    DTYPE,
+    JSON,
+    MAX_PROMPTS,
+    OPENINGS,
+    OUT_FOLDER,
+    PROMPTS,
+    SEQUENCE,
+)
+from gravlens.cli.output import Script, print_answer
 from gravlens.core.errors import GravlensError
 from gravlens.core.files import write_json, write_table
 from gravlens.directions.decomposition import candidate_spans, leak_map, rank_table
@@ -32,6 +42,7 @@ from gravlens.directions.vrev import locate_vrev
 from gravlens.history.prompts import PromptSet
 from gravlens.history.sequence import Checkpoint, ModelSequence
 from gravlens.interventions.patching import patch_spans, smallest_rank
+from gravlens.models.placement import Placement
 from gravlens.plot.heatmap import plot_heatmap
 from gravlens.plot.style import STYLE, save_figure
 from gravlens.studies.inputs import checkpoint_of, file_at, opened, prompts_of, score_of
@@ -56,6 +67,7 @@ class Question:
     n_random: int
     openings: Sequence[str]
     compliances: Sequence[str]
+    placement: Placement = Placement()
 
 
 @app.command(cls=Script)
@@ -84,6 +96,9 @@ def main(
     n_random: Annotated[int, typer.Option(min=1, help="Number of random subspaces of each rank and kind.")] = 3,
     openings: OPENINGS = [],  # noqa: B006
     compliances: COMPLIANCES = [],  # noqa: B006
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "float32",
+    json: JSON = False,
 ) -> None:
     """Where has a fine-tuned model moved, and which of its directions carry the refusals that it lost?"""
     history = ModelSequence.from_toml(sequence)
@@ -91,11 +106,13 @@ def main(
     positions, ranks, layers = sorted({*position, -1}), sorted({*rank}), sorted({*layer}) or None
     question = Question(
         history, tuned, others_of(history, tuned, fit_on), asked, positions, ranks, layers, refusal, n_random,
-        openings, compliances,
+        openings, compliances, Placement(device, dtype),
     )  # fmt: skip
     tables = measure(question, out)
     save_figure(draw(question, *tables), out / "leak_map")
-    typer.echo(summary(*tables, tuned.name))
+    print_answer(
+        summary(*tables, tuned.name), json, **dict(zip(("leak_map", "ranks", "patching"), tables, strict=True))
+    )
 
 
 def others_of(history: ModelSequence, tuned: Checkpoint, names: Sequence[str]) -> list[Checkpoint]:
@@ -141,7 +158,7 @@ def patched(question: Question) -> pd.DataFrame:
     """Patch the anchor's component into the fine-tuned model (necessity) and the reverse (sufficiency)."""
     pair, score = (question.tuned, question.history.anchor), score_of(question.openings, question.compliances)
     ask = {"source": states(question, question.asked, -1), "score": score, "prompts": question.asked}
-    models = {checkpoint.name: opened(question.history, checkpoint) for checkpoint in pair}
+    models = {checkpoint.name: opened(question.history, checkpoint, question.placement) for checkpoint in pair}
     goal = {name: float(score(model, question.asked).mean()) for name, model in models.items()}
     tables = []
     for into, source in (pair, pair[::-1]):
@@ -160,7 +177,8 @@ def states(question: Question, prompts: PromptSet, position: int) -> Residuals:
     """Read the residuals of all checkpoints involved, once."""
     history = question.history
     checkpoints = list(dict.fromkeys([history.witness, history.anchor, question.tuned, *question.others]))
-    return cache_residuals(history, prompts, layers=question.layers, positions=position, checkpoints=checkpoints)
+    ask = {"layers": question.layers, "checkpoints": checkpoints, "placement": question.placement}
+    return cache_residuals(history, prompts, positions=position, **ask)
 
 
 def directions(question: Question) -> Directions:
@@ -193,7 +211,7 @@ def refusal_of(question: Question) -> Directions | None:
 def kept(path: Path, key: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """Return the table at `path` if it was written under this key, else make and write it; the key is written last."""
     marks = path.parent / KEYS
-    known = json.loads(marks.read_text()) if marks.exists() else {}
+    known = json_text.loads(marks.read_text()) if marks.exists() else {}
     if not path.exists() or known.get(path.name) != key:
         write_table(path, make())
         write_json(marks, known | {path.name: key})
@@ -206,6 +224,7 @@ def keys_of(question: Question) -> tuple[str, str, str]:
     checkpoints = [history.witness, history.anchor, question.tuned, *question.others]
     read = [(checkpoint.name, digest_of(checkpoint.described)) for checkpoint in checkpoints]
     read += [history.require_probes().digest, question.asked.digest, history.chat_template, question.layers]
+    read += [] if question.placement == Placement() else [repr(question.placement)]
     refusal = digest_of(str(question.refusal)) if question.refusal else None
     fitted = [*read, question.ranks, question.n_random, refusal]
     scored = [*fitted, list(question.openings), list(question.compliances)]
@@ -264,6 +283,8 @@ def summary(where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame, tu
     ways = [f"{row['span'].replace('_', ' ')} (rank {row['rank']}) {row['way']:.0%}" for _, row in back.iterrows()]
     least = smallest_rank(into[into["span"] == "drift"])
     return (
+        f"of other runs' drift, {f'rank {least}' if least else 'no rank tried'} brings back 80% of the way to the "
+        "anchor's score\n"
         f"{tuned}, {rows['prompts'].iloc[0]} prompts: fraction {last['fraction'].mean():+.2f} at the last token (mean "
         f"over layers), at most {far['fraction']:+.2f} (layer {far['layer']}, position {far['position']})\n"
         f"single prompts move by {last['drift_rms'].mean():.2f} of the distance at the last token (r.m.s., mean over "
@@ -271,8 +292,7 @@ def summary(where: pd.DataFrame, ranks: pd.DataFrame, patching: pd.DataFrame, tu
         f"(layer {wide['layer']}, position {wide['position']})\n"
         f"share of its drift within v_rev {within['v_rev']:.0%}, within other runs' drift {within['drift']:.0%}\n"
         f"the anchor's component put back, share of the way from the score {into['baseline'].iloc[0]:+.2f} to the "
-        f"anchor's {into['goal'].iloc[0]:+.2f}: {', '.join(ways)}\n"
-        f"of other runs' drift, {f'rank {least}' if least else 'no rank tried'} brings back 80%"
+        f"anchor's {into['goal'].iloc[0]:+.2f}: {', '.join(ways)}"
     )
 
 

@@ -18,8 +18,17 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from gravlens.behavior.scores import Score
-from gravlens.cli.options import COMPLIANCES, MAX_PROMPTS, N_RANDOM, OPENINGS, PROMPTS, SEQUENCE
-from gravlens.cli.output import Script, write_effect
+from gravlens.cli.options import (
+    COMPLIANCES,
+    DEVICE,
+    JSON,
+    MAX_PROMPTS,
+    N_RANDOM,
+    OPENINGS,
+    PROMPTS,
+    SEQUENCE,
+)
+from gravlens.cli.output import Script, print_answer, write_effect
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction
 from gravlens.directions.subspaces import random_like
@@ -29,6 +38,7 @@ from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.effects import crossings, name_of, summarise
 from gravlens.interventions.orthogonalization import orthogonalize, orthogonalized
 from gravlens.models.opening import OpenModel, open_model
+from gravlens.models.placement import Placement
 from gravlens.studies.ablation import described
 from gravlens.studies.inputs import checkpoint_of, ends, opened, prompts_of, score_of
 
@@ -49,28 +59,33 @@ def main(
     n_random: N_RANDOM = 20,
     openings: OPENINGS = [],  # noqa: B006 (typer copies it)
     compliances: COMPLIANCES = [],  # noqa: B006
+    device: DEVICE = "cpu",
+    json: JSON = False,
 ) -> None:
     """Does orthogonalizing the fine-tuned model's weights against v_rev bring refusal back?"""
     history = ModelSequence.from_toml(sequence)
     tuned, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
-    score, states = score_of(openings, compliances), ends(history, layers=[layer])
+    where, score = Placement(device), score_of(openings, compliances)
+    states = ends(history, layers=[layer], placement=where)
     direction = locate_vrev(states, layer=layer)
-    anchor = float(score(opened(history, history.anchor), asked).mean())
-    model = opened(history, tuned)
-    folder = made(model, direction, out / "model")
-    after = open_model(folder, tokenizer=model.tokenizer)
+    anchor = float(score(opened(history, history.anchor, where), asked).mean())
+    model = opened(history, tuned, where)
+    folder = made(model, direction, out / "model", where)
+    after = open_model(folder, tokenizer=model.tokenizer, **where.where)
     cloud = states.of("anchor")
     table = measure(model, after, direction, score=score, prompts=asked, n_random=n_random, states=cloud)
     write_effect(table, out / "orthogonalize")
-    typer.echo(f"{tuned.name}, {len(asked)} prompts; {table.attrs['score']} of the anchor: {anchor:+.2f}")
-    typer.echo(f"{summary(table, anchor)}\nthe checkpoint without v_rev: {folder}")
+    about = f"{tuned.name}, {len(asked)} prompts; {table.attrs['score']} of the anchor: {anchor:+.2f}"
+    print_answer(f"{summary(table, anchor)}\n{about}\nthe checkpoint without v_rev: {folder}", json, rows=table)
 
 
-def made(model: OpenModel, direction: Direction, folder: Path) -> Path:
+def made(model: OpenModel, direction: Direction, folder: Path, where: Placement) -> Path:
     """Return the folder of the orthogonalized checkpoint; an existing one is verified and reused."""
     if not folder.is_dir():
         return orthogonalize(model, direction, out=folder)
-    wanted, found = (m.module.state_dict() for m in (orthogonalized(model, direction), open_model(folder)))
+    wanted, found = (
+        m.module.state_dict() for m in (orthogonalized(model, direction), open_model(folder, **where.where))
+    )
     if not same(wanted, found):
         raise GravlensError(
             f"{folder} holds another model than this checkpoint without v_rev of layer {direction.layer}.",
@@ -117,7 +132,7 @@ def summary(table: pd.DataFrame, anchor: float) -> str:
     ((_, row),) = table.iterrows()
     back = "comes back" if row["low"] > 0 and row["difference"] > row["random_high"] else "does not come back"
     share = row["difference"] / (anchor - row["baseline"]) if anchor > row["baseline"] else float("nan")
-    return f"{described(row)}\nrefusal {back} beyond random directions ({share:.0%} of the way to the anchor)"
+    return f"refusal {back} beyond random directions ({share:.0%} of the way to the anchor)\n{described(row)}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ import typer
 
 from gravlens.cli.options import (
     COMPLIANCES,
+    DEVICE,
+    DTYPE,
     EVERY_LAYER,
+    JSON,
     LAYERS,
     MAX_PROMPTS,
     N_RANDOM,
@@ -26,10 +29,11 @@ from gravlens.cli.options import (
     SEQUENCE,
     chosen_layers,
 )
-from gravlens.cli.output import Script, write_effect
+from gravlens.cli.output import Script, print_answer, write_effect
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Steer
 from gravlens.interventions.effects import Effect, layerwise_effect
+from gravlens.models.placement import Placement
 from gravlens.studies.ablation import LEVEL, described
 from gravlens.studies.inputs import checkpoint_of, ends, located, opened, prompts_of, score_of
 
@@ -52,19 +56,23 @@ def main(
     n_random: N_RANDOM = 20,
     openings: OPENINGS = [],  # noqa: B006
     compliances: COMPLIANCES = [],  # noqa: B006
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "float32",
+    json: JSON = False,
 ) -> None:
     """Does v_rev as a steering vector in the anchor remove refusal?"""
     history = ModelSequence.from_toml(sequence)
     steered, asked = checkpoint_of(history, checkpoint), prompts_of(history, prompts, max_prompts)
     score, layers = score_of(openings, compliances), chosen_layers(layer, all_layers)
-    states = ends(history, layers=layers)
-    witness = float(score(opened(history, history.witness), asked).mean())
-    model = opened(history, steered)
+    where = Placement(device, dtype)
+    states = ends(history, layers=layers, placement=where)
+    witness = float(score(opened(history, history.witness, where), asked).mean())
+    model = opened(history, steered, where)
     ask = {"score": score, "prompts": asked, "n_random": n_random, "states": states}
     effect = layerwise_effect(model, located(states, layers).defined(), steers(strength), **ask)
     write_effect(effect.table, out / "steer_sweep")
-    typer.echo(f"{steered.name}, {len(asked)} prompts; {effect.table.attrs['score']} of the witness: {witness:+.2f}")
-    typer.echo(summary(effect))
+    about = f"{steered.name}, {len(asked)} prompts; {effect.table.attrs['score']} of the witness: {witness:+.2f}"
+    print_answer(f"{summary(effect)}\n{about}", json, rows=effect.table)
 
 
 def steers(strengths: Sequence[float]) -> dict[str, partial[Steer]]:
@@ -77,8 +85,8 @@ def summary(effect: Effect) -> str:
     row, n = effect.largest(sign=-1), len(effect.table)
     gone = "falls" if row["high"] < 0 and row["p_largest"] <= LEVEL else "does not fall"
     return (
-        f"largest fall of {n}: {described(row)}\nrefusal {gone} beyond random directions: p = {row['p_largest']:.3f} "
-        f"for the largest fall of {n} against that of each of {row['n_random']} random directions"
+        f"refusal {gone} beyond random directions: p = {row['p_largest']:.3f} for the largest fall of {n} against that "
+        f"of each of {row['n_random']} random directions\nlargest fall of {n}: {described(row)}"
     )
 
 

@@ -9,7 +9,7 @@ import typer
 import gravlens as gl
 from gravlens import claims, organisms, studies, training
 from gravlens.cli import options as opt
-from gravlens.cli.output import print_json, print_line, print_note, print_table, print_written, records
+from gravlens.cli.output import print_json, print_line, print_note, print_prose, print_table, print_written, records
 from gravlens.cli.verdict import print_verdict
 
 np: Any = lazy_loader.load("numpy")  # --help and completion do without
@@ -127,7 +127,7 @@ def audit(
         print_json(results)
     else:
         print_verdict(results, full=full)
-    (print_note if json else print_line)(f"Report: {out / 'report.html'}   data: {out / 'results.json'}")
+    (print_note if json else print_line)(f"Report: {out / 'report.html'}\nData: {out / 'results.json'}")
 
 
 def _prepare(
@@ -148,7 +148,10 @@ def _prepare(
         if json:
             print_json({"now": dict(found.now), "plans": records(found.table)})
         else:
-            print_table(("quantity", "plan"), found.lines(), title="what each claim level needs")
+            enough = sorted({*found.table["level"][found.table["power_now"] >= found.target]})
+            now = f"enough for level {', '.join(map(str, enough))}" if enough else "not enough for any level"
+            print_prose(f"What is there is {now}, with {found.target:.0%} power; what the others need:")
+            print_table(("quantity", "plan"), found.lines())
 
 
 def _by_name(files: list[Path]) -> "dict[str, gl.ModelSequence]":

@@ -9,10 +9,11 @@ import typer
 import gravlens as gl
 from gravlens import activations, core, studies
 from gravlens.cli import options as opt
-from gravlens.cli.output import print_json, print_table, print_written, records
+from gravlens.cli.output import print_json, print_prose, print_table, print_written, records, shortened
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
+SAID = 3  # runs that the first sentence of trajectory tells of
 POSITIONS = Annotated[
     str, typer.Option(metavar="WHERE", help="Token positions: last, instruction, post_instruction, all, or e.g. -2.")
 ]
@@ -36,10 +37,21 @@ def inspect(sequence: opt.SEQUENCE, json: opt.JSON = False) -> None:
     columns = ("role", "step", "source", "parameters", "dtype", "digest", "distance", "cosine", "remark")
     kwargs = "".join(f", {name}={value!r}" for name, value in listed.attrs["chat_template_kwargs"].items())
     read = f"chat template: {listed.attrs['chat_template']}{kwargs}; system prompt: {listed.attrs['system'] or 'none'}"
-    shown = [{**row, "digest": (row["digest"] or "")[:12]} for row in rows]
-    # `wide`: a digest or a path that a narrow terminal cuts is of no use
+    print_prose(_history_in_words(rows))
+    shown = [{**row, "digest": shortened(row["digest"] or "")} for row in rows]
     cells = ([row[column] for column in columns] for row in shown)
-    print_table(columns, cells, title="history", caption=read, wide=True)
+    least = ("parameters", "dtype", "digest", "cosine", "remark")
+    print_table(columns, cells, title="distances in the weights, from the anchor", caption=read, least=least)
+
+
+def _history_in_words(rows: list[dict[str, Any]]) -> str:
+    steps: dict[str, list[str]] = {row["role"]: [] for row in rows[2:]}
+    for row in rows[2:]:
+        steps[row["role"]] += [] if row["step"] is None else [str(row["step"])]  # without one it was skipped
+    runs = "; ".join(f"{run}: steps {core.display.listed(at)}" for run, at in steps.items()) or "none"
+    strange = sum(bool(row["remark"]) for row in rows)
+    remarks = f"remarks on {strange} of them" if strange else "all can be read, and all differ"
+    return f"witness, anchor, {len(steps)} run{'s' * (len(steps) != 1)} ({runs}); {remarks}"
 
 
 @commands.command(**opt.described(PANEL, "gravlens plan SEQUENCE.toml --layer 12 --workers 8"))
@@ -70,6 +82,8 @@ def plan(
     if json:
         print_json(found.to_dict())
         return
+    lines = dict(found.lines())
+    print_prose(f"about {lines['time']}, for {lines['checkpoints × prompts']} (checkpoints × prompts)")
     print_table(("quantity", "estimate"), found.lines(), title="estimated cost, nothing cached")
 
 
@@ -102,9 +116,21 @@ def locate(
         print_json([{key: getattr(v, key) for key in keys} for v in found])
     else:
         rows = ((v.layer, v.distance, f"{v.reliability:.3f}", v.undefined) for v in found)
-        print_table(("layer", "distance", "reliability", "remark"), rows, title="v_rev, from anchor to witness")
+        print_prose(_directions_in_words(found))
+        columns = ("layer", "distance", "reliability", "remark")
+        print_table(columns, rows, title="v_rev, from anchor to witness", least=("remark",))
     if out is not None:
         print_written(out, json)
+
+
+def _directions_in_words(found: "gl.Directions") -> str:
+    defined = [v for v in found if not v.undefined]
+    told = f"v_rev is defined at {len(defined)} of {len(found)} layers"
+    if not defined:
+        return told
+    far, sure = max(defined, key=lambda v: v.distance), max(defined, key=lambda v: v.reliability)
+    most = f"most reliable at layer {sure.layer} (split-half reliability {sure.reliability:.3f})"
+    return f"{told}: longest at layer {far.layer} (distance {far.distance:.3g}), {most}"
 
 
 @commands.command(**opt.described(PANEL, "gravlens trajectory SEQUENCE.toml --out trajectory.csv"))
@@ -166,19 +192,32 @@ def _print_runs(rows: Any, summary: Any, followed: "gl.Trajectory", json: bool) 
         facts = {"prompts": prompts, "layers": layers, "undefined": followed.undefined, "null": rows["null"].iloc[0]}
         print_json(facts | {"runs": records(rows)} | ({} if summary is None else {"mean": means}))
         return
+    print_prose(_runs_in_words(records(rows)))
     title = f"drift along v_rev, mean over layers {core.display.listed(layers)}; {prompts.replace('_', ' ')} prompts"
     left_out = [f"; layer {layer} is undefined: {why}" for layer, why in followed.undefined.items()]
     caption = f"p99: 99 % of uniformly random drifts lie below{''.join(left_out)}"
-    print_table(
-        ("run", "step", "alignment", "p99", "fraction", "remark"),
-        map(_run_step, records(rows)),
-        title=title,
-        caption=caption,
-    )
+    columns = ("run", "step", "alignment", "p99", "fraction", "remark")
+    print_table(columns, map(_run_step, records(rows)), title=title, caption=caption, least=("remark",))
     if summary is not None:
         measures = ("alignment", "fraction")
         cells = ((row["step"], *(_mean_sem(row, one) for one in measures), row["fraction_count"]) for row in means)
         print_table(("step", *measures, "runs"), cells, title="mean ± SEM over runs")
+
+
+def _runs_in_words(rows: list[dict[str, Any]]) -> str:
+    last = {row["run"]: row for row in rows}  # rows are by step
+    told = [_run_in_words(row) for row in [*last.values()][:SAID]]
+    told += [f"{len(last) - SAID} more runs are in the table"] * (len(last) > SAID)
+    return "\n".join([*told, "isotropic drifts are a weak null: gravlens audit says what may be claimed"])
+
+
+def _run_in_words(row: dict[str, Any]) -> str:
+    way = "back" if row["fraction"] >= 0 else "on, away from the witness"
+    moved = f"{row['run']} moved {abs(row['fraction']):.0%} of the way {way} by step {row['step']}"
+    if not row["judged"] or row["alignment"] is None:
+        return f"{moved}: too little to judge"
+    side = "above" if row["above"] else "not above"
+    return f"{moved}, alignment {row['alignment']:.3f}, {side} the p99 of isotropic drifts ({row['p99']:.3f})"
 
 
 def _run_step(row: dict[str, Any]) -> tuple[Any, ...]:

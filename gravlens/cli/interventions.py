@@ -9,7 +9,7 @@ import typer
 import gravlens as gl
 from gravlens import studies, training
 from gravlens.cli import options as opt
-from gravlens.cli.output import print_json, print_line, print_table, print_written, records, write_effect
+from gravlens.cli.output import print_json, print_line, print_prose, print_table, print_written, records, write_effect
 
 commands = typer.Typer()
 PANEL = "Your own checkpoints"
@@ -106,8 +106,9 @@ def ablate(
     if json:
         print_json(_told(found))
     else:
-        print_table(COLUMNS, map(_row, records(found.table)), title=f"{_words(found)}, mean over prompts")
-        print_line("\n".join(found.lines()))
+        print_prose("\n".join(found.lines()))
+        rows, title = map(_row, records(found.table)), f"{_words(found)}, mean over prompts"
+        print_table(COLUMNS, rows, title=title, least=("before", "cross 0", "ablated"))
     for path in written:
         print_written(path, json)
 
@@ -193,15 +194,23 @@ def _print_pair(found: Any, kind: str, sequence: Path, json: bool) -> None:
         facts = {"layers": layers, "prompts": found.prompts, "n_trained": found.n_trained, "n_task": found.n_task}
         print_json({**facts, "runs": records(found.table)})
         return
-    title = f"drift along v_rev, blocked at layers {', '.join(map(str, layers))} ({kind})"
-    columns = ("run", "step", *MEASURED.values(), "s / step")
-    print_table(columns, map(_run_row, records(found.table)), title=title)
     measured_on = "held-out prompts" if found.prompts == "held_out" else "the probes (there are no held-out prompts)"
     data = f"trained on {found.n_trained} examples, task loss on {found.n_task} others"
-    print_line(f"alignment and fraction on {measured_on}; {data}")
+    print_prose(_pair_in_words(records(found.table)))
+    columns, blocked = ("run", "step", *MEASURED.values(), "s / step"), ", ".join(map(str, layers))
+    rows, title = map(_run_row, records(found.table)), f"drift along v_rev, blocked at layers {blocked} ({kind})"
+    caption = f"alignment and fraction on {measured_on}; {data}"
+    print_table(columns, rows, title=title, caption=caption, least=("s / step", "on probes"))
     print_line(f"To use these runs, add to [runs] of {sequence}:")
     for run, folder in zip(found.table["run"][1:], found.table["folder"][1:], strict=True):
         print_line(f'{run} = "{Path(folder).parent}/checkpoint-*"')
+
+
+def _pair_in_words(rows: list[dict[str, Any]]) -> str:
+    last = {row["run"]: row for row in rows[1:]}  # the first row is the anchor
+    way = "the {run} run moved {fraction:.1%} of the way back, task loss {task_loss:.3f}".format_map
+    told = "; ".join(way(row) for row in reversed(last.values()))
+    return f"by step {rows[-1]['step']} {told} (anchor {rows[0]['task_loss']:.3f})"
 
 
 def _run_row(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,18 +1,20 @@
 """Terminal output of the commands: tables and JSON on stdout, notes and one-line errors on stderr, exit codes."""
 
 import json
+import re
 import sys
 import textwrap
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from typer.core import TyperCommand, TyperGroup
 
 from gravlens import core, plot
@@ -26,7 +28,9 @@ CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # click's UsageError; typer may ship its own copy of click, so `click.UsageError` is not always this class.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 BUILT_IN = ("version", "help", "install_completion", "show_completion")
-WIDE = 160
+GLUE = "\N{NO-BREAK SPACE}"
+NUMBERS = re.compile(r"[-+±\d.,%\[\] ]+(to [-+\d. ]+)?")  # "-0.14 [-0.32, +0.05]", "-0.38 to +0.14", "0.2 ± 0.1"
+UNIT = re.compile(r"(?<=\d) (?=[A-Za-z%/]{1,6}\b)")
 console = Console(emoji=False)  # ":bomb:" in a path would be printed as a pictogram
 messages = Console(emoji=False, stderr=True)
 
@@ -48,13 +52,76 @@ def print_table(
     *,
     title: str | None = None,
     caption: str | None = None,
-    wide: bool = False,
+    least: Sequence[str] = (),
 ) -> None:
-    """Print a table; a `wide` one is wrapped by a narrow terminal instead of having its cells truncated."""
-    table = Table(*columns, title=title and escape(title), caption=caption and escape(caption))
-    for row in rows:
-        table.add_row(*(escape(core.display.cell(value)) for value in row))
-    (Console(emoji=False, width=max(console.width, WIDE)) if wide else console).print(table)
+    """Print a table: in full to a pipe or file, fitted to a terminal without breaking a word or a number.
+
+    A terminal that is too narrow drops the columns `least` in this order; of these an empty one is never shown.
+    """
+    texts = [[_unbroken(core.display.cell(value)) for value in row] for row in rows]
+    cells = {name: [row[place] for row in texts] for place, name in enumerate(columns)}
+    cells = {name: column for name, column in cells.items() if any(column) or name not in least}
+    room, dropped = console.width if console.is_terminal else sys.maxsize, list[str]()
+    for name in least:
+        if name in cells and _total(_widths(cells, room)) > room:
+            dropped.append(name)
+            del cells[name]
+    widths = _widths(cells, room)
+    table = Table(*(Column(escape(name), width=width) for name, width in widths.items()))
+    fitted = ([escape(_fitted(text, widths[name])) for text in column] for name, column in cells.items())
+    for row in zip(*fitted, strict=True):
+        table.add_row(*row)
+    if title:
+        print_prose(title)
+    Console(emoji=False, width=max(console.width, _total(widths))).print(table)
+    left_out = f"not shown at this width, but in --json: {', '.join(dropped)}" if dropped else None
+    for line in filter(None, (caption, left_out)):
+        print_prose(line)
+
+
+def shortened(digest: str) -> str:
+    """Return the beginning of a digest for a terminal, all of it for a pipe or file."""
+    return digest[:12] if console.is_terminal else digest
+
+
+def _unbroken(text: str) -> str:
+    """Put no-break spaces where a line must not end: in a path, in a cell of numbers, before a unit."""
+    whole = NUMBERS.fullmatch(text) or text.startswith(("/", "~", "hf://"))
+    return text.replace(" ", GLUE) if whole else UNIT.sub(GLUE, text)
+
+
+def _total(widths: Mapping[str, int]) -> int:
+    return sum(widths.values()) + 3 * len(widths) + 1  # a line and two blanks for each column
+
+
+def _widths(cells: Mapping[str, Sequence[str]], room: int) -> dict[str, int]:
+    """Return the widths of the columns: the widest shrinks first, and none below its longest word."""
+    texts = {name: (name, *column) for name, column in cells.items()}
+    widths = {name: max(map(cell_len, column)) for name, column in texts.items()}
+    lines = {name: "\n".join(_fitted(text, 1) for text in column).split("\n") for name, column in texts.items()}
+    least = {name: max(map(cell_len, words)) for name, words in lines.items()}
+    while _total(widths) > room and (wide := [name for name in widths if widths[name] > least[name]]):
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _fitted(text: str, width: int) -> str:
+    """Wrap a cell by words, and cut the front of a path: two of the same folder differ in the end."""
+    words = " ".join(_end_of(word, width) for word in text.split(" "))
+    return _filled(words, width).replace(GLUE, " ")
+
+
+def _end_of(path: str, width: int) -> str:
+    """Return as many of the last names of a path as fit, at least two."""
+    names = path.split("/")
+    if len(path) <= width or len(names) < 4:
+        return path
+    ends = ["/".join(["…", *names[-n:]]) for n in range(len(names) - 1, 1, -1)]
+    return next((end for end in ends if len(end) <= width), ends[-1])
+
+
+def _filled(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def write_effect(table: "pd.DataFrame", path: Path) -> list[Path]:
@@ -63,16 +130,33 @@ def write_effect(table: "pd.DataFrame", path: Path) -> list[Path]:
     return [written, *plot.style.save_figure(plot.lines.plot_effect(table), path)]
 
 
+def print_answer(text: str, json: bool, **tables: Any) -> None:
+    """Print what a script found: its sentences, or as JSON these (`summary`) and the rows of its tables."""
+    if json:
+        print_json({"summary": text.splitlines(), **{name: records(table) for name, table in tables.items()}})
+    else:
+        print_prose(text)
+
+
 def print_line(text: str, *, width: int | None = None) -> None:
     """Print a line of the result on stdout, prose wrapped to a width."""
     # without a width nothing is wrapped: a path in two parts cannot be copied
-    lines = text if width is None else textwrap.fill(text, min(width, console.width), break_on_hyphens=False)
+    lines = text if width is None else _filled(text, min(width, console.width))
     console.print(lines, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_prose(text: str) -> None:
+    """Print sentences on stdout: wrapped by words on a terminal, as they are in a pipe or file."""
+    print_line(_wrapped(text, console))
+
+
+def _wrapped(text: str, to: Console) -> str:
+    return "\n".join(_filled(line, to.width) for line in text.split("\n")) if to.is_terminal else text
 
 
 def print_note(text: str) -> None:
     """Print a note on stderr."""
-    messages.print(text, markup=False, highlight=False, soft_wrap=True)
+    messages.print(_wrapped(text, messages), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_written(path: Any, json: bool) -> None:
@@ -81,8 +165,9 @@ def print_written(path: Any, json: bool) -> None:
 
 
 def print_error(text: str) -> None:
-    """Print an error as one line on stderr."""
-    messages.print(f"[bold red]gravlens:[/] {escape(' '.join(text.split()))}", highlight=False, soft_wrap=True)
+    """Print an error on stderr: as one line, which a terminal wraps by words."""
+    _, _, line = _wrapped(f"gravlens: {' '.join(text.split())}", messages).partition(":")
+    messages.print(f"[bold red]gravlens:[/]{escape(line)}", highlight=False, soft_wrap=True)
 
 
 class OneLineErrors:

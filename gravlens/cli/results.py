@@ -70,7 +70,7 @@ def reproduce(
         make = gl.organisms.pretrained.pretrained_organism
         chosen = {"pretrained": make(model, harmful, harmless, runs=runs, threads=threads, quick=quick)}
     results = studies.audit.audit(chosen, out, workers=workers or None)
-    written = f"Report: {out / 'report.html'}   figures: {out / 'figures'}   data: {out / 'results.json'}"
+    written = f"Report: {out / 'report.html'}\nFigures: {out / 'figures'}\nData: {out / 'results.json'}"
     if json:
         print_json(results)
         print_note(written)

@@ -7,7 +7,7 @@ import typer
 
 from gravlens import activations, core
 from gravlens.cli import options as opt
-from gravlens.cli.output import CHECK_FAILED, print_json, print_line, print_table, records
+from gravlens.cli.output import CHECK_FAILED, print_json, print_line, print_prose, print_table, records, shortened
 
 commands = typer.Typer(
     help="List, verify and prune an on-disk cache of activations (as written by gravlens trajectory --store).",
@@ -26,8 +26,16 @@ def list_command(folder: FOLDER, json: opt.JSON = False) -> None:
     if json:
         print_json(rows)
         return
-    shown = [{**row, "mib": f"{row['mib']:.1f}", "used": str(row["used"]).split(".")[0]} for row in rows]
-    print_table([*found.columns], ([_integer(value) for value in row.values()] for row in shown), title=str(folder))
+    shown = [
+        {**row, "states": shortened(row["states"]), "mib": f"{row['mib']:.1f}", "used": row["used"][:19]}
+        for row in rows
+    ]
+    whole = sum(row["mib"] for row in rows)
+    print_prose(
+        f"{whole:.1f} MiB, {len({row['checkpoint'] for row in rows if row['prompts']})} checkpoints in {folder}"
+    )
+    cells = ([_integer(value) for value in row.values()] for row in shown)
+    print_table([*found.columns], cells, least=("files", "states", "layers", "prompts", "used"))
 
 
 def _integer(value: object) -> str:
@@ -44,7 +52,7 @@ def verify(folder: FOLDER, json: opt.JSON = False) -> None:
         print_json({"corrupt": corrupt, "unreadable": [str(path) for path in found if str(path) not in corrupt]})
     else:
         lines = [f"{path}: {fault}" for path, fault in found.items()]
-        print_line("\n".join([*lines, f"{len(found)} corrupt or unreadable" if found else "no corrupt files"]))
+        print_line("\n".join([f"{len(found)} corrupt or unreadable" if found else "no corrupt files", *lines]))
     raise typer.Exit(CHECK_FAILED if found else 0)
 
 
@@ -63,4 +71,4 @@ def prune(
     if json:
         print_json({"files": [str(path) for path in found], "deleted": not dry_run})
         return
-    print_line("\n".join([*map(str, found), f"{len(found)} files {'would be ' if dry_run else ''}deleted"]))
+    print_line("\n".join([f"{len(found)} files {'would be ' if dry_run else ''}deleted", *map(str, found)]))

@@ -4,8 +4,9 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from contextlib import contextmanager
+from difflib import get_close_matches
 from numbers import Integral
 from os import PathLike
 from pathlib import Path, PurePath
@@ -99,6 +100,15 @@ def of_kind(given: T, kind: type, wanted: str, remedy: str) -> T:
     if isinstance(given, kind):
         return given
     raise wrong_kind(given, wanted, remedy)
+
+
+def unknown_keys(place: str, names: Iterable[str], known: Collection[str], remedy: str) -> GravlensError:
+    """Return the error for keys of a file that nothing reads, each with the nearest known one."""
+    told = []
+    for name in sorted(names):
+        near = get_close_matches(name.strip("[]"), known, 1)
+        told.append(f"{name}: did you mean {name.replace(name.strip('[]'), near[0])}?" if near else f"{name}.")
+    return GravlensError(f"{place} has the unknown key {' '.join(told)}", f"Known keys: {', '.join(known)}.", remedy)
 
 
 def as_list(given: T | Iterable[T]) -> list[T]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gravlens.core.errors import GravlensError, as_list, at_home
+from gravlens.core.errors import GravlensError, as_list, at_home, unknown_keys
 
 # tables of runs that are paired with the history's by name -> the checkpoint that they start from
 PAIRED = {
@@ -143,9 +143,8 @@ def read_controls(path: Path, table: Any) -> Controls:
     known = [item.name for item in fields(Controls)]
     if not isinstance(table, dict):
         raise _wrong(path, "controls", "a table", "[controls] with lines such as " + 'siblings = ["sibling1"].')
-    if unknown := sorted(table.keys() - set(known)):
-        given = f"{path}: controls has the unknown key {', '.join(unknown)}."
-        raise GravlensError(given, f"Known keys: {', '.join(known)}.", "one of these (see docs/sequence.md).")
+    if unknown := table.keys() - set(known):
+        raise unknown_keys(f"{path}: controls", unknown, known, "one of these (see docs/sequence.md).")
     if not _are_texts(table.get("siblings", [])):
         raise _wrong(path, "controls.siblings", "a list of texts", 'siblings = ["sibling1", "sibling2"].')
     strangers = table.get("strangers", [])

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gravlens.core import display as html
-from gravlens.core.errors import GravlensError, as_list, at_home, reading, wrong_kind
+from gravlens.core.errors import GravlensError, as_list, at_home, reading, unknown_keys, wrong_kind
 from gravlens.history.controls import NO_CONTROLS, Controls, read_controls
 from gravlens.history.hub import existing, is_hub_id, located, repository_of, revision_of
 from gravlens.history.prompts import PromptSet, check_system, read_prompts
@@ -23,7 +23,9 @@ from gravlens.history.weight_files import ADAPTER_CONFIG, STEP, read_headers, tr
 PROMPT_KEYS = ("probes", "held_out", "harmless")
 TEMPLATE_KEYS = ("chat_template", "chat_template_kwargs", "system")
 KEYS = {"witness", "anchor", "runs", "controls", "tokenizer", *TEMPLATE_KEYS, *PROMPT_KEYS}  # of SEQUENCE.toml
+TEXT_KEYS = ("witness", "anchor", "tokenizer", "chat_template", "system")
 RUN_KEYS = {"folders", "missing"}
+PROMPT_FILES = (".jsonl", ".json", ".csv", ".txt")
 FILE_KEYS = {"file", "column", "format", "role", "only"}  # the last a table, the others text
 ChatTemplate = Literal["own", "anchor", "none"]
 Source = Path | str | nn.Module
@@ -466,10 +468,6 @@ def _read_sequence_file(path: Path) -> dict[str, Any]:
         elif isinstance(table.get(key), dict):
             options = {"role": _role_of(key), **table[key]}
             table[key] = read_prompts(here / at_home(options.pop("file")), **options)
-    for name, run in table.get("runs", {}).items():
-        if name in PROMPT_KEYS and isinstance(run, str) and (here / run).is_file():  # TOML's tables have no end
-            given = f'{path}: {name} = "{run}" is below [runs], so it is read as a run.'
-            raise GravlensError(given, "Keys of the history are above the first [table].", "move this line above it.")
     table["runs"] = {name: _run_seen_from(here, run) for name, run in table.get("runs", {}).items()}
     table["controls"] = read_controls(path, table.get("controls", {})).mapped(
         lambda _, source: existing(source, here), lambda _name, run, _start: Run(**_run_seen_from(here, run))
@@ -483,14 +481,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise GravlensError(f"There is no file {path}.", "A TOML file is needed.", f"check the path, or {remedy}")
     with reading(path, "A TOML file is needed.", remedy):
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+    _check_places(path, table)
+    if wrong := [key for key in TEXT_KEYS if isinstance(table.get(key), dict)]:
+        given = f"{path}: {wrong[0]} is a table."
+        raise GravlensError(
+            given, "A text is needed: a folder, or a hub id.", f'{wrong[0]} = "…", above every [table].'
+        )
     if missing := [key for key in ("witness", "anchor") if not isinstance(table.get(key), str) or not table[key]]:
         raise GravlensError(f"{path} names no {' and no '.join(missing)}.", "Both are needed, as text.", remedy)
-    if unknown := sorted(set(table) - KEYS):  # a mistyped `held_ou` would otherwise be ignored
-        known = f"Known keys: {', '.join(sorted(KEYS))}."
-        raise GravlensError(f"{path} has the unknown key {', '.join(unknown)}.", known, remedy)
+    if unknown := table.keys() - KEYS:  # a mistyped `held_ou` would otherwise be ignored
+        named = (f"[{name}]" if isinstance(table[name], dict) else name for name in unknown)
+        raise unknown_keys(str(path), named, sorted(KEYS), remedy)
     if not isinstance(table.get("runs", {}), dict):
         raise GravlensError(f"{path}: runs is not a table.", "Runs have names.", '[runs]\\nseed0 = "ft/checkpoint-*"')
-    runs = {name: run.get("folders") if _is_run(run) else run for name, run in table.get("runs", {}).items()}
+    for name, run in table.get("runs", {}).items():
+        _check_run(f"{path}: the run {name}", name, run)
+    runs = {name: run["folders"] if isinstance(run, dict) else run for name, run in table.get("runs", {}).items()}
     entries = runs | {key: _file_of(path, key, table[key]) for key in PROMPT_KEYS if key in table}
     wrong = [key for key, entry in entries.items() if not _is_text_or_texts(entry)]
     if wrong := wrong + ["tokenizer"] * (not isinstance(table.get("tokenizer", ""), str)):
@@ -499,8 +505,39 @@ def _read(path: Path) -> dict[str, Any]:
     return table
 
 
-def _is_run(entry: Any) -> bool:  # {folders = "ft/checkpoint-*", missing = "skip"}
-    return isinstance(entry, dict) and entry.keys() <= RUN_KEYS
+def _check_places(path: Path, table: dict[str, Any]) -> None:
+    """Raise for a key of the history below a [table], to which TOML gives all keys up to the next one."""
+    below = [(name, table.get(name)) for name in ("runs", "controls", "chat_template_kwargs")]
+    for header, held in below:
+        for name, entry in held.items() if isinstance(held, dict) else ():
+            if _is_of_history(path.parent, name, entry) or (name in TEXT_KEYS and name not in table):
+                given = f"{path}: {name} is below [{header}], so it is read as a key of that table."
+                wanted = "Keys of the history are above the first [table]."
+                raise GravlensError(
+                    given, wanted, f"move the line {name} = … above [{header}], and above every other [table]."
+                )
+            below.append((f"{header}.{name}", entry))
+
+
+def _is_of_history(here: Path, name: str, entry: Any) -> bool:
+    """Whether a key names prompts: a run may be called harmless, but it is no file."""
+    if isinstance(entry, dict):
+        return name in PROMPT_KEYS and "file" in entry
+    is_file = isinstance(entry, str) and ((here / entry).is_file() or Path(entry).suffix in PROMPT_FILES)
+    return name in PROMPT_KEYS and is_file
+
+
+def _check_run(place: str, name: str, run: Any) -> None:
+    remedy = f'{name} = "ft/checkpoint-*", or {{folders = "ft/checkpoint-*", missing = "skip"}}.'
+    if isinstance(run, dict) and name == "runs":  # runs.seed0 = … below [runs]
+        given = f"{place} is a table: below [runs], runs.{next(iter(run), 'seed0')} is runs.runs."
+        raise GravlensError(
+            given, "Below [runs], a key is a run's name.", f"{next(iter(run), 'seed0')} = …, without runs."
+        )
+    if isinstance(run, dict) and (unknown := run.keys() - RUN_KEYS):
+        raise unknown_keys(place, unknown, sorted(RUN_KEYS), remedy)
+    if isinstance(run, dict) and "folders" not in run:
+        raise GravlensError(f"{place} is a table without folders.", "They are the run's checkpoints.", remedy)
 
 
 def _file_of(path: Path, key: str, entry: Any) -> Any:
@@ -508,9 +545,8 @@ def _file_of(path: Path, key: str, entry: Any) -> Any:
     if not isinstance(entry, dict):
         return entry
     remedy = f'{key} = {{file = "{key}.csv", column = "question"}} (see docs/sequence.md).'
-    if unknown := sorted(entry.keys() - FILE_KEYS):
-        known = f"Known keys: {', '.join(sorted(FILE_KEYS))}."
-        raise GravlensError(f"{path}: {key} has the unknown key {', '.join(unknown)}.", known, remedy)
+    if unknown := entry.keys() - FILE_KEYS:
+        raise unknown_keys(f"{path}: {key}", unknown, sorted(FILE_KEYS), remedy)
     if wrong := [name for name, value in entry.items() if not isinstance(value, dict if name == "only" else str)]:
         wanted = "A prompt file's keys are text, and only is a table."
         raise GravlensError(f"{path}: {', '.join(wrong)} of {key} is of another kind.", wanted, remedy)

@@ -47,16 +47,16 @@ class Ablation:
         return float(self.best["difference"]) / way if way > 0 else nan
 
     def lines(self) -> list[str]:
-        """Summarise in sentences."""
+        """Summarise in sentences, the verdict first."""
         score, prompts = self.table.attrs.get("score", "score"), int(self.best["n_prompts"])
         back = "comes back" if self.comes_back else "does not come back"
         way = f" ({self.share:.0%} of the way to the anchor)" if self.comes_back and not isnan(self.share) else ""
         few = f"; {least} random directions are needed for p ≤ {LEVEL}" if self.best["n_random"] < (least := 19) else ""
         return [
-            f"{self.checkpoint}, {prompts} prompts; {score} of the anchor: {self.anchor:+.2f}",
-            f"largest rise of {len(self.table)}: {described(self.best)}",
             f"refusal {back} beyond random directions: p = {self.best['p_largest']:.3f} for the largest rise of "
             f"{len(self.table)} against that of each of {self.best['n_random']} random directions{way}{few}",
+            f"largest rise of {len(self.table)}: {described(self.best)}",
+            f"{self.checkpoint}, {prompts} prompts; {score} of the anchor: {self.anchor:+.2f}",
         ]
 
 

@@ -239,3 +239,17 @@ def test_help_says_what_a_newcomer_needs(script: str) -> None:
     assert all(word in shown for word in ("--layer", "--all-layers", "--openings", "RUN/STEP", "docs/sequence.md"))
     first = (ANALYSES / script).read_text().splitlines()[0]
     assert first.startswith(f'"""python analyses/{script} SEQUENCE.toml --')
+
+
+def test_json_and_placement_are_options_of_the_scripts_too(history: Path, tmp_path: Path) -> None:
+    asked = ["--layer", "1", "--strength", "1", "--out", str(tmp_path), *OWN, *FEW]
+    full, half = (
+        json.loads(ran(steer_sweep, history, *asked, "--json", "--device", "cpu", "--dtype", dtype).stdout)
+        for dtype in ("float32", "bf16")
+    )
+    assert full["summary"][0].startswith("refusal ") and full["rows"][0]["condition"] == "strength 1"
+    written = pd.read_csv(tmp_path / "steer_sweep.csv")  # of the second call
+    assert half["rows"][0]["difference"] == pytest.approx(written["difference"].item(), abs=1e-5)
+    assert 0 < abs(full["rows"][0]["baseline"] - half["rows"][0]["baseline"]) < 0.2, "opened in another precision"
+    wrong = ran(steer_sweep, history, *asked, "--device", "abacus")
+    assert wrong.exit_code == 2 and "abacus" in wrong.output

@@ -74,9 +74,10 @@ def test_the_table_the_figure_and_the_line_of_a_planted_history(history: Path, t
         assert mean.score["4 bits"] == pytest.approx(score(damaged), abs=1e-4)
     assert (tmp_path / "out" / "damage.png").read_bytes().startswith(b"\x89PNG")
     damages = mean[mean.kind.isin(["own", "matched"])]
-    assert result.stdout.startswith(f"of 5 damages the farthest along v_rev is {damages.fraction.idxmax()}: fraction ")
+    assert result.stdout.startswith("damage alone goes less far along v_rev than a/20\n")
+    assert (f"\nof 5 damages the farthest along v_rev is {damages.fraction.idxmax()}: fraction ") in result.stdout
     assert "a/20 +0.400 (+1.00)" in result.stdout and f"({damages.score.idxmin()})" in result.stdout
-    assert len(result.stdout.strip().splitlines()) == 1
+    assert len(result.stdout.strip().splitlines()) == 3
 
 
 def test_options_choose_the_run_the_layers_the_damages_and_the_score(history: Path, tmp_path: Path) -> None:

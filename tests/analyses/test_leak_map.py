@@ -110,7 +110,8 @@ def test_the_tables_and_the_figure_of_a_planted_history(history: Path) -> None:
     assert necessity["baseline"].to_numpy() == pytest.approx(score(history / "a/checkpoint-20"), abs=1e-4)
     assert necessity["goal"].to_numpy() == pytest.approx(score(history / "anchor"), abs=1e-4)
     assert (history / "out" / "leak_map.png").read_bytes().startswith(b"\x89PNG")
-    assert result.stdout.startswith("a/20, held_out prompts: fraction +0.40 at the last token")
+    assert result.stdout.startswith("of other runs' drift, no rank tried brings back 80% of the way")
+    assert "\na/20, held_out prompts: fraction +0.40 at the last token" in result.stdout
     assert "share of its drift within v_rev 100%" in result.output and "v rev (rank 1) 100%" in result.output
 
 

@@ -79,7 +79,8 @@ def test_the_last_checkpoint_without_v_rev(history: Path, tmp_path: Path) -> Non
     assert table["with_intervention"].item() == pytest.approx(after, abs=1e-4)
     assert score(open_model(out / "model")) == pytest.approx(after, abs=1e-4)
     assert (out / "orthogonalize.png").read_bytes().startswith(b"\x89PNG")
-    assert result.stdout.startswith(f"seed0/20, {len(tiny.PROMPTS)} prompts; refusal_log_odds of the anchor: ")
+    assert result.stdout.startswith("refusal ") and " beyond random directions (" in result.stdout.splitlines()[0]
+    assert f"\nseed0/20, {len(tiny.PROMPTS)} prompts; refusal_log_odds of the anchor: " in result.stdout
     assert f"layer 1: {before:+.2f} to {after:+.2f}" in result.stdout and str(out / "model") in result.stdout
 
 
