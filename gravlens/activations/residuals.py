@@ -116,14 +116,16 @@ class Residuals:
             raise GravlensError(given, wanted, remedy)
         states = {name: torch.stack([one.detach()[at].cpu() for one in own.values()], 1) for name, own in held.items()}
         check_one_precision(dtypes := {name: str(one.dtype).removeprefix("torch.") for name, one in states.items()})
+        sources = {name: f"{type(cache).__name__} in memory" for name, cache in caches.items()}
+        meta = {"positions": positions, "dtype": sorted({*dtypes.values()}), "sources": sources}
+        values = torch.stack([one.float() for one in states.values()]).numpy()
+        made = cls(values, tuple(caches), layers, prompts_digest(ids), meta)
+        # Once they are known to be finite: ∞ would pass for centred.
         if centred := [name for name, one in states.items() if all_centred([(one, -1)])]:
             given = f"The states of {', '.join(centred)} have mean 0 over d_model, as of centred writing weights."
             remedy = "HookedTransformer.from_pretrained_no_processing(…)."
             raise GravlensError(given, "Weights must not be processed.", remedy)
-        sources = {name: f"{type(cache).__name__} in memory" for name, cache in caches.items()}
-        meta = {"positions": positions, "dtype": sorted({*dtypes.values()}), "sources": sources}
-        values = torch.stack([one.float() for one in states.values()]).numpy()
-        return cls(values, tuple(caches), layers, prompts_digest(ids), meta)
+        return made
 
     def of(self, checkpoint: str) -> Float[np.ndarray, "prompt layer d_model"]:
         """Return the states of one checkpoint; GravlensError for an unknown name."""

@@ -63,7 +63,7 @@ def fwd_hooks(model: Openable, *interventions: Intervention) -> list[tuple[str, 
     """Return `[(hook name, function), …]` for TransformerLens' `run_with_hooks` and `hooks`; they count no firings.
 
     At one layer interventions act in the order given. GravlensError for a Hugging Face model, a layer out of range
-    (which a bridge passes over in silence) or a direction of another width.
+    (on which a bridge of 3.9 is silent) or a direction of another width.
     """
     opened = open_model(model)
     if opened.kind == "huggingface":
