@@ -1,4 +1,4 @@
-"""The page and the notebook on TransformerLens run with TransformerBridge and, where there is one, HookedTransformer."""
+"""Page and notebook on TransformerLens run with TransformerBridge and, where there is one, HookedTransformer."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ def cells() -> dict[str, str]:
 
 
 def executed(source: str, names: dict[str, Any]) -> dict[str, Any]:
-    with torch.enable_grad():  # the notebook switches gradients off for good
+    with torch.no_grad():  # restores what the notebook switches off for good
         exec(compile(source, "example", "exec"), names)
     return names
 
@@ -61,24 +61,20 @@ def hooked_folder(name: str) -> Any:
 def test_the_notebook_runs_on_any_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With models of random weights in place of those that it trains (tests/project/test_notebooks.py runs it whole)."""
+    """With random weights in place of the models that it trains; tests/project/test_notebooks.py runs it whole."""
     monkeypatch.chdir(tmp_path)
     shown: list[Any] = []
     names: dict[str, Any] = {"display": shown.append}
     source = cells()
-    grad = torch.is_grad_enabled()
-    try:
-        executed(source["setup"], names)
-        witness = tiny.llama()
-        for name, model in (("witness", witness), ("anchor", moved(witness, seed=1))):
-            tiny.save(model, Path(name))
-        names |= {"probes": probe_prompts()[:8], "held_out": probe_prompts()[8:104]}
-        for cell in [cell for cell in source if cell not in ("setup", "make")]:
-            body, _, last = source[cell].rpartition("\n")
-            executed(source[cell] if cell != "hand" else f"{body}\ndisplay({last})", names)
-    finally:
-        torch.set_grad_enabled(grad)
-        monkeypatch.chdir(tmp_path)
+    executed(source["setup"], names)
+    witness = tiny.llama()
+    for name, model in (("witness", witness), ("anchor", moved(witness, seed=1))):
+        tiny.save(model, Path(name))
+    names |= {"probes": probe_prompts()[:8], "held_out": probe_prompts()[8:104]}
+    for cell in [cell for cell in source if cell not in ("setup", "make")]:
+        body, _, last = source[cell].rpartition("\n")
+        executed(source[cell] if cell != "hand" else f"{body}\ndisplay({last})", names)
+    monkeypatch.chdir(tmp_path)  # out of the folder that the notebook made
     told = capsys.readouterr().out
     assert "was not declared" in told and "mask is None" in told
     assert len(shown) == 1 + HAS_HOOKED
