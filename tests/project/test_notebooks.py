@@ -82,7 +82,7 @@ SHOWN = {
         "log": "blocker_norm",
     },
     "transformer_lens": {
-        "vrev": r"blocks\.2\.hook_resid_post \(64,\) torch\.float32.*Directions.*>4</td>",
+        "vrev": r"blocks\.2\.hook_resid_post \(128,\) torch\.float32.*Directions.*>4</td>",
         "hand": "steer</td>\\s*<td>True</td>\\s*<td>True</td>.*ablate</td>\\s*<td>True</td>\\s*<td>True</td>",
         "hooks": r"\['blocks\.2\.hook_resid_post'\].*anchor, steered",
         "last": "was not declared.*steered at the last prompt token",
