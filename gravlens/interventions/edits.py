@@ -48,15 +48,17 @@ def check_fit(span: Span, model: OpenModel) -> int:
     """Return a span's layer; raise if the model has no such layer or another width."""
     layer = check_layer(span.layer, model.n_layers)
     if span.basis.shape[1:] != (model.d_model,):
-        given, wanted = f"The direction has the shape {span.basis.shape[1:]}.", f"This model has width {model.d_model}."
-        raise GravlensError(given, wanted, "a direction estimated in this model's history.")
+        given = f"The direction of layer {layer} has the shape {span.basis.shape[1:]}."
+        raise GravlensError(given, f"This model has width {model.d_model}.", "a direction of this model's history.")
     return layer
 
 
 def fitted(model: OpenModel, interventions: Sequence[Intervention]) -> list[tuple[Intervention, Span]]:
     """Pair each intervention with each of its directions; raise where one does not fit the model."""
-    given = [(edit, span) for edit in interventions for span in each(check_intervention(edit).directions)]
-    return [pair for pair in given if check_fit(pair[1], model) >= 0]
+    pairs = [(edit, span) for edit in interventions for span in each(check_intervention(edit).directions)]
+    for _, span in pairs:
+        check_fit(span, model)
+    return pairs
 
 
 def fwd_hooks(model: Openable, *interventions: Intervention) -> list[tuple[str, LensHook]]:
