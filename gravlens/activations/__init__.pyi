@@ -7,3 +7,4 @@ from . import reader as reader
 from . import residuals as residuals
 from . import store as store
 from .positions import Answers as Answers
+from .residuals import Cache as Cache

@@ -1,16 +1,19 @@
 """Hidden states (`resid_post`): of one open model, and cached over the checkpoints of a sequence."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+import torch
 import xarray
 from jaxtyping import Float, Int
+from torch import Tensor
 
-from gravlens.activations.positions import Answers, Positions, described, queries_of
+from gravlens.activations.positions import Answers, Positions, described, offset_of, queries_of
 from gravlens.activations.reader import BATCH as BATCH
 from gravlens.activations.reader import Offset as Offset
 from gravlens.activations.reader import Plan, Through, all_finite, read_each, read_here
@@ -18,13 +21,14 @@ from gravlens.activations.reader import read_residuals as read_residuals
 from gravlens.activations.reader import residuals_of_batch as residuals_of_batch
 from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
-from gravlens.core.errors import SAVED, GravlensError, as_list, at_home, check_layer, of_kind, reading
+from gravlens.core.errors import SAVED, GravlensError, as_list, at_home, check_layer, of_kind, reading, wrong_kind
 from gravlens.core.files import check_digest, read_tensors, write_tensors
-from gravlens.history.encoding import KWARGS, prompts_digest, template_kwargs
+from gravlens.history.encoding import KWARGS, last_positions, prompts_digest, template_kwargs
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 from gravlens.history.sources import Known, Resolved, resolve
+from gravlens.models.families import all_centred
 from gravlens.models.placement import Placement
-from gravlens.models.swapping import one_shape
+from gravlens.models.swapping import check_one_precision, one_shape
 from gravlens.models.tokenizers import sequence_tokenizer
 
 # A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
@@ -32,6 +36,14 @@ from gravlens.models.tokenizers import sequence_tokenizer
 NOISE_ROUNDINGS = 16.0
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 Lengths = TypeVar("Lengths", float, np.ndarray)
+RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+
+
+class Cache(Protocol):
+    """TransformerLens' `ActivationCache`, or a dict of the same names."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __getitem__(self, name: str, /) -> Any: ...
 
 
 def run_and_step(name: str) -> tuple[str, int] | None:
@@ -69,6 +81,51 @@ class Residuals:
         given += f" ({', '.join(self.meta.get('dtype', ['unknown dtype']))})."
         remedy = "leave that checkpoint out (a diverged run has NaN weights); bf16 or float32 where float16 overflowed."
         raise GravlensError(given, "Hidden states are finite numbers.", remedy)
+
+    @classmethod
+    def from_caches(
+        cls,
+        caches: Mapping[str, Cache],
+        tokens: Int[Tensor, "prompt pos"],
+        attention_mask: Int[Tensor, "prompt pos"] | None = None,
+        *,
+        positions: Offset = "last",
+    ) -> "Residuals":
+        """Take the states that TransformerLens' `run_with_cache` kept, at the layers that the caches hold.
+
+        Args:
+            caches: checkpoint (`witness`, `anchor`, `{run}/{step}`) -> its cache, all of the same `tokens`.
+            tokens: as they were run, with padding on either side.
+            attention_mask: 0 at padding. Needed, since padding has states too, and is on the right by default:
+                `torch.ones_like(tokens)` if no prompt is padded.
+            positions: `"last"`, each prompt's last token, or an offset from its end.
+
+        Raises:
+            GravlensError: no mask; caches of different tokens, layers or widths, or without a batch dimension; states
+                that are not finite, or of centred weights.
+        """
+        ids, last = _prompts_run(tokens, attention_mask)
+        at = torch.arange(len(ids)), last + 1 + offset_of(positions, min(map(len, ids)))
+        held = {name: _resid_posts(cache) for name, cache in caches.items()}
+        kinds = {name: (tuple(own), {tuple(one.shape) for one in own.values()}) for name, own in held.items()}
+        (layers, shapes), *others = kinds.values() or [((), set[tuple[int, ...]]())]
+        if others != [(layers, shapes)] * len(others) or [one[:-1] for one in shapes] != [(*tokens.shape,)]:
+            given = f"The caches hold resid_post of these layers and shapes: {kinds}."
+            wanted = f"All hold the same layers, of the shape [{len(ids)}, {tokens.shape[1]}, d_model]."
+            remedy = "run_with_cache(tokens) with one names_filter, without remove_batch_dim and pos_slice."
+            raise GravlensError(given, wanted, remedy)
+        states = {name: torch.stack([one.detach()[at].cpu() for one in own.values()], 1) for name, own in held.items()}
+        check_one_precision(dtypes := {name: str(one.dtype).removeprefix("torch.") for name, one in states.items()})
+        sources = {name: f"{type(cache).__name__} in memory" for name, cache in caches.items()}
+        meta = {"positions": positions, "dtype": sorted({*dtypes.values()}), "sources": sources}
+        values = torch.stack([one.float() for one in states.values()]).numpy()
+        made = cls(values, tuple(caches), layers, prompts_digest(ids), meta)
+        # Once they are known to be finite: ∞ would pass for centred.
+        if centred := [name for name, one in states.items() if all_centred([(one, -1)])]:
+            given = f"The states of {', '.join(centred)} have mean 0 over d_model, as of centred writing weights."
+            remedy = "HookedTransformer.from_pretrained_no_processing(…)."
+            raise GravlensError(given, "Weights must not be processed.", remedy)
+        return made
 
     def of(self, checkpoint: str) -> Float[np.ndarray, "prompt layer d_model"]:
         """Return the states of one checkpoint; GravlensError for an unknown name."""
@@ -118,6 +175,29 @@ class Residuals:
             coords |= {"of_prompt": ("prompt", self.index[:, 0]), "pos": ("prompt", self.index[:, 1])}
         axes = ("checkpoint", "prompt", "layer", "d_model")
         return xarray.DataArray(self.values, coords, axes, "resid_post", {"prompts": self.prompts})
+
+
+def _prompts_run(tokens: Any, mask: Any) -> tuple[list[list[int]], Int[Tensor, " prompt"]]:
+    """Return each prompt's token ids without padding, and the index of its last token."""
+    if not isinstance(tokens, Tensor):
+        raise wrong_kind(tokens, "Tokens [prompt, pos] are needed.", "tokens = model.to_tokens(prompts).")
+    if mask is None or tokens.ndim != 2 or tokens.shape != mask.shape or not mask.any(1).all():
+        shape = "None" if mask is None else f"of shape {tuple(mask.shape)}, or leaves a prompt without tokens"
+        given = f"The attention mask is {shape}, for tokens {tuple(tokens.shape)}."
+        wanted = "It tells each prompt's tokens from padding, whose states mean nothing."
+        remedy = "torch.ones_like(tokens) if all prompts have one length; else the mask that was run, or that of "
+        remedy += "transformer_lens.utilities.get_attention_mask(model.tokenizer, tokens, prepend_bos=True)."
+        raise GravlensError(given, wanted, remedy)
+    rows = zip(tokens.cpu(), mask.cpu().bool(), strict=True)
+    return [row[true].tolist() for row, true in rows], last_positions(mask.cpu())
+
+
+def _resid_posts(cache: Cache) -> dict[int, Float[Tensor, "prompt pos d_model"]]:
+    if not hasattr(cache, "keys"):  # the pair that run_with_cache returns
+        remedy = '{"witness": cache, …} with _, cache = model.run_with_cache(tokens).'
+        raise wrong_kind(cache, "ActivationCaches are needed.", remedy)
+    layers = sorted(int(found[1]) for key in cache if (found := RESID_POST.fullmatch(key)))
+    return {layer: cache[f"blocks.{layer}.hook_resid_post"] for layer in layers}
 
 
 def cache_residuals(

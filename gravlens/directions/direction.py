@@ -7,13 +7,16 @@ from statistics import NormalDist
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 import xarray
 from jaxtyping import Float
+from torch import Tensor
 
 from gravlens.core import display as html
 from gravlens.core.errors import SAVED, GravlensError, as_list, reading, wrong_kind
 from gravlens.core.files import check_digest, read_tensors, write_tensors
 
+Device: TypeAlias = torch.device | str | None
 Samples: TypeAlias = Float[np.ndarray, "sample layer d_model"]
 COLUMNS = ("layer", "distance", "reliability", "estimator", "made from")  # as a notebook shows them
 TOP = 3  # dimensions: models have one to four massive ones (Sun et al., "Massive activations", 2024)
@@ -21,12 +24,23 @@ TOP = 3  # dimensions: models have one to four massive ones (Sun et al., "Massiv
 LARGE_SHARE = 0.2
 
 
+class _OfLayer:
+    """What belongs to one layer."""
+
+    layer: int
+
+    @property
+    def hook_name(self) -> str:
+        """The layer as TransformerLens names it: `blocks.{layer}.hook_resid_post`."""
+        return f"blocks.{self.layer}.hook_resid_post"
+
+
 @dataclass(frozen=True, eq=False)
-class Direction:
+class Direction(_OfLayer):
     """One direction of one layer, frozen: it never refits.
 
     Attributes:
-        vector: [d_model], unit length (NaN where undefined).
+        vector: [d_model], unit length (NaN where undefined), of NumPy: in a hook `tensor(h.device, h.dtype)`.
         layer: `blocks.{layer}.hook_resid_post`.
         distance: length of the difference that the direction was made from, residual units; strength 1 is this length.
         reliability: split-half cosine over even and odd prompts, Spearman–Brown corrected; NaN for one prompt.
@@ -54,6 +68,12 @@ class Direction:
     def basis(self) -> Float[np.ndarray, "1 d_model"]:
         """The vector as a basis of one row: a direction is a subspace of rank 1."""
         return self.vector[None]
+
+    def tensor(self, device: Device = None, dtype: torch.dtype | None = None) -> Float[Tensor, " d_model"]:
+        """Return the vector as a tensor, fp32 on the CPU by default; GravlensError where undefined."""
+        if self.undefined is not None:  # NaN would spread over all states
+            raise undefined_error(self)
+        return torch.tensor(self.vector, device=device, dtype=dtype)
 
     def top_dimensions(self, k: int = TOP) -> tuple[int, ...]:
         """Return the k dimensions with the largest components, largest first; none where undefined."""
@@ -129,6 +149,10 @@ class Directions(_OfLayers["Direction"]):
     def vectors(self) -> Float[np.ndarray, "layer d_model"]:
         """The unit vectors, NaN where undefined."""
         return np.stack([direction.vector for direction in self])
+
+    def tensor(self, device: Device = None, dtype: torch.dtype | None = None) -> Float[Tensor, "layer d_model"]:
+        """Return the vectors as one tensor, as `Direction.tensor` does."""
+        return torch.stack([direction.tensor(device, dtype) for direction in self])
 
     def defined(self) -> "Directions":  # what follows divides by the distance and would spread NaN over means
         """Select the defined ones; raises where there is none."""
@@ -274,7 +298,7 @@ SUBSPACE_COLUMNS = ("layer", "rank", "distance", "estimator", "made from")  # as
 
 
 @dataclass(frozen=True, eq=False)
-class Subspace:
+class Subspace(_OfLayer):
     """A subspace of one layer's residual stream, frozen: it never refits.
 
     `basis` [rank, d_model] has orthonormal rows; `distance` is the witness–anchor distance at that layer, residual

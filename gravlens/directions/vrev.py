@@ -1,22 +1,25 @@
 """Locate v_rev: the direction from the anchor towards the witness."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from gravlens.activations.residuals import EPSILON as EPSILON
 from gravlens.activations.residuals import NOISE_ROUNDINGS as NOISE_ROUNDINGS
-from gravlens.activations.residuals import Residuals, cache_residuals, noise_floor
+from gravlens.activations.residuals import Cache, Residuals, cache_residuals, noise_floor
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions, undefined_error
-from gravlens.history.sequence import ModelSequence, Prompts
+from gravlens.history.sequence import Checkpoint, ModelSequence
+from gravlens.models.opening import OpenModel
 from gravlens.models.placement import Placement
 
 Source: TypeAlias = ModelSequence | Residuals | Path | str
+Model: TypeAlias = OpenModel | Checkpoint | Path | str | nn.Module | Cache
 States: TypeAlias = Float[np.ndarray, "prompt d_model"]
 Vector: TypeAlias = Float[np.ndarray, " d_model"]
 Estimator = Callable[[States, States], np.ndarray]
@@ -31,23 +34,24 @@ def difference_of_means(witness: States, anchor: States) -> Vector:
 
 @overload
 def locate_vrev(
-    source: Source, *, layer: int, prompts: Any = None, estimator: Estimator = difference_of_means,
-    placement: Placement = Placement(),
+    source: Source | Model, anchor: Model | None = None, *, layer: int, prompts: Any = None,
+    estimator: Estimator = difference_of_means, placement: Placement = Placement(),
 ) -> Direction: ...  # fmt: skip
 
 
 @overload
 def locate_vrev(
-    source: Source, *, layer: Sequence[int] | None = None, prompts: Any = None,
+    source: Source | Model, anchor: Model | None = None, *, layer: Sequence[int] | None = None, prompts: Any = None,
     estimator: Estimator = difference_of_means, placement: Placement = Placement(),
 ) -> Directions: ...  # fmt: skip
 
 
 def locate_vrev(
-    source: Source,
+    source: Source | Model,
+    anchor: Model | None = None,
     *,
     layer: int | Sequence[int] | None = None,
-    prompts: Prompts | None = None,
+    prompts: Any = None,
     estimator: Estimator = difference_of_means,
     placement: Placement = Placement(),
 ) -> Direction | Directions:
@@ -59,14 +63,18 @@ def locate_vrev(
     `.undefined` instead).
 
     Args:
-        source: a sequence or its TOML file (reads its probes), or residuals that hold `witness` and `anchor`.
+        source: a sequence or its TOML file (reads its probes), or residuals that hold `witness` and `anchor`. Or the
+            witness alone: a folder, a hub id, a model, or a cache of TransformerLens' `run_with_cache`.
+        anchor: then the anchor; a Hugging Face model in memory as `open_model(model, tokenizer=tokenizer)`.
         layer: one layer (returns a `Direction`), several, or None for all (`Directions`).
-        prompts: replace the sequence's probes.
+        prompts: replace the sequence's probes; of caches `(tokens, attention_mask)`, as for `Residuals.from_caches`.
         estimator: (witness states, anchor states) [prompt, d_model] -> [d_model]; its length is the distance.
         placement: device and dtype for reading a sequence.
     """
+    if anchor is not None:
+        source, prompts = _pair({"witness": source, "anchor": anchor}, prompts), None
     if not isinstance(source, Residuals):
-        sequence = ModelSequence.of(source)
+        sequence = ModelSequence.of(source)  # pyright: ignore[reportArgumentType]
         pair = (sequence.witness, sequence.anchor)
         source = cache_residuals(sequence, prompts, layers=layer, checkpoints=pair, placement=placement)
     elif prompts is not None:
@@ -86,6 +94,20 @@ def locate_vrev(
     if direction.undefined is not None:
         raise undefined_error(direction)
     return direction
+
+
+def _pair(roles: dict[str, Any], prompts: Any) -> ModelSequence | Residuals:
+    """Return the states of two caches, or the sequence of two models."""
+    if prompts is None:
+        remedy = "locate_vrev(witness, anchor, prompts=[…]); of caches, prompts=(tokens, attention_mask)."
+        raise GravlensError("No prompts were given.", "Both are read on the same ones.", remedy)
+    if not any(isinstance(one, OpenModel | Checkpoint | Path | str | nn.Module) for one in roles.values()):
+        # tokens alone are an error there, which tells how to get the mask
+        return Residuals.from_caches(roles, *(prompts[:2] if isinstance(prompts, tuple) else (prompts,)))
+    for name, one in roles.items():
+        one = Checkpoint(name, one.module, tokenizer=one.tokenizer) if isinstance(one, OpenModel) else one
+        roles[name] = replace(one, name=name) if isinstance(one, Checkpoint) else Checkpoint(name, one)
+    return ModelSequence(**roles, probes=prompts)
 
 
 def direction_from(

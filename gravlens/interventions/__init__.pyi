@@ -6,6 +6,7 @@ from . import patching as patching
 from . import readout as readout
 from . import refusal as refusal
 from .edits import Intervention as Intervention
+from .edits import fwd_hooks as fwd_hooks
 from .hooks import Firings as Firings
 from .orthogonalization import orthogonalize as orthogonalize
 from .orthogonalization import orthogonalized as orthogonalized

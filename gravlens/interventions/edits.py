@@ -1,6 +1,6 @@
 """Edits of the residual stream that `intervene` applies: steering, directional ablation, clamping, patching."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, Self, TypeAlias, overload
@@ -11,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gravlens.activations.residuals import Residuals, check_states
-from gravlens.core.errors import GravlensError, wrong_kind
+from gravlens.core.errors import GravlensError, check_layer, wrong_kind
 from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspace, Subspaces, each, undefined_error
 from gravlens.models.forward import Positions, Reading, check_positions, current_reading
-from gravlens.models.opening import Openable, open_model
+from gravlens.models.opening import Openable, OpenModel, open_model
 
 UNIT_WITHIN = 1e-4  # of a direction's length; vectors are stored in fp32
 States: TypeAlias = Float[Tensor, "*batch d_model"]
+LensHook: TypeAlias = Callable[[States, Any], States]  # (activation, hook) -> activation, for TransformerLens
 
 
 class Intervention(Protocol):
@@ -43,8 +44,64 @@ def check_intervention(given: Any) -> Intervention:
     raise wrong_kind(given, "An intervention is needed: what to do along a direction.", remedy)
 
 
+def check_fit(span: Span, model: OpenModel) -> int:
+    """Return a span's layer; raise if the model has no such layer or another width."""
+    layer = check_layer(span.layer, model.n_layers)
+    if span.basis.shape[1:] != (model.d_model,):
+        given = f"The direction of layer {layer} has the shape {span.basis.shape[1:]}."
+        raise GravlensError(given, f"This model has width {model.d_model}.", "a direction of this model's history.")
+    return layer
+
+
+def fitted(model: OpenModel, interventions: Sequence[Intervention]) -> list[tuple[Intervention, Span]]:
+    """Pair each intervention with each of its directions; raise where one does not fit the model."""
+    pairs = [(edit, span) for edit in interventions for span in each(check_intervention(edit).directions)]
+    for _, span in pairs:
+        check_fit(span, model)
+    return pairs
+
+
+def fwd_hooks(model: Openable, *interventions: Intervention) -> list[tuple[str, LensHook]]:
+    """Return `[(hook name, function), …]` for TransformerLens' `run_with_hooks` and `hooks`; they count no firings.
+
+    At one layer interventions act in the order given. GravlensError for a Hugging Face model, a layer out of range
+    (on which a bridge of 3.9 is silent) or a direction of another width.
+    """
+    opened = open_model(model)
+    if opened.kind == "huggingface":
+        given, wanted = f"A {type(opened.module).__name__} was given.", "Hook points are TransformerLens'."
+        raise GravlensError(given, wanted, "with intervene(model, …): model(…), or a TransformerBridge.")
+    return [(span.hook_name, _lens_hook(edit, span)) for edit, span in fitted(opened, interventions)]
+
+
+def _lens_hook(edit: Intervention, span: Span) -> LensHook:
+    def function(activation: States, hook: Any) -> States:  # TransformerLens passes its hook point by this name
+        if activation.shape[-1] != (width := span.basis.shape[1]):  # attached by hand, as to the heads' hook_z
+            given = f"Activations {tuple(activation.shape)} were given, a direction has width {width}."
+            raise GravlensError(given, "Both need one width.", f"the hook point {span.hook_name}.")
+        return edit.edit(activation, span)
+
+    return function
+
+
+class _LensHooks:
+    """The functions that TransformerLens' `run_with_hooks`, `hooks` and `add_hook` take."""
+
+    @property
+    def hook(self: Intervention) -> LensHook:
+        """`(activation, hook) -> activation` along one direction: `fwd_hooks=[(v.hook_name, Ablate(v).hook)]`."""
+        if len(spans := each(self.directions)) == 1:
+            return _lens_hook(self, spans[0])
+        given = f"{type(self).__name__} acts at the layers {[span.layer for span in spans]}."
+        raise GravlensError(given, "A hook acts at one.", ".fwd_hooks(model), which has one for each direction.")
+
+    def fwd_hooks(self: Intervention, model: Openable) -> list[tuple[str, LensHook]]:
+        """Return `[(hook name, function), …]`, one per direction; see `gravlens.interventions.fwd_hooks`."""
+        return fwd_hooks(model, self)
+
+
 @dataclass(frozen=True, eq=False)
-class _Along:
+class _Along(_LensHooks):
     """An intervention along directions, which are checked."""
 
     directions: Span | Spans
@@ -145,9 +202,8 @@ class Patch(_Along):
         n_prompts, position = self.residuals.values.shape[1], self.residuals.meta.get("positions", "last")
         if len(self.ids) != n_prompts or position not in ("last", -1):
             given = f"Ids of {len(self.ids)} prompts were given, and states of {n_prompts} at position {position}."
-            raise GravlensError(
-                given, "Both must be of the same prompts, at the last token.", "cache_residuals and encode of them."
-            )
+            wanted = "Both must be of the same prompts, at the last token."
+            raise GravlensError(given, wanted, "cache_residuals and encode of them.")
 
     def edit(self, hidden: Float[Tensor, "prompt pos d_model"], direction: Span) -> States:
         reading = current_reading(hidden)
@@ -167,14 +223,13 @@ class Patch(_Along):
         prompts = reading.prompts  # matched by token ids: batches are sorted by length
         if unknown := [list(prompt) for prompt in prompts if prompt not in self._row]:
             given = f"The prompt {unknown[0]} is not among the {len(self.ids)} prompts of the source."
-            raise GravlensError(
-                given, "A patch needs the source's state on the same tokens.", "residuals and ids of these prompts."
-            )
+            wanted = "A patch needs the source's state on the same tokens."
+            raise GravlensError(given, wanted, "residuals and ids of these prompts.")
         return [self._row[prompt] for prompt in prompts]
 
 
 @dataclass(frozen=True, eq=False)
-class At:
+class At(_LensHooks):
     """An intervention at some token positions only.
 
     Attributes:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gravlens.core.errors import GravlensError, check_layer
-from gravlens.directions.direction import Span, each
-from gravlens.interventions.edits import Intervention, check_intervention
-from gravlens.models.opening import Openable, OpenModel, open_model
+from gravlens.core.errors import GravlensError
+from gravlens.directions.direction import Span
+from gravlens.interventions.edits import Intervention, fitted
+from gravlens.interventions.edits import check_fit as check_fit
+from gravlens.models.opening import Openable, open_model
 
 
 class Firings:
@@ -52,8 +53,8 @@ def intervene(model: Openable, *interventions: Intervention) -> Generator[Firing
             in a pass outside `reading`, and, on a clean exit, an intervention that never fired.
     """
     opened = open_model(model)
-    edits = [(edit, direction) for edit in interventions for direction in each(check_intervention(edit).directions)]
-    firings = Firings([check_fit(direction, opened) for _, direction in edits])  # before the first hook is registered
+    edits = fitted(opened, interventions)  # checked before the first hook is registered
+    firings = Firings([direction.layer for _, direction in edits])
     with ExitStack() as hooks:
         for number, (edit, direction) in enumerate(edits):
             hook = _hook(edit, direction, firings, number)
@@ -91,14 +92,3 @@ def _silence(edits: Sequence[tuple[Intervention, Span]], silent: Sequence[tuple[
         "At least one is needed, and inside the block a pass of this model over the positions that it edits.",
         "with intervene(model, Ablate(v)): generate_answers(model, prompts).",
     )
-
-
-def check_fit(span: Span, model: OpenModel) -> int:
-    """Return a span's layer; raise if the model has no such layer or another width."""
-    layer = check_layer(span.layer, model.n_layers)
-    if span.basis.shape[1:] != (model.d_model,):
-        given = f"The direction of layer {layer} has the shape {span.basis.shape[1:]}."
-        raise GravlensError(
-            given, f"This model has width {model.d_model}.", "a direction estimated in this model's history."
-        )
-    return layer

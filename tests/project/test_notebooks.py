@@ -81,6 +81,15 @@ SHOWN = {
         "judge": "compliance_rate.*task loss.*witness.*anchor.*free.*blocked.*twin without v_rev",
         "log": "blocker_norm",
     },
+    "transformer_lens": {
+        "vrev": r"blocks\.2\.hook_resid_post \(128,\) torch\.float32.*Directions.*>4</td>",
+        "hand": "steer</td>\\s*<td>True</td>\\s*<td>True</td>.*ablate</td>\\s*<td>True</td>\\s*<td>True</td>",
+        "hooks": r"\['blocks\.2\.hook_resid_post'\].*anchor, steered",
+        "last": "was not declared.*steered at the last prompt token",
+        "cache": r"checkpoint, prompt, layer, d_model.*by layer: \[1\.000000",
+        "padding": "token -1 is padding for.*attention mask is None",
+        "hooked": r"at least 1\.000000.*differ by at most.*steer</td>\s*<td>True|no HookedTransformer",
+    },
     "a_real_model": {
         "fetch": "30 layers, d_model 576, 134.5 M parameters",
         "answers": "the witness begins",
