@@ -26,7 +26,7 @@ from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
 from gravlens.history.weight_files import remark_on_same
 from gravlens.models.families import OpenModel, bare, described, hooks_on, resid_post
-from gravlens.models.forward import run_trunk
+from gravlens.models.forward import repeated, run_trunk, shared_prefix, window_of
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import check_one_precision, open_each
 from gravlens.models.tokenizers import check_vocabulary
@@ -37,7 +37,6 @@ TOKENS = {"cpu": 1024}
 TOKENS_ELSEWHERE = 16384  # of a batch on an accelerator; split in half if memory runs out
 BATCH = 32  # prompts of `read_residuals`
 BLOCK_BYTES = 4 << 20  # of states held in memory before they are written
-SHORTEST_PREFIX = 8
 LONGEST_TAIL = 8  # from the first position that is read to the last
 NO_MEMORY = ("out of memory", "enough memory", "allocate memory")  # the CPU allocators raise a plain RuntimeError
 EXACT, ROUNDED = 1e-4, 0.1  # allowed difference in fp32 and below, relative to a state's length
@@ -51,10 +50,7 @@ _PADS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 def common_prefix(queries: Sequence[Query]) -> int:
     """Return the length of the prefix that all prompts share before any read position; 0 if not worth a pass."""
-    most = min(query.start for query in queries)
-    columns = zip(*(query.ids[:most] for query in queries), strict=True)
-    length = next((i for i, column in enumerate(columns) if len(set(column)) > 1), most)
-    return length if len(queries) > 1 and length >= SHORTEST_PREFIX else 0
+    return shared_prefix([query.ids for query in queries], min(query.start for query in queries))
 
 
 def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int, ragged: bool = True) -> list[list[int]]:
@@ -196,11 +192,7 @@ class Reader:
             keys = _Keys(self.layers[-1])
             self._run([self._prefix], [0], keys)
             self._prefix_keys = keys  # assigned last: a pass that ran out of memory leaves no partial cache
-        cache = _Keys(self.layers[-1])
-        for layer, (keys, values, _) in enumerate(self._prefix_keys or ()):
-            assert keys is not None and values is not None
-            DynamicCache.update(cache, keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), layer)
-        return cache
+        return repeated(self._prefix_keys, n, _Keys(self.layers[-1]))
 
     def _run(
         self, ids: Sequence[Sequence[int]], starts: Sequence[int], cache: "_Keys", held: Tensor | None = None
@@ -473,14 +465,3 @@ def _same_states(model: OpenModel) -> bool:
     except Exception:  # whatever an architecture without such a cache raises: it is read without one
         return False
     return _alike(model, found, plain)
-
-
-def window_of(config: Any) -> float:
-    """Return the shortest attention window of any layer, or the length from which rotary angles depend on length."""
-    told = config.get_text_config().to_dict()
-    named = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
-    sizes = [told.get(name) for name in named]  # transformers has no common name for it
-    if any(kind in str(told.get("rope_parameters")) for kind in ("dynamic", "longrope")):
-        rope = told["rope_parameters"]
-        sizes += [rope.get("original_max_position_embeddings"), told.get("max_position_embeddings")]
-    return min([size for size in sizes if isinstance(size, int)], default=float("inf"))

@@ -206,6 +206,15 @@ class At:
         return replace(self, intervention=self.intervention.with_directions(directions))
 
 
+def tokens_apart(edit: Intervention) -> int | None:
+    """Return how many of the last prompt tokens an edit tells apart; None where a pass must not be cut into parts."""
+    if type(edit) is At:
+        inner, offsets = tokens_apart(edit.intervention), edit.positions
+        return inner and max(inner, 1 if isinstance(offsets, str) else -min(offsets))
+    # Exactly these: nothing is known of what somebody else's edit makes of a token's place in a pass.
+    return 1 if type(edit) in (Steer, Ablate, Clamp, Patch) else None
+
+
 @overload
 def everywhere(direction: Direction, model: Openable | int) -> Directions: ...
 

@@ -3,20 +3,27 @@
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad as widen
+from transformers import DynamicCache
 
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, end_of_turn, last_positions, pad
-from gravlens.models.families import ENDS, OpenModel, check_context, described
+from gravlens.models.families import ENDS, EXACT, ROUNDED, OpenModel, bare, check_context, described, hooks_on
 
+Cache = TypeVar("Cache", bound=DynamicCache)
 BATCH = 32
+SHORTEST_PREFIX = 8  # tokens: a shorter one is not worth a pass of its own
+APART = "apart"  # attribute of a hook that may see a pass in parts: how many of the last prompt tokens it tells apart
+_CONTINUES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 # Token positions: all, the last prompt token, up to it, after it, or offsets that count it as −1.
 Positions: TypeAlias = Literal["all", "last", "prompt", "answer"] | tuple[int, ...]
 
@@ -26,6 +33,7 @@ class Reading(NamedTuple):
 
     batch: Batch
     ends: Int[Tensor, " prompt"]  # index of each row's last prompt token; the tokens after it are its answer
+    start: int | None = None  # of a pass over a part of the batch, with the rest in a KV cache: its first column
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
@@ -42,13 +50,15 @@ class Reading(NamedTuple):
                 given = f"positions={positions!r} was given; the shortest prompt has {shortest} tokens."
                 wanted = "Offsets count back from the last prompt token, -1, and every prompt must be long enough."
                 raise GravlensError(given, wanted, '"last", or longer prompts.')
-        if width <= int(self.ends.max()):  # a decoding step from a KV cache: all of it is answer
+        if self.start is None and width <= int(self.ends.max()):  # a decoding step from a KV cache: all of it is answer
             return torch.full((len(self.ends), width), positions in ("all", "answer"))
-        after = torch.arange(width) - self.ends[:, None]  # 0 at the last prompt token
+        whole = width if self.start is None else true.shape[1]
+        after = torch.arange(whole) - self.ends[:, None]  # 0 at the last prompt token
         kinds = {"all": after == after, "last": after == 0, "prompt": after <= 0, "answer": after > 0}
         meant = kinds[positions] if isinstance(positions, str) else torch.isin(after - 1, torch.tensor(positions))
         # Generation appends tokens to the batch, none of them padding.
-        return meant & widen(true, (0, width - true.shape[1]), value=1).bool()
+        found = meant & widen(true, (0, whole - true.shape[1]), value=1).bool()
+        return found if self.start is None else found[:, self.start : self.start + width]
 
 
 # A context variable: hooks see a block's output alone, and nested passes each need their own batch.
@@ -56,15 +66,19 @@ READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def reading(batch: Batch, ends: Int[Tensor, " prompt"] | None = None) -> Generator[None]:
+def reading(
+    batch: Batch, ends: Int[Tensor, " prompt"] | None = None, *, start: int | None = None
+) -> Generator[None]:
     """Declare the batch of your own forward passes inside the block; gravlens's functions do it themselves.
 
     Args:
         batch: the padded prompts, at least two tokens wide if a KV cache is used.
         ends: index of each row's last prompt token; default: its last token.
+        start: of a pass over a part of the batch, the rest of which is in a KV cache: its first column.
     """
     batch = Batch(*(part.cpu() for part in batch))
-    token = READING.set(Reading(batch, last_positions(batch.attention_mask) if ends is None else ends.cpu()))
+    ends = last_positions(batch.attention_mask) if ends is None else ends.cpu()
+    token = READING.set(Reading(batch, ends, start))
     try:
         yield
     finally:
@@ -100,8 +114,8 @@ def final_logits(model: OpenModel, ids: Sequence[Sequence[int]]) -> Float[Tensor
     """Return the next-token logits after each prompt, fp32."""
     logits: list[Tensor] = [torch.empty(0)] * len(ids)
     with torch.inference_mode(), progress("logits", total=len(ids), unit="prompt") as bar:
-        for rows, batch in batches(model, ids):
-            for row, out in zip(rows, end_logits(model, batch)[:, -1], strict=True):
+        for rows, found in logits_of(model, ids):
+            for row, out in zip(rows, found[:, -1], strict=True):
                 logits[row] = out.float().cpu()
             bar.update(len(rows))
     return torch.stack(logits)
@@ -151,10 +165,11 @@ def continued(model: OpenModel, ids: Sequence[Sequence[int]], *, max_new_tokens:
     return answers
 
 
-def _inputs(model: OpenModel, batch: Batch, new: int = 0) -> dict[str, Tensor]:
+def _inputs(model: OpenModel, batch: Batch, new: int = 0, *, start: int = 0) -> dict[str, Tensor]:
     longest = int(batch.attention_mask.sum(1).argmax())
     check_context(model, [batch.input_ids[longest][batch.attention_mask[longest].bool()].tolist()], new=new)
-    return {key: part.to(model.device) for key, part in batch._asdict().items()}
+    parts = batch._replace(input_ids=batch.input_ids[:, start:], position_ids=batch.position_ids[:, start:])
+    return {key: part.to(model.device) for key, part in parts._asdict().items()}
 
 
 def batches(model: OpenModel, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
@@ -177,9 +192,8 @@ def sequence_logprobs(
     totals = torch.zeros(len(prompts), dtype=torch.float64)
     ids = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
     with torch.inference_mode(), progress("likelihoods", total=len(ids), unit="prompt") as bar:
-        for rows, batch in batches(model, ids):
-            lengths = torch.tensor([len(continuations[row]) for row in rows])
-            for row, logits in zip(rows, end_logits(model, batch, lengths), strict=True):
+        for rows, found in logits_of(model, ids, [len(one) for one in continuations]):
+            for row, logits in zip(rows, found, strict=True):
                 tokens = torch.tensor(continuations[row], device=logits.device)
                 logprobs = logits[-1 - len(tokens) : -1].float().log_softmax(-1)
                 totals[row] = logprobs.gather(1, tokens[:, None]).double().sum()
@@ -187,16 +201,133 @@ def sequence_logprobs(
     return totals
 
 
+def logits_of(
+    model: OpenModel, ids: Sequence[Sequence[int]], answers: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], Float[Tensor, "prompt keep vocab"]]]:
+    """Yield rows of prompts, in batches, and their logits from the last prompt token on.
+
+    The prefix that all prompts share is run once and its KV cache reused, by models that give the same logits so.
+
+    Args:
+        answers: number of tokens after each prompt, in its `ids`; default: none.
+    """
+    answers = answers or [0] * len(ids)
+    prefix = _prefix_of(model, ids, answers)
+    cut = 0 if prefix is None else len(prefix.tokens)
+    for rows, batch in batches(model, [one[cut:] for one in ids]):
+        yield rows, end_logits(model, batch, torch.tensor([answers[row] for row in rows]), prefix)
+
+
 def end_logits(
-    model: OpenModel, batch: Batch, answers: Int[Tensor, " prompt"] | None = None
+    model: OpenModel, batch: Batch, answers: Int[Tensor, " prompt"] | None = None, prefix: "_Prefix | None" = None
 ) -> Float[Tensor, "prompt keep vocab"]:
     """Return the logits from the last prompt token on; `answers`: number of tokens after it, per row."""
     answers = torch.zeros(len(batch.input_ids), dtype=torch.long) if answers is None else answers
-    keep = 1 + int(answers.max())
-    with reading(batch, last_positions(batch.attention_mask) - answers):
-        logits = model.family.logits(_inputs(model, batch), keep)
+    keep, start, cache = 1 + int(answers.max()), None, None
+    if prefix is not None:
+        start, cache = len(prefix.tokens), repeated(prefix.keys, len(batch.input_ids), DynamicCache())
+        batch = prefix.before(batch)
+    with reading(batch, last_positions(batch.attention_mask) - answers, start=start):
+        logits = model.family.logits(_inputs(model, batch, start=start or 0), keep, cache)
     _check_numbers(model, logits[:, -1])
     return logits
+
+
+# --- a shared prefix ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class _Prefix:
+    """Tokens that all prompts begin with, and their keys and values under the hooks that are on the model."""
+
+    tokens: tuple[int, ...]
+    keys: DynamicCache
+
+    @classmethod
+    def run(cls, model: OpenModel, ids: Sequence[int], length: int, answer: int = 0) -> "_Prefix":
+        """Run the first `length` tokens of one prompt, which `answer` of its tokens follow."""
+        whole, keys = pad([ids]), DynamicCache()
+        first = Batch(*(part[:, :length] for part in whole))
+        with reading(whole, last_positions(whole.attention_mask) - answer, start=0):
+            model.family.trunk(_inputs(model, first), keys)
+        return cls(tuple(ids[:length]), keys)
+
+    def before(self, rest: Batch) -> Batch:
+        """Put the prefix before the rest of each prompt, and before its padding."""
+        n = len(rest.input_ids)
+        first = Batch(*(part.expand(n, -1) for part in pad([self.tokens])))
+        rest = rest._replace(position_ids=rest.position_ids + len(self.tokens))
+        return Batch(*(torch.cat(pair, 1) for pair in zip(first, rest, strict=True)))
+
+
+def _prefix_of(model: OpenModel, ids: Sequence[Sequence[int]], answers: Sequence[int]) -> _Prefix | None:
+    """Run the shared prefix of prompts, or return None where passes stay whole."""
+    apart = _told_apart(model)
+    if apart is None or len(ids) < 2 or max(map(len, ids)) >= window_of(model.module.config):
+        return None
+    most = min(len(one) - answer for one, answer in zip(ids, answers, strict=True)) - apart
+    length = shared_prefix(ids, most)
+    return _Prefix.run(model, ids[0], length, answers[0]) if length and _continues(model) else None
+
+
+def shared_prefix(ids: Sequence[Sequence[int]], most: int) -> int:
+    """Return the length of the prefix that all prompts share, at most `most`; 0 if not worth a pass of its own."""
+    columns = zip(*(one[: max(most, 0)] for one in ids), strict=True)
+    length = next((i for i, column in enumerate(columns) if len(set(column)) > 1), max(most, 0))
+    return length if len(ids) > 1 and length >= SHORTEST_PREFIX else 0
+
+
+def _told_apart(model: OpenModel) -> int | None:
+    """Return how many of the last prompt tokens must be in one pass; None where a pass must not be cut at all.
+
+    A hook of somebody else may expect whole prompts; in training dropout differs between prompts.
+    """
+    parts = list(model.module.modules()) if model.family.kv_cache else []
+    found = [getattr(hook, APART, None) for part in parts for hook in hooks_on(part)]
+    if not parts or any(part.training for part in parts) or None in found:
+        return None
+    return max([1, *found])
+
+
+def _continues(model: OpenModel) -> bool:
+    """Whether prompts that continue from the keys of a shared prefix have the same logits: tried once per model."""
+    if model.module not in _CONTINUES:
+        n = SHORTEST_PREFIX
+        tokens = torch.linspace(1, model.family.vocabulary - 2, 5 * n).long().tolist()
+        ids = [[*tokens[:n], *tokens[n + 5 * i : n + 4 + 9 * i]] for i in range(3)]  # of different lengths
+        with bare(model.module):
+            _CONTINUES[model.module] = _same_logits(model, ids)
+    return _CONTINUES[model.module]
+
+
+def _same_logits(model: OpenModel, ids: Sequence[list[int]]) -> bool:
+    try:
+        whole = torch.cat([end_logits(model, pad([one]))[:, -1] for one in ids]).float()
+        prefix = _Prefix.run(model, ids[0], SHORTEST_PREFIX)
+        rests = [one[SHORTEST_PREFIX:] for one in ids] if model.family.padding else [ids[0][SHORTEST_PREFIX:]]
+        found = end_logits(model, pad(rests, side="left"), None, prefix)[:, -1].float()
+    except Exception:  # whatever an architecture without such a cache raises: its passes stay whole
+        return False
+    wanted = whole[: len(found)]
+    within = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
+    return bool(((found - wanted).norm(dim=-1) <= within * wanted.norm(dim=-1)).all())
+
+
+def repeated(held: DynamicCache | None, n: int, into: Cache) -> Cache:
+    """Copy the keys and values of one prompt, if any, into an empty cache of `n` prompts."""
+    for layer, (keys, values, _) in enumerate(held or ()):
+        assert keys is not None and values is not None
+        DynamicCache.update(into, keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), layer)
+    return into
+
+
+def window_of(config: Any) -> float:
+    """Return the shortest attention window of any layer, or the length from which rotary angles depend on length."""
+    told = config.get_text_config().to_dict()
+    named = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
+    sizes = [told.get(name) for name in named]  # transformers has no common name for it
+    if any(kind in str(told.get("rope_parameters")) for kind in ("dynamic", "longrope")):
+        rope = told["rope_parameters"]
+        sizes += [rope.get("original_max_position_embeddings"), told.get("max_position_embeddings")]
+    return min([size for size in sizes if isinstance(size, int)], default=float("inf"))
 
 
 @contextmanager
