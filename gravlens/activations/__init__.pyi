@@ -5,5 +5,6 @@ from . import machine as machine
 from . import positions as positions
 from . import reader as reader
 from . import residuals as residuals
+from . import session as session
 from . import store as store
 from .positions import Answers as Answers

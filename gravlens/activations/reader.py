@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from itertools import accumulate, groupby
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,7 +23,6 @@ from gravlens.core.errors import GravlensError, said
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
-from gravlens.history.weight_files import remark_on_same
 from gravlens.models.families import OpenModel, bare, described, hooks_on, resid_post
 from gravlens.models.forward import repeated, run_trunk, shared_prefix, window_of
 from gravlens.models.placement import Placement
@@ -385,37 +383,34 @@ class Found(NamedTuple):
     checkpoint: int
     rows: list[int]
     states: Float[np.ndarray, "row layer d_model"]
-    precision: str
 
 
-def read_each(plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement) -> Iterator[Found]:
-    """Yield every checkpoint's states batch by batch; one model is open at a time, and no states are kept."""
-    ids, precisions = [query.ids for query in plan.queries], dict[str, str]()
-    with progress("residuals", total=len(checkpoints) * len(ids), unit="prompt") as bar:
-        for number, (checkpoint, model) in enumerate(open_each(checkpoints, through=through, placement=placement)):
+def read_each(
+    plans: Sequence[Plan],
+    checkpoints: Sequence[Resolved],
+    through: Through,
+    placement: Placement,
+    precisions: dict[str, str],
+) -> Iterator[Found]:
+    """Yield every checkpoint's states, each by its plan, batch by batch; one model is open at a time.
+
+    No states are kept. `precisions` (name -> precision) are those of checkpoints that are compared with these; it is
+    filled.
+    """
+    counts = [len(plan.queries) for plan in plans]
+    each = f"{len(plans)} checkpoint{'s' * (len(plans) != 1)}, {sum(counts)} prompts in all"
+    with progress("residuals", total=sum(counts), unit="prompt", work=each) as bar:
+        opened = open_each(checkpoints, through=through, placement=placement)
+        for number, (plan, (checkpoint, model)) in enumerate(zip(plans, opened, strict=True)):
             precisions[checkpoint.name] = model.precision
             check_one_precision(precisions)
-            check_vocabulary(checkpoint, model, ids)
+            check_vocabulary(checkpoint, model, [query.ids for query in plan.queries])
             named = f"{checkpoint.name} ({checkpoint.described})"
             reader = Reader(model, layers=plan.layers, prefix=plan.prefix, of=named)
             for block in plan.blocks:
                 for batch, states in read_block(reader, [plan.queries[i] for i in block]):
-                    yield Found(number, [row for i in batch for row in plan.rows(block[i])], states, model.precision)
+                    yield Found(number, [row for i in batch for row in plan.rows(block[i])], states)
                     bar.update(len(batch))
-
-
-def read_here(
-    plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement
-) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
-    """Read all states into memory; also return the precisions that they were computed in."""
-    values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
-    precisions: set[str] = set()
-    for number, rows, states, precision in read_each(plan, checkpoints, through, placement):
-        values[number, rows] = states
-        precisions.add(precision)
-    pairs = zip(checkpoints, values, strict=True)
-    remark_on_same({checkpoint.name: sha256(states.data).hexdigest() for checkpoint, states in pairs}, "states")
-    return values, precisions
 
 
 def reuses_keys(model: OpenModel) -> bool:

@@ -1,5 +1,6 @@
 """Causal effects of interventions on a score: paired over prompts, against random directions of the same length."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -107,6 +108,9 @@ def causal_effect(
     layers, distances and strengths. Draw i is one random mixture of the states for all layers and conditions, so its
     vectors in neighbouring blocks are as alike as the states are.
 
+    It takes as long as 1 + conditions · (1 + n_random) scorings of all prompts, 22 for one condition; where that is
+    long, the call says how long before it scores the conditions.
+
     Args:
         model: scored 1 + conditions · (1 + n_random) times on all prompts, and read once without `states`.
         conditions: name -> an intervention, or several that act together; a single intervention is named by its class.
@@ -127,10 +131,14 @@ def causal_effect(
     rng = rng or np.random.default_rng(0)
     measure = partial(_scores, opened, score, prompts)
     seeds = rng.integers(2**63, size=n_random)  # shared by the conditions: their controls are paired
+    began = time.monotonic()
     baseline = measure(())
+    each = time.monotonic() - began  # the other scorings take as long
     twin = _twins_of(conditions, _clouds(states, opened, prompts, conditions) if n_random else None)
     rows, random, differences = [], {}, {}
-    with progress("effects", total=len(conditions) * (1 + n_random), unit="scoring") as bar:
+    total = len(conditions) * (1 + n_random)
+    work = f"{total} scoring{'s' * (total != 1)} of {len(prompts)} prompts"
+    with progress("effects", total=total, unit="scoring", work=work, seconds=total * each) as bar:
         for name, condition in conditions.items():
             together = as_list(condition)
             differences[name] = measure(together) - baseline

@@ -66,9 +66,7 @@ READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def reading(
-    batch: Batch, ends: Int[Tensor, " prompt"] | None = None, *, start: int | None = None
-) -> Generator[None]:
+def reading(batch: Batch, ends: Int[Tensor, " prompt"] | None = None, *, start: int | None = None) -> Generator[None]:
     """Declare the batch of your own forward passes inside the block; gravlens's functions do it themselves.
 
     Args:
@@ -282,9 +280,10 @@ def _told_apart(model: OpenModel) -> int | None:
     """
     parts = list(model.module.modules()) if model.family.kv_cache else []
     found = [getattr(hook, APART, None) for part in parts for hook in hooks_on(part)]
-    if not parts or any(part.training for part in parts) or None in found:
+    told = [one for one in found if one is not None]
+    if not parts or any(part.training for part in parts) or len(told) < len(found):
         return None
-    return max([1, *found])
+    return max([1, *told])
 
 
 def _continues(model: OpenModel) -> bool:
