@@ -61,10 +61,9 @@ def fingerprint(checkpoint: Resolved, how: Sequence[str], memo: Path | None = No
 
 
 def known_by_stamps(checkpoint: Resolved, how: Sequence[str]) -> str | None:
-    """Return a key of folders by the stamps of their files, which are not read; None where it would not be certain.
+    """Return a key of folders by the stamps of their files; None where it would not be certain.
 
-    That is: a model in memory, whose weights may change between two calls; files that are missing or were written a
-    moment ago; and whatever a store refuses around the call or in the libraries' code.
+    That is: a model in memory; files missing or written a moment ago; what a store refuses in libraries or surroundings.
     """
     try:
         _check_surroundings()

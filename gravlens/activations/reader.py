@@ -386,20 +386,15 @@ class Found(NamedTuple):
 
 
 def read_each(
-    plans: Sequence[Plan],
-    checkpoints: Sequence[Resolved],
-    through: Through,
-    placement: Placement,
+    plans: Sequence[Plan], checkpoints: Sequence[Resolved], through: Through, placement: Placement,
     precisions: dict[str, str],
-) -> Iterator[Found]:
-    """Yield every checkpoint's states, each by its plan, batch by batch; one model is open at a time.
+) -> Iterator[Found]:  # fmt: skip
+    """Yield each checkpoint's states by its plan, batch by batch; one model is open at a time, and no states are kept.
 
-    No states are kept. `precisions` (name -> precision) are those of checkpoints that are compared with these; it is
-    filled.
+    `precisions` (name -> precision) may hold those of checkpoints that are compared with these; it is filled.
     """
-    counts = [len(plan.queries) for plan in plans]
-    each = f"{len(plans)} checkpoint{'s' * (len(plans) != 1)}, {sum(counts)} prompts in all"
-    with progress("residuals", total=sum(counts), unit="prompt", work=each) as bar:
+    total = sum(len(plan.queries) for plan in plans)
+    with progress("residuals", total=total, unit="prompt", work=f"{total} prompts of {len(plans)} checkpoints") as bar:
         opened = open_each(checkpoints, through=through, placement=placement)
         for number, (plan, (checkpoint, model)) in enumerate(zip(plans, opened, strict=True)):
             precisions[checkpoint.name] = model.precision

@@ -1,10 +1,9 @@
-"""Hidden states that this process has read from folders, in memory: the next call reads only what is missing."""
+"""Hidden states that this process has read from folders, kept in memory: the next call reads only what is missing."""
 
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 
 import numpy as np
@@ -17,98 +16,60 @@ from gravlens.core.errors import GravlensError
 from gravlens.history.sources import Resolved
 from gravlens.history.weight_files import remark_on_same
 from gravlens.models.placement import Placement
-from gravlens.models.swapping import check_one_precision
+from gravlens.models.swapping import check_one_precision, precision_of
 
 LIMIT = "GRAVLENS_SESSION_MIB"  # environment variable: how much is kept; 0 keeps nothing
 DEFAULT_LIMIT = "256"  # states of 112 prompts at 30 layers of width 576 are 7.4 MiB per checkpoint
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """States of one prompt and checkpoint by layer, and the precision that they were computed in."""
-
-    states: dict[int, Float[np.ndarray, "row d_model"]]
-    precision: str
-
-    @property
-    def size(self) -> int:
-        return sum(one.nbytes for one in self.states.values())
-
-
-@dataclass(frozen=True)
-class _Gap:
-    """What is missing of a checkpoint: a plan, and its rows and columns in the whole result."""
-
-    plan: Plan
-    rows: np.ndarray
-    columns: np.ndarray
-
-
 class Session:
-    """Least recently used states by checkpoint (`known_by_stamps`) and prompt, bounded in bytes."""
+    """Least recently used states by checkpoint (`known_by_stamps`) and prompt, bounded in bytes (`size`)."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[tuple[str, Query], _Entry] = OrderedDict()
-        self._size = 0
-        self._lock = threading.Lock()
-
-    @property
-    def size(self) -> int:
-        """Bytes that are kept."""
-        return self._size
+        self._held: OrderedDict[tuple[str, Query], dict[int, Float[np.ndarray, "row d_model"]]] = OrderedDict()
+        self._lock, self.size = threading.Lock(), 0
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._held.clear()
-            self._size = 0
+            self.size = 0
 
-    def fill(
-        self, key: str | None, plan: Plan, out: Float[np.ndarray, "row layer d_model"]
-    ) -> tuple[_Gap | None, str | None]:
-        """Copy what is kept of a checkpoint into `out`; return what is missing, and the precision of the rest."""
-        missing, layers, precision = list[int](), set[int](), None
+    def fill(self, key: str | None, plan: Plan, out: Float[np.ndarray, "row layer d_model"]) -> list[int]:
+        """Copy what is kept of a checkpoint into `out`; return the indices of the prompts that are missing."""
+        missing = []
         for prompt, query in enumerate(plan.queries):
-            entry = self._find(key, query)
-            states = entry.states if entry else {}
-            for column, layer in enumerate(plan.layers):
-                if layer in states:
-                    out[list(plan.rows(prompt)), column] = states[layer]
-            if absent := set(plan.layers).difference(states):
+            with self._lock:
+                held = self._held.get((key, query), {}) if key else {}
+                if held:
+                    self._held.move_to_end((key or "", query))
+            # A pass goes to the deepest layer anyway: a prompt without one of them is read again at all.
+            if held.keys() >= set(plan.layers):
+                out[list(plan.rows(prompt))] = np.stack([held[layer] for layer in plan.layers], axis=1)
+            else:
                 missing.append(prompt)
-                layers |= absent
-            precision = entry.precision if entry else precision
-        if not missing:
-            return None, precision
-        rest = Plan.of([plan.queries[i] for i in missing], sorted(layers), plan.d_model)
-        rows = np.array([row for i in missing for row in plan.rows(i)])
-        return _Gap(rest, rows, np.searchsorted(plan.layers, rest.layers)), precision
+        return missing
 
-    def keep(self, key: str, plan: Plan, states: Float[np.ndarray, "row layer d_model"], precision: str) -> None:
+    def keep(self, key: str, plan: Plan, states: Float[np.ndarray, "row layer d_model"]) -> None:
         """Keep copies of a plan's states, and drop what was not used for longest."""
         limit = kept_bytes()
         if states.nbytes > limit:  # all else would be dropped for a part of it
             return
         with self._lock:
             for prompt, query in enumerate(plan.queries):
-                old = self._held.pop((key, query), None)
+                old = self._held.pop((key, query), {})
                 new = states[list(plan.rows(prompt))]  # indexing with a list copies
-                by_layer = {layer: new[:, column] for column, layer in enumerate(plan.layers)}
-                entry = _Entry((old.states if old else {}) | by_layer, precision)
-                self._held[key, query] = entry
-                self._size += entry.size - (old.size if old else 0)
-            while self._size > limit:
-                self._size -= self._held.popitem(last=False)[1].size
-
-    def _find(self, key: str | None, query: Query) -> _Entry | None:
-        with self._lock:
-            if key is None or (key, query) not in self._held:
-                return None
-            self._held.move_to_end((key, query))
-            return self._held[key, query]
+                self._held[key, query] = old | {layer: new[:, i] for i, layer in enumerate(plan.layers)}
+                self.size += _size(self._held[key, query]) - _size(old)
+            while self.size > limit:
+                self.size -= _size(self._held.popitem(last=False)[1])
 
 
 SESSION = Session()
+
+
+def _size(states: dict[int, np.ndarray]) -> int:
+    return sum(one.nbytes for one in states.values())
 
 
 def kept_bytes() -> int:
@@ -123,28 +84,22 @@ def kept_bytes() -> int:
 def read_here(
     plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement
 ) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
-    """Return all states in memory, and the precisions that they were computed in.
-
-    States of folders that this process has read before are copied; the rest is read.
-    """
+    """Return all states in memory, those of folders that were read before copied, and their precisions."""
     values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
     how = (through, repr(placement.where))
     keys = [known_by_stamps(one, how) if kept_bytes() else None for one in checkpoints]
-    precisions: dict[str, str] = {}
-    gaps: dict[int, _Gap] = {}
-    for number, (checkpoint, key) in enumerate(zip(checkpoints, keys, strict=True)):
-        gap, precision = SESSION.fill(key, plan, values[number])
-        precisions |= {checkpoint.name: precision} if precision else {}
-        gaps |= {number: gap} if gap else {}
-    check_one_precision(precisions)
-    left, plans = list(gaps), [gap.plan for gap in gaps.values()]
-    for found in read_each(plans, [checkpoints[number] for number in left], through, placement, precisions):
-        gap = gaps[left[found.checkpoint]]
-        values[left[found.checkpoint]][np.ix_(gap.rows[found.rows], gap.columns)] = found.states
-    for number, gap in gaps.items():
+    gaps = [SESSION.fill(key, plan, out) for key, out in zip(keys, values, strict=True)]
+    # Precisions of those that are not opened; one that is opened says its own.
+    whole = [one for one, gap in zip(checkpoints, gaps, strict=True) if not gap]
+    check_one_precision(precisions := {one.name: precision_of(one, placement) for one in whole})
+    left = [number for number, gap in enumerate(gaps) if gap]
+    plans = [Plan.of([plan.queries[i] for i in gaps[number]], plan.layers, plan.d_model) for number in left]
+    rows = [np.array([row for i in gaps[number] for row in plan.rows(i)]) for number in left]
+    for which, found, states in read_each(plans, [checkpoints[n] for n in left], through, placement, precisions):
+        values[left[which], rows[which][found]] = states
+    for number, part, where in zip(left, plans, rows, strict=True):
         if (key := keys[number]) is not None:
-            read = values[number][np.ix_(gap.rows, gap.columns)]
-            SESSION.keep(key, gap.plan, read, precisions[checkpoints[number].name])
+            SESSION.keep(key, part, values[number, where])
     pairs = zip(checkpoints, values, strict=True)
     remark_on_same({checkpoint.name: sha256(states.data).hexdigest() for checkpoint, states in pairs}, "states")
     return values, set(precisions.values())

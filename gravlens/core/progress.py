@@ -20,29 +20,24 @@ class _Bar(tqdm):
     """Without tqdm's monitor thread, and without its lock, which would choose the start method of processes."""
 
     monitor_interval = 0
-    work = ""  # what is done in all; "" once it was announced, or for none
+    work = ""  # what is done in all; "" once it was announced
     began = 0.0
 
     def update(self, n: float | None = 1) -> bool | None:
-        shown = super().update(n)
-        if self.work and self.n and (seconds := time.monotonic() - self.began) >= TELLING:
-            self.announce(seconds / self.n * ((self.total or self.n) - self.n), "more")
+        shown, seconds = super().update(n), time.monotonic() - self.began
+        if self.work and self.n and seconds >= TELLING:
+            self.announce(seconds / self.n * ((self.total or 0) - self.n), " more")
         return shown
 
     def announce(self, seconds: float, more: str = "") -> None:
         """Say once what is done and how long it takes, if that is long."""
         work, self.work = self.work, ""
         if work and seconds >= LONG and not self.disable:
-            # `write` keeps the bar's own line intact, in a notebook as well.
-            self.write(f"{self.desc}: {work}, about {_rounded(seconds)} {more}".rstrip(), file=sys.stderr)
+            told = f"{seconds / 60:.0f} min" if seconds >= 150 else f"{5 * round(seconds / 5)} s"  # as an estimate has
+            self.write(f"{self.desc}: {work}, about {told}{more}", file=sys.stderr)  # it keeps the bar intact
 
 
 _Bar.set_lock(threading.RLock())
-
-
-def _rounded(seconds: float) -> str:
-    """Return a time with as many digits as an estimate has."""
-    return f"{seconds / 60:.0f} min" if seconds >= 150 else f"{5 * round(seconds / 5)} s"
 
 
 def silent() -> bool:
@@ -52,23 +47,14 @@ def silent() -> bool:
 
 @contextmanager
 def progress(
-    what: str,
-    things: Iterable[Any] | None = None,
-    *,
-    total: int | None = None,
-    unit: str = "it",
-    leave: bool = False,
-    work: str = "",
-    seconds: float | None = None,
-) -> Generator["tqdm[Any]"]:
+    what: str, things: Iterable[Any] | None = None, *, total: int | None = None, unit: str = "it", leave: bool = False,
+    work: str = "", seconds: float | None = None,
+) -> Generator["tqdm[Any]"]:  # fmt: skip
     """Show a progress bar labelled `what` over an iterable, or over `total` steps counted by its `update`.
 
     Only one bar is shown at a time: work inside a bar of gravlens is part of what that bar counts. `leave` keeps the
-    finished bar on screen.
-
-    Args:
-        work: what is done in all; default: how many units. Where it takes long, one line says so and how long: before
-            the first step if that is known (`seconds`), else as soon as the first steps tell.
+    finished bar on screen. Where it takes long, one line says what is done (`work`; default: how many units) and how
+    long: before the first step if that is known (`seconds`), else as soon as the first steps tell.
     """
     hidden = bool(_COUNTING) or silent()
     _COUNTING.append(what)

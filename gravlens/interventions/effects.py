@@ -108,11 +108,9 @@ def causal_effect(
     layers, distances and strengths. Draw i is one random mixture of the states for all layers and conditions, so its
     vectors in neighbouring blocks are as alike as the states are.
 
-    It takes as long as 1 + conditions · (1 + n_random) scorings of all prompts, 22 for one condition; where that is
-    long, the call says how long before it scores the conditions.
-
     Args:
-        model: scored 1 + conditions · (1 + n_random) times on all prompts, and read once without `states`.
+        model: scored 1 + conditions · (1 + n_random) times on all prompts (22 times for one condition), and read once
+            without `states`; where that is long, a line says how long after the first scoring.
         conditions: name -> an intervention, or several that act together; a single intervention is named by its class.
         score: (model, prompts) -> one number per prompt, such as `refusal_log_odds`.
         prompts: held out: not those that the directions were estimated on.

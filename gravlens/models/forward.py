@@ -1,9 +1,9 @@
 """Forward passes of an opened model: hidden states, next-token logits, log-probabilities, greedy generation."""
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
@@ -205,26 +205,26 @@ def logits_of(
     """Yield rows of prompts, in batches, and their logits from the last prompt token on.
 
     The prefix that all prompts share is run once and its KV cache reused, by models that give the same logits so.
-
-    Args:
-        answers: number of tokens after each prompt, in its `ids`; default: none.
+    `answers`: number of tokens after each prompt, in its `ids`.
     """
     answers = answers or [0] * len(ids)
-    prefix = _prefix_of(model, ids, answers)
-    cut = 0 if prefix is None else len(prefix.tokens)
+    cut = _cut_of(model, ids, answers)
+    keys = _prefix_keys(model, ids[0], cut, answers[0]) if cut else None
     for rows, batch in batches(model, [one[cut:] for one in ids]):
-        yield rows, end_logits(model, batch, torch.tensor([answers[row] for row in rows]), prefix)
+        after = torch.tensor([answers[row] for row in rows])
+        yield rows, end_logits(model, _behind(ids[0][:cut], batch) if cut else batch, after, keys)
 
 
 def end_logits(
-    model: OpenModel, batch: Batch, answers: Int[Tensor, " prompt"] | None = None, prefix: "_Prefix | None" = None
+    model: OpenModel, batch: Batch, answers: Int[Tensor, " prompt"] | None = None, keys: DynamicCache | None = None
 ) -> Float[Tensor, "prompt keep vocab"]:
-    """Return the logits from the last prompt token on; `answers`: number of tokens after it, per row."""
+    """Return the logits from the last prompt token on.
+
+    `answers`: number of tokens after it, per row; `keys`: of one prefix that the whole batch begins with.
+    """
     answers = torch.zeros(len(batch.input_ids), dtype=torch.long) if answers is None else answers
-    keep, start, cache = 1 + int(answers.max()), None, None
-    if prefix is not None:
-        start, cache = len(prefix.tokens), repeated(prefix.keys, len(batch.input_ids), DynamicCache())
-        batch = prefix.before(batch)
+    keep, start = 1 + int(answers.max()), None if keys is None else keys.get_seq_length()
+    cache = None if keys is None else repeated(keys, len(answers), DynamicCache())
     with reading(batch, last_positions(batch.attention_mask) - answers, start=start):
         logits = model.family.logits(_inputs(model, batch, start=start or 0), keep, cache)
     _check_numbers(model, logits[:, -1])
@@ -232,38 +232,32 @@ def end_logits(
 
 
 # --- a shared prefix ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, eq=False)
-class _Prefix:
-    """Tokens that all prompts begin with, and their keys and values under the hooks that are on the model."""
-
-    tokens: tuple[int, ...]
-    keys: DynamicCache
-
-    @classmethod
-    def run(cls, model: OpenModel, ids: Sequence[int], length: int, answer: int = 0) -> "_Prefix":
-        """Run the first `length` tokens of one prompt, which `answer` of its tokens follow."""
-        whole, keys = pad([ids]), DynamicCache()
-        first = Batch(*(part[:, :length] for part in whole))
-        with reading(whole, last_positions(whole.attention_mask) - answer, start=0):
-            model.family.trunk(_inputs(model, first), keys)
-        return cls(tuple(ids[:length]), keys)
-
-    def before(self, rest: Batch) -> Batch:
-        """Put the prefix before the rest of each prompt, and before its padding."""
-        n = len(rest.input_ids)
-        first = Batch(*(part.expand(n, -1) for part in pad([self.tokens])))
-        rest = rest._replace(position_ids=rest.position_ids + len(self.tokens))
-        return Batch(*(torch.cat(pair, 1) for pair in zip(first, rest, strict=True)))
+def _cut_of(model: OpenModel, ids: Sequence[Sequence[int]], answers: Sequence[int]) -> int:
+    """Return the length of the prefix to run once; 0 where passes stay whole."""
+    parts = list(model.module.modules()) if model.family.kv_cache and ids else []
+    # A hook of somebody else may expect whole prompts; in training dropout differs between them.
+    apart = [getattr(hook, APART, None) or math.inf for part in parts for hook in hooks_on(part)]
+    if not parts or any(part.training for part in parts) or math.inf in apart:
+        return 0
+    most = min(len(one) - answer for one, answer in zip(ids, answers, strict=True)) - int(max([1, *apart]))
+    fits = max(map(len, ids)) < window_of(model.module.config)
+    length = shared_prefix(ids, most) if fits else 0
+    return length if length and _continues(model) else 0
 
 
-def _prefix_of(model: OpenModel, ids: Sequence[Sequence[int]], answers: Sequence[int]) -> _Prefix | None:
-    """Run the shared prefix of prompts, or return None where passes stay whole."""
-    apart = _told_apart(model)
-    if apart is None or len(ids) < 2 or max(map(len, ids)) >= window_of(model.module.config):
-        return None
-    most = min(len(one) - answer for one, answer in zip(ids, answers, strict=True)) - apart
-    length = shared_prefix(ids, most)
-    return _Prefix.run(model, ids[0], length, answers[0]) if length and _continues(model) else None
+def _prefix_keys(model: OpenModel, ids: Sequence[int], cut: int, answer: int = 0) -> DynamicCache:
+    """Run the first tokens of one prompt, under the hooks that are on the model; return their keys and values."""
+    whole, keys = pad([ids]), DynamicCache()
+    with reading(whole, last_positions(whole.attention_mask) - answer, start=0):
+        model.family.trunk(_inputs(model, pad([ids[:cut]])), keys)
+    return keys
+
+
+def _behind(prefix: Sequence[int], rest: Batch) -> Batch:
+    """Put a prefix before the rest of each prompt, and before its padding."""
+    first = pad([prefix] * len(rest.input_ids))
+    ids, mask = (torch.cat(pair, dim=1) for pair in zip(first[:2], rest[:2], strict=True))
+    return Batch(ids, mask, mask.cumsum(1) - 1)
 
 
 def shared_prefix(ids: Sequence[Sequence[int]], most: int) -> int:
@@ -273,39 +267,23 @@ def shared_prefix(ids: Sequence[Sequence[int]], most: int) -> int:
     return length if len(ids) > 1 and length >= SHORTEST_PREFIX else 0
 
 
-def _told_apart(model: OpenModel) -> int | None:
-    """Return how many of the last prompt tokens must be in one pass; None where a pass must not be cut at all.
-
-    A hook of somebody else may expect whole prompts; in training dropout differs between prompts.
-    """
-    parts = list(model.module.modules()) if model.family.kv_cache else []
-    found = [getattr(hook, APART, None) for part in parts for hook in hooks_on(part)]
-    told = [one for one in found if one is not None]
-    if not parts or any(part.training for part in parts) or len(told) < len(found):
-        return None
-    return max([1, *told])
-
-
 def _continues(model: OpenModel) -> bool:
     """Whether prompts that continue from the keys of a shared prefix have the same logits: tried once per model."""
     if model.module not in _CONTINUES:
-        n = SHORTEST_PREFIX
-        tokens = torch.linspace(1, model.family.vocabulary - 2, 5 * n).long().tolist()
-        ids = [[*tokens[:n], *tokens[n + 5 * i : n + 4 + 9 * i]] for i in range(3)]  # of different lengths
         with bare(model.module):
-            _CONTINUES[model.module] = _same_logits(model, ids)
+            _CONTINUES[model.module] = _same_logits(model)
     return _CONTINUES[model.module]
 
 
-def _same_logits(model: OpenModel, ids: Sequence[list[int]]) -> bool:
+def _same_logits(model: OpenModel) -> bool:
+    tokens = torch.linspace(1, model.family.vocabulary - 2, 40).long().tolist()
+    ids = [[*tokens[:8], *tokens[8 + 5 * i : 12 + 9 * i]] for i in range(3 if model.family.padding else 1)]
     try:
-        whole = torch.cat([end_logits(model, pad([one]))[:, -1] for one in ids]).float()
-        prefix = _Prefix.run(model, ids[0], SHORTEST_PREFIX)
-        rests = [one[SHORTEST_PREFIX:] for one in ids] if model.family.padding else [ids[0][SHORTEST_PREFIX:]]
-        found = end_logits(model, pad(rests, side="left"), None, prefix)[:, -1].float()
+        wanted = torch.cat([end_logits(model, pad([one]))[:, -1] for one in ids]).float()
+        batch = _behind(ids[0][:8], pad([one[8:] for one in ids], side="left"))
+        found = end_logits(model, batch, None, _prefix_keys(model, ids[0], 8))[:, -1].float()
     except Exception:  # whatever an architecture without such a cache raises: its passes stay whole
         return False
-    wanted = whole[: len(found)]
     within = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
     return bool(((found - wanted).norm(dim=-1) <= within * wanted.norm(dim=-1)).all())
 

@@ -111,7 +111,7 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_hugging_faces_of_each_prompt_alone(family: str) -> None:
     model = opened(FAMILIES[family]())
-    final_logits(model, IDS)  # the trial, once per model
+    final_logits(model, IDS)  # the trials, once per model
     with passes(model) as seen:
         found = final_logits(model, IDS)
     assert sum(seen) < sum(map(len, IDS)) and seen[0] == len(PREFIX)
@@ -166,6 +166,7 @@ class FirstToken:
 def test_an_edit_of_ones_own_sees_whole_prompts(edit: Any) -> None:
     model = opened(tiny.llama())
     same = [one for one in IDS if len(one) == len(IDS[0])] * 2  # without padding: the first token is the prompt's
+    final_logits(model, IDS)  # the trials, once per model
     with passes(model) as seen, intervene(model, edit):
         final_logits(model, same)
     assert seen == [sum(map(len, same))]
@@ -217,6 +218,7 @@ def test_models_of_transformer_lens_are_run_whole(kind: str, tmp_path: Path) -> 
 def test_prompts_without_a_shared_prefix_are_run_whole() -> None:
     model = opened(tiny.llama())
     apart = [one[len(PREFIX) :] for one in IDS]
+    final_logits(model, IDS)
     with passes(model) as seen:
         final_logits(model, apart)
         final_logits(model, IDS[:1])
