@@ -63,7 +63,7 @@ def fingerprint(checkpoint: Resolved, how: Sequence[str], memo: Path | None = No
 def known_by_stamps(checkpoint: Resolved, how: Sequence[str]) -> str | None:
     """Return a key of folders by the stamps of their files; None where it would not be certain.
 
-    That is: a model in memory; files missing or written a moment ago; what a store refuses in libraries or surroundings.
+    That is: a model in memory; files missing or written a moment ago; what a store refuses in libraries or around.
     """
     try:
         _check_surroundings()

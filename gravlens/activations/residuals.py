@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,13 +11,14 @@ import numpy as np
 import xarray
 from jaxtyping import Float, Int
 
+from gravlens.activations.fingerprint import known_by_stamps
 from gravlens.activations.positions import Answers, Positions, described, queries_of
 from gravlens.activations.reader import BATCH as BATCH
 from gravlens.activations.reader import Offset as Offset
 from gravlens.activations.reader import Plan, Through, all_finite, read_each
 from gravlens.activations.reader import read_residuals as read_residuals
 from gravlens.activations.reader import residuals_of_batch as residuals_of_batch
-from gravlens.activations.session import read_here
+from gravlens.activations.session import SESSION, kept_bytes
 from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
 from gravlens.core.errors import SAVED, GravlensError, as_list, at_home, check_layer, of_kind, reading
@@ -24,8 +26,9 @@ from gravlens.core.files import check_digest, read_tensors, write_tensors
 from gravlens.history.encoding import KWARGS, prompts_digest, template_kwargs
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 from gravlens.history.sources import Known, Resolved, resolve
+from gravlens.history.weight_files import remark_on_same
 from gravlens.models.placement import Placement
-from gravlens.models.swapping import one_shape
+from gravlens.models.swapping import check_one_precision, one_shape, precision_of
 from gravlens.models.tokenizers import sequence_tokenizer
 
 # A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
@@ -342,6 +345,30 @@ def cache_sets(
         )
         raise GravlensError(given, wanted, remedy)
     return dict(zip(asked, read_together(list(asked.values()), placement), strict=True))
+
+
+def read_here(
+    plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement
+) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
+    """Return all states in memory, those of folders that were read before copied, and their precisions."""
+    values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
+    how = (through, repr(placement.where))
+    keys = [known_by_stamps(one, how) if kept_bytes() else None for one in checkpoints]
+    gaps = [SESSION.fill(key, plan, out) for key, out in zip(keys, values, strict=True)]
+    # Precisions of those that are not opened; one that is opened says its own.
+    whole = [one for one, gap in zip(checkpoints, gaps, strict=True) if not gap]
+    check_one_precision(precisions := {one.name: precision_of(one, placement) for one in whole})
+    left = [number for number, gap in enumerate(gaps) if gap]
+    plans = [Plan.of([plan.queries[i] for i in gaps[number]], plan.layers, plan.d_model) for number in left]
+    rows = [np.array([row for i in gaps[number] for row in plan.rows(i)]) for number in left]
+    for which, found, states in read_each(plans, [checkpoints[n] for n in left], through, placement, precisions):
+        values[left[which], rows[which][found]] = states
+    for number, part, where in zip(left, plans, rows, strict=True):
+        if (key := keys[number]) is not None:
+            SESSION.keep(key, part, values[number, where])
+    pairs = zip(checkpoints, values, strict=True)
+    remark_on_same({checkpoint.name: sha256(states.data).hexdigest() for checkpoint, states in pairs}, "states")
+    return values, set(precisions.values())
 
 
 def read_together(requests: Sequence[Request], placement: Placement = Placement()) -> list[Residuals]:

@@ -3,20 +3,13 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from gravlens.activations.fingerprint import known_by_stamps
-from gravlens.activations.positions import Query
-from gravlens.activations.reader import Plan, Through, read_each
+from gravlens.activations.reader import Plan
 from gravlens.core.errors import GravlensError
-from gravlens.history.sources import Resolved
-from gravlens.history.weight_files import remark_on_same
-from gravlens.models.placement import Placement
-from gravlens.models.swapping import check_one_precision, precision_of
 
 LIMIT = "GRAVLENS_SESSION_MIB"  # environment variable: how much is kept; 0 keeps nothing
 DEFAULT_LIMIT = "256"  # states of 112 prompts at 30 layers of width 576 are 7.4 MiB per checkpoint
@@ -26,7 +19,7 @@ class Session:
     """Least recently used states by checkpoint (`known_by_stamps`) and prompt, bounded in bytes (`size`)."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[tuple[str, Query], dict[int, Float[np.ndarray, "row d_model"]]] = OrderedDict()
+        self._held: OrderedDict[tuple[str, Any], dict[int, Float[np.ndarray, "row d_model"]]] = OrderedDict()
         self._lock, self.size = threading.Lock(), 0
 
     def clear(self) -> None:
@@ -75,31 +68,7 @@ def _size(states: dict[int, np.ndarray]) -> int:
 def kept_bytes() -> int:
     """Return how many bytes of states are kept; GravlensError for a variable that is no number."""
     given = os.environ.get(LIMIT, DEFAULT_LIMIT)
-    if not given.strip().isdecimal():
-        wanted = "It is the number of MiB of states that are kept in memory."
-        raise GravlensError(f"{LIMIT}={given!r} is set.", wanted, f"{LIMIT}={DEFAULT_LIMIT}, or 0 to keep nothing.")
-    return int(given) << 20
-
-
-def read_here(
-    plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement
-) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
-    """Return all states in memory, those of folders that were read before copied, and their precisions."""
-    values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
-    how = (through, repr(placement.where))
-    keys = [known_by_stamps(one, how) if kept_bytes() else None for one in checkpoints]
-    gaps = [SESSION.fill(key, plan, out) for key, out in zip(keys, values, strict=True)]
-    # Precisions of those that are not opened; one that is opened says its own.
-    whole = [one for one, gap in zip(checkpoints, gaps, strict=True) if not gap]
-    check_one_precision(precisions := {one.name: precision_of(one, placement) for one in whole})
-    left = [number for number, gap in enumerate(gaps) if gap]
-    plans = [Plan.of([plan.queries[i] for i in gaps[number]], plan.layers, plan.d_model) for number in left]
-    rows = [np.array([row for i in gaps[number] for row in plan.rows(i)]) for number in left]
-    for which, found, states in read_each(plans, [checkpoints[n] for n in left], through, placement, precisions):
-        values[left[which], rows[which][found]] = states
-    for number, part, where in zip(left, plans, rows, strict=True):
-        if (key := keys[number]) is not None:
-            SESSION.keep(key, part, values[number, where])
-    pairs = zip(checkpoints, values, strict=True)
-    remark_on_same({checkpoint.name: sha256(states.data).hexdigest() for checkpoint, states in pairs}, "states")
-    return values, set(precisions.values())
+    if given.strip().isdecimal():
+        return int(given) << 20
+    wanted = "It is the number of MiB of states that are kept in memory."
+    raise GravlensError(f"{LIMIT}={given!r} is set.", wanted, f"{LIMIT}={DEFAULT_LIMIT}, or 0 to keep nothing.")

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.direction import Span, each
-from gravlens.interventions.edits import Intervention, check_intervention, tokens_apart
-from gravlens.models.forward import APART
+from gravlens.interventions.edits import Intervention, check_intervention, mark_apart
 from gravlens.models.opening import Openable, OpenModel, open_model
 
 
@@ -82,8 +81,7 @@ def _hook(edit: Intervention, direction: Span, firings: Firings, number: int) ->
         # What follows the states in a tuple (KV cache, attention weights) is passed on.
         return (edited, *output[1:]) if type(output) is tuple else edited
 
-    setattr(hook, APART, tokens_apart(edit))
-    return hook
+    return mark_apart(hook, edit)
 
 
 def _silence(edits: Sequence[tuple[Intervention, Span]], silent: Sequence[tuple[Intervention, Span]]) -> GravlensError:
