@@ -5,6 +5,7 @@ from . import machine as machine
 from . import positions as positions
 from . import reader as reader
 from . import residuals as residuals
+from . import session as session
 from . import store as store
 from .positions import Answers as Answers
 from .residuals import Cache as Cache

@@ -60,6 +60,21 @@ def fingerprint(checkpoint: Resolved, how: Sequence[str], memo: Path | None = No
     return hashlib.sha256(json.dumps([LAYOUT, CONVENTION, *how, parts], sort_keys=True).encode()).hexdigest()
 
 
+def known_by_stamps(checkpoint: Resolved, how: Sequence[str]) -> str | None:
+    """Return a key of folders by the stamps of their files; None where it would not be certain.
+
+    That is: a model in memory; files missing or written a moment ago; what a store refuses in libraries or around.
+    """
+    try:
+        _check_surroundings()
+        _check_code()
+        settled = bool(checkpoint.folders) and all(_settled(folder) for folder in checkpoint.folders)
+        parts = [[*folder.stamps.items(), folder.weights.stamps] for folder in checkpoint.folders] if settled else []
+    except GravlensError:  # reading such a checkpoint tells what is wrong with it
+        return None
+    return hashlib.sha256(json.dumps([*how, _matmul_precision(), parts]).encode()).hexdigest() if parts else None
+
+
 def check_same_content(checkpoint: Resolved) -> None:
     """Raise if a folder's content is no longer what its fingerprint says."""
     checkpoint.check_unchanged()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from itertools import accumulate, groupby
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,9 +23,8 @@ from gravlens.core.errors import GravlensError, said
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
-from gravlens.history.weight_files import remark_on_same
 from gravlens.models.families import OpenModel, bare, described, hooks_on, resid_post
-from gravlens.models.forward import run_trunk
+from gravlens.models.forward import repeated, run_trunk, shared_prefix, window_of
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import check_one_precision, open_each
 from gravlens.models.tokenizers import check_vocabulary
@@ -37,7 +35,6 @@ TOKENS = {"cpu": 1024}
 TOKENS_ELSEWHERE = 16384  # of a batch on an accelerator; split in half if memory runs out
 BATCH = 32  # prompts of `read_residuals`
 BLOCK_BYTES = 4 << 20  # of states held in memory before they are written
-SHORTEST_PREFIX = 8
 LONGEST_TAIL = 8  # from the first position that is read to the last
 NO_MEMORY = ("out of memory", "enough memory", "allocate memory")  # the CPU allocators raise a plain RuntimeError
 EXACT, ROUNDED = 1e-4, 0.1  # allowed difference in fp32 and below, relative to a state's length
@@ -51,10 +48,7 @@ _PADS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 def common_prefix(queries: Sequence[Query]) -> int:
     """Return the length of the prefix that all prompts share before any read position; 0 if not worth a pass."""
-    most = min(query.start for query in queries)
-    columns = zip(*(query.ids[:most] for query in queries), strict=True)
-    length = next((i for i, column in enumerate(columns) if len(set(column)) > 1), most)
-    return length if len(queries) > 1 and length >= SHORTEST_PREFIX else 0
+    return shared_prefix([query.ids for query in queries], min(query.start for query in queries))
 
 
 def batches_of(queries: Sequence[Query], *, prefix: int, tokens: int, ragged: bool = True) -> list[list[int]]:
@@ -196,11 +190,7 @@ class Reader:
             keys = _Keys(self.layers[-1])
             self._run([self._prefix], [0], keys)
             self._prefix_keys = keys  # assigned last: a pass that ran out of memory leaves no partial cache
-        cache = _Keys(self.layers[-1])
-        for layer, (keys, values, _) in enumerate(self._prefix_keys or ()):
-            assert keys is not None and values is not None
-            DynamicCache.update(cache, keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), layer)
-        return cache
+        return repeated(self._prefix_keys, n, _Keys(self.layers[-1]))
 
     def _run(
         self, ids: Sequence[Sequence[int]], starts: Sequence[int], cache: "_Keys", held: Tensor | None = None
@@ -393,37 +383,29 @@ class Found(NamedTuple):
     checkpoint: int
     rows: list[int]
     states: Float[np.ndarray, "row layer d_model"]
-    precision: str
 
 
-def read_each(plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement) -> Iterator[Found]:
-    """Yield every checkpoint's states batch by batch; one model is open at a time, and no states are kept."""
-    ids, precisions = [query.ids for query in plan.queries], dict[str, str]()
-    with progress("residuals", total=len(checkpoints) * len(ids), unit="prompt") as bar:
-        for number, (checkpoint, model) in enumerate(open_each(checkpoints, through=through, placement=placement)):
+def read_each(
+    plans: Sequence[Plan], checkpoints: Sequence[Resolved], through: Through, placement: Placement,
+    precisions: dict[str, str],
+) -> Iterator[Found]:  # fmt: skip
+    """Yield each checkpoint's states by its plan, batch by batch; one model is open at a time, and no states are kept.
+
+    `precisions` (name -> precision) may hold those of checkpoints that are compared with these; it is filled.
+    """
+    total = sum(len(plan.queries) for plan in plans)
+    with progress("residuals", total=total, unit="prompt", work=f"{total} prompts of {len(plans)} checkpoints") as bar:
+        opened = open_each(checkpoints, through=through, placement=placement)
+        for number, (plan, (checkpoint, model)) in enumerate(zip(plans, opened, strict=True)):
             precisions[checkpoint.name] = model.precision
             check_one_precision(precisions)
-            check_vocabulary(checkpoint, model, ids)
+            check_vocabulary(checkpoint, model, [query.ids for query in plan.queries])
             named = f"{checkpoint.name} ({checkpoint.described})"
             reader = Reader(model, layers=plan.layers, prefix=plan.prefix, of=named)
             for block in plan.blocks:
                 for batch, states in read_block(reader, [plan.queries[i] for i in block]):
-                    yield Found(number, [row for i in batch for row in plan.rows(block[i])], states, model.precision)
+                    yield Found(number, [row for i in batch for row in plan.rows(block[i])], states)
                     bar.update(len(batch))
-
-
-def read_here(
-    plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement
-) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
-    """Read all states into memory; also return the precisions that they were computed in."""
-    values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
-    precisions: set[str] = set()
-    for number, rows, states, precision in read_each(plan, checkpoints, through, placement):
-        values[number, rows] = states
-        precisions.add(precision)
-    pairs = zip(checkpoints, values, strict=True)
-    remark_on_same({checkpoint.name: sha256(states.data).hexdigest() for checkpoint, states in pairs}, "states")
-    return values, precisions
 
 
 def reuses_keys(model: OpenModel) -> bool:
@@ -473,14 +455,3 @@ def _same_states(model: OpenModel) -> bool:
     except Exception:  # whatever an architecture without such a cache raises: it is read without one
         return False
     return _alike(model, found, plain)
-
-
-def window_of(config: Any) -> float:
-    """Return the shortest attention window of any layer, or the length from which rotary angles depend on length."""
-    told = config.get_text_config().to_dict()
-    named = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size")
-    sizes = [told.get(name) for name in named]  # transformers has no common name for it
-    if any(kind in str(told.get("rope_parameters")) for kind in ("dynamic", "longrope")):
-        rope = told["rope_parameters"]
-        sizes += [rope.get("original_max_position_embeddings"), told.get("max_position_embeddings")]
-    return min([size for size in sizes if isinstance(size, int)], default=float("inf"))

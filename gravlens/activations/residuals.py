@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -13,12 +14,14 @@ import xarray
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gravlens.activations.fingerprint import known_by_stamps
 from gravlens.activations.positions import Answers, Positions, described, offset_of, queries_of
 from gravlens.activations.reader import BATCH as BATCH
 from gravlens.activations.reader import Offset as Offset
-from gravlens.activations.reader import Plan, Through, all_finite, read_each, read_here
+from gravlens.activations.reader import Plan, Through, all_finite, read_each
 from gravlens.activations.reader import read_residuals as read_residuals
 from gravlens.activations.reader import residuals_of_batch as residuals_of_batch
+from gravlens.activations.session import SESSION, kept_bytes
 from gravlens.activations.store import Store, read_through_store
 from gravlens.core import display as html
 from gravlens.core.errors import SAVED, GravlensError, as_list, at_home, check_layer, of_kind, reading, wrong_kind
@@ -26,9 +29,10 @@ from gravlens.core.files import check_digest, read_tensors, write_tensors
 from gravlens.history.encoding import KWARGS, last_positions, prompts_digest, template_kwargs
 from gravlens.history.sequence import Checkpoint, ModelSequence, Prompts
 from gravlens.history.sources import Known, Resolved, resolve
+from gravlens.history.weight_files import remark_on_same
 from gravlens.models.families import all_centred
 from gravlens.models.placement import Placement
-from gravlens.models.swapping import check_one_precision, one_shape
+from gravlens.models.swapping import check_one_precision, one_shape, precision_of
 from gravlens.models.tokenizers import sequence_tokenizer
 
 # A difference below this many units of the dtype's rounding, relative to the state's norm, is the pass's own noise
@@ -216,6 +220,7 @@ def cache_residuals(
 
     One model is opened, and the weights of later folders are swapped into it. A forward pass stops at the deepest layer
     that is read and computes no logits; a prefix that all prompts share is run once; only the read positions are kept.
+    What this process has read of unchanged folders is not read again (docs/residuals.md).
 
     Args:
         prompts: default: the sequence's probes; under its system prompt, unless they have their own.
@@ -354,20 +359,20 @@ def residual_moments(
     # Squares are summed about the first batch's mean: about 0 they would cancel where the mean is large.
     about, total, rows = np.zeros(shape), np.zeros(shape), np.zeros(shape[0], int)
     squares = np.zeros((*shape, shape[-1])) if reduce == "covariance" else None
-    precisions: set[str] = set()
-    for number, found, states, precision in read_each(request.plan, request.checkpoints, "huggingface", placement):
+    precisions: dict[str, str] = {}
+    plans = [request.plan] * len(request.checkpoints)
+    for number, found, states in read_each(plans, request.checkpoints, "huggingface", placement, precisions):
         if not rows[number]:
             about[number] = states.mean(0, dtype=np.float64)
         away = states - about[number]
         total[number] += away.sum(0)
         rows[number] += len(found)
-        precisions.add(precision)
         if squares is not None:
             squares[number] += np.einsum("nld,nle->lde", away, away, optimize=True)
     offset = total / rows[:, None, None]
     if squares is not None:
         squares = squares / rows[:, None, None, None] - offset[..., :, None] * offset[..., None, :]
-    return Moments(about + offset, squares, int(rows[0]), **request.labels(precisions))
+    return Moments(about + offset, squares, int(rows[0]), **request.labels(set(precisions.values())))
 
 
 def substitute(residuals: Residuals, *, witness: str = "witness", anchor: str = "anchor") -> Residuals:
@@ -412,23 +417,49 @@ def cache_sets(
     GravlensError for positions with several rows per prompt, and what `cache_residuals` raises.
     """
     asked = {name: prepare(sequence, prompts, layers=layers, positions=positions) for name, prompts in sets.items()}
-    first = next(iter(asked.values()))
-    queries = [query for request in asked.values() for query in request.plan.queries]
-    plan = Plan.of(queries, first.plan.layers, first.plan.d_model)
-    if plan.index is not None:
-        given = f"positions={first.meta['positions']!r} reads several tokens of a prompt."
+    if any(request.plan.index is not None for request in asked.values()):
+        given = f"positions={next(iter(asked.values())).meta['positions']!r} reads several tokens of a prompt."
         wanted, remedy = (
             "One state per prompt is needed.",
             'positions="last", an offset from the end, or "instruction".',
         )
         raise GravlensError(given, wanted, remedy)
-    states = replace(first, plan=plan).read(placement=placement)
-    ends = np.cumsum([len(request.plan.queries) for request in asked.values()])[:-1]
-    parts = zip(asked.items(), np.split(states.values, ends, axis=1), strict=True)
-    return {
-        name: replace(states, values=values, prompts=one.prompts, meta={**states.meta, **one.meta})
-        for (name, one), values in parts
-    }
+    return dict(zip(asked, read_together(list(asked.values()), placement), strict=True))
+
+
+def read_here(
+    plan: Plan, checkpoints: Sequence[Resolved], through: Through, placement: Placement
+) -> tuple[Float[np.ndarray, "checkpoint row layer d_model"], set[str]]:
+    """Return all states in memory, those of folders that were read before copied, and their precisions."""
+    values = np.empty((len(checkpoints), plan.ends[-1], len(plan.layers), plan.d_model), np.float32)
+    how = (through, repr(placement.where))
+    keys = [known_by_stamps(one, how) if kept_bytes() else None for one in checkpoints]
+    gaps = [SESSION.fill(key, plan, out) for key, out in zip(keys, values, strict=True)]
+    # Precisions of those that are not opened; one that is opened says its own.
+    whole = [one for one, gap in zip(checkpoints, gaps, strict=True) if not gap]
+    check_one_precision(precisions := {one.name: precision_of(one, placement) for one in whole})
+    left = [number for number, gap in enumerate(gaps) if gap]
+    plans = [Plan.of([plan.queries[i] for i in gaps[number]], plan.layers, plan.d_model) for number in left]
+    rows = [np.array([row for i in gaps[number] for row in plan.rows(i)]) for number in left]
+    for which, found, states in read_each(plans, [checkpoints[n] for n in left], through, placement, precisions):
+        values[left[which], rows[which][found]] = states
+    for number, part, where in zip(left, plans, rows, strict=True):
+        if (key := keys[number]) is not None:
+            SESSION.keep(key, part, values[number, where])
+    pairs = zip(checkpoints, values, strict=True)
+    remark_on_same({checkpoint.name: sha256(states.data).hexdigest() for checkpoint, states in pairs}, "states")
+    return values, set(precisions.values())
+
+
+def read_together(requests: Sequence[Request], placement: Placement = Placement()) -> list[Residuals]:
+    """Read several prompt sets of the same checkpoints and layers, opening each checkpoint once."""
+    first, *_ = requests
+    queries = [query for request in requests for query in request.plan.queries]
+    plan = Plan.of(queries, first.plan.layers, first.plan.d_model)
+    values, precisions = read_here(plan, first.checkpoints, "huggingface", placement)
+    ends = np.cumsum([request.plan.ends[-1] for request in requests])[:-1]
+    parts = zip(requests, np.split(values, ends, axis=1), strict=True)
+    return [request.result(part, precisions) for request, part in parts]
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------

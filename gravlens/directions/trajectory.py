@@ -20,6 +20,7 @@ from gravlens.activations.residuals import (
     check_states,
     noise_floor,
     prepare,
+    read_together,
     run_and_step,
 )
 from gravlens.core import display as html
@@ -254,7 +255,7 @@ def _sets_of(source: Residuals | Sequence[Residuals] | ModelSequence, directions
     requests = [prepare(source, prompts, **reading) for prompts in sets]
     if first.prompts not in {one.prompts for one in requests}:  # else both would be held out, and each run count twice
         requests = requests[-1:]
-    return [request.read() for request in requests]
+    return read_together(requests)
 
 
 def check_trajectory(given: Trajectory) -> Trajectory:

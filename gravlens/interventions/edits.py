@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, Self, TypeAlias, overload
+from typing import Any, Protocol, Self, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.core.errors import GravlensError, check_layer, wrong_kind
 from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspace, Subspaces, each, undefined_error
-from gravlens.models.forward import Positions, Reading, check_positions, current_reading
+from gravlens.models.forward import APART, Positions, Reading, check_positions, current_reading
 from gravlens.models.opening import Openable, OpenModel, open_model
 
+Hook = TypeVar("Hook")
 UNIT_WITHIN = 1e-4  # of a direction's length; vectors are stored in fp32
 States: TypeAlias = Float[Tensor, "*batch d_model"]
 LensHook: TypeAlias = Callable[[States, Any], States]  # (activation, hook) -> activation, for TransformerLens
@@ -259,6 +260,21 @@ class At(_LensHooks):
 
     def with_directions(self, directions: Any) -> "At":
         return replace(self, intervention=self.intervention.with_directions(directions))
+
+
+def tokens_apart(edit: Intervention) -> int | None:
+    """Return how many of the last prompt tokens an edit tells apart; None where a pass must not be cut into parts."""
+    if type(edit) is At:
+        inner, offsets = tokens_apart(edit.intervention), edit.positions
+        return inner and max(inner, 1 if isinstance(offsets, str) else -min(offsets))
+    # Exactly these: nothing is known of what somebody else's edit makes of a token's place in a pass.
+    return 1 if type(edit) in (Steer, Ablate, Clamp, Patch) else None
+
+
+def mark_apart(hook: Hook, edit: Intervention) -> Hook:
+    """Let a hook say whether it may see a pass in parts (`APART` of models/forward.py)."""
+    setattr(hook, APART, tokens_apart(edit))
+    return hook
 
 
 @overload

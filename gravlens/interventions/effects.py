@@ -1,5 +1,6 @@
 """Causal effects of interventions on a score: paired over prompts, against random directions of the same length."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -108,7 +109,8 @@ def causal_effect(
     vectors in neighbouring blocks are as alike as the states are.
 
     Args:
-        model: scored 1 + conditions · (1 + n_random) times on all prompts, and read once without `states`.
+        model: scored 1 + conditions · (1 + n_random) times on all prompts (22 times for one condition), and read once
+            without `states`; where that is long, a line says how long after the first scoring.
         conditions: name -> an intervention, or several that act together; a single intervention is named by its class.
         score: (model, prompts) -> one number per prompt, such as `refusal_log_odds`.
         prompts: held out: not those that the directions were estimated on.
@@ -127,10 +129,14 @@ def causal_effect(
     rng = rng or np.random.default_rng(0)
     measure = partial(_scores, opened, score, prompts)
     seeds = rng.integers(2**63, size=n_random)  # shared by the conditions: their controls are paired
+    began = time.monotonic()
     baseline = measure(())
+    each = time.monotonic() - began  # the other scorings take as long
     twin = _twins_of(conditions, _clouds(states, opened, prompts, conditions) if n_random else None)
     rows, random, differences = [], {}, {}
-    with progress("effects", total=len(conditions) * (1 + n_random), unit="scoring") as bar:
+    total = len(conditions) * (1 + n_random)
+    work = f"{total} scoring{'s' * (total != 1)} of {len(prompts)} prompts"
+    with progress("effects", total=total, unit="scoring", work=work, seconds=total * each) as bar:
         for name, condition in conditions.items():
             together = as_list(condition)
             differences[name] = measure(together) - baseline

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Span
-from gravlens.interventions.edits import Intervention, fitted
+from gravlens.interventions.edits import Intervention, fitted, mark_apart
 from gravlens.interventions.edits import check_fit as check_fit
 from gravlens.models.opening import Openable, open_model
 
@@ -38,7 +38,8 @@ class Firings:
 def intervene(model: Openable, *interventions: Intervention) -> Generator[Firings]:
     """Apply interventions in every forward pass inside the `with` block, at all token positions or those of `At`.
 
-    Prefill and decoding are edited alike, so generation with and without a KV cache agree. At one layer interventions
+    Prefill and decoding are edited alike, so generation with and without a KV cache agree. Logits and likelihoods of
+    prompts with a shared prefix run it once, in a pass of its own, under the same edits. At one layer interventions
     act in the order given, those of nested blocks after the outer ones. The hooks are removed on exit, also on error.
 
     Args:
@@ -81,7 +82,7 @@ def _hook(edit: Intervention, direction: Span, firings: Firings, number: int) ->
         # What follows the states in a tuple (KV cache, attention weights) is passed on.
         return (edited, *output[1:]) if type(output) is tuple else edited
 
-    return hook
+    return mark_apart(hook, edit)
 
 
 def _silence(edits: Sequence[tuple[Intervention, Span]], silent: Sequence[tuple[Intervention, Span]]) -> GravlensError:

@@ -119,8 +119,8 @@ class Family(ABC):
         """Run the blocks for their hooks, if possible without logits; continue and extend a KV `cache`."""
 
     @abstractmethod
-    def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
-        """Return the logits at the last `keep` positions."""
+    def logits(self, inputs: Inputs, keep: int, cache: Any | None = None) -> Float[Tensor, "prompt keep vocab"]:
+        """Return the logits at the last `keep` positions; continue from a KV `cache`."""
 
     @property
     def padding(self) -> bool:
@@ -216,12 +216,14 @@ class HuggingFace(Family):
             given["cache" if "cache" in known else "past_key_values"] = cache
         trunk(**given, use_cache=cache is not None)
 
-    def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
+    def logits(self, inputs: Inputs, keep: int, cache: Any | None = None) -> Float[Tensor, "prompt keep vocab"]:
         known = inspect.signature(unwrapped(self.module).forward).parameters
         given: dict[str, Any] = {key: part for key, part in inputs.items() if key in known}
         if "logits_to_keep" in known:  # the logits of all positions may be the largest tensor of the pass
             given["logits_to_keep"] = keep
-        return self.module(**given, use_cache=False).logits[:, -keep:]
+        if cache is not None:
+            given["cache" if "cache" in known else "past_key_values"] = cache
+        return self.module(**given, use_cache=cache is not None).logits[:, -keep:]
 
     @property
     def ends(self) -> tuple[int, ...]:

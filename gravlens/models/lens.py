@@ -66,7 +66,7 @@ class _Lens(Family):
         # With return_type=None a HookedTransformer stops before its unembedding; a bridge does not.
         self.module(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_type=None)
 
-    def logits(self, inputs: Inputs, keep: int) -> Float[Tensor, "prompt keep vocab"]:
+    def logits(self, inputs: Inputs, keep: int, cache: Any | None = None) -> Float[Tensor, "prompt keep vocab"]:
         return self.module(inputs["input_ids"], attention_mask=inputs["attention_mask"])[:, -keep:]
 
     def generate(self, inputs: Inputs, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "prompt pos"]:

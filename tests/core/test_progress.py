@@ -13,7 +13,7 @@ from gravlens.behavior.divergence import kl_from
 from gravlens.behavior.scores import refusal_log_odds, task_loss
 from gravlens.core import progress as module
 from gravlens.core.progress import progress
-from gravlens.directions.vrev import locate_vrev
+from gravlens.directions.vrev import direction_from, locate_vrev
 from gravlens.history.prompts import Example, PromptSet
 from gravlens.history.sequence import ModelSequence
 from gravlens.interventions.edits import Ablate
@@ -113,3 +113,49 @@ def test_what_is_done_at_once_shows_no_bar(monkeypatch: pytest.MonkeyPatch, capf
     with progress("it", range(100), leave=True) as things:
         list(things)
     assert "it: 100%" in capfd.readouterr().err
+
+
+# -- how long it will take ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("bars")
+def test_a_long_call_says_once_what_it_does_and_for_how_long(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    with progress("answers", total=20, unit="prompt") as bar:
+        for _ in range(20):  # 2 s each: after 4 s the other 18 take 36 s
+            bar.update()
+    with progress("effects", total=21, work="21 scorings of 64 prompts", seconds=61.0) as bar:
+        assert "effects: 21 scorings of 64 prompts, about 60 s\n" in capfd.readouterr().err.replace("\r", "\n")
+        bar.update(3)
+    with progress("residuals", total=400, unit="prompt") as bar:
+        bar.update(1)
+        bar.update(1)
+    said = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "about" in line]
+    assert said == ["residuals: 400 prompts, about 13 min more"]
+
+
+@pytest.mark.usefixtures("bars")
+def test_a_short_call_a_call_within_another_and_a_silent_one_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with progress("effects", total=21, seconds=3.0) as bar:
+        bar.update()
+    with progress("outer", total=1), progress("effects", total=21, seconds=300.0) as bar:
+        bar.update()
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with progress("effects", total=21, seconds=300.0) as bar:
+        bar.update()
+    assert "about" not in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("bars")
+def test_an_effect_announces_its_scorings(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module, "LONG", 0.0)
+    model = open_model(tiny.llama(1), tokenizer=tiny.TOKENIZER)
+    score, vs = partial(refusal_log_odds, openings=["sorry"]), direction_from(np.ones(tiny.WIDTH), layer=1)
+    causal_effect(model, {"a": Ablate(vs), "b": Ablate(vs)}, score=score, prompts=tiny.PROMPTS, n_random=2)
+    said = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "about" in line]
+    assert said == [f"effects: 6 scorings of {len(tiny.PROMPTS)} prompts, about 0 s"]
