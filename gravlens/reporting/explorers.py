@@ -1,6 +1,5 @@
 """Lay out the parts of the report that can be explored: heat maps of layer × step, and the residual plane."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,9 @@ def layer_grid(rows: pd.DataFrame, nulls: pd.DataFrame | None = None) -> dict[st
     cut = wide.size > MOST_NUMBERS
     series = []
     for arm, table in by_run["alignment"].groupby(level="arm", sort=False):
-        runs = [] if cut or len(table) == 1 else [([index], index[1]) for index in table.index]
-        mean = f"{arm.replace('_', ' ')}: mean of {len(table)} runs" if len(table) > 1 else table.index[0][1]
-        for index, name in [(list(table.index), mean), *runs]:
+        runs = [([index], index[1]) for index in table.index]
+        mean = [([*table.index], f"{str(arm).replace('_', ' ')}: mean of {len(table)} runs")] * (len(table) > 1)
+        for index, name in [*mean, *([] if cut and mean else runs)]:
             values = {one: _listed(by_run[one].loc[index].mean()) for one in MEASURES}
             series.append({"arm": str(arm), "name": str(name), **values})
     series.sort(key=lambda one: one["arm"] != "unblocked")  # stable: the others stay in their order
@@ -56,9 +55,8 @@ def _listed(values: pd.Series) -> list[float | None]:
 def planes(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Return a drawing of the residual plane for each organism of `plane.csv`, in the units of an SVG.
 
-    Each has `name`, `layer`, `share` (of the rest's variance that is shown; None if unknown), `height`, `zero` (y of
-    the v_rev axis), `unit` (a distance), `points` (`x`, `y`, `kind`, `arm`, `run`, `step`, `along`, `across`) and
-    `paths` (`arm`, and the `d` of a run's way from the anchor).
+    Each has `name`, `layer`, `share` (of the rest's variance that is shown; None if unknown), `height`, `origin` and
+    `zero` (x and y of the anchor), `points`, `arms` and `paths` (each the `d` of a run's way from the anchor).
     """
     names = rows.organism if "organism" in rows else pd.Series("", rows.index)
     return [_plane(str(name), table) for name, table in rows.groupby(names, sort=False)]
@@ -74,19 +72,14 @@ def _plane(name: str, rows: pd.DataFrame) -> dict[str, Any]:
     drawn = rows.assign(x=((rows.along - low.along + pad) * unit).round(1), y=(zero - rows.across * unit).round(1))
     drawn["hot"] = drawn.arm == "unblocked"
     facts = ["x", "y", "kind", "arm", "run", "step", "checkpoint", "along", "across", "hot"]
-    points: list[Mapping[str, Any]] = drawn[facts].astype(object).to_dict("records")
-    anchor = next((f"M{one['x']} {one['y']}" for one in points if one["kind"] == "anchor"), "M")
-    paths = []
-    for (arm, _), way in drawn[drawn.kind == "run"].sort_values("step").groupby(["arm", "run"], sort=False):
-        paths.append(
-            {
-                "arm": arm,
-                "hot": arm == "unblocked",
-                "d": anchor + "".join(f"L{x} {y}" for x, y in zip(way.x, way.y, strict=True)),
-            }
-        )
-    share = rows.across_share.iloc[0] if "across_share" in rows else np.nan
-    facts_of = {"name": name, "layer": int(rows.layer.iloc[0]), "share": None if np.isnan(share) else float(share)}
-    origin, arms = round((pad - low.along) * unit, 1), list(dict.fromkeys(one["arm"] for one in paths))
-    axes = {"height": round(height, 1), "zero": round(zero, 1), "origin": origin}
-    return facts_of | axes | {"points": points, "paths": paths, "arms": arms}
+    points = drawn[facts].astype(object).to_dict("records")
+    start = next((f"M{one['x']} {one['y']}" for one in points if one["kind"] == "anchor"), "M")
+    ways = drawn[drawn.kind == "run"].sort_values("step").groupby(["arm", "run"], sort=False)
+    d = {way: start + "".join(f"L{x} {y}" for x, y in one[["x", "y"]].to_numpy()) for way, one in ways}
+    share = float(rows.across_share.iloc[0]) if "across_share" in rows else np.nan
+    return {
+        **{"name": name, "layer": int(rows.layer.iloc[0]), "share": None if np.isnan(share) else share},
+        **{"height": round(height, 1), "zero": round(zero, 1), "origin": round((pad - low.along) * unit, 1)},
+        **{"points": points, "arms": list(dict.fromkeys(arm for arm, _ in d))},
+        "paths": [{"arm": arm, "hot": arm == "unblocked", "d": way} for (arm, _), way in d.items()],
+    }

@@ -4,7 +4,6 @@ import base64
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from gravlens.reporting.paper import (
     MEANINGS,
     NOT_RUN,
     NULLS,
+    WORDS,
     at,
     decimal,
     mean_text,
@@ -36,35 +36,7 @@ from gravlens.reporting.paper import (
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}  # of the same name, the SVG is used
-# Figures in order: title and caption; others follow under their file name. The first ones stand above the tables.
-FIRST = ("alignment", "fraction", "compliance_rate")
-CAPTIONS = {
-    "alignment": (
-        "Do the runs head back?",
-        "Alignment: cosine of the drift with v_rev, mean over layers, held-out prompts. Thin: every unblocked run; "
-        "bold: mean ± SEM; dashed: the 99th percentile of each null in the legend, which one draw in 100 exceeds.",
-    ),
-    "fraction": (
-        "How far do they get?",
-        "Fraction of the way from the anchor (0) to the witness (1), same runs and prompts. A high alignment with a "
-        "small fraction is a heading that was barely followed.",
-    ),
-    "compliance_rate": (
-        "Does harm come and go with it?",
-        "Share of held-out harmful prompts that each arm answers at its last step: every run a small point, mean ± SEM "
-        "on top; dashed: witness and anchor. A block that matters lowers it, along random directions it does not.",
-    ),
-    "layers": ("Alignment by layer", "Every layer and the mean, since a mean over layers hides layers."),
-    "effect": (
-        "Effect at inference",
-        "Effect of an intervention on the score, with its 95 % interval and the random directions.",
-    ),
-    "arm_fraction": ("Fraction by arm", "Fraction of the way back at each arm's last step."),
-    "task_loss": (
-        "Task loss by arm",
-        "Cost of blocking: loss on held-out examples of the fine-tuning task; lower is better.",
-    ),
-}
+FIRST = ("alignment", "fraction", "compliance_rate")  # figures that stand above the tables
 # column -> (heading, in per cent); behaviour is measured on the history too
 BEHAVIOUR = {
     "compliance_rate": ("compliance rate", True),
@@ -74,21 +46,10 @@ BEHAVIOUR = {
 }
 GEOMETRY = {"alignment_final": ("alignment", False), "fraction_final": ("fraction", False)}
 COST = {"task_loss": ("task loss", False), "seconds_per_step": ("seconds per step", False)}
-FILES = {
-    "arms": ("Arms: every run", ""),
-    "behavior": ("Behaviour: every run and step", ""),
-    "controls": ("Controls: every run", ""),
-    "plane": ("Residual plane: every checkpoint", "One layer; both axes in witness–anchor distances."),
-    "effects": ("Effects of interventions at inference", "An empty layer: the intervention acts on several."),
-    "nulls_layer_mean": ("Nulls: every run and step, mean over layers", ""),
-    "nulls": ("Nulls: every run, step and layer", ""),
-    "trajectory_layer_mean": ("Trajectory: every run and step, mean over layers", ""),
-    "trajectory": ("Trajectory: every run, step and layer", ""),
-}
 MOST_ROWS = 1000
 PRINTED_ROWS, PRINTED_COLUMNS = 60, 10  # a larger folded table is not printed
 MINUS = re.compile(r"(?<![\w-])-(?=\d)")  # of a number, not the hyphen of a name such as unblocked-0
-WORDS: dict[Any, str] = {True: "yes", False: "no"}
+HOLDS: dict[Any, str] = {True: "yes", False: "no"}
 OWN = "recorded"  # the setting of a user's own history
 
 
@@ -102,10 +63,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a lead above and a note below; a `folded` one opens on a click, and in print if it is short.
-
-    That of a `file` comes last.
-    """
+    """A table with lead and note; a `folded` one opens on a click, and in print if it is short; a `file`'s is last."""
 
     title: str
     columns: Sequence[str]
@@ -157,7 +115,7 @@ def _contents(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "main": _paper(results),
         "figures": list(_figures(folder / "figures")),
         "arms": [(name, MEANINGS[key]) for key, name in _named_arms(results) if key in MEANINGS],
-        "grid": layer_grid(rows, nulls) if rows is not None and {*COLUMNS} <= {*rows} and len(rows) else None,
+        "grid": layer_grid(rows, nulls) if rows is not None and {*COLUMNS} <= {*rows} else None,
         "planes": planes(plane) if plane is not None else [],
         "tables": [*_tables(results), *_files(folder)],
         "command": at(results, "environment", "command"),
@@ -249,28 +207,15 @@ def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> 
 
 def _ladder(claim: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the five levels: whether each holds, and the first demand that caps it, with its figures."""
-    demands = sorted(claim.get("demands") or [], key=lambda one: one["level"])
-    by_level = {level: list(group) for level, group in groupby(demands, key=lambda one: one["level"])}
-    for level, name in enumerate(LEVELS[1:] if by_level else [], start=1):
+    demands = claim.get("demands") or []
+    for level, name in enumerate(LEVELS[1:] if demands else [], start=1):
+        own = [one for one in demands if one["level"] == level]
         # one that failed before those that were not run: they may still be made
-        caps = sorted(
-            (one for one in by_level.get(level, []) if not one["holds"]), key=lambda one: one["holds"] is None
-        )
+        caps = sorted((one for one in own if not one["holds"]), key=lambda one: one["holds"] is None)
         why = [f"{one['name']}: {_cell(one['figures']).text or NOT_RUN}" for one in caps]
-        if level <= claim["level"]:
-            state = "yes"
-        elif caps:
-            state = WORDS.get(caps[0]["holds"], NOT_RUN)
-        else:
-            state = "not reached" if level in by_level else NOT_RUN
-        yield {
-            "level": level,
-            "name": name,
-            "state": state,
-            "why": why[:1],
-            "more": len(why) - 1,
-            "here": level == claim["level"],
-        }
+        state = HOLDS.get(caps[0]["holds"], NOT_RUN) if caps else "not reached" if own else NOT_RUN
+        state = "yes" if level <= claim["level"] else state
+        yield {"level": level, "name": name, "state": state, "why": why, "here": level == claim["level"]}
 
 
 def _effects(effects: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
@@ -313,17 +258,7 @@ def _vrev(layers: Sequence[Mapping[str, Any]]) -> Table:
     if few:
         note = f"Few dimensions hold much of v_rev ({', '.join(few)}): compare the alignment without them. {note}"
     lead = "Is v_rev more than a few massive dimensions? Their shares of its square; the final alignment without them."
-    headings = (
-        "organism",
-        "layer",
-        "distance",
-        "reliability",
-        "top 1",
-        "top 3",
-        "by chance",
-        "alignment",
-        "without top 3",
-    )
+    headings = "organism, layer, distance, reliability, top 1, top 3, by chance, alignment, without top 3".split(", ")
     return Table("v_rev by layer", headings, rows, note, lead)
 
 
@@ -332,7 +267,7 @@ def _demands(claims: Sequence[Mapping[str, Any]]) -> Table:
         [
             _cell(claim["organism"]),
             _cell(check["level"]),
-            *map(_cell, (check["name"], WORDS.get(check["holds"], NOT_RUN), check["figures"])),
+            *map(_cell, (check["name"], HOLDS.get(check["holds"], NOT_RUN), check["figures"])),
         ]
         for claim in claims
         for check in claim["demands"]
@@ -422,7 +357,7 @@ def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 # -- tables and figures of files ---------------------------------------------------------------------------------------
 def _files(folder: Path) -> Iterator[Table]:
     """Yield the tidy tables, each up to `MOST_ROWS` rows."""
-    for name, (title, note) in FILES.items():
+    for name, (title, note) in WORDS["files"].items():
         frame = _read_csv(folder / f"{name}.csv")
         if frame is not None and len(frame):
             rows = [[_cell(value) for value in row] for row in frame[:MOST_ROWS].astype(object).itertuples(index=False)]
@@ -441,9 +376,10 @@ def _read_csv(path: Path) -> pd.DataFrame | None:
 
 def _figures(folder: Path) -> Iterable[dict[str, Any]]:
     """Yield each figure once as a data URI."""
+    captions = WORDS["figures"]
     pictures = {path.stem: path for suffix in PICTURES for path in folder.glob(f"*{suffix}")}
-    order = [*(name for name in CAPTIONS if name in pictures), *sorted(pictures.keys() - CAPTIONS.keys())]
+    order = [*(name for name in captions if name in pictures), *sorted(pictures.keys() - captions.keys())]
     for stem, path in ((stem, pictures[stem]) for stem in order):
         source = f"data:{PICTURES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-        title, caption = CAPTIONS.get(stem, (stem.replace("_", " "), ""))
+        title, caption = captions.get(stem, (stem.replace("_", " "), ""))
         yield {"first": stem in FIRST, "name": title, "source": source, "caption": caption}

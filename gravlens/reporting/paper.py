@@ -1,67 +1,19 @@
 """The table that compares the paper's abstract with results, and the formatting of its numbers."""
 
+import tomllib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 NOT_RUN, NOT_REPORTED = "not run", "not reported"
+WORDS: dict[str, dict[str, tuple[str, str]]] = tomllib.loads(
+    Path(__file__).with_name("words.toml").read_text(encoding="utf-8")
+)
 # Known entries come first, in this order, and read "not run" if absent; others follow.
-NULLS = {
-    "isotropic": "isotropic",
-    "weight_noise": "weight noise",
-    "covariance_of_states": "covariance of the anchor's states",
-    "covariance_of_drifts": "covariance of the drifts over prompts",
-    "independent_endpoints": "shared anchor, independent endpoints",
-    "swapped_labels": "witness and anchor swapped per probe",
-    "harmless": "the same runs on harmless prompts",
-    "shuffled_words": "the same runs on shuffled words",
-    "sign_flips": "sign flips over runs (of their mean)",
-}
-CONTROLS = {
-    "stranger": "strangers (witnesses of other histories)",
-    "sibling_anchor": "sibling anchor",
-    "unaligned_twin": "unaligned twin",
-    "continued_alignment": "continued alignment",
-}
-ARMS = {
-    "unblocked": "unblocked",
-    "penalty": "penalty",
-    "penalty_margin": "penalty with a margin (a push)",
-    "clamp": "clamp",
-    "clamp_random": "clamp along random directions",
-    "reinforce": "push towards the witness",
-    "rehearsal": "rehearsed refusals",
-}
-HISTORY = {"witness": "witness", "anchor": "anchor"}
-# What each entry is, where the page names it; docs/results.md has the same sentences.
-MEANINGS = {
-    "isotropic": "A uniformly random direction. Nearly vacuous: almost any drift exceeds it.",
-    "weight_noise": "Gaussian noise on the anchor's weights, as large as the runs' updates.",
-    "covariance_of_states": "Random drifts with the covariance of the anchor's states over prompts.",
-    "covariance_of_drifts": "Random drifts with the covariance of the runs' own drifts over prompts.",
-    "independent_endpoints": "Endpoints that share the anchor and nothing else, from sibling anchors.",
-    "swapped_labels": "Witness and anchor exchanged at random in each probe.",
-    "harmless": "The drift of the same runs, read on harmless prompts.",
-    "shuffled_words": "The drift of the same runs, read on the held-out prompts with their words shuffled.",
-    "sign_flips": "The sign of each run's motion flipped at random: do the runs agree?",
-    "itself": "The unblocked runs along v_rev, to compare with.",
-    "stranger": "The unblocked runs along directions from the anchor to witnesses of other histories.",
-    "sibling_anchor": "The unblocked runs along the direction to the witness from another alignment of it.",
-    "unaligned_twin": "The witness, never aligned, fine-tuned on the same data: the effect of the data alone.",
-    "continued_alignment": "The anchor trained further on alignment data, which should not lead back.",
-    "unblocked": "Fine-tuned on harmless data, nothing held: the baseline.",
-    "penalty": "A loss on the motion of the probes along v_rev towards the witness; the other way is free.",
-    "penalty_margin": "The same loss with a margin, which pushes away from the witness.",
-    "clamp": "A loss on the motion of the probes along v_rev either way.",
-    "clamp_random": "The clamp along random directions with the states' covariance: what any such block does.",
-    "reinforce": "A loss that pushes the probes along v_rev to the witness: the opposite of a block.",
-    "rehearsal": "Refusals of the probes are trained along with the data; no direction is held.",
-    "lower_rate": "Half the learning rate and no block: less training of every kind.",
-    "released_at_20": "The clamp, lifted at step 20: does its effect outlast it?",
-    "released": "The clamp, lifted after a fifth of the steps: does its effect outlast it?",
-    "released_random": "A clamp along random directions, lifted likewise.",
-    "witness": "The checkpoint before alignment.",
-    "anchor": "The aligned checkpoint, where the runs start.",
-}
+NULLS, CONTROLS, ARMS, HISTORY = (
+    {key: name for key, (name, _) in WORDS[kind].items()} for kind in ("nulls", "controls", "arms", "history")
+)
+MEANINGS = {key: about for kind in [*WORDS][:5] for key, (_, about) in WORDS[kind].items()}  # the last: figures, files
 # From the paper's abstract, which has one blocked arm; it is compared with both of ours.
 PAPER_STEPS = {
     "first_step": ("alignment, first step", "0.429 ± 0.052 (step 1)"),

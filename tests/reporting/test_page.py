@@ -226,8 +226,8 @@ def test_the_colour_scale_is_symmetric_about_0(opened: Opened, explored: Path) -
         .all_inner_texts()
     )
     assert ends == ["−0.50", "0", "0.50"]
-    look = """[...document.querySelectorAll("[data-measure=fraction] [data-i]:not(.short)")].map(one => [one.textContent,
-        getComputedStyle(one).backgroundColor.match(/[\\d.]+/g).slice(-3).map(Number)])"""
+    look = """[...document.querySelectorAll("[data-measure=fraction] [data-i]:not(.short)")].map(one => [
+        one.textContent, getComputedStyle(one).backgroundColor.match(/[\\d.]+/g).slice(-3).map(Number)])"""
     for text, (red, _, blue) in page.evaluate(look):
         assert blue - red > 0.1 if text.startswith("−") else red == blue, text
 

@@ -116,7 +116,7 @@ def spreads(table: Mapping[str, Any], names: set[str], runs: int) -> None:
 
 
 def test_the_plane_shows_every_run_where_the_trajectory_has_it(each: Done) -> None:
-    """`along` is the fraction of trajectory.csv at the layer of the largest final alignment; the anchor is the origin."""
+    """`along` is the fraction in trajectory.csv at the layer of the largest final alignment; the anchor is 0."""
     table, followed = each.table("plane"), each.table("trajectory")
     held_out = followed[(followed.prompts == "held_out") & followed.layer.isin(each.organism.layers_in_mean)]
     unblocked = held_out[(held_out.arm == "unblocked") & (held_out.step == held_out.step.max())]
