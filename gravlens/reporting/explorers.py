@@ -20,14 +20,17 @@ def layer_grid(rows: pd.DataFrame, nulls: pd.DataFrame | None = None) -> dict[st
         nulls: `nulls.csv`.
 
     Returns:
-        `layers` (from the last), `steps`, `series` (dicts of `arm`, `name`, and a list [layer × step] for each of
+        `layers` (from the last), `steps` (of the unblocked runs), `series` (dicts of `arm`, `name`, and a list [layer × step] for each of
         `MEASURES`; `judged` is the share of runs whose drift is long enough), `p99` (null -> such a list, for the
         unblocked mean), `limit` (of each scale), `cut` (whether single runs were left out).
     """
     rows = rows[rows.prompts == "held_out"]
     if "organism" in rows and rows.organism.nunique() > 1:
         rows = rows.assign(run=rows.organism + "/" + rows.run)
-    layers, steps = sorted(map(int, rows.layer.unique()), reverse=True), sorted(map(int, rows.step.unique()))
+    layers = sorted(map(int, rows.layer.unique()), reverse=True)
+    # an arm may be read at further steps, as one that is released: columns that all others would leave empty
+    usual = rows[rows.arm == "unblocked"]
+    steps = sorted(map(int, (rows if usual.empty else usual).step.unique()))
     places = pd.MultiIndex.from_product([layers, steps])
     wide = rows.astype({"judged": float}).groupby(["arm", "run", "layer", "step"], sort=False)[list(MEASURES)].mean()
     by_run = {one: wide[one].unstack(["layer", "step"]).reindex(columns=places) for one in MEASURES}
@@ -67,8 +70,8 @@ def _plane(name: str, rows: pd.DataFrame) -> dict[str, Any]:
     low, high = rows[["along", "across"]].min(), rows[["along", "across"]].max()
     pad = PAD * max((high - low).max(), 1e-9)
     unit = WIDTH / (high.along - low.along + 2 * pad)
-    zero = (max(high.across, 0.3) + pad) * unit
-    height = zero - (min(low.across, -0.3) - pad) * unit
+    zero = (max(high.across, 0.15) + pad) * unit
+    height = zero - (min(low.across, -0.15) - pad) * unit
     drawn = rows.assign(x=((rows.along - low.along + pad) * unit).round(1), y=(zero - rows.across * unit).round(1))
     drawn["hot"] = drawn.arm == "unblocked"
     facts = ["x", "y", "kind", "arm", "run", "step", "checkpoint", "along", "across", "hot"]

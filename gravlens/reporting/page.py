@@ -213,7 +213,8 @@ def _ladder(claim: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         # one that failed before those that were not run: they may still be made
         caps = sorted((one for one in own if not one["holds"]), key=lambda one: one["holds"] is None)
         why = [f"{one['name']}: {_cell(one['figures']).text or NOT_RUN}" for one in caps]
-        state = HOLDS.get(caps[0]["holds"], NOT_RUN) if caps else "not reached" if own else NOT_RUN
+        open_ = "out of reach" if why and "cannot be reached" in why[0] else NOT_RUN
+        state = HOLDS.get(caps[0]["holds"], open_) if caps else "not reached" if own else NOT_RUN
         state = "yes" if level <= claim["level"] else state
         yield {"level": level, "name": name, "state": state, "why": why, "here": level == claim["level"]}
 

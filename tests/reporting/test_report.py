@@ -365,6 +365,12 @@ def test_the_ladder_tells_what_caps_each_level(folder: Path) -> None:
         "not run",
         "closure: not run",
     ]
+
+    def too_few(results: dict[str, Any]) -> None:
+        undone(results)
+        results["claims"][0]["demands"][2]["figures"] = "cannot be reached with 2 strangers"
+
+    assert ladder_of(page_of(folder, too_few).text)[2][2] == "out of reach"
     assert ladder_of(page_of(folder, lambda results: results.pop("claims")).text) == []
 
 
@@ -488,6 +494,12 @@ def test_runs_of_several_organisms_are_told_apart_and_a_hole_is_none() -> None:
         "two/unblocked-1",
     ]
     assert all(one["alignment"][5] is None for one in grid["series"])
+
+
+def test_the_columns_are_the_steps_of_the_unblocked_runs() -> None:
+    released = trajectory_rows("released_at_20").assign(step=lambda table: table.step + 5)
+    assert layer_grid(pd.concat([released, trajectory_rows()]))["steps"] == [1, 20]
+    assert layer_grid(released)["steps"] == [6, 25]
 
 
 def test_of_very_many_runs_the_page_holds_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
