@@ -20,9 +20,9 @@ def layer_grid(rows: pd.DataFrame, nulls: pd.DataFrame | None = None) -> dict[st
         nulls: `nulls.csv`.
 
     Returns:
-        `layers` (from the last), `steps` (of the unblocked runs), `series` (dicts of `arm`, `name`, and a list [layer × step] for each of
-        `MEASURES`; `judged` is the share of runs whose drift is long enough), `p99` (null -> such a list, for the
-        unblocked mean), `limit` (of each scale), `cut` (whether single runs were left out).
+        `layers` (from the last), `steps` (of the unblocked runs), `series` (dicts of `arm`, `name`, and a list
+        [layer × step] for each of `MEASURES`; `judged` is the share of runs whose drift is long enough), `p99` (null ->
+        such a list, for the unblocked mean), `limit` (of each scale), `cut` (whether single runs were left out).
     """
     rows = rows[rows.prompts == "held_out"]
     if "organism" in rows and rows.organism.nunique() > 1:
