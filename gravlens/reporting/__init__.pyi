@@ -1,2 +1,3 @@
+from . import explorers as explorers
 from . import page as page
 from . import paper as paper

@@ -11,14 +11,19 @@ from typing import Any, NamedTuple
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from gravlens import __version__
+from gravlens.claims.claim import LEVELS
 from gravlens.core.errors import GravlensError, at_home, read_object, reading
 from gravlens.core.files import write_atomically
+from gravlens.reporting.explorers import COLUMNS, layer_grid, planes
 from gravlens.reporting.paper import (
     ARMS,
     CONTROLS,
     HISTORY,
+    MEANINGS,
     NOT_RUN,
     NULLS,
+    WORDS,
     at,
     decimal,
     mean_text,
@@ -31,28 +36,7 @@ from gravlens.reporting.paper import (
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}  # of the same name, the SVG is used
-# Figures in order: title and caption; others follow under their file name.
-CAPTIONS = {
-    "alignment": (
-        "Alignment over steps",
-        "Mean over layers at each step, held-out prompts: every run thin, mean ± SEM bold, nulls dashed.",
-    ),
-    "fraction": (
-        "Fraction over steps",
-        "0 is the anchor, 1 the witness. A cosine gives the heading, this the distance covered.",
-    ),
-    "layers": ("Alignment by layer", "Every layer and the mean, since a mean over layers hides layers."),
-    "effect": (
-        "Effect at inference",
-        "Effect of an intervention on the score, with its 95 % interval and the random directions.",
-    ),
-    "compliance_rate": ("Harm by arm", "Every run as a small point, mean ± SEM on top, witness and anchor dashed."),
-    "arm_fraction": ("Fraction by arm", "Fraction of the way back at each arm's last step."),
-    "task_loss": (
-        "Task loss by arm",
-        "Cost of blocking: loss on held-out examples of the fine-tuning task; lower is better.",
-    ),
-}
+FIRST = ("alignment", "fraction", "compliance_rate")  # figures that stand above the tables
 # column -> (heading, in per cent); behaviour is measured on the history too
 BEHAVIOUR = {
     "compliance_rate": ("compliance rate", True),
@@ -62,32 +46,24 @@ BEHAVIOUR = {
 }
 GEOMETRY = {"alignment_final": ("alignment", False), "fraction_final": ("fraction", False)}
 COST = {"task_loss": ("task loss", False), "seconds_per_step": ("seconds per step", False)}
-FILES = {
-    "arms": ("Arms: every run", ""),
-    "behavior": ("Behaviour: every run and step", ""),
-    "controls": ("Controls: every run", ""),
-    "effects": ("Effects of interventions at inference", "An empty layer: the intervention acts on several."),
-    "nulls_layer_mean": ("Nulls: every run and step, mean over layers", ""),
-    "nulls": ("Nulls: every run, step and layer", ""),
-    "trajectory_layer_mean": ("Trajectory: every run and step, mean over layers", ""),
-    "trajectory": ("Trajectory: every run, step and layer", ""),
-}
 MOST_ROWS = 1000
 PRINTED_ROWS, PRINTED_COLUMNS = 60, 10  # a larger folded table is not printed
 MINUS = re.compile(r"(?<![\w-])-(?=\d)")  # of a number, not the hyphen of a name such as unblocked-0
-WORDS: dict[Any, str] = {True: "yes", False: "no"}
+HOLDS: dict[Any, str] = {True: "yes", False: "no"}
+OWN = "recorded"  # the setting of a user's own history
 
 
 class Cell(NamedTuple):
-    """A text, and the number to sort it by, if any."""
+    """A text, the number to sort it by, if any, and what the entry is, in words."""
 
     text: str
     value: float | None = None
+    about: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a lead above and a note below; a `folded` one opens on a click, and in print if it is short."""
+    """A table with lead and note; a `folded` one opens on a click, and in print if it is short; a `file`'s is last."""
 
     title: str
     columns: Sequence[str]
@@ -95,6 +71,7 @@ class Table:
     note: str = ""
     lead: str = ""
     folded: bool = False
+    file: bool = False
 
     @property
     def printed(self) -> bool:
@@ -110,7 +87,7 @@ class Table:
 def write_report(folder: Path) -> Path:
     """Write `report.html` into a results folder, from its results.json, CSVs and figures.
 
-    The page is self-contained: figures and style are embedded. Entries that were not run read "not run".
+    The page is self-contained: figures, data and style are embedded. Entries that were not run read "not run".
 
     Raises:
         GravlensError: results.json is missing, or a file cannot be read.
@@ -120,17 +97,31 @@ def write_report(folder: Path) -> Path:
     remedy = f"gravlens reproduce --out {folder}, which writes it again."
     with reading(folder / "results.json", "The entries of this version of gravlens reproduce are needed.", remedy):
         page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-            setting=results.get("setting", "results"),
-            # the first is about all histories together; the others have a table
-            claims=[_claim(claim, results.get("interval") or []) for claim in (results.get("claims") or [])[:1]],
-            facts=_facts(results),
-            anchors=_anchors(results),
-            main=_paper(results),
-            figures=list(_figures(folder / "figures")),
-            tables=[*_tables(results), *_files(folder)],
-        )
+        html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(_contents(results, folder))
     return write_atomically(folder / "report.html", html.encode())
+
+
+def _contents(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what the template names."""
+    claims = (results.get("claims") or [])[:1]  # the first is about all histories together; the others have a table
+    rows, nulls, plane = (_read_csv(folder / f"{name}.csv") for name in ("trajectory", "nulls", "plane"))
+    made = "audit SEQUENCE.toml" if results.get("setting") == OWN else "reproduce"
+    return {
+        "setting": results.get("setting", "results"),
+        "claims": [_claim(claim, results.get("interval") or []) for claim in claims],
+        "ladder": [rung for claim in claims for rung in _ladder(claim)],
+        "facts": _facts(results),
+        "anchors": _anchors(results),
+        "main": _paper(results),
+        "figures": list(_figures(folder / "figures")),
+        "arms": [(name, MEANINGS[key]) for key, name in _named_arms(results) if key in MEANINGS],
+        "grid": layer_grid(rows, nulls) if rows is not None and {*COLUMNS} <= {*rows} else None,
+        "planes": planes(plane) if plane is not None else [],
+        "tables": [*_tables(results), *_files(folder)],
+        "command": at(results, "environment", "command"),
+        "version": at(results, "environment", "gravlens") or __version__,
+        "again": f"gravlens {made} --out {folder.resolve().name}",
+    }
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -176,35 +167,56 @@ def _paper(results: Mapping[str, Any]) -> Table:
     rows = [[Cell(text) for text in row.values()] for row in paper_table(results)]
     lead = "The paper's figures are those of its abstract. Every cosine has its fraction of the way back."
     headings = ("quantity", "paper", "here", "fraction of the way back")
+    if results.get("setting") == OWN:  # no reproduction of the paper, and what is missing has a table
+        rows = [[row[0], *row[2:]] for row in rows if row[2].text != NOT_RUN]
+        lead = "Every cosine has its fraction of the way back."
+        return Table("This history in numbers", (headings[0], *headings[2:]), rows, lead=lead)
     return Table("The paper and this reproduction", headings, rows, lead=lead)
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
-    if results.get("vrev"):  # not in folders of earlier versions
-        yield _vrev(results["vrev"])
     yield from _effects(results.get("effects") or [])
-    yield from _alone((results.get("claims") or [])[1:])
     yield from _lacking(results.get("missing") or [])
-    yield _demands(results.get("claims") or [])
-    yield _nulls(results)
-    yield _controls(results)
-    yield _damage(results.get("damage") or [])
     arms = _measures("Arms at the last step", "arm", results.get("arms"), ARMS, GEOMETRY | BEHAVIOUR | COST)
     yield replace(arms, lead="An arm is a kind of fine-tuning run: unblocked, or with a blocker of a direction.")
-    history = _measures("History", "checkpoint", results.get("history"), HISTORY, BEHAVIOUR)
-    yield replace(history, lead="The two checkpoints that define v_rev: before and after alignment.")
-    for measure in ("alignment", "fraction"):
-        yield _every_run(results, measure)
+    yield _nulls(results)
+    yield _controls(results)
     rows = [[Cell(name), _cell(value)] for name, value in _flat(results.get("environment") or {})]
-    yield Table("Environment", ("what", "value"), rows, lead="Versions, and wall-clock seconds per phase.")
+    history = _measures("History", "checkpoint", results.get("history"), HISTORY, BEHAVIOUR)
+    more = [
+        _demands(results.get("claims") or []),
+        *_alone((results.get("claims") or [])[1:]),
+        *([_vrev(results["vrev"])] if results.get("vrev") else []),  # not in folders of earlier versions
+        _damage(results.get("damage") or []),
+        replace(history, lead="The two checkpoints that define v_rev: before and after alignment."),
+        *(_every_run(results, measure) for measure in ("alignment", "fraction")),
+        Table("Environment", ("what", "value"), rows, lead="Versions, and wall-clock seconds per phase."),
+    ]
+    yield from (replace(table, folded=True) for table in more)
 
 
-def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Return the level, and the sentence followed by the intervals of alignment and fraction."""
+def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    """Return the level, the statement, and the rest of the sentence with the intervals of alignment and fraction."""
     own = [row for row in intervals if row["organism"] == claim["organism"] and row["low"] is not None]
     spans = [f"{row['measure']} {decimal(row['low'])} to {decimal(row['high'])}" for row in own]
     more = f" 95 % intervals over runs and prompts: {', '.join(spans)}." if spans else ""
-    return f"{claim['organism']}, level {claim['level']} of 5", claim["sentence"] + more
+    statement = claim.get("statement") or claim["sentence"]  # a sentence begins with its statement
+    rest = claim["sentence"].removeprefix(statement).removeprefix(".").strip()
+    return f"{claim['organism']}, level {claim['level']} of 5", statement.removesuffix(".") + ".", (rest + more).strip()
+
+
+def _ladder(claim: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the five levels: whether each holds, and the first demand that caps it, with its figures."""
+    demands = claim.get("demands") or []
+    for level, name in enumerate(LEVELS[1:] if demands else [], start=1):
+        own = [one for one in demands if one["level"] == level]
+        # one that failed before those that were not run: they may still be made
+        caps = sorted((one for one in own if not one["holds"]), key=lambda one: one["holds"] is None)
+        why = [f"{one['name']}: {_cell(one['figures']).text or NOT_RUN}" for one in caps]
+        open_ = "out of reach" if why and "cannot be reached" in why[0] else NOT_RUN
+        state = HOLDS.get(caps[0]["holds"], open_) if caps else "not reached" if own else NOT_RUN
+        state = "yes" if level <= claim["level"] else state
+        yield {"level": level, "name": name, "state": state, "why": why, "here": level == claim["level"]}
 
 
 def _effects(effects: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
@@ -247,17 +259,7 @@ def _vrev(layers: Sequence[Mapping[str, Any]]) -> Table:
     if few:
         note = f"Few dimensions hold much of v_rev ({', '.join(few)}): compare the alignment without them. {note}"
     lead = "Is v_rev more than a few massive dimensions? Their shares of its square; the final alignment without them."
-    headings = (
-        "organism",
-        "layer",
-        "distance",
-        "reliability",
-        "top 1",
-        "top 3",
-        "by chance",
-        "alignment",
-        "without top 3",
-    )
+    headings = "organism, layer, distance, reliability, top 1, top 3, by chance, alignment, without top 3".split(", ")
     return Table("v_rev by layer", headings, rows, note, lead)
 
 
@@ -266,7 +268,7 @@ def _demands(claims: Sequence[Mapping[str, Any]]) -> Table:
         [
             _cell(claim["organism"]),
             _cell(check["level"]),
-            *map(_cell, (check["name"], WORDS.get(check["holds"], NOT_RUN), check["figures"])),
+            *map(_cell, (check["name"], HOLDS.get(check["holds"], NOT_RUN), check["figures"])),
         ]
         for claim in claims
         for check in claim["demands"]
@@ -292,7 +294,7 @@ def _nulls(results: Mapping[str, Any]) -> Table:
     rows = []
     for key, name in named(results.get("nulls"), NULLS):
         null = at(results, "nulls", key)
-        rows.append([Cell(name), _spread_cell(at(null, "p99")), Cell(pairs_text(null), at(null, "n_above"))])
+        rows.append([_entry(key, name), _spread_cell(at(null, "p99")), Cell(pairs_text(null), at(null, "n_above"))])
     note = "Pairs are run × step. Steps of one run are not independent: the unit is the run."
     lead = "Alignment expected by chance. p99: the 99th percentile of draws under each null."
     return Table("Nulls", ("null", "p99 of alignment", "pairs above"), rows, note, lead)
@@ -315,10 +317,22 @@ def _measures(
     if not any("cut_share" in (entry or {}) for entry in (entries or {}).values()):  # results of earlier versions
         columns = {column: heading for column, heading in columns.items() if column != "cut_share"}
     rows = [
-        [Cell(name), *(_spread_cell(at(entries, key, column), percent) for column, (_, percent) in columns.items())]
+        [
+            _entry(key, name),
+            *(_spread_cell(at(entries, key, column), percent) for column, (_, percent) in columns.items()),
+        ]
         for key, name in named(entries, known)
     ]
     return Table(title, (first, *(heading for heading, _ in columns.values())), rows)
+
+
+def _entry(key: str, name: str) -> Cell:
+    return Cell(name, about=MEANINGS.get(key, ""))
+
+
+def _named_arms(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield key and name of the arms that were run."""
+    yield from ((key, name) for key, name in named(results.get("arms"), ARMS) if at(results, "arms", key))
 
 
 def _every_run(results: Mapping[str, Any], measure: str) -> Table:
@@ -344,12 +358,14 @@ def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 # -- tables and figures of files ---------------------------------------------------------------------------------------
 def _files(folder: Path) -> Iterator[Table]:
     """Yield the tidy tables, each up to `MOST_ROWS` rows."""
-    for name, (title, note) in FILES.items():
+    for name, (title, note) in WORDS["files"].items():
         frame = _read_csv(folder / f"{name}.csv")
         if frame is not None and len(frame):
             rows = [[_cell(value) for value in row] for row in frame[:MOST_ROWS].astype(object).itertuples(index=False)]
             more = f" The first {MOST_ROWS} of {len(frame)} rows; all are in {name}.csv." * (len(frame) > MOST_ROWS)
-            yield Table(title, [str(column).replace("_", " ") for column in frame], rows, note + more, folded=True)
+            yield Table(
+                title, [str(column).replace("_", " ") for column in frame], rows, note + more, folded=True, file=True
+            )
 
 
 def _read_csv(path: Path) -> pd.DataFrame | None:
@@ -359,11 +375,12 @@ def _read_csv(path: Path) -> pd.DataFrame | None:
         return pd.read_csv(path)
 
 
-def _figures(folder: Path) -> Iterable[dict[str, str]]:
+def _figures(folder: Path) -> Iterable[dict[str, Any]]:
     """Yield each figure once as a data URI."""
+    captions = WORDS["figures"]
     pictures = {path.stem: path for suffix in PICTURES for path in folder.glob(f"*{suffix}")}
-    order = [*(name for name in CAPTIONS if name in pictures), *sorted(pictures.keys() - CAPTIONS.keys())]
+    order = [*(name for name in captions if name in pictures), *sorted(pictures.keys() - captions.keys())]
     for stem, path in ((stem, pictures[stem]) for stem in order):
         source = f"data:{PICTURES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-        title, caption = CAPTIONS.get(stem, (stem.replace("_", " "), ""))
-        yield {"name": title, "source": source, "caption": caption}
+        title, caption = captions.get(stem, (stem.replace("_", " "), ""))
+        yield {"first": stem in FIRST, "name": title, "source": source, "caption": caption}

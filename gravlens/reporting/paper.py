@@ -1,37 +1,19 @@
 """The table that compares the paper's abstract with results, and the formatting of its numbers."""
 
+import tomllib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 NOT_RUN, NOT_REPORTED = "not run", "not reported"
+WORDS: dict[str, dict[str, tuple[str, str]]] = tomllib.loads(
+    Path(__file__).with_name("words.toml").read_text(encoding="utf-8")
+)
 # Known entries come first, in this order, and read "not run" if absent; others follow.
-NULLS = {
-    "isotropic": "isotropic",
-    "weight_noise": "weight noise",
-    "covariance_of_states": "covariance of the anchor's states",
-    "covariance_of_drifts": "covariance of the drifts over prompts",
-    "independent_endpoints": "shared anchor, independent endpoints",
-    "swapped_labels": "witness and anchor swapped per probe",
-    "harmless": "the same runs on harmless prompts",
-    "shuffled_words": "the same runs on shuffled words",
-    "sign_flips": "sign flips over runs (of their mean)",
-}
-CONTROLS = {
-    "stranger": "strangers (witnesses of other histories)",
-    "sibling_anchor": "sibling anchor",
-    "unaligned_twin": "unaligned twin",
-    "continued_alignment": "continued alignment",
-}
-ARMS = {
-    "unblocked": "unblocked",
-    "penalty": "penalty",
-    "penalty_margin": "penalty with a margin (a push)",
-    "clamp": "clamp",
-    "clamp_random": "clamp along random directions",
-    "reinforce": "push towards the witness",
-    "rehearsal": "rehearsed refusals",
-}
-HISTORY = {"witness": "witness", "anchor": "anchor"}
+NULLS, CONTROLS, ARMS, HISTORY = (
+    {key: name for key, (name, _) in WORDS[kind].items()} for kind in ("nulls", "controls", "arms", "history")
+)
+MEANINGS = {key: about for kind in [*WORDS][:5] for key, (_, about) in WORDS[kind].items()}  # the last: figures, files
 # From the paper's abstract, which has one blocked arm; it is compared with both of ours.
 PAPER_STEPS = {
     "first_step": ("alignment, first step", "0.429 ± 0.052 (step 1)"),

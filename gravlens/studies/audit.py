@@ -4,6 +4,8 @@ import glob
 import json
 import platform
 import re
+import shlex
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -226,8 +228,10 @@ def _records(table: pd.DataFrame, columns: Sequence[str]) -> list[dict[str, Any]
 
 
 def environment(organism: Organism, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Return versions, threads, and wall-clock seconds per phase."""
+    """Return the command, if it was one, versions, threads, and wall-clock seconds per phase."""
     return {
+        # of a call in Python, sys.argv is that of some other program
+        "command": shlex.join(["gravlens", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "gravlens" else None,
         "gravlens": __version__,
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},

@@ -15,6 +15,7 @@ from gravlens.claims.preregistration import Preregistration
 from gravlens.core.errors import read_object
 from gravlens.directions.direction import TOP, Directions, carried_by_few, isotropic_share
 from gravlens.directions.geometry import locate_in, without_dimensions
+from gravlens.directions.plane import residual_plane
 from gravlens.directions.trajectory import (
     ByLayer,
     Trajectory,
@@ -38,7 +39,7 @@ from gravlens.stats.nulls import (
     swapped_labels,
 )
 from gravlens.studies.experiment import damage_of, other_prompt_sets, other_states
-from gravlens.studies.study import Study, numbers
+from gravlens.studies.study import Study, join, numbers
 
 ISOTROPIC_DRAWS, DRAWS = 20_000, 2_000
 CONTROL_COLUMNS = ["control", "run", "alignment_final", "fraction_final"]
@@ -127,6 +128,27 @@ def vrev_of(study: Study, unblocked: Trajectory) -> pd.DataFrame:
 def _final_by_layer(trajectory: Trajectory) -> dict[Any, float]:
     rows = rows_on(trajectory.table, "held_out")
     return rows[rows.step == rows.groupby("run").step.transform("max")].groupby("layer").alignment.mean().to_dict()
+
+
+def plane_of(study: Study, unblocked: Trajectory) -> pd.DataFrame:
+    """Return `residual_plane` of the arms that start at the anchor, with `arm` and `across_share`, held-out prompts.
+
+    Its layer is that of the largest final alignment among those of the mean, over the unblocked runs.
+    """
+    layers = study.vs.at(study.organism.layers_in_mean).defined().layers
+    final = _final_by_layer(unblocked)
+    layer = max(layers, key=lambda one: np.nan_to_num(final.get(one, np.nan), nan=-1.0))
+    arms = [arm for arm in study.organism.arms if arm.start == "anchor"]
+    parts = [study.states("measured", "held_out")]
+    parts += [study.states(f"runs/{arm.name}/seed{seed}", "held_out") for arm in arms for seed in arm.seeds]
+    column = parts[0].layers.index(layer)  # one layer of all states: joined, all layers would be held twice
+    states = join([replace(part, values=part.values[:, :, [column]], layers=(layer,)) for part in parts])
+    # strangers have another basis: the first component would be the way to them
+    kept = [i for i, name in enumerate(states.checkpoints) if not name.startswith(STRANGER)]
+    names = tuple(states.checkpoints[i] for i in kept)
+    table = residual_plane(replace(states, values=states.values[kept], checkpoints=names), study.vs[layer])
+    own = {arm.label(seed): arm.name for arm in arms for seed in arm.seeds}
+    return table.assign(arm=table.run.map(own), across_share=table.attrs["across_share"])
 
 
 # --- controls -------------------------------------------------------------------------------------------------------
@@ -271,6 +293,7 @@ class Findings:
         trajectory: `Trajectory.table` of every arm, with a column `arm`.
         vrev: `layer, distance, reliability`, the share of the squared vector in its top dimensions, and the final
             alignment with and without those.
+        plane: `plane_of`'s columns: the checkpoints on the plane of v_rev and the first component of the rest.
         nulls: `compare`'s columns, for the unblocked runs on held-out prompts.
         damage: `measure_damage`'s columns.
         intervals: `bootstrap_alignment`'s columns, for the unblocked runs on held-out prompts.
@@ -287,6 +310,7 @@ class Findings:
 
     trajectory: pd.DataFrame
     vrev: pd.DataFrame
+    plane: pd.DataFrame
     nulls: pd.DataFrame
     controls: pd.DataFrame
     damage: pd.DataFrame
@@ -376,6 +400,7 @@ def _judge(
         **{key: one.table for key, one in results.items()},
         **{f"{key}_layer_mean": one.layer_mean for key, one in results.items()},
         "vrev": vrev_of(study, unblocked),
+        "plane": plane_of(study, unblocked),
         "controls": controls.merge(_final_closures(study, closed), on=["control", "run"], how="left"),
         "arms": arms,
         "behavior": behavior,

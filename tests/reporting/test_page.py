@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from planes import plane
-from test_report import MAIN, made_up, spread
+from test_report import MAIN, made_up, spread, trajectory_rows, write_explored
 
 from gravlens.plot.lines import plot_arms
 from gravlens.plot.plane import explore_residual_plane
@@ -49,6 +49,20 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arms.assign(**{f"one_more_measure_{i}": 1 / 3 for i in range(7)}).to_csv(folder / "arms.csv", index=False)
     save_figure(plot_arms(arms), folder / "figures" / "compliance_rate", formats=("svg",))
     save_figure(plot_arms(arms), folder / "figures" / "other", formats=("png",))
+    return write_report(folder)
+
+
+HOSTILE = """'"></script><script>document.title = "run"</script><img src=x onerror="document.title = 'run'">"""
+
+
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with heat maps of many steps and a plane, and an arm of a hostile name."""
+    folder = tmp_path_factory.mktemp("explored")
+    (folder / "results.json").write_text(json.dumps(made_up()))
+    write_explored(folder, HOSTILE)
+    rows = [trajectory_rows().assign(step=lambda table, by=by: table.step + by) for by in range(0, 800, 40)]
+    pd.concat([trajectory_rows(HOSTILE), *rows]).to_csv(folder / "trajectory.csv", index=False)
     return write_report(folder)
 
 
@@ -107,9 +121,12 @@ def open_all(page: Page) -> None:
     page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
 
 
-@pytest.mark.parametrize("size", [PHONE, (320, 640), DESKTOP])
-def test_nothing_scrolls_sideways(opened: Opened, report: Path, size: tuple[int, int]) -> None:
-    page = opened(report, size)
+@pytest.mark.parametrize("size", [PHONE, (390, 844), (320, 640), DESKTOP, (1400, 1000)])
+@pytest.mark.parametrize("name", ["report", "explored"])
+def test_nothing_scrolls_sideways(
+    opened: Opened, request: pytest.FixtureRequest, name: str, size: tuple[int, int]
+) -> None:
+    page = opened(request.getfixturevalue(name), size)
     open_all(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     beyond = """[...document.querySelectorAll('body *')].filter(one => !one.closest('.box')
@@ -127,12 +144,152 @@ def test_figures_are_there_at_a_readable_size(opened: Opened, report: Path) -> N
 
 def test_without_scripts_the_page_reads_the_same(opened: Opened, report: Path) -> None:
     page = opened(report, script=False)
-    assert page.locator("h2").all_inner_texts()[:2] == [MAIN, "Figures"]
+    heads = ["Figures", "Layer by step", "Residual plane", MAIN]
+    assert [text for text in page.locator("h2").all_inner_texts() if text in heads] == heads
     assert page.locator("#main tbody tr").count() > 10
 
 
+@pytest.mark.parametrize("size", [(390, 844), (1400, 1000)])
+def test_the_verdict_and_the_ladder_come_before_any_table(
+    opened: Opened, explored: Path, size: tuple[int, int]
+) -> None:
+    page = opened(explored, size)
+    tops = [
+        page.locator(one).first.bounding_box()["y"]
+        for one in (".verdict", ".ladder", "#layers", "#plane", "#main table", "#cite")
+    ]
+    assert tops == sorted(tops) and len(set(tops)) == len(tops)
+    first = page.locator("table").first.bounding_box()["y"]
+    assert tops[0] < size[1] / 2 and first > tops[1], "the sentence is on the first screen"
+
+
+# -- explorers ---------------------------------------------------------------------------------------------------------
+
+
+def told(page: Page, section: str) -> str:
+    return page.locator(f"#{section} output").inner_text()
+
+
+def test_pointing_at_a_cell_tells_its_values(opened: Opened, explored: Path) -> None:
+    page = opened(explored)
+    page.locator("[data-measure=alignment] [data-i]").nth(1).hover()
+    assert told(page, "layers") == "layer 2, step 20: alignment 0.720, fraction −0.500; long enough to judge"
+    page.locator("[data-measure=fraction] [data-i]").nth(0).hover()
+    assert told(page, "layers") == "layer 2, step 1: alignment 0.701, fraction −0.500; too short to judge"
+    steps = page.locator("[data-measure=alignment] tfoot th").count() - 1
+    page.locator("[data-measure=alignment] [data-i]").nth(2 * steps).hover()
+    assert told(page, "layers").endswith("p99 of isotropic 0.250")
+    page.locator("#plane circle").last.hover()
+    assert re.fullmatch(r"[ab], step \d+: along v_rev −?\d\.\d{3}, across −?\d\.\d{3}", told(page, "plane"))
+
+
+def test_a_tap_and_the_arrow_keys_tell_them_too(opened: Opened, explored: Path) -> None:
+    page = opened(explored, (390, 844))
+    cell = page.locator("[data-measure=alignment] [data-i]").nth(1)
+    cell.dispatch_event("pointerdown", {"clientX": (box := cell.bounding_box())["x"] + 5, "clientY": box["y"] + 5})
+    assert told(page, "layers").startswith("layer 2, step 20:")
+    page.locator("#maps").focus()
+    for key, says in (
+        ("ArrowDown", "layer 1, step 20:"),
+        ("ArrowLeft", "layer 1, step 1:"),
+        ("ArrowUp", "layer 2, step 1:"),
+    ):
+        page.keyboard.press(key)
+        assert told(page, "layers").startswith(says)
+    page.locator("#planes").focus()
+    page.keyboard.press("ArrowRight")
+    assert "along v_rev" in told(page, "plane")
+
+
+CELLS = """[...document.querySelectorAll("#maps [data-i]")].map(one =>
+    [one.textContent, one.title, [...one.classList].sort().join(" "), one.style.getPropertyValue("--x")])"""
+
+
+def test_a_choice_of_runs_changes_the_maps_and_back(opened: Opened, explored: Path) -> None:
+    """What the script writes for the first choice is what stands there without scripts."""
+    page = opened(explored)
+    before = page.evaluate(CELLS)
+    page.locator("#run").select_option("unblocked-1")
+    assert page.locator("[data-measure=alignment] [data-i]").nth(1).inner_text() == "1.22"
+    assert "alignment 1.220" in page.evaluate(CELLS)[1][1]
+    page.locator("#run").select_option("unblocked: mean of 2 runs")
+    assert page.evaluate(CELLS) == before
+    assert opened(explored, script=False).evaluate(CELLS) == before
+
+
+def test_the_colour_scale_is_symmetric_about_0(opened: Opened, explored: Path) -> None:
+    page = opened(explored)
+    ends = (
+        page.locator("[data-measure=fraction]")
+        .locator("xpath=ancestor::figure")
+        .locator(".ends span")
+        .all_inner_texts()
+    )
+    assert ends == ["−0.50", "0", "0.50"]
+    look = """[...document.querySelectorAll("[data-measure=fraction] [data-i]:not(.short)")].map(one => [
+        one.textContent, getComputedStyle(one).backgroundColor.match(/[\\d.]+/g).slice(-3).map(Number)])"""
+    for text, (red, _, blue) in page.evaluate(look):
+        assert blue - red > 0.1 if text.startswith("−") else red == blue, text
+
+
+def test_a_highlighted_arm_is_told(opened: Opened, explored: Path) -> None:
+    page = opened(explored)
+    hot = "[...new Set([...document.querySelectorAll('#planes .hot')].map(one => one.dataset.arm))]"
+    assert page.evaluate(hot) == ["unblocked"]
+    page.locator("#arm").select_option(HOSTILE)
+    assert page.evaluate(hot) == [HOSTILE] and page.locator("#hot").inner_text() == HOSTILE
+
+
+def test_a_hostile_name_does_not_run(opened: Opened, explored: Path) -> None:
+    page = opened(explored)
+    page.locator("#run").select_option(f"{HOSTILE}: mean of 2 runs")
+    page.locator("#planes").focus()
+    page.keyboard.press("ArrowRight")
+    open_all(page)
+    page.wait_for_timeout(200)
+    assert page.title() == "gravlens · made up" and page.locator("img").count() == 0
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_click_copies_or_else_selects(opened: Opened, explored: Path, allowed: bool) -> None:
+    page = opened(explored)
+    write = "async text => { window.copied = text; }" if allowed else "async () => { throw new Error('denied'); }"
+    page.evaluate(f"Object.defineProperty(navigator, 'clipboard', {{value: {{writeText: {write}}}}})")
+    button, text = page.locator("[data-copy=bibtex]"), page.locator("#bibtex").inner_text()
+    button.click()
+    page.wait_for_function("document.querySelector('[data-copy=bibtex]').textContent !== 'Copy'")
+    assert page.evaluate("getSelection().toString()").strip() == text.strip()
+    assert (page.evaluate("window.copied") == text) is allowed
+    assert button.inner_text() == ("Copied" if allowed else "Selected: press Ctrl+C")
+
+
+def test_without_scripts_the_maps_and_the_plane_stand_there_and_no_idle_button(opened: Opened, explored: Path) -> None:
+    page = opened(explored, script=False)
+    assert page.locator("[data-measure=alignment] [data-i]").nth(1).inner_text() == "0.72"
+    assert page.locator("#plane svg circle").count() == 3
+    for idle in (".pick", "[data-copy]"):
+        assert not any(one.is_visible() for one in page.locator(idle).all())
+
+
+def test_maps_and_planes_are_printed_whole(opened: Opened, explored: Path) -> None:
+    page = opened(explored, PAPER, scheme="dark")
+    page.emulate_media(media="print")
+    assert page.locator("#plane svg").is_visible() and not page.locator("#run").is_visible()
+    kept = "[...document.querySelectorAll('.heat, .plane, figure')].map(one => getComputedStyle(one).breakInside)"
+    assert set(page.evaluate(kept)) == {"avoid"}
+    assert page.evaluate("document.documentElement.scrollWidth") <= PAPER[0]
+
+
+def test_what_a_finger_hits_is_large(opened: Opened, explored: Path) -> None:
+    """44 CSS pixels, as the platforms' guidelines ask for."""
+    page = opened(explored, (390, 844))
+    heights = [one.bounding_box()["height"] for one in page.locator("select, [data-copy]").all()]
+    assert len(heights) == 4 and min(heights) >= 44
+
+
 CONTRASTS = """() => {
-  const channels = text => text.match(/[\\d.]+/g).map(Number);
+  // color-mix is computed to color(srgb …), from 0 to 1
+  const channels = text => text.match(/[\\d.]+/g).map(one => Number(one) * (text.startsWith("color(srgb") ? 255 : 1));
   const linear = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
   const luminance = ([r, g, b]) => [r, g, b].map(c => linear(c / 255))
     .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
@@ -150,6 +307,13 @@ CONTRASTS = """() => {
     return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), b, one.tagName];
   });
 }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_maps_are_legible(opened: Opened, explored: Path, scheme: str) -> None:
+    page = opened(explored, scheme=scheme)
+    found = [contrast for contrast in page.evaluate(CONTRASTS) if contrast[2] == "TD"]
+    assert len(found) > 100 and min(found)[0] >= 4.5, min(found)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -174,7 +338,10 @@ def test_a_figure_lies_on_a_light_card_in_the_dark(opened: Opened, report: Path)
 
 
 def column(page: Page, table: str, index: int) -> list[str]:
-    return [text.strip() for text in page.locator(f"{table} tbody td:nth-child({index + 1})").all_inner_texts()]
+    return [
+        text.split("\n")[0].strip()
+        for text in page.locator(f"{table} tbody td:nth-child({index + 1})").all_inner_texts()
+    ]
 
 
 def numbers(texts: list[str]) -> list[float]:

@@ -30,7 +30,7 @@ from gravlens.models.opening import load_tokenizer
 from gravlens.organisms.base import Organism
 from gravlens.stats.nulls import isotropic_quantile
 from gravlens.studies import experiment
-from gravlens.studies.audit import audit, spread, summarise
+from gravlens.studies.audit import audit, environment, spread, summarise
 from gravlens.studies.evidence import TOGETHER, Findings, final_rows, findings_of
 from gravlens.studies.study import Study
 
@@ -113,6 +113,31 @@ def spreads(table: Mapping[str, Any], names: set[str], runs: int) -> None:
         values = [value for value in one["runs"] if value is not None]
         assert one["mean"] == (pytest.approx(np.mean(values)) if values else None)
         assert one["sem"] == (pytest.approx(stats.sem(values)) if len(values) > 1 else None)
+
+
+def test_the_plane_shows_every_run_where_the_trajectory_has_it(each: Done) -> None:
+    """`along` is the fraction in trajectory.csv at the layer of the largest final alignment; the anchor is 0."""
+    table, followed = each.table("plane"), each.table("trajectory")
+    held_out = followed[(followed.prompts == "held_out") & followed.layer.isin(each.organism.layers_in_mean)]
+    unblocked = held_out[(held_out.arm == "unblocked") & (held_out.step == held_out.step.max())]
+    layer = unblocked.groupby("layer").alignment.mean().idxmax()
+    assert set(table.layer) == {layer} and 0 < table.across_share.unique().item() <= 1
+    rows = held_out[(held_out.layer == layer) & held_out.arm.isin(table.arm.dropna())].set_index(["arm", "run", "step"])
+    placed = table[table.kind == "run"].set_index(["arm", "run", "step"])
+    assert set(placed.index) == set(rows.index) and len(placed) == len(rows)
+    assert placed.along.to_numpy() == pytest.approx(rows.fraction.reindex(placed.index).to_numpy(), abs=1e-5)
+    starts = {arm.name: arm.start for arm in each.organism.arms}
+    assert set(table.arm.dropna()) == {name for name, start in starts.items() if start == "anchor"}
+    ends = table.set_index("checkpoint")
+    assert ends.loc["anchor", ["along", "across"]].tolist() == [0, 0]
+    assert not table.checkpoint.str.startswith("stranger").any()
+
+
+def test_the_command_is_told_where_there_was_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/local/bin/gravlens", "audit", "a b/SEQUENCE.toml", "--quick"])
+    assert environment(small.organism(), {})["command"] == "gravlens audit 'a b/SEQUENCE.toml' --quick"
+    monkeypatch.setattr("sys.argv", ["/opt/ipykernel_launcher.py", "-f", "/private/kernel.json"])
+    assert environment(small.organism(), {})["command"] is None, "that of another program"
 
 
 def test_v_rev_is_shown_with_and_without_its_largest_dimensions(organism: Done) -> None:
