@@ -56,7 +56,7 @@ def effect_lines(results: Mapping[str, Any]) -> Iterator[str]:
     """The five effects of the first claim, with intervals over their unit."""
     of = (results.get("claims") or [{}])[0].get("organism")
     found = {row["effect"]: row for row in results.get("effects") or [] if row["organism"] == of}
-    anchor = found.get("harm of the anchor")
+    anchor = (found.get("harm of the anchor") or {}).get("mean")  # None: harm was measured, and not of the anchor
     for effect, (name, share) in ROWS.items():
         row = found.get(effect)
         if row is None or row["mean"] is None:
@@ -68,7 +68,7 @@ def effect_lines(results: Mapping[str, Any]) -> Iterator[str]:
             low, high = (max(0.0, min(1.0, row[end])) if share else row[end] for end in ("low", "high"))
             span = f"95 %: {number(low, share)} to {number(high, share)}"
         count = f"{row['n']} {row['unit']}{'s' * (row['n'] != 1)}"
-        before = f"  (anchor {number(anchor['mean'], True)} %)" if anchor and effect == "harm" else ""
+        before = f"  (anchor {number(anchor, True)} %)" if anchor is not None and effect == "harm" else ""
         yield f"  {name:<20}{number(row['mean'], share) + (' %' if share else ''):<8}{span:<23}{count}{before}"
 
 
