@@ -1,7 +1,7 @@
 """Plots of results: matplotlib Axes out; only means over runs are computed here.
 
-Every function draws into `ax`, or into a new figure that pyplot never sees, and leaves rcParams alone. A notebook shows
-the returned Axes as a picture; `save_figure(ax, "name")` saves it for print.
+Every function draws into `ax`, or into a new figure, and leaves rcParams alone. A notebook shows the figure once, and
+so does `plt.show()` where pyplot was imported before; `save_figure(ax, "name")` saves it for print.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.container import Container
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from gravlens.core.errors import GravlensError, of_kind
-from gravlens.plot.style import BLUE, CYCLE, DASHES, GREY, LABELS, MARKERS, SHARES, STYLE, axes_of, change_of, words
+from gravlens.plot.style import BLUE, CYCLE, DASHES, GREY, LABELS, MARKERS, SHARES, axes_of, change_of, styled, words
 
 WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line crosses the text
 NOT_RUN: dict[str, Any] = {"va": "center", "color": GREY, "style": "italic", "bbox": WHITE_BOX}
@@ -48,7 +48,7 @@ class HasLayerMean(HasTable, Protocol):
         ...
 
 
-@rc_context(STYLE)
+@styled()
 def plot_alignment(
     table: pd.DataFrame | HasLayerMean,
     *,
@@ -83,7 +83,7 @@ def plot_alignment(
     return _legend(ax)
 
 
-@rc_context(STYLE)
+@styled()
 def plot_layers(
     table: pd.DataFrame | HasTable,
     *,
@@ -112,7 +112,7 @@ def plot_layers(
     return _legend(ax, columns=3)
 
 
-@rc_context(STYLE)
+@styled()
 def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Axes:
     """Plot each intervention's effect on the score: difference with 95 % interval, on the range of random directions.
 
@@ -127,7 +127,7 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
     return _legend(ax, side="right" if draw is _effect_by_condition else "left")
 
 
-@rc_context(STYLE)
+@styled()
 def plot_arms(
     table: pd.DataFrame,
     *,
@@ -328,7 +328,7 @@ SIZE = (6.4, 5.6)  # inches: many arms lie close to each other
 OFFSETS = ((3, 3), (-9, 3), (3, -8), (-9, -8), (8, 0), (-14, 0), (0, 7), (0, -12))
 
 
-@rc_context(STYLE)
+@styled()
 def plot_frontier(
     table: pd.DataFrame,
     *,

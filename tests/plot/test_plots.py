@@ -1,7 +1,5 @@
 """What was drawn: the data that each artist was handed, against means that the test takes itself; never pixels."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -324,17 +322,6 @@ def test_a_table_without_a_column_or_without_rows_says_so(plot, name: str, reque
         plot(table.drop(columns=first))
     with pytest.raises(GravlensError, match="no rows"):
         plot(table[:0])
-
-
-def test_pyplot_stays_unloaded() -> None:
-    code = """
-import sys, pandas
-from gravlens.plot.lines import plot_arms
-plot_arms(pandas.DataFrame({"arm": ["one"], "run": ["a"], "compliance_rate": [0.5]}))._repr_png_()
-print("matplotlib.pyplot" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_bad_input_names_what_would_do(
