@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gravlens.core.display import listed
 from gravlens.core.errors import GravlensError, check_layer
 from gravlens.directions.direction import Span, each
 from gravlens.interventions.edits import Intervention, check_intervention
@@ -18,6 +19,9 @@ class Firings:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers, self.counts = tuple(layers), [0] * len(layers)
+
+    def __repr__(self) -> str:
+        return f"Firings({listed(f'layer {layer}: {count}' for layer, count in self.per_layer.items())})"
 
     @property
     def per_layer(self) -> Counter[int]:
