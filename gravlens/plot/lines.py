@@ -80,7 +80,7 @@ def plot_alignment(
         _draw_nulls(ax, need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99")))
     _mark_steps(ax, rows["step"].unique())
     ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
-    return _legend(ax)
+    return legend(ax)
 
 
 @styled()
@@ -109,7 +109,7 @@ def plot_layers(
         _draw_layers(ax, rows[rows["step"] == at], value, label=f"step {at}", look=look)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # one layer alone would get fractional ticks
     ax.set(xlabel="layer" + _left_out(undefined), ylabel=LABELS.get(value, words(value)))
-    return _legend(ax, columns=3)
+    return legend(ax, columns=3)
 
 
 @styled()
@@ -124,7 +124,7 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
     draw = _effect_by_layer if table["layer"].nunique(dropna=False) > 1 else _effect_by_condition
     draw(ax, table, change_of(table.attrs.get("score", "the score")))
     ax.plot([], [], color=GREY, alpha=0.35, lw=6, label="random directions")
-    return _legend(ax, side="right" if draw is _effect_by_condition else "left")
+    return legend(ax, side="right" if draw is _effect_by_condition else "left")
 
 
 @styled()
@@ -148,11 +148,11 @@ def plot_arms(
         _draw_arm(ax, place, rows[measure].dropna())
     for (label, at), dash, colour in zip((reference or {}).items(), DASHES, CYCLE[1:], strict=False):
         ax.axvline(at, ls=dash, color=colour, lw=1, zorder=0.5, label=label)
-    _name_rows(ax, table["arm"].unique())
+    name_rows(ax, table["arm"].unique())
     if measure in SHARES:
         ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
     ax.set(xlabel=LABELS.get(measure, words(measure)), ylabel="arm")
-    return _legend(ax, side="right")
+    return legend(ax, side="right")
 
 
 def need(
@@ -290,7 +290,7 @@ def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:
     ax.hlines(places, table["random_low"], table["random_high"], color=GREY, alpha=0.35, lw=8)
     ax.hlines(places, table["low"], table["high"], color=BLUE)
     ax.plot(table["difference"], places, "o", color=BLUE, label="difference, 95 % interval")
-    _name_rows(ax, table["condition"])
+    name_rows(ax, table["condition"])
     ax.set(xlabel=score, ylabel="intervention")
 
 
@@ -306,7 +306,7 @@ def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
     ax.errorbar(center, place - 0.12, xerr=sem, color=BLUE, fmt="o", ms=5, capsize=2.5, label=mean)
 
 
-def _name_rows(ax: Axes, names: Iterable[Any]) -> None:
+def name_rows(ax: Axes, names: Iterable[Any]) -> None:
     """Rows are read from the top."""
     labels = [words(name) for name in names]
     ax.set_yticks(range(len(labels)), labels)
@@ -314,7 +314,7 @@ def _name_rows(ax: Axes, names: Iterable[Any]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def _legend(ax: Axes, *, columns: int = 2, side: str = "left") -> Axes:
+def legend(ax: Axes, *, columns: int = 2, side: str = "left") -> Axes:
     """Above the axes, where no line can pass behind it, means first; it has the room over the ticks or row names."""
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: not isinstance(handles[index], Container))

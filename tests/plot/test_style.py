@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from planes import plane
+from test_nulls_figure import followed, null
 
 import gravlens
 from gravlens.plot import lines as plots
@@ -74,6 +75,7 @@ EXAMPLES: dict[str, list[Callable[..., Axes]]] = {
     ],
     "plot_frontier": [lambda **at: gravlens.plot.plot_frontier(arms(), twins=["h"], **at)],
     "plot_residual_plane": [lambda **at: gravlens.plot.plot_residual_plane(plane(prompts=True), **at)],
+    "plot_nulls": [lambda **at: gravlens.plot.plot_nulls(followed(), [null(), null("sign_flips", of="mean")], **at)],
     "plot_heatmap": [lambda **at: gravlens.plot.plot_heatmap(grid(), **at)],
 }
 EVERY = pytest.mark.parametrize(
