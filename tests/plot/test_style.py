@@ -62,6 +62,9 @@ def grid() -> pd.DataFrame:
 EXAMPLES: dict[str, list[Callable[..., Axes]]] = {
     "plot_alignment": [
         lambda **at: gravlens.plot_alignment(layer_mean(), nulls=nulls(), **at),
+        lambda **at: gravlens.plot_alignment(
+            layer_mean(), kinds={"kind": ["a"], "another": ["b"]}, nulls=nulls(), **at
+        ),
         lambda **at: gravlens.plot_alignment(layer_mean().assign(fraction=0.5), value="fraction", **at),
     ],
     "plot_layers": [lambda **at: gravlens.plot.plot_layers(trajectory(), **at)],
