@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gravlens.activations.residuals import read_residuals, residuals_of_batch
 from gravlens.blockers.blocking import BoundBlocker, Draws, check_fields, without_dropout
-from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Direction, Directions, Spans, each
 from gravlens.history.encoding import encode, pad
@@ -67,7 +66,6 @@ class Penalty:
     batch: int | None = 8
     side: Side = "one"
     on_mean: bool = False
-    __repr__ = brief
 
     def __post_init__(self) -> None:
         check_fields(self, from_0=("margin", "strength"), from_1=("batch",))

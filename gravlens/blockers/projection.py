@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gravlens.blockers.blocking import BoundBlocker, Draws, check_fields, trained
 from gravlens.blockers.penalty import Movement
-from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Spans, each
 from gravlens.history.prompts import PromptSet
@@ -49,7 +48,6 @@ class UpdateProjection:
     batch: int | None = None
     tolerance: float = 5e-4
     iterations: int = 8
-    __repr__ = brief
 
     def __post_init__(self) -> None:
         check_fields(self, above_0=("tolerance",), from_1=("batch", "iterations"))

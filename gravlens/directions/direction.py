@@ -178,7 +178,7 @@ class Directions(_OfLayers["Direction"]):
         return xarray.Dataset({**vectors, **by_layer}, {"layer": list(self.layers)})
 
     def __repr__(self) -> str:
-        shown = self.directions[: html.MAX_ROWS]
+        shown = self.directions[: html.MAX_LISTED]
         rows = [
             f"  layer {v.layer}: distance {v.distance:.4g}, {html.cell(v.undefined or _reliable(v))}" for v in shown
         ]

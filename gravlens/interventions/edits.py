@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gravlens.activations.residuals import Residuals, check_states
-from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError, wrong_kind
 from gravlens.directions.direction import Direction, Directions, Span, Spans, Subspace, Subspaces, each, undefined_error
 from gravlens.models.forward import Positions, Reading, check_positions, current_reading
@@ -68,7 +67,6 @@ class Steer(_Along):
 
     directions: Direction | Directions
     strength: float = 1.0
-    __repr__ = brief
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,8 +85,6 @@ class Ablate(_Along):
         directions: one or several directions or subspaces, each ablated at its own layer; `everywhere` repeats one at
             all layers.
     """
-
-    __repr__ = brief
 
     def edit(self, hidden: States, direction: Span) -> States:
         return _put(hidden, direction, np.zeros(len(direction.basis)))
@@ -109,7 +105,6 @@ class Clamp(_Along):
 
     residuals: Residuals = field(repr=False)
     strength: float = 0.0
-    __repr__ = brief
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,7 +138,6 @@ class Patch(_Along):
     residuals: Residuals = field(repr=False)
     ids: Sequence[Sequence[int]] = field(repr=False)
     checkpoint: str = "anchor"
-    __repr__ = brief
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,7 +65,8 @@ def monster(hint: Any, model: Any, depth: int = 0) -> Any:
         return Path("/a/folder/of/models") / "checkpoint-20"
     if inspect.isclass(hint) and issubclass(hint, torch.nn.Module):
         return model
-    return np.ones((LAYERS, 500)) if "Float" in str(hint) or "ndarray" in str(hint) else object
+    one_axis = re.search(r"'\s*(layer|draw|prompt)\s*'", str(hint))  # of jaxtyping; more axes: a matrix
+    return np.ones(LAYERS if one_axis else (LAYERS, 500)) if "Float" in str(hint) or "ndarray" in str(hint) else object
 
 
 def filled(kind: type, model: Any, depth: int = 0) -> Any:
