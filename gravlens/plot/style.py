@@ -71,7 +71,8 @@ class PictureFigure(Figure):
     """A Figure in this style, whoever draws it and when: tick labels are made only as they are drawn."""
 
     def draw(self, renderer: Any) -> None:
-        with rc_context(STYLE):
+        # how fonts are embedded is for the whole file: a user's `savefig` would begin a PDF in one way, end in another
+        with rc_context({name: value for name, value in STYLE.items() if not name.startswith(("pdf.", "svg."))}):
             super().draw(renderer)
 
 

@@ -4,6 +4,8 @@ import gc
 import subprocess
 import sys
 import weakref
+from io import BytesIO
+from typing import Any
 
 import matplotlib as mpl
 import nbclient
@@ -81,19 +83,28 @@ def test_with_pyplot_loaded_a_figure_is_pyplot_s_until_it_is_closed() -> None:
     assert kept() is None
 
 
-def test_the_style_holds_when_the_figure_is_drawn_later() -> None:
-    """Tick labels that the first drawing makes take the size that holds then."""
-    with mpl.rc_context({"font.size": 31, "xtick.labelsize": 31, "ytick.labelsize": 31, "axes.labelsize": 31}):
+def pixels(rc: dict[str, Any]) -> bytes:
+    """A figure that is drawn while `rc` holds, after the plot has returned."""
+    figure: Any = drawn().figure
+    with mpl.rc_context(rc):
         before = dict(mpl.rcParams)
-        ax = drawn()
-        ax.set_xticks([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])
-        ax.figure.canvas.draw()
-        assert {tick.label1.get_size() for tick in ax.xaxis.get_major_ticks()} == {STYLE["xtick.labelsize"]}
+        figure.canvas.draw()
         assert dict(mpl.rcParams) == before
-        plain = pyplot.figure().add_subplot()
-        plain.set_xticks([0, 1])
-        plain.figure.canvas.draw()
-        assert {tick.label1.get_size() for tick in plain.xaxis.get_major_ticks()} == {31}, "the user's own"
+    return bytes(figure.canvas.buffer_rgba())
+
+
+def test_the_style_holds_when_the_figure_is_drawn_later() -> None:
+    hostile = {name: 31 for name, value in STYLE.items() if isinstance(value, int | float) and value > 1}
+    hostile.pop("pdf.fonttype")
+    assert pixels(hostile) == pixels({})
+
+
+def test_a_pdf_of_one_s_own_savefig_embeds_fonts_in_one_way() -> None:
+    file = BytesIO()
+    figure: Any = drawn().figure
+    with mpl.rc_context({"pdf.fonttype": 3}):
+        figure.savefig(file, format="pdf")
+    assert b"/Subtype /Type3" in file.getvalue() and b"/FontFile2" not in file.getvalue()
 
 
 SCRIPT = f"""
