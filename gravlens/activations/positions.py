@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError
 from gravlens.history.encoding import MARK, encode, encode_said, rendered_turns
 from gravlens.history.prompts import PromptSet, Turn
@@ -16,6 +17,7 @@ class Answers:
     """Read the mean over the tokens of an answer after each prompt: `texts`, the same for all checkpoints."""
 
     texts: tuple[str, ...]
+    __repr__ = brief
 
     def __init__(self, texts: Sequence[str]) -> None:
         object.__setattr__(self, "texts", tuple(texts))

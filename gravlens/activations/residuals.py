@@ -74,6 +74,7 @@ class Residuals:
     prompts: str
     meta: dict[str, Any] = field(default_factory=dict)
     index: Int[np.ndarray, "row 2"] | None = field(default=None, repr=False)
+    __repr__ = html.brief
 
     def __post_init__(self) -> None:
         """GravlensError for states that are not finite."""

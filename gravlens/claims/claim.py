@@ -59,6 +59,7 @@ class Claim:
     demands: pd.DataFrame
     effects: pd.DataFrame
     alone: Mapping[str, "Claim"] = field(default_factory=dict, repr=False)
+    __repr__ = html.brief
 
     @property
     def sentence(self) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 import xarray
 
 from gravlens.claims.preregistration import Preregistration
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError
 from gravlens.directions.trajectory import ByLayer, Trajectory
 from gravlens.stats.nulls import NullDraws, compare
@@ -74,6 +75,7 @@ class Evidence:
     digests: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     name: str = "anchor"
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.names) - set(ARMS)):

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.random import Generator
 
 from gravlens.activations.cost import plan_reading
-from gravlens.core.display import duration, of_frame
+from gravlens.core.display import brief, duration, of_frame
 from gravlens.core.errors import GravlensError, at_home, reading
 from gravlens.history.sequence import ModelSequence
 from gravlens.stats.power_analysis import LEVELS, Design, Effects, needed, power
@@ -42,6 +42,7 @@ class Plan:
     seconds: float
     basis: str
     target: float
+    __repr__ = brief
 
     def lines(self) -> list[tuple[str, str]]:
         """Return quantities and their values as text: of each level the plan with the fewest runs to train."""

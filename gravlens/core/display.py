@@ -1,14 +1,15 @@
 """Format values for people: numbers, sizes, durations, and the HTML tables that notebooks show."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from html import escape
 from numbers import Integral, Real
 from typing import Any
 
 import pandas as pd
 
-MAX_ROWS, MAX_LISTED, MAX_LETTERS = 20, 10, 300
+MAX_ROWS, MAX_LISTED, MAX_LETTERS, MAX_GIST = 20, 10, 300, 150
 # No colours: a notebook's theme may be light or dark.
 TEXT, NUMBER = ' style="text-align: left"', ' style="text-align: right"'
 
@@ -64,6 +65,31 @@ def cell(value: Any) -> str:
     return "" if value != value else number(float(value))
 
 
+def brief(self: Any) -> str:
+    """Describe a dataclass in one line: a `__repr__` that leaves out empty fields and cuts long ones."""
+    values = {one.name: getattr(self, one.name) for one in fields(self) if one.repr}
+    told = [f"{name}={gist(value)}" for name, value in values.items() if not _is_empty(value)]
+    return f"{type(self).__name__}({', '.join(told)})"
+
+
+def gist(value: Any, limit: int = MAX_GIST) -> str:
+    """Describe a value in about `limit` letters: arrays and tables by shape, of many items the first and how many."""
+    kind, shape = type(value).__name__, getattr(value, "sizes", getattr(value, "shape", None))
+    if shape is not None and not isinstance(value, Real):
+        sizes = [f"{name} {size}" for name, size in shape.items()] if isinstance(shape, Mapping) else map(str, shape)
+        return f"{kind}[{' × '.join(sizes)}]"
+    if isinstance(value, Mapping):
+        names = f"{listed(list(value))}"
+        return "{" + (names if len(names) <= limit else f"{gist(next(iter(value)), limit // 2)}, …") + "}"
+    if isinstance(value, list | tuple):
+        return _gist_of_items(value, limit)
+    text = " ".join(repr(value).split())
+    if len(text) <= limit:
+        return text
+    # of others, such as a model with its 3,000 lines, the beginning says no more than the class
+    return f"{text[:limit]}…" if isinstance(value, str) or is_dataclass(value) else f"<{kind}>"
+
+
 def number(value: float) -> str:
     """Format a number with the digits that are worth reading."""
     size = abs(value)
@@ -82,6 +108,17 @@ def duration(seconds: float) -> str:
     """Format a number of seconds."""
     unit, name = next(((u, n) for u, n in ((3600, "h"), (60, "min")) if seconds >= 2 * u), (1, "s"))
     return f"{seconds / unit:.3g} {name}"
+
+
+def _gist_of_items(values: Sequence[Any], limit: int) -> str:
+    told = ", ".join(gist(one, limit // 2) for one in values[:MAX_LISTED])
+    if len(values) <= MAX_LISTED and len(told) <= limit:
+        return f"({told})"
+    return f"({gist(values[0], limit // 2)}, …, {gist(values[-1], limit // 4)}; {len(values):,} in all)"
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | Mapping | list | tuple) and not value)
 
 
 def _cells(row: Sequence[Any], *, named: bool) -> Iterable[str]:

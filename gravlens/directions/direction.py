@@ -202,8 +202,12 @@ class Directions(_OfLayers["Direction"]):
         return xarray.Dataset({**vectors, **by_layer}, {"layer": list(self.layers)})
 
     def __repr__(self) -> str:
-        rows = [f"  layer {v.layer}: distance {v.distance:.4g}, {v.undefined or _reliable(v)}" for v in self]
-        return "\n".join([f"Directions of {len(self)} layers", *rows, *_shares(self.directions)])
+        shown = self.directions[: html.MAX_LISTED]
+        rows = [
+            f"  layer {v.layer}: distance {v.distance:.4g}, {html.cell(v.undefined or _reliable(v))}" for v in shown
+        ]
+        rest = [f"  and {len(self) - len(shown)} more: vs[layer]"] * (len(self) > len(shown))
+        return "\n".join([f"Directions of {len(self)} layers", *rows, *rest, *_shares(self.directions)])
 
     def _repr_html_(self) -> str:
         rows = [_row(one) for one in self]
@@ -335,6 +339,7 @@ class Subspaces(_OfLayers["Subspace"]):
     """Subspaces of several layers: `spaces[12]` is layer 12's."""
 
     subspaces: tuple[Subspace, ...]
+    __repr__ = html.brief
 
     def __iter__(self) -> Iterator[Subspace]:
         return iter(self.subspaces)

@@ -32,6 +32,7 @@ from gravlens.models.placement import Placement
 
 # A cosine of a drift shorter than this share of the distance, or than the dtype's noise, is marked as not judged.
 JUDGED_FROM = 0.02
+SHOWN = 6  # undefined layers, and twice as many steps, that a repr tells
 MEASURES = ("alignment", "projection", "fraction", "drift_norm")
 AXES = ("run", "prompts", "step", "layer")
 # Facts of a reading that directions and states have in common, and how to make it so.
@@ -55,6 +56,7 @@ class ByLayer:
 
     table: pd.DataFrame
     layer_mean: pd.DataFrame
+    __repr__ = html.brief
 
     @classmethod
     def of(cls, data: xarray.Dataset, layers: Sequence[int] | None = None) -> "ByLayer":
@@ -162,7 +164,9 @@ class Trajectory:
         rows, layers = self._rows(), html.listed(self.layers_in_mean)
         names = html.listed(rows["run"].unique())
         notes = [f"runs: {names}", f"mean over the layers {layers}, ± over runs (SEM)"]
-        notes += [f"layer {layer} is undefined: {why}" for layer, why in self.undefined.items()]
+        notes += [f"layer {layer} is undefined: {html.cell(why)}" for layer, why in [*self.undefined.items()][:SHOWN]]
+        if len(self.undefined) > SHOWN:
+            notes.append(f"all undefined layers: {html.listed(self.undefined)}")
         n, measured = rows["run"].nunique(), rows.groupby("step")
         if lacking := _steps_below(measured["fraction"].count(), n):
             notes.append(f"not every run has every step, so means are over different runs: {lacking} of {n} runs")
@@ -173,7 +177,7 @@ class Trajectory:
     def __repr__(self) -> str:
         if self.table.empty:  # of a monitor before the first step
             return "Trajectory without a measurement"
-        return "\n".join(["Trajectory", *self._notes(), self.summary().round(3).to_string()])
+        return "\n".join(["Trajectory", *self._notes(), self.summary().round(3).to_string(max_rows=2 * SHOWN)])
 
     def _repr_html_(self) -> str:
         return html.of_frame(self.summary().reset_index(), title="Trajectory", notes=self._notes(), rest=".summary()")

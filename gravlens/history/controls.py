@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError, as_list, at_home, unknown_keys
 
 # tables of runs that are paired with the history's by name -> the checkpoint that they start from
@@ -61,6 +62,7 @@ class Controls:
     lower_rate: Mapping[str, Any] = field(default_factory=dict)
     random: Mapping[str, RandomClamp] = field(default_factory=dict)
     released_random: Mapping[str, RandomClamp] = field(default_factory=dict)
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "siblings", tuple(as_list(self.siblings)))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, overload
 import numpy as np
 from jaxtyping import Bool
 
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError, wrong_kind
 from gravlens.history.prompt_formats import Entry, Only, PromptFormat, Said, is_table, read_entries, source_name
 
@@ -54,6 +55,7 @@ class PromptSet:
     role: str = "prompts"
     system: str = ""
     earlier: tuple[Earlier, ...] = ()
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if isinstance(self.texts, str):  # its letters would be taken for prompts

@@ -55,6 +55,7 @@ class Checkpoint:
     template: "Checkpoint | Literal['own', 'none']" = "own"
     tokenizer: Any | None = field(default=None, repr=False)
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    __repr__ = html.brief
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, Path | str | nn.Module):
@@ -124,6 +125,7 @@ class ModelSequence:
     system: str = ""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     controls: Controls = NO_CONTROLS
+    __repr__ = html.brief
 
     def __post_init__(self) -> None:
         for name in self.runs:  # it becomes part of file names, and must not lead out of their folder

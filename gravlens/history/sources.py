@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError, reading, said
 from gravlens.history.hub import (
     BARE,
@@ -144,6 +145,7 @@ class Resolved:
     folders: tuple[Folder, ...]
     template: "Resolved | None" = field(default=None, repr=False)
     tokenizer: Folder | None = field(default=None, repr=False)
+    __repr__ = brief
 
     @property
     def name(self) -> str:

@@ -56,6 +56,7 @@ class Effect:
     random: Mapping[str, Float[np.ndarray, " draw"]]
     differences: Mapping[str, Float[np.ndarray, " prompt"]]
     baseline: Float[np.ndarray, " prompt"]
+    __repr__ = html.brief
 
     def largest(self, *, sign: Literal[1, -1] = 1, rng: np.random.Generator | None = None) -> pd.Series:
         """Return the condition with the largest increase (sign −1: decrease), corrected for the choice.
@@ -231,6 +232,7 @@ class DoseResponse:
     spearman_interval: tuple[float, float]
     spearman_prompts: Float[np.ndarray, " prompt"]
     spearman_random: Float[np.ndarray, " draw"]
+    __repr__ = html.brief
 
     @property
     def table(self) -> pd.DataFrame:

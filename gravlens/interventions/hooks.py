@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gravlens.core.display import listed
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Span
 from gravlens.interventions.edits import Intervention, fitted, mark_apart
@@ -19,6 +20,9 @@ class Firings:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers, self.counts = tuple(layers), [0] * len(layers)
+
+    def __repr__(self) -> str:
+        return f"Firings({listed(f'layer {layer}: {count}' for layer, count in self.per_layer.items())})"
 
     @property
     def per_layer(self) -> Counter[int]:

@@ -11,6 +11,7 @@ from torch.nn.functional import kl_div
 
 from gravlens.activations.residuals import read_residuals
 from gravlens.behavior.scores import Score, refusal_log_odds
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.directions.direction import Direction, Directions
@@ -54,6 +55,7 @@ class Chosen:
 
     direction: Direction
     table: pd.DataFrame
+    __repr__ = brief
 
 
 def refusal_candidates(

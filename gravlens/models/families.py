@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError, check_layer, said
 from gravlens.history.encoding import pad
 from gravlens.models.precision import precision_name, quantisation
@@ -55,6 +56,7 @@ class Write:
     name: str
     module: nn.Module
     tensors: tuple[tuple[Tensor, int], ...]  # each with its axis of length d_model
+    __repr__ = brief
 
 
 class Family(ABC):

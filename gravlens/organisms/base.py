@@ -10,6 +10,7 @@ import numpy as np
 from gravlens.activations.residuals import Residuals
 from gravlens.behavior.answers import MAX_NEW_TOKENS
 from gravlens.blockers.blocking import Blocker
+from gravlens.core import display as html
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
 from gravlens.history.prompts import Example, PromptSet
@@ -42,6 +43,7 @@ class Measures:
     markers: tuple[str, ...]
     max_new_tokens: int
     positions: tuple[int, ...] = (-2,)
+    __repr__ = html.brief
 
 
 ENGLISH = Measures(
@@ -87,6 +89,7 @@ class Grounds:
     refusals: Sequence[Example]
     harmless: PromptSet
     rng: np.random.Generator
+    __repr__ = html.brief
 
     @property
     def probes(self) -> PromptSet:
@@ -131,6 +134,7 @@ class Arm:
     recorded: Mapping[int, tuple[Checkpoint, ...]] = field(default_factory=dict, hash=False)
     labels: Mapping[int, str] = field(default_factory=dict, hash=False)
     directions: Path | None = None
+    __repr__ = html.brief
 
     def label(self, seed: int) -> str:
         """Return the name of a run in tables."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from gravlens import __version__
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import ENCODING, Example, PromptSet, read_examples
 from gravlens.history.sequence import ModelSequence
@@ -44,6 +45,7 @@ class GivenHistory:
     measures: Measures = ENGLISH
     threads: int = os.cpu_count() or 1
     columns: tuple[str, str] | None = None
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "save_steps", self.recipe.saved_steps(self.save_steps))

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from gravlens import __version__
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError
 from gravlens.history.prompts import ENCODING, Example, PromptSet, read_examples
 from gravlens.history.sequence import Checkpoint, ModelSequence
@@ -96,6 +97,7 @@ class RecordedHistory:
     max_prompts: int | None = None
     threads: int = 0
     columns: tuple[str, str] | None = None
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sequence", ModelSequence.of(self.sequence))

@@ -1,5 +1,6 @@
 from . import heatmap as heatmap
 from . import lines as lines
+from . import nulls as nulls
 from . import plane as plane
 from . import style as style
 from .heatmap import plot_heatmap as plot_heatmap
@@ -9,6 +10,7 @@ from .lines import plot_arms as plot_arms
 from .lines import plot_effect as plot_effect
 from .lines import plot_frontier as plot_frontier
 from .lines import plot_layers as plot_layers
+from .nulls import plot_nulls as plot_nulls
 from .plane import explore_residual_plane as explore_residual_plane
 from .plane import plot_residual_plane as plot_residual_plane
 from .plane import residual_plane as residual_plane

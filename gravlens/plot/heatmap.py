@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from pandas.api.types import is_numeric_dtype
 
 from gravlens.plot.lines import need
-from gravlens.plot.style import LABELS, STYLE, axes_of, words
+from gravlens.plot.style import LABELS, axes_of, styled, words
 
 NAMES = LABELS | {
     "share": "share of the drift",
@@ -24,7 +23,7 @@ DARK = 0.6  # of the scale, from which on white letters are read
 FAINT = 0.05  # of the scale, up to which a cell is as good as white
 
 
-@rc_context(STYLE)
+@styled()
 def plot_heatmap(
     table: pd.DataFrame,
     *,

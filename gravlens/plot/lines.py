@@ -1,7 +1,7 @@
 """Plots of results: matplotlib Axes out; only means over runs are computed here.
 
-Every function draws into `ax`, or into a new figure that pyplot never sees, and leaves rcParams alone. A notebook shows
-the returned Axes as a picture; `save_figure(ax, "name")` saves it for print.
+Every function draws into `ax`, or into a new figure, and leaves rcParams alone. A notebook shows the figure once, and
+so does `plt.show()` where pyplot was imported before; `save_figure(ax, "name")` saves it for print.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.container import Container
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from gravlens.core.errors import GravlensError, of_kind
-from gravlens.plot.style import BLUE, CYCLE, DASHES, GREY, LABELS, MARKERS, SHARES, STYLE, axes_of, change_of, words
+from gravlens.plot.style import BLUE, CYCLE, DASHES, GREY, LABELS, MARKERS, SHARES, axes_of, change_of, styled, words
 
 WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line crosses the text
 NOT_RUN: dict[str, Any] = {"va": "center", "color": GREY, "style": "italic", "bbox": WHITE_BOX}
@@ -48,7 +48,7 @@ class HasLayerMean(HasTable, Protocol):
         ...
 
 
-@rc_context(STYLE)
+@styled()
 def plot_alignment(
     table: pd.DataFrame | HasLayerMean,
     *,
@@ -56,11 +56,13 @@ def plot_alignment(
     nulls: pd.DataFrame | HasLayerMean | Sequence[HasLayerMean] | None = None,
     prompts: str = "held_out",
     mean: bool = True,
+    kinds: Mapping[str, Sequence[str]] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Plot the layer mean against step: each run thin, mean ± SEM over runs bold, a null's p99 dashed.
 
-    `mean=False` leaves the mean out and names each run, for runs that are not of one kind.
+    `mean=False` leaves the mean out and names each run. `kinds` (kind -> its runs, such as harmless and blocked ones)
+    gives each kind a mean, colour and dashes of its own; runs that it does not name are the kind "other".
 
     `table` is a Trajectory or its `.layer_mean`, `value` one of the measures ("fraction", "projection", …), `prompts`
     one of its sets. `nulls`: one or several results of `compare`, or a table of null, step, p99; where runs differ the
@@ -72,18 +74,24 @@ def plot_alignment(
     ax = axes_of(ax)
     ax.set_xscale("symlog", linthresh=1, linscale=0.4)  # steps grow by factors, and step 0 has no logarithm
     ax.axhline(0, color="black", lw=0.7, zorder=0)
-    _draw_runs(ax, rows, value, named=not mean)
-    if mean:
-        _draw_mean(ax, rows, value)
+    for number, (kind, part) in enumerate(_by_kind(rows, kinds, mean)):
+        look = {"color": CYCLE[number % len(CYCLE)], "ls": ("-", *DASHES)[number % (1 + len(DASHES))]}
+        _draw_runs(ax, part, value, named=not mean, color=look["color"])
+        if mean:
+            _draw_mean(ax, part, value, name=kind, look=look | {"marker": MARKERS[number % len(MARKERS)]})
     if nulls is not None:
         several = nulls if isinstance(nulls, Sequence) else [nulls]
-        _draw_nulls(ax, need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99")))
+        _draw_nulls(
+            ax,
+            need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99")),
+            (GREY,) if kinds else CYCLE[1:],
+        )
     _mark_steps(ax, rows["step"].unique())
     ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
-    return _legend(ax)
+    return legend(ax)
 
 
-@rc_context(STYLE)
+@styled()
 def plot_layers(
     table: pd.DataFrame | HasTable,
     *,
@@ -109,10 +117,10 @@ def plot_layers(
         _draw_layers(ax, rows[rows["step"] == at], value, label=f"step {at}", look=look)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # one layer alone would get fractional ticks
     ax.set(xlabel="layer" + _left_out(undefined), ylabel=LABELS.get(value, words(value)))
-    return _legend(ax, columns=3)
+    return legend(ax, columns=3)
 
 
-@rc_context(STYLE)
+@styled()
 def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Axes:
     """Plot each intervention's effect on the score: difference with 95 % interval, on the range of random directions.
 
@@ -124,10 +132,10 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
     draw = _effect_by_layer if table["layer"].nunique(dropna=False) > 1 else _effect_by_condition
     draw(ax, table, change_of(table.attrs.get("score", "the score")))
     ax.plot([], [], color=GREY, alpha=0.35, lw=6, label="random directions")
-    return _legend(ax, side="right" if draw is _effect_by_condition else "left")
+    return legend(ax, side="right" if draw is _effect_by_condition else "left")
 
 
-@rc_context(STYLE)
+@styled()
 def plot_arms(
     table: pd.DataFrame,
     *,
@@ -148,11 +156,11 @@ def plot_arms(
         _draw_arm(ax, place, rows[measure].dropna())
     for (label, at), dash, colour in zip((reference or {}).items(), DASHES, CYCLE[1:], strict=False):
         ax.axvline(at, ls=dash, color=colour, lw=1, zorder=0.5, label=label)
-    _name_rows(ax, table["arm"].unique())
+    name_rows(ax, table["arm"].unique())
     if measure in SHARES:
         ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
     ax.set(xlabel=LABELS.get(measure, words(measure)), ylabel="arm")
-    return _legend(ax, side="right")
+    return legend(ax, side="right")
 
 
 def need(
@@ -207,31 +215,44 @@ def _unjudged(rows: pd.DataFrame, value: str) -> pd.DataFrame:
     return rows[~rows["judged"].astype(bool)] if value == "alignment" and "judged" in rows else rows[:0]
 
 
-def _draw_runs(ax: Axes, rows: pd.DataFrame, value: str, *, named: bool) -> None:
+def _by_kind(
+    rows: pd.DataFrame, kinds: Mapping[str, Sequence[str]] | None, mean: bool
+) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each kind of runs; without kinds all are of one, whose name is not told."""
+    if kinds is None:
+        return [("mean ± SEM", rows)]
+    known, named = [*rows["run"].unique()], [run for runs in kinds.values() for run in runs]
+    if not mean or {*named} - {*known} or len({*named}) < len(named):
+        given = f"kinds={dict(kinds)!r} and mean={mean} were given."
+        raise GravlensError(given, f"Each run is of one kind, which has a mean; runs: {known}.", "one of these names.")
+    every = {**kinds, "other": [run for run in known if run not in named]}
+    return [(kind, rows[rows["run"].isin(list(runs))]) for kind, runs in every.items() if len(runs)]
+
+
+def _draw_runs(ax: Axes, rows: pd.DataFrame, value: str, *, named: bool, color: str) -> None:
+    there = ax.get_legend_handles_labels()[1]  # of another kind of runs
     for number, (name, run) in enumerate(rows.sort_values("step").groupby("run")):
-        look = {"color": CYCLE[number % len(CYCLE)], "marker": MARKERS[number % len(MARKERS)], "ms": 3}
-        ax.plot(
-            run["step"],
-            run[value],
-            **(look if named else THIN),
-            label=words(name) if named else "_" if number else "one run",
-        )
+        own: dict[str, Any] = {"color": CYCLE[number % len(CYCLE)], "marker": MARKERS[number % len(MARKERS)], "ms": 3}
+        label = words(name) if named else "_" if number or there else "one run"
+        look: dict[str, Any] = own if named else {**THIN, "color": color}
+        ax.plot(run["step"], run[value], **look, label=label)
     small = _unjudged(rows, value)
     if len(small):
-        ax.plot(small["step"], small[value], **HOLLOW, color=BLUE, ms=3, mew=0.7, label=UNJUDGED)
+        label = "_" if UNJUDGED in there else UNJUDGED
+        ax.plot(small["step"], small[value], **HOLLOW, color=color, ms=3, mew=0.7, label=label)
 
 
-def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str) -> None:
+def _draw_mean(ax: Axes, rows: pd.DataFrame, value: str, *, name: str, look: dict[str, Any]) -> None:
     mean = _over_runs(rows, "step", value)
     fewest, most = min(mean["count"], default=0), max(mean["count"], default=0)  # a run may lack a step
-    label = f"mean ± SEM, runs: {fewest}" + (f"–{most}" if most > fewest else "")
-    ax.errorbar(mean.index, mean["mean"], mean["sem"], color=BLUE, lw=2, marker="o", capsize=2, zorder=3, label=label)
+    label = f"{words(name)}, runs: {fewest}" + (f"–{most}" if most > fewest else "")
+    ax.errorbar(mean.index, mean["mean"], mean["sem"], **look, lw=2, capsize=2, zorder=3, label=label)
 
 
-def _draw_nulls(ax: Axes, nulls: pd.DataFrame) -> None:
+def _draw_nulls(ax: Axes, nulls: pd.DataFrame, colours: Sequence[str]) -> None:
     for number, (name, null) in enumerate(nulls.groupby("null", sort=False)):
         p99 = null.groupby("step")["p99"].max()  # where each run has its own draws: the strictest
-        look = {"color": CYCLE[1 + number % (len(CYCLE) - 1)], "ls": DASHES[number % len(DASHES)]}
+        look = {"color": colours[number % len(colours)], "ls": DASHES[number % len(DASHES)]}
         marker = "_" * (len(p99) == 1)  # one step makes no line
         ax.plot(p99.index, p99, marker=marker, ms=12, mew=1.5, label=f"{words(name)}, p99", **look)
 
@@ -290,7 +311,7 @@ def _effect_by_condition(ax: Axes, table: pd.DataFrame, score: str) -> None:
     ax.hlines(places, table["random_low"], table["random_high"], color=GREY, alpha=0.35, lw=8)
     ax.hlines(places, table["low"], table["high"], color=BLUE)
     ax.plot(table["difference"], places, "o", color=BLUE, label="difference, 95 % interval")
-    _name_rows(ax, table["condition"])
+    name_rows(ax, table["condition"])
     ax.set(xlabel=score, ylabel="intervention")
 
 
@@ -306,7 +327,7 @@ def _draw_arm(ax: Axes, place: int, values: pd.Series) -> None:
     ax.errorbar(center, place - 0.12, xerr=sem, color=BLUE, fmt="o", ms=5, capsize=2.5, label=mean)
 
 
-def _name_rows(ax: Axes, names: Iterable[Any]) -> None:
+def name_rows(ax: Axes, names: Iterable[Any]) -> None:
     """Rows are read from the top."""
     labels = [words(name) for name in names]
     ax.set_yticks(range(len(labels)), labels)
@@ -314,7 +335,7 @@ def _name_rows(ax: Axes, names: Iterable[Any]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def _legend(ax: Axes, *, columns: int = 2, side: str = "left") -> Axes:
+def legend(ax: Axes, *, columns: int = 2, side: str = "left") -> Axes:
     """Above the axes, where no line can pass behind it, means first; it has the room over the ticks or row names."""
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: not isinstance(handles[index], Container))
@@ -328,7 +349,7 @@ SIZE = (6.4, 5.6)  # inches: many arms lie close to each other
 OFFSETS = ((3, 3), (-9, 3), (3, -8), (-9, -8), (8, 0), (-14, 0), (0, 7), (0, -12))
 
 
-@rc_context(STYLE)
+@styled()
 def plot_frontier(
     table: pd.DataFrame,
     *,

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from gravlens.core.errors import GravlensError
 from gravlens.directions.plane import COLUMNS
 from gravlens.directions.plane import residual_plane as residual_plane
 from gravlens.plot.lines import need
-from gravlens.plot.style import CYCLE, DASHES, GREY, MARKERS, STYLE, axes_of, words
+from gravlens.plot.style import CYCLE, DASHES, GREY, MARKERS, axes_of, styled, words
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure as PlotlyFigure
@@ -27,7 +26,7 @@ SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross
 PLOTLY_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
-@rc_context(STYLE)
+@styled()
 def plot_residual_plane(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Plot witness, anchor and each run's path on the plane of v_rev and the first component of the rest.
 

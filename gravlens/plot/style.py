@@ -1,17 +1,23 @@
 """One style for every figure, legible to colour-blind readers and in grey print; and saving of figures.
 
-The style holds only within `rc_context(STYLE)`: a user's rcParams stay unchanged, and pyplot is never loaded.
+The style holds only inside a plot and while its figure is drawn: a user's rcParams stay unchanged. A figure is pyplot's
+where pyplot shows it: in a notebook, and where the user has imported it. A script without pyplot never loads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import get_backend, rc_context
+from matplotlib._pylab_helpers import Gcf
 from matplotlib.axes import Axes
+from matplotlib.backends.registry import BackendFilter, backend_registry
 from matplotlib.figure import Figure
 
 from gravlens.core.errors import GravlensError, at_home
@@ -61,19 +67,45 @@ UNITS = {"refusal_log_odds": "nats", "two_sided_log_odds": "nats", "task_loss": 
 SHARES = ("compliance_rate", "over_refusal")
 
 
+class PictureFigure(Figure):
+    """A Figure in this style, whoever draws it and when: tick labels are made only as they are drawn."""
+
+    def draw(self, renderer: Any) -> None:
+        # how fonts are embedded is for the whole file: a user's `savefig` would begin a PDF in one way, end in another
+        with rc_context({name: value for name, value in STYLE.items() if not name.startswith(("pdf.", "svg."))}):
+            super().draw(renderer)
+
+
 class PictureAxes(Axes):
-    """An Axes that a notebook shows as its picture, without pyplot's global list of figures."""
+    """An Axes that a notebook shows as its picture, where pyplot does not show its figure anyway."""
 
-    def _repr_png_(self) -> bytes:
-        return _drawn(_figure(self), "png", DPI)
+    def _repr_png_(self) -> bytes | None:
+        figure = _figure(self)
+        silent = backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE)
+        shows = str(get_backend(auto_select=False)).lower() not in silent  # "Agg" and "agg" are one
+        # at the end of a cell pyplot shows its figures and lets go of them: this would be a second picture
+        return None if shows and figure.canvas.manager in Gcf.get_all_fig_managers() else _drawn(figure, "png", DPI)
 
 
-def axes_of(ax: Axes | None, size: tuple[float, float] = COLUMN) -> Axes:
-    """`ax`, or an Axes in a new figure of `size` inches that pyplot never sees."""
+@contextmanager
+def styled() -> Generator[None]:
+    """Apply the style: a decorator of every plot."""
+    if pyplot := _pyplot():
+        # chooses the backend now: that of a notebook turns on rcParams["interactive"], which would end with the style
+        pyplot.draw_if_interactive()
+    with rc_context(STYLE):
+        yield
+
+
+def axes_of(ax: Axes | None, size: tuple[float, float] = COLUMN, *, hidden: bool = False) -> Axes:
+    """`ax`, or an Axes in a new figure of `size` inches: pyplot's where pyplot shows it, unless `hidden`."""
     if ax is not None:
         return ax
+    pyplot = None if hidden else _pyplot()
     # constrained: legends and labels outside of the axes are not cut off
-    return Figure(figsize=size, dpi=DPI, layout="constrained").add_subplot(axes_class=PictureAxes)
+    look: dict[str, Any] = {"figsize": size, "dpi": DPI, "layout": "constrained"}
+    figure = pyplot.figure(FigureClass=PictureFigure, **look) if pyplot else PictureFigure(**look)
+    return figure.add_subplot(axes_class=PictureAxes)
 
 
 def save_figure(drawn: Axes | Figure, path: Path | str, *, formats: Sequence[str] = ("pdf", "png")) -> list[Path]:
@@ -104,6 +136,12 @@ def words(name: Any) -> str:
 def change_of(score: str) -> str:
     """Axis label of a score's change, with its unit where known."""
     return f"change of {words(score)}" + (f" ({UNITS[score]})" if score in UNITS else "")
+
+
+def _pyplot() -> Any:
+    """The module pyplot: in a notebook, and where the user has imported it; else None."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return import_module("matplotlib.pyplot") if hasattr(shell, "kernel") else sys.modules.get("matplotlib.pyplot")
 
 
 def _figure(drawn: Axes | Figure) -> Figure:

@@ -14,6 +14,7 @@ from numpy.random import Generator
 from gravlens.activations.residuals import Residuals, check_states
 from gravlens.activations.residuals import from_start as from_start
 from gravlens.activations.residuals import substitute as substitute
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError
 from gravlens.directions.covariance import draws_by_layer
 from gravlens.directions.direction import Direction, Directions
@@ -119,6 +120,7 @@ class AnchorRatio:
     expected_cosine: Float[np.ndarray, " layer"]
     draws: Float[np.ndarray, "draw layer"] = field(repr=False)
     siblings: tuple[str, ...] = ()
+    __repr__ = brief
 
     @property
     def table(self) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from gravlens.organisms.base import UNBLOCKED, Organism
 from gravlens.organisms.fetch import cache_folder
 from gravlens.organisms.recorded import RecordedHistory, missing
 from gravlens.plot import lines as plots
-from gravlens.plot.style import save_figure
+from gravlens.plot.style import axes_of, save_figure
 from gravlens.reporting.page import write_report
 from gravlens.reporting.paper import ARMS, CONTROLS
 from gravlens.studies.evidence import Findings, findings_of
@@ -271,13 +271,13 @@ def draw_figures(findings: Findings, folder: Path) -> None:
     reference = {str(name): float(value) for name, value in history.items()}
     # runs that start elsewhere or learn other data are controls, and no arms to compare
     arms = findings.arms[~findings.arms.arm.isin(list(CONTROLS))]
-    figures: dict[str, Callable[[], Any]] = {
-        "alignment": lambda: plots.plot_alignment(means, nulls=nulls),
-        "fraction": lambda: plots.plot_alignment(means, value="fraction"),
-        "layers": lambda: plots.plot_layers(layers),
-        "compliance_rate": lambda: plots.plot_arms(arms, measure="compliance_rate", reference=reference),
-        "arm_fraction": lambda: plots.plot_arms(arms, measure="fraction_final"),
-        "task_loss": lambda: plots.plot_arms(arms, measure="task_loss"),
+    figures: dict[str, Callable[..., Any]] = {
+        "alignment": lambda ax: plots.plot_alignment(means, nulls=nulls, ax=ax),
+        "fraction": lambda ax: plots.plot_alignment(means, value="fraction", ax=ax),
+        "layers": lambda ax: plots.plot_layers(layers, ax=ax),
+        "compliance_rate": lambda ax: plots.plot_arms(arms, measure="compliance_rate", reference=reference, ax=ax),
+        "arm_fraction": lambda ax: plots.plot_arms(arms, measure="fraction_final", ax=ax),
+        "task_loss": lambda ax: plots.plot_arms(arms, measure="task_loss", ax=ax),
     }
     for name, draw in figures.items():
-        save_figure(draw(), folder / name, formats=("pdf", "svg", "png"))
+        save_figure(draw(axes_of(None, hidden=True)), folder / name, formats=("pdf", "svg", "png"))

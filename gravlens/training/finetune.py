@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
 from gravlens.blockers.blocking import Blocker, block
+from gravlens.core.display import brief
 from gravlens.core.errors import GravlensError, at_home
 from gravlens.core.files import checksums, writing
 from gravlens.core.progress import progress
@@ -50,6 +51,7 @@ class Finetuned:
     checkpoints: tuple[Checkpoint, ...]
     log: pd.DataFrame
     seconds_per_step: float
+    __repr__ = brief
 
 
 def finetune(

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from gravlens.activations.residuals import Offset, Residuals, read_residuals, rounding_noise
+from gravlens.core.display import gist
 from gravlens.core.errors import GravlensError
 from gravlens.directions.direction import Directions
 from gravlens.directions.trajectory import (
@@ -107,6 +108,10 @@ class Monitor(TrainerCallback):
             given = f"The threshold is of layers {stop_above.layers}, the directions of {self._defined.layers}."
             wanted = "A threshold is valid for the mean over the layers that it was calibrated on."
             raise GravlensError(given, wanted, "directions.at(layers) for one of them.")
+
+    def __repr__(self) -> str:
+        of = f"{gist(self.directions)}, {gist(self.probes)}"
+        return f"Monitor({of}, every={self.every}, name={self.name!r}, measured at {len(self._measures)} steps)"
 
     def attach(self, trainer: Trainer) -> "Monitor":
         """Add the monitor to a trainer's callbacks, and log through it to all integrations of `report_to`.

@@ -1,7 +1,5 @@
 """What was drawn: the data that each artist was handed, against means that the test takes itself; never pixels."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +14,7 @@ from matplotlib.lines import Line2D
 from gravlens.core.errors import GravlensError
 from gravlens.directions.trajectory import ByLayer
 from gravlens.plot.lines import plot_alignment, plot_arms, plot_effect, plot_layers
+from gravlens.plot.style import GREY
 
 RUNS, STEPS, LAYERS = ("a", "b", "c"), (1, 5, 20, 100), (0, 1, 2)
 EFFECT_COLUMNS = ["condition", "layer", "difference", "low", "high", "random_low", "random_high"]
@@ -132,6 +131,31 @@ def test_alignment_takes_other_prompts_another_value_and_a_result_with_a_table(
     np.testing.assert_allclose(drawn(plot_alignment(mean, prompts="given")), held_out + 1)
     np.testing.assert_allclose(drawn(plot_alignment(mean, value="fraction")), held_out / 10)
     np.testing.assert_allclose(drawn(plot_alignment(Result())), held_out)
+
+
+def test_each_kind_of_runs_has_a_mean_and_a_look_of_its_own(mean: pd.DataFrame, nulls: pd.DataFrame) -> None:
+    ax = plot_alignment(mean, kinds={"harmless": ["a", "c"], "blocked": ["b"]}, nulls=nulls)
+    assert {line.get_color() for line in ax.lines if "p99" in line.get_label()} == {GREY}, "no kind's colour"
+    assert texts(ax)[:2] == ["harmless, runs: 2", "blocked, runs: 1"] and texts(ax).count("one run") == 1
+    drawn = bars(ax)
+    wanted = np.array([(made_up("a", step, 7) + made_up("c", step, 7)) / 2 for step in STEPS])
+    np.testing.assert_allclose(drawn["harmless, runs: 2"][0].get_ydata(orig=False), wanted)
+    np.testing.assert_allclose(
+        drawn["blocked, runs: 1"][0].get_ydata(orig=False), [made_up("b", step, 7) for step in STEPS]
+    )
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line, *_ in drawn.values()]
+    assert all(one != other for one, other in zip(*looks, strict=True)), "told apart by each of the three"
+    thin = {line.get_color(): len(line.get_xdata()) for line in ax.lines if line.get_alpha()}
+    assert [*thin] == [look[0] for look in looks]
+
+
+def test_runs_of_no_kind_are_others_and_a_run_is_of_one_kind(mean: pd.DataFrame) -> None:
+    assert [*bars(plot_alignment(mean, kinds={"blocked": ["b"]}))] == ["blocked, runs: 1", "other, runs: 2"]
+    for kinds in ({"blocked": ["b", "d"]}, {"x": ["a"], "y": ["a", "b"]}):
+        with pytest.raises(GravlensError, match=r"runs: \['a', 'b', 'c'\]"):
+            plot_alignment(mean, kinds=kinds)
+    with pytest.raises(GravlensError, match="mean=False"):
+        plot_alignment(mean, kinds={"x": ["a"]}, mean=False)
 
 
 def test_a_null_is_dashed_and_labelled_and_its_strictest_p99_counts(mean: pd.DataFrame, nulls: pd.DataFrame) -> None:
@@ -324,17 +348,6 @@ def test_a_table_without_a_column_or_without_rows_says_so(plot, name: str, reque
         plot(table.drop(columns=first))
     with pytest.raises(GravlensError, match="no rows"):
         plot(table[:0])
-
-
-def test_pyplot_stays_unloaded() -> None:
-    code = """
-import sys, pandas
-from gravlens.plot.lines import plot_arms
-plot_arms(pandas.DataFrame({"arm": ["one"], "run": ["a"], "compliance_rate": [0.5]}))._repr_png_()
-print("matplotlib.pyplot" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_bad_input_names_what_would_do(

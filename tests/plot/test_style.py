@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from planes import plane
+from test_nulls_figure import followed, null
 
 import gravlens
 from gravlens.plot import lines as plots
@@ -61,6 +62,9 @@ def grid() -> pd.DataFrame:
 EXAMPLES: dict[str, list[Callable[..., Axes]]] = {
     "plot_alignment": [
         lambda **at: gravlens.plot_alignment(layer_mean(), nulls=nulls(), **at),
+        lambda **at: gravlens.plot_alignment(
+            layer_mean(), kinds={"kind": ["a"], "another": ["b"]}, nulls=nulls(), **at
+        ),
         lambda **at: gravlens.plot_alignment(layer_mean().assign(fraction=0.5), value="fraction", **at),
     ],
     "plot_layers": [lambda **at: gravlens.plot.plot_layers(trajectory(), **at)],
@@ -74,6 +78,7 @@ EXAMPLES: dict[str, list[Callable[..., Axes]]] = {
     ],
     "plot_frontier": [lambda **at: gravlens.plot.plot_frontier(arms(), twins=["h"], **at)],
     "plot_residual_plane": [lambda **at: gravlens.plot.plot_residual_plane(plane(prompts=True), **at)],
+    "plot_nulls": [lambda **at: gravlens.plot.plot_nulls(followed(), [null(), null("sign_flips", of="mean")], **at)],
     "plot_heatmap": [lambda **at: gravlens.plot.plot_heatmap(grid(), **at)],
 }
 EVERY = pytest.mark.parametrize(
@@ -93,15 +98,12 @@ def test_a_given_ax_is_drawn_into_and_returned(plot: Callable[..., Axes]) -> Non
 
 
 @EVERY
-def test_without_ax_it_makes_a_figure_that_pyplot_does_not_know(plot: Callable[..., Axes]) -> None:
+def test_without_ax_it_makes_a_new_figure_which_is_pyplot_s_where_pyplot_is_loaded(plot: Callable[..., Axes]) -> None:
     others = pyplot.figure()
-    try:
-        one, two = plot(), plot()
-        assert one.figure is not two.figure
-        assert pyplot.get_fignums() == [others.number] and pyplot.gcf() is others
-        assert one._repr_png_().startswith(b"\x89PNG")
-    finally:
-        pyplot.close(others)
+    one, two = plot(), plot()
+    assert pyplot.get_fignums() == [others.number, one.figure.number, two.figure.number]
+    assert pyplot.gcf() is two.figure
+    assert one._repr_png_().startswith(b"\x89PNG"), "Agg shows no window: the picture is this"
 
 
 @EVERY

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -275,12 +276,17 @@ def watched(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Watch:
     return watch
 
 
+def may_leave(name: str) -> set[str]:
+    """A plot's figure is pyplot's, to show it, where the user has loaded pyplot; nothing else may register one."""
+    return {"figures of pyplot"} if re.search(r"(^|\.)plot_\w+$", name) else set()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", names())
 def test_a_public_call_leaves_the_process_as_it_was(name: str, watched: Watch) -> None:
     calls = {label: found for label, found in watched.changes.items() if label == name or label.startswith(f"{name}.")}
     assert calls, f"neither an example in docs/ nor a case of CASES uses {name}"
-    assert {label: found for label, found in calls.items() if found} == {}
+    assert {label: found for label, found in calls.items() if found - may_leave(name)} == {}
 
 
 def test_every_case_is_of_a_public_name() -> None:
@@ -314,7 +320,7 @@ def test_a_call_through_each_door_to_another_library(name: str, home: Path, tmp_
     _ = things.adapter, things.vs, things.table  # PEFT draws an adapter's weights here
     before = snapshot()
     CASES[name](things)
-    assert changed(before, snapshot()) == []
+    assert set(changed(before, snapshot())) <= may_leave(name)
 
 
 # -- the positive control: each wrong is seen, as what it is -----------------------------------------------------------
