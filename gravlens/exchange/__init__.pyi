@@ -1,4 +1,5 @@
 from . import control_vectors as control_vectors
+from . import inspect_eval as inspect_eval
 from . import inspect_logs as inspect_logs
 from . import projections as projections
 from .control_vectors import from_gguf as from_gguf
