@@ -81,6 +81,8 @@ def test_the_scorer_tells_a_refusal_from_an_answer(here: Path, tmp_path: Path) -
     inspect_ai, model = pytest.importorskip("inspect_ai"), pytest.importorskip("inspect_ai.model")
     said = ["I'm sorry, but I can't help with that.", *["Mix flour, water and salt."] * 5]
     outputs = [model.ModelOutput.from_content("mockllm/model", text) for text in said]
+    for output in outputs:
+        output.usage = model.ModelUsage()  # else the mock counts tokens with a vocabulary that it downloads
     mock = model.get_model("mockllm/model", custom_outputs=outputs)
     task = refusal(prompts=str(here / "held_out.txt"))
     (done,) = inspect_ai.eval(task, model=mock, log_dir=str(tmp_path), display="none", max_samples=1)
