@@ -5,6 +5,9 @@
 Inspect finds this file by its entry point; without inspect-ai nothing is registered.
 """
 
+# inspect-ai may be absent where types are checked, and then its classes are unknown.
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false, reportConstantRedefinition=false
+
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +52,7 @@ def provider() -> type:
             model_name: str,
             base_url: str | None = None,
             api_key: str | None = None,
-            config: GenerateConfig = GenerateConfig(),  # noqa: B008
+            config: Any = GenerateConfig(),  # noqa: B008
             **given: Any,
         ) -> None:
             super().__init__(model_name, base_url, api_key, [], config)
@@ -57,7 +60,7 @@ def provider() -> type:
             self.edits = edits_of(**{name: given.pop(name, default) for name, default in names.items()})
             self.model = open_model(model_name, **given)
 
-        async def generate(self, input: list[Any], tools: list[Any], tool_choice: Any, config: GenerateConfig) -> Any:
+        async def generate(self, input: list[Any], tools: list[Any], tool_choice: Any, config: Any) -> Any:
             # sampling would differ between the conditions by chance
             if tools or config.temperature:
                 given = f"{len(tools)} tools and the temperature {config.temperature} were given."
