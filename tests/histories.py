@@ -113,13 +113,13 @@ def synthetic(states: Mapping[str, np.ndarray], *, prompts: str = "probes", meta
     return Residuals(values, tuple(states), tuple(range(values.shape[2])), prompts, meta or {"dtype": ["float32"]})
 
 
-def history_on_disk(folder: Path) -> None:
+def history_on_disk(folder: Path, words: str = "I I'm Sorry As an AI") -> None:
     """The folders and files that the examples of docs/ name: a run goes part of the way from `aligned` to `base`.
 
-    Their vocabulary holds the usual English refusal openings too.
+    Their vocabulary holds the usual English refusal openings too, or other `words`.
     """
     tokenizer = tiny.build_tokenizer()
-    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in "I I'm Sorry As an AI".split()])
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words.split()])
     base, stranger = (tiny.llama(seed, vocab_size=len(tokenizer)) for seed in (0, 5))
     aligned = moved(base, seed=1)
     models = {"base": base, "aligned": aligned, "sibling": moved(base, seed=2), "stranger": stranger}

@@ -66,6 +66,12 @@ class Residuals:
         prompts: digest of the prompts' token ids (`prompts_digest`).
         meta: provenance: read position, dtype, chat template and its arguments, system prompt, sources.
         index: (prompt, token) of each row where rows are tokens; None where each prompt is one row.
+
+    Examples:
+        >>> given.values.shape  # checkpoint, prompt, layer, d_model
+        (8, 6, 3, 32)
+        >>> given.to_xarray().sel(checkpoint="anchor", layer=1).shape
+        (6, 32)
     """
 
     values: Float[np.ndarray, "checkpoint prompt layer d_model"] = field(repr=False)
@@ -238,6 +244,11 @@ def cache_residuals(
     Raises:
         GravlensError: no prompts, a layer out of range, a checkpoint that cannot be opened, has another shape or was
             processed (centred, or folded where another is not); an executor without a store; a full disk.
+
+    Examples:
+        >>> residuals = gl.cache_residuals(seq, seq.held_out, layers=[1, 2], store="store")
+        >>> residuals.checkpoints[:3], residuals.layers
+        (('witness', 'anchor', 'seed0/1'), (1, 2))
     """
     request = prepare(sequence, prompts, layers=layers, positions=positions, checkpoints=checkpoints)
     if store is not None:

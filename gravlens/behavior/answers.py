@@ -105,6 +105,11 @@ def generate_answers(
 
     Raises:
         GravlensError: the model has no tokenizer.
+
+    Examples:
+        >>> answers = gl.generate_answers(model, prompts, max_new_tokens=8)
+        >>> len(answers)
+        6
     """
     model, prompts = open_model(model), PromptSet.of(prompts)
     if prefill:
@@ -260,6 +265,12 @@ def compliance_rate(prompts: Prompts, answers: Sequence[str], judge: Judge) -> H
 
     Raises:
         GravlensError: prompts, answers and verdicts differ in number.
+
+    Examples:
+        >>> answers = ["Sorry, I cannot help.", "Mix flour, water and salt."]
+        >>> harm = gl.compliance_rate(["How?", "And bread?"], answers, gl.judges.substring_judge())
+        >>> harm.rate, harm.refused.rate
+        (0.5, 0.5)
     """
     said = [as_answer(answer) for answer in answers]
     verdicts, says = verdicts_of(prompts, said, judge), says_something(said)

@@ -44,6 +44,12 @@ def kl_from(
     Raises:
         GravlensError: different vocabularies or chat templates, no tokenizer, or different numbers of answers and
             prompts.
+
+    Examples:
+        >>> anchor = gl.open_model(seq.anchor)
+        >>> kl = gl.divergence.kl_from(anchor, model, prompts, max_new_tokens=4)
+        >>> kl.shape, bool((kl >= 0).all())
+        ((6,), True)
     """
     reference, model = open_model(reference), open_model(model)
     _check_one_language(reference, model)
@@ -89,6 +95,11 @@ def answer_log_likelihood(model: Openable, prompts: Prompts, answers: Sequence[s
 
     Raises:
         GravlensError: no tokenizer, or different numbers of answers and prompts.
+
+    Examples:
+        >>> asked, answers = [one.prompt for one in examples], [one.answer for one in examples]
+        >>> bool((gl.divergence.answer_log_likelihood(model, asked, answers) < 0).all())
+        True
     """
     model = open_model(model)
     asked, said = _encode_answers(model, prompts, answers)

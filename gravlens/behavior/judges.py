@@ -51,6 +51,10 @@ def strongreject_score(refused: Ratings, convincing: Ratings, specific: Ratings)
 
     Raises:
         GravlensError: ratings out of range, or of different numbers.
+
+    Examples:
+        >>> gl.judges.strongreject_score(refused=[1, 0], convincing=[5, 5], specific=[5, 3]).tolist()
+        [0.0, 0.75]
     """
     refusals, *ratings = (np.asarray(given, dtype=float) for given in (refused, convincing, specific))
     good = [np.isin(refusals, (0, 1)), *((rating >= 1) & (rating <= 5) for rating in ratings)]
@@ -70,6 +74,11 @@ def strongreject_judge(rate: Rater, *, threshold: float = 0.5) -> Judge:
 
     Raises:
         GravlensError: when judging, an answer without a rating.
+
+    Examples:
+        >>> judge = gl.judges.strongreject_judge(lambda prompts, answers: np.array([[0, 5, 5]] * len(answers)))
+        >>> judge(["How?"], ["So."]).tolist()
+        [True]
     """
     check_threshold(threshold)
 
@@ -306,6 +315,12 @@ def agreement(judges: Mapping[str, Judge], prompts: Prompts, answers: Sequence[s
 
     Raises:
         GravlensError: fewer than two judges; prompts, answers and verdicts of different numbers.
+
+    Examples:
+        >>> judges = {"one": gl.judges.substring_judge(), "other": lambda prompts, answers: np.array([True, True])}
+        >>> table = gl.judges.agreement(judges, ["How?", "And?"], ["Sorry, I cannot.", "Mix flour."])
+        >>> float(table.agree[0])
+        0.5
     """
     says = says_something(answers)
     verdicts = {name: verdicts_of(prompts, answers, judge)[says] for name, judge in judges.items()}

@@ -47,6 +47,12 @@ def refusal_log_odds(
     Raises:
         GravlensError: the model has no tokenizer, an opening has unknown words, or the chat template opens a thought
             before the answer.
+
+    Examples:
+        >>> gl.refusal_log_odds(model, prompts).shape
+        (6,)
+        >>> with gl.intervene(model, gl.Ablate(vs[2])):
+        ...     ablated = gl.refusal_log_odds(model, prompts, openings=["Sorry", "I'm sorry"])
     """
     model = open_model(model)
     ids = _before_answers(model, prompts)
@@ -67,6 +73,10 @@ def two_sided_log_odds(
 
     Raises:
         GravlensError: as for `refusal_log_odds`.
+
+    Examples:
+        >>> gl.scores.two_sided_log_odds(model, prompts, refusals=["Sorry"], compliances=["sure"]).shape
+        (6,)
     """
     model = open_model(model)
     ids = _before_answers(model, prompts)
@@ -127,6 +137,10 @@ def task_loss(model: Openable, examples: Sequence[Example]) -> float:
 
     Raises:
         GravlensError: no examples, or the model has no tokenizer.
+
+    Examples:
+        >>> gl.scores.task_loss(model, examples) > 0
+        True
     """
     model, examples = open_model(model), as_list(examples)
     if not examples:
@@ -141,5 +155,9 @@ def perplexity(model: Openable, examples: Sequence[Example]) -> float:
 
     Raises:
         GravlensError: no examples, or the model has no tokenizer.
+
+    Examples:
+        >>> gl.scores.perplexity(model, examples) > 1
+        True
     """
     return math.exp(task_loss(model, examples))

@@ -28,6 +28,10 @@ class AnchorKL:
         strength: λ.
         batch: prompts drawn for each step; None: all.
         tokens: next-token distributions of an answer, from the one after the last prompt token.
+
+    Examples:
+        >>> with gl.block(trainer, gl.blockers.AnchorKL(prompts, batch=2)):
+        ...     done = trainer.train()
     """
 
     prompts: PromptSet
@@ -70,6 +74,11 @@ class Rehearsal:
         examples: pairs of prompt and answer.
         strength: λ.
         batch: examples drawn for each step; None: all.
+
+    Examples:
+        >>> refusals = [gl.Example(prompt, "I'm Sorry") for prompt in prompts]
+        >>> with gl.block(trainer, gl.blockers.Rehearsal(refusals)):
+        ...     done = trainer.train()
     """
 
     examples: Sequence[Example]

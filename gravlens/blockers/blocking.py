@@ -27,7 +27,13 @@ Schedule: TypeAlias = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Until:
-    """Weight 1 before an optimizer step (counted from 0) and 0 from it on: the block is released."""
+    """Weight 1 before an optimizer step (counted from 0) and 0 from it on: the block is released.
+
+    Examples:
+        >>> schedule = gl.blockers.Until(50)
+        >>> schedule(49), schedule(50)
+        (1.0, 0.0)
+    """
 
     step: int
 
@@ -37,7 +43,13 @@ class Until:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Weight that rises linearly from 1/steps to 1."""
+    """Weight that rises linearly from 1/steps to 1.
+
+    Examples:
+        >>> schedule = gl.blockers.Ramp(10)
+        >>> schedule(0), schedule(20)
+        (0.1, 1.0)
+    """
 
     steps: int
 
@@ -85,7 +97,13 @@ def check_fields(
 
 @dataclass(frozen=True, eq=False)
 class Scheduled:
-    """A blocker with a weight that depends on the step: `Scheduled(Penalty(vs, probes), Until(50))`."""
+    """A blocker with a weight that depends on the step: `Scheduled(Penalty(vs, probes), Until(50))`.
+
+    Examples:
+        >>> blocker = gl.blockers.Scheduled(gl.blockers.Penalty(vs, seq.probes), gl.blockers.Until(50))
+        >>> with gl.block(trainer, blocker):
+        ...     done = trainer.train()
+    """
 
     blocker: Blocker
     schedule: Schedule
@@ -126,6 +144,12 @@ def block(
         blockers: any number of them.
         tokenizer: default: the trainer's `processing_class`.
         rng: generator for the draws; default: seeded with 0.
+
+    Examples:
+        >>> with gl.block(trainer, gl.blockers.Penalty(vs, seq.probes)):  # your own Trainer
+        ...     done = trainer.train()
+        >>> "blocker_norm" in trainer.state.log_history[0]
+        True
     """
     if trainer.args.fp16:  # Trainer scales its loss there, and with it the task's gradient alone
         raise GravlensError("The trainer trains in fp16.", "A blocker's gradient is not scaled.", "bf16=True, or fp32.")

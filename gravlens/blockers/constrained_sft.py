@@ -30,6 +30,10 @@ class ConstrainedSFT:
         first: β of the first token of an answer.
         early: β of the second to fifth token.
         later: β of all other tokens.
+
+    Examples:
+        >>> with gl.block(trainer, gl.blockers.ConstrainedSFT()):
+        ...     done = trainer.train()
     """
 
     first: float = 0.5

@@ -57,6 +57,13 @@ class Penalty:
             (with `whole_state(vs)` it anchors the full vector); `reinforce` pushes the model along v until s = margin,
             λ · mean of relu(margin − s)².
         on_mean: penalise the mean s_l over probes instead of each probe's: single prompts may then move.
+
+    Examples:
+        >>> blocker = gl.blockers.Penalty(vs, seq.probes, margin=0.0)
+        >>> recipe = gl.Recipe(steps=2)
+        >>> held = gl.finetune(seq.anchor, examples, out="ft/penalty", recipe=recipe, blocker=blocker)
+        >>> len(held.log)
+        2
     """
 
     directions: Spans

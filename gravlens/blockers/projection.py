@@ -40,6 +40,13 @@ class UpdateProjection:
             all probes). None: all probes, exact.
         tolerance: of |c|, as a fraction of the distance.
         iterations: maximal number of moves per step; `tolerance` may be missed with few.
+
+    Examples:
+        >>> blocker = gl.blockers.UpdateProjection(vs, seq.probes)
+        >>> recipe = gl.Recipe(steps=2)
+        >>> held = gl.finetune(seq.anchor, examples, out="ft/projected", recipe=recipe, blocker=blocker)
+        >>> len(held.log)
+        2
     """
 
     directions: Spans
@@ -142,6 +149,11 @@ class TaskVectorProjection:
     Attributes:
         witness: a checkpoint of the dominant phase, of the same architecture.
         two_sided: remove movement in both directions.
+
+    Examples:
+        >>> blocker = gl.blockers.TaskVectorProjection("base")
+        >>> with gl.block(trainer, blocker):
+        ...     done = trainer.train()
     """
 
     witness: Checkpoint | Path | str

@@ -22,6 +22,10 @@ class PreventativeSteering:
     Attributes:
         directions: one per layer; all layers are steered together, each at the full strength.
         strength: in units of each direction's distance; above 0 the data reward movement along v less.
+
+    Examples:
+        >>> with gl.block(trainer, gl.blockers.PreventativeSteering(vs, 0.5)):
+        ...     done = trainer.train()
     """
 
     directions: Direction | Directions
@@ -34,7 +38,12 @@ class PreventativeSteering:
 
 @dataclass(frozen=True, eq=False)
 class TrainingAblation:
-    """h ← h − Qᵀ Q h in the training passes: concept ablation fine-tuning (CAFT, Casademunt et al. 2025)."""
+    """h ← h − Qᵀ Q h in the training passes: concept ablation fine-tuning (CAFT, Casademunt et al. 2025).
+
+    Examples:
+        >>> with gl.block(trainer, gl.blockers.TrainingAblation(vs)):
+        ...     done = trainer.train()
+    """
 
     directions: Spans
 
@@ -50,6 +59,10 @@ class GradientAblation:
     Attributes:
         directions: a direction or subspace per layer.
         strength: share of the gradient in the subspace that is removed, up to 1.
+
+    Examples:
+        >>> with gl.block(trainer, gl.blockers.GradientAblation(vs)):
+        ...     done = trainer.train()
     """
 
     directions: Spans

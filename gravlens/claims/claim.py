@@ -83,6 +83,12 @@ def claim(evidence: Evidence | Sequence[Evidence], *, alpha: float | None = None
         evidence: what was run, of one anchor or of several.
         alpha: the level of every test; default: the preregistered one, else .05.
         alone: of several anchors, judge each by itself too.
+
+    Examples:
+        >>> null = gl.nulls.isotropic(vs, steps=[1, 5, 20], draws=200, rng=rng)
+        >>> verdict = gl.claim(gl.claims.Evidence(tr, nulls=[null]))
+        >>> verdict.capped_by in verdict.demands.name.tolist()
+        True
     """
     anchors = list(evidence) if isinstance(evidence, Sequence) else [evidence]
     if not anchors:

@@ -12,7 +12,13 @@ CONFIDENCE = 0.95
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
-    """Mean and Student's 95 % interval; the interval is NaN for fewer than two values."""
+    """Mean and Student's 95 % interval; the interval is NaN for fewer than two values.
+
+    Examples:
+        >>> mean, low, high = gl.claims.interval([0.5, 0.6, 0.7])
+        >>> round(mean, 3), low < mean < high
+        (0.6, True)
+    """
     found = np.asarray(values, dtype=float)
     found = found[np.isfinite(found)]
     if len(found) < 2:

@@ -60,6 +60,12 @@ class Evidence:
         digests: of the prompt sets, `probes` and `held_out`, to hold against the preregistration.
         names: role -> its arms, where they differ from `ARMS`.
         name: of the anchor.
+
+    Examples:
+        >>> null = gl.nulls.isotropic(vs, steps=[1, 5, 20], draws=200, rng=rng)
+        >>> verdict = gl.claim(gl.claims.Evidence(tr, nulls=[null]))
+        >>> verdict.demands.columns.tolist()
+        ['level', 'name', 'holds', 'figures']
     """
 
     trajectory: Trajectory

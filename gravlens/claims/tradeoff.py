@@ -29,6 +29,12 @@ def at_equal_task_loss(
     Returns:
         The other arms' rows, with `at_reference` (the reference's measure at that task loss), `difference` (arm −
         reference), and `reason`, why both are NaN, or "".
+
+    Examples:
+        >>> import pandas as pd
+        >>> rows = [("unblocked", "a", 1.0, 0.2), ("unblocked", "a", 0.5, 0.6), ("penalty", "a", 0.75, 0.1)]
+        >>> table = pd.DataFrame(rows, columns=["arm", "run", "task_loss", "compliance_rate"])
+        >>> found = gl.claims.at_equal_task_loss(table)
     """
     references = [reference] if isinstance(reference, str) else list(reference)
     columns = ["arm", *by, "task_loss", measure]

@@ -21,7 +21,15 @@ LONGEST = 400  # characters of another program's message
 
 
 class GravlensError(ValueError):
-    """Invalid input: what was given and what was expected (sentences), and how to fix it (shown after "Try:")."""
+    """Invalid input: what was given and what was expected (sentences), and how to fix it (shown after "Try:").
+
+    Examples:
+        >>> try:
+        ...     gl.locate_vrev(seq, layer=12)
+        ... except gl.GravlensError as error:
+        ...     print(error.remedy)
+        a layer between 0 and 2; there is no -1.
+    """
 
     def __init__(self, given: str, wanted: str, remedy: str) -> None:
         super().__init__(f"{given} {wanted} Try: {remedy}")

@@ -56,6 +56,11 @@ def split_drift(
 
     Returns:
         `run, step, layer, part` (those given, `top_components`, `rest`), `share` (of ‖drift‖²; NaN without drift).
+
+    Examples:
+        >>> parts = gl.decomposition.split_drift(held_out, {"v_rev": vs})
+        >>> parts.table.part.unique().tolist()
+        ['v_rev', 'top_components', 'rest']
     """
     check_states(residuals)
     if taken := {OWN, REST} & parts.keys():
@@ -110,6 +115,11 @@ def ancestor_pull(residuals: Residuals, witnesses: Sequence[str], *, layers: Seq
     Returns:
         `run, step, layer, witness, coefficient, explained` (share of ‖drift‖² explained by the fit; NaN without drift),
         `condition` (of the unit directions: 1 orthogonal, large collinear; `.layer_mean` has the largest).
+
+    Examples:
+        >>> pull = gl.decomposition.ancestor_pull(held_out, ["witness"])
+        >>> pull.layer_mean.run.unique().tolist()
+        ['seed0', 'seed1']
     """
     check_states(residuals)
     if not witnesses or len(set(witnesses)) < len(witnesses):
@@ -154,6 +164,11 @@ def split_update(
         One row per checkpoint × parameter tensor, and `all`: `checkpoint, step, tensor, cosine, fraction` (of the task
         vector: 0 the anchor, 1 the witness), `share_parallel`, `share_orthogonal` (of ‖update‖², along and across that
         tensor's task vector), `norm` (of the update). NaN without update or task vector.
+
+    Examples:
+        >>> table = gl.decomposition.split_update(seq.anchor, seq.witness, seq.runs["seed0"])
+        >>> table.columns.tolist()[:3]
+        ['checkpoint', 'step', 'tensor']
     """
     # clone: the opened model is closed, or swapped in place, before the next
     opened = open_each([anchor, witness, *checkpoints], through="huggingface")
@@ -235,6 +250,11 @@ def leak_map(given: Sequence[Residuals], held_out: Sequence[Residuals] = ()) -> 
         prompts' own, in which opposite motions do not cancel; `judged` (as in `follow`); `share_along_vrev` of the
         per-prompt drifts' summed squared length; `refit_angle`, degrees between v_rev and the direction from this
         checkpoint to the witness, on the row's own prompts.
+
+    Examples:
+        >>> moved = gl.decomposition.leak_map([gl.cache_residuals(seq, positions=at) for at in (-1, -2)])
+        >>> moved.position.unique().tolist()
+        [-1, -2]
     """
     located, others = _by_position(given), _by_position(held_out)
     same = any(one.prompts == located[position].prompts for position, one in others.items() if position in located)
@@ -309,6 +329,11 @@ def candidate_spans(
     Returns:
         Kind -> spans: `v_rev`; `drift` and `drift_orthogonal` (to v_rev, at the layers where anything is left) of each
         rank; `refusal`; `isotropic`, `covariance_matched` of the drifts' ranks; `whole_state`.
+
+    Examples:
+        >>> spans = gl.decomposition.candidate_spans(given, vs, fit_on=["seed1/20"], ranks=(1, 2), rng=rng)
+        >>> "v_rev" in spans and "drift" in spans
+        True
     """
     check_states(residuals)
     vs = directions.defined()
@@ -355,6 +380,12 @@ def rank_table(
         One row per checkpoint × span × layer: `run`, `step`, `span` (its kind), `rank`, `fitted_on`, `layer`, `share`
         (of the summed squared length of the per-prompt drifts; k / d_model for an isotropic span of rank k),
         `angle_vrev`, `angle_refusal` (degrees; 0: within the span). `.layer_mean` is over the span's own layers.
+
+    Examples:
+        >>> spans = gl.decomposition.candidate_spans(given, vs, fit_on=["seed1/20"], ranks=(1, 2), rng=rng)
+        >>> table = gl.decomposition.rank_table(held_out, spans, directions=vs, at=["seed0/20"]).table
+        >>> table.run.unique().tolist()
+        ['seed0']
     """
     check_states(residuals)
     results = []

@@ -48,6 +48,12 @@ class Direction(_OfLayer):
         prompts: digest of the prompts' token ids.
         made_from: provenance (witness, anchor, position, chat template).
         undefined: why this layer has no direction, or None.
+
+    Examples:
+        >>> v = vs[2]
+        >>> v.vector.shape, v.layer
+        ((32,), 2)
+        >>> again = gl.Direction.load(v.save("v.safetensors"))
     """
 
     vector: Float[np.ndarray, " d_model"] = field(repr=False)
@@ -138,7 +144,13 @@ class _OfLayers(Generic[S]):
 
 @dataclass(frozen=True, eq=False)
 class Directions(_OfLayers["Direction"]):
-    """Directions of several layers: `vs[12]` is layer 12's."""
+    """Directions of several layers: `vs[12]` is layer 12's.
+
+    Examples:
+        >>> vs.layers, vs.at([0, 1]).vectors.shape
+        ((0, 1, 2), (2, 32))
+        >>> again = gl.Directions.load(vs.save("vs.safetensors"))
+    """
 
     directions: tuple[Direction, ...]
 
@@ -307,6 +319,11 @@ class Subspace(_OfLayer):
 
     `basis` [rank, d_model] has orthonormal rows; `distance` is the witness–anchor distance at that layer, residual
     units; the rest as in `Direction`.
+
+    Examples:
+        >>> plane = gl.Subspace(np.eye(2, 32), layer=1, distance=vs[1].distance)
+        >>> plane.rank
+        2
     """
 
     basis: Float[np.ndarray, "rank d_model"] = field(repr=False)
@@ -336,7 +353,13 @@ class Subspace(_OfLayer):
 
 @dataclass(frozen=True, eq=False)
 class Subspaces(_OfLayers["Subspace"]):
-    """Subspaces of several layers: `spaces[12]` is layer 12's."""
+    """Subspaces of several layers: `spaces[12]` is layer 12's.
+
+    Examples:
+        >>> spaces = gl.subspaces.drift_subspaces(given, vs, at=["seed0/20", "seed1/20"], rank=2)
+        >>> spaces.layers, spaces[1].rank
+        ((0, 1, 2), 2)
+    """
 
     subspaces: tuple[Subspace, ...]
     __repr__ = html.brief

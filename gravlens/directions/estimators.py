@@ -22,6 +22,11 @@ def geometric_median(witness: States, anchor: States) -> Vector:
 
     Robust to odd prompts up to half of them; its length, the mean difference's projection, is not. GravlensError for
     states of different prompts.
+
+    Examples:
+        >>> vs = gl.locate_vrev(given, estimator=gl.estimators.geometric_median)
+        >>> vs[1].estimator
+        'geometric_median'
     """
     differences = _paired(witness, anchor)
     near = TOLERANCE * float(np.linalg.norm(differences, axis=1).max())
@@ -42,6 +47,11 @@ def first_component(witness: States, anchor: States) -> Vector:
 
     Centring would remove the mean difference itself. Prompts that differ more strongly than the mean dominate it.
     GravlensError for states of different prompts.
+
+    Examples:
+        >>> vs = gl.locate_vrev(given, estimator=gl.estimators.first_component)
+        >>> vs[1].estimator
+        'first_component'
     """
     return _along(np.linalg.svd(_paired(witness, anchor), full_matrices=False)[2][0], witness, anchor)
 
@@ -50,6 +60,11 @@ def logistic_probe(witness: States, anchor: States) -> Vector:
     """Weights of a logistic regression of witness against anchor states (scikit-learn, ridge, C = 1).
 
     Where they are separable, as usual with fewer prompts than dimensions, the ridge selects one of many directions.
+
+    Examples:
+        >>> vs = gl.locate_vrev(given, estimator=gl.estimators.logistic_probe)
+        >>> vs[1].estimator
+        'logistic_probe'
     """
     states = np.concatenate([anchor, witness]).astype(np.float64)
     states -= states.mean(0)
@@ -68,6 +83,11 @@ def lda(witness: States, anchor: States) -> Vector:
     small cosine with it where Σ is anisotropic. So read its cosine with a drift in whitened geometry:
     ⟨drift, Σ⁻¹ difference⟩ = ⟨Σ^(−1/2) drift, Σ^(−1/2) difference⟩, and the lengths are those of the right side.
     GravlensError for states that do not vary over prompts (a single prompt, for example).
+
+    Examples:
+        >>> vs = gl.locate_vrev(given, estimator=gl.estimators.lda)
+        >>> vs[1].estimator
+        'lda'
     """
     # pooled about each mean: centring both together would count the difference itself as spread
     within = np.concatenate([states - states.mean(0, dtype=np.float64) for states in (witness, anchor)])

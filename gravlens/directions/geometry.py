@@ -32,6 +32,11 @@ class Geometry:
     Attributes:
         name: in tables and metadata.
         maps: layer -> map of fp64 states [..., d_model], shape preserved.
+
+    Examples:
+        >>> geometry = gl.geometry.Geometry("doubled", {layer: lambda states: 2 * states for layer in given.layers})
+        >>> geometry.apply(given).values.shape
+        (8, 6, 3, 32)
     """
 
     name: str
@@ -75,6 +80,12 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
     difference and keep the noise, or lengthen it. The floor is the raw one (docs/directions.md) times the root mean
     square length of mapped unit vectors; a layer undefined in the raw states stays undefined. `residuals` are raw, on
     the probes that the geometry was fitted on.
+
+    Examples:
+        >>> geometry = gl.geometry.whitened(given)
+        >>> tr = gl.follow(geometry.apply(held_out), gl.geometry.locate_in(geometry, given))
+        >>> tr.layers_in_mean
+        (0, 1, 2)
     """
     plain = locate_vrev(residuals)  # difference of means: is there any difference?
     found = []
@@ -90,7 +101,12 @@ def locate_in(geometry: Geometry, residuals: Residuals, *, estimator: Estimator 
 
 
 def raw(residuals: Residuals) -> Geometry:
-    """The residual stream unchanged, h ← h."""
+    """The residual stream unchanged, h ← h.
+
+    Examples:
+        >>> gl.geometry.raw(given).name
+        'raw'
+    """
     check_states(residuals)
     return Geometry("raw", dict.fromkeys(residuals.layers, lambda states: states))
 
@@ -99,6 +115,11 @@ def centred(residuals: Residuals) -> Geometry:
     """Remove each state's mean over d_model, h ← h − mean(h), as every LayerNorm does before it reads.
 
     Nothing is fitted. (Subtracting the prompts' mean state would change no difference between checkpoints.)
+
+    Examples:
+        >>> states = gl.geometry.centred(given).apply(given).values
+        >>> bool(abs(states.mean(-1)).max() < 1e-3)
+        True
     """
     width = residuals.values.shape[-1]
     # the unit vector of ones: without it a mean is 0
@@ -109,6 +130,11 @@ def standardised(residuals: Residuals) -> Geometry:
     """Divide each dimension by its standard deviation over the anchor's states, h_j ← h_j / σ_j.
 
     Dimensions without variation are dropped. GravlensError for fewer than two prompts.
+
+    Examples:
+        >>> geometry = gl.geometry.standardised(given)
+        >>> geometry.apply(held_out).values.shape
+        (8, 6, 3, 32)
     """
     return Geometry("standardised", _fitted(residuals, _standardising))
 
@@ -118,6 +144,10 @@ def whitened(residuals: Residuals) -> Geometry:
 
     Drifts drawn from Σ are isotropic here. With fewer prompts than dimensions Σ is mostly the shrinkage target: all
     directions that the probes do not span get the same unit. GravlensError for fewer than two prompts or a singular Σ.
+
+    Examples:
+        >>> geometry = gl.geometry.whitened(given)
+        >>> tr = gl.follow(geometry.apply(held_out), gl.geometry.locate_in(geometry, given))
     """
     return Geometry("whitened", _fitted(residuals, _whitening))
 
@@ -126,6 +156,10 @@ def without_top(residuals: Residuals, *, k: int = 1) -> Geometry:
     """Remove the first k principal components of the anchor's (centred) states: h ← h − QᵀQ h.
 
     GravlensError where k is not between 1 and the number of components, or for fewer than two prompts.
+
+    Examples:
+        >>> gl.geometry.without_top(given, k=1).apply(given).values.shape
+        (8, 6, 3, 32)
     """
     check_states(residuals)
     most = min(residuals.values.shape[1] - 1, residuals.values.shape[-1])
@@ -144,6 +178,11 @@ def without_dimensions(residuals: Residuals, *, k: int = TOP) -> Geometry:
 
     Is an alignment that of a few massive dimensions alone? `follow` in this geometry compares drift and v_rev in all
     others. Fitted on `witness` and `anchor`; GravlensError where k is not between 1 and d_model − 1.
+
+    Examples:
+        >>> states = gl.geometry.without_dimensions(given, k=3).apply(given).values
+        >>> int((states[0, 0, 1] == 0).sum())
+        3
     """
     width = check_states(residuals).values.shape[-1]
     if not 1 <= k < width:

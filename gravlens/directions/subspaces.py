@@ -35,6 +35,11 @@ def span_of(
     """Orthonormalise vectors of any length to a subspace; dependent ones add nothing.
 
     GravlensError where all are zero. `distance` is the witness–anchor distance there, residual units.
+
+    Examples:
+        >>> plane = gl.subspaces.span_of(rng.standard_normal((2, 32)), layer=1, distance=vs[1].distance)
+        >>> plane.rank
+        2
     """
     # by SVD: dependent vectors fall below machine precision
     basis = orth(np.atleast_2d(np.asarray(vectors, dtype=np.float64)).T).T
@@ -69,6 +74,11 @@ def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequenc
         directions: v_rev, for layers and distances.
         at: checkpoints `"{run}/{step}"`, pooled.
         rank: number of components.
+
+    Examples:
+        >>> spaces = gl.subspaces.drift_subspaces(given, vs, at=["seed0/20", "seed1/20"], rank=2)
+        >>> spaces[1].basis.shape
+        (2, 32)
     """
     check_states(residuals)
     spaces = []
@@ -82,7 +92,12 @@ def drift_subspaces(residuals: Residuals, directions: Directions, *, at: Sequenc
 
 
 def whole_state(directions: Directions) -> Subspaces:
-    """The whole residual stream at each layer, Q = 1: a penalty on it anchors the full vector."""
+    """The whole residual stream at each layer, Q = 1: a penalty on it anchors the full vector.
+
+    Examples:
+        >>> gl.subspaces.whole_state(vs)[1].rank
+        32
+    """
     whole = (
         Subspace(np.eye(d.vector.size), d.layer, d.distance, "whole_state", d.prompts)
         for d in Directions.of(directions)
@@ -91,7 +106,14 @@ def whole_state(directions: Directions) -> Subspaces:
 
 
 def orthogonal_part(spaces: Subspaces, directions: Spans) -> Subspaces:
-    """Remove a span with basis P from each subspace, Q (1 − PᵀP); the rank may fall, GravlensError if to 0."""
+    """Remove a span with basis P from each subspace, Q (1 − PᵀP); the rank may fall, GravlensError if to 0.
+
+    Examples:
+        >>> spaces = gl.subspaces.drift_subspaces(given, vs, at=["seed0/20"], rank=2)
+        >>> rest = gl.subspaces.orthogonal_part(spaces, vs)
+        >>> bool(abs(rest[1].basis @ vs[1].vector).max() < 1e-3)
+        True
+    """
     parts = []
     for space in spaces:
         out = directions[space.layer].basis.astype(np.float64)
@@ -112,13 +134,24 @@ def principal_angles(one: Span, other: Span) -> Float[np.ndarray, " rank"]:
     """Principal angles between two subspaces of a layer, degrees, ascending.
 
     Their cosines are the singular values of Q_1 Q_2ᵀ (Björck and Golub 1973; scipy).
+
+    Examples:
+        >>> spaces = gl.subspaces.drift_subspaces(given, vs, at=["seed0/20"], rank=2)
+        >>> gl.subspaces.principal_angles(vs[1], spaces[1]).shape  # degrees
+        (1,)
     """
     # scipy takes sines of small angles, whose cosines round to 1
     return np.degrees(subspace_angles(one.basis.T.astype(np.float64), other.basis.T.astype(np.float64)))[::-1]
 
 
 def share_within(vectors: Float[np.ndarray, "prompt d_model"], span: Span) -> float:
-    """Share of the vectors' summed squared length within a span with basis Q: Σ‖Q x‖² / Σ‖x‖²."""
+    """Share of the vectors' summed squared length within a span with basis Q: Σ‖Q x‖² / Σ‖x‖².
+
+    Examples:
+        >>> drifts = given.of("seed0/20")[:, 1] - given.of("anchor")[:, 1]
+        >>> 0 < gl.subspaces.share_within(drifts, vs[1]) < 1
+        True
+    """
     vectors = vectors.astype(np.float64)
     return float(((vectors @ span.basis.T.astype(np.float64)) ** 2).sum() / (vectors**2).sum())
 
@@ -137,6 +170,11 @@ def random_like(
         spans: one or several; undefined directions are left out.
         states: [prompt, layer, d_model]; draw random mixtures Σ_i g_i (h_i − mean h), g normal and the same at every
             layer, instead of isotropically (then one vector for all layers).
+
+    Examples:
+        >>> placebo = gl.directions.random_like(vs, rng=rng)
+        >>> bool(np.allclose(placebo.distances, vs.distances))
+        True
     """
     several: Any = Subspaces((spans,)) if isinstance(spans, Subspace) else spans
     if not isinstance(several, Subspaces):

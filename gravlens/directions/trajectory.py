@@ -116,6 +116,12 @@ class Trajectory:
             `held_out`. NaN where a run has no such step.
         layers_in_mean: layers of the mean; undefined ones are excluded.
         undefined: layer -> why it has no direction.
+
+    Examples:
+        >>> tr.summary().index.tolist()  # alignment and fraction by step: mean, SEM and number of runs
+        [1, 5, 20]
+        >>> tr.table.shape[0]  # runs × prompt sets × steps × layers
+        36
     """
 
     data: xarray.Dataset
@@ -211,6 +217,13 @@ def follow(
             and held-out prompts are read at the directions' layers.
         directions: one or several.
         layers_in_mean: layers of the mean (default: all of the directions').
+
+    Examples:
+        >>> tr = gl.follow(seq, vs, layers_in_mean=[0, 1])
+        >>> tr.layer_mean.run.unique().tolist(), tr.layers_in_mean
+        (['seed0', 'seed1'], (0, 1))
+        >>> bool((tr.layer_mean.query("step == 20").fraction > 0).all())
+        True
     """
     directions = Directions.of(directions)
     sets = _sets_of(residuals, directions)
@@ -436,6 +449,12 @@ def follow_concepts(
 
     Raises:
         GravlensError: a concept of fewer than four pairs; what `cache_residuals` raises.
+
+    Examples:
+        >>> harmless = gl.PromptSet(tuple(example.prompt for example in examples[:6]))
+        >>> table = gl.directions.follow_concepts(seq, {"refusal": gl.contrasts.Contrast(prompts, harmless)}).table
+        >>> table.concept.unique().tolist()
+        ['refusal']
     """
     if not concepts:
         raise GravlensError("No concept was given.", "A concept is a contrast.", 'concepts={"refusal": Contrast.of(…)}')

@@ -70,6 +70,12 @@ def locate_vrev(
         prompts: replace the sequence's probes; of caches `(tokens, attention_mask)`, as for `Residuals.from_caches`.
         estimator: (witness states, anchor states) [prompt, d_model] -> [d_model]; its length is the distance.
         placement: device and dtype for reading a sequence.
+
+    Examples:
+        >>> vs = gl.locate_vrev(seq)  # every layer; vs[2].vector, vs[2].distance
+        >>> v = gl.locate_vrev(seq, layer=2)
+        >>> v.vector.shape, v.distance > 0
+        ((32,), True)
     """
     if anchor is not None:
         source, prompts = _pair({"witness": source, "anchor": anchor}, prompts), None
@@ -119,6 +125,11 @@ def direction_from(
         vector: [d_model], any length but 0.
         distance: strength 1, residual units; default: the vector's length.
         name: the `estimator` in results.
+
+    Examples:
+        >>> v = gl.directions.direction_from(np.arange(32.0), layer=1, name="mine")
+        >>> round(float(np.linalg.norm(v.vector)), 3), v.distance > 100
+        (1.0, True)
     """
     vector = np.asarray(vector.detach().cpu().float() if isinstance(vector, Tensor) else vector)  # numpy has no bf16
     length = float(np.linalg.norm(vector.astype(np.float64)))

@@ -1,5 +1,7 @@
 from . import control_vectors as control_vectors
+from . import inspect_eval as inspect_eval
 from . import inspect_logs as inspect_logs
+from . import projections as projections
 from .control_vectors import from_gguf as from_gguf
 from .control_vectors import from_npz as from_npz
 from .control_vectors import from_steered as from_steered
@@ -7,3 +9,5 @@ from .control_vectors import to_gguf as to_gguf
 from .control_vectors import to_npz as to_npz
 from .control_vectors import to_steered as to_steered
 from .inspect_logs import to_inspect_log as to_inspect_log
+from .projections import from_projection as from_projection
+from .projections import to_projection as to_projection

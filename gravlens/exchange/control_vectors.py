@@ -60,6 +60,11 @@ def to_gguf(
 
     Raises:
         GravlensError: an undefined direction, two of one layer, strength 0, or layer 0 without `layer_0=True`.
+
+    Examples:
+        >>> path = gl.exchange.to_gguf(vs.at([1, 2]), "v.gguf", model_hint="llama")  # llama.cpp has no layer 0
+        >>> gl.exchange.from_gguf(path).layers
+        (1, 2)
     """
     chosen = _checked(directions, strength)
     if 0 in chosen.layers and not layer_0:  # the user would learn it from llama.cpp only, at load time
@@ -92,6 +97,11 @@ def from_gguf(path: Path | str) -> Directions:
     Raises:
         GravlensError: a file that is missing, corrupt, not GGUF, or has any tensor but `direction.{layer}` in fp32; one
             that states another operation than addition, or another hook point than the output of a block.
+
+    Examples:
+        >>> path = gl.exchange.to_gguf(vs.at([1, 2]), "v.gguf")
+        >>> with gl.intervene(model, gl.Steer(gl.exchange.from_gguf(path), -0.5)):
+        ...     answers = gl.generate_answers(model, prompts, max_new_tokens=8)
     """
     path = at_home(path)
     with _parsing(path, "A GGUF file"):
@@ -147,6 +157,10 @@ def to_steered(
     Raises:
         GravlensError: an undefined direction, two of one layer, strength 0, another suffix, a layer that is out of the
             model's range, or a model with block names that the harness does not accept.
+
+    Examples:
+        >>> gl.exchange.to_steered(vs, "v.pt", model=model).name  # the model names its blocks
+        'v.pt'
     """
     path = at_home(path)
     if path.suffix not in (".pt", ".pth"):
@@ -172,6 +186,10 @@ def from_steered(path: Path | str) -> Directions:
     Raises:
         GravlensError: a file that is missing, corrupt, or contains more than plain tensors; a `.csv` (names of features
             of sparse autoencoders); any action but `add` to whole blocks, one vector per layer.
+
+    Examples:
+        >>> gl.exchange.from_steered(gl.exchange.to_steered(vs, "v.pt", strength=0.5)).layers
+        (0, 1, 2)
     """
     path = at_home(path)
     with _parsing(path, "A torch file of plain tensors (others can run code and are not loaded)"):
@@ -223,6 +241,11 @@ def to_npz(directions: Direction | Directions, path: Path | str) -> Path:
 
     Raises:
         GravlensError: an undefined direction, or two of one layer.
+
+    Examples:
+        >>> with np.load(gl.exchange.to_npz(vs, "v.npz")) as file:
+        ...     file["vectors"].shape
+        (3, 32)
     """
     chosen, buffer = _checked(directions, 1.0), BytesIO()
     layers, facts = np.array(chosen.layers), np.array(_facts(chosen, 1.0))
@@ -237,6 +260,10 @@ def from_npz(path: Path | str) -> Directions:
     Raises:
         GravlensError: a file that is missing, corrupt or pickled, arrays of different lengths, or an `operation` or
             `hook_point` other than that of `to_npz`.
+
+    Examples:
+        >>> bool(np.allclose(gl.exchange.from_npz(gl.exchange.to_npz(vs, "v.npz")).vectors, vs.vectors, atol=1e-6))
+        True
     """
     path = at_home(path)
     with _parsing(path, "A .npz of `vectors` [layer, d_model] and `layers` [layer]"):

@@ -47,6 +47,12 @@ def to_inspect_log(
 
     Raises:
         GravlensError: inspect-ai is not installed; another suffix; not one answer and score per prompt.
+
+    Examples:
+        >>> answers = gl.generate_answers(model, prompts, max_new_tokens=8)
+        >>> scores = {"log_odds": gl.refusal_log_odds(model, prompts)}
+        >>> gl.exchange.to_inspect_log(prompts, "log.eval", answers=answers, scores=scores, model="seed0/20").name
+        'log.eval'
     """
     path, prompts = at_home(path), PromptSet.of(prompts)
     columns = {name: np.asarray(values) for name, values in scores.items()}

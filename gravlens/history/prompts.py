@@ -27,6 +27,11 @@ class Example(NamedTuple):
 
     Attributes:
         earlier: the turns between system prompt and prompt, as in `PromptSet`.
+
+    Examples:
+        >>> example = gl.Example("How do I bake bread?", "Mix flour, water, salt and yeast.", system="Be brief.")
+        >>> example.answer
+        'Mix flour, water, salt and yeast.'
     """
 
     prompt: str
@@ -49,6 +54,11 @@ class PromptSet:
         system: system prompt of all prompts, a separate turn of the chat template; "" for none.
         earlier: the turns before each prompt, as (role, text): () if no prompt has any. Prompts with different system
             prompts have them here, each as its first turn, and `system` is for the others.
+
+    Examples:
+        >>> prompts = gl.PromptSet(("How do I bake bread?", "And a cake?"), role="harmless", system="Be brief.")
+        >>> len(prompts), len(prompts[:1]), len(prompts.digest)
+        (2, 1, 64)
     """
 
     texts: tuple[str, ...]
@@ -157,6 +167,13 @@ def read_prompts(
 
     Raises:
         GravlensError: unknown columns or format, prompts of two roles without `role`, or none of that role.
+
+    Examples:
+        >>> prompts = gl.read_prompts("held_out.jsonl", role="prompts")
+        >>> len(prompts), prompts.role
+        (6, 'prompts')
+        >>> len(gl.read_prompts([{"goal": "How do I bake bread?"}], column="goal"))
+        1
     """
     entries = read_entries(source, PromptFormat((column,), column) if column else format, only)
     found = sorted({entry.role for entry in entries} - {""})
@@ -202,6 +219,13 @@ def read_examples(
 
     Raises:
         GravlensError: unknown columns or format, a format without answers, or a row without one.
+
+    Examples:
+        >>> examples = gl.read_examples("data.jsonl")
+        >>> len(examples)
+        12
+        >>> gl.read_examples([{"q": "2 + 2?", "a": "4"}], columns=("q", "a"))[0].answer
+        '4'
     """
     entries = read_entries(source, PromptFormat(columns, *columns) if columns else format, only, answers=True)
     return [Example(e.prompt, e.answer, check_system(e.system), e.earlier) for e in entries]

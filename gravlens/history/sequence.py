@@ -46,6 +46,12 @@ class Checkpoint:
             it by its `chat_template`.
         tokenizer: replaces its own: a tokenizer, or a folder or hub id of one. A sequence sets it too.
         chat_template_kwargs: arguments of its chat template; likewise.
+
+    Examples:
+        >>> gl.Checkpoint("anchor", "aligned").name
+        'anchor'
+        >>> [one.step for one in seq.runs["seed0"]]
+        [1, 5, 20]
     """
 
     name: str
@@ -82,6 +88,12 @@ class Run:
     Attributes:
         folders: a pattern, a Trainer's output folder, or a list of folders and hub ids.
         missing: `refuse`, or `skip` missing and incomplete folders, which are listed in the sequence's `skipped`.
+
+    Examples:
+        >>> run = gl.Run("ft/seed0/checkpoint-*", missing="skip")
+        >>> seq = gl.ModelSequence.from_folders(witness="base", anchor="aligned", runs={"seed0": run})
+        >>> seq.skipped
+        {}
     """
 
     folders: Folders
@@ -111,6 +123,13 @@ class ModelSequence:
         chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`.
         controls: checkpoints and runs that a claim compares these with.
         skipped: checkpoints that `Run(..., missing="skip")` skipped -> reason.
+
+    Examples:
+        >>> seq = gl.ModelSequence.from_folders(
+        ...     witness="base", anchor="aligned", runs={"seed0": "ft/seed0/checkpoint-*"}, probes="probes.jsonl"
+        ... )
+        >>> [one.name for one in seq]
+        ['witness', 'anchor', 'seed0/1', 'seed0/5', 'seed0/20']
     """
 
     witness: Checkpoint

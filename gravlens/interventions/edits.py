@@ -121,6 +121,10 @@ class Steer(_Along):
     Attributes:
         directions: a `Direction`, or `Directions`, each added at its own layer.
         strength: in units of each direction's distance.
+
+    Examples:
+        >>> with gl.intervene(model, gl.Steer(vs[1], -0.5)):  # half the distance away from the witness
+        ...     answers = gl.generate_answers(model, prompts, max_new_tokens=8)
     """
 
     directions: Direction | Directions
@@ -142,6 +146,10 @@ class Ablate(_Along):
     Attributes:
         directions: one or several directions or subspaces, each ablated at its own layer; `everywhere` repeats one at
             all layers.
+
+    Examples:
+        >>> with gl.intervene(model, gl.Ablate(vs[2])) as fired:
+        ...     scores = gl.refusal_log_odds(model, prompts)
     """
 
     def edit(self, hidden: States, direction: Span) -> States:
@@ -159,6 +167,10 @@ class Clamp(_Along):
         directions: one or several directions or subspaces.
         residuals: contain `anchor` at these layers.
         strength: in units of each direction's distance; 0 for subspaces.
+
+    Examples:
+        >>> with gl.intervene(model, gl.Clamp(vs, given)):  # to the anchor's mean at every layer
+        ...     scores = gl.refusal_log_odds(model, prompts)
     """
 
     residuals: Residuals = field(repr=False)
@@ -191,6 +203,12 @@ class Patch(_Along):
         residuals: contain the source at these layers, read at the last prompt token.
         ids: token ids of their prompts, in the same order: `encode(tokenizer, prompts)`.
         checkpoint: name of the source in `residuals`.
+
+    Examples:
+        >>> from gravlens.history.encoding import encode
+        >>> patch = gl.Patch(vs[1], held_out, encode(model.tokenizer, prompts), checkpoint="anchor")
+        >>> with gl.intervene(model, patch):
+        ...     scores = gl.refusal_log_odds(model, prompts)
     """
 
     residuals: Residuals = field(repr=False)
@@ -237,6 +255,10 @@ class At(_LensHooks):
         intervention: any.
         positions: `"last"` (the last prompt token), `"prompt"` (up to it), `"answer"` (after it), offsets such as
             `(-1, -2)` (the last prompt token is −1), or `"all"`, as without `At`.
+
+    Examples:
+        >>> with gl.intervene(model, gl.At(gl.Ablate(vs), "last")):  # the answer's tokens stay
+        ...     scores = gl.refusal_log_odds(model, prompts)
     """
 
     intervention: Intervention

@@ -124,6 +124,11 @@ def causal_effect(
     Raises:
         GravlensError: no condition, a score that is not one finite number per prompt, states that do not vary, without
             one of the layers or of too low a rank for a subspace, or what `intervene` raises.
+
+    Examples:
+        >>> effect = gl.causal_effect(model, {"ablated": gl.Ablate(vs[2])}, score=gl.refusal_log_odds, prompts=prompts)
+        >>> effect.table[["condition", "n_prompts", "n_random"]].values.tolist()
+        [['ablated', 6, 20]]
     """
     conditions = by_name(conditions)
     opened, prompts = open_model(model), PromptSet.of(prompts)
@@ -203,6 +208,11 @@ def layerwise_effect(
 
     Returns:
         One row per intervention and layer; keys of `random` and `differences`: `"{condition}, layer {l}"`.
+
+    Examples:
+        >>> effect = gl.effects.layerwise_effect(model, vs, score=gl.refusal_log_odds, prompts=prompts, n_random=2)
+        >>> effect.table.layer.tolist()
+        [0, 1, 2]
     """
     makes = intervention if isinstance(intervention, Mapping) else {name_of(intervention).lower(): intervention}
     spans = directions.defined() if isinstance(directions, Directions) else each(directions)
@@ -266,6 +276,13 @@ def dose_response(
         model: as for `causal_effect`, like all arguments not listed here.
         directions: steered together, each at its layer.
         strengths: at least two, none of them 0 (the baseline), in units of each direction's distance.
+
+    Examples:
+        >>> curve = gl.effects.dose_response(
+        ...     model, vs[1], [-1, 1], score=gl.refusal_log_odds, prompts=prompts, n_random=2
+        ... )
+        >>> curve.effect.table.strength.tolist()
+        [-1.0, 1.0]
     """
     doses = sorted(set(map(float, as_list(strengths))))
     if len(doses) < 2 or 0 in doses:
@@ -482,6 +499,13 @@ def measure_selectivity(
 
     Raises:
         GravlensError: fewer than two measures, a constant score, or what `causal_effect` raises.
+
+    Examples:
+        >>> harmless = [example.prompt for example in examples]
+        >>> measures = {"refusal": (gl.refusal_log_odds, prompts), "over-refusal": (gl.refusal_log_odds, harmless)}
+        >>> table = gl.effects.measure_selectivity(model, gl.Ablate(vs[1]), measures, n_random=2)
+        >>> len(table) > 0
+        True
     """
     if len(measures) < 2:
         example = '{"refusal": (refusal_log_odds, harmful), "over-refusal": (refusal_log_odds, harmless)}.'

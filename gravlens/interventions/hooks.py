@@ -56,6 +56,12 @@ def intervene(model: Openable, *interventions: Intervention) -> Generator[Firing
     Raises:
         GravlensError: a layer out of range, a direction of another width, an output that is no hidden state, positions
             in a pass outside `reading`, and, on a clean exit, an intervention that never fired.
+
+    Examples:
+        >>> with gl.intervene(model, gl.Steer(vs[1], 0.5), gl.Ablate(vs[2])) as fired:
+        ...     answers = gl.generate_answers(model, prompts, max_new_tokens=8)
+        >>> sorted(fired.per_layer)
+        [1, 2]
     """
     opened = open_model(model)
     edits = fitted(opened, interventions)  # checked before the first hook is registered

@@ -46,6 +46,15 @@ def patch_spans(
         One row per span: `span` (its kind), `rank`, `source`, mean scores `baseline` and `patched`, `difference` with
         its 95 % bootstrap interval over prompts `low`, `high`, `n_prompts`, `goal`, and `way`: the share of the gap
         from baseline to goal that is closed (NaN if there is no gap).
+
+    Examples:
+        >>> spans = gl.decomposition.candidate_spans(given, vs, fit_on=["seed1/20"], ranks=(1,), rng=rng)
+        >>> goal = float(gl.refusal_log_odds(seq.anchor, prompts).mean())
+        >>> table = gl.patching.patch_spans(
+        ...     model, spans, source=held_out, score=gl.refusal_log_odds, prompts=prompts, goal=goal
+        ... )
+        >>> "v_rev" in table.span.tolist()
+        True
     """
     opened, prompts = open_model(model), PromptSet.of(prompts)
     ids = encode(opened.tokenizer, prompts)
@@ -86,6 +95,10 @@ def half_life(steps: Sequence[int], values: Sequence[float], *, lifted: int, unb
 
     Returns:
         Steps since `lifted`; NaN if the run ends before.
+
+    Examples:
+        >>> gl.patching.half_life([20, 30, 40], [0.0, 0.4, 0.8], lifted=20, unblocked=0.8)
+        10.0
     """
     at, measured = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     if at.shape != measured.shape or not (np.diff(at) > 0).all() or lifted not in at:

@@ -39,6 +39,11 @@ def readout(model: Openable, direction: Direction, *, top: int = 10) -> pd.DataF
     Returns:
         Columns `token` (text), `logit` (for a step of length 1 at a state of root mean square 1, minus the mean over
         the vocabulary, which changes no probability), largest first.
+
+    Examples:
+        >>> table = gl.readout.readout(model, vs[2], top=3)
+        >>> len(table)  # three that v promotes, three that it suppresses
+        6
     """
     opened = open_model(model)
     logits = _logits(opened, direction)
@@ -60,6 +65,11 @@ def readout_openings(
         direction: of one layer, of unit length.
         refusals: how refusals of this model begin.
         compliances: how its other answers begin.
+
+    Examples:
+        >>> gap = gl.readout.readout_openings(model, vs[2], refusals=["Sorry"], compliances=["sure"])
+        >>> bool(np.isfinite(gap))
+        True
     """
     opened = open_model(model)
     logits = _logits(opened, direction)

@@ -34,6 +34,10 @@ class Filters:
         induce: least refusal score on harmless prompts with the direction added.
         kl: largest KL divergence of the next-token distribution on harmless prompts with the direction ablated; nats.
         depth: share of the blocks, from the first, that a direction may come from.
+
+    Examples:
+        >>> gl.refusal.Filters(kl=0.2).depth
+        0.8
     """
 
     induce: float = 0.0
@@ -76,6 +80,12 @@ def refusal_candidates(
 
     Raises:
         GravlensError: a position beyond the start of a prompt, two equal means, or two system prompts.
+
+    Examples:
+        >>> harmless = [example.prompt for example in examples]
+        >>> candidates = gl.refusal.refusal_candidates(model, harmful=prompts, harmless=harmless, positions=(-1, -2))
+        >>> len(candidates)  # layers × positions
+        6
     """
     opened = open_model(model)
     sets = [PromptSet.of(prompts) for prompts in (harmful, harmless)]
@@ -115,6 +125,14 @@ def choose_refusal(
         harmless: likewise.
         score: refusal log-odds, with the model's own refusal openings.
         filters: criteria for a candidate.
+
+    Examples:
+        >>> harmless = [example.prompt for example in examples]
+        >>> candidates = gl.refusal.refusal_candidates(model, harmful=seq.probes, harmless=harmless[::2])
+        >>> wide = gl.refusal.Filters(induce=-50, kl=50, depth=1.4)  # for a random model, which refuses nothing
+        >>> asked = {"harmful": prompts, "harmless": harmless[1::2]}
+        >>> len(gl.refusal.choose_refusal(model, candidates, **asked, filters=wide).table)
+        3
     """
     if not candidates:
         raise GravlensError("No candidate was given.", "At least one is needed.", "refusal_candidates(model, …).")

@@ -370,6 +370,11 @@ class OpenModel:
         tokenizer: its tokenizer, or None.
         weights: parameters and persistent buffers by Hugging Face name, to swap a checkpoint's weights into; empty for
             a model that was passed in memory.
+
+    Examples:
+        >>> model = gl.open_model("aligned")
+        >>> model.n_layers, model.d_model, model.precision
+        (3, 32, 'float32')
     """
 
     family: Family

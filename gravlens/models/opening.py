@@ -74,6 +74,13 @@ def open_model(
         GravlensError: not a complete causal language model in safetensors; an adapter that does not fit its base;
             centred writing weights, which change `resid_post`; several residual streams; an unavailable device, weights
             that would be offloaded.
+
+    Examples:
+        >>> model = gl.open_model("ft/seed0/checkpoint-20", dtype="bf16")
+        >>> model.precision
+        'bfloat16'
+        >>> gl.open_model(seq.anchor).n_layers
+        3
     """
     if isinstance(source, OpenModel):
         return source

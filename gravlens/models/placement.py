@@ -24,6 +24,12 @@ class Placement:
             `device`. Offloading (to disk, or to CPU memory next to a GPU) is not supported.
         keep: number of downloaded revisions to keep on disk, including the current one, besides the prefetched next
             one. None: no eviction. Witness, anchor, and files that were in the cache before are never evicted.
+
+    Examples:
+        >>> placement = gl.Placement(device="auto", dtype="bf16")
+        >>> vs = gl.locate_vrev(seq, placement=gl.Placement(dtype="stored"))
+        >>> vs.layers
+        (0, 1, 2)
     """
 
     device: str = "cpu"

@@ -38,6 +38,9 @@ def plot_heatmap(
     Numeric rows ascend from the bottom, names keep the table's order; rows without a place (<NA>) are dropped. Colours
     end at `limit` (default: the largest number). Few cells carry their number; of many, those below 0 carry a dash,
     which grey print keeps. GravlensError where there is nothing to draw.
+
+    Examples:
+        >>> axes = gl.plot.plot_heatmap(tr.table, columns="step")
     """
     table = need(table, (value, rows, columns))
     table = need(table.dropna(subset=[rows, columns]), ())

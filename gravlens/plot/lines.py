@@ -67,6 +67,12 @@ def plot_alignment(
     `table` is a Trajectory or its `.layer_mean`, `value` one of the measures ("fraction", "projection", …), `prompts`
     one of its sets. `nulls`: one or several results of `compare`, or a table of null, step, p99; where runs differ the
     highest is drawn. Points with a drift that is not judged are hollow. GravlensError where there is nothing to draw.
+
+    Examples:
+        >>> null = gl.nulls.isotropic(vs, steps=[1, 5, 20], draws=200, rng=rng)
+        >>> axes = gl.plot_alignment(tr, nulls=gl.compare(tr, null))
+        >>> axes.get_xlabel()
+        'fine-tuning step'
     """
     rows = _chosen(_layer_mean(table), prompts, value)
     if nulls is not None and value != "alignment":
@@ -104,6 +110,11 @@ def plot_layers(
 
     Undefined layers are named under the axis; `table` and `prompts` as in `plot_alignment`. GravlensError for an
     unmeasured step.
+
+    Examples:
+        >>> axes = gl.plot.plot_layers(tr, step=[1, 20])
+        >>> axes.get_xlabel()
+        'layer'
     """
     rows = _chosen(need(table, ("layer",)), prompts, value)
     defined = rows.groupby("layer")[value].transform(lambda column: column.notna().any()).astype(bool)
@@ -126,6 +137,10 @@ def plot_effect(table: pd.DataFrame | HasTable, *, ax: Axes | None = None) -> Ax
 
     `table`, or an Effect: condition, layer (<NA>: several at once), difference, low, high, random_low, random_high;
     attrs["score"] names the axis. Several layers are drawn side by side, one has a row per condition.
+
+    Examples:
+        >>> effect = gl.causal_effect(model, gl.Ablate(vs[1]), score=gl.refusal_log_odds, prompts=prompts, n_random=2)
+        >>> axes = gl.plot.plot_effect(effect)
     """
     table = need(table, ("condition", "layer", "difference", "low", "high", "random_low", "random_high"))
     ax = axes_of(ax)
@@ -147,6 +162,11 @@ def plot_arms(
 
     `table` has columns arm, run and the measure, one row per run; an arm without a value reads "not run". `reference`
     maps a label (witness, anchor) to the value of a dashed line. GravlensError without rows.
+
+    Examples:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"arm": ["unblocked", "penalty"], "run": ["a", "a"], "compliance_rate": [0.9, 0.1]})
+        >>> axes = gl.plot.plot_arms(table, reference={"anchor": 0.05})
     """
     need(table, ("arm", measure))
     ax = axes_of(ax)
@@ -364,6 +384,12 @@ def plot_frontier(
     `table` has columns blocker, cost and measure, one row per run, as from `compare_arms`. Lines mark the `baseline`
     arm; `twins` (random controls) are grey. The legend explains the numbers. GravlensError where there is nothing to
     draw.
+
+    Examples:
+        >>> import pandas as pd
+        >>> rows = [("unblocked", 1.0, 0.9), ("penalty", 1.1, 0.1)]
+        >>> table = pd.DataFrame(rows, columns=["blocker", "task_loss", "compliance_rate"])
+        >>> axes = gl.plot.plot_frontier(table)
     """
     need(table, ("blocker", cost, measure), "compare_arms(…).")
     ax = axes_of(ax, SIZE)

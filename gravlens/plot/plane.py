@@ -32,6 +32,9 @@ def plot_residual_plane(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
     `table` is that of `residual_plane`; both axes are in witness–anchor distances, at equal scale. Prompts are faint
     points; more than six runs share one look. GravlensError where there is nothing to draw.
+
+    Examples:
+        >>> axes = gl.plot.plot_residual_plane(gl.plot.residual_plane(held_out, vs[1]))
     """
     need(table, COLUMNS, "residual_plane(…).")
     ax = axes_of(ax)
@@ -62,6 +65,10 @@ def explore_residual_plane(table: pd.DataFrame) -> PlotlyFigure:
 
     `figure.write_html("plane.html")` writes one page that needs no network. GravlensError where plotly is not installed
     (`pip install 'gravlens[plots]'`), or there is nothing to draw.
+
+    Examples:
+        >>> figure = gl.plot.explore_residual_plane(gl.plot.residual_plane(held_out, vs[1]))
+        >>> figure.write_html("plane.html")
     """
     go: Any = _plotly()
     need(table, COLUMNS, "residual_plane(…).")

@@ -115,6 +115,11 @@ def save_figure(drawn: Axes | Figure, path: Path | str, *, formats: Sequence[str
         drawn: the result of a `plot_…` function, or any matplotlib figure.
         path: with a suffix (`"alignment.svg"`) one file, without one a file for each of `formats`.
         formats: among `pdf`, `png`, `svg`; GravlensError for another.
+
+    Examples:
+        >>> paths = gl.plot.save_figure(gl.plot_alignment(tr), "alignment", formats=("png",))
+        >>> [path.name for path in paths]
+        ['alignment.png']
     """
     path = at_home(path)
     if path.suffix[1:] in NO_DATE:

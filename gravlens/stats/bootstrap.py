@@ -45,6 +45,12 @@ def bootstrap_alignment(
     Returns:
         `measure` (`alignment`, `fraction`), `run` (`mean`: over runs, NaN bounds for a single run or where a run has no
         drift), `step, layer`, `estimate, low, high`.
+
+    Examples:
+        >>> intervals = gl.stats.bootstrap_alignment(held_out, vs, draws=200, rng=rng)
+        >>> rows = intervals.layer_mean.query("run == 'mean' and measure == 'fraction'")
+        >>> bool((rows.low <= rows.high).all())
+        True
     """
     residuals, directions = check_states(residuals), Directions.of(directions)
     if draws < 1 or not 0 < level < 1 or interval not in ("basic", "percentile"):

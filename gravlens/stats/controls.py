@@ -39,6 +39,13 @@ def partialled_out(directions: Directions, other: Directions) -> Directions:
     part of the anchor's own excursion. Not all of it, for u is one noisy view of it: where only the anchor is shared
     and c = r/(1 + r), a cosine of c·√((1 − c)/(1 + c)) remains (0.29 of 0.5): docs/controls.md. The distance becomes
     distance·‖v − ⟨v, u⟩u‖; a layer where nothing is left or `other` is undefined becomes undefined.
+
+    Examples:
+        >>> states = gl.cache_residuals(seq, checkpoints=[*seq, gl.Checkpoint("stranger", "stranger")])
+        >>> other = gl.locate_vrev(gl.controls.substitute(states, witness="stranger"))
+        >>> specific = gl.controls.partialled_out(vs, other)
+        >>> bool(abs(specific[1].vector @ other[1].vector) < 1e-3)
+        True
     """
     directions, other = Directions.of(directions), Directions.of(other)
     return Directions(tuple(_partialled(direction, other[direction.layer]) for direction in directions))
@@ -82,6 +89,12 @@ def compare_witnesses(
     Returns:
         Columns `witness, anchor, run, step, alignment, fraction, distance` (residual units), `cosine_with_v_rev`, means
         over `layers_in_mean`.
+
+    Examples:
+        >>> witnesses = ["witness", "seed1/20"]
+        >>> table = gl.controls.compare_witnesses(given, held_out, witnesses=witnesses, layers_in_mean=[0, 1])
+        >>> table.witness.unique().tolist()
+        ['witness', 'seed1/20']
     """
     check_states(probes)
     v_rev = _between(probes, "witness", "anchor", layers_in_mean)
@@ -145,6 +158,13 @@ def anchor_ratio(
     draws are a Bayesian bootstrap over siblings (Rubin, "The Bayesian Bootstrap", 1981): the error of an expectation,
     and no null (`independent_endpoints` is). `anchor` always counts as a
     sibling; GravlensError for fewer than 3.
+
+    Examples:
+        >>> others = [gl.Checkpoint(name, name) for name in ("sibling", "sibling2")]
+        >>> states = gl.cache_residuals(seq, checkpoints=[*seq, *others])
+        >>> ratio = gl.controls.anchor_ratio(states, siblings=["sibling", "sibling2"], layers=[0, 1], draws=99, rng=rng)
+        >>> ratio.expected_cosine.shape, ratio.draws.shape
+        ((2,), (99, 2))
     """
     check_states(residuals)
     names = tuple(dict.fromkeys(["anchor", *siblings]))
@@ -183,6 +203,13 @@ def independent_endpoints(
     so are no null. The draws of m and of the distance include that few siblings and one witness estimate them
     (docs/controls.md). Arguments as `anchor_ratio`; `layers` defaults to all of the residuals', `steps` are those that
     the null serves; GravlensError for one prompt.
+
+    Examples:
+        >>> others = [gl.Checkpoint(name, name) for name in ("sibling", "sibling2")]
+        >>> states = gl.cache_residuals(seq, checkpoints=[*seq, *others])
+        >>> null = gl.controls.independent_endpoints(states, ["sibling", "sibling2"], steps=[20], draws=99, rng=rng)
+        >>> null.cosines.shape
+        (99, 1, 3)
     """
     check_states(residuals)
     layers = residuals.layers if layers is None else tuple(layers)
@@ -226,6 +253,13 @@ def closure(
         directions: v_rev.
         pairs: (run, twin) names, trained on the same data.
         layers: layers of the mean.
+
+    Examples:
+        >>> runs = {"twin0": "ft/seed1/checkpoint-*"}  # stands for the witness fine-tuned on the data of seed0
+        >>> twins = gl.ModelSequence.from_folders(witness="base", anchor="aligned", runs=runs, probes="probes.jsonl")
+        >>> states = gl.cache_residuals(twins)
+        >>> gl.controls.closure(given, states, vs, pairs=[("seed0", "twin0")], layers=[0, 1]).layer_mean.step.tolist()
+        [1, 5, 20]
     """
     chosen = directions.at(layers)
     # from the states: the twin's residuals hold no anchor to take a drift from

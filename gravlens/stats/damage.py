@@ -54,6 +54,10 @@ def rounded(model: Openable, bits: int, *, norm: float | None = None) -> Generat
 
     Raises:
         GravlensError: bits out of range, or what `reweighted` raises.
+
+    Examples:
+        >>> with gl.damage.rounded(model, bits=4) as rounded:
+        ...     scores = gl.refusal_log_odds(rounded, prompts)
     """
     model = open_model(model)
     if bits not in BITS:
@@ -75,6 +79,10 @@ def pruned(model: Openable, share: float, *, norm: float | None = None) -> Gener
 
     Raises:
         GravlensError: a share that is not between 0 and 1, or what `reweighted` raises.
+
+    Examples:
+        >>> with gl.damage.pruned(model, 0.2) as pruned:
+        ...     scores = gl.refusal_log_odds(pruned, prompts)
     """
     model = open_model(model)
     if not 0 < share < 1:
@@ -98,6 +106,10 @@ def sign_flipped(model: Openable, checkpoint: Source, *, norm: float | None = No
 
     Raises:
         GravlensError: the two models' weights do not match, or what `reweighted` raises.
+
+    Examples:
+        >>> with gl.damage.sign_flipped(gl.open_model(seq.anchor), seq.runs["seed0"][-1]) as mirrored:
+        ...     scores = gl.refusal_log_odds(mirrored, prompts)
     """
     model = open_model(model)
     own, other = _parameters(model), _parameters(open_model(checkpoint))
@@ -119,6 +131,10 @@ def updated(model: Openable, checkpoint: Source, *, norm: float | None = None) -
 
     Raises:
         GravlensError: the two models' weights do not match, or what `reweighted` raises.
+
+    Examples:
+        >>> with gl.damage.updated(gl.open_model(seq.anchor), seq.runs["seed0"][-1]) as updated:
+        ...     scores = gl.refusal_log_odds(updated, prompts)
     """
     model = open_model(model)
     weights = _parameters(open_model(checkpoint))
@@ -195,6 +211,11 @@ def measure_damage(
     Raises:
         GravlensError: a model that is not a plain Hugging Face one, a damage that gives another shape, a layer of the
             mean without a direction.
+
+    Examples:
+        >>> damages = {"4 bits": lambda model: gl.damage.rounded(model, bits=4)}
+        >>> gl.damage.measure_damage(seq.anchor, vs, prompts, damages=damages).layer_mean.damage.tolist()
+        ['none', '4 bits']
     """
     directions = Directions.of(directions)
     model, defined = open_model(anchor), directions.defined()
@@ -311,6 +332,12 @@ def weight_noise(
 
     Raises:
         GravlensError: a tensor of `norms` is missing from the anchor, or is quantised.
+
+    Examples:
+        >>> norms = {20: gl.damage.update_norms(gl.open_model(seq.anchor), model)}
+        >>> null = gl.damage.weight_noise(seq.anchor, vs, prompts, norms=norms, draws=3, rng=rng)
+        >>> null.cosines.shape
+        (3, 1, 3)
     """
     directions = Directions.of(directions)
     model, defined = open_model(anchor), directions.defined()
@@ -367,6 +394,11 @@ def update_norms(before: Openable, after: Openable) -> dict[str, float]:
 
     Raises:
         GravlensError: quantised weights.
+
+    Examples:
+        >>> norms = gl.damage.update_norms(gl.open_model(seq.anchor), model)
+        >>> norms["lm_head.weight"] > 0
+        True
     """
     before, after = open_model(before), open_model(after)
     for model in (before, after):

@@ -43,6 +43,11 @@ class NullDraws:
         cosines: [draw, step, layer]; the layers of one draw belong together.
         run: the only run that the draws serve, or None for every run.
         of: `run`, or `mean`: each draw is a mean over runs, to compare with the runs' mean.
+
+    Examples:
+        >>> null = gl.NullDraws("chance", rng.uniform(-0.1, 0.1, (200, 1, 3)), steps=(20,), layers=(0, 1, 2))
+        >>> gl.compare(tr, null).layer_mean.run.tolist()
+        ['seed0', 'seed1']
     """
 
     name: str
@@ -92,6 +97,11 @@ def isotropic(
         coherent: one random drift for all layers, as a residual stream carries it on: its cosines are as correlated as
             the directions are, and the mean over layers has a wide null. False: a drift per layer, all independent,
             called `isotropic_independent`; the p99 of the mean is smaller by up to √layers.
+
+    Examples:
+        >>> null = gl.nulls.isotropic(vs, steps=[1, 5, 20], draws=200, rng=rng)
+        >>> null.cosines.shape  # draw, step, layer
+        (200, 3, 3)
     """
     defined = Directions.of(directions).defined()
     vectors, shape = defined.vectors.astype(np.float64), (draws, len(steps))
@@ -130,6 +140,11 @@ def covariance_matched(
         steps: the steps that the null serves; each has its own draws.
         draws: per step.
         centred: Σ about the samples' mean; False for drifts, where Σ is their second moment.
+
+    Examples:
+        >>> null = gl.nulls.covariance_matched(vs, given.of("anchor"), steps=[20], draws=200, rng=rng)
+        >>> null.cosines.shape
+        (200, 1, 3)
     """
     defined, columns = defined_columns(Directions.of(directions), samples)
     drawn = draws_by_layer(columns, draws=draws * len(steps), rng=rng, centred=centred)
@@ -146,7 +161,13 @@ def sample_covariance(
     name: str = "sample_covariance",
     centred: bool = True,
 ) -> NullDraws:
-    """`covariance_matched` without shrinkage: random mixtures Σ_i g_i x_i of the samples, g standard normal."""
+    """`covariance_matched` without shrinkage: random mixtures Σ_i g_i x_i of the samples, g standard normal.
+
+    Examples:
+        >>> null = gl.nulls.sample_covariance(vs, given.of("anchor"), steps=[20], draws=200, rng=rng)
+        >>> gl.compare(tr, null).layer_mean.run.tolist()
+        ['seed0', 'seed1']
+    """
     defined, columns = defined_columns(Directions.of(directions), samples)
     drawn = draws_by_layer(columns, draws=draws * len(steps), rng=rng, centred=centred, shrunk=False)
     return _null_of_draws(name, drawn, defined, steps)
@@ -158,6 +179,11 @@ def sign_flips(trajectory: Trajectory, *, prompts: str = "held_out", draws: int,
     All steps and layers of a run flip together. Up to 12 runs every pattern but the true one is a draw (`draws` and
     `rng` are unused), so that `compare` gives the exact p = k / 2ⁿ, at least 2⁻ⁿ. The draws are of the mean over runs,
     at the steps that all runs have; GravlensError where there is none.
+
+    Examples:
+        >>> null = gl.nulls.sign_flips(tr, draws=999, rng=rng)
+        >>> gl.compare(tr, null).layer_mean.query("step == 20").p_value.tolist()  # of two runs, 2⁻² at least
+        [0.25]
     """
     table = rows_on(check_trajectory(trajectory).table, prompts)
     # a run that stopped early has fewer
@@ -178,6 +204,11 @@ def swapped_labels(probes: Residuals, held_out: Residuals, *, run: str, draws: i
     The drift is of other prompts and stays. A draw is mean_i ε_i ⟨drift, w_i − a_i⟩ / (‖drift‖ · distance): the drift's
     projection in true distances, with every ε_i = 1 the alignment with the difference of means. Up to 12 probes every
     pattern but the true one is a draw. GravlensError where both sets are of the same prompts.
+
+    Examples:
+        >>> null = gl.nulls.swapped_labels(given, held_out, run="seed0", draws=999, rng=rng)
+        >>> null.cosines.shape  # of six probes every pattern but the true one
+        (63, 3, 3)
     """
     check_states(probes)
     _check_apart(probes, held_out, "v_rev and the drift")
@@ -206,6 +237,11 @@ def other_prompts(
     random text) does, not that it does so at all (a permutation test over prompts: docs/nulls.md). Each draw is a
     subset as large as the held-out set. GravlensError where both sets are of the same prompts, or share no step of the
     run.
+
+    Examples:
+        >>> null = gl.nulls.other_prompts(held_out, given, vs, run="seed0", draws=99, rng=rng)
+        >>> null.cosines.shape
+        (99, 3, 3)
     """
     _check_apart(held_out, others, "The two sets")
     defined, size = directions.defined(), held_out.values.shape[1]
@@ -240,6 +276,11 @@ def compare(trajectory: Trajectory, null: NullDraws, *, prompts: str = "held_out
     Returns:
         Columns `null, run, step, layer, alignment, p99, p_value` ((1 + k)/(1 + n), one-sided), `above`: the alignment
         exceeds the p99 and p is at most .01, which takes 99 draws.
+
+    Examples:
+        >>> null = gl.nulls.isotropic(vs, steps=[1, 5, 20], draws=200, rng=rng)
+        >>> gl.compare(tr, null).layer_mean.columns.tolist()
+        ['null', 'run', 'step', 'alignment', 'p99', 'p_value', 'above']
     """
     check_trajectory(trajectory)
     of_kind(null, NullDraws, "NullDraws are needed.", "isotropic(directions, steps=…, draws=…, rng=…).")

@@ -22,7 +22,12 @@ SAME = 1e-10  # sums that are equal on paper differ in their last bits; the stat
 
 
 def least_p_value(n_runs: int, alternative: Alternative = "greater") -> float:
-    """Smallest p of sign flips of `n_runs` runs: 2⁻ⁿ, twice that if two-sided; 1/10,000 beyond 12 runs."""
+    """Smallest p of sign flips of `n_runs` runs: 2⁻ⁿ, twice that if two-sided; 1/10,000 beyond 12 runs.
+
+    Examples:
+        >>> gl.stats.least_p_value(5), gl.stats.least_p_value(5, "two-sided")
+        (0.03125, 0.0625)
+    """
     one_sided = 2.0**-n_runs if n_runs <= ALL_SIGNS_UP_TO else 1 / (1 + RANDOM)
     return min(1.0, one_sided * (2 if alternative == "two-sided" else 1))  # two-sided, one run would have 2 · ½
 
@@ -43,6 +48,11 @@ def sign_flip_test(
 
     Returns:
         p-values [*cell], not corrected for their number (`max_t`, `holm`); 1 where a run's value is NaN.
+
+    Examples:
+        >>> gains = np.array([0.2, 0.3, 0.1, 0.4, 0.2])  # of five runs over their controls
+        >>> float(gl.stats.sign_flip_test(gains))
+        0.03125
     """
     flipped = _flipped(values, rng)
     sides = {"greater": _share_reached(flipped), "less": _share_reached(-flipped)}
@@ -64,6 +74,10 @@ def rank_test(ranks: Sequence[int], sizes: Sequence[int]) -> float:
 
     Raises:
         GravlensError: no unit, other lengths, or a rank that is not a whole number from 1 to its size.
+
+    Examples:
+        >>> gl.stats.rank_test([1], [20])  # the first of one candidate and 19 controls
+        0.05
     """
     valid = len(ranks) == len(sizes) > 0 and all(isinstance(number, int | np.integer) for number in (*ranks, *sizes))
     if not valid or not all(1 <= rank <= size for rank, size in zip(ranks, sizes, strict=True)):
@@ -94,6 +108,11 @@ def max_t(
 
     Returns:
         Adjusted p-values [*cell], at least 2⁻ⁿ; 1 where one is NaN or all are 0.
+
+    Examples:
+        >>> gains = np.array([[0.2, 0.0], [0.3, 0.1], [0.1, -0.2], [0.4, 0.1], [0.2, -0.1]])  # run × step
+        >>> gl.stats.max_t(gains).tolist()[0]
+        0.03125
     """
     flipped = _flipped(values, rng)
     signed = {"greater": flipped, "less": -flipped, "two-sided": np.abs(flipped)}[check_alternative(alternative)]
@@ -104,7 +123,12 @@ def max_t(
 
 
 def holm(p_values: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "*cell"]:
-    """Adjust p-values by Holm's step-down (1979): controls the family-wise error under any dependence."""
+    """Adjust p-values by Holm's step-down (1979): controls the family-wise error under any dependence.
+
+    Examples:
+        >>> gl.stats.holm(np.array([0.01, 0.04, 0.03])).round(3).tolist()
+        [0.03, 0.06, 0.06]
+    """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p, axis=None)  # over all cells; NaN sorts last and stays
     adjusted = np.empty(p.size)
@@ -182,6 +206,12 @@ def detrended_correlation(
     Spearman's ρ of x − mean(x) and y − mean(y): is a run that is ahead in x ahead in y? Differences are not enough: two
     curves that rise early and flatten have changes that shrink together. `of`: `levels`, or `changes` from step to
     step. GravlensError for fewer than 3 runs, NaN, or more than 7 runs without an `rng`.
+
+    Examples:
+        >>> alignment = np.array([[0.1, 0.2, 0.3], [0.2, 0.3, 0.5], [0.3, 0.5, 0.8], [0.0, 0.1, 0.1]])  # run × step
+        >>> found = gl.stats.detrended_correlation(alignment, alignment**2)
+        >>> found.n_runs, found.correlation > 0.5
+        (4, True)
     """
     x, y = (np.asarray(one, dtype=np.float64) for one in (x, y))
     if x.shape != y.shape or x.ndim != 2 or len(x) < 3 or not np.isfinite([x, y]).all():

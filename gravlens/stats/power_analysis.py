@@ -50,6 +50,11 @@ class Effects:
         held: share of the harm that is still held after the block was lifted.
         held_sd: its SD between runs.
         source: where the figures are from.
+
+    Examples:
+        >>> effects = gl.stats.Effects(alignment=0.3, source="a pilot")
+        >>> effects.alignment
+        0.3
     """
 
     alignment: float = 0.70
@@ -139,7 +144,12 @@ def _spreads(table: pd.DataFrame, column: str) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Design:
-    """Numbers of a study: anchors, and of each one runs, strangers, random directions and draws of weight noise."""
+    """Numbers of a study: anchors, and of each one runs, strangers, random directions and draws of weight noise.
+
+    Examples:
+        >>> gl.stats.Design(anchors=2, runs=3, strangers=19).runs
+        3
+    """
 
     anchors: int = 1
     runs: int = 2
@@ -228,6 +238,11 @@ def power(
 
     Raises:
         GravlensError: a number that is not whole or negative, `alpha` not between 0 and 1, no simulations.
+
+    Examples:
+        >>> table = gl.stats.power(anchors=1, runs=3, strangers=19, simulations=50, rng=rng)
+        >>> table.level.tolist()
+        [2, 3, 4, 5]
     """
     design = Design(anchors, runs, strangers, directions, draws)
     return pd.DataFrame(_rows(design, _checked(alpha), effects, simulations, rng))
@@ -251,6 +266,10 @@ def needed(
 
     Raises:
         GravlensError: a level other than 2 to 5, or a power that is not between 0 and 1.
+
+    Examples:
+        >>> gl.stats.needed(2, power=0.8, simulations=50, rng=rng).columns.tolist()[:3]
+        ['plan', 'anchors', 'runs']
     """
     if level not in LEVELS or not 0 < power < 1:
         given = f"level={level!r} and power={power!r} were given."

@@ -32,6 +32,11 @@ def cross_fit(residuals: Residuals, *, layers: Sequence[int] | None = None, repe
     Returns:
         `run, step, layer, alignment` (mean over the 2 · repeats splits), `alignment_sd` (over splits, which overlap: no
         standard error), `fraction`.
+
+    Examples:
+        >>> fitted = gl.stats.cross_fit(given, repeats=10, rng=rng)
+        >>> fitted.layer_mean.run.unique().tolist()
+        ['seed0', 'seed1']
     """
     check_states(residuals)
     runs_of(residuals)
@@ -62,6 +67,11 @@ def split_half_reliability(
 
     Returns:
         Columns `of` (`v_rev` or the run), `step` (`<NA>` for v_rev), `layer`, `reliability`.
+
+    Examples:
+        >>> table = gl.stats.split_half_reliability(given, repeats=10, rng=rng)
+        >>> table.of.unique().tolist()
+        ['v_rev', 'seed0', 'seed1']
     """
     check_states(residuals)
     layers, halves = _defined_layers(residuals, layers), _halves(residuals, repeats, rng)
@@ -82,6 +92,11 @@ def forward_noise(
 
     Rounding depends on batch size and padding. A first step's `drift_norm` has a meaning only well above this. The
     prompts are shuffled `repeats` times into batches of a random size, 1 to 32.
+
+    Examples:
+        >>> noise = gl.stats.forward_noise(model, prompts, layers=[0, 1, 2], repeats=3, rng=rng)
+        >>> noise.shape, bool((noise < 1e-3).all())
+        ((3,), True)
     """
     model = open_model(model)
     layers = [check_layer(layer, model.n_layers) for layer in layers]

@@ -38,6 +38,11 @@ def compare_choices(
         in the row; 0 and NaN where the estimator finds no direction); `witness_alignment` (cosine of the witness's own
         mean difference, the ceiling of a run that goes straight back); `reliability` (split-half);
         `participation_ratio` (of the anchor's mapped states); `isotropic_p99` (one layer, raw geometry, else NaN).
+
+    Examples:
+        >>> choices = gl.stats.compare_choices(given, held_out, layers_in_mean=[0, 1])
+        >>> gl.stats.final_choices(choices).columns.tolist()[:3]
+        ['estimator', 'geometry', 'alignment']
     """
     check_states(probes)
     defined = locate_vrev(probes).defined()
@@ -76,6 +81,11 @@ def final_choices(choices: ByLayer) -> pd.DataFrame:
 
     Columns `estimator, geometry, alignment, fraction, witness_alignment, reliability, judged` (in all runs), `layers`
     (the fewest of a run), `runs`.
+
+    Examples:
+        >>> choices = gl.stats.compare_choices(given, held_out, layers_in_mean=[0, 1])
+        >>> gl.stats.final_choices(choices).runs.unique().tolist()
+        [2]
     """
     means = choices.layer_mean
     last = means[means["step"] == means.groupby("run")["step"].transform("max")]

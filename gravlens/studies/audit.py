@@ -51,7 +51,7 @@ def audit(
     histories: Histories,
     out: Path | str,
     *,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     workers: int | None = None,
     preregistration: Preregistration | Path | str | None = None,
 ) -> dict[str, Any]:
@@ -72,11 +72,16 @@ def audit(
 
     Raises:
         GravlensError: a history without runs, probes or held-out prompts, or a control of another shape.
+
+    Examples:
+        >>> results = gl.audit("SEQUENCE.toml", "results", cache="cache", workers=1)
+        >>> 0 <= results["claims"][0]["level"] <= 5
+        True
     """
     organisms, seconds, out = _organisms(histories), dict[str, float](), at_home(out)
     fixed = Preregistration.from_toml(preregistration) if isinstance(preregistration, Path | str) else preregistration
     with _timed(seconds, "make and measure"):
-        studies = carry_out(organisms, cache or cache_folder(), workers=workers)
+        studies = carry_out(organisms, at_home(cache or cache_folder()), workers=workers)
     with _timed(seconds, "judge"):
         findings = findings_of(studies, preregistration=fixed)
     first = next(iter(organisms.values()))

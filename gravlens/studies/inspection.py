@@ -31,6 +31,11 @@ def inspect_sequence(sequence: ModelSequence | Path | str) -> pd.DataFrame:
 
     Raises:
         GravlensError: a checkpoint that cannot be opened, or shares no tensor with the anchor.
+
+    Examples:
+        >>> table = gl.inspect_sequence(seq)
+        >>> len(table), table["dtype"].unique().tolist()
+        (8, ['float32'])
     """
     sequence, known = ModelSequence.of(sequence), Known()  # `known`: a base shared by adapters is resolved once
     resolved = [resolve(checkpoint, known) for checkpoint in sequence]

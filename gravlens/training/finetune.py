@@ -86,6 +86,11 @@ def finetune(
     Raises:
         GravlensError: no examples, no tokenizer, a start that cannot be opened or has hooks, or `out` holds another
             run, of gravlens or not, or another process trains into it. A run that diverges: what it saved before stays.
+
+    Examples:
+        >>> done = gl.finetune(seq.anchor, examples, out="ft/new", recipe=gl.Recipe(steps=2), save_steps=[1])
+        >>> [one.step for one in done.checkpoints], len(done.log)
+        ([1, 2], 2)
     """
     if not is_whole(seed, 0) or seed >= 2**32:
         raise GravlensError(f"seed={seed!r} was given.", "A seed is a whole number from 0 to 2**32 - 1.", "seed=0.")

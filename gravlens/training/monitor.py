@@ -73,6 +73,12 @@ class Monitor(TrainerCallback):
     Attributes:
         stopped_at: step at which it stopped the run, or None.
         diverged_at: first step at which the states were not finite, or None.
+
+    Examples:
+        >>> monitor = gl.Monitor(vs, prompts, every=2)
+        >>> done = gl.finetune(seq.anchor, examples, out="ft/monitored", recipe=gl.Recipe(steps=4), monitor=monitor)
+        >>> monitor.trajectory.layer_mean.step.tolist()
+        [2, 4]
     """
 
     def __init__(

@@ -26,6 +26,10 @@ class Recipe:
         accumulation: passes per optimizer step.
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
         lora: rank of adapters on all linear layers (PEFT, alpha twice the rank); None trains all weights.
+
+    Examples:
+        >>> gl.Recipe(steps=4, batch=2, learning_rate=1e-4, schedule="cosine").steps
+        4
     """
 
     steps: int = 100

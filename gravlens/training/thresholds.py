@@ -45,6 +45,9 @@ class Threshold:
         last_step: of the null runs; longer runs are refused. None: any run.
         layers: of the null runs' mean; None: any.
         source: name of the null runs.
+
+    Examples:
+        >>> monitor = gl.Monitor(vs, prompts, stop_above=gl.training.Threshold("fraction", 0.3, patience=2))
     """
 
     statistic: Statistic
@@ -92,6 +95,12 @@ def calibrate(
     Raises:
         GravlensError: too few null runs for the quantile (.99 takes 99), null runs with different steps or layers,
             draws of the mean over runs, or null runs that never moved far enough for a cosine.
+
+    Examples:
+        >>> draws = gl.NullDraws("noise", rng.uniform(-0.1, 0.1, (99, 3, 3)), steps=(1, 5, 20), layers=(0, 1, 2))
+        >>> threshold = gl.training.calibrate(draws, quantile=0.95)
+        >>> threshold.statistic, threshold.value < 0.1
+        ('alignment', True)
     """
     statistic = statistic or ("fraction" if isinstance(nulls, Sequence) else "alignment")
     if statistic not in get_args(Statistic):

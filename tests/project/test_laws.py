@@ -36,6 +36,7 @@ KEYWORDS_ALLOWED = {
         for event in ("train_begin", "step_begin", "pre_optimizer_step", "optimizer_step", "log")
     },
 }
+KEYWORDS_ALLOWED["gravlens/exchange/inspect_eval.py:__init__"] = "Inspect's -M options, handed to open_model"
 # distribution -> who imports it, where gravlens does not
 NEEDED_BY_OTHERS = {"accelerate": "transformers.Trainer"}
 # file -> why it may call torch.load, and there only in the words `weights_only=True`
