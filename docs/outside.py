@@ -100,7 +100,9 @@ def as_markdown(notebook: dict[str, Any]) -> str:
 def notebooks() -> list[str]:
     """The repository's notebooks, in teaching order."""
     places = {name: place for place, name in enumerate(ORDER)}
-    found = sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (places.get(path.stem, len(ORDER)), path.stem))
+    found = sorted(
+        (ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (places.get(path.stem, len(ORDER)), path.stem)
+    )
     return [path.relative_to(ROOT).as_posix() for path in found]
 
 
