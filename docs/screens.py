@@ -2,8 +2,8 @@
 
 python docs/screens.py [SITE] [OUT] [VIEW …]
 
-SITE (default site/) is opened from the disk in Chromium, at the width of a desktop and of a telephone, light and dark.
-Pictures and contact sheets go into OUT (default site-pictures/). Exit code 1 where something is wrong. Needs playwright,
+SITE (default site/) is opened from the disk in Chromium, as wide as a desktop and as a telephone, light and dark.
+Pictures and contact sheets go into OUT (default site-pictures/). Exit code 1 where something is wrong. Needs playwright
 and Chromium on PATH.
 """
 
@@ -102,7 +102,7 @@ def main(site: str = "site", out: str = "site-pictures", *views: str) -> int:
         found = searched(browser, root)
         print(f"search finds: {', '.join(found[:5])}")
         browser.close()
-    print(f"{len(pages)} pages in {len(VIEWS)} views: {faults} faults")
+    print(f"{len(pages)} pages, {', '.join(views or VIEWS)}: {faults} faults")
     return int(bool(faults) or not found)
 
 
