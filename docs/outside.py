@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FURTHER_WORD = re.compile(r"^(```\w+) [\w-]+$", re.MULTILINE)  # as in `python no-run`
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"^(```.*?^```\n?)", re.MULTILINE | re.DOTALL)
-SECTION = "Tutorial"  # where notebooks stand in the navigation
+SECTION = "Start"  # where notebooks stand in the navigation
+# In teaching order; each takes for granted what the ones before it show. What is missing here comes last.
+ORDER = """quickstart your_own_checkpoints layerwise_ablation which_null blocking_a_finetune transformer_lens
+a_real_model""".split()
 
 Cell = dict[str, Any]
 
@@ -95,8 +98,12 @@ def as_markdown(notebook: dict[str, Any]) -> str:
 
 
 def notebooks() -> list[str]:
-    """The repository's notebooks."""
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("*.ipynb"))
+    """The repository's notebooks, in teaching order."""
+    places = {name: place for place, name in enumerate(ORDER)}
+    found = sorted(
+        (ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (places.get(path.stem, len(ORDER)), path.stem)
+    )
+    return [path.relative_to(ROOT).as_posix() for path in found]
 
 
 def linked_outside() -> set[str]:
@@ -108,9 +115,9 @@ def linked_outside() -> set[str]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the notebooks into the navigation."""
+    """Put the notebooks into the navigation, each under its first heading."""
     (section,) = (entry[SECTION] for entry in config.nav or [] if isinstance(entry, dict) and SECTION in entry)
-    section += [{Path(path).stem.replace("_", " ").capitalize(): site_uri(path)} for path in notebooks()]
+    section.append({"Notebooks": [site_uri(path) for path in notebooks()]})
     return config
 
 

@@ -130,11 +130,11 @@ def test_the_architecture_names_every_subpackage_in_the_order_of_its_imports() -
     assert [name for name in SUBPACKAGES if f"| `{name}` |" not in page] == []
 
 
-@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
-def test_every_file_that_the_pages_for_contributors_name_is_there(page: str) -> None:
+@pytest.mark.parametrize(("page", "fewest"), [("docs/architecture.md", 40), ("CONTRIBUTING.md", 5)])
+def test_every_file_that_the_pages_for_contributors_name_is_there(page: str, fewest: int) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     named = re.findall(r"`((?:gravlens|tests|analyses|benchmarks|docs)/[\w/.-]+\.\w+)`", text)
-    assert len(named) > 10
+    assert len(named) > fewest
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 

@@ -51,6 +51,9 @@ SHOWN = {
         "template": "different chat templates.*Try: ",
         "template-anchor": "chat_template: anchor",
         "layer": "Layer 5 is out of range.*0 to 4",
+        "verdict": r"Level [012] of 5\. .*is not reached",  # one history has no strangers, so never 3
+        "verdict-caps": "above weight noise.*the witness ranks before strangers.*not run",
+        "verdict-missing": r"twins.*--make twins.*strangers.*\[controls\]",
     },
     "layerwise_ablation": {
         "score": r"witness +-.*anchor +\d.*tuned",
