@@ -69,12 +69,12 @@ def test_search_works_in_a_page_opened_from_the_disk(screens: object, browser: o
     build, config = importlib.import_module("mkdocs.commands.build"), importlib.import_module("mkdocs.config")
     docs = tmp_path / "docs"
     docs.mkdir()
-    shutil.copy(ROOT / "docs/iframe-worker.js", docs)
+    shutil.copy(ROOT / "docs/search_from_disk.js", docs)
     (docs / "index.md").write_text("# One\n\nNothing here.\n")
     (docs / "two.md").write_text("# Two\n\nThe excursion of the anchor.\n")
     (tmp_path / "mkdocs.yml").write_text(
         "site_name: x\nuse_directory_urls: false\ntheme: {name: material, font: false}\n"
-        "plugins: [search, offline]\nextra: {polyfills: [iframe-worker.js]}\n"
+        "plugins: [search, offline]\nextra: {polyfills: [search_from_disk.js]}\n"
     )
     build.build(config.load_config(str(tmp_path / "mkdocs.yml"), site_dir=str(tmp_path / "site")))
     assert screens.searched(browser, tmp_path / "site", "excursion") == ["Two"]
