@@ -23,7 +23,7 @@ FILES, FILE_LINES, BODY_LINES, BODY_P90, PARAMETERS = 9, 600, 45, 20, 7
 FLOORS, FOLDER_FLOORS, CODE_PER_COMMENT, TOP_NAMES = 18, 11, 15, 40
 # Where it stands: the goals are 3.5 imports and 17,000 lines. A raise is written down with its reason in
 # docs/architecture.md.
-IMPORTS, LINES = 4.82, 24_450
+IMPORTS, LINES = 4.98, 26_450
 # file:function -> why it may have more parameters
 MORE_PARAMETERS = {
     "gravlens/activations/residuals.py:cache_residuals": "what is read, where, how, and by whom",
