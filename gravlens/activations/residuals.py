@@ -191,13 +191,11 @@ class Residuals:
 
 def _prompts_run(tokens: Any, mask: Any) -> tuple[list[list[int]], Int[Tensor, " prompt"]]:
     """Return each prompt's token ids without padding, and the index of its last token."""
-    if not isinstance(tokens, Tensor) or not isinstance(mask, Tensor | None):
-        wrong = mask if isinstance(tokens, Tensor) else tokens
-        raise wrong_kind(wrong, "Tokens and mask [prompt, pos] are needed.", "tokens = model.to_tokens(prompts).")
+    for one in (tokens, tokens if mask is None else mask):
+        of_kind(one, Tensor, "Tokens and mask [prompt, pos] are needed.", "tokens = model.to_tokens(prompts).")
     whole = mask is not None and tokens.ndim == 2 and tokens.shape == mask.shape and bool(mask.any(1).all())
     if mask is None or not whole or ((mask != 0) & (mask != 1)).any():  # tokens in its place would pass for a mask
-        shape = f"of shape {tuple(mask.shape)}, leaves a prompt without tokens" if mask is not None else "None"
-        shape += " or is not of 0 and 1" * (mask is not None)
+        shape = "None" if mask is None else f"{(*mask.shape,)}, leaves a prompt without tokens or is not of 0 and 1"
         given = f"The attention mask is {shape}, for tokens {tuple(tokens.shape)}."
         wanted = "It tells each prompt's tokens from padding, whose states mean nothing."
         remedy = "torch.ones_like(tokens) if all prompts have one length; else the mask that was run, or that of "

@@ -85,12 +85,9 @@ def plot_alignment(
         _draw_runs(ax, part, value, named=not mean, color=look["color"])
         if mean:
             _draw_mean(ax, part, value, name=kind, look=look | {"marker": MARKERS[number % len(MARKERS)]})
-    if several := nulls if isinstance(nulls, Sequence) else [nulls] * (nulls is not None):
-        _draw_nulls(
-            ax,
-            need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99")),
-            (GREY,) if kinds else CYCLE[1:],
-        )
+    if several := [] if nulls is None else nulls if isinstance(nulls, Sequence) else [nulls]:
+        limits = need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99"))
+        _draw_nulls(ax, limits, (GREY,) if kinds else CYCLE[1:])
     _mark_steps(ax, rows["step"].unique())
     ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
     return legend(ax)
@@ -240,8 +237,7 @@ def _by_kind(
     """The rows of each kind of runs; without kinds all are of one, whose name is not told."""
     if kinds is None:
         return [("mean ± SEM", rows)]
-    wanted = "Kinds are a dict from each to its runs."
-    kinds = of_kind(kinds, Mapping, wanted, 'kinds={"harmless": ["seed0"], "blocked": ["seed1"]}.')
+    kinds = of_kind(kinds, Mapping, "Kinds are a dict from each to its runs.", 'kinds={"harmless": ["seed0"]}.')
     kinds = {kind: as_list(runs) for kind, runs in kinds.items()}
     known, named = [*rows["run"].unique()], [run for runs in kinds.values() for run in runs]
     if not mean or {*named} - {*known} or len({*named}) < len(named):
