@@ -23,7 +23,7 @@ from gravlens.core.errors import GravlensError, said
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
-from gravlens.models.families import OpenModel, bare, described, hooks_on, resid_post
+from gravlens.models.families import OpenModel, acting_on, bare, described, resid_post
 from gravlens.models.forward import repeated, run_trunk, shared_prefix, window_of
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import check_one_precision, open_each
@@ -411,9 +411,9 @@ def read_each(
 def reuses_keys(model: OpenModel) -> bool:
     """Return whether a model gives the same states when it continues from a KV cache: tried once, on fixed tokens.
 
-    Never for TransformerLens, a model in training, or one with hooks, which would see a pass cut into parts.
+    Never for TransformerLens, a model in training, one with hooks or a replaced `forward`, which would see parts.
     """
-    if not model.family.kv_cache or any(part.training or hooks_on(part) for part in model.module.modules()):
+    if not model.family.kv_cache or any(part.training or acting_on(part) for part in model.module.modules()):
         return False
     if model.module not in _REUSES:
         _REUSES[model.module] = _same_states(model)

@@ -117,6 +117,7 @@ class Residuals:
         """
         ids, last = _prompts_run(tokens, attention_mask)
         at = torch.arange(len(ids)), last + 1 + offset_of(positions, min(map(len, ids)))
+        caches = of_kind(caches, Mapping, "A dict of caches is needed.", '{"witness": cache, "anchor": cache}.')
         held = {name: _resid_posts(cache) for name, cache in caches.items()}
         kinds = {name: (tuple(own), {tuple(one.shape) for one in own.values()}) for name, own in held.items()}
         (layers, shapes), *others = kinds.values() or [((), set[tuple[int, ...]]())]
@@ -190,10 +191,11 @@ class Residuals:
 
 def _prompts_run(tokens: Any, mask: Any) -> tuple[list[list[int]], Int[Tensor, " prompt"]]:
     """Return each prompt's token ids without padding, and the index of its last token."""
-    if not isinstance(tokens, Tensor):
-        raise wrong_kind(tokens, "Tokens [prompt, pos] are needed.", "tokens = model.to_tokens(prompts).")
-    if mask is None or tokens.ndim != 2 or tokens.shape != mask.shape or not mask.any(1).all():
-        shape = "None" if mask is None else f"of shape {tuple(mask.shape)}, or leaves a prompt without tokens"
+    for one in (tokens, tokens if mask is None else mask):
+        of_kind(one, Tensor, "Tokens and mask [prompt, pos] are needed.", "tokens = model.to_tokens(prompts).")
+    whole = mask is not None and tokens.ndim == 2 and tokens.shape == mask.shape and bool(mask.any(1).all())
+    if mask is None or not whole or ((mask != 0) & (mask != 1)).any():  # tokens in its place would pass for a mask
+        shape = "None" if mask is None else f"{(*mask.shape,)}, leaves a prompt without tokens or is not of 0 and 1"
         given = f"The attention mask is {shape}, for tokens {tuple(tokens.shape)}."
         wanted = "It tells each prompt's tokens from padding, whose states mean nothing."
         remedy = "torch.ones_like(tokens) if all prompts have one length; else the mask that was run, or that of "

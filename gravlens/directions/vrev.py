@@ -92,11 +92,11 @@ def locate_vrev(
         return Directions(tuple(_estimate(source, *one, estimator) for one in each))
     if np.ndim(layer):  # 0 for a NumPy integer too
         return locate_vrev(source, estimator=estimator).at(layer)  # marks undefined layers instead of raising
-    if layer not in source.layers:
+    if layer not in source.layers or isinstance(layer, bool):  # True would pass for 1
         given = f"Layer {layer!r} was asked for."
         raise GravlensError(given, f"These residuals hold layers {list(source.layers)}.", "one of these.")
     i = source.layers.index(layer)
-    direction = _estimate(source, layer, witness[:, i], anchor[:, i], estimator)
+    direction = _estimate(source, source.layers[i], witness[:, i], anchor[:, i], estimator)
     if direction.undefined is not None:
         raise undefined_error(direction)
     return direction

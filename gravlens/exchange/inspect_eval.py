@@ -87,12 +87,13 @@ def refusal(prompts: str = "held_out.jsonl", max_tokens: int = 64) -> Any:
     """Make the task: the refusal rate on the prompts of a file, with greedy answers."""
     from inspect_ai import Task
     from inspect_ai.dataset import MemoryDataset, Sample
-    from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
+    from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ChatMessageUser, GenerateConfig
     from inspect_ai.scorer import mean, scorer, stderr
 
     asked, judged = PromptSet.of(prompts), scorer(metrics=[mean(), stderr()], name="refused")(refused)
-    system = [ChatMessageSystem(content=asked.system)] * bool(asked.system)
-    samples = [Sample(id=i, input=[*system, ChatMessageUser(content=text)]) for i, text in enumerate(asked, start=1)]
+    kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
+    said = [[kinds[turn["role"]](content=turn["content"]) for turn in turns] for turns in asked.turns]
+    samples = [Sample(id=i, input=turns) for i, turns in enumerate(said, start=1)]
     config = GenerateConfig(max_tokens=max_tokens, temperature=0)
     return Task(dataset=MemoryDataset(samples, name=asked.role), scorer=judged(), config=config)
 

@@ -13,7 +13,7 @@ from gravlens.core.errors import GravlensError, at_home, reading
 from gravlens.core.files import read_tensors, write_tensors
 from gravlens.directions.direction import Direction, Directions, Subspace, Subspaces, each
 from gravlens.history.weight_files import contents
-from gravlens.interventions.edits import Ablate, At, Clamp, Intervention
+from gravlens.interventions.edits import Ablate, At, Clamp, Intervention, check_intervention
 from gravlens.models.opening import Openable, open_model, weights_of
 
 KIND = "projection"
@@ -45,7 +45,7 @@ def to_projection(intervention: Intervention, path: Path | str, *, model: Openab
         ...     answers = gl.generate_answers(model, prompts, max_new_tokens=8)
     """
     inner, positions = (intervention, "all") if not isinstance(intervention, At) else vars(intervention).values()
-    operation, spans = OPERATIONS.get(type(inner)), each(intervention.directions)
+    operation, spans = OPERATIONS.get(type(inner)), each(check_intervention(intervention).directions)
     if operation is None or len({span.layer for span in spans}) < len(spans):
         given = f"{type(inner).__name__} at layers {[span.layer for span in spans]} was given."
         wanted = "A projection is an Ablate or a Clamp of one direction or subspace per layer."
@@ -99,6 +99,13 @@ def from_projection(path: Path | str, *, model: Openable | None = None) -> Inter
 def _intervention(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Intervention:
     layers = sorted(int(layer) for layer in meta["facts"])
     bases = [arrays[f"basis.{layer}"] for layer in layers]
+    puts = [arrays[f"component.{layer}"] for layer in layers]
+    fit = all(basis.shape == (len(put), bases[0].shape[-1]) for basis, put in zip(bases, puts, strict=True))
+    # what would not be applied is no part of the file: a layer without facts, a component that an ablation has not
+    if not fit or len(arrays) > 2 * len(layers) or (meta["operation"] == "ablate" and any(map(np.any, puts))):
+        given = f"Layers {layers} are stated; the tensors are { ({name: one.shape for name, one in arrays.items()}) }."
+        wanted = "Each has a basis [rank, d_model] and a component [rank], 0 for an ablation, and no other layer has."
+        raise GravlensError(given, wanted, "write it again.")
     facts = [{**meta["facts"][str(layer)], "layer": layer} for layer in layers]
     pairs = list(zip(bases, facts, strict=True))
     spans = Subspaces(tuple(Subspace(basis, **fact) for basis, fact in pairs))
@@ -107,7 +114,7 @@ def _intervention(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> 
     edit: Intervention = Ablate(spans)
     if meta["operation"] == "clamp":
         # the anchor's mean state enters by its components alone, so c Q serves as well
-        means = np.stack([arrays[f"component.{layer}"] @ basis for layer, basis in zip(layers, bases, strict=True)])
+        means = np.stack([put @ basis for put, basis in zip(puts, bases, strict=True)])
         edit = Clamp(spans, Residuals(means[None, None], ("anchor",), tuple(layers), "", {}))
     at: Any = meta["positions"]  # `At` checks them; JSON has no tuples
     return edit if at == "all" else At(edit, tuple(at) if isinstance(at, list) else at)

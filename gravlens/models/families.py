@@ -18,6 +18,7 @@ import torch
 import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from gravlens import models
@@ -303,6 +304,14 @@ def hooks_on(part: nn.Module) -> list[Any]:
     # transformers leaves its recording hooks behind after `output_hidden_states`; a bridge has some on its norms.
     recording = ("transformers.", "peft.", "transformer_lens.model_bridge.")
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(recording)]
+
+
+def acting_on(part: nn.Module) -> list[Any]:
+    """Return what else than its class's code acts on a pass: `hooks_on`, hooks on all modules, a replaced `forward`."""
+    everywhere = *torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()  # pyright: ignore[reportPrivateUsage]
+    # accelerate replaces it too, to move what goes in to its device and what comes out to fp32: for each token alike
+    moved = hasattr(part, "_hf_hook") or hasattr(part, "_original_forward")
+    return [*hooks_on(part), *everywhere, *([] if moved else [one for one in [vars(part).get("forward")] if one])]
 
 
 def copied(module: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from gravlens.core.errors import GravlensError
 from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, end_of_turn, last_positions, pad
-from gravlens.models.families import ENDS, EXACT, ROUNDED, OpenModel, bare, check_context, described, hooks_on
+from gravlens.models.families import ENDS, EXACT, ROUNDED, OpenModel, acting_on, bare, check_context, described
 
 Cache = TypeVar("Cache", bound=DynamicCache)
 BATCH = 32
@@ -236,7 +236,7 @@ def _cut_of(model: OpenModel, ids: Sequence[Sequence[int]], answers: Sequence[in
     """Return the length of the prefix to run once; 0 where passes stay whole."""
     parts = list(model.module.modules()) if model.family.kv_cache and ids else []
     # A hook of somebody else may expect whole prompts; in training dropout differs between them.
-    apart = [getattr(hook, APART, None) or math.inf for part in parts for hook in hooks_on(part)]
+    apart = [getattr(hook, APART, None) or math.inf for part in parts for hook in acting_on(part)]
     if not parts or any(part.training for part in parts) or math.inf in apart:
         return 0
     most = min(len(one) - answer for one, answer in zip(ids, answers, strict=True)) - int(max([1, *apart]))

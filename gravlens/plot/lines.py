@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import Container
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from gravlens.core.errors import GravlensError, of_kind
+from gravlens.core.errors import GravlensError, as_list, of_kind
 from gravlens.plot.style import BLUE, CYCLE, DASHES, GREY, LABELS, MARKERS, SHARES, axes_of, change_of, styled, words
 
 WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line crosses the text
@@ -85,13 +85,9 @@ def plot_alignment(
         _draw_runs(ax, part, value, named=not mean, color=look["color"])
         if mean:
             _draw_mean(ax, part, value, name=kind, look=look | {"marker": MARKERS[number % len(MARKERS)]})
-    if nulls is not None:
-        several = nulls if isinstance(nulls, Sequence) else [nulls]
-        _draw_nulls(
-            ax,
-            need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99")),
-            (GREY,) if kinds else CYCLE[1:],
-        )
+    if several := [] if nulls is None else nulls if isinstance(nulls, Sequence) else [nulls]:
+        limits = need(pd.concat([_layer_mean(one) for one in several]), ("null", "step", "p99"))
+        _draw_nulls(ax, limits, (GREY,) if kinds else CYCLE[1:])
     _mark_steps(ax, rows["step"].unique())
     ax.set(xlabel="fine-tuning step", ylabel=LABELS.get(value, words(value)))
     return legend(ax)
@@ -188,7 +184,7 @@ def need(
 ) -> pd.DataFrame:
     """The table of a result; GravlensError if it has no rows or not these columns."""
     found: Any = table if isinstance(table, pd.DataFrame) else getattr(table, "table", table)
-    sources = "follow(residuals, directions), causal_effect(model, …), or their .table."
+    sources = "follow(residuals, directions), compare(trajectory, null), causal_effect(model, …), or their .table."
     found = of_kind(found, pd.DataFrame, "A table or a result is needed.", sources)
     missing = ", ".join(name for name in columns if name not in found.columns)
     if missing:
@@ -219,7 +215,7 @@ def _chosen(table: pd.DataFrame | HasTable, prompts: str, value: str) -> pd.Data
 
 def _steps(rows: pd.DataFrame, step: int | Sequence[int] | None) -> list[int]:
     known = sorted({int(at) for at in rows["step"]})  # NumPy integers would print as np.int64(5)
-    wanted = known if step is None else [step] if isinstance(step, int) else list(step)
+    wanted = known if step is None else as_list(step)
     if not wanted or not {*wanted} <= {*known}:
         raise GravlensError(f"step={step!r} was asked for.", f"Steps with a value: {known}.", "one of those.")
     return wanted
@@ -241,12 +237,14 @@ def _by_kind(
     """The rows of each kind of runs; without kinds all are of one, whose name is not told."""
     if kinds is None:
         return [("mean ± SEM", rows)]
+    kinds = of_kind(kinds, Mapping, "Kinds are a dict from each to its runs.", 'kinds={"harmless": ["seed0"]}.')
+    kinds = {kind: as_list(runs) for kind, runs in kinds.items()}
     known, named = [*rows["run"].unique()], [run for runs in kinds.values() for run in runs]
     if not mean or {*named} - {*known} or len({*named}) < len(named):
         given = f"kinds={dict(kinds)!r} and mean={mean} were given."
         raise GravlensError(given, f"Each run is of one kind, which has a mean; runs: {known}.", "one of these names.")
-    every = {**kinds, "other": [run for run in known if run not in named]}
-    return [(kind, rows[rows["run"].isin(list(runs))]) for kind, runs in every.items() if len(runs)]
+    every = {**kinds, "other": [*kinds.get("other", ()), *(run for run in known if run not in named)]}
+    return [(kind, rows[rows["run"].isin(runs)]) for kind, runs in every.items() if runs]
 
 
 def _draw_runs(ax: Axes, rows: pd.DataFrame, value: str, *, named: bool, color: str) -> None:

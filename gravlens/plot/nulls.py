@@ -60,10 +60,10 @@ def _compared(
     """The compared rows of one place, and the draws that they were compared with."""
     step, run, layer = place
     both = compare(trajectory, null, prompts=prompts)
-    rows = both.layer_mean if layer is None else both.table[both.table.layer == layer]
-    rows = rows if run is None else rows[rows.run.isin([run, "mean"] if null.of == "mean" else [run])]
-    rows = rows[rows.step == (rows.step.max() if step is None else step)]
-    if rows.empty:
+    rows = both.layer_mean if layer is None else both.table[both.table.layer.isin(as_list(layer))]
+    rows = rows if run is None else rows[rows.run.isin(["mean"] * (null.of == "mean") + as_list(run))]
+    rows = rows[rows.step.isin(as_list(rows.step.max() if step is None else step))]
+    if rows.empty or len(as_list(step)) > 1 or len(as_list(layer)) > 1:  # one of each is drawn
         given = f"The null {null.name} has nothing to compare at step={step}, run={run!r}, layer={layer}."
         known = f"Steps {sorted(set(both.table.step))}, runs {sorted(set(both.table.run))}, layers {list(null.layers)}."
         raise GravlensError(given, known, "one of those.")

@@ -16,11 +16,13 @@ from typing import Any
 
 from matplotlib import get_backend, rc_context
 from matplotlib._pylab_helpers import Gcf
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.backends.registry import BackendFilter, backend_registry
 from matplotlib.figure import Figure
 
-from gravlens.core.errors import GravlensError, at_home
+from gravlens.core.errors import GravlensError, at_home, of_kind
 from gravlens.core.files import write_atomically
 
 # Okabe and Ito's palette ("Color Universal Design", 2008), which colour-blind readers can tell apart.
@@ -100,7 +102,7 @@ def styled() -> Generator[None]:
 def axes_of(ax: Axes | None, size: tuple[float, float] = COLUMN, *, hidden: bool = False) -> Axes:
     """`ax`, or an Axes in a new figure of `size` inches: pyplot's where pyplot shows it, unless `hidden`."""
     if ax is not None:
-        return ax
+        return of_kind(ax, Axes, "ax is one Axes to draw into.", "_, (left, right) = plt.subplots(1, 2), then ax=left.")
     pyplot = None if hidden else _pyplot()
     # constrained: legends and labels outside of the axes are not cut off
     look: dict[str, Any] = {"figsize": size, "dpi": DPI, "layout": "constrained"}
@@ -122,7 +124,7 @@ def save_figure(drawn: Axes | Figure, path: Path | str, *, formats: Sequence[str
         ['alignment.png']
     """
     path = at_home(path)
-    if path.suffix[1:] in NO_DATE:
+    if path.suffix[1:] in FigureCanvasBase.filetypes:  # those that are not ours are an error below
         path, formats = path.with_suffix(""), (path.suffix[1:],)
     if unknown := [name for name in formats if name not in NO_DATE]:
         given = f"The format {unknown[0]!r} was asked for."
@@ -150,6 +152,7 @@ def _pyplot() -> Any:
 
 
 def _figure(drawn: Axes | Figure) -> Figure:
+    drawn = of_kind(drawn, Artist, "Axes or a Figure are saved.", "the Axes that a plot_… function returned.")
     figure = drawn if isinstance(drawn, Figure) else drawn.get_figure(root=True)
     assert isinstance(figure, Figure)  # an Axes that was drawn into has one
     return figure

@@ -144,6 +144,15 @@ def test_without_a_mask_nothing_is_read(pair: dict[str, Any]) -> None:
     empty[3] = 0
     with refused("leaves a prompt without tokens"):
         Residuals.from_caches(caches, RIGHT.input_ids, empty)
+    with refused("not of 0 and 1"):  # exchanged
+        locate_vrev(*caches.values(), prompts=(RIGHT.attention_mask, RIGHT.input_ids))
+    with refused("ndarray"):
+        Residuals.from_caches(caches, RIGHT.input_ids, RIGHT.attention_mask.numpy())
+    with refused("list"):
+        Residuals.from_caches([*caches.values()], *RIGHT[:2])  # type: ignore[arg-type]
+    for kind in (torch.bool, torch.float32):
+        same = Residuals.from_caches(caches, RIGHT.input_ids, RIGHT.attention_mask.to(kind))
+        assert np.array_equal(same.values, Residuals.from_caches(caches, *RIGHT[:2]).values)
     with refused("positions=-99"):
         Residuals.from_caches(caches, *RIGHT[:2], positions=-99)
 
@@ -175,7 +184,7 @@ def test_what_is_no_cache_is_refused(pair: dict[str, Any]) -> None:
     pair_of = pair["anchor"].run_with_cache(RIGHT.input_ids)
     with refused("A tuple"):  # (logits, cache)
         Residuals.from_caches({"anchor": pair_of}, *RIGHT[:2])
-    with refused("A Tensor"):  # one cache instead of names and caches
+    with refused("A ActivationCache"):  # one cache instead of names and caches
         Residuals.from_caches(pair_of[1], *RIGHT[:2])
     with refused("ActivationCache"):
         locate_vrev(pair_of[1], pair["anchor"], prompts=tiny.PROMPTS)

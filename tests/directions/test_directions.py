@@ -474,3 +474,12 @@ def test_another_vocabulary_is_refused_where_prompts_need_it() -> None:
 def test_a_direction_is_named_on_a_line_without_its_numbers() -> None:
     shown = repr(direction_from(np.ones(768), layer=3))
     assert "layer=3" in shown and "array" not in shown and len(shown) < 300
+
+
+def test_a_layer_of_numpy_is_a_number_of_python_and_true_is_none() -> None:
+    states = np.random.default_rng(0).standard_normal((2, 5, 3, 8))
+    given = synthetic({"witness": states[0], "anchor": states[1]})
+    v = locate_vrev(given, layer=np.int64(1))
+    assert type(v.layer) is int and np.array_equal(v.vector, locate_vrev(given)[1].vector)
+    with refused("True"):
+        locate_vrev(given, layer=True)

@@ -1,5 +1,6 @@
 """Inspect evaluates a checkpoint with and without an intervention; the logs are read back with its own reader."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,18 @@ def test_sampling_is_refused(here: Path, tmp_path: Path) -> None:
     how = {"log_dir": str(tmp_path), "display": "none", "temperature": 0.7}
     (done,) = inspect_ai.eval(task, model=f"gravlens/{here / 'model'}", **how)
     assert done.status == "error" and "temperature" in done.error.message
+
+
+def test_a_conversation_is_asked_with_its_earlier_turns(here: Path, tmp_path: Path) -> None:
+    inspect_ai = pytest.importorskip("inspect_ai")
+    first, second = tiny.PROMPTS[:2]
+    earlier = [{"role": "user", "content": first}, {"role": "assistant", "content": "sorry"}]
+    path = tmp_path / "asked.jsonl"
+    rows = [{"messages": [*earlier, {"role": "user", "content": second}]}, {"messages": [earlier[0]]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = refusal(prompts=str(path), max_tokens=6)
+    told = [[(one.role, one.text) for one in sample.input] for sample in task.dataset]
+    assert told == [[("user", first), ("assistant", "sorry"), ("user", second)], [("user", first)]]
+    (done,) = inspect_ai.eval(task, model=f"gravlens/{here / 'model'}", log_dir=str(tmp_path), display="none")
+    asked = PromptSet.of(str(path))
+    assert [one.output.completion for one in done.samples] == list(generate_answers(MODEL, asked, max_new_tokens=6))

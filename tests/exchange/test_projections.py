@@ -18,7 +18,7 @@ from gravlens.core.files import read_tensors, write_tensors
 from gravlens.directions.direction import Directions, Subspaces, each
 from gravlens.directions.subspaces import span_of
 from gravlens.directions.vrev import direction_from
-from gravlens.exchange.projections import KIND, from_projection, to_projection
+from gravlens.exchange.projections import KIND, _digest, from_projection, to_projection
 from gravlens.history.weight_files import contents, read_headers
 from gravlens.interventions.edits import Intervention
 from gravlens.models.forward import final_logits
@@ -67,7 +67,7 @@ def readers() -> dict[str, Any]:
     (source,) = [
         block for block in re.findall(r"^```python no-run\n(.*?)^```$", page, re.M | re.S) if "def project" in block
     ]
-    assert "gravlens" not in source.replace("file.metadata()", "") and len(source.splitlines()) <= 15
+    assert "gravlens" not in source.replace("file.metadata()", "") and sum(map(bool, source.split("\n"))) <= 15
     names: dict[str, Any] = {}
     exec(source, names)
     return names
@@ -132,6 +132,25 @@ def test_a_file_that_states_something_else_is_refused(changes: dict[str, Any], s
         from_projection(path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"basis.9": VS[0].basis},  # a layer that no facts name: it would not be ablated
+        {"component.0": np.ones(1, np.float32)},  # of an ablation, which would leave it out
+        {"component.0": np.zeros(2, np.float32)},
+        {"basis.0": VS[0].vector},
+        {"basis.0": np.full((1, 16), 0.25, np.float32)},
+    ],
+)
+def test_tensors_that_would_not_be_applied_are_refused(changes: dict[str, np.ndarray], tmp_path: Path) -> None:
+    path = to_projection(Ablate(VS), tmp_path / "v.safetensors", model=MODEL)
+    arrays, meta = read_tensors(path, KIND)
+    arrays = {**arrays, **changes}
+    write_tensors(path, KIND, arrays, {**meta, "vectors_sha256": _digest(arrays)})
+    with refused("the tensors are"):
+        from_projection(path)
+
+
 def test_another_model_and_another_dtype_are_refused_where_the_model_is_given(tmp_path: Path) -> None:
     path = to_projection(Ablate(VS), tmp_path / "v.safetensors", model=MODEL)
     for other in (tiny.llama(seed=1), tiny.llama().to(torch.bfloat16)):
@@ -146,6 +165,9 @@ def test_what_is_no_projection_is_refused(tmp_path: Path) -> None:
     for edit in (Steer(VS), Patch(VS, STATES, [[i] for i in range(5)]), twice):
         with refused(type(edit).__name__):
             to_projection(edit, path, model=MODEL)
+    for other in (Ablate, VS, "ablate"):
+        with refused("was given"):
+            to_projection(other, path, model=MODEL)  # type: ignore[arg-type]
     assert not path.exists()
 
 

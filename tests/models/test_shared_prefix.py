@@ -11,7 +11,10 @@ import pytest
 import tiny
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch.nn.modules import module
 
+from gravlens.activations.reader import reuses_keys
 from gravlens.activations.residuals import Residuals, read_residuals
 from gravlens.directions.direction import Directions
 from gravlens.directions.vrev import direction_from
@@ -71,15 +74,16 @@ def edits(model: OpenModel) -> dict[str, list[Intervention]]:
 
 @contextmanager
 def passes(model: OpenModel) -> Iterator[list[int]]:
-    """How many tokens each pass through the embedding runs, seen without a hook."""
+    """How many tokens each pass through the embedding runs, seen without a hook and by its class, not the model."""
     seen: list[int] = []
     embedding = model.module.get_input_embeddings()
-    own = embedding.forward
-    embedding.forward = lambda ids: (seen.append(ids.numel()), own(ids))[1]
+    kind: Any = type(embedding)
+    own = kind.forward
+    kind.forward = lambda part, ids: (seen.extend([ids.numel()] * (part is embedding)), own(part, ids))[1]
     try:
         yield seen
     finally:
-        del embedding.forward
+        kind.forward = own
 
 
 @contextmanager
@@ -183,6 +187,48 @@ def test_hooks_of_others_and_training_keep_prompts_whole() -> None:
     with passes(model) as also:
         final_logits(model, IDS)
     assert seen == also == [everything]
+
+
+@contextmanager
+def hooked_everywhere(act: Callable[[torch.Tensor], torch.Tensor], part: Any) -> Iterator[None]:
+    handle = module.register_module_forward_hook(lambda one, _, out: act(out) if one is part else None)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def replaced(act: Callable[[torch.Tensor], torch.Tensor], part: Any) -> Iterator[None]:
+    own = part.forward
+    part.forward = lambda hidden: act(own(hidden))
+    yield
+    del part.forward
+
+
+@pytest.mark.parametrize("how", [hooked_everywhere, replaced])
+def test_what_acts_on_a_model_from_outside_sees_whole_prompts(how: Any) -> None:
+    model = opened(tiny.llama())
+    before = final_logits(model, IDS)  # the model is tried as it is: what comes later must be seen each time
+
+    def first_token(out: torch.Tensor) -> torch.Tensor:  # in a part of a pass it would be another one
+        return torch.cat([out[:, :1] + 3, out[:, 1:]], dim=1)
+
+    with how(first_token, model.blocks[1].mlp):
+        found = torch.cat([final_logits(model, [ids, ids])[:1] for ids in IDS])
+        with torch.no_grad():
+            wanted = torch.cat([model.module(torch.tensor([ids, ids])).logits[:1, -1] for ids in IDS])
+        assert not reuses_keys(model)
+    assert_same(found, wanted)
+    assert reuses_keys(model) and torch.equal(final_logits(model, IDS), before)
+
+
+def test_devices_of_accelerate_are_no_reason_to_run_whole_prompts() -> None:
+    model = opened(tiny.llama())
+    final_logits(model, IDS)
+    add_hook_to_module(model.blocks[1].mlp, ModelHook())  # as `device_map` does with every part
+    assert "forward" in vars(model.blocks[1].mlp) and reuses_keys(model)
+    with passes(model) as seen:
+        final_logits(model, IDS)
+    assert seen[0] == len(PREFIX)
 
 
 def test_a_window_shorter_than_the_prompts_keeps_them_whole() -> None:

@@ -96,6 +96,9 @@ def test_draws_without_a_cosine_are_left_out_of_the_histogram_alone() -> None:
 def test_no_such_place_says_which_there_are() -> None:
     with pytest.raises(GravlensError, match=r"step=7.*\[5, 20\].*'a', 'b', 'c'"):
         plot_nulls(followed(), null(), step=7)
+    for several in ({"step": [5, 20]}, {"layer": [0, 1]}):
+        with pytest.raises(GravlensError, match=r"\[5, 20\].*\[0, 1, 2\]"):
+            plot_nulls(followed(), null(), **several)  # type: ignore[arg-type]
     with pytest.raises(GravlensError, match="run='d'"):
         plot_nulls(followed(), null(), run="d")
     with pytest.raises(GravlensError, match="No null"):

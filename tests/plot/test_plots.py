@@ -9,12 +9,14 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gravlens.core.errors import GravlensError
 from gravlens.directions.trajectory import ByLayer
 from gravlens.plot.lines import plot_alignment, plot_arms, plot_effect, plot_layers
 from gravlens.plot.style import GREY
+from gravlens.stats.nulls import NullDraws
 
 RUNS, STEPS, LAYERS = ("a", "b", "c"), (1, 5, 20, 100), (0, 1, 2)
 EFFECT_COLUMNS = ["condition", "layer", "difference", "low", "high", "random_low", "random_high"]
@@ -156,6 +158,17 @@ def test_runs_of_no_kind_are_others_and_a_run_is_of_one_kind(mean: pd.DataFrame)
             plot_alignment(mean, kinds=kinds)
     with pytest.raises(GravlensError, match="mean=False"):
         plot_alignment(mean, kinds={"x": ["a"]}, mean=False)
+    for kinds in ({"x": 3}, {"x": None}, ["a"]):
+        with pytest.raises(GravlensError, match="kind"):
+            plot_alignment(mean, kinds=kinds)  # type: ignore[arg-type]
+
+
+def test_a_kind_that_is_named_other_keeps_its_runs(mean: pd.DataFrame) -> None:
+    assert [*bars(plot_alignment(mean, kinds={"other": ["b"]}))] == ["other, runs: 3"]
+    assert [*bars(plot_alignment(mean, kinds={"blocked": "b", "other": ["a", "c"]}))] == [
+        "blocked, runs: 1",
+        "other, runs: 2",
+    ]
 
 
 def test_a_null_is_dashed_and_labelled_and_its_strictest_p99_counts(mean: pd.DataFrame, nulls: pd.DataFrame) -> None:
@@ -224,6 +237,7 @@ def test_layers_names_the_undefined_ones_of_a_trajectory_in_spans(table: pd.Data
 def test_layers_draws_the_steps_asked_for(table: pd.DataFrame) -> None:
     assert list(bars(plot_layers(table, step=20))) == ["step 20"]
     assert list(bars(plot_layers(table, step=[1, 100]))) == ["step 1", "step 100"]
+    assert texts(plot_layers(table, step=table["step"].max())) == texts(plot_layers(table, step=100))  # of NumPy
     with pytest.raises(GravlensError, match=r"step=7 was asked for.*\[1, 5, 20, 100\]"):
         plot_layers(table, step=7)
 
@@ -361,5 +375,11 @@ def test_bad_input_names_what_would_do(
         plot_alignment(table)
     with pytest.raises(GravlensError, match="nulls=None"):
         plot_alignment(mean, value="fraction", nulls=nulls)
+    with pytest.raises(GravlensError, match=r"NullDraws.*compare\(trajectory, null\)"):
+        plot_alignment(mean, nulls=NullDraws("isotropic", np.zeros((3, 1, 1)), (1,), (0,)))  # type: ignore[arg-type]
+    for axes in (np.array([Figure().add_subplot()]), Figure()):
+        with pytest.raises(GravlensError, match="ax is one Axes"):
+            plot_alignment(mean, ax=axes)  # type: ignore[arg-type]
+    assert len(plot_alignment(mean, nulls=[]).lines) == len(plot_alignment(mean).lines)
     with pytest.raises(GravlensError, match=r"no column fun.*task_loss"):
         plot_arms(arms, measure="fun")

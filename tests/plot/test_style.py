@@ -208,4 +208,8 @@ def test_a_dot_in_a_name_is_no_ending_and_another_format_is_refused(tmp_path: Pa
     ]
     with refused("'bmp'"):
         save_figure(figure, tmp_path / "one", formats=["png", "bmp"])
-    assert not (tmp_path / "one.png").exists()
+    with refused("'jpg'"):  # an ending that matplotlib knows is meant as one
+        save_figure(figure, tmp_path / "one.jpg")
+    with refused("ndarray"):
+        save_figure(np.array([figure.add_subplot()]), tmp_path / "one.png")  # type: ignore[arg-type]
+    assert not [*tmp_path.glob("one*")]

@@ -37,6 +37,7 @@ KEYWORDS_ALLOWED = {
     },
 }
 KEYWORDS_ALLOWED["gravlens/exchange/inspect_eval.py:__init__"] = "Inspect's -M options, handed to open_model"
+KEYWORDS_ALLOWED["gravlens/cli/output.py:print_answer"] = "the tables of a script, by the names that --json prints"
 # distribution -> who imports it, where gravlens does not
 NEEDED_BY_OTHERS = {"accelerate": "transformers.Trainer"}
 # file -> why it may call torch.load, and there only in the words `weights_only=True`
