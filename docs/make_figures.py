@@ -218,7 +218,8 @@ def picture_report(out: str) -> None:
         page.screenshot(path=f"{out}/report.png", full_page=True, clip=cut)
         browser.close()
     with Image.open(f"{out}/report.png") as image:
-        image.convert("RGB").quantize(256).save(f"{out}/report.png", optimize=True)
+        colours = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # the default makes green and blue one
+    colours.save(f"{out}/report.png", optimize=True)
 
 
 def execute_notebooks() -> None:

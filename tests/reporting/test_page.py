@@ -469,10 +469,10 @@ def test_paper_shows_short_folded_tables_and_names_the_long_ones(opened: Opened,
 def test_paper_breaks_only_long_tables_and_repeats_their_headings(opened: Opened, report: Path) -> None:
     page = opened(report, PAPER)
     page.emulate_media(media="print")
-    looks = page.evaluate(
-        """[...document.querySelectorAll('section:not(.full) .box')].map(one => [
-        one.querySelectorAll('tbody tr').length, getComputedStyle(one).breakInside, getComputedStyle(one.querySelector('thead')).display])"""
-    )
+    look = """[...document.querySelectorAll("section:not(.full) .box")].map(one => [
+        one.querySelectorAll("tbody tr").length, getComputedStyle(one).breakInside,
+        getComputedStyle(one.querySelector("thead")).display])"""
+    looks = page.evaluate(look)
     assert {rows > 12 for rows, _, _ in looks} == {True, False}
     assert [one for one in looks if one[1] != ("auto" if one[0] > 12 else "avoid")] == []
     assert {display for _, _, display in looks} == {"table-header-group"}
