@@ -70,7 +70,7 @@ GROUPS = {
         after="organism",
     ),
     "first_steps": Group(
-        ("gravlens reproduce --quick --out $OUT/first", "python docs/make_figures.py --page docs/first_steps.md $OUT"),
+        ("gravlens reproduce --quick --organisms 1 --out $OUT/first", "python docs/make_figures.py --page docs/first_steps.md $OUT"),
         {"figures/first_steps_alignment.png": "alignment.png"},
         6,
     ),
