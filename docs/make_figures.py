@@ -70,8 +70,11 @@ GROUPS = {
         after="organism",
     ),
     "first_steps": Group(
-        ("gravlens reproduce --quick --organisms 1 --out $OUT/first", "python docs/make_figures.py --page docs/first_steps.md $OUT"),
-        {"figures/first_steps_alignment.png": "alignment.png"},
+        (
+            "gravlens reproduce --quick --organisms 1 --out $OUT/first",
+            "python docs/make_figures.py --page docs/first_steps.md $OUT/first",
+        ),
+        {"figures/first_steps_alignment.png": "first/alignment.png"},
         6,
     ),
     "report": Group(
