@@ -66,8 +66,8 @@ def main(
 @rc_context(STYLE)
 def draw(choices: ByLayer) -> Figure:
     """Draw alignment and fraction of each choice at the last step, and the range over choices at each step."""
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
-    axes, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.95)), final_choices(choices)
+    figure = Figure(figsize=(5.5, 8.8), layout="constrained")  # as wide as a page: side by side the letters are tiny
+    axes, final = figure.subplots(3, 1), final_choices(choices)
     for ax, value in zip(axes[:2], ("alignment", "fraction"), strict=True):
         plot_heatmap(final, value=value, rows="estimator", columns="geometry", limit=1, ax=ax)
         ax.set_xticks(ax.get_xticks(), [text.get_text() for text in ax.get_xticklabels()], rotation=25, ha="right")

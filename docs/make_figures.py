@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PROVENANCE = ROOT / "docs/data/provenance.csv"
@@ -67,8 +70,16 @@ GROUPS = {
         after="organism",
     ),
     "first_steps": Group(
-        ("gravlens reproduce --quick --out $OUT/first", "python docs/make_figures.py --page docs/first_steps.md $OUT"),
-        {"figures/first_steps_alignment.png": "alignment.png"},
+        (
+            "gravlens reproduce --quick --organisms 1 --out $OUT/first",
+            "python docs/make_figures.py --page docs/first_steps.md $OUT/first",
+        ),
+        {"figures/first_steps_alignment.png": "first/alignment.png"},
+        6,
+    ),
+    "report": Group(
+        ("gravlens reproduce --quick --out $OUT", "python docs/make_figures.py --report $OUT"),
+        {"figures/report.png": "report.png"},
         6,
     ),
     "choices": Group(
@@ -198,6 +209,22 @@ def run_page(page: str, out: str) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=out, check=True)
 
 
+def picture_report(out: str) -> None:
+    """Take a picture of a report from its top to the first three figures, as report.png beside it."""
+    sync_playwright = importlib.import_module("playwright.sync_api").sync_playwright  # only here: it is a tool of tests
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("google-chrome"))
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto((Path(out).resolve() / "report.html").as_uri())
+        box = page.locator(".figures").first.bounding_box()
+        cut = {"x": 0, "y": 0, "width": 1400, "height": box["y"] + box["height"] + 10}
+        page.screenshot(path=f"{out}/report.png", full_page=True, clip=cut)
+        browser.close()
+    with Image.open(f"{out}/report.png") as image:
+        colours = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # the default makes green and blue one
+    colours.save(f"{out}/report.png", optimize=True)
+
+
 def execute_notebooks() -> None:
     """Execute every notebook in place, from its first cell to its last."""
     notebooks = sorted(map(str, (ROOT / "notebooks").glob("*.ipynb")))
@@ -209,6 +236,8 @@ def main(given: list[str]) -> None:
     """Do what the arguments of make_figures.sh say."""
     if given[:1] == ["--page"]:
         return run_page(*given[1:])
+    if given[:1] == ["--report"]:
+        return picture_report(*given[1:])
     if given[:1] == ["--notebooks"]:
         return execute_notebooks()
     if given[:1] == ["--list"]:

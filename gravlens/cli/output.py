@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import cleandoc
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +203,13 @@ class Commands(OneLineErrors, TyperGroup):
             if param.name in BUILT_IN:
                 param.allow_from_autoenv = False  # pyright: ignore[reportAttributeAccessIssue]
         return params
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command, the paragraphs of whose help are wrapped by the terminal."""
+        found = super().get_command(ctx, cmd_name)
+        if found is not None and found.help:  # typer breaks a line wherever the docstring does, and at the edge as well
+            found.help = re.sub(r"(?<!\n)\n(?!\n)", " ", cleandoc(found.help))
+        return found
 
 
 @contextmanager

@@ -277,15 +277,19 @@ def _draw_nulls(ax: Axes, nulls: pd.DataFrame, colours: Sequence[str]) -> None:
 
 def _mark_steps(ax: Axes, steps: np.ndarray) -> None:
     """Ticks at the measured steps, thinned from the last one down so that labels do not overlap."""
-    steps = np.sort(steps)[::-1]
-    places = ax.xaxis.get_transform().transform(steps.astype(float))
-    gap, kept = 0.085 * (places[0] - places[-1]), [0]
-    for index in range(1, len(steps)):
-        if places[kept[-1]] - places[index] > gap:
-            kept.append(index)
-    shown = sorted(int(step) for step in steps[kept])
+    steps = np.sort(steps)
+    shown = _apart([int(step) for step in steps], ax.xaxis.get_transform().transform(steps.astype(float)))
     ax.set_xticks(shown, [str(step) for step in shown])
     ax.set_xticks([], minor=True)  # symlog marks steps that nobody measured
+
+
+def _apart(labels: Sequence[int], places: Sequence[float] | np.ndarray) -> list[int]:
+    """Those of ascending labels that can stand side by side, a dozen at most: the last, and from there down."""
+    gap, kept = 0.085 * (places[-1] - places[0]), [len(places) - 1]
+    for index in range(len(places) - 2, -1, -1):
+        if places[kept[-1]] - places[index] > gap:
+            kept.append(index)
+    return [labels[index] for index in reversed(kept)]
 
 
 def _draw_layers(ax: Axes, rows: pd.DataFrame, value: str, *, label: str, look: dict[str, Any]) -> None:
@@ -308,7 +312,8 @@ def _left_out(layers: set[int]) -> str:
 def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
     """Layers along x, conditions side by side; <NA> comes after the last layer."""
     groups = list(table.groupby("condition", sort=False))
-    beyond = int(table["layer"].max()) + 1
+    layers = sorted(table["layer"].dropna().astype(int).unique())
+    beyond = layers[-1] + max(1, (layers[-1] - layers[0]) / 10)  # nearer, its label and the last layer's overlap
     ax.axhline(0, color="black", lw=0.7, zorder=0)
     for number, (name, rows) in enumerate(groups):
         at = rows["layer"].astype("Float64").fillna(beyond).to_numpy(float) + 0.6 * (number + 0.5) / len(groups) - 0.3
@@ -316,8 +321,7 @@ def _effect_by_layer(ax: Axes, table: pd.DataFrame, score: str) -> None:
         ax.vlines(at, rows["random_low"], rows["random_high"], color=GREY, alpha=0.35, lw=5)
         ax.vlines(at, rows["low"], rows["high"], color=colour)
         ax.plot(at, rows["difference"], marker, color=colour, label=words(name))
-    layers = sorted(table["layer"].dropna().astype(int).unique())
-    ticks = {layer: str(layer) for layer in layers[:: 1 + len(layers) // 13]}  # more than a dozen labels overlap
+    ticks = {layer: str(layer) for layer in _apart(layers, layers)}
     ticks |= {beyond: "all"} if table["layer"].isna().any() else {}
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set(xlabel="layer", ylabel=score)

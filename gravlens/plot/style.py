@@ -107,7 +107,8 @@ def axes_of(ax: Axes | None, size: tuple[float, float] = COLUMN, *, hidden: bool
     # constrained: legends and labels outside of the axes are not cut off
     look: dict[str, Any] = {"figsize": size, "dpi": DPI, "layout": "constrained"}
     figure = pyplot.figure(FigureClass=PictureFigure, **look) if pyplot else PictureFigure(**look)
-    return figure.add_subplot(axes_class=PictureAxes)
+    with rc_context(STYLE):  # frame and labels are as they were made, and a caller may hand these Axes to a plot
+        return figure.add_subplot(axes_class=PictureAxes)
 
 
 def save_figure(drawn: Axes | Figure, path: Path | str, *, formats: Sequence[str] = ("pdf", "png")) -> list[Path]:

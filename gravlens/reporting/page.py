@@ -202,7 +202,8 @@ def _claim(claim: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> 
     more = f" 95 % intervals over runs and prompts: {', '.join(spans)}." if spans else ""
     statement = claim.get("statement") or claim["sentence"]  # a sentence begins with its statement
     rest = claim["sentence"].removeprefix(statement).removeprefix(".").strip()
-    return f"{claim['organism']}, level {claim['level']} of 5", statement.removesuffix(".") + ".", (rest + more).strip()
+    name = "All histories together" if claim["organism"] == "together" else claim["organism"]
+    return f"{name}, level {claim['level']} of 5", statement.removesuffix(".") + ".", (rest + more).strip()
 
 
 def _ladder(claim: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

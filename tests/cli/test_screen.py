@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,16 @@ def test_the_verdict_comes_first_and_no_word_is_broken(
     known = whole | set("not shown at this width, but in --json:".split())
     broken = {word for word in seen - known if not is_end(word, whole) and not _of_a_list(word)}
     assert broken == set(), "\n".join(shown)
+
+
+@pytest.mark.parametrize("command", FIRST)
+def test_the_help_has_full_lines(command: str) -> None:
+    """No line of its prose ends although the next word had room."""
+    told = CliRunner().invoke(app, [*command.split(), "--help"], terminal_width=WIDTH, env={"COLUMNS": str(WIDTH)})
+    prose = [line.strip() for line in told.stdout.partition("╭")[0].splitlines()]
+    assert "Usage:" in told.stdout and len(prose) > 4
+    following = [(line, after.split()[0]) for line, after in pairwise(prose) if line and after]
+    assert [line for line, word in following if len(line) + 1 + len(word) <= WIDTH - 3] == []
 
 
 def _of_a_list(word: str) -> bool:

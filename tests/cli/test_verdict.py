@@ -68,6 +68,19 @@ def test_the_first_screen_fits_a_terminal(screen: Any) -> None:
     assert SENTENCE in " ".join(shown), "the sentence is told to its end"
 
 
+def test_harm_without_that_of_the_anchor_is_told_alone(screen: Any) -> None:
+    """As an audit does where the anchor's answers are not there: the row is missing, or has no value."""
+    found = results()
+    for row in found["effects"]:
+        row["mean"] = None if row["effect"] == "harm of the anchor" else row["mean"]
+    without = {**found, "effects": [row for row in found["effects"] if row["effect"] != "harm of the anchor"]}
+    for one in (found, without):
+        (line,) = [line for line in screen(one) if line.startswith("  harm  ")]
+        assert "75.0 %" in line and "anchor)" not in line and "(anchor" not in line
+    (line,) = [line for line in screen(results()) if line.startswith("  harm  ")]
+    assert line.endswith("(anchor 6.2 %)")
+
+
 def test_the_ladder_names_the_first_cap_of_each_level(screen: Any) -> None:
     rungs = {line[1]: line for line in screen(results()) if line[1:2].isdigit() and line[2:3] == " "}
     assert [*rungs] == list("12345")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -282,6 +283,17 @@ def test_effect_at_all_layers_at_once_has_its_own_place(effect: pd.DataFrame) ->
     ablated = next(line for line in ax.lines if line.get_label() == "ablated")
     assert np.round(ablated.get_xdata()[-1]) == 3
     assert ablated.get_ydata()[-1] == 42
+
+
+@pytest.mark.parametrize("layers", [[2, 6, 10, 14, 18, 22, 26, 29], range(12), range(30), range(98), [0, 1, 2, 3, 28]])
+def test_labels_of_layers_and_of_all_of_them_stand_apart(effect: pd.DataFrame, layers: Sequence[int]) -> None:
+    one = effect.iloc[[0] * (len(layers) + 1)].assign(layer=pd.array([*layers, pd.NA], "Int64"))
+    ax = plot_effect(one)
+    shown = ticks(ax, "x")
+    assert shown[-2:] == [str(layers[-1]), "all"] and len(shown) > 3
+    boxes = [label.get_window_extent() for label in ax.xaxis.get_ticklabels()]
+    gaps = [right.x0 - left.x1 for left, right in pairwise(boxes)]
+    assert min(gaps) > 0.3 * boxes[0].width / len(shown[0]), "of a digit"
 
 
 @pytest.mark.parametrize("layer", [2, pd.NA])

@@ -117,6 +117,19 @@ def test_the_style_holds_inside_and_nothing_global_changes(plot: Callable[..., A
     assert not ax.spines["top"].get_visible()
 
 
+def frame(ax: Axes) -> tuple[bool, float, float]:
+    ax.figure.draw_without_rendering()
+    return ax.spines["top"].get_visible(), ax.xaxis.label.get_size(), ax.get_xticklabels()[0].get_size()
+
+
+def test_axes_that_a_caller_makes_look_like_those_of_a_plot() -> None:
+    """As `gravlens reproduce` makes them; those of matplotlib have a frame on four sides and larger letters."""
+    table = pd.DataFrame({"arm": ["a"], "compliance_rate": [0.5]})
+    own, made = frame(plots.plot_arms(table)), frame(plots.plot_arms(table, ax=style.axes_of(None, hidden=True)))
+    assert own == made == (False, 8.0, 7.5)
+    assert frame(plots.plot_arms(table, ax=Figure().add_subplot()))[0], "the user's own Axes stay the user's"
+
+
 @EVERY
 def test_both_axes_say_what_they_show(plot: Callable[..., Axes]) -> None:
     ax = plot()

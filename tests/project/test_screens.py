@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,12 +70,15 @@ def test_search_works_in_a_page_opened_from_the_disk(screens: object, browser: o
     build, config = importlib.import_module("mkdocs.commands.build"), importlib.import_module("mkdocs.config")
     docs = tmp_path / "docs"
     docs.mkdir()
-    shutil.copy(ROOT / "docs/search_from_disk.js", docs)
+    shutil.copy(ROOT / "docs/search_iframe-worker.js", docs)
     (docs / "index.md").write_text("# One\n\nNothing here.\n")
     (docs / "two.md").write_text("# Two\n\nThe excursion of the anchor.\n")
     (tmp_path / "mkdocs.yml").write_text(
         "site_name: x\nuse_directory_urls: false\ntheme: {name: material, font: false}\n"
-        "plugins: [search, offline]\nextra: {polyfills: [search_from_disk.js]}\n"
+        "plugins: [search, offline]\nextra: {polyfills: [search_iframe-worker.js]}\n"
     )
     build.build(config.load_config(str(tmp_path / "mkdocs.yml"), site_dir=str(tmp_path / "site")))
+    index = (tmp_path / "site/index.html").read_text()
+    fetched = re.findall(r"""<script[^>]* src="(http[^"]+)""", index)
+    assert fetched == [], "the plugin puts in its own script, from a server, unless it knows ours by its name"
     assert screens.searched(browser, tmp_path / "site", "excursion") == ["Two"]

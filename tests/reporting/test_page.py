@@ -250,6 +250,40 @@ def test_a_hostile_name_does_not_run(opened: Opened, explored: Path) -> None:
     assert page.title() == "gravlens · made up" and page.locator("img").count() == 0
 
 
+def hostile(value: Any) -> Any:
+    """A result, every text of which tries to break out of where it stands."""
+    if isinstance(value, dict):
+        return {key: value[key] if key == "prompts" else hostile(value[key]) for key in value}
+    if isinstance(value, list):
+        return [hostile(one) for one in value]
+    return value + HOSTILE if isinstance(value, str) else value
+
+
+def test_no_text_of_a_results_folder_runs(opened: Opened, tmp_path: Path) -> None:
+    """Names of runs, layers, histories, arms, nulls, columns and figures, and the command."""
+    results = hostile(made_up())
+    for part in ("arms", "nulls", "controls", "environment"):
+        results[part][HOSTILE] = next(iter(results[part].values()))
+    results["layers"] = [HOSTILE]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    write_explored(tmp_path, HOSTILE)
+    rows = pd.read_csv(tmp_path / "plane.csv").assign(organism=HOSTILE, run=HOSTILE, checkpoint=HOSTILE)
+    rows.to_csv(tmp_path / "plane.csv", index=False)
+    pd.DataFrame({"layer": [HOSTILE], HOSTILE: [HOSTILE]}).to_csv(tmp_path / "effects.csv", index=False)
+    figures = tmp_path / "figures"
+    figures.mkdir(exist_ok=True)
+    # no slash in the name of a file
+    save_figure(plot_arms(pd.DataFrame({"arm": ["a"], "compliance_rate": [0.5]})), figures / "x", formats=("png",))
+    (figures / "x.png").rename(figures / """'"><img src=x onerror="document.title = 'run'">.png""")
+    page = opened(write_report(tmp_path))
+    open_all(page)
+    page.locator("#maps").hover()
+    page.wait_for_timeout(200)
+    assert HOSTILE in page.title() and page.locator("h1").inner_text().endswith(HOSTILE), "told, not run"
+    assert page.locator("img").count() == 1 and page.locator("script").count() == 1
+    assert page.locator("[onerror]").count() == 0
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_click_copies_or_else_selects(opened: Opened, explored: Path, allowed: bool) -> None:
     page = opened(explored)
@@ -430,6 +464,23 @@ def test_paper_shows_short_folded_tables_and_names_the_long_ones(opened: Opened,
     assert page.locator("text=Long and wide ones are not printed").is_visible()
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details[open]").count() == 0
+
+
+def test_paper_breaks_only_long_tables_and_repeats_their_headings(opened: Opened, report: Path) -> None:
+    page = opened(report, PAPER)
+    page.emulate_media(media="print")
+    look = """[...document.querySelectorAll("section:not(.full) .box")].map(one => [
+        one.querySelectorAll("tbody tr").length, getComputedStyle(one).breakInside,
+        getComputedStyle(one.querySelector("thead")).display])"""
+    looks = page.evaluate(look)
+    assert {rows > 12 for rows, _, _ in looks} == {True, False}
+    assert [one for one in looks if one[1] != ("auto" if one[0] > 12 else "avoid")] == []
+    assert {display for _, _, display in looks} == {"table-header-group"}
+    buttons = "[...document.querySelectorAll('th button')].map(one => getComputedStyle(one).display)"
+    assert set(page.evaluate(buttons)) == {"contents"}, "Chromium paints no button in a repeated heading"
+    wide = page.locator(table_of(page, "Arms at the last step"))
+    assert not wide.locator("small").first.is_visible(), "a narrow column of many lines"
+    assert page.locator(".meanings dd").first.inner_text(), "it stands under the figures"
 
 
 def test_it_prints_on_few_pages(opened: Opened, report: Path) -> None:

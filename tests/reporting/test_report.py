@@ -374,6 +374,18 @@ def test_the_ladder_tells_what_caps_each_level(folder: Path) -> None:
     assert ladder_of(page_of(folder, lambda results: results.pop("claims")).text) == []
 
 
+FIRST_SCREEN = """v_rev anchor witness run drift alignment fraction null p99 organism harm stranger twin closure damage
+released preregistered unit α""".split()
+
+
+def test_the_words_of_the_first_screen_are_defined_there(folder: Path) -> None:
+    page = page_of(folder, lambda results: results["claims"][0].update(organism="together")).text
+    header = page[page.index("<header>") : page.index("</header>")]
+    defined = {word.lower() for word in re.findall("<b>(.*?)</b>", header)}
+    assert [word for word in [*FIRST_SCREEN, "random directions"] if word not in defined] == []
+    assert "<b>All histories together, level 2 of 5.</b>" in header
+
+
 def test_the_page_goes_from_the_verdict_to_the_tables(folder: Path) -> None:
     write_explored(folder)
     text = page_of(folder).text
