@@ -6,7 +6,6 @@ import sys
 import textwrap
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import cleandoc
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,7 +207,7 @@ class Commands(OneLineErrors, TyperGroup):
         """Return a command, the paragraphs of whose help are wrapped by the terminal."""
         found = super().get_command(ctx, cmd_name)
         if found is not None and found.help:  # typer breaks a line wherever the docstring does, and at the edge as well
-            found.help = re.sub(r"(?<!\n)\n(?!\n)", " ", cleandoc(found.help))
+            found.help = re.sub(r"(?<!\n)\n(?!\n)", " ", found.help)
         return found
 
 
