@@ -207,6 +207,9 @@ CASES: dict[str, Callable[[Things], Any]] = {
     "geometry.without_top": lambda t: gl.geometry.locate_in(gl.geometry.without_top(t.states), t.states),
     "history.RandomClamp": lambda t: gl.history.RandomClamp("v.safetensors", {}),
     "intervene": intervened,
+    "interventions.fwd_hooks": lambda t: gl.interventions.fwd_hooks(
+        gl.open_model(t.home / "aligned", through="bridge"), gl.Ablate(t.vs)
+    ),
     "judges.classifier_judge": lambda t: judged(t, "classifier_judge"),
     "judges.guard_judge": lambda t: judged(t, "guard_judge"),
     "judges.rubric_rater": lambda t: gl.judges.rubric_rater(t.model, rubric="r {forbidden_prompt} {response}"),

@@ -244,7 +244,8 @@ def test_every_number_is_finite_and_what_is_missing_has_a_reason(each: Done) -> 
                 continue
             if path in {f"/controls/{name}" for name in WITHOUT} and each.organism.name == "refusal":
                 continue
-            assert re.search("compliance_rate|cut_share|over_refusal|holds", path) or (
+            # a call in Python has no command
+            assert re.search("compliance_rate|cut_share|over_refusal|holds|^/environment/command$", path) or (
                 absent and each.organism.name == "pretrained"
             ), path
 
