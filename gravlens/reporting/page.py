@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from gravlens import __version__
 from gravlens.claims.claim import LEVELS
+from gravlens.core.display import listed
 from gravlens.core.errors import GravlensError, at_home, read_object, reading
 from gravlens.core.files import write_atomically
 from gravlens.reporting.explorers import COLUMNS, layer_grid, planes
@@ -153,7 +154,8 @@ def _spread_cell(entry: Any, percent: bool = False) -> Cell:
 # -- tables of results.json --------------------------------------------------------------------------------------------
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = {"n_anchors": "anchors", "seeds": "seeds", "layers": "layers", "layers_in_mean": "layers in the mean"}
-    return [(name, _cell(results[key]).text) for key, name in names.items() if results.get(key) is not None]
+    given = {name: results[key] for key, name in names.items() if results.get(key) is not None}
+    return [(name, listed(value) if isinstance(value, list) else _cell(value).text) for name, value in given.items()]
 
 
 def _anchors(results: Mapping[str, Any]) -> str:
