@@ -226,7 +226,9 @@ def end_logits(
     keep, start = 1 + int(answers.max()), None if keys is None else keys.get_seq_length()
     cache = None if keys is None else repeated(keys, len(answers), DynamicCache())
     with reading(batch, last_positions(batch.attention_mask) - answers, start=start):
-        logits = model.family.logits(_inputs(model, batch, start=start or 0), keep, cache)
+        inputs, further = _inputs(model, batch, start=start or 0), () if cache is None else (cache,)
+        # A family without a KV cache need not know of one.
+        logits = model.family.logits(inputs, keep, *further)
     _check_numbers(model, logits[:, -1])
     return logits
 

@@ -10,8 +10,9 @@ import torch
 from histories import reference, refused, synthetic
 from scipy.stats import norm
 
+from gravlens.activations import residuals
 from gravlens.activations.contrasts import Contrast
-from gravlens.activations.residuals import Request, cache_sets
+from gravlens.activations.residuals import cache_sets
 from gravlens.directions import trajectory
 from gravlens.directions.trajectory import CONCEPT_MEASURES, concept_direction, follow_concepts, measure_concept
 from gravlens.directions.vrev import EPSILON
@@ -103,8 +104,8 @@ def test_of_hugging_faces_own_states_by_hand() -> None:
 
 def test_several_concepts_are_read_in_one_pass_with_their_own_system_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
-    plain = Request.read
-    monkeypatch.setattr(Request, "read", lambda *a, **k: opened.append(a) or plain(*a, **k))
+    plain = residuals.read_each
+    monkeypatch.setattr(residuals, "read_each", lambda *a, **k: opened.append(a) or plain(*a, **k))
     read = cache_sets(models(), {"refusal": ASKED.both, "style": STYLE.both}, layers=1)
     assert len(opened) == 1 and list(read) == ["refusal", "style"]
     for name, contrast in (("refusal", ASKED), ("style", STYLE)):

@@ -1,8 +1,10 @@
 """Every committed picture and table is made by docs/make_figures.sh, and its origin is recorded."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,11 @@ def test_a_group_leaves_its_files_and_their_record(
 def test_the_list_and_an_unknown_name(script: Any) -> None:
     def run(*given: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", str(ROOT / "docs/make_figures.sh"), *given], capture_output=True, text=True, check=False
+            ["bash", str(ROOT / "docs/make_figures.sh"), *given],
+            env={**os.environ, "PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     told = run("--list").stdout
