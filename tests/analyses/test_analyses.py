@@ -212,14 +212,14 @@ def effects(**columns: list[float]) -> pd.DataFrame:
 
 def test_the_verdict_follows_the_numbers() -> None:
     best = effects().iloc[1]
-    *_, largest, verdict = Ablation(effects(), best, "seed0/20", anchor=1.0).lines()
+    verdict, largest, _ = Ablation(effects(), best, "seed0/20", anchor=1.0).lines()
     assert "layer 4" in largest and verdict == (
         "refusal comes back beyond random directions: p = 0.050 for the largest rise of 2 against that of each of 19 "
         "random directions (50% of the way to the anchor)"
     )
-    assert Ablation(effects(), best, "seed0/20", anchor=-4.0).lines()[-1].endswith("19 random directions")
+    assert Ablation(effects(), best, "seed0/20", anchor=-4.0).lines()[0].endswith("19 random directions")
     for nothing in (effects(p_largest=[0.05, 0.06]), effects(low=[0.5, -0.1])):
-        assert "does not come back" in Ablation(nothing, nothing.iloc[1], "seed0/20", anchor=1.0).lines()[-1]
+        assert "does not come back" in Ablation(nothing, nothing.iloc[1], "seed0/20", anchor=1.0).lines()[0]
 
 
 @pytest.mark.parametrize(("random", "verdict"), [(-1.5, "falls beyond"), (-2.5, "does not fall beyond")])
