@@ -24,7 +24,7 @@ from gravlens.core.progress import progress
 from gravlens.history.encoding import Batch, last_positions, pad
 from gravlens.history.sources import Resolved
 from gravlens.models.families import OpenModel, acting_on, bare, described, resid_post
-from gravlens.models.forward import repeated, run_trunk, shared_prefix, window_of
+from gravlens.models.forward import alike, repeated, run_trunk, shared_prefix, window_of
 from gravlens.models.placement import Placement
 from gravlens.models.swapping import check_one_precision, open_each
 from gravlens.models.tokenizers import check_vocabulary
@@ -37,7 +37,7 @@ BATCH = 32  # prompts of `read_residuals`
 BLOCK_BYTES = 4 << 20  # of states held in memory before they are written
 LONGEST_TAIL = 8  # from the first position that is read to the last
 NO_MEMORY = ("out of memory", "enough memory", "allocate memory")  # the CPU allocators raise a plain RuntimeError
-EXACT, ROUNDED = 1e-4, 0.1  # allowed difference in fp32 and below, relative to a state's length
+ROUNDED = 0.1  # allowed difference below fp32, relative to a state's length
 THIS_MODEL = "this model"
 Through = Literal["huggingface", "bridge"]
 Offset = Literal["last"] | int  # from the end of each prompt
@@ -434,14 +434,8 @@ def pads(model: OpenModel) -> bool:
             together, *alone = (
                 residuals_of_batch(model, pad(some), layers=layers) for some in (prompts, prompts[:1], prompts[1:])
             )
-        _PADS[model.module] = _alike(model, together, torch.cat(alone))
+        _PADS[model.module] = alike(model, together, torch.cat(alone), ROUNDED)
     return _PADS[model.module]
-
-
-def _alike(model: OpenModel, found: Float[Tensor, "*row d_model"], wanted: Float[Tensor, "*row d_model"]) -> bool:
-    """Whether two readings of the same states differ by rounding alone."""
-    within = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
-    return bool(((found - wanted).norm(dim=-1) <= within * wanted.norm(dim=-1)).all())
 
 
 def _same_states(model: OpenModel) -> bool:
@@ -454,4 +448,4 @@ def _same_states(model: OpenModel) -> bool:
         found = Reader(model, layers=layers, prefix=ids[:8], reuse=True).read(queries)
     except Exception:  # whatever an architecture without such a cache raises: it is read without one
         return False
-    return _alike(model, found, plain)
+    return alike(model, found, plain, ROUNDED)

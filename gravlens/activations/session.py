@@ -66,7 +66,7 @@ def _size(states: dict[int, np.ndarray]) -> int:
 
 
 def kept_bytes() -> int:
-    """Return how many bytes of states are kept; GravlensError for a variable that is no number."""
+    """Return the limit of the session cache in bytes; GravlensError if the variable is not a number."""
     given = os.environ.get(LIMIT, DEFAULT_LIMIT)
     if given.strip().isdecimal():
         return int(given) << 20

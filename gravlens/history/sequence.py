@@ -541,7 +541,7 @@ def _check_places(path: Path, table: dict[str, Any]) -> None:
 
 
 def _is_of_history(here: Path, name: str, entry: Any) -> bool:
-    """Whether a key names prompts: a run may be called harmless, but it is no file."""
+    """Whether a key names a prompt file rather than a run: a run may be called `harmless`."""
     if isinstance(entry, dict):
         return name in PROMPT_KEYS and "file" in entry
     is_file = isinstance(entry, str) and ((here / entry).is_file() or Path(entry).suffix in PROMPT_FILES)

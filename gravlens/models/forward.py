@@ -286,7 +286,12 @@ def _same_logits(model: OpenModel) -> bool:
         found = end_logits(model, batch, None, _prefix_keys(model, ids[0], 8))[:, -1].float()
     except Exception:  # whatever an architecture without such a cache raises: its passes stay whole
         return False
-    within = EXACT if model.dtype in (torch.float32, torch.float64) else ROUNDED
+    return alike(model, found, wanted, ROUNDED)
+
+
+def alike(model: OpenModel, found: Float[Tensor, "*row d"], wanted: Float[Tensor, "*row d"], rounded: float) -> bool:
+    """Whether two readings of the same rows differ by rounding alone; below fp32 by `rounded` of a row's length."""
+    within = EXACT if model.dtype in (torch.float32, torch.float64) else rounded
     return bool(((found - wanted).norm(dim=-1) <= within * wanted.norm(dim=-1)).all())
 
 
